@@ -1,0 +1,455 @@
+"""One plain dict says everything about a run.
+
+    cfg, source, explicit = configs.load(["configs/ft.yaml", "lr=1e-4"])
+    python -m configs configs/ft.yaml lr=1e-4         every value, and where it came from
+
+Layers, each a plain dict laid over the one before:
+
+    default    configs/defaults.yaml: the schema, and the only place that states a default
+    imported   the pretrained model's config.json, in our words (configs/families.yaml)
+    files      the yaml files named on the command line, left to right
+    cli        key.subkey=value on the command line, left to right
+    derived    fills what is still null and follows from the rest; never saved
+
+What files and command line set is kept apart as `explicit`: it is what a run saves as its config.yaml. This package
+imports neither torch nor numpy, so that a wrong key is found in a tenth of a second.
+"""
+import copy, difflib, json, os, re, sys
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text -> values: one reading of plain scalars, the same in files and on the command line
+
+INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")                            # 010 is a string: nobody agrees on what it means
+FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan")
+WORDS = {"true": True, "false": False, "True": True, "False": False, "null": None, "Null": None, "None": None, "~": None}
+
+
+def scalar(text):
+    """What a plain word means: true/false, null/None/~, an int, a float (1e-4 too), else a string (no, on, 010, 1:30)."""
+    if text in WORDS:
+        return WORDS[text]
+    if INT.fullmatch(text):
+        return int(text)
+    return float(text.replace(".inf", "inf").replace(".nan", "nan")) if FLOAT.fullmatch(text) else text
+
+
+def parse(text, name):
+    """YAML text -> values. Only the syntax is PyYAML's: plain words go through scalar(), and a key given twice is an error."""
+    def value(node):
+        if isinstance(node, yaml.ScalarNode):
+            empty = node.style is None and node.value == ""          # `key:` with nothing behind it is null
+            return None if empty else node.value if node.style else scalar(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return [value(item) for item in node.value]
+        out = {}
+        for key, item in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in out:
+                raise ValueError(f"{name}, line {key.start_mark.line + 1}: {getattr(key, 'value', key)!r} stands twice or is no key")
+            out[key.value] = value(item)
+        return out
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{name}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+    return None if node is None else value(node)
+
+
+def read_file(path):
+    """A config file -> dict. An empty file is an empty dict."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: cannot read this config file ({getattr(e, 'strerror', None) or 'not UTF-8 text'})") from None
+    d = parse(text, str(path))
+    if not isinstance(d, dict | None):
+        raise ValueError(f"{path}: expected sections of key: value, got {show(d)}")
+    return d or {}
+
+
+def dump(d):
+    """dict -> YAML text that load() reads back as the same values and types (plain YAML readers do, too)."""
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_ANCHORED, None)   # quotes the string "1e-4" …
+    dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), None)  # … and the string "None"
+    return yaml.dump(d, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+FLOAT_ANCHORED = re.compile(f"^(?:{FLOAT.pattern}|{INT.pattern})$")
+
+
+def show(value):
+    return "null" if value is None else f"a section ({', '.join(value) or 'empty'})" if isinstance(value, dict) else repr(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dicts with dotted keys
+
+def flat(d, prefix=""):
+    """{"a": {"b": 1}} -> {"a.b": 1}. An empty section is a leaf: it has nothing below it to stand for it."""
+    out = {}
+    for key, value in d.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return out
+
+
+def merged(layers):
+    """[(name, dict)] -> (one dict, {dotted key: name of the layer it came from})"""
+    out, source = {}, {}
+    for name, d in layers:
+        update(out, d, name, source)
+    return out, source
+
+
+def get(d, key, default=None):
+    """get({"a": {"b": 1}}, "a.b") -> 1; `default` where a part of the way is missing."""
+    for part in key.split("."):
+        if not isinstance(d, dict) or part not in d:
+            return default
+        d = d[part]
+    return d
+
+
+def nested(key, value):
+    """("a.b", 1) -> {"a": {"b": 1}}"""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def update(base, new, layer, source, prefix=""):
+    """Lay `new` over `base`, in place: sections recursively, all else whole, null included. Notes the layer in `source`."""
+    for key, value in new.items():
+        dotted, old = f"{prefix}{key}", base.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            update(old, value, layer, source, f"{dotted}.")
+            continue
+        if old is not None and value is not None and isinstance(value, dict) != isinstance(old, dict):
+            want = "a section" if isinstance(old, dict) else "a value, not a section"
+            raise ValueError(f"{dotted}: expected {want}, got {show(value)} (from {layer})")
+        base[key] = copy.deepcopy(value)
+        for gone in [k for k in source if k == dotted or k.startswith(f"{dotted}.")]:
+            del source[gone]
+        source.update({k: layer for k in flat({key: value}, prefix)})
+    if base:                                                         # an empty section that was filled is no leaf any more
+        source.pop(prefix[:-1], None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the schema is the defaults
+
+def schema_of(defaults, key):
+    """(is it a key, its default). Below an empty section and below a null any key goes; sources share one template."""
+    d, template = defaults, get(defaults, "data.source")
+    parts = key.split(".")
+    if template and len(parts) > 2 and parts[:2] in (["data", "train"], ["data", "validation"]):
+        d, parts = template, parts[3:]
+    for i, part in enumerate(parts):
+        if d is None or d == {} and i:
+            return True, None
+        if not isinstance(d, dict) or part not in d:
+            return False, None
+        d = d[part]
+    return True, d
+
+
+def nearest(key, defaults):
+    """The known key that looks most like `key`: alike as a whole, or in its last part (optimizer.lr -> lr)."""
+    def alike(known):
+        ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+        return ratio(known, key) + ratio(known.split(".")[-1], key.split(".")[-1])
+    names = [k.replace("data.source.", "data.train.NAME.") for k in flat(defaults)]
+    return max(names, key=alike, default="")
+
+
+def typed(key, value, default, layer):
+    """`value` as its default's type. int -> float is the only conversion; a count or a fraction keeps what it is."""
+    if default is None or isinstance(value, str) and "${" in value:  # ${...} is checked once it is resolved
+        return value
+    either = key.endswith("_every") or key in COUNT_OR_FRACTION
+    want = (int, float) if either and type(default) in (int, float) else (type(default),)
+    if type(value) is int and want == (float,):
+        return float(value)
+    if type(value) not in want:
+        names = {"str": "a string", "bool": "true or false", "int": "an int", "float": "a float", "list": "a list", "dict": "a section"}
+        raise ValueError(f"{key}: expected {' or '.join(names[t.__name__] for t in want)}, got {show(value)} (from {layer})")
+    return value
+
+
+def checked(d, defaults, layer, prefix=""):
+    """A layer, held against the schema: every key known, every value of its default's type. Returns a new dict."""
+    out = {}
+    for key, value in d.items():
+        dotted = f"{prefix}{key}"
+        known, default = schema_of(defaults, dotted)
+        if not known:
+            raise ValueError(f"{dotted}: unknown key (from {layer}); the nearest is {nearest(dotted, defaults)}")
+        if isinstance(value, dict):
+            if default is not None and not isinstance(default, dict):
+                raise ValueError(f"{dotted}: expected a value, not a section, got {show(value)} (from {layer})")
+            out[key] = checked(value, defaults, layer, f"{dotted}.")
+        else:
+            out[key] = typed(dotted, value, default, layer)
+    return out
+
+
+def from_cli(text, defaults):
+    """`key=value` -> a nested dict. Where the default is a string the value is taken as it stands."""
+    key, value = text.split("=", 1)
+    default = schema_of(defaults, key)[1]
+    if isinstance(default, str):
+        return nested(key, value)
+    return nested(key, parse(value, f"{key} (from cli)") if value[:1] in ("[", "{") else scalar(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ${a.b} and ${oc.env:NAME,default}
+
+def first_reference(text, key):
+    """"a${b}c" -> ("a", "b", "c"): what stands before, inside and behind the first ${...}; they may nest."""
+    start, depth = text.index("${"), 0
+    for end in range(start, len(text)):
+        depth += text.startswith("${", end) - (text[end] == "}" and depth > 0)
+        if not depth:
+            return text[:start], text[start + 2:end], text[end + 1:]
+    raise ValueError(f"{key}: {text!r} lacks the brace that ends its ${{")
+
+
+def resolve(cfg, defaults, source, env):
+    """A copy of cfg with every ${...} replaced, once. A value that is one ${...} and nothing else keeps its type."""
+    def look_up(name, key, trail):
+        layer = f"(from {source.get(key, 'cfg')})"
+        if name.startswith("oc.env:"):
+            name, comma, fallback = name.removeprefix("oc.env:").partition(",")
+            if name not in env and not comma:
+                raise ValueError(f"{key}: the environment has no variable {name} {layer}; ${{oc.env:{name},VALUE}} gives it a default")
+            text = env.get(name, fallback)
+            return text if isinstance(schema_of(defaults, key)[1], str) else scalar(text)
+        value = get(cfg, name, missing)
+        if value is missing:
+            raise ValueError(f"{key}: ${{{name}}} is no key {layer}; the nearest is {nearest(name, cfg)}")
+        return walk(value, name, trail)
+
+    def expand(text, key, trail):
+        if "${" not in text:
+            return text
+        before, name, after = first_reference(text, key)
+        value = look_up(str(expand(name, key, trail)).strip(), key, trail)
+        if not before and not after:
+            return value
+        return before + str(value) + str(expand(after, key, trail))
+
+    def walk(value, key, trail):
+        if isinstance(value, dict):
+            return {k: walk(v, f"{key}.{k}" if key else k, trail) for k, v in value.items()}
+        if isinstance(value, list):
+            return [walk(v, key, trail) for v in value]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        if key in trail:
+            raise ValueError(f"{key}: ${{...}} goes round in a circle: {' -> '.join([*trail, key])} (from {source.get(key, 'cfg')})")
+        return expand(value, key, [*trail, key])
+
+    missing = object()
+    return walk(cfg, "", [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the imported layer: a pretrained model's config.json in our words
+
+def families():
+    """families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}; the file says what each means."""
+    return read_file(HERE / "families.yaml")
+
+
+def imported_model(cfg):
+    """{"model": ...} as model.init_from's config.json says it, {} where nothing is imported."""
+    folder = get(cfg, "model.init_from")
+    if not folder:
+        return {}
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.init_from: {folder} holds no config.json; give the folder of a model in Hugging Face format")
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON: {e}") from None
+    return {"model": translate(theirs, path)}
+
+
+def translate(theirs, path):
+    """A config.json's dict -> our model section. `path` names the file in errors."""
+    known = {family["model_type"]: name for name, family in families().items()}
+    if theirs.get("model_type") not in known:
+        raise ValueError(f"{path}: model_type {theirs.get('model_type')!r} is none of {', '.join(known)}; "
+                         f"a family is a few lines in configs/families.yaml")
+    name = known[theirs["model_type"]]
+    family, ours, missing = families()[name], {"family": name}, object()
+    for key, ways in family["keys"].items():                         # each a list: places to look, then the value where all lack it
+        ways = ways if isinstance(ways, list) else [ways]
+        found = [v for way in ways if isinstance(way, str) and (v := get(theirs, way, missing)) is not missing]
+        if not found and isinstance(ways[-1], str):
+            raise ValueError(f"{path}: lacks {ways[0]}, which a {name} model needs")
+        ours[key] = found[0] if found else ways[-1]
+    for key, value in family.get("refuse", {}).items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{path}: {key} = {theirs[key]!r} is not supported, only {value!r}")
+    return family["fixed"] | ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what follows from the rest, and what must hold
+
+COUNT_OR_FRACTION = ("validation_split", "warmup", "decay", "epochs")      # and *_every: 1 is one, 1.0 is all
+
+CHOICES = {
+    "schedule": ("cosine", "linear", "constant", "wsd"), "optimizer": ("adamw",), "dtype": ("auto", "bfloat16", "float32"),
+    "device": ("auto", "cpu", "cuda"), "sampler.order": ("random", "sequential", "weighted"),
+    "model.norm": ("rmsnorm", "layernorm"), "model.positions": ("rope", "learned"),
+}
+AT_LEAST = {                                                         # {key: least value}
+    "lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "epochs": 0,
+    "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
+    "data.seq_len": 1, "data.validation_split": 0, "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1,
+    "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0, "shard.lora.r": 0,
+    "checkpoint.keep": 1, "seed": 0,
+}
+
+
+def derive(cfg, source):
+    """Fill what is null and follows from the rest, in place."""
+    def fill(section, key, value, prefix=""):
+        if section[key] is None:
+            section[key], source[f"{prefix}{key}"] = value, "derived"
+    m = cfg["model"]
+    fill(cfg, "min_lr", cfg["lr"] / 10)
+    fill(m, "n_kv_heads", m["n_heads"], "model.")
+    fill(m, "head_dim", m["d_model"] // m["n_heads"], "model.")
+    fill(m, "d_ff", (m["d_model"] * 8 // 3 + 63) // 64 * 64 if m["glu"] else 4 * m["d_model"], "model.")  # GLU has 3 matrices, not 2
+    fill(cfg["shard"]["lora"], "alpha", 2.0 * cfg["shard"]["lora"]["r"], "shard.lora.")
+
+
+def check(cfg, source):
+    """Ranges and choices of this project's keys. Changes nothing; raises ValueError."""
+    def wrong(key, want):
+        raise ValueError(f"{key}: expected {want}, got {show(get(cfg, key))} (from {source.get(key, 'cfg')})")
+    for key, choices in CHOICES.items():
+        if get(cfg, key) not in choices:
+            wrong(key, f"one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        value = get(cfg, key)
+        if value is not None and not (type(value) in (int, float) and value >= least):
+            wrong(key, f"a number, at least {least}")
+    for key in [k for k in source if k.endswith("_every")] + ["data.validation_split", "warmup", "decay"]:
+        if type(value := get(cfg, key)) is float and value > 1:
+            wrong(key, "a count (an int) or a fraction (at most 1.0)")
+    if cfg["max_steps"] is not None and type(cfg["max_steps"]) is not int:
+        wrong("max_steps", "an int or null")
+    if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
+        wrong("betas", "two numbers, at least 0 and below 1")
+    if cfg["resume"] == "":
+        wrong("resume", "auto, never or a checkpoint's path")
+    for kind in ("train", "validation"):
+        for name, s in cfg["data"][kind].items():
+            if not s["path"]:
+                wrong(f"data.{kind}.{name}.path", "a file, a folder or a glob")
+            if s["shape"] not in SHAPES:
+                wrong(f"data.{kind}.{name}.shape", f"one of {', '.join(SHAPES)}")
+            if s["weight"] <= 0:
+                wrong(f"data.{kind}.{name}.weight", "a number above 0")
+    m = cfg["model"]
+    if m["n_heads"] % m["n_kv_heads"]:
+        wrong("model.n_kv_heads", f"a divisor of model.n_heads ({m['n_heads']})")
+    if m["positions"] == "rope" and m["head_dim"] % 2:
+        wrong("model.head_dim", "an even number: rope turns pairs")
+
+
+SHAPES = ("auto", "chat", "text")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load
+
+def load(argv, imported=None, defaults=None, env=os.environ):
+    """argv, e.g. ["configs/ft.yaml", "lr=1e-4"] -> (cfg, source, explicit).
+
+    cfg       the merged plain dict
+    source    {dotted key: "default" | "imported" | file name | "cli" | "derived"}
+    explicit  the sparse dict of what files and command line set
+    imported  a dict, or a callable that is given a resolved copy of what is merged so far and returns one;
+              left out, the pretrained model's config.json is found through model.init_from
+    defaults  another schema; this project's own checks and derived values then don't apply
+    Raises ValueError: one line with the key, what was expected, what came, and from which layer.
+    """
+    own, defaults = defaults is None, copy.deepcopy(defaults) if defaults is not None else read_file(HERE / "defaults.yaml")
+    if strange := [a for a in argv if a.startswith("-")]:
+        raise ValueError(f"{strange[0]}: options are written key=value, without dashes: {strange[0].lstrip('-').partition('=')[0]}=...")
+    is_pair = lambda a: re.match(r"[A-Za-z_][\w.-]*=", a)
+    layers = [(a, checked(read_file(a), defaults, a)) for a in argv if not is_pair(a)]
+    layers += [("cli", checked(from_cli(a, defaults), defaults, "cli")) for a in argv if is_pair(a)]
+
+    if imported is None and own:
+        imported = imported_model
+    if callable(imported):
+        so_far, source = merged([("default", defaults), *layers])
+        if own:
+            fill_sources(so_far, source)
+        imported = imported(resolve(so_far, defaults, source, env))
+    explicit, _ = merged(layers)
+    cfg, source = merged([("default", defaults), ("imported", checked(imported or {}, defaults, "imported")), *layers])
+    if own:
+        fill_sources(cfg, source)
+    raw, cfg = flat(cfg), resolve(cfg, defaults, source, env)
+    for key in [k for k, v in raw.items() if isinstance(v, str) and "${" in v]:
+        value = typed(key, get(cfg, key), schema_of(defaults, key)[1], source[key])
+        update(cfg, nested(key, value), source[key], source)
+    if own:
+        derive(cfg, source)
+        check(cfg, source)
+    return cfg, source, explicit
+
+
+def fill_sources(cfg, source):
+    """Give every named source the keys of data.source that it doesn't set itself, in place."""
+    for kind in ("train", "validation"):
+        for name, given in cfg["data"][kind].items():
+            for key, value in cfg["data"]["source"].items():
+                if key not in given:
+                    given[key] = copy.deepcopy(value)
+                    source[f"data.{kind}.{name}.{key}"] = source.get(f"data.source.{key}", "default")
+            source.pop(f"data.{kind}.{name}", None)                  # no longer empty
+
+
+def load_or_exit(argv):
+    """load(), for a script's first lines: a mistake is one line on standard error, once, and exit status 2."""
+    try:
+        return load(argv)
+    except ValueError as e:
+        stop(e)
+
+
+def stop(error, status=2):
+    """Say what is wrong, in one line, from the node's first rank only; exit."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run(main, *args):
+    """Call main(*args). A ValueError that this project raised is a user's mistake: one line. Any other keeps its traceback."""
+    try:
+        main(*args)
+    except ValueError as e:
+        frame = e.__traceback__
+        while frame.tb_next:
+            frame = frame.tb_next
+        if Path(frame.tb_frame.f_code.co_filename).resolve().parent not in (HERE, HERE.parent):
+            raise
+        stop(e, 1)

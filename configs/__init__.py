@@ -173,7 +173,7 @@ def typed(key, value, default, layer):
     """`value` as its default's type. int -> float is the only conversion; a count or a fraction keeps what it is."""
     if default is None or isinstance(value, str) and "${" in value:  # ${...} is checked once it is resolved
         return value
-    either = key.endswith("_every") or key in COUNT_OR_FRACTION
+    either = key.endswith("_every") or key.split(".")[-1] in COUNT_OR_FRACTION
     want = (int, float) if either and type(default) in (int, float) else (type(default),)
     if type(value) is int and want == (float,):
         return float(value)
@@ -425,6 +425,20 @@ def fill_sources(cfg, source):
                     given[key] = copy.deepcopy(value)
                     source[f"data.{kind}.{name}.{key}"] = source.get(f"data.source.{key}", "default")
             source.pop(f"data.{kind}.{name}", None)                  # no longer empty
+
+
+def take(argv, **wanted):
+    """A script's own key=value arguments, apart from the config's: take(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])."""
+    out, rest = dict(wanted), []
+    for arg in argv:
+        key, equals, text = arg.partition("=")
+        if not equals or key not in wanted:
+            rest.append(arg)
+        elif type(value := scalar(text)) is not type(wanted[key]):
+            raise ValueError(f"{key}: expected {type(wanted[key]).__name__}, got {text!r}")
+        else:
+            out[key] = value
+    return out, rest
 
 
 def load_or_exit(argv):

@@ -1,0 +1,621 @@
+"""One decoder-only transformer, described by the config's model section: GPT-2, Llama and their kin.
+
+    python model.py data/base                       a summary: shapes, parameters, FLOPs per token, bytes
+    python model.py out/ft "What is 12 + 30?"       talk to what was trained
+
+Shapes, in all seven files:
+
+    T tokens in a row (several documents, one behind the other)     D documents in a row      B prompts
+    C width    H heads    K heads of keys and values    E width of a head    F width inside the MLP    V vocabulary    L blocks    N trained tokens
+
+A row is a dict of tensors; the documents in it don't see each other:
+
+    tokens [T]  targets [T] (-100: not trained)  weights [T]  positions [T]  cu_seqlens [D+1]  max_len  doc_ids [D]
+
+    tokens      t h e _ c a t | a _ d o g | .           cu_seqlens  0 7 12 13
+    positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention, positions and targets stop at each bar
+
+What lies behind the last document is padding, outside every document. The model knows nothing of ranks and devices'
+memory: shard.py takes a finished model and changes it.
+"""
+import json, math, sys, zlib
+from pathlib import Path
+
+import configs
+
+if __name__ == "__main__" and len(sys.argv) < 2:
+    sys.exit(__doc__)
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100                                                       # the target of a token that nobody learns to predict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# layers
+
+class Linear(nn.Linear):
+    """x W^T + b, in x's dtype: masters stay in fp32, the bf16 copy lives as long as the backward pass needs it."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.eps = m["norm_eps"]
+        self.weight = nn.Parameter(torch.empty(m["d_model"]))
+        self.bias = nn.Parameter(torch.empty(m["d_model"])) if m["norm"] == "layernorm" else None
+
+    def forward(self, x):
+        if self.bias is None:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+def rope_table(positions, m):
+    """[T] -> cos, sin [T, 1, E/2] in fp32: what turns the pairs (x_i, x_(i + E/2)) of a head (arXiv:2104.09864).
+
+    Angles are taken in fp64: at position 100,000 an fp32 product is off by more than bf16's own rounding.
+    """
+    freqs = m["rope_theta"] ** (-torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"])   # [E/2]
+    scaling = m["rope_scaling"] or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        freqs = freqs / scaling["factor"]
+    elif kind == "llama3":                                           # long wavelengths stretched, short ones kept, a ramp between
+        old, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+        turns = old * freqs / (2 * math.pi)                          # in the context it was first trained on
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    angles = positions.double()[:, None] * freqs                                                                         # [T, E/2]
+    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+
+
+def rotate(x, cos, sin):
+    """x [T, H, E] turned by its positions' angles."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+ACTIVATIONS = {
+    "silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.glu, self.act = m["glu"], ACTIVATIONS[m["activation"]]
+        self.up = Linear(m["d_model"], m["d_ff"] * (2 if m["glu"] else 1), bias=m["mlp_bias"])     # gate and up, in one matmul
+        self.down = Linear(m["d_ff"], m["d_model"], bias=m["mlp_bias"])
+
+    def forward(self, x):                                                                                                # [T, C]
+        x = self.up(x)                                                                                                   # [T, 2F] or [T, F]
+        if self.glu:
+            gate, x = x.chunk(2, -1)
+            return self.down(self.act(gate) * x)
+        return self.down(self.act(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.heads, self.kv_heads, self.width = m["n_heads"], m["n_kv_heads"], m["head_dim"]
+        self.qkv = Linear(m["d_model"], (self.heads + 2 * self.kv_heads) * self.width, bias=m["qkv_bias"])
+        self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
+
+    def forward(self, x, rope, attend):                                                                                  # [T, C]
+        heads = self.qkv(x).unflatten(-1, (-1, self.width))                                                              # [T, H+2K, E]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        if rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return self.out(attend(self, q, k, v).flatten(1))
+
+
+class Block(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = Norm(m), Attention(m), Norm(m), MLP(m)
+
+    def forward(self, x, rope, attend):                                                                                  # [T, C]
+        x = x + self.attn(self.norm1(x), rope, attend)
+        return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention, document by document: attend(layer, q [T, H, E], k [T, K, E], v [T, K, E]) -> [T, H, E]
+
+class Gather(torch.autograd.Function):
+    """y = x[index], where each row of x is used at most once, save in places nobody reads.
+
+    Knowing the way back (x[i] went to y[back[i]]; -1: nowhere) makes the backward pass a gather as well, instead of the
+    serial scatter-add that autograd would do on a CPU.
+    """
+    @staticmethod
+    def forward(ctx, x, index, back):
+        ctx.save_for_backward(back)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        back, = ctx.saved_tensors
+        dx = grad.index_select(0, back.clamp(min=0))
+        return (dx if bool((back >= 0).all()) else dx * (back >= 0).view(-1, *[1] * (dx.dim() - 1))), None, None
+
+
+def per_document(cu_seqlens, total, device):
+    """An attend() for any device: scaled_dot_product_attention over documents of about one length at a time.
+
+    Documents are grouped by length, each group padded to its longest ([d, len] with at most a third of it padding): a few
+    calls instead of one per document. Causal attention needs no mask for padding, as it stands behind what looks back.
+    """
+    starts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(starts, starts[1:])]
+    order = sorted((d for d in range(len(lengths)) if lengths[d]), key=lambda d: -lengths[d])
+    groups = []                                                      # [longest, documents]
+    for d in order:
+        if not groups or lengths[d] * 3 < groups[-1][0] * 2:
+            groups.append((lengths[d], []))
+        groups[-1][1].append(d)
+    there, back, at = [], torch.full((total,), -1), 0
+    for longest, docs in groups:
+        for d in docs:
+            span = torch.arange(starts[d], starts[d] + longest)
+            there.append(span.clamp(max=starts[d] + lengths[d] - 1))
+            back[starts[d]:starts[d] + lengths[d]] = torch.arange(at, at + lengths[d])
+            at += longest
+    there = torch.cat(there) if there else torch.zeros(0, dtype=torch.long)
+    plain = len(there) == total and bool((there == torch.arange(total)).all())       # equal windows in a row: nothing to move
+    used = torch.full((len(there),), -1)
+    used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
+    there, back, used = (t.to(device) for t in (there, back, used))
+
+    def attend(layer, q, k, v):
+        heads = torch.cat([q, k, v], 1)                                                                                  # [T, H+2K, E]
+        heads = heads if plain else Gather.apply(heads, there, back)
+        out, at = [], 0
+        for longest, docs in groups:
+            part = heads[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)                        # [d, H+2K, len, E]
+            at += longest * len(docs)
+            q, k, v = part.split([layer.heads, layer.kv_heads, layer.kv_heads], 1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
+            out.append(y.transpose(1, 2).flatten(0, 1))                                                                  # [d * len, H, E]
+        out = torch.cat(out)
+        return out if plain else Gather.apply(out, back.clamp(min=0), used)
+    return attend
+
+
+def varlen(cu_seqlens, total, max_len):
+    """An attend() by the variable-length kernel, on CUDA in bf16 or fp16. Padding is one more document, so that it holds numbers."""
+    from torch.nn.attention.varlen import varlen_attn
+    end = torch.full_like(cu_seqlens[:1], total)
+    cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
+    causal = {"window_size": (-1, 0)} if torch.__version__ >= (2, 12) else {"is_causal": True}
+
+    def attend(layer, q, k, v):
+        if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
+            k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
+        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **causal)
+    return attend
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two things people change: how tokens become vectors, and what is minimized. A new one is a function and its name here
+
+def plain(model, batch):
+    """One row of the table for each token. -> [T, C]"""
+    return F.embedding(batch["tokens"], model.embed.weight)
+
+
+EMBEDDINGS = {"plain": plain}
+
+
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[target]; logits [n, V] in fp32, targets [n] -> [n]"""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+LOSSES = {"cross_entropy": cross_entropy}
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Head and loss over chunks of tokens, so that the logits of all of them never stand in memory at once.
+
+    A chunk's gradient is taken right away, in the forward pass, while its logits are there; the backward pass only
+    scales what was gathered (the loss is one number, so its gradient is one factor). x [N, C], head [V, C], bias None,
+    targets [N], weights [N] -> (sum of weight * loss, loss per token [N], which carries no gradient).
+    """
+    @staticmethod
+    def forward(ctx, x, head, targets, weights, loss):
+        want_x, want_head = ctx.needs_input_grad[:2]
+        w = head.to(x.dtype)                                                                                             # [V, C]
+        dx = torch.empty_like(x) if want_x else None
+        dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
+        losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        step = max(64, CHUNK // len(head))
+        for at in range(0, len(x), step):
+            part = slice(at, at + step)
+            logits = (x[part] @ w.T).float()                                                                             # [n, V]
+            with torch.enable_grad():
+                logits.requires_grad_(want_x or want_head)
+                nll = loss(logits, targets[part])
+                if want_x or want_head:
+                    grad, = torch.autograd.grad((nll * weights[part]).sum(), logits)
+                    grad = grad.to(x.dtype)
+            losses[part] = nll.detach()
+            if want_x:
+                dx[part] = grad @ w
+            if want_head:
+                dw += grad.T @ x[part]
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        dx, dw = ctx.saved_tensors
+        return dx * grad_sum if dx is not None else None, dw * grad_sum if dw is not None else None, None, None, None
+
+
+CHUNK = 1 << 25                                                      # logits in a chunk: 128 MB in fp32, and matmuls still tall enough
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model
+
+class Transformer(nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+        if m["loss"] not in LOSSES or m["embed"] not in EMBEDDINGS:
+            raise ValueError(f"model.loss: {m['loss']} must be one of {', '.join(LOSSES)}; model.embed: {m['embed']} one of {', '.join(EMBEDDINGS)}")
+        if m["activation"] not in ACTIVATIONS:
+            raise ValueError(f"model.activation: {m['activation']} is none of {', '.join(ACTIVATIONS)}")
+        kind = (scaling := m["rope_scaling"] or {}).get("rope_type", scaling.get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"model.rope_scaling: type {kind} is none of default, linear, llama3")
+        self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
+        self.pos = nn.Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
+        self.blocks = nn.ModuleList(Block(m) for _ in range(m["n_layers"]))
+        self.norm = Norm(m)
+        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], m["vocab_size"], bias=False)
+        self.dtype = torch.float32                                   # of the computation; shard.py sets it
+        self.recompute = False                                       # shard.py sets it
+
+    def forward(self, batch):
+        """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""
+        total, cu = len(batch["tokens"]), batch["cu_seqlens"]
+        fast = cu.is_cuda and self.dtype != torch.float32
+        x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
+        at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)              # [N]
+        weights = batch["weights"][at]
+        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, LOSSES[self.m["loss"]])
+        doc = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
+        docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, doc, losses * weights)
+        return loss_sum, weights.sum(), docs
+
+    def hidden(self, batch, attend):
+        """What the head reads. -> [T, C]"""
+        positions = batch["positions"]
+        x = EMBEDDINGS[self.m["embed"]](self, batch)                                                                     # [T, C]
+        if self.pos is not None:
+            x = x + F.embedding(positions, self.pos.weight)
+        x, rope = x.to(self.dtype), None if self.pos is not None else rope_table(positions, self.m)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, attend)
+        return self.norm(x)
+
+    def head_weight(self):
+        return self.embed.weight if self.head is None else self.head.weight                                              # [V, C]
+
+    def logits(self, batch, attend=None):
+        """All logits, for generation and tests. -> [T, V] in fp32"""
+        x = self.hidden(batch, attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device))
+        return (x @ self.head_weight().to(x.dtype).T).float()
+
+
+def build(m, seed=0, device="cpu"):
+    """A model section, complete -> a model with new weights.
+
+    Matrices are normal with init_std, those that write into the residual stream narrower by sqrt(2 L) (GPT-2); norms
+    are 1, biases 0. Each tensor is seeded by its own name, so that it is the same whatever else the model has.
+    """
+    model = on_meta(m).to_empty(device=device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if name.endswith(("attn.out.weight", "mlp.down.weight")) else m["init_std"]
+            p.copy_(torch.empty(p.shape).normal_(0, std, generator=seeded(seed, name)))
+    return model
+
+
+def seeded(seed, name):
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def on_meta(m):
+    with torch.device("meta"):
+        return Transformer(m)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's format, in and out
+
+def weight_names(model, m):
+    """{our name: [their names, stacked along the outputs]} of all the model's parameters, by configs/families.yaml."""
+    table, out = configs.families()[m["family"]]["weights"], {}
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        i = parts[1] if parts[0] == "blocks" else ""
+        theirs = table.get(name.replace(f"blocks.{i}.", "blocks.{i}.", 1) if i else name)
+        if theirs is None:
+            raise ValueError(f"model.family: {m['family']} has no name for {name}; configs/families.yaml lists what it has")
+        out[name] = [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
+    return out
+
+
+def rows_of(name, m):
+    """Outputs of each part of a stacked weight: q, k and v; gate and up."""
+    if ".attn.qkv." in name:
+        return [m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]]
+    return [m["d_ff"], m["d_ff"]]
+
+
+def find_model(path):
+    """A folder with config.json, or a run's -> the folder with config.json. Raises ValueError."""
+    for folder in (Path(path), Path(path) / "hf"):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = f"; python checkpoint.py export {path} DIR makes one of its newest checkpoint" if (Path(path) / "checkpoints").is_dir() else ""
+    raise ValueError(f"{path}: no model in Hugging Face format there (config.json){hint}")
+
+
+def load(path, m=None, device="cpu"):
+    """A pretrained folder (or a run's) -> (model in fp32, the complete model section that describes it).
+
+    m  the section to go by, where the caller has one; else config.json's. Only safetensors are read, memory-mapped, each
+    tensor copied once, straight to where it belongs. All that is missing, unknown or misshapen is named at once, in a ValueError.
+    """
+    from safetensors import SafetensorError, safe_open
+    folder = find_model(path)
+    if m is None:
+        m = configs.load([f"model.init_from={folder}"])[0]["model"]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [f.name for f in folder.glob("*.bin")]
+        raise ValueError(f"{folder}: holds no safetensors" + (f"; {pickles[0]} is a pickle and can run code: convert it, with transformers: "
+                         f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}')" if pickles else ""))
+    family = configs.families()[m["family"]]
+    model = on_meta(m).to_empty(device=device)
+    names, prefix, wrong = weight_names(model, m), family["prefix"], []
+    try:
+        opened = [safe_open(f, framework="pt") for f in files]
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder}: a damaged safetensors file: {e}") from None
+    where = {key: f for f in opened for key in f.keys()}
+    used = set()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            parts = p.split(rows_of(name, m)) if len(names[name]) > 1 else [p]
+            for theirs, part in zip(names[name], parts):
+                key = theirs if theirs in where else theirs.removeprefix(prefix)
+                if key not in where:
+                    wrong.append(f"{theirs} is missing")
+                    continue
+                used.add(key)
+                tensor = where[key].get_tensor(key)
+                tensor = tensor.T if name.endswith(tuple(family.get("transposed", ()))) else tensor
+                if tensor.shape != part.shape:
+                    wrong.append(f"{theirs} is {list(tensor.shape)}, and the config makes it {list(part.shape)}")
+                    continue
+                part.copy_(tensor)
+    ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if m["tie_embeddings"] else ())
+    wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
+    if wrong:
+        raise ValueError(f"{folder}: weights don't fit the model: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+    return model, m
+
+
+def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
+    """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes) as the family has them.
+
+    source  the folder the model came from: what its config.json says besides is carried along, and its dtype
+    stop    ids that end a generation;  bos  the id a text begins with
+    """
+    from safetensors.torch import save_file
+    folder, family = Path(folder), configs.families()[m["family"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    original = Path(source or "/nowhere") / "config.json"
+    config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
+    dtype = str(config.get("dtype", config.get("torch_dtype") or "float32"))
+    for key in ("torch_dtype", "rope_parameters"):                   # said below, in the words every version reads
+        config.pop(key, None)
+    config |= {"model_type": family["model_type"], "architectures": [family["architecture"]], "dtype": dtype}
+    config |= {ways[0] if isinstance(ways, list) else ways: m[key] for key, ways in family["keys"].items()}
+    config |= {"bos_token_id": bos, "eos_token_id": list(stop) if len(stop) != 1 else stop[0]} if stop or bos is not None else {}
+    config = {key: value for key, value in config.items() if value is not None}
+
+    tensors = {}
+    for name, theirs in weight_names(model, m).items():
+        whole = model.get_parameter(name).detach().to("cpu", getattr(torch, dtype))
+        for key, part in zip(theirs, whole.split(rows_of(name, m)) if len(theirs) > 1 else [whole]):
+            tensors[key] = (part.T if name.endswith(tuple(family.get("transposed", ()))) else part).contiguous()
+    files, size = [{}], 0
+    for key, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > shard_bytes:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += tensor.nbytes
+    label = lambda n: "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
+    for n, part in enumerate(files):
+        save_file(part, folder / label(n), metadata={"format": "pt"})
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {key: label(n) for n, part in enumerate(files) for key in part}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": False}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generation
+
+def as_batch(documents, device="cpu"):
+    """Lists of ids -> a row without targets."""
+    lengths = [len(d) for d in documents]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    batch = {"tokens": torch.tensor([i for d in documents for i in d]), "positions": positions, "cu_seqlens": cu.int()}
+    return {key: t.to(device) for key, t in batch.items()} | {"max_len": max(lengths)}
+
+
+@torch.no_grad()
+def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for a prompt that has ended.
+
+    A prompt ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
+    """
+    m, device, B = model.m, model.embed.weight.device, len(prompts)
+    if not all(prompts) or max(map(len, prompts)) > m["max_len"]:
+        raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {sorted({len(p) for p in prompts})}")
+    room = min(max(map(len, prompts)) + max_tokens, m["max_len"])
+    batch, cache = as_batch(prompts, device), {}
+    rows = torch.repeat_interleave(torch.arange(B, device=device), torch.tensor([len(p) for p in prompts], device=device))
+    inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
+    length = torch.tensor([len(p) for p in prompts], device=device)                                                      # [B]
+
+    def remember(layer, q, k, v):                                    # the prompts, packed
+        cache[layer] = tuple(torch.zeros(B, room, *t.shape[1:], dtype=t.dtype, device=device) for t in (k, v))           # [B, room, K, E]
+        for store, new in zip(cache[layer], (k, v)):
+            store[rows, batch["positions"]] = new
+        return inside(layer, q, k, v)
+
+    def recall(layer, q, k, v):                                      # one token of each prompt
+        upto = int(length.max()) + 1
+        for store, new in zip(cache[layer], (k, v)):
+            store[torch.arange(B, device=device), length] = new
+        keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                                       # [B, K, upto, E]
+        mask = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                                     # [B, 1, 1, upto]
+        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=layer.heads != layer.kv_heads)
+        return y[:, :, 0]                                                                                                # [B, H, E]
+
+    random, stop = torch.Generator(device=device).manual_seed(seed), set(stop)
+    logits = model.logits(batch, remember)[batch["cu_seqlens"][1:].long() - 1]                                           # [B, V]
+    alive = [True] * B
+    for n in range(max_tokens):
+        ids = pick(logits, temperature, top_k, top_p, random)
+        chosen = ids.tolist()
+        yield [i if live else None for i, live in zip(chosen, alive)]
+        alive = [live and i not in stop and len(p) + n + 1 < m["max_len"] for i, live, p in zip(chosen, alive, prompts)]
+        if not any(alive) or n + 1 == max_tokens:
+            return
+        new = {"tokens": ids, "positions": length.clamp(max=room - 1)}
+        length = new["positions"]
+        logits = model.logits(new, recall)
+        length = length + 1
+
+
+def pick(logits, temperature, top_k, top_p, random):
+    """logits [B, V] -> ids [B]: the likeliest, or drawn from the top_k, or from the fewest that hold top_p of the probability."""
+    if not temperature:
+        return logits.argmax(-1)
+    values, order = (logits / temperature).sort(-1, descending=True)
+    probs = values.softmax(-1)
+    out = probs.cumsum(-1) - probs >= top_p                          # what stands before it already holds top_p
+    if top_k:
+        out[:, top_k:] = True
+    drawn = probs.masked_fill(out, 0).multinomial(1, generator=random)
+    return order.gather(-1, drawn)[:, 0]
+
+
+def answer(model, prompts, max_tokens, stop, **sampling):
+    """generate(), collected: lists of ids, without what ended them."""
+    out = [[] for _ in prompts]
+    for ids in generate(model, prompts, max_tokens, stop, **sampling):
+        for text, i in zip(out, ids):
+            if i is not None and i not in stop:
+                text.append(i)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counting
+
+def flops(model, lengths, n_targets):
+    """Floating-point operations of one training step over documents of these lengths: forward and backward.
+
+    6 per token and weight of a matmul, 4 where the weight is frozen (its own gradient is not taken); the head only for
+    tokens that have a loss; attention causal and per document, so that packing earns nothing it doesn't do.
+    """
+    each = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in model.blocks.named_parameters() if p.dim() == 2)
+    head = model.head_weight()
+    m = model.m
+    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * sum(int(n) ** 2 for n in lengths)
+    return each * int(sum(lengths)) + head.numel() * (6 if head.requires_grad else 4) * int(n_targets) + attention
+
+
+def summary(model, m):
+    """What a person wants to know of a model, as text."""
+    rows = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
+    parts = {"embedding": ("embed", "pos"), "attention": ("attn",), "mlp": ("mlp",), "norms": ("norm", "norm1", "norm2"), "head": ("head",)}
+    total = sum(n for *_, n in rows)
+    lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads ({m['n_kv_heads']} of keys and values) of {m['head_dim']}, "
+             f"MLP {m['d_ff']}{' gated' if m['glu'] else ''}, {m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
+    for name, shape, n in rows:
+        if not name.startswith("blocks.") or name.startswith("blocks.0."):
+            times = f"  x {m['n_layers']}" if name.startswith("blocks.") else ""
+            lines.append(f"  {name.replace('blocks.0', 'blocks.*'):<28} {'x'.join(map(str, shape)):>14} {n:>14,}{times}")
+    lines.append("")
+    for part, keys in parts.items():
+        if n := sum(n for name, _, n in rows if any(key in keys for key in name.split("."))):
+            lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
+    lines.append(f"  {'parameters':<28} {total:>29,}{'  (the head is the embedding)' if m['tie_embeddings'] else ''}")
+    lines.append(f"\n  {flops(model, [m['max_len']], m['max_len']) / m['max_len']:.3g} FLOPs per token, forward and backward, in documents of {m['max_len']:,} tokens")
+    lines.append(f"  {total * 4 / 1e6:,.1f} MB in fp32, {total * 2 / 1e6:,.1f} MB in bf16")
+    return "\n".join(lines)
+
+
+def main(argv):
+    import tokenize_data
+    options, words = configs.take(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
+    if not words:
+        raise ValueError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
+    folder = find_model(words[0])
+    model, m = load(folder)
+    if len(words) < 2:
+        print(summary(model, m))
+        return
+    tok = tokenize_data.huggingface_tokenizer(folder)
+    question, stop = " ".join(words[1:]), [tok.special[tok.eos]] if tok.eos else []
+    if tok.template:
+        template = tokenize_data.compile_template(tok.template)
+        prompt = tokenize_data.encode_prompt(tok, template, [{"role": "user", "content": question}])
+        stop = tokenize_data.turn_end(tok, template)
+    else:                                                            # no chat model: it goes on with the text
+        prompt = [*([tok.special[tok.bos]] if tok.bos else []), *tok.encode(tok.clean(question)).tolist()]
+        print(question, end="")
+    ids, shown = [], 0
+    for i, in generate(model, [prompt], stop=stop, **options):
+        ids += [] if i in stop else [i]
+        text = tok.decode(ids)
+        if not text.endswith("\ufffd"):                              # the rest of a character may be on its way
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print(tok.decode(ids)[shown:])
+
+
+if __name__ == "__main__":
+    configs.run(main, sys.argv[1:])

@@ -1,0 +1,254 @@
+"""Which documents make which step, and which rank reads them.
+
+    python sampler.py configs/ft.yaml          steps in an epoch, how full the rows are, how even the ranks
+
+A step's documents are arithmetic: a function of (seed, step, how many documents each source has), with no state and no
+list that grows with the data. An epoch's N documents are numbered; a keyed permutation of 0 … N-1, computed number by
+number, gives their order. With 7 documents and batch_size 3:
+
+    epoch 0    numbers  0 1 2 | 3 4 5 | 6        steps 0 1 2
+    permuted            4 0 6 | 2 5 1 | 3        the documents of each
+    epoch 1             1 6 3 | 0 4 2 | 5        steps 3 4 5: another key, another order
+
+Then the documents of a step are laid into rows of at most micro_tokens, as many rows on every rank, row k about equally
+costly on all of them: ranks wait for each other row by row.
+
+    lengths 5 4 3 3 2 1, capacity 6, 2 ranks      rank 0: 5 | 4      rank 1: 3 2 | 3 1
+"""
+import heapq, sys
+
+import numpy as np
+
+import configs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# order
+
+def mix(x):
+    """uint64 -> uint64 that look random (the finalizer of splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*numbers):
+    """A few ints -> one uint64 key."""
+    out = np.array([0], np.uint64)
+    for n in numbers:
+        out = mix(out + np.uint64(n % 2**63) + np.uint64(0x9E3779B97F4A7C15))
+    return out[0]
+
+
+def permuted(i, n, k):
+    """Where the permutation of 0 … n-1 with key k sends each i [any] -> int64, in O(1) memory for any n.
+
+    A Feistel network over the fewest bits that hold n; what lands at n or beyond walks on until it is below (Black and Rogaway 2002).
+    """
+    bits = max(int(n - 1).bit_length(), 2)
+    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+    low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
+
+    def once(x):
+        a, b = x >> low, x & low_mask                                # high bits, low bits
+        for round in range(4):
+            a ^= mix(b + k + np.uint64(2 * round)) & high_mask
+            b ^= mix(a + k + np.uint64(2 * round + 1)) & low_mask
+        return a << low | b
+
+    with np.errstate(over="ignore"):
+        x = once(np.asarray(i, np.uint64))
+        while (out := x >= n).any():
+            x[out] = once(x[out])
+    return x.astype(np.int64)
+
+
+def quotas(cfg, sizes):
+    """Per source: its number of documents, and how many of them an epoch takes. -> names, n [S], take [S]"""
+    sizes = sizes if isinstance(sizes, dict) else dict(zip(cfg["data"]["train"], sizes))
+    names = list(sizes)
+    n = np.array([sizes[name] for name in names], np.int64)
+    weights = np.array([cfg["data"]["train"].get(name, {}).get("weight", 1.0) for name in names])
+    if cfg["sampler"]["order"] == "weighted":                        # an epoch is as many documents as there are, in these proportions
+        weights = weights / weights.sum() * n.sum() / np.maximum(n, 1)
+    return names, n, np.maximum(np.rint(n * weights).astype(np.int64), (n > 0).astype(np.int64))
+
+
+def steps_per_epoch(cfg, sizes):
+    total, batch = int(quotas(cfg, sizes)[2].sum()), cfg["batch_size"]
+    steps = total // batch if cfg["sampler"]["drop_last"] else -(-total // batch)
+    if not steps:
+        raise ValueError(f"sampler.drop_last: an epoch's {total} documents do not fill one batch_size of {batch}")
+    return steps
+
+
+def documents(step, cfg, sizes):
+    """Step (from 0), sizes {source: its number of documents} -> indices [<= batch_size] int64, counted through the sources in order.
+
+    A source is read pass after pass, each in a new order; an epoch takes weight * size of it and the next goes on behind that.
+    """
+    names, n, take = quotas(cfg, sizes)
+    epoch, inside = divmod(int(step), steps_per_epoch(cfg, sizes))
+    total, seed, random = int(take.sum()), cfg["seed"], cfg["sampler"]["order"] != "sequential"
+    i = np.arange(inside * cfg["batch_size"], min((inside + 1) * cfg["batch_size"], total))
+    if random:
+        i = permuted(i, total, key(seed, 1, epoch))
+    ends = np.cumsum(take)
+    source = np.searchsorted(ends, i, "right")
+    at = i - (ends - take)[source] + epoch * take[source]            # how far into the source's endless passes
+    out, starts = np.empty(len(i), np.int64), np.cumsum(n) - n
+    for s, turn in {(int(s), int(t)) for s, t in zip(source, at // n[source])}:
+        here = (source == s) & (at // n[source] == turn)
+        within = at[here] % n[s]
+        out[here] = starts[s] + (permuted(within, int(n[s]), key(seed, 2, s, turn)) if random else within)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows
+
+def cost(lengths, width=24_576):
+    """What documents cost, in tokens of a model whose matmuls equal attention at 24,576 tokens: len + len^2 / width."""
+    lengths = np.asarray(lengths, np.float64)
+    return lengths + lengths ** 2 / width
+
+
+def pack(lengths, capacity, ranks=1):
+    """Documents into rows -> rows[rank][row] = [indices].
+
+    Every index once, no row above `capacity` tokens, equally many rows on every rank (an idle one is []), row k about
+    equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into the
+    fullest it fits in; if that does, too, one more row for every rank. A document longer than a row is a ValueError.
+    """
+    lengths = [int(n) for n in lengths]
+    if not lengths:
+        return [[] for _ in range(ranks)]
+    if max(lengths) > capacity:
+        raise ValueError(f"micro_tokens: a row of {capacity} tokens is too short for a document of {max(lengths)}; micro_tokens={max(lengths)} or a smaller data.seq_len")
+    order, costs = sorted(range(len(lengths)), key=lambda i: -lengths[i]), cost(lengths)
+
+    def evenly(rows):
+        heap, stuck = [(0.0, r, capacity) for r in range(rows)], []
+        out = [[] for _ in range(rows)]
+        for i in order:
+            while heap and heap[0][2] < lengths[i]:                  # the cheapest rows may be too full for this one, not for later ones
+                stuck.append(heapq.heappop(heap))
+            if not heap:
+                return None
+            c, r, room = heapq.heappop(heap)
+            out[r].append(i)
+            heapq.heappush(heap, (c + costs[i], r, room - lengths[i]))
+            for row in stuck:
+                heapq.heappush(heap, row)
+            stuck.clear()
+        return out
+
+    def tightly(rows):
+        out, room = [[] for _ in range(rows)], np.full(rows, capacity)
+        for i in order:
+            fits = np.flatnonzero(room >= lengths[i])
+            if not len(fits):
+                return None
+            r = fits[room[fits].argmin()]
+            out[r].append(i)
+            room[r] -= lengths[i]
+        return out
+
+    rows = -(-sum(lengths) // capacity)
+    rows = -(-rows // ranks) * ranks
+    while not (bins := evenly(rows) or tightly(rows)):
+        rows += ranks
+    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))          # neighbours in cost stand side by side on the ranks
+    return [[sorted(bins[k * ranks + rank]) for k in range(rows // ranks)] for rank in range(ranks)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a step's rows, as arrays
+
+def source_of(index, sources):
+    """Index through all sources -> (the source's Tokens, document in it)."""
+    for tokens in sources:
+        if index < len(tokens):
+            return tokens, index
+        index -= len(tokens)
+    raise IndexError(index)
+
+
+def lengths_of(indices, sources):
+    """Targets (and inputs) of documents, by their indices through all sources. -> [n] int64"""
+    starts, out = 0, np.zeros(len(indices), np.int64)
+    indices = np.asarray(indices)
+    for tokens in sources:
+        here = (indices >= starts) & (indices < starts + len(tokens))
+        out[here] = tokens.lengths(indices[here] - starts)
+        starts += len(tokens)
+    return out
+
+
+def collate(indices, sources, pad_to=1):
+    """Documents -> a row as numpy arrays (model.py says what they are), filled up to a multiple of pad_to.
+
+    A document of n tokens is n - 1 inputs, each with the next token as its target; the last token is no input.
+    """
+    parts = [source.document(i) for source, i in (source_of(int(index), sources) for index in indices)]
+    cu = np.cumsum([0, *(len(ids) - 1 for ids, _ in parts)])
+    total = -(-int(cu[-1]) // pad_to) * pad_to
+    tokens, targets = np.zeros(total, np.int64), np.full(total, -100, np.int64)
+    weights, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
+    for (ids, mask), start, end in zip(parts, cu, cu[1:]):
+        tokens[start:end] = ids[:-1]
+        targets[start:end] = np.where(mask[1:], ids[1:].astype(np.int64), -100)
+        weights[start:end] = mask[1:]
+        positions[start:end] = np.arange(end - start)
+    longest = max(int(np.diff(cu).max(initial=0)), total - int(cu[-1]))      # padding is a document to the kernel
+    return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "cu_seqlens": cu.astype(np.int32), "max_len": longest,
+            "doc_ids": np.asarray(indices, np.int64), "trained": np.flatnonzero(targets >= 0)}
+
+
+def step_rows(step, cfg, sources, ranks=1, rank=0, pad_to=1):
+    """Everything one rank needs for a step -> (its rows, {"documents", "tokens", "target_tokens", "weight", "packing", "lengths"} of all ranks' rows)."""
+    sizes = {name: len(tokens) for name, tokens in sources.items()}
+    return rows_of(documents(step, cfg, sizes), cfg, list(sources.values()), ranks, rank, pad_to)
+
+
+def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
+    """The same for a list of documents, whatever chose them."""
+    lengths = lengths_of(indices, sources)
+    rows = pack(lengths, cfg["micro_tokens"], ranks)
+    targets = sum(int(source.document(i)[1][1:].sum()) for source, i in (source_of(int(x), sources) for x in indices))
+    mine = [collate(np.asarray(indices)[row], sources, pad_to) for row in rows[rank]]
+    longest = [max(sum(lengths[i] for i in rows[r][k]) for r in range(ranks)) for k in range(len(rows[0]))]
+    return mine, {"documents": len(indices), "tokens": int(lengths.sum()), "target_tokens": targets, "weight": float(targets),
+                  "packing": float(lengths.sum() / max(1, ranks * sum(longest))), "lengths": lengths}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    import tokenize_data
+    options, argv = configs.take(argv, ranks=8)
+    cfg, _, _ = configs.load(argv)
+    sources = tokenize_data.prepare(cfg)["train"]
+    sizes, ranks = {name: len(tokens) for name, tokens in sources.items()}, options["ranks"]
+    names, n, take = quotas(cfg, sizes)
+    for name, have, used in zip(names, n, take):
+        print(f"{name}: {have:,} documents, {used:,} in an epoch")
+    steps = steps_per_epoch(cfg, sizes)
+    print(f"{int(take.sum()):,} documents / batch_size {cfg['batch_size']} = {steps:,} steps in an epoch")
+    for ranks in sorted({1, ranks}):
+        fill, even, counts = [], [], []
+        for step in np.unique(np.linspace(0, steps - 1, 50).astype(int)):
+            lengths = lengths_of(documents(step, cfg, sizes), list(sources.values()))
+            rows = pack(lengths, cfg["micro_tokens"], ranks)
+            costs = np.array([[cost([lengths[i] for i in row]).sum() for row in rank] for rank in rows])                 # [R, rows]
+            counts.append(len(rows[0]))
+            fill.append(lengths.sum() / (ranks * len(rows[0]) * cfg["micro_tokens"]))
+            even.append(costs.mean(0).sum() / costs.max(0).sum())
+        print(f"{ranks} rank{'s' * (ranks > 1)}: {np.mean(counts):.1f} rows of {cfg['micro_tokens']:,} tokens a step, {np.mean(fill):.0%} full, "
+              f"ranks wait {1 - np.mean(even):.1%} of the time for the slowest")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    configs.run(main, sys.argv[1:])

@@ -26,7 +26,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import tiktoken
+import tiktoken.load
 
 import configs
 
@@ -86,6 +86,31 @@ class Tokenizer:
         """What can't be UTF-8 replaced, and composed where the tokenizer asks for it."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if not text.isascii() else text
         return unicodedata.normalize("NFC", text) if self.nfc else text
+
+
+class Borrowed:
+    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower."""
+
+    def __init__(self, path, special, bos, eos, template):
+        import tokenizers
+        self.enc, self.special, self.bos, self.eos, self.template = tokenizers.Tokenizer.from_file(str(path)), special, bos, eos, template
+        self.enc.encode_special_tokens = True                        # what spells a special token in a text is text
+        self.nfc, self.folder, self.byte_ids, self.n_vocab = False, path.parent, None, self.enc.get_vocab_size()
+        self.special_pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), bos, eos)
+
+    clean = lambda self, text: Tokenizer.clean(self, text)
+
+    def spans(self, text):
+        encoded = self.enc.encode(text, add_special_tokens=False)
+        at = np.cumsum([0, *(len(c.encode()) for c in text)])        # characters -> bytes
+        return np.array(encoded.ids, np.int64), at[[end for _, end in encoded.offsets]] if encoded.ids else np.zeros(0, np.int64)
+
+    def encode(self, text):
+        return self.spans(text)[0]
+
+    def decode(self, ids):
+        return self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def digest(*things):
@@ -157,45 +182,59 @@ def huggingface_tokenizer(path):
     spec, beside = read_json(path), path.parent / "tokenizer_config.json"
     config = read_json(beside) if beside.is_file() else {}
 
-    def refuse(what):
-        raise ValueError(f"{path}: {what} cannot be carried over exactly; supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
-
-    bpe = spec.get("model", {})
-    if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe:
-        refuse(f"a {bpe.get('type')} model{' with byte fallback' if bpe.get('byte_fallback') else ''}")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if bpe.get(key):
-            refuse(f"model.{key}")
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        refuse(f"the normalizer {normalizer}")
-    steps = (pre := spec.get("pre_tokenizer") or {}).get("pretokenizers", [pre])
-    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space") or len(steps) > 2:
-        refuse(f"the pre-tokenizer {' + '.join(str(s.get('type')) for s in steps)}{' with a prefix space' if steps[-1].get('add_prefix_space') else ''}")
-    pattern = GPT2_PATTERN if steps[-1].get("use_regex", True) else r"[\s\S]+"
-    if len(steps) == 2:
-        if steps[0].get("type") != "Split" or "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated" or steps[-1].get("use_regex", True):
-            refuse(f"the pre-tokenizer {steps[0].get('type')} before ByteLevel")
-        pattern = steps[0]["pattern"]["Regex"]
-
-    added, letters = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}, byte_letters()
-    if bad := [t["content"] for t in spec.get("added_tokens", []) if not t["special"] and (t["lstrip"] or t["rstrip"] or t["single_word"] or t["normalized"])]:
-        refuse(f"the added token {bad[0]!r}, which is no control token")
-    try:
-        ranks = {bytes(letters[c] for c in token): i for token, i in bpe["vocab"].items() if token not in added}
-    except KeyError as e:
-        refuse(f"a vocabulary with the letter {e}")
     named = lambda key: (v.get("content") if isinstance(v := config.get(key), dict) else v) or None
     template = config.get("chat_template")
     if isinstance(template, list):                                   # several, by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     if (path.parent / "chat_template.jinja").is_file():
         template = (path.parent / "chat_template.jinja").read_text(encoding="utf-8")
-    special = {text: i for text, i in added.items()}
-    keep = lambda text: text if text in special else None
-    tok = Tokenizer(ranks, pattern, special, keep(named("bos_token")), keep(named("eos_token")), template, normalizer == "NFC", path.parent)
-    prove(tok, bpe, refuse)
+    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    bos, eos = (named(key) if named(key) in special else None for key in ("bos_token", "eos_token"))
+    try:
+        ranks, pattern, nfc = byte_level(path, spec, special)
+        tok = Tokenizer(ranks, pattern, special, bos, eos, template, nfc, path.parent)
+        prove(tok, spec["model"], path)
+    except ValueError as e:
+        try:
+            tok = Borrowed(path, special, bos, eos, template)
+        except ImportError:
+            raise ValueError(f"{e}; with `pip install tokenizers` it would run there") from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: {e}; the tokenizers package runs it", file=sys.stderr, flush=True)
     return tok
+
+
+def refuse(path, what):
+    raise ValueError(f"{path}: {what} cannot be carried over exactly; supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
+
+
+def byte_level(path, spec, special):
+    """A byte-level BPE tokenizer.json -> (ranks, pattern, nfc). Raises ValueError for what tiktoken would do otherwise."""
+    bpe = spec.get("model", {})
+    if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe:
+        refuse(path, f"a {bpe.get('type')} model{' with byte fallback' if bpe.get('byte_fallback') else ''}")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if bpe.get(key):
+            refuse(path, f"model.{key}")
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        refuse(path, f"the normalizer {normalizer}")
+    steps = (pre := spec.get("pre_tokenizer") or {}).get("pretokenizers", [pre])
+    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space") or len(steps) > 2:
+        refuse(path, f"the pre-tokenizer {' + '.join(str(s.get('type')) for s in steps)}{' with a prefix space' if steps[-1].get('add_prefix_space') else ''}")
+    pattern = GPT2_PATTERN if steps[-1].get("use_regex", True) else r"[\s\S]+"
+    if len(steps) == 2:
+        if steps[0].get("type") != "Split" or "Regex" not in steps[0]["pattern"] or steps[0]["behavior"] != "Isolated" or steps[-1].get("use_regex", True):
+            refuse(path, f"the pre-tokenizer {steps[0].get('type')} before ByteLevel")
+        pattern = steps[0]["pattern"]["Regex"]
+
+    if bad := [t["content"] for t in spec.get("added_tokens", []) if not t["special"] and (t["lstrip"] or t["rstrip"] or t["single_word"] or t["normalized"])]:
+        refuse(path, f"the added token {bad[0]!r}, which is no control token,")
+    letters = byte_letters()
+    try:
+        return {bytes(letters[c] for c in token): i for token, i in bpe["vocab"].items() if token not in special}, pattern, normalizer == "NFC"
+    except KeyError as e:
+        refuse(path, f"a vocabulary with the letter {e}")
 
 
 NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four", "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé",
@@ -203,7 +242,7 @@ NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces  
          "aaaaaaaaaaaaaaaaaaaaaaaaa", "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x", "<|endoftext|> <|im_end|>", "if (x==1) {\n    return y;\n}")
 
 
-def prove(tok, bpe, refuse):
+def prove(tok, bpe, path):
     """Hold the tiktoken encoding against merging by the list of merges itself, on strings that tend to go wrong."""
     import regex                                                     # tiktoken brings it
     letters = {b: c for c, b in byte_letters().items()}
@@ -220,7 +259,7 @@ def prove(tok, bpe, refuse):
                 parts[at:at + 2] = ["".join(best)]
             want += [bpe["vocab"].get(p) for p in parts]
         if tok.encode(text).tolist() != want:
-            refuse(f"its order of merges (seen on {text!r})")
+            refuse(path, f"its order of merges (seen on {text!r})")
 
 
 def read_json(path):

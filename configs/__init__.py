@@ -190,7 +190,8 @@ def checked(d, defaults, layer, prefix=""):
         dotted = f"{prefix}{key}"
         known, default = schema_of(defaults, dotted)
         if not known:
-            raise ValueError(f"{dotted}: unknown key (from {layer}); the nearest is {nearest(dotted, defaults)}")
+            full = next(iter(flat({dotted: value})))                 # an unknown section is named by what stands in it
+            raise ValueError(f"{full}: unknown key (from {layer}); the nearest is {nearest(full, defaults)}")
         if isinstance(value, dict):
             if default is not None and not isinstance(default, dict):
                 raise ValueError(f"{dotted}: expected a value, not a section, got {show(value)} (from {layer})")

@@ -1,0 +1,58 @@
+"""Shared by the tests: where real inputs are, how a script is run, and a run small enough for seconds."""
+import json, os, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest
+
+import configs
+
+REALDATA = Path(os.environ.get("REALDATA", ROOT.parent / "shared" / "realdata"))
+
+
+@pytest.fixture(scope="session")
+def realdata():
+    """Public texts, chats, tokenizers and a trained checkpoint that are not part of the project."""
+    if not REALDATA.is_dir():
+        pytest.skip(f"needs the folder of real inputs at {REALDATA} (or at $REALDATA)")
+    return REALDATA
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("model.py", "data/base") -> the finished process, its output as text."""
+    def call(*args, cwd=ROOT, timeout=300, **env):
+        command = [sys.executable, *args] if args[0] != "torchrun" else [sys.executable, "-m", "torch.distributed.run", *args[1:]]
+        return subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
+    return call
+
+
+WORDS = "red green blue black white brown pink grey gold lime navy teal rust sand plum mint".split()
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """A .jsonl of 40 chats of uneven length, some of several turns."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    lines = []
+    for i in range(40):
+        turns = []
+        for t in range(1 + i % 3):
+            asked = " ".join(WORDS[(i + j) % len(WORDS)] for j in range(1 + (i * 7 + t) % 9))
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": asked.upper()[:12]}]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, chats):
+    """tiny("lr=1e-2") -> (cfg, source, explicit) of a two-block model on the 40 chats: 10 steps an epoch, 25 in all."""
+    def load(*more, out="run"):
+        return configs.load([f"data.train.chats.path={chats}", "data.validation_split=4", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'tokens'}",
+                             f"out_dir={tmp_path / out}", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "batch_size=4",
+                             "micro_tokens=400", "max_steps=25", "epochs=0", "log_every=1", "eval_every=10", "save_every=0", "eval_tokens=8", "eval_prompts=4",
+                             "lr=1e-2", "dtype=float32", "samples=0", "checkpoint.export=false", *more])
+    return load

@@ -1,0 +1,362 @@
+"""The loop: pretraining and fine-tuning of language models, on one device.
+
+    torchrun train.py configs/ft.yaml lr=1e-4                        fine-tune the embedded base on the embedded chats
+    torchrun train.py configs/pretrain.yaml out_dir=out/mine         train from scratch on text
+    torchrun train.py configs/ft.yaml shard.lora.r=8 out_dir=out/lora        adapters only
+    python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu     a laptop without torchrun
+
+The loss of a step is
+
+    sum of weight * nll over the target tokens of all its documents  /  the sum of those weights
+
+Both sums are over the whole step. Nothing is averaged per row, per document or per rank first: an average of averages
+weights a token by the company it happens to be in. So every row's summed loss is divided by the step's total weight,
+known beforehand from the token files, and its gradient added to what is there: how a step is cut into rows changes
+rounding, and nothing else.
+"""
+import sys
+
+import configs
+
+if __name__ == "__main__":                                           # before torch: a wrong key costs a moment, not a start-up
+    CONFIG = configs.load_or_exit(sys.argv[1:])
+
+import concurrent.futures, math, os, platform, signal, time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint, log, model as transformer, sampler, shard, tokenize_data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedules: step (from 0) -> learning rate
+
+def lr_at(step, total, cfg):
+    """The learning rate of the update that step makes. The first is not 0, and the last is min_lr (not under constant)."""
+    lr, least = cfg["lr"], cfg["min_lr"]
+    warmup = count(cfg["warmup"], total)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step + 1 - warmup) / max(1, total - warmup)              # of what follows the warm-up, 1 at the last step
+    if cfg["schedule"] == "constant":
+        return lr
+    if cfg["schedule"] == "linear":
+        return lr + (least - lr) * done
+    if cfg["schedule"] == "cosine":                                  # arXiv:1608.03983
+        return least + (lr - least) * (1 + math.cos(math.pi * done)) / 2
+    decay = min(count(cfg["decay"], total), total - warmup)          # wsd, arXiv:2404.06395
+    return lr + (least - lr) * max(0, step + 1 - (total - decay)) / max(1, decay)
+
+
+def count(value, total):
+    """A count, or a fraction of `total` -> a count; a fraction above 0 is at least 1."""
+    return value if type(value) is int else max(1, round(value * total)) if value else 0
+
+
+def due(step, every, total):
+    """Is it time, after `step` steps? Always after the last, unless every is 0."""
+    every = count(every, total)
+    return bool(every) and (step % every == 0 or step == total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer
+
+def adamw(groups, cfg):
+    """arXiv:1711.05101"""
+    return torch.optim.AdamW(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+
+
+OPTIMIZERS = {"adamw": adamw}
+
+
+def make_optimizer(model, cfg):
+    """Matrices decay, vectors (norms, biases) don't."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg["weight_decay"]},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return OPTIMIZERS[cfg["optimizer"]]([g for g in groups if g["params"]], cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the step
+
+def train_step(model, optimizer, rows, weight, lr, grad_clip):
+    """Forward, backward, clip, update. -> (the step's loss, its gradient's norm before clipping), both on the device.
+
+    rows    the step's rows (model.py says what one is)
+    weight  the summed weight of the targets of all rows, on every rank
+    """
+    loss = torch.zeros((), device=model.embed.weight.device)
+    for row in rows:
+        loss_sum, _, _ = model(row)
+        (loss_sum / weight).backward()                               # gradients add up in .grad, in fp32
+        loss += loss_sum.detach() / weight
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+def to_device(row, device):
+    """A row of numpy arrays -> of tensors. From pinned memory the copy runs beside the computation."""
+    out = {key: torch.from_numpy(value) for key, value in row.items() if isinstance(value, np.ndarray)}
+    if device.type == "cuda":
+        out = {key: t.pin_memory().to(device, non_blocking=True) for key, t in out.items()}
+    return out | {"max_len": row["max_len"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+
+def by_label(cfg, sources):
+    """{name: Tokens} of validation -> {label: [Tokens]}"""
+    out = {}
+    for name, tokens in sources.items():
+        out.setdefault(cfg["data"]["validation"].get(name, {}).get("label") or name, []).append(tokens)
+    return out
+
+
+@torch.no_grad()
+def validation_loss(model, sources, cfg, device):
+    """Sum of weight * nll over all targets of the sources, divided by their weight: as in training."""
+    total = weight = 0.0
+    n = sum(map(len, sources))
+    for start in range(0, n, 1024):                                  # documents packed together
+        rows, info = sampler.rows_of(np.arange(start, min(start + 1024, n)), cfg, sources)
+        for row in rows:
+            total += model(to_device(row, device))[0].double()
+        weight += info["weight"]
+    return float(total) / weight
+
+
+def questions(sources, stop, most):
+    """The first chats that end in a whole answer -> [(prompt's ids, answer's ids without what ends it)], at most `most`."""
+    out = []
+    for tokens in sources:
+        for i in range(len(tokens) if tokens.header["chats"] else 0):
+            if len(out) == most:
+                return out
+            ids, mask = tokens.document(i)
+            untrained, trained = np.flatnonzero(mask == 0), np.flatnonzero(mask)
+            start = untrained[untrained < trained[-1]].max(initial=-1) + 1       # where the last trained span begins
+            answer = ids[start:trained[-1] + 1].tolist()
+            if start and answer[-1] in stop:
+                out.append((ids[:start].tolist(), answer[:-1]))
+    return out
+
+
+def ask(model, asked, stop, cfg, tok):
+    """[(prompt, reference)] -> [(prompt, answer, reference)] as texts; greedy."""
+    out = []
+    for start in range(0, len(asked), 64):
+        part = asked[start:start + 64]
+        answers = transformer.answer(model, [prompt for prompt, _ in part], cfg["eval_tokens"], stop)
+        out += [tuple(tok.decode(ids) for ids in (prompt, ids, reference)) for (prompt, reference), ids in zip(part, answers)]
+    return out
+
+
+def evaluate(model, labels, asked, stop, cfg, tok, device):
+    """-> ({"val/LABEL/loss", "val/LABEL/exact_match"}, {label: [(prompt, answer, reference)]})"""
+    record, texts = {}, {}
+    for label, sources in labels.items():
+        record[f"val/{label}/loss"] = validation_loss(model, sources, cfg, device)
+        if asked[label]:
+            texts[label] = ask(model, asked[label], stop, cfg, tok)
+            record[f"val/{label}/exact_match"] = sum(a.strip() == r.strip() for _, a, r in texts[label]) / len(texts[label])
+    return record, texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run starts from
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}         # dense bf16, from NVIDIA's data sheets; any other device has no MFU
+
+
+def peak_flops(device, dtype):
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name and "PCIe" not in name), None)
+
+
+def memory(device):
+    """Most bytes held so far: by the device's allocator, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def where_to_start(cfg):
+    """resume -> the checkpoint's folder to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
+    out, resume = Path(cfg["out_dir"]), cfg["resume"]
+    if resume not in ("auto", "never"):
+        checkpoint.read_state(resume)
+        if checkpoint.found(out) and out.resolve() not in Path(resume).resolve().parents:
+            raise ValueError(f"out_dir: {out} holds another run; out_dir=NEW takes what goes on from {resume}")
+        return Path(resume)
+    if not (out / "config.yaml").is_file():
+        return None
+    if resume == "never":
+        raise ValueError(f"out_dir: {out} holds a run, and resume=never would overwrite it; out_dir=NEW, or delete {out}")
+    if different := checkpoint.differences(out, cfg):
+        raise ValueError(f"out_dir: {out} holds a different run ({'; '.join(different)}); out_dir=NEW starts another, "
+                         f"the old keys go on with it, deleting {out} gives it up")
+    whole = checkpoint.found(out)
+    return whole[-1] if whole else None
+
+
+def load_model(cfg, tok):
+    """-> (model in fp32 on the CPU, its complete section)"""
+    m = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}
+    if tok.n_vocab > m["vocab_size"]:
+        raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for this tokenizer's {tok.n_vocab} ids; another data.tokenizer, or a model made for it")
+    if m["positions"] == "learned" and cfg["data"]["seq_len"] > m["max_len"]:
+        raise ValueError(f"data.seq_len: {cfg['data']['seq_len']} is more than the {m['max_len']} positions the model has learned (model.max_len)")
+    return (transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.build(m, cfg["seed"])), m
+
+
+def introduce(log_, cfg, model, m, data, total_steps, device, dtype):
+    """What is about to be done, as arithmetic."""
+    sizes = {name: len(t) for name, t in data["train"].items()}
+    for kind, sources in data.items():
+        for name, tokens in sources.items():
+            log_.say(f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}")
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    log_.say(f"model     {m['family']} {m['n_layers']} x {m['d_model']}, {every:,} parameters, {trained:,} trained"
+             f"{' (LoRA r ' + str(cfg['shard']['lora']['r']) + ')' if cfg['shard']['lora']['r'] else ''}, from {m['init_from'] or 'scratch'}")
+    mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in data["train"].values()) / sum(sizes.values())
+    per_step = cfg["batch_size"] * mean
+    log_.say(f"step      {cfg['batch_size']} documents x {mean:,.0f} tokens = {per_step:,.0f} tokens, in about {math.ceil(per_step / cfg['micro_tokens'])} rows of at most {cfg['micro_tokens']:,}")
+    epoch, documents = sampler.steps_per_epoch(cfg, sizes), int(sampler.quotas(cfg, sizes)[2].sum())
+    log_.say(f"run       {documents:,} documents / {cfg['batch_size']} = {epoch:,} steps an epoch; {total_steps:,} steps = {total_steps / epoch:.2f} epochs = {total_steps * per_step / 1e6:,.1f} M tokens")
+    log_.say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, computing in {str(dtype).removeprefix('torch.')}, masters in float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run
+
+def main(cfg, source=None, explicit=None):
+    """One run, from cfg to OUT_DIR. Raises ValueError for what the user can mend."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("torchrun: this version trains on one process; --nproc_per_node 1")
+    shard.set_threads()
+    start_from, out = where_to_start(cfg), Path(cfg["out_dir"])
+    tok = tokenize_data.load_tokenizer(cfg)
+    data = tokenize_data.prepare(cfg, tok)
+    prints = {f"{kind}.{name}": t.header["fingerprints"] for kind, sources in data.items() for name, t in sources.items()}
+    sources, sizes = list(data["train"].values()), {name: len(t) for name, t in data["train"].items()}
+    longest = max(int(t.lengths(np.arange(len(t))).max()) for group in data.values() for t in group.values())
+    if longest > cfg["micro_tokens"]:
+        raise ValueError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest document's {longest} tokens; micro_tokens={longest}, or data.seq_len={cfg['micro_tokens']}")
+    epoch = sampler.steps_per_epoch(cfg, sizes)
+    limits = [n for n in (cfg["max_steps"], math.ceil(cfg["epochs"] * epoch)) if n]
+    if not limits:
+        raise ValueError("max_steps: neither it nor epochs says when to end")
+    total = min(limits)
+
+    model, m = load_model(cfg, tok)
+    if start_from:                                                   # what was chosen by looking at a machine is chosen once
+        cfg = cfg | {"dtype": checkpoint.read_state(start_from)["dtype"]}
+    device, dtype = shard.pick_device(cfg)
+    model = shard.prepare(model, m, cfg)
+    optimizer = make_optimizer(model, cfg)
+    state = {"dtype": str(dtype).removeprefix("torch."), "total_steps": total, "seconds": 0.0, "config": explicit or {}, "data": prints,
+             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+    step = 0
+    if start_from:
+        saved = checkpoint.restore(start_from, model, optimizer)
+        step, state["seconds"] = saved["step"], saved["seconds"]
+        if changed := [name for name, p in prints.items() if name.startswith("train.") and saved["data"].get(name, {}).get("source") != p["source"]]:
+            print(f"note: data.{changed[0]}'s files have been touched since the checkpoint; the same documents follow only if they hold the same", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(configs.dump(explicit or {}))
+    log_, saver = log.Log(cfg, total, step), None
+    saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], log_.say)
+    introduce(log_, cfg, model, m, data, total, device, dtype)
+    if start_from:
+        log_.say(f"resume    {start_from}: {step:,} of {total:,} steps are done")
+
+    labels, stop = by_label(cfg, data["validation"]), stops(tok, cfg, data)
+    asked = {label: questions(group, stop, cfg["eval_prompts"]) for label, group in labels.items()}
+    validate = lambda: evaluate(model, labels, asked, stop, cfg, tok, device)
+    if step == 0 and labels and cfg["eval_every"]:
+        log_.validation({"step": 0} | validate()[0])
+
+    ended = []                                                       # a signal asks for an end: the step is finished, then saved
+    handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    peak, before, clock = peak_flops(device, dtype), state["seconds"], time.perf_counter()
+    tokens_since, clock_since, texts = 0, clock, {}
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:          # the next step's rows are laid out beside this one's computation
+        lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=256 if device.type == "cuda" else 1)
+        coming = ahead.submit(lay_out, step) if step < total else None
+        while step < total and not ended:
+            rows, info = coming.result()
+            coming = ahead.submit(lay_out, step + 1) if step + 1 < total else None
+            lr = lr_at(step, total, cfg)
+            loss, norm = train_step(model, optimizer, [to_device(row, device) for row in rows], info["weight"], lr, cfg["grad_clip"])
+            step += 1
+
+            tokens_since += info["tokens"]
+            if due(step, cfg["log_every"], total):
+                now = time.perf_counter()
+                speed = tokens_since / (now - clock_since)
+                used = transformer.flops(model, info["lengths"], info["target_tokens"]) / info["tokens"] * speed
+                log_.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"], "target_tokens": info["target_tokens"],
+                           "documents": info["documents"], "tok_per_s": speed, "mfu": used / peak if peak else None, "packing": info["packing"],
+                           "memory": memory(device), "seconds": before + now - clock})
+                tokens_since, clock_since = 0, now
+            if due(step, cfg["save_every"], total) or step == total or ended:
+                saver.save(step, model, optimizer, state | {"seconds": before + time.perf_counter() - clock})
+            if labels and due(step, cfg["eval_every"], total):
+                record, texts = validate()
+                log_.validation({"step": step} | record)
+                clock_since, tokens_since = time.perf_counter(), 0   # speed is training's
+    saver.wait()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if ended:
+        log_.say(f"stopped by signal {ended[0]} after step {step:,}, saved; the same command goes on from there")
+        log_.close()
+        sys.exit(128 + ended[0])
+
+    for label, group in texts.items():
+        for prompt, reply, reference in group[:cfg["samples"]]:
+            log_.say(f"\n{prompt}{reply}\n    {'as expected' if reply.strip() == reference.strip() else f'expected: {reference}'}")
+    if cfg["checkpoint"]["export"] and not (start_from and (out / "hf").is_dir() and step == checkpoint.read_state(start_from)["step"]):
+        if cfg["shard"]["lora"]["r"]:
+            shard.save_adapter(model, m, cfg["shard"]["lora"], out / "adapter", m["init_from"])
+        checkpoint.export(model, m, cfg, tok, out / "hf")
+    log_.say("\n" + outcome(cfg, total))
+    log_.close()
+
+
+def stops(tok, cfg, data):
+    """The ids that end an answer; none for text alone."""
+    if not any(t.header["chats"] for group in data.values() for t in group.values()):
+        return []
+    return tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
+
+
+def outcome(cfg, total):
+    """What the run has come to, from its own records."""
+    records = log.read(cfg["out_dir"])
+    vals, lines = [r for r in records if any(k.startswith("val/") for k in r)], []
+    for key in sorted({k for r in vals for k in r if k.startswith("val/")}):
+        figures = [r[key] for r in vals if r.get(key) is not None]
+        lines += [f"{key.removeprefix('val/'):<24} {figures[0]:.3f} -> {figures[-1]:.3f}"] if figures else []
+    seconds = next((r["seconds"] for r in reversed(records) if r.get("seconds")), 0)
+    lines.append(f"{total:,} steps in {log.clock(seconds)}; all is in {cfg['out_dir']}")
+    if cfg["checkpoint"]["export"]:
+        lines.append(f'talk to it: python model.py {cfg["out_dir"]} "..."')
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    configs.run(main, *CONFIG)

@@ -58,8 +58,8 @@ class Norm(nn.Module):
         return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
 
 
-def rope_table(positions, m):
-    """[T] -> cos, sin [T, 1, E/2] in fp32: what turns the pairs (x_i, x_(i + E/2)) of a head (arXiv:2104.09864).
+def rope_turns(positions, m):
+    """[T] -> [T, 1, E/2] complex64 of length 1: what turns the pairs (x_i, x_(i + E/2)) of a head (arXiv:2104.09864).
 
     Angles are taken in fp64: at position 100,000 an fp32 product is off by more than bf16's own rounding.
     """
@@ -73,14 +73,17 @@ def rope_table(positions, m):
         turns = old * freqs / (2 * math.pi)                          # in the context it was first trained on
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = positions.double()[:, None] * freqs                                                                         # [T, E/2]
-    return angles.cos().float()[:, None], angles.sin().float()[:, None]
+    angles = (positions.double()[:, None] * freqs)[:, None]                                                              # [T, 1, E/2]
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def rotate(x, cos, sin):
-    """x [T, H, E] turned by its positions' angles."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+def rotate(x, turns):
+    """x [T, H, E] turned by its positions' angles: a pair is a complex number, a turn a product.
+
+    A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
+    """
+    pairs = torch.complex(*x.float().chunk(2, -1)) * turns                                                               # [T, H, E/2]
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
 ACTIVATIONS = {
@@ -112,11 +115,15 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
 
     def forward(self, x, rope, attend):                                                                                  # [T, C]
-        heads = self.qkv(x).unflatten(-1, (-1, self.width))                                                              # [T, H+2K, E]
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], 1)
-        if rope:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.out(attend(self, q, k, v).flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                                                # [T, H+2K, E]
+        if rope is not None:
+            turned = self.heads + self.kv_heads
+            qkv = torch.cat([rotate(qkv[:, :turned], rope), qkv[:, turned:]], 1)
+        return self.out(attend(self, qkv).flatten(1))
+
+    def split(self, qkv, dim):
+        """-> q of H heads, k and v of K heads, along `dim`"""
+        return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim)
 
 
 class Block(nn.Module):
@@ -130,7 +137,7 @@ class Block(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention, document by document: attend(layer, q [T, H, E], k [T, K, E], v [T, K, E]) -> [T, H, E]
+# attention, document by document: attend(layer, qkv [T, H+2K, E]) -> [T, H, E]
 
 class Gather(torch.autograd.Function):
     """y = x[index], where each row of x is used at most once, save in places nobody reads.
@@ -155,6 +162,7 @@ def per_document(cu_seqlens, total, device):
 
     Documents are grouped by length, each group padded to its longest ([d, len] with at most a third of it padding): a few
     calls instead of one per document. Causal attention needs no mask for padding, as it stands behind what looks back.
+    On a CPU it computes in fp32: the bf16 kernel's backward pass takes five times as long (LOG.md).
     """
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:])]
@@ -177,17 +185,17 @@ def per_document(cu_seqlens, total, device):
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
     there, back, used = (t.to(device) for t in (there, back, used))
 
-    def attend(layer, q, k, v):
-        heads = torch.cat([q, k, v], 1)                                                                                  # [T, H+2K, E]
-        heads = heads if plain else Gather.apply(heads, there, back)
+    def attend(layer, qkv):
+        dtype, qkv = qkv.dtype, qkv if plain else Gather.apply(qkv, there, back)
+        qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         out, at = [], 0
         for longest, docs in groups:
-            part = heads[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)                        # [d, H+2K, len, E]
+            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)                          # [d, H+2K, len, E]
             at += longest * len(docs)
-            q, k, v = part.split([layer.heads, layer.kv_heads, layer.kv_heads], 1)
+            q, k, v = layer.split(part, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
             out.append(y.transpose(1, 2).flatten(0, 1))                                                                  # [d * len, H, E]
-        out = torch.cat(out)
+        out = torch.cat(out).to(dtype)
         return out if plain else Gather.apply(out, back.clamp(min=0), used)
     return attend
 
@@ -199,7 +207,8 @@ def varlen(cu_seqlens, total, max_len):
     cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
     causal = {"window_size": (-1, 0)} if torch.__version__ >= (2, 12) else {"is_causal": True}
 
-    def attend(layer, q, k, v):
+    def attend(layer, qkv):
+        q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
         return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **causal)
@@ -307,7 +316,7 @@ class Transformer(nn.Module):
         x = EMBEDDINGS[self.m["embed"]](self, batch)                                                                     # [T, C]
         if self.pos is not None:
             x = x + F.embedding(positions, self.pos.weight)
-        x, rope = x.to(self.dtype), None if self.pos is not None else rope_table(positions, self.m)
+        x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, self.m)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, attend, use_reentrant=False)
@@ -497,13 +506,15 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
     length = torch.tensor([len(p) for p in prompts], device=device)                                                      # [B]
 
-    def remember(layer, q, k, v):                                    # the prompts, packed
+    def remember(layer, qkv):                                        # the prompts, packed
+        _, k, v = layer.split(qkv, 1)
         cache[layer] = tuple(torch.zeros(B, room, *t.shape[1:], dtype=t.dtype, device=device) for t in (k, v))           # [B, room, K, E]
         for store, new in zip(cache[layer], (k, v)):
             store[rows, batch["positions"]] = new
-        return inside(layer, q, k, v)
+        return inside(layer, qkv)
 
-    def recall(layer, q, k, v):                                      # one token of each prompt
+    def recall(layer, qkv):                                          # one token of each prompt
+        q, k, v = layer.split(qkv, 1)
         upto = int(length.max()) + 1
         for store, new in zip(cache[layer], (k, v)):
             store[torch.arange(B, device=device), length] = new

@@ -1,0 +1,104 @@
+"""checkpoint.py: a checkpoint exists whole or not at all (law 4)."""
+import json, os, pickle, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint, configs, train
+
+
+@pytest.fixture
+def finished(tiny):
+    loaded = tiny("max_steps=6", "save_every=2", "checkpoint.keep=9", "eval_every=0")
+    train.main(*loaded)
+    return Path(loaded[0]["out_dir"]), loaded
+
+
+def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    """A process that does nothing but save is killed at random moments; what bears a final name must verify."""
+    code = ("import sys, torch, checkpoint; from pathlib import Path\n"
+            "files = {'model.safetensors': {'w': torch.arange(300_000.)}, 'optimizer.safetensors': {'w/exp_avg': torch.ones(300_000)}}\n"
+            "print('go', flush=True)\n"
+            "step = int(sys.argv[2])\n"
+            "while True:\n"
+            "    step += 1\n"
+            "    checkpoint.write(Path(sys.argv[1]) / 'checkpoints' / f'{step:08}', files, {'step': step, 'total_steps': 0, 'versions': {'torch': ''}}, 2)\n")
+    rng, step = random.Random(0), 0
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.01, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        whole = checkpoint.found(tmp_path)
+        for folder in whole:
+            state, files = checkpoint.read(folder)
+            assert len(files) == 2 and files["model.safetensors"]["w"][-1] == 299_999
+        if whole:
+            assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file() and state["step"] >= step
+            step = state["step"]
+    assert step > 0
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_named_and_never_half_loaded(finished, damage):
+    out, loaded = finished
+    path = out / "checkpoints" / "00000006" / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    {"flip": lambda: path.write_bytes(content), "truncate": lambda: path.write_bytes(content[:1000]), "remove": path.unlink}[damage]()
+    with pytest.raises(ValueError) as e:
+        train.main(*loaded)
+    assert str(path) in str(e.value) and "damaged" in str(e.value) and "resume=" in str(e.value) and "\n" not in str(e.value)
+    mend = str(e.value).split("resume=")[1].split(" ")[0]
+    assert mend.endswith("00000004")
+    train.main(*configs.load([*(f"{k}={v}" for k, v in configs.flat(loaded[2]).items()), f"resume={mend}"]))
+    assert checkpoint.read(out / "checkpoints" / "00000006")[0]["step"] == 6
+
+
+def test_a_checkpoint_whose_shapes_dont_fit_is_refused(finished, tiny):
+    out, loaded = finished
+    other = tiny("max_steps=6", "eval_every=0", "model.d_ff=192", f"resume={out}/checkpoints/00000004", out="other")
+    with pytest.raises(ValueError) as e:
+        train.main(*other)
+    assert "doesn't fit" in str(e.value) and "blocks.0.mlp.up.weight is [256, 32]" in str(e.value) and "[384, 32]" in str(e.value)
+
+
+def test_a_planted_pickle_is_not_run(finished):
+    out, _ = finished
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {out}/boom",)
+    path = out / "checkpoints" / "00000006" / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.read(path.parent)
+    assert not (out / "boom").exists()
+
+
+def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, monkeypatch, capsys):
+    loaded = tiny("max_steps=6", "save_every=2", "eval_every=0", out="full")
+    real, calls = checkpoint.save_file, []
+    def full(tensors, path, **kw):
+        calls.append(path)
+        if len(calls) > 2:                                           # the first checkpoint has two files
+            raise OSError(28, "No space left on device")
+        return real(tensors, path, **kw)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    train.main(*loaded)
+    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
+
+
+def test_ls_and_export(finished, script, tmp_path):
+    out, _ = finished
+    text = script("checkpoint.py", "ls", out).stdout
+    assert [line.split()[2] for line in text.splitlines()] == ["2", "4", "6"] and text.splitlines()[-1].endswith("latest")
+    for what, folder in ((out, "newest"), (out / "checkpoints" / "00000002", "early")):
+        assert script("checkpoint.py", "export", what, tmp_path / folder).returncode == 0
+        assert (tmp_path / folder / "model.safetensors").is_file() and (tmp_path / folder / "tokenizer.json").is_file()
+    again = script("checkpoint.py", "export", out, tmp_path / "early")
+    assert again.returncode == 1 and "not empty" in again.stderr and again.stderr.count("\n") == 1
+    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"]):
+        wrong = script("checkpoint.py", *args)
+        assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1

@@ -1,0 +1,69 @@
+"""shard.py: adapters, precision, and what a run will need."""
+import torch
+
+import configs, model as M, shard
+
+M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=101"])[0]["model"]
+
+
+def batch():
+    b = M.as_batch([list(range(20)), list(range(30, 70))])
+    return b | {"targets": b["tokens"].roll(1), "weights": torch.ones(60), "doc_ids": torch.arange(2)}
+
+
+def adapted(targets, r=4):
+    model = M.build(M_TINY)
+    shard.add_lora(model, M_TINY, {"r": r, "alpha": 8.0, "targets": targets}, 0)
+    return model
+
+
+def test_new_adapters_change_nothing_and_learn_alone():
+    plain, model = M.build(M_TINY), adapted([])
+    assert torch.equal(plain(batch())[0], model(batch())[0])
+    model(batch())[0].backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained and all(".A" in name or ".B." in name for name in trained) and len(trained) == 2 * (2 + 2 + 3 + 4)   # A of 4 layers, B of q k v, o, gate up, down
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * ((48 + 48) + 2 * (48 + 24) + (48 + 48) + 2 * (48 + 128) + (128 + 48))
+
+
+def test_merged_adapters_are_the_adapted_model():
+    for targets in ([], ["q_proj", "v_proj"], ["k_proj", "gate_proj", "o_proj"]):
+        model = adapted(targets)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".B." in name:
+                    p.normal_(0, 0.1)
+        merged = shard.merge_lora(model, M_TINY)
+        assert {n for n, _ in merged.named_parameters()} == {n for n, _ in M.build(M_TINY).named_parameters()}
+        assert torch.allclose(merged.logits(batch()), model.logits(batch()), atol=1e-5)
+        assert not torch.allclose(merged.logits(batch()), M.build(M_TINY).logits(batch()), atol=1e-3)
+
+
+def test_adapters_do_not_depend_on_which_others_there_are():
+    one, all_ = adapted(["v_proj"]), adapted([])
+    assert torch.equal(one.blocks[0].attn.qkv.A, all_.blocks[0].attn.qkv.A[8:12])
+
+
+def test_bf16_computes_in_bf16_with_gradients_in_fp32():
+    model = M.build(M_TINY)
+    exact = model(batch())[0]
+    model.dtype = torch.bfloat16
+    loss = model(batch())[0]
+    loss.backward()
+    assert abs(float(loss.detach() / exact.detach()) - 1) < 1e-2 and all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_plan_adds_up():
+    c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
+    total = sum(p.numel() for p in M.on_meta(c["model"]).parameters())
+    one, many = shard.plan(c["model"], c), shard.plan(c["model"], c, gpus=64)
+    assert one["weights"] == one["gradients"] == 4 * total and one["moments"] == 8 * total and many["moments"] == 8 * total // 64 and many["activations"] == one["activations"]
+    c["shard"]["recompute"] = True
+    assert shard.plan(c["model"], c)["activations"] < one["activations"] / 2
+    c["shard"]["lora"]["r"] = 4
+    assert shard.plan(c["model"], c)["moments"] < one["moments"] / 5
+
+
+def test_the_plan_is_printed_without_a_device(script):
+    out = script("shard.py", "configs/ft.yaml", "gpus=64")
+    assert out.returncode == 0 and "each of 64 devices" in out.stdout and "moments" in out.stdout, out.stderr

@@ -1,0 +1,255 @@
+"""train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
+import json, math, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint, configs, log, model as M, shard, tokenize_data, train
+
+
+def records(cfg, *keys):
+    """A run's records, each a tuple of the keys; all but the clock's where none is named."""
+    clocks = ("tok_per_s", "seconds", "memory", "mfu")
+    return [tuple(r.get(k) for k in keys) if keys else {k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
+
+
+def run(loaded):
+    train.main(*loaded)
+    return records(loaded[0], "step", "loss", "grad_norm")
+
+
+def weights(cfg, step):
+    return {name: load_file(Path(cfg["out_dir"]) / "checkpoints" / f"{step:08}" / name) for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def losses(rows):
+    return torch.tensor([loss for _, loss, _ in rows if loss is not None], dtype=torch.float64)
+
+
+# ---- law 1
+
+def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
+    c = tiny("max_steps=1", "eval_every=0")[0]
+    rows = run(tiny("max_steps=1", "eval_every=0"))
+    tok = tokenize_data.load_tokenizer(c)
+    data, model = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"], train.load_model(c, tok)[0]
+    import sampler
+    nll = []
+    for i in sampler.documents(0, c, {"chats": len(data)}):
+        ids, mask = data.document(i)
+        logits = model.logits(M.as_batch([ids[:-1].tolist()]))
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:].astype(int)), reduction="none")
+        nll += each[torch.tensor(mask[1:]).bool()].tolist()
+    assert rows[0][1] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
+
+
+@pytest.mark.parametrize("more, tolerance", [((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
+def test_how_a_step_is_cut_into_rows_changes_nothing_but_rounding(tiny, more, tolerance):
+    more = (*more, "max_steps=10", "lr=1e-3")                        # ten steps that don't amplify rounding by themselves
+    want = run(tiny(*more, "micro_tokens=2000", out="whole"))
+    for tokens in (1000, 400, 240):
+        got = run(tiny(*more, f"micro_tokens={tokens}", out=f"rows{tokens}"))
+        assert float((losses(got) / losses(want) - 1).abs().max()) < tolerance
+    vals = [records(tiny(out=out)[0], "val/chats/loss", "val/chats/exact_match")[-1] for out in ("whole", "rows240")]
+    assert vals[0][0] == pytest.approx(vals[1][0], rel=tolerance * 10) and vals[0][1] == vals[1][1]
+
+
+def test_packing_counts_what_it_packs(tiny):
+    loaded = tiny("max_steps=3", "eval_every=0")
+    run(loaded)
+    for tokens, targets, documents, packing in records(loaded[0], "tokens", "target_tokens", "documents", "packing"):
+        assert documents == 4 and 0 < targets < tokens and 0 < packing <= 1
+
+
+# ---- law 3
+
+CELLS = {
+    "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20), "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
+    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "data.seq_len=400"], 11),
+    "one source twice, one half": (["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5", "data.train.chats.weight=2"], 23),
+    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7),
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(tiny, cell):
+    more, k = CELLS[cell]
+    more = [*more, "save_every=1", "checkpoint.keep=100"]
+    whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
+    run(whole)
+    shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
+    for folder in checkpoint.found(again[0]["out_dir"])[k:]:         # as if the process had ended after step k was saved,
+        shutil.rmtree(folder)                                        # with later steps already logged
+    run(again)
+    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= 25
+    for step in (k + 1, 25):
+        a, b = weights(whole[0], step), weights(again[0], step)
+        assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f]) and a["model.safetensors"].keys() == b["model.safetensors"].keys()
+
+
+def test_a_finished_run_stays_finished(tiny, capsys):
+    loaded = tiny("max_steps=3", "checkpoint.export=true")
+    run(loaded)
+    before = Path(loaded[0]["out_dir"], "metrics.jsonl").read_text()
+    run(loaded)
+    assert Path(loaded[0]["out_dir"], "metrics.jsonl").read_text() == before and "3 of 3 steps are done" in capsys.readouterr().out
+
+
+def test_what_was_chosen_by_looking_at_the_machine_is_kept(tiny, monkeypatch):
+    loaded = tiny("dtype=auto", "max_steps=4", "save_every=2", "checkpoint.keep=9")
+    monkeypatch.setattr(shard, "has_bf16", lambda device: True)
+    run(loaded)
+    shutil.rmtree(checkpoint.found(loaded[0]["out_dir"])[-1])
+    monkeypatch.setattr(shard, "has_bf16", lambda device: False)
+    run(loaded)
+    assert checkpoint.read_state(checkpoint.found(loaded[0]["out_dir"])[-1])["dtype"] == "bfloat16"
+
+
+def test_a_signal_ends_a_run_that_goes_on_where_it_stopped(tiny, tmp_path):
+    whole, again = tiny("max_steps=300", "eval_every=0", "log_every=1", out="whole"), tiny("max_steps=300", "eval_every=0", "log_every=1", out="again")
+    (tmp_path / "again.yaml").write_text(configs.dump(again[2]))
+    process = subprocess.Popen([sys.executable, "train.py", tmp_path / "again.yaml"], cwd=configs.HERE.parent, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    for line in process.stdout:
+        if line.startswith("step") and "  loss" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM and "saved" in rest
+    step = checkpoint.read_state(checkpoint.found(again[0]["out_dir"])[-1])["step"]
+    assert 0 < step < 300
+    assert run(again) == run(whole)
+
+
+# ---- evaluation and results
+
+def test_exact_match_is_measured_on_generated_answers(tiny):
+    loaded = tiny("max_steps=400", "lr=5e-3", "eval_every=0.5", "model.d_model=64", "data.validation_split=0", "data.validation.seen.path=${data.train.chats.path}", "eval_prompts=20", "eval_tokens=16", "log_every=50")
+    run(loaded)
+    matches = [v for v, in records(loaded[0], "val/seen/exact_match") if v is not None]
+    assert matches[0] == 0 and matches[-1] > 0.5                     # it has learned its 40 chats nearly by heart
+
+
+def test_the_run_leaves_the_folder_the_readme_draws(tiny):
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    loaded = tiny("max_steps=6", "checkpoint.export=true", "save_every=2", "checkpoint.keep=2")
+    run(loaded)
+    out = Path(loaded[0]["out_dir"])
+    assert configs.load([str(out / "config.yaml")])[2] == loaded[2] and sorted(p.name for p in (out / "checkpoints").iterdir()) == ["00000004", "00000006", "latest"]
+    assert (out / "checkpoints" / "latest").resolve().name == "00000006" and not list(out.glob(".*"))
+    for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        assert "step" in record and all(v is None or math.isfinite(v) for v in record.values())
+    ours, theirs = M.load(out)[0], transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()
+    ids = torch.randint(259, (1, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours.logits(M.as_batch(ids.tolist())), theirs(ids).logits[0], atol=1e-5)
+    tok = tokenize_data.huggingface_tokenizer(out / "hf")
+    prompt = tokenize_data.encode_prompt(tok, tokenize_data.compile_template(tok.template), [{"role": "user", "content": "red green"}])
+    got = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, pad_token_id=0)[0, len(prompt):].tolist()
+    stop = theirs.generation_config.eos_token_id
+    assert sorted(stop) == [256, 258] and M.answer(ours, [prompt], 20, stop)[0] == [i for i in got if i not in stop]
+
+
+def test_lora_trains_adapters_alone_and_exports_what_peft_loads(tiny):
+    peft, transformers = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt"), pytest.importorskip("transformers")
+    base = tiny("max_steps=5", "checkpoint.export=true", out="base")
+    run(base)
+    folder = f"{base[0]['out_dir']}/hf"
+    for targets in ("[]", "[q_proj, v_proj, down_proj]"):
+        loaded = tiny(f"model.init_from={folder}", "shard.lora.r=4", f"shard.lora.targets={targets}", "max_steps=5", "checkpoint.export=true", f"data.tokenizer={folder}", out=f"lora{len(targets)}")
+        loaded = configs.load(_argv(loaded[2]))
+        run(loaded)
+        out = Path(loaded[0]["out_dir"])
+        saved = weights(loaded[0], 5)["model.safetensors"]
+        assert saved and all(".A" in name or ".B." in name for name in saved)
+        theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), out / "adapter").eval()
+        ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
+        merged, plain = M.load(out / "hf")[0], M.load(folder)[0]
+        got = merged.logits(M.as_batch(ids.tolist()))
+        assert torch.allclose(got, theirs(ids).logits[0], atol=1e-4) and not torch.allclose(got, plain.logits(M.as_batch(ids.tolist())), atol=1e-3)
+        assert torch.equal(merged.embed.weight, plain.embed.weight)
+
+
+def _argv(explicit):
+    """Explicit keys as a command line, the model's shape left to the imported folder."""
+    flat = configs.flat(explicit)
+    text = lambda v: f"[{', '.join(v)}]" if isinstance(v, list) else "null" if v is None else v
+    return [f"{k}={text(v)}" for k, v in flat.items() if not k.startswith("model.") or k == "model.init_from"]
+
+
+def test_schedules(tiny):
+    def lrs(*more, total=100):
+        c = configs.load(["lr=1.0", "min_lr=0.1", *more])[0]
+        return [train.lr_at(s, total, c) for s in range(total)]
+    for schedule in ("cosine", "linear", "constant", "wsd"):
+        lr = lrs(f"schedule={schedule}", "warmup=10", "decay=0.2")
+        assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0 and lr[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert lrs("schedule=wsd", "warmup=10", "decay=20")[79] == 1.0 > lrs("schedule=wsd", "warmup=10", "decay=20")[80]
+    assert lrs("warmup=0.1") == lrs("warmup=10") and lrs("warmup=1.0")[-1] == 1.0 and lrs("warmup=0")[0] < 1.0
+    assert [train.due(s, 0.25, 10) for s in range(1, 11)] == [False, True] * 5 and not train.due(10, 0, 10) and train.due(10, 3, 10)
+    assert [train.count(v, 40) for v in (1, 1.0, 0.5, 0, 0.0)] == [1, 40, 20, 0, 0]
+
+
+# ---- bad input: one line, nothing overwritten
+
+def test_an_out_dir_with_another_run_is_left_alone(tiny):
+    run(tiny("max_steps=2", "eval_every=0"))
+    out = Path(tiny()[0]["out_dir"])
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for more, words in ((["lr=5e-3"], ["lr: 0.01 there, 0.005 here", "out_dir=NEW"]), (["resume=never"], ["resume=never", "delete"]), (["max_steps=3"], ["max_steps"]), (["resume=nowhere"], ["nowhere", "no checkpoint"])):
+        with pytest.raises(ValueError) as e:
+            train.main(*tiny(*(["max_steps=2", "eval_every=0"] + more)))
+        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    run(tiny("max_steps=2", "eval_every=0", "log_every=2", "micro_tokens=800"))      # what doesn't change the past may change
+
+
+@pytest.mark.parametrize("more, words", [
+    (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
+    (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
+    (["model.positions=learned", "model.max_len=16"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["data.validation_split=40"], ["validation_split"])])
+def test_mistakes_are_one_line(tiny, more, words):
+    if "device=cuda" in more and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    loaded = tiny(*more)
+    with pytest.raises(ValueError) as e:
+        train.main(*loaded)
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert not (Path(loaded[0]["out_dir"]) / "checkpoints").exists()
+
+
+def test_a_mistake_in_the_data_is_one_line_on_standard_error(tmp_path, script):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text: 1}\n')
+    out = script("train.py", f"data.train.x.path={tmp_path / 'bad.jsonl'}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / 'o'}")
+    assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1 and "bad.jsonl, line 2" in out.stderr and not (tmp_path / "o").exists()
+
+
+# ---- on real inputs
+
+def test_the_real_checkpoint_is_fine_tuned_stopped_resumed_and_exported(realdata, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    folder = realdata / "checkpoints" / "stories260K"
+    argv = [f"model.init_from={folder / 'hf'}", f"data.tokenizer={folder / 'tok512.tiktoken'}", "data.tokenizer_pattern= ?[^ ]+| ", "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>",
+            "data.eos_token=</s>", f"data.train.stories.path={realdata / 'text' / 'tinystories_1000.json'}", "data.validation_split=60", "data.seq_len=256", f"data.cache_dir={tmp_path / 'c'}", "dtype=float32",
+            "batch_size=8", "micro_tokens=2048", "max_steps=30", "lr=1e-3", "log_every=5", "eval_every=15", "save_every=10", f"out_dir={tmp_path / 'run'}", "checkpoint.keep=5"]
+    loaded = configs.load(argv)
+    run(loaded)
+    val = [v for v, in records(loaded[0], "val/stories/loss") if v is not None]
+    assert val[-1] < val[1] < val[0]
+    final = weights(loaded[0], 30)
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"{step:08}")
+    run(loaded)
+    again = weights(loaded[0], 30)
+    assert all(torch.equal(final[f][n], again[f][n]) for f in final for n in final[f])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
+    ids = torch.randint(512, (1, 80), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(M.load(tmp_path / "run")[0].logits(M.as_batch(ids.tolist())), theirs(ids).logits[0], atol=1e-4)
+
+
+def test_real_chats_train_with_nothing_but_path_and_tokenizer(realdata, tmp_path):
+    for name, tokenizer in (("gsm8k_train.jsonl", "bytes"), ("fastchat_dummy_conversation.json", realdata / "checkpoints" / "stories260K" / "hf")):
+        loaded = configs.load([f"data.train.x.path={realdata / 'chat' / name}", f"data.tokenizer={tokenizer}", f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / name}", "max_steps=2", "log_every=1"])
+        if tokenizer != "bytes":
+            pytest.importorskip("tokenizers", reason="runs SentencePiece-like vocabularies, in requirements-dev.txt")
+        assert [step for step, *_ in run(loaded)] == [1, 2]

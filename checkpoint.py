@@ -159,7 +159,7 @@ def restore(folder, model, optimizer):
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume", "out_dir", "device", "shard.recompute",
-        "data.cache_dir", "data.processes", "checkpoint.", "log.")   # what may change without changing the run's past
+        "data.cache_dir", "data.processes", "data.validation.", "checkpoint.", "log.")   # what may change without changing the run's past
 
 
 def differences(out_dir, cfg):

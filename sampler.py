@@ -65,7 +65,9 @@ def permuted(i, n, k):
 
 def quotas(cfg, sizes):
     """Per source: its number of documents, and how many of them an epoch takes. -> names, n [S], take [S]"""
-    sizes = sizes if isinstance(sizes, dict) else dict(zip(cfg["data"]["train"], sizes))
+    if not isinstance(sizes, dict):                                  # a list in the sources' order
+        sources = list(cfg["data"]["train"])
+        sizes = dict(zip(sources if len(sources) == len(sizes) else range(len(sizes)), sizes))
     names = list(sizes)
     n = np.array([sizes[name] for name in names], np.int64)
     weights = np.array([cfg["data"]["train"].get(name, {}).get("weight", 1.0) for name in names])

@@ -21,7 +21,11 @@ import configs
 if __name__ == "__main__":                                           # before torch: a wrong key costs a moment, not a start-up
     CONFIG = configs.load_or_exit(sys.argv[1:])
 
-import concurrent.futures, math, os, platform, signal, time
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # threads that wait sleep: beside a busy process a step stays 30 times faster
+
+import concurrent.futures, math, platform, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -222,21 +226,21 @@ def load_model(cfg, tok):
     return (transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.build(m, cfg["seed"])), m
 
 
-def introduce(log_, cfg, model, m, data, total_steps, device, dtype):
+def introduce(report, cfg, model, m, data, total_steps, device, dtype):
     """What is about to be done, as arithmetic."""
     sizes = {name: len(t) for name, t in data["train"].items()}
     for kind, sources in data.items():
         for name, tokens in sources.items():
-            log_.say(f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}")
+            report.say(f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}")
     trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
-    log_.say(f"model     {m['family']} {m['n_layers']} x {m['d_model']}, {every:,} parameters, {trained:,} trained"
+    report.say(f"model     {m['family']} {m['n_layers']} x {m['d_model']}, {every:,} parameters, {trained:,} trained"
              f"{' (LoRA r ' + str(cfg['shard']['lora']['r']) + ')' if cfg['shard']['lora']['r'] else ''}, from {m['init_from'] or 'scratch'}")
     mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in data["train"].values()) / sum(sizes.values())
     per_step = cfg["batch_size"] * mean
-    log_.say(f"step      {cfg['batch_size']} documents x {mean:,.0f} tokens = {per_step:,.0f} tokens, in about {math.ceil(per_step / cfg['micro_tokens'])} rows of at most {cfg['micro_tokens']:,}")
+    report.say(f"step      {cfg['batch_size']} documents x {mean:,.0f} tokens = {per_step:,.0f} tokens, in about {math.ceil(per_step / cfg['micro_tokens'])} rows of at most {cfg['micro_tokens']:,}")
     epoch, documents = sampler.steps_per_epoch(cfg, sizes), int(sampler.quotas(cfg, sizes)[2].sum())
-    log_.say(f"run       {documents:,} documents / {cfg['batch_size']} = {epoch:,} steps an epoch; {total_steps:,} steps = {total_steps / epoch:.2f} epochs = {total_steps * per_step / 1e6:,.1f} M tokens")
-    log_.say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, computing in {str(dtype).removeprefix('torch.')}, masters in float32")
+    report.say(f"run       {documents:,} documents / {cfg['batch_size']} = {epoch:,} steps an epoch; {total_steps:,} steps = {total_steps / epoch:.2f} epochs = {total_steps * per_step / 1e6:,.1f} M tokens")
+    report.say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, computing in {str(dtype).removeprefix('torch.')}, masters in float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,17 +281,17 @@ def main(cfg, source=None, explicit=None):
             print(f"note: data.{changed[0]}'s files have been touched since the checkpoint; the same documents follow only if they hold the same", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(configs.dump(explicit or {}))
-    log_, saver = log.Log(cfg, total, step), None
-    saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], log_.say)
-    introduce(log_, cfg, model, m, data, total, device, dtype)
+    report = log.Log(cfg, total, step)
+    saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
+    introduce(report, cfg, model, m, data, total, device, dtype)
     if start_from:
-        log_.say(f"resume    {start_from}: {step:,} of {total:,} steps are done")
+        report.say(f"resume    {start_from}: {step:,} of {total:,} steps are done")
 
     labels, stop = by_label(cfg, data["validation"]), stops(tok, cfg, data)
     asked = {label: questions(group, stop, cfg["eval_prompts"]) for label, group in labels.items()}
     validate = lambda: evaluate(model, labels, asked, stop, cfg, tok, device)
     if step == 0 and labels and cfg["eval_every"]:
-        log_.validation({"step": 0} | validate()[0])
+        report.validation({"step": 0} | validate()[0])
 
     ended = []                                                       # a signal asks for an end: the step is finished, then saved
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -308,7 +312,7 @@ def main(cfg, source=None, explicit=None):
                 now = time.perf_counter()
                 speed = tokens_since / (now - clock_since)
                 used = transformer.flops(model, info["lengths"], info["target_tokens"]) / info["tokens"] * speed
-                log_.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"], "target_tokens": info["target_tokens"],
+                report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"], "target_tokens": info["target_tokens"],
                            "documents": info["documents"], "tok_per_s": speed, "mfu": used / peak if peak else None, "packing": info["packing"],
                            "memory": memory(device), "seconds": before + now - clock})
                 tokens_since, clock_since = 0, now
@@ -316,25 +320,25 @@ def main(cfg, source=None, explicit=None):
                 saver.save(step, model, optimizer, state | {"seconds": before + time.perf_counter() - clock})
             if labels and due(step, cfg["eval_every"], total):
                 record, texts = validate()
-                log_.validation({"step": step} | record)
+                report.validation({"step": step} | record)
                 clock_since, tokens_since = time.perf_counter(), 0   # speed is training's
     saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if ended:
-        log_.say(f"stopped by signal {ended[0]} after step {step:,}, saved; the same command goes on from there")
-        log_.close()
+        report.say(f"stopped by signal {ended[0]} after step {step:,}, saved; the same command goes on from there")
+        report.close()
         sys.exit(128 + ended[0])
 
     for label, group in texts.items():
         for prompt, reply, reference in group[:cfg["samples"]]:
-            log_.say(f"\n{prompt}{reply}\n    {'as expected' if reply.strip() == reference.strip() else f'expected: {reference}'}")
+            report.say(f"\n{prompt}{reply}\n    {'as expected' if reply.strip() == reference.strip() else f'expected: {reference}'}")
     if cfg["checkpoint"]["export"] and not (start_from and (out / "hf").is_dir() and step == checkpoint.read_state(start_from)["step"]):
         if cfg["shard"]["lora"]["r"]:
             shard.save_adapter(model, m, cfg["shard"]["lora"], out / "adapter", m["init_from"])
         checkpoint.export(model, m, cfg, tok, out / "hf")
-    log_.say("\n" + outcome(cfg, total))
-    log_.close()
+    report.say("\n" + outcome(cfg, total))
+    report.close()
 
 
 def stops(tok, cfg, data):

@@ -63,7 +63,7 @@ def rope_turns(positions, m):
 
     Angles are taken in fp64: at position 100,000 an fp32 product is off by more than bf16's own rounding.
     """
-    freqs = m["rope_theta"] ** (-torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"])   # [E/2]
+    freqs = m["rope_theta"] ** (-torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"])  # [E/2]
     scaling = m["rope_scaling"] or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "linear":
@@ -73,7 +73,7 @@ def rope_turns(positions, m):
         turns = old * freqs / (2 * math.pi)                          # in the context it was first trained on
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = (positions.double()[:, None] * freqs)[:, None]                                                              # [T, 1, E/2]
+    angles = (positions.double()[:, None] * freqs)[:, None]                                           # [T, 1, E/2]
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
@@ -82,7 +82,7 @@ def rotate(x, turns):
 
     A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
     """
-    pairs = torch.complex(*x.float().chunk(2, -1)) * turns                                                               # [T, H, E/2]
+    pairs = torch.complex(*x.float().chunk(2, -1)) * turns                                            # [T, H, E/2]
     return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
@@ -99,8 +99,8 @@ class MLP(nn.Module):
         self.up = Linear(m["d_model"], m["d_ff"] * (2 if m["glu"] else 1), bias=m["mlp_bias"])     # gate and up, in one matmul
         self.down = Linear(m["d_ff"], m["d_model"], bias=m["mlp_bias"])
 
-    def forward(self, x):                                                                                                # [T, C]
-        x = self.up(x)                                                                                                   # [T, 2F] or [T, F]
+    def forward(self, x):                                                                             # [T, C]
+        x = self.up(x)                                                                                # [T, 2F] or [T, F]
         if self.glu:
             gate, x = x.chunk(2, -1)
             return self.down(self.act(gate) * x)
@@ -114,8 +114,8 @@ class Attention(nn.Module):
         self.qkv = Linear(m["d_model"], (self.heads + 2 * self.kv_heads) * self.width, bias=m["qkv_bias"])
         self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
 
-    def forward(self, x, rope, attend):                                                                                  # [T, C]
-        qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                                                # [T, H+2K, E]
+    def forward(self, x, rope, attend):                                                               # [T, C]
+        qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                             # [T, H+2K, E]
         if rope is not None:
             turned = self.heads + self.kv_heads
             qkv = torch.cat([rotate(qkv[:, :turned], rope), qkv[:, turned:]], 1)
@@ -131,7 +131,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = Norm(m), Attention(m), Norm(m), MLP(m)
 
-    def forward(self, x, rope, attend):                                                                                  # [T, C]
+    def forward(self, x, rope, attend):                                                               # [T, C]
         x = x + self.attn(self.norm1(x), rope, attend)
         return x + self.mlp(self.norm2(x))
 
@@ -167,7 +167,7 @@ def per_document(cu_seqlens, total, device):
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:])]
     order = sorted((d for d in range(len(lengths)) if lengths[d]), key=lambda d: -lengths[d])
-    groups = []                                                      # [longest, documents]
+    groups = []                                                                                       # [longest, documents]
     for d in order:
         if not groups or lengths[d] * 3 < groups[-1][0] * 2:
             groups.append((lengths[d], []))
@@ -190,11 +190,11 @@ def per_document(cu_seqlens, total, device):
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         out, at = [], 0
         for longest, docs in groups:
-            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)                          # [d, H+2K, len, E]
+            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)       # [d, H+2K, len, E]
             at += longest * len(docs)
             q, k, v = layer.split(part, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
-            out.append(y.transpose(1, 2).flatten(0, 1))                                                                  # [d * len, H, E]
+            out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
         out = torch.cat(out).to(dtype)
         return out if plain else Gather.apply(out, back.clamp(min=0), used)
     return attend
@@ -243,15 +243,17 @@ class ChunkedLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, head, targets, weights, loss):
+        ctx.n, fill = len(x), -len(x) % 64                           # as many tokens as fit a few shapes; what is filled in weighs 0
+        x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
         want_x, want_head = ctx.needs_input_grad[:2]
-        w = head.to(x.dtype)                                                                                             # [V, C]
+        w = head.to(x.dtype)                                                                          # [V, C]
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         step = max(64, CHUNK // len(head))
         for at in range(0, len(x), step):
             part = slice(at, at + step)
-            logits = (x[part] @ w.T).float()                                                                             # [n, V]
+            logits = (x[part] @ w.T).float()                                                          # [n, V]
             with torch.enable_grad():
                 logits.requires_grad_(want_x or want_head)
                 nll = loss(logits, targets[part])
@@ -265,12 +267,12 @@ class ChunkedLoss(torch.autograd.Function):
                 dw += grad.T @ x[part]
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses
+        return (losses * weights).sum(), losses[:ctx.n]
 
     @staticmethod
     def backward(ctx, grad_sum, _):
         dx, dw = ctx.saved_tensors
-        return dx * grad_sum if dx is not None else None, dw * grad_sum if dw is not None else None, None, None, None
+        return dx[:ctx.n] * grad_sum if dx is not None else None, dw * grad_sum if dw is not None else None, None, None, None
 
 
 CHUNK = 1 << 25                                                      # logits in a chunk: 128 MB in fp32, and matmuls still tall enough
@@ -283,13 +285,12 @@ class Transformer(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.m = m
-        if m["loss"] not in LOSSES or m["embed"] not in EMBEDDINGS:
-            raise ValueError(f"model.loss: {m['loss']} must be one of {', '.join(LOSSES)}; model.embed: {m['embed']} one of {', '.join(EMBEDDINGS)}")
-        if m["activation"] not in ACTIVATIONS:
-            raise ValueError(f"model.activation: {m['activation']} is none of {', '.join(ACTIVATIONS)}")
         kind = (scaling := m["rope_scaling"] or {}).get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise ValueError(f"model.rope_scaling: type {kind} is none of default, linear, llama3")
+        for key, value, known in (("loss", m["loss"], LOSSES), ("embed", m["embed"], EMBEDDINGS), ("norm", m["norm"], ("rmsnorm", "layernorm")),
+                                  ("activation", m["activation"], ACTIVATIONS), ("positions", m["positions"], ("rope", "learned")),
+                                  ("rope_scaling.rope_type", kind, ("default", "linear", "llama3"))):
+            if value not in known:
+                raise ValueError(f"model.{key}: {value} is none of {', '.join(known)}")
         self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
         self.pos = nn.Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m) for _ in range(m["n_layers"]))
@@ -303,7 +304,7 @@ class Transformer(nn.Module):
         total, cu = len(batch["tokens"]), batch["cu_seqlens"]
         fast = cu.is_cuda and self.dtype != torch.float32
         x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
-        at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)              # [N]
+        at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
         weights = batch["weights"][at]
         loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, LOSSES[self.m["loss"]])
         doc = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
@@ -313,7 +314,7 @@ class Transformer(nn.Module):
     def hidden(self, batch, attend):
         """What the head reads. -> [T, C]"""
         positions = batch["positions"]
-        x = EMBEDDINGS[self.m["embed"]](self, batch)                                                                     # [T, C]
+        x = EMBEDDINGS[self.m["embed"]](self, batch)                                                  # [T, C]
         if self.pos is not None:
             x = x + F.embedding(positions, self.pos.weight)
         x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, self.m)
@@ -325,7 +326,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def head_weight(self):
-        return self.embed.weight if self.head is None else self.head.weight                                              # [V, C]
+        return self.embed.weight if self.head is None else self.head.weight                           # [V, C]
 
     def logits(self, batch, attend=None):
         """All logits, for generation and tests. -> [T, V] in fp32"""
@@ -504,11 +505,11 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     batch, cache = as_batch(prompts, device), {}
     rows = torch.repeat_interleave(torch.arange(B, device=device), torch.tensor([len(p) for p in prompts], device=device))
     inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
-    length = torch.tensor([len(p) for p in prompts], device=device)                                                      # [B]
+    length = torch.tensor([len(p) for p in prompts], device=device)                                   # [B]
 
     def remember(layer, qkv):                                        # the prompts, packed
         _, k, v = layer.split(qkv, 1)
-        cache[layer] = tuple(torch.zeros(B, room, *t.shape[1:], dtype=t.dtype, device=device) for t in (k, v))           # [B, room, K, E]
+        cache[layer] = tuple(torch.zeros(B, room, *t.shape[1:], dtype=t.dtype, device=device) for t in (k, v))  # [B, room, K, E]
         for store, new in zip(cache[layer], (k, v)):
             store[rows, batch["positions"]] = new
         return inside(layer, qkv)
@@ -518,13 +519,13 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
         upto = int(length.max()) + 1
         for store, new in zip(cache[layer], (k, v)):
             store[torch.arange(B, device=device), length] = new
-        keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                                       # [B, K, upto, E]
-        mask = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                                     # [B, 1, 1, upto]
+        keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                    # [B, K, upto, E]
+        mask = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                  # [B, 1, 1, upto]
         y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=layer.heads != layer.kv_heads)
-        return y[:, :, 0]                                                                                                # [B, H, E]
+        return y[:, :, 0]                                                                             # [B, H, E]
 
     random, stop = torch.Generator(device=device).manual_seed(seed), set(stop)
-    logits = model.logits(batch, remember)[batch["cu_seqlens"][1:].long() - 1]                                           # [B, V]
+    logits = model.logits(batch, remember)[batch["cu_seqlens"][1:].long() - 1]                        # [B, V]
     alive = [True] * B
     for n in range(max_tokens):
         ids = pick(logits, temperature, top_k, top_p, random)

@@ -63,8 +63,13 @@ def permuted(i, n, k):
     return x.astype(np.int64)
 
 
+ORDERS = ("random", "sequential", "weighted")
+
+
 def quotas(cfg, sizes):
     """Per source: its number of documents, and how many of them an epoch takes. -> names, n [S], take [S]"""
+    if cfg["sampler"]["order"] not in ORDERS:
+        raise ValueError(f"sampler.order: {cfg['sampler']['order']} is none of {', '.join(ORDERS)}")
     if not isinstance(sizes, dict):                                  # a list in the sources' order
         sources = list(cfg["data"]["train"])
         sizes = dict(zip(sources if len(sources) == len(sizes) else range(len(sizes)), sizes))
@@ -242,7 +247,7 @@ def main(argv):
         for step in np.unique(np.linspace(0, steps - 1, 50).astype(int)):
             lengths = lengths_of(documents(step, cfg, sizes), list(sources.values()))
             rows = pack(lengths, cfg["micro_tokens"], ranks)
-            costs = np.array([[cost([lengths[i] for i in row]).sum() for row in rank] for rank in rows])                 # [R, rows]
+            costs = np.array([[cost([lengths[i] for i in row]).sum() for row in rank] for rank in rows])  # [R, rows]
             counts.append(len(rows[0]))
             fill.append(lengths.sum() / (ranks * len(rows[0]) * cfg["micro_tokens"]))
             even.append(costs.mean(0).sum() / costs.max(0).sum())

@@ -46,6 +46,11 @@ def has_bf16(device):
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
+def row_multiple(device, dtype):
+    """Tokens that a row's length is a multiple of. Kernels are prepared, and kept, for each new shape: fewer shapes, less of both."""
+    return 256 if device.type == "cuda" else 64 if dtype == torch.bfloat16 else 1
+
+
 def set_threads():
     """Share the machine's cores among this machine's processes. torchrun's own choice, one thread each, wastes the rest."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -69,9 +74,9 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(len(parts) * r, base.in_features, device=base.weight.device))
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(end - start, r, device=base.weight.device)) for _, start, end in parts)
 
-    def forward(self, x):                                                                                                # [T, in]
+    def forward(self, x):                                                                             # [T, in]
         y = self.base(x)
-        low = F.linear(x, self.A.to(x.dtype)) * self.scale                                                               # [T, n r]
+        low = F.linear(x, self.A.to(x.dtype)) * self.scale                                            # [T, n r]
         outs, at = [], 0
         for (_, start, end), B, part in zip(self.parts, self.B, low.split(self.r, -1)):
             if start > at:

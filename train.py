@@ -23,7 +23,7 @@ if __name__ == "__main__":                                           # before to
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # threads that wait sleep: beside a busy process a step stays 30 times faster
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")                        # a waiting thread soon sleeps: ten times faster beside a busy process (LOG.md)
 
 import concurrent.futures, math, platform, signal, time
 from pathlib import Path
@@ -37,21 +37,34 @@ import checkpoint, log, model as transformer, sampler, shard, tokenize_data
 # ---------------------------------------------------------------------------------------------------------------------
 # schedules: step (from 0) -> learning rate
 
+def constant(done, lr, least):
+    return lr
+
+
+def linear(done, lr, least):
+    return lr + (least - lr) * done
+
+
+def cosine(done, lr, least):
+    """arXiv:1608.03983"""
+    return least + (lr - least) * (1 + math.cos(math.pi * done)) / 2
+
+
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": linear}        # wsd decays at the end only
+
+
 def lr_at(step, total, cfg):
-    """The learning rate of the update that step makes. The first is not 0, and the last is min_lr (not under constant)."""
-    lr, least = cfg["lr"], cfg["min_lr"]
-    warmup = count(cfg["warmup"], total)
+    """The learning rate of the update that step makes: warm-up, then the schedule. The first is not 0, the last is min_lr.
+
+    Warm-up, stable, decay (wsd, arXiv:2404.06395) keeps lr until its last `decay` steps, so that the steps before don't
+    depend on how long the run is.
+    """
+    warmup = min(count(cfg["warmup"], total), total)
+    start = max(warmup, total - count(cfg["decay"], total)) if cfg["schedule"] == "wsd" else warmup
     if step < warmup:
-        return lr * (step + 1) / warmup
-    done = (step + 1 - warmup) / max(1, total - warmup)              # of what follows the warm-up, 1 at the last step
-    if cfg["schedule"] == "constant":
-        return lr
-    if cfg["schedule"] == "linear":
-        return lr + (least - lr) * done
-    if cfg["schedule"] == "cosine":                                  # arXiv:1608.03983
-        return least + (lr - least) * (1 + math.cos(math.pi * done)) / 2
-    decay = min(count(cfg["decay"], total), total - warmup)          # wsd, arXiv:2404.06395
-    return lr + (least - lr) * max(0, step + 1 - (total - decay)) / max(1, decay)
+        return cfg["lr"] * (step + 1) / warmup
+    done = max(0, step + 1 - start) / max(1, total - start)          # of the schedule, 1 at the last step
+    return SCHEDULES[cfg["schedule"]](done, cfg["lr"], cfg["min_lr"])
 
 
 def count(value, total):
@@ -250,6 +263,9 @@ def main(cfg, source=None, explicit=None):
     """One run, from cfg to OUT_DIR. Raises ValueError for what the user can mend."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("torchrun: this version trains on one process; --nproc_per_node 1")
+    for key, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+        if cfg[key] not in known:
+            raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
     shard.set_threads()
     start_from, out = where_to_start(cfg), Path(cfg["out_dir"])
     tok = tokenize_data.load_tokenizer(cfg)
@@ -298,7 +314,7 @@ def main(cfg, source=None, explicit=None):
     peak, before, clock = peak_flops(device, dtype), state["seconds"], time.perf_counter()
     tokens_since, clock_since, texts = 0, clock, {}
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:          # the next step's rows are laid out beside this one's computation
-        lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=256 if device.type == "cuda" else 1)
+        lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=shard.row_multiple(device, dtype))
         coming = ahead.submit(lay_out, step) if step < total else None
         while step < total and not ended:
             rows, info = coming.result()

@@ -169,17 +169,22 @@ def nearest(key, defaults):
     return max(names, key=alike, default="")
 
 
-def typed(key, value, default, layer):
+COUNT_OR_FRACTION = ("_every", "validation_split")                   # endings of keys that keep both: 1 is one, 1.0 is all
+OWN_COUNT_OR_FRACTION = COUNT_OR_FRACTION + ("warmup", "decay", "epochs")
+
+
+def typed(key, value, defaults, layer):
     """`value` as its default's type. int -> float is the only conversion; a count or a fraction keeps what it is."""
+    default = schema_of(defaults, key)[1]
     if default is None or isinstance(value, str) and "${" in value:  # ${...} is checked once it is resolved
         return value
-    either = key.endswith("_every") or key.split(".")[-1] in COUNT_OR_FRACTION
-    want = (int, float) if either and type(default) in (int, float) else (type(default),)
+    both = key.endswith(OWN_COUNT_OR_FRACTION if "micro_tokens" in defaults else COUNT_OR_FRACTION)
+    want = (int, float) if both and type(default) in (int, float) else (type(default),)
     if type(value) is int and want == (float,):
         return float(value)
     if type(value) not in want:
-        names = {"str": "a string", "bool": "true or false", "int": "an int", "float": "a float", "list": "a list", "dict": "a section"}
-        raise ValueError(f"{key}: expected {' or '.join(names[t.__name__] for t in want)}, got {show(value)} (from {layer})")
+        names = {str: "a string", bool: "true or false", int: "an int", float: "a float", list: "a list", dict: "a section"}
+        raise ValueError(f"{key}: expected {' or '.join(names[t] for t in want)}, got {show(value)} (from {layer})")
     return value
 
 
@@ -197,7 +202,7 @@ def checked(d, defaults, layer, prefix=""):
                 raise ValueError(f"{dotted}: expected a value, not a section, got {show(value)} (from {layer})")
             out[key] = checked(value, defaults, layer, f"{dotted}.")
         else:
-            out[key] = typed(dotted, value, default, layer)
+            out[key] = typed(dotted, value, defaults, layer)
     return out
 
 
@@ -290,7 +295,7 @@ def translate(theirs, path):
     known = {family["model_type"]: name for name, family in families().items()}
     if theirs.get("model_type") not in known:
         raise ValueError(f"{path}: model_type {theirs.get('model_type')!r} is none of {', '.join(known)}; "
-                         f"a family is a few lines in configs/families.yaml")
+                         "a family is a few lines in configs/families.yaml")
     name = known[theirs["model_type"]]
     family, ours, missing = families()[name], {"family": name}, object()
     for key, ways in family["keys"].items():                         # each a list: places to look, then the value where all lack it
@@ -308,13 +313,7 @@ def translate(theirs, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # what follows from the rest, and what must hold
 
-COUNT_OR_FRACTION = ("validation_split", "warmup", "decay", "epochs")      # and *_every: 1 is one, 1.0 is all
-
-CHOICES = {
-    "schedule": ("cosine", "linear", "constant", "wsd"), "optimizer": ("adamw",), "dtype": ("auto", "bfloat16", "float32"),
-    "device": ("auto", "cpu", "cuda"), "sampler.order": ("random", "sequential", "weighted"),
-    "model.norm": ("rmsnorm", "layernorm"), "model.positions": ("rope", "learned"),
-}
+CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda")}
 AT_LEAST = {                                                         # {key: least value}
     "lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "epochs": 0,
     "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
@@ -348,8 +347,8 @@ def check(cfg, source):
         value = get(cfg, key)
         if value is not None and not (type(value) in (int, float) and value >= least):
             wrong(key, f"a number, at least {least}")
-    for key in [k for k in source if k.endswith("_every")] + ["data.validation_split", "warmup", "decay"]:
-        if type(value := get(cfg, key)) is float and value > 1:
+    for key in source:
+        if key.endswith(OWN_COUNT_OR_FRACTION) and key != "epochs" and type(value := get(cfg, key)) is float and value > 1:
             wrong(key, "a count (an int) or a fraction (at most 1.0)")
     if cfg["max_steps"] is not None and type(cfg["max_steps"]) is not int:
         wrong("max_steps", "an int or null")
@@ -409,7 +408,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
         fill_sources(cfg, source)
     raw, cfg = flat(cfg), resolve(cfg, defaults, source, env)
     for key in [k for k, v in raw.items() if isinstance(v, str) and "${" in v]:
-        value = typed(key, get(cfg, key), schema_of(defaults, key)[1], source[key])
+        value = typed(key, get(cfg, key), defaults, source[key])
         update(cfg, nested(key, value), source[key], source)
     if own:
         derive(cfg, source)

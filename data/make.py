@@ -1,18 +1,16 @@
 """Make the demo data: chats to fine-tune on, and plain-text drills to pretrain the base on.
 
     python data/make.py                     writes, next to this file:
-        chats.jsonl       9,000 training chats
-        chats_val.jsonl   300 held-out chats: no word, list of words or pair of numbers
-                          is also in the training chats of the same task
-        drills.txt        1 MB of drills, the start of any larger file of them
+        chats.jsonl       training chats
+        chats_val.jsonl   held-out chats: no word, list of words or pair of numbers is also in
+                          the training chats of the same task
+        drills.jsonl      a sample of the drills, the start of any larger file of them
     python data/make.py drills 34 PATH      writes 34 MB of drills, to pretrain the base
 
-Chats and drills ask for the same six skills (see TASKS) in different words: the base learns
-the skills from the drills but never sees a chat, so fine-tuning has a format to teach and a
-score that starts at zero. Drills are documents separated by a blank line. All output is ASCII
-and depends only on the seeds in this file.
+Chats and drills ask for the same skills (see TASKS) in different words: the base learns the
+skills from the drills but never sees a chat, so fine-tuning has a format to teach and a score
+that starts at zero. All output is ASCII and depends only on the seeds in this file.
 """
-
 import json
 import random
 import sys
@@ -178,7 +176,7 @@ def write_drills(path, n_bytes):
     rng = random.Random(1)
     with open(path, "w", encoding="ascii", newline="\n") as f:
         while f.tell() < n_bytes:
-            f.write(rng.choice((drill_table, drill_sentences))(rng) + "\n\n")
+            f.write(json.dumps({"text": rng.choice((drill_table, drill_sentences))(rng)}) + "\n")
 
 
 def write_chats(path, n, rng, seen):
@@ -203,7 +201,7 @@ def main():
     rng, seen = random.Random(0), set()
     write_chats(HERE / "chats_val.jsonl", N_VAL, rng, seen)
     write_chats(HERE / "chats.jsonl", N_TRAIN, rng, seen)
-    write_drills(HERE / "drills.txt", 1e6)
+    write_drills(HERE / "drills.jsonl", 1e6)
 
 
 if __name__ == "__main__":

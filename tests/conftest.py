@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")                  # as train.py does, before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")                        # as train.py does, before torch is loaded
 
 import pytest
 

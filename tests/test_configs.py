@@ -152,7 +152,7 @@ def test_this_projects_own_defaults():
     assert cfg["model"]["n_kv_heads"] == cfg["model"]["n_heads"] and cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
     assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli" and source["data.train.a.label"] == "default"
     assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0}, "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
-    for argv, words in ((["schedule=cosin"], ["schedule", "cosine"]), (["batch_size=0"], ["batch_size", "at least 1"]), (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
+    for argv, words in ((["dtype=fp8"], ["dtype", "bfloat16"]), (["batch_size=0"], ["batch_size", "at least 1"]), (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
                         (["data.train.a.weight=2"], ["data.train.a.path"]), (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]), (["max_steps=x"], ["max_steps"]),
                         (["model.init_from=nowhere"], ["model.init_from", "nowhere"]), (["lr=-1"], ["lr"]), (["learning_rate=1"], ["learning_rate", "nearest"])):
         with pytest.raises(ValueError) as e:

@@ -5,7 +5,7 @@
 
     out/ft/checkpoints/00000100/model.safetensors         what is trained, in fp32: all weights, or the adapters alone
                                 optimizer.safetensors     NAME/exp_avg, … for each of them
-                                state.json                step, config, versions, data's fingerprints, the files' checksums
+                                state.json                step, config, versions, fingerprints, checksums
     out/ft/checkpoints/latest -> 00000100
 
 A checkpoint is written under another name, synced and renamed: whatever ends the process, and whenever, `latest` is
@@ -51,15 +51,16 @@ def checksum(path):
 
 
 def snapshot(model, optimizer):
-    """A copy of what a resumed run needs, in main memory -> {file: {name: tensor}}. The loop waits for this and no more."""
+    """A copy of what a resumed run needs, in main memory -> {file: {name: tensor}}. The loop waits for no more."""
     copy = lambda t: t.detach().to("cpu", copy=True)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = {f"{name}/{key}": t for name, p in weights.items() for key, t in optimizer.state[p].items()}
     return {"model.safetensors": {name: copy(p) for name, p in weights.items()},
-            "optimizer.safetensors": {f"{name}/{key}": copy(t) for name, p in weights.items() for key, t in optimizer.state[p].items()}}
+            "optimizer.safetensors": {name: copy(t) for name, t in moments.items()}}
 
 
 def write(folder, files, state, keep):
-    """Write a snapshot as `folder`, point `latest` at it, and delete all but the newest `keep`. OSError leaves what was there."""
+    """Write a snapshot as `folder`, point `latest` at it, delete all but the newest `keep`. OSError leaves what was."""
     parent, building = folder.parent, folder.with_name(f".{folder.name}.building")
     parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(building, ignore_errors=True)
@@ -99,7 +100,7 @@ class Saver:
             try:
                 write(folder, files, state | {"step": step}, self.keep)
             except (OSError, SafetensorError) as e:
-                self.warn(f"checkpoint {folder} could not be written ({e}); the run goes on, and older checkpoints are whole")
+                self.warn(f"checkpoint {folder} could not be written ({e}); the run goes on, the older ones are whole")
         self.thread = threading.Thread(target=work)
         self.thread.start()
 
@@ -121,12 +122,12 @@ def read_state(folder):
     """A checkpoint's state.json -> dict. Raises ValueError."""
     path = Path(folder) / "state.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no checkpoint there (no state.json); python checkpoint.py ls RUN lists what can be resumed")
+        raise ValueError(f"{folder}: no checkpoint there (no state.json); python checkpoint.py ls RUN lists a run's")
     return tokenize_data.read_json(path)
 
 
 def read(folder):
-    """A checkpoint's folder -> (state, {file: {name: tensor}}), its checksums verified. Raises ValueError for a damaged one, naming the file."""
+    """A checkpoint's folder -> (state, {file: {name: tensor}}), verified. Raises ValueError naming a damaged file."""
     folder, state = Path(folder), read_state(folder)
     others = [str(p) for p in found(folder.resolve().parents[1]) if p.name != folder.resolve().name]
     mend = f"; resume={others[-1]} goes on from the one before" if others else ""
@@ -144,10 +145,12 @@ def restore(folder, model, optimizer):
     """A checkpoint into a model and its optimizer, in place -> state. Raises ValueError, naming what doesn't fit."""
     state, files = read(folder)
     saved, wanted = files["model.safetensors"], {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [f"{name} is missing" for name in wanted if name not in saved] + [f"{name} is unknown" for name in saved if name not in wanted]
-    wrong += [f"{name} is {list(saved[name].shape)}, and the model's is {list(p.shape)}" for name, p in wanted.items() if name in saved and saved[name].shape != p.shape]
+    wrong = [f"{name} is missing" for name in wanted if name not in saved]
+    wrong += [f"{name} is unknown" for name in saved if name not in wanted]
+    wrong += [f"{name} is {list(saved[name].shape)}, and the model's is {list(p.shape)}"
+              for name, p in wanted.items() if name in saved and saved[name].shape != p.shape]
     if wrong:
-        raise ValueError(f"{folder}: doesn't fit the model: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(f"{folder}: doesn't fit the model: {transformer.listed(wrong)}")
     with torch.no_grad():
         for name, p in wanted.items():
             p.copy_(saved[name])
@@ -158,19 +161,21 @@ def restore(folder, model, optimizer):
     return state
 
 
-FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume", "out_dir", "device", "shard.recompute",
-        "data.cache_dir", "data.processes", "data.validation.", "checkpoint.", "log.")   # what may change without changing the run's past
+FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
+        "out_dir", "device", "shard.recompute", "data.cache_dir", "data.processes", "data.validation",
+        "data.validation.", "checkpoint.", "log.")             # what may change without changing the run's past
 
 
 def differences(out_dir, cfg):
-    """The keys in which a run's saved config differs from cfg, apart from those that don't change its past -> ["lr: 0.1 there, 0.2 here"]."""
+    """The keys in which a run's saved config differs from cfg, the FREE ones aside -> ["lr: 0.1 there, 0.2 here"]"""
     saved = Path(out_dir) / "config.yaml"
     if not saved.is_file():
         return []
     here, there = (configs.flat(c) for c in (cfg, configs.load([str(saved)])[0]))
     free = FREE + (("max_steps", "epochs") if cfg["schedule"] == "constant" else ())
-    return [f"{key}: {configs.show(there.get(key))} there, {configs.show(here.get(key))} here" for key in sorted(here | there)
-            if here.get(key) != there.get(key) and not any(key == f or f.endswith(".") and key.startswith(f) for f in free)]
+    kept = lambda key: any(key == f or f.endswith(".") and key.startswith(f) for f in free)
+    return [f"{key}: {configs.show(there.get(key))} there, {configs.show(here.get(key))} here"
+            for key in sorted(here | there) if here.get(key) != there.get(key) and not kept(key)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def export(model, m, cfg, tok, folder):
 
 
 def export_checkpoint(path, folder):
-    """A run's (newest) checkpoint as a Hugging Face folder. Raises ValueError where there is none, or the folder isn't empty."""
+    """A run's (newest) checkpoint as a Hugging Face folder. Raises ValueError: none there, or a folder in use."""
     path, folder = Path(path), Path(folder)
     if not (path / "state.json").is_file():
         if not (whole := found(path)):
@@ -224,7 +229,8 @@ def ls(out_dir):
         state = read_state(folder)
         size = sum(f.stat().st_size for f in folder.iterdir())
         newest = "   latest" if folder == whole[-1] else ""
-        print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   torch {state['versions']['torch']}{newest}")
+        print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   "
+              f"torch {state['versions']['torch']}{newest}")
     if not whole:
         print(f"{out_dir}: no checkpoints")
 

@@ -6,7 +6,7 @@ Also wandb, mlflow or tensorboard, where log.to names them and they are installe
 known; the README's table says what each one is. Values that live on a device are read when the next record comes, so
 that logging never makes the device wait.
 """
-import json, math, sys, time
+import html, json, math, sys
 from pathlib import Path
 
 import configs
@@ -53,14 +53,21 @@ def number(value):
 
 
 def clock(seconds):
-    return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}" if seconds >= 3600 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    """83 -> 1:23, 3683 -> 1:01:23"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Log:
-    """A run's console and metrics.jsonl. `resumed` is the step a run goes on from: later records, of steps done again, go."""
+    """A run's console and metrics.jsonl.
 
-    def __init__(self, cfg, total_steps, resumed=0):
+    resumed, before  the step a run goes on from, and its seconds until then. Records of later steps are dropped.
+    """
+
+    def __init__(self, cfg, total_steps, resumed=0, before=0.0):
         self.path, self.total, self.pending = Path(cfg["out_dir"]) / "metrics.jsonl", total_steps, None
+        self.resumed, self.before, self.width = resumed, before, len(f"{total_steps:,}")
         if strange := [name for name in cfg["log"]["to"] if name not in PLACES]:
             raise ValueError(f"log.to: {strange[0]} is none of {', '.join(PLACES)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +80,6 @@ class Log:
                 self.places.append(PLACES[name](cfg, self.path.parent))
             except ImportError:
                 raise ValueError(f"log.to: {name} is not installed; pip install {name}") from None
-        self.start, self.first = time.perf_counter(), resumed
 
     def say(self, text=""):
         """A line for people only."""
@@ -90,20 +96,21 @@ class Log:
         if not record:
             return
         record = self.write(record)
-        step, done = record["step"], record["step"] - self.first
-        left = (time.perf_counter() - self.start) / done * (self.total - step)
+        step = record["step"]
+        left = (record["seconds"] - self.before) / (step - self.resumed) * (self.total - step)
         show = lambda key, form: "-" if record[key] is None else format(record[key], form)
-        mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        print(f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}  loss {show('loss', '7.4f')}  lr {record['lr']:.2e}  norm {show('grad_norm', '6.3f')}"
-              f"  {show('tok_per_s', '9,.0f')} tok/s{mfu}  {step / self.total:4.0%}  {clock(left)} left", flush=True)
+        parts = [f"step {step:>{self.width},}/{self.total:,}", f"loss {show('loss', '7.4f')}",
+                 f"lr {show('lr', '.2e')}", f"norm {show('grad_norm', '6.3f')}", f"{show('tok_per_s', '9,.0f')} tok/s",
+                 f"mfu {show('mfu', '.1%')}", f"{step / self.total:4.0%}", f"{clock(left)} left"]
+        print("  ".join(part for part in parts if part != "mfu -"), flush=True)
 
     def validation(self, record):
         """{"step", "val/LABEL/loss", "val/LABEL/exact_match"}: written, and shown."""
         self.flush()
         record = self.write(record)
-        parts = [f"{key.removeprefix('val/').replace('/', ' ')} {'-' if value is None else format(value, '.4f' if key.endswith('loss') else '.3f')}"
+        parts = [f"{key.removeprefix('val/').replace('/', ' ')} {'-' if value is None else format(value, '.4f')}"
                  for key, value in record.items() if key.startswith("val/")]
-        print(f"step {record['step']:>{len(f'{self.total:,}')},}/{self.total:,}  validation: {'   '.join(parts)}", flush=True)
+        print(f"step {record['step']:>{self.width},}/{self.total:,}  validation: {'   '.join(parts)}", flush=True)
 
     def write(self, record):
         record = {key: number(value) for key, value in record.items()}
@@ -137,59 +144,64 @@ def table(runs):
     """{name: records} -> text: a row per run with its last figures."""
     vals = sorted({key for records in runs.values() for r in records for key in r if key.startswith("val/")})
     last = lambda records, key: next((r[key] for r in reversed(records) if r.get(key) is not None), None)
-    rows = [["run", "step", "loss", *[v.removeprefix("val/") for v in vals], "tok/s", "time", "loss, from first to last"]]
+    short = [v.removeprefix("val/") for v in vals]
+    rows = [["run", "step", "loss", *short, "tok/s", "time", "loss, from first to last"]]
     for name, records in runs.items():
-        steps = [r for r in records if "loss" in r]
-        speeds = sorted(r["tok_per_s"] for r in steps if r.get("tok_per_s"))
         figures = [last(records, key) for key in ["loss", *vals]]
+        speeds = sorted(r["tok_per_s"] for r in records if r.get("tok_per_s"))
         rows.append([name, f"{last(records, 'step') or 0:,}", *["-" if f is None else f"{f:.4f}" for f in figures],
-                     f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-", clock(last(records, "seconds") or 0), spark([r["loss"] for r in steps])])
+                     f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-", clock(last(records, "seconds") or 0),
+                     spark([r["loss"] for r in records if r.get("loss") is not None])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell:<{w}}" if i in (0, len(row) - 1) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    sides = ["<", *[">"] * (len(widths) - 2), "<"]
+    aligned = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def spark(values, width=32):
-    """Numbers as a line of bars, averaged down to `width`."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return ""
-    groups = [values[i * len(values) // width:max((i + 1) * len(values) // width, i * len(values) // width + 1)] for i in range(min(width, len(values)))] \
-        if len(values) > width else [[v] for v in values]
-    means = [sum(g) / len(g) for g in groups]
-    low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (m - low) / (high - low)) if high > low else 0] for m in means)
+    """Numbers as a line of at most `width` bars; a bar is the mean of its share."""
+    n = min(width, len(values))
+    shares = [values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n)]
+    means = [sum(share) / len(share) for share in shares]
+    low, span = min(means, default=0), max(means, default=0) - min(means, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span) if span else 0] for mean in means)
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 
 
 def curves(runs, width=860, height=420):
-    """{name: records} -> an SVG picture: training loss as thin lines, validation loss as thick ones with dots, by step."""
-    lines = []                                                       # (run's number, label, points, is it validation)
-    for n, (name, records) in enumerate(runs.items()):
-        keys = ["loss", *sorted({k for r in records for k in r if k.startswith("val/") and k.endswith("/loss")})]
-        for key in keys:
+    """{name: records} -> an SVG picture: training loss as thin lines, validation loss thick and dotted, by step."""
+    lines = []                                                 # (colour, label, points, is it validation)
+    for colour, (name, records) in zip(COLOURS * len(runs), runs.items()):
+        for key in ["loss", *sorted({k for r in records for k in r if k.startswith("val/") and k.endswith("/loss")})]:
+            label = name if key == "loss" else f"{name} {key.removesuffix('/loss')}"
             if points := [(r["step"], r[key]) for r in records if r.get(key) is not None]:
-                lines.append((n, name if key == "loss" else f"{name} {key.removesuffix('/loss')}", points, key != "loss"))
-    xs, ys = ([p[i] for _, _, points, _ in lines for p in points] or [0] for i in (0, 1))
+                lines.append((colour, label, points, key != "loss"))
+    xs, ys = ([point[i] for _, _, points, _ in lines for point in points] or [0] for i in (0, 1))
     left, top, right, bottom = 60, 20, width - 20, height - 40 - 16 * ((len(lines) + 1) // 2)
-    x1, y0, y1 = max(max(xs), 1), min(ys), max(max(ys), min(ys) + 1e-9)
-    px = lambda x: left + (right - left) * x / x1
-    py = lambda y: bottom - (bottom - top) * (y - y0) / (y1 - y0)
-    escape = lambda s: s.replace("&", "&amp;").replace("<", "&lt;")
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
-           f'<rect width="{width}" height="{height}" fill="white"/>']
-    for i in range(5):
-        y, x = y0 + (y1 - y0) * i / 4, x1 * i / 4
-        out += [f'<line x1="{left}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#ddd"/>', f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>',
-                f'<text x="{px(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:,.0f}</text>']
-    for i, (n, label, points, val) in enumerate(lines):
-        colour, path = COLOURS[n % len(COLOURS)], " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{2.5 if val else 1}" opacity="{1 if val else .6}"/>')
-        out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5" fill="{colour}"/>' for x, y in points] if val else []
-        x, y = left + (i % 2) * (right - left) // 2, bottom + 40 + 16 * (i // 2)
-        out += [f'<line x1="{x}" x2="{x + 22}" y1="{y - 4}" y2="{y - 4}" stroke="{colour}" stroke-width="{2.5 if val else 1}"/>', f'<text x="{x + 28}" y="{y}">{escape(label)}</text>']
-    return "\n".join([*out, f'<text x="{left}" y="14">loss, by step</text>', "</svg>"]) + "\n"
+    x1, y0, y1 = max(*xs, 1), min(ys), max(*ys, min(ys) + 1e-9)
+    px = lambda x: round(left + (right - left) * x / x1, 1)
+    py = lambda y: round(bottom - (bottom - top) * (y - y0) / (y1 - y0), 1)
+
+    def tag(name, text=None, **attributes):
+        inside = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+        return f"<{name} {inside}/>" if text is None else f"<{name} {inside}>{html.escape(text)}</{name}>"
+
+    out = [tag("rect", width=width, height=height, fill="white"), tag("text", "loss, by step", x=left, y=14)]
+    for i in range(5):                                         # the grid
+        x, y = x1 * i / 4, y0 + (y1 - y0) * i / 4
+        out.append(tag("line", x1=left, x2=right, y1=py(y), y2=py(y), stroke="#ddd"))
+        out.append(tag("text", f"{y:.3g}", x=left - 6, y=py(y) + 4, text_anchor="end"))
+        out.append(tag("text", f"{x:,.0f}", x=px(x), y=bottom + 18, text_anchor="middle"))
+    for i, (colour, label, points, val) in enumerate(lines):
+        stroke = {"stroke": colour, "stroke_width": 2.5 if val else 1}
+        out.append(tag("polyline", points=" ".join(f"{px(x)},{py(y)}" for x, y in points), fill="none", **stroke))
+        out += [tag("circle", cx=px(x), cy=py(y), r=3.5, fill=colour) for x, y in points if val]
+        x, y = left + i % 2 * (right - left) // 2, bottom + 40 + 16 * (i // 2)       # the legend, in two columns
+        out += [tag("line", x1=x, x2=x + 22, y1=y - 4, y2=y - 4, **stroke), tag("text", label, x=x + 28, y=y)]
+    return tag("svg", "@", xmlns="http://www.w3.org/2000/svg", width=width, height=height, font_family="sans-serif",
+               font_size=12).replace("@", "\n".join(["", *out, ""])) + "\n"
 
 
 def main(argv):

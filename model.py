@@ -6,7 +6,8 @@
 Shapes, in all seven files:
 
     T tokens in a row (several documents, one behind the other)     D documents in a row      B prompts
-    C width    H heads    K heads of keys and values    E width of a head    F width inside the MLP    V vocabulary    L blocks    N trained tokens
+    C width    H heads    K heads of keys and values    E width of a head    F width inside the MLP
+    V vocabulary    L blocks    N trained tokens
 
 A row is a dict of tensors; the documents in it don't see each other:
 
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100                                                       # the target of a token that nobody learns to predict
+IGNORED = -100                                                 # the target of a token that nobody learns to predict
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,14 +64,15 @@ def rope_turns(positions, m):
 
     Angles are taken in fp64: at position 100,000 an fp32 product is off by more than bf16's own rounding.
     """
-    freqs = m["rope_theta"] ** (-torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"])  # [E/2]
+    exponents = torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"]
+    freqs = m["rope_theta"] ** -exponents                                                             # [E/2]
     scaling = m["rope_scaling"] or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "linear":
         freqs = freqs / scaling["factor"]
-    elif kind == "llama3":                                           # long wavelengths stretched, short ones kept, a ramp between
-        old, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
-        turns = old * freqs / (2 * math.pi)                          # in the context it was first trained on
+    elif kind == "llama3":                                     # long waves stretched, short ones kept, a ramp between
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)   # in the first training's context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
     angles = (positions.double()[:, None] * freqs)[:, None]                                           # [T, 1, E/2]
@@ -96,11 +98,12 @@ class MLP(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.glu, self.act = m["glu"], ACTIVATIONS[m["activation"]]
-        self.up = Linear(m["d_model"], m["d_ff"] * (2 if m["glu"] else 1), bias=m["mlp_bias"])     # gate and up, in one matmul
+        wide = 2 * m["d_ff"] if m["glu"] else m["d_ff"]        # gate and up, in one matmul
+        self.up = Linear(m["d_model"], wide, bias=m["mlp_bias"])
         self.down = Linear(m["d_ff"], m["d_model"], bias=m["mlp_bias"])
 
     def forward(self, x):                                                                             # [T, C]
-        x = self.up(x)                                                                                # [T, 2F] or [T, F]
+        x = self.up(x)                                                                                # [T, 2F] / [T, F]
         if self.glu:
             gate, x = x.chunk(2, -1)
             return self.down(self.act(gate) * x)
@@ -160,14 +163,14 @@ class Gather(torch.autograd.Function):
 def per_document(cu_seqlens, total, device):
     """An attend() for any device: scaled_dot_product_attention over documents of about one length at a time.
 
-    Documents are grouped by length, each group padded to its longest ([d, len] with at most a third of it padding): a few
-    calls instead of one per document. Causal attention needs no mask for padding, as it stands behind what looks back.
+    Documents are grouped by length, each group padded to its longest ([d, len], at most a third of it padding): a few
+    calls instead of one per document. Causal attention needs no mask for padding, which stands behind what looks back.
     On a CPU it computes in fp32: the bf16 kernel's backward pass takes five times as long (LOG.md).
     """
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:])]
     order = sorted((d for d in range(len(lengths)) if lengths[d]), key=lambda d: -lengths[d])
-    groups = []                                                                                       # [longest, documents]
+    groups = []                                                # (longest, its documents)
     for d in order:
         if not groups or lengths[d] * 3 < groups[-1][0] * 2:
             groups.append((lengths[d], []))
@@ -180,7 +183,7 @@ def per_document(cu_seqlens, total, device):
             back[starts[d]:starts[d] + lengths[d]] = torch.arange(at, at + lengths[d])
             at += longest
     there = torch.cat(there) if there else torch.zeros(0, dtype=torch.long)
-    plain = len(there) == total and bool((there == torch.arange(total)).all())       # equal windows in a row: nothing to move
+    plain = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
     used = torch.full((len(there),), -1)
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
     there, back, used = (t.to(device) for t in (there, back, used))
@@ -190,7 +193,7 @@ def per_document(cu_seqlens, total, device):
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         out, at = [], 0
         for longest, docs in groups:
-            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)       # [d, H+2K, len, E]
+            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)       # [d,H+2K,len,E]
             at += longest * len(docs)
             q, k, v = layer.split(part, 1)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
@@ -201,7 +204,10 @@ def per_document(cu_seqlens, total, device):
 
 
 def varlen(cu_seqlens, total, max_len):
-    """An attend() by the variable-length kernel, on CUDA in bf16 or fp16. Padding is one more document, so that it holds numbers."""
+    """An attend() by the variable-length kernel, on CUDA in bf16 or fp16.
+
+    Padding is one more document, so that what is computed for it are numbers.
+    """
     from torch.nn.attention.varlen import varlen_attn
     end = torch.full_like(cu_seqlens[:1], total)
     cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
@@ -211,7 +217,8 @@ def varlen(cu_seqlens, total, max_len):
         q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
-        return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **causal)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **causal)
     return attend
 
 
@@ -243,7 +250,7 @@ class ChunkedLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, head, targets, weights, loss):
-        ctx.n, fill = len(x), -len(x) % 64                           # as many tokens as fit a few shapes; what is filled in weighs 0
+        ctx.n, fill = len(x), -len(x) % 64                     # few shapes; what is filled in weighs 0
         x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
         want_x, want_head = ctx.needs_input_grad[:2]
         w = head.to(x.dtype)                                                                          # [V, C]
@@ -272,10 +279,12 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum, _):
         dx, dw = ctx.saved_tensors
-        return dx[:ctx.n] * grad_sum if dx is not None else None, dw * grad_sum if dw is not None else None, None, None, None
+        dx = None if dx is None else dx[:ctx.n] * grad_sum
+        dw = None if dw is None else dw * grad_sum
+        return dx, dw, None, None, None
 
 
-CHUNK = 1 << 25                                                      # logits in a chunk: 128 MB in fp32, and matmuls still tall enough
+CHUNK = 1 << 25                                                # logits in a chunk: 128 MB in fp32, matmuls still tall
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,10 +295,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.m = m
         kind = (scaling := m["rope_scaling"] or {}).get("rope_type", scaling.get("type", "default"))
-        for key, value, known in (("loss", m["loss"], LOSSES), ("embed", m["embed"], EMBEDDINGS), ("norm", m["norm"], ("rmsnorm", "layernorm")),
-                                  ("activation", m["activation"], ACTIVATIONS), ("positions", m["positions"], ("rope", "learned")),
-                                  ("rope_scaling.rope_type", kind, ("default", "linear", "llama3"))):
-            if value not in known:
+        choices = {"loss": LOSSES, "embed": EMBEDDINGS, "norm": ("rmsnorm", "layernorm"), "activation": ACTIVATIONS,
+                   "positions": ("rope", "learned"), "rope_scaling.rope_type": ("default", "linear", "llama3")}
+        for key, known in choices.items():
+            if (value := m.get(key, kind)) not in known:
                 raise ValueError(f"model.{key}: {value} is none of {', '.join(known)}")
         self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
         self.pos = nn.Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
@@ -306,7 +315,8 @@ class Transformer(nn.Module):
         x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
         at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
         weights = batch["weights"][at]
-        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, LOSSES[self.m["loss"]])
+        loss = LOSSES[self.m["loss"]]
+        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, loss)
         doc = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
         docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, doc, losses * weights)
         return loss_sum, weights.sum(), docs
@@ -330,7 +340,8 @@ class Transformer(nn.Module):
 
     def logits(self, batch, attend=None):
         """All logits, for generation and tests. -> [T, V] in fp32"""
-        x = self.hidden(batch, attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device))
+        attend = attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device)
+        x = self.hidden(batch, attend)
         return (x @ self.head_weight().to(x.dtype).T).float()
 
 
@@ -346,7 +357,8 @@ def build(m, seed=0, device="cpu"):
             if p.dim() < 2:
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
-            std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if name.endswith(("attn.out.weight", "mlp.down.weight")) else m["init_std"]
+            writes = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if writes else m["init_std"]
             p.copy_(torch.empty(p.shape).normal_(0, std, generator=seeded(seed, name)))
     return model
 
@@ -371,7 +383,7 @@ def weight_names(model, m):
         i = parts[1] if parts[0] == "blocks" else ""
         theirs = table.get(name.replace(f"blocks.{i}.", "blocks.{i}.", 1) if i else name)
         if theirs is None:
-            raise ValueError(f"model.family: {m['family']} has no name for {name}; configs/families.yaml lists what it has")
+            raise ValueError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
         out[name] = [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
     return out
 
@@ -388,15 +400,17 @@ def find_model(path):
     for folder in (Path(path), Path(path) / "hf"):
         if (folder / "config.json").is_file():
             return folder
-    hint = f"; python checkpoint.py export {path} DIR makes one of its newest checkpoint" if (Path(path) / "checkpoints").is_dir() else ""
+    hint = f"; python checkpoint.py export {path} DIR makes one" if (Path(path) / "checkpoints").is_dir() else ""
     raise ValueError(f"{path}: no model in Hugging Face format there (config.json){hint}")
 
 
 def load(path, m=None, device="cpu"):
     """A pretrained folder (or a run's) -> (model in fp32, the complete model section that describes it).
 
-    m  the section to go by, where the caller has one; else config.json's. Only safetensors are read, memory-mapped, each
-    tensor copied once, straight to where it belongs. All that is missing, unknown or misshapen is named at once, in a ValueError.
+    m  the section to go by, where the caller has one; else config.json's
+
+    Only safetensors are read, memory-mapped, each tensor copied once, straight to where it belongs. Raises ValueError
+    naming all that is missing, unknown or misshapen at once.
     """
     from safetensors import SafetensorError, safe_open
     folder = find_model(path)
@@ -405,8 +419,9 @@ def load(path, m=None, device="cpu"):
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [f.name for f in folder.glob("*.bin")]
-        raise ValueError(f"{folder}: holds no safetensors" + (f"; {pickles[0]} is a pickle and can run code: convert it, with transformers: "
-                         f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('{folder}')" if pickles else ""))
+        hint = (f"; {pickles[0]} is a pickle, which can run code; with transformers, AutoModelForCausalLM"
+                f".from_pretrained('{folder}').save_pretrained('{folder}') converts it") if pickles else ""
+        raise ValueError(f"{folder}: holds no safetensors{hint}")
     family = configs.families()[m["family"]]
     model = on_meta(m).to_empty(device=device)
     names, prefix, wrong = weight_names(model, m), family["prefix"], []
@@ -434,12 +449,17 @@ def load(path, m=None, device="cpu"):
     ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if m["tie_embeddings"] else ())
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
-        raise ValueError(f"{folder}: weights don't fit the model: {'; '.join(wrong[:8])}" + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""))
+        raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}")
     return model, m
 
 
+def listed(wrong, most=8):
+    """["a", "b"] -> "a; b", shortened where there are many"""
+    return "; ".join([*wrong[:most], *([f"and {len(wrong) - most} more"] if len(wrong) > most else [])])
+
+
 def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
-    """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes) as the family has them.
+    """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
 
     source  the folder the model came from: what its config.json says besides is carried along, and its dtype
     stop    ids that end a generation;  bos  the id a text begins with
@@ -450,11 +470,12 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     original = Path(source or "/nowhere") / "config.json"
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
     dtype = str(config.get("dtype", config.get("torch_dtype") or "float32"))
-    for key in ("torch_dtype", "rope_parameters"):                   # said below, in the words every version reads
+    for key in ("torch_dtype", "rope_parameters"):             # said below, in the words every version reads
         config.pop(key, None)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]], "dtype": dtype}
     config |= {ways[0] if isinstance(ways, list) else ways: m[key] for key, ways in family["keys"].items()}
-    config |= {"bos_token_id": bos, "eos_token_id": list(stop) if len(stop) != 1 else stop[0]} if stop or bos is not None else {}
+    if stop or bos is not None:
+        config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
     config = {key: value for key, value in config.items() if value is not None}
 
     tensors = {}
@@ -473,7 +494,8 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     for n, part in enumerate(files):
         save_file(part, folder / label(n), metadata={"format": "pt"})
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": {key: label(n) for n, part in enumerate(files) for key in part}}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                 "weight_map": {key: label(n) for n, part in enumerate(files) for key in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
@@ -494,34 +516,37 @@ def as_batch(documents, device="cpu"):
 
 @torch.no_grad()
 def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
-    """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for a prompt that has ended.
+    """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for one that has ended.
 
-    A prompt ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
+    It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
     """
     m, device, B = model.m, model.embed.weight.device, len(prompts)
     if not all(prompts) or max(map(len, prompts)) > m["max_len"]:
-        raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {sorted({len(p) for p in prompts})}")
+        lengths = sorted({len(p) for p in prompts})
+        raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")
     room = min(max(map(len, prompts)) + max_tokens, m["max_len"])
     batch, cache = as_batch(prompts, device), {}
-    rows = torch.repeat_interleave(torch.arange(B, device=device), torch.tensor([len(p) for p in prompts], device=device))
     inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
-    length = torch.tensor([len(p) for p in prompts], device=device)                                   # [B]
+    length, every = torch.tensor([len(p) for p in prompts], device=device), torch.arange(B, device=device)    # [B]
+    rows = torch.repeat_interleave(every, length)                                                     # [T]
 
-    def remember(layer, qkv):                                        # the prompts, packed
-        _, k, v = layer.split(qkv, 1)
-        cache[layer] = tuple(torch.zeros(B, room, *t.shape[1:], dtype=t.dtype, device=device) for t in (k, v))  # [B, room, K, E]
-        for store, new in zip(cache[layer], (k, v)):
+    def remember(layer, qkv):                                  # the prompts, packed
+        keys_values, cache[layer] = layer.split(qkv, 1)[1:], []
+        for new in keys_values:
+            store = torch.zeros(B, room, *new.shape[1:], dtype=new.dtype, device=device)              # [B, room, K, E]
             store[rows, batch["positions"]] = new
+            cache[layer].append(store)
         return inside(layer, qkv)
 
-    def recall(layer, qkv):                                          # one token of each prompt
-        q, k, v = layer.split(qkv, 1)
+    def recall(layer, qkv):                                    # one token of each prompt
+        q, *keys_values = layer.split(qkv, 1)
+        for store, new in zip(cache[layer], keys_values):
+            store[every, length] = new
         upto = int(length.max()) + 1
-        for store, new in zip(cache[layer], (k, v)):
-            store[torch.arange(B, device=device), length] = new
         keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                    # [B, K, upto, E]
-        mask = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                  # [B, 1, 1, upto]
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=layer.heads != layer.kv_heads)
+        seen = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                  # [B, 1, 1, upto]
+        grouped = layer.heads != layer.kv_heads
+        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=grouped)
         return y[:, :, 0]                                                                             # [B, H, E]
 
     random, stop = torch.Generator(device=device).manual_seed(seed), set(stop)
@@ -541,12 +566,12 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
 
 
 def pick(logits, temperature, top_k, top_p, random):
-    """logits [B, V] -> ids [B]: the likeliest, or drawn from the top_k, or from the fewest that hold top_p of the probability."""
+    """logits [B, V] -> ids [B]: the likeliest, or drawn from the top_k and the fewest that hold top_p."""
     if not temperature:
         return logits.argmax(-1)
     values, order = (logits / temperature).sort(-1, descending=True)
     probs = values.softmax(-1)
-    out = probs.cumsum(-1) - probs >= top_p                          # what stands before it already holds top_p
+    out = probs.cumsum(-1) - probs >= top_p                    # what stands before it already holds top_p
     if top_k:
         out[:, top_k:] = True
     drawn = probs.masked_fill(out, 0).multinomial(1, generator=random)
@@ -582,20 +607,25 @@ def flops(model, lengths, n_targets):
 def summary(model, m):
     """What a person wants to know of a model, as text."""
     rows = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
-    parts = {"embedding": ("embed", "pos"), "attention": ("attn",), "mlp": ("mlp",), "norms": ("norm", "norm1", "norm2"), "head": ("head",)}
+    parts = {"embedding": ("embed", "pos"), "attention": ("attn",), "mlp": ("mlp",),
+             "norms": ("norm", "norm1", "norm2"), "head": ("head",)}
     total = sum(n for *_, n in rows)
-    lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads ({m['n_kv_heads']} of keys and values) of {m['head_dim']}, "
-             f"MLP {m['d_ff']}{' gated' if m['glu'] else ''}, {m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
+    lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads of {m['head_dim']} "
+             f"({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{' gated' if m['glu'] else ''}, "
+             f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
     for name, shape, n in rows:
         if not name.startswith("blocks.") or name.startswith("blocks.0."):
             times = f"  x {m['n_layers']}" if name.startswith("blocks.") else ""
-            lines.append(f"  {name.replace('blocks.0', 'blocks.*'):<28} {'x'.join(map(str, shape)):>14} {n:>14,}{times}")
+            name, shape = name.replace("blocks.0", "blocks.*"), "x".join(map(str, shape))
+            lines.append(f"  {name:<28} {shape:>14} {n:>14,}{times}")
     lines.append("")
     for part, keys in parts.items():
         if n := sum(n for name, _, n in rows if any(key in keys for key in name.split("."))):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     lines.append(f"  {'parameters':<28} {total:>29,}{'  (the head is the embedding)' if m['tie_embeddings'] else ''}")
-    lines.append(f"\n  {flops(model, [m['max_len']], m['max_len']) / m['max_len']:.3g} FLOPs per token, forward and backward, in documents of {m['max_len']:,} tokens")
+    length = m["max_len"]
+    lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and backward, "
+                 f"in documents of {length:,} tokens")
     lines.append(f"  {total * 4 / 1e6:,.1f} MB in fp32, {total * 2 / 1e6:,.1f} MB in bf16")
     return "\n".join(lines)
 

@@ -43,7 +43,8 @@ def key(*numbers):
 def permuted(i, n, k):
     """Where the permutation of 0 … n-1 with key k sends each i [any] -> int64, in O(1) memory for any n.
 
-    A Feistel network over the fewest bits that hold n; what lands at n or beyond walks on until it is below (Black and Rogaway 2002).
+    A Feistel network over the fewest bits that hold n; what lands at n or beyond walks on until it is below
+    (Black and Rogaway 2002).
     """
     bits = max(int(n - 1).bit_length(), 2)
     low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
@@ -76,7 +77,7 @@ def quotas(cfg, sizes):
     names = list(sizes)
     n = np.array([sizes[name] for name in names], np.int64)
     weights = np.array([cfg["data"]["train"].get(name, {}).get("weight", 1.0) for name in names])
-    if cfg["sampler"]["order"] == "weighted":                        # an epoch is as many documents as there are, in these proportions
+    if cfg["sampler"]["order"] == "weighted":                  # as many documents as there are, in these proportions
         weights = weights / weights.sum() * n.sum() / np.maximum(n, 1)
     return names, n, np.maximum(np.rint(n * weights).astype(np.int64), (n > 0).astype(np.int64))
 
@@ -90,9 +91,9 @@ def steps_per_epoch(cfg, sizes):
 
 
 def documents(step, cfg, sizes):
-    """Step (from 0), sizes {source: its number of documents} -> indices [<= batch_size] int64, counted through the sources in order.
+    """Step (from 0), sizes {source: its number of documents} -> indices [<= batch_size] int64, counted through all.
 
-    A source is read pass after pass, each in a new order; an epoch takes weight * size of it and the next goes on behind that.
+    A source is read pass after pass, each in a new order; an epoch takes weight * size of it, the next goes on there.
     """
     names, n, take = quotas(cfg, sizes)
     epoch, inside = divmod(int(step), steps_per_epoch(cfg, sizes))
@@ -124,21 +125,22 @@ def pack(lengths, capacity, ranks=1):
     """Documents into rows -> rows[rank][row] = [indices].
 
     Every index once, no row above `capacity` tokens, equally many rows on every rank (an idle one is []), row k about
-    equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into the
-    fullest it fits in; if that does, too, one more row for every rank. A document longer than a row is a ValueError.
+    equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into
+    the fullest it fits in; if that does, too, one more row for every rank. A document longer than a row is a ValueError.
     """
     lengths = [int(n) for n in lengths]
     if not lengths:
         return [[] for _ in range(ranks)]
     if max(lengths) > capacity:
-        raise ValueError(f"micro_tokens: a row of {capacity} tokens is too short for a document of {max(lengths)}; micro_tokens={max(lengths)} or a smaller data.seq_len")
+        raise ValueError(f"micro_tokens: a row of {capacity} tokens is too short for a document of {max(lengths)}; "
+                         f"micro_tokens={max(lengths)} or a smaller data.seq_len")
     order, costs = sorted(range(len(lengths)), key=lambda i: -lengths[i]), cost(lengths)
 
     def evenly(rows):
         heap, stuck = [(0.0, r, capacity) for r in range(rows)], []
         out = [[] for _ in range(rows)]
         for i in order:
-            while heap and heap[0][2] < lengths[i]:                  # the cheapest rows may be too full for this one, not for later ones
+            while heap and heap[0][2] < lengths[i]:            # too full for this one, maybe not for later ones
                 stuck.append(heapq.heappop(heap))
             if not heap:
                 return None
@@ -165,7 +167,7 @@ def pack(lengths, capacity, ranks=1):
     rows = -(-rows // ranks) * ranks
     while not (bins := evenly(rows) or tightly(rows)):
         rows += ranks
-    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))          # neighbours in cost stand side by side on the ranks
+    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))    # neighbours in cost stand side by side on the ranks
     return [[sorted(bins[k * ranks + rank]) for k in range(rows // ranks)] for rank in range(ranks)]
 
 
@@ -208,12 +210,17 @@ def collate(indices, sources, pad_to=1):
         weights[start:end] = mask[1:]
         positions[start:end] = np.arange(end - start)
     longest = max(int(np.diff(cu).max(initial=0)), total - int(cu[-1]))      # padding is a document to the kernel
-    return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "cu_seqlens": cu.astype(np.int32), "max_len": longest,
-            "doc_ids": np.asarray(indices, np.int64), "trained": np.flatnonzero(targets >= 0)}
+    return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "max_len": longest,
+            "cu_seqlens": cu.astype(np.int32), "doc_ids": np.asarray(indices, np.int64),
+            "trained": np.flatnonzero(targets >= 0)}
 
 
 def step_rows(step, cfg, sources, ranks=1, rank=0, pad_to=1):
-    """Everything one rank needs for a step -> (its rows, {"documents", "tokens", "target_tokens", "weight", "packing", "lengths"} of all ranks' rows)."""
+    """Everything one rank needs for a step -> (its rows, what all ranks' rows hold together).
+
+    The latter is {"documents", "tokens", "target_tokens", "weight", "packing", "lengths" [n]}: every rank knows all of
+    it without asking the others.
+    """
     sizes = {name: len(tokens) for name, tokens in sources.items()}
     return rows_of(documents(step, cfg, sizes), cfg, list(sources.values()), ranks, rank, pad_to)
 
@@ -225,8 +232,9 @@ def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
     targets = sum(int(source.document(i)[1][1:].sum()) for source, i in (source_of(int(x), sources) for x in indices))
     mine = [collate(np.asarray(indices)[row], sources, pad_to) for row in rows[rank]]
     longest = [max(sum(lengths[i] for i in rows[r][k]) for r in range(ranks)) for k in range(len(rows[0]))]
-    return mine, {"documents": len(indices), "tokens": int(lengths.sum()), "target_tokens": targets, "weight": float(targets),
-                  "packing": float(lengths.sum() / max(1, ranks * sum(longest))), "lengths": lengths}
+    packing = float(lengths.sum() / max(1, ranks * sum(longest)))
+    return mine, {"documents": len(indices), "tokens": int(lengths.sum()), "target_tokens": targets,
+                  "weight": float(targets), "packing": packing, "lengths": lengths}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,8 +259,8 @@ def main(argv):
             counts.append(len(rows[0]))
             fill.append(lengths.sum() / (ranks * len(rows[0]) * cfg["micro_tokens"]))
             even.append(costs.mean(0).sum() / costs.max(0).sum())
-        print(f"{ranks} rank{'s' * (ranks > 1)}: {np.mean(counts):.1f} rows of {cfg['micro_tokens']:,} tokens a step, {np.mean(fill):.0%} full, "
-              f"ranks wait {1 - np.mean(even):.1%} of the time for the slowest")
+        print(f"{ranks} rank{'s' * (ranks > 1)}: {np.mean(counts):.1f} rows of {cfg['micro_tokens']:,} tokens a step, "
+              f"{np.mean(fill):.0%} full, ranks wait {1 - np.mean(even):.1%} of the time for the slowest")
 
 
 if __name__ == "__main__":

@@ -47,24 +47,25 @@ def has_bf16(device):
 
 
 def row_multiple(device, dtype):
-    """Tokens that a row's length is a multiple of. Kernels are prepared, and kept, for each new shape: fewer shapes, less of both."""
+    """What a row's length is a multiple of: kernels are prepared, and kept, for every new shape, so there are few."""
     return 256 if device.type == "cuda" else 64 if dtype == torch.bfloat16 else 1
 
 
 def set_threads():
-    """Share the machine's cores among this machine's processes. torchrun's own choice, one thread each, wastes the rest."""
+    """Share the machine's cores among its processes. torchrun's own choice, one thread each, wastes the rest."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if here > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here if hasattr(os, "sched_getaffinity") else os.cpu_count() // here))
+        torch.set_num_threads(max(1, os.cpu_count() // here))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and one adapter for each of its parts (q, k and v are one matmul inside, three layers outside).
+    """A frozen linear layer with an adapter for each of its parts (q, k, v: one matmul inside, three layers outside).
 
     parts  [(their name of the layer, first output, one behind the last)] of those that are adapted
+
     The adapters' A stand in one matrix [n r, in], so that x is read once for all of them.
     """
 
@@ -72,7 +73,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.parts, self.r, self.scale = base.requires_grad_(False), parts, r, alpha / r
         self.A = nn.Parameter(torch.empty(len(parts) * r, base.in_features, device=base.weight.device))
-        self.B = nn.ParameterList(nn.Parameter(torch.zeros(end - start, r, device=base.weight.device)) for _, start, end in parts)
+        zeros = (torch.zeros(end - start, r, device=base.weight.device) for _, start, end in parts)
+        self.B = nn.ParameterList(nn.Parameter(B) for B in zeros)
 
     def forward(self, x):                                                                             # [T, in]
         y = self.base(x)
@@ -96,27 +98,26 @@ class LoRALinear(nn.Module):
 def add_lora(model, m, lora, seed):
     """Freeze the model and put adapters on its linear layers, in place. Raises ValueError for a target no layer has."""
     model.requires_grad_(False)
-    names = transformer.weight_names(model, m)
-    known = sorted({t.removesuffix(".weight").split(".")[-1] for ours, theirs in names.items() if ours.startswith("blocks.") and model.get_parameter(ours).dim() == 2 for t in theirs})
-    if strange := [t for t in lora["targets"] if t not in known]:
-        raise ValueError(f"shard.lora.targets: {strange[0]} is none of {', '.join(known)}")
-    for ours, theirs in names.items():
-        layer = ours.removesuffix(".weight")
-        if not ours.startswith("blocks.") or not isinstance(model.get_submodule(layer.rpartition(".")[0] if layer == ours else layer), nn.Linear) or layer == ours:
-            continue
-        base = model.get_submodule(layer)
-        ends = torch.tensor(transformer.rows_of(ours, m) if len(theirs) > 1 else [base.out_features]).cumsum(0).tolist()
-        parts = [(t.removesuffix(".weight"), start, end) for t, start, end in zip(theirs, [0, *ends], ends)
-                 if not lora["targets"] or t.removesuffix(".weight").split(".")[-1] in lora["targets"]]
+    names, known = transformer.weight_names(model, m), set()
+    linear = [name for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)]
+    for layer in linear:
+        base, theirs = model.get_submodule(layer), [t.removesuffix(".weight") for t in names[f"{layer}.weight"]]
+        rows = transformer.rows_of(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
+        ends = [sum(rows[:n + 1]) for n in range(len(rows))]
+        known |= {t.split(".")[-1] for t in theirs}
+        parts = [(t, start, end) for t, start, end in zip(theirs, [0, *ends], ends)
+                 if not lora["targets"] or t.split(".")[-1] in lora["targets"]]
         if not parts:
             continue
         adapted = LoRALinear(base, parts, lora["r"], lora["alpha"])
-        with torch.no_grad():                                        # kaiming_uniform with a = sqrt(5), as PEFT starts A
-            bound = 1 / math.sqrt(base.in_features)
+        bound = 1 / math.sqrt(base.in_features)                # kaiming_uniform with a = sqrt(5), as PEFT starts A
+        with torch.no_grad():
             for (their, _, _), A in zip(parts, adapted.A.split(lora["r"])):
                 A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=transformer.seeded(seed, their)))
         parent, _, child = layer.rpartition(".")
         setattr(model.get_submodule(parent), child, adapted)
+    if strange := [t for t in lora["targets"] if t not in known]:
+        raise ValueError(f"shard.lora.targets: {strange[0]} is none of {', '.join(sorted(known))}")
 
 
 def merge_lora(model, m):
@@ -151,9 +152,11 @@ def save_adapter(model, m, lora, folder, base):
             for letter, tensor in (("A", A), ("B", B)):
                 tensors[f"base_model.model.{their}.lora_{letter}.weight"] = tensor.detach().float().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": lora["r"], "lora_alpha": lora["alpha"],
-              "lora_dropout": 0.0, "bias": "none", "inference_mode": True, "fan_in_fan_out": bool(configs.families()[m["family"]].get("transposed")),
-              "target_modules": sorted({their.split(".")[-1] for module in lora_layers(model) for their, _, _ in module.parts})}
+    targets = {their.split(".")[-1] for module in lora_layers(model) for their, _, _ in module.parts}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": lora["r"],
+              "lora_alpha": lora["alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "fan_in_fan_out": bool(configs.families()[m["family"]].get("transposed")),
+              "target_modules": sorted(targets)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -164,7 +167,7 @@ def prepare(model, m, cfg):
     device, dtype = pick_device(cfg)
     if cfg["shard"]["lora"]["r"]:
         add_lora(model, m, cfg["shard"]["lora"], cfg["seed"])
-        if dtype == torch.bfloat16:                                  # frozen weights need no fp32 master: half the memory, no cast
+        if dtype == torch.bfloat16:                            # frozen weights need no fp32 master: half the memory
             for name, p in model.named_parameters():
                 if not p.requires_grad and p.dim() == 2:
                     p.data = p.data.to(dtype)
@@ -180,8 +183,8 @@ def plan(m, cfg, gpus=1):
 
     Activations are those of one row of micro_tokens: what autograd keeps for each block's backward pass.
     """
-    model, dtype = transformer.on_meta(m), pick_device(cfg | {"device": "cpu"})[1] if cfg["device"] == "cpu" else torch.bfloat16
-    size, T, r = (2 if dtype == torch.bfloat16 else 4), cfg["micro_tokens"], cfg["shard"]["lora"]["r"]
+    model, T, r = transformer.on_meta(m), cfg["micro_tokens"], cfg["shard"]["lora"]["r"]
+    size = 4 if cfg["dtype"] == "float32" else 2               # auto: the device it is planned for has bf16
     total = sum(p.numel() for p in model.parameters())
     trained = total
     if r:
@@ -210,7 +213,8 @@ def main(argv):
         m = m | {"vocab_size": tokenize_data.load_tokenizer(cfg).n_vocab}
     parts = plan(m, cfg, options["gpus"])
     total = sum(parts.values())
-    print(f"predicted on each of {options['gpus']} device{'s' * (options['gpus'] > 1)}, rows of {cfg['micro_tokens']:,} tokens:")
+    gpus = options["gpus"]
+    print(f"predicted on each of {gpus} device{'s' * (gpus > 1)}, rows of {cfg['micro_tokens']:,} tokens:")
     for name, n in parts.items():
         print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}")
     print(f"  {'together':<16} {total / 2**20:>12,.1f} MiB")

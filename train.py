@@ -18,12 +18,12 @@ import sys
 
 import configs
 
-if __name__ == "__main__":                                           # before torch: a wrong key costs a moment, not a start-up
-    CONFIG = configs.load_or_exit(sys.argv[1:])
+if __name__ == "__main__":
+    CONFIG = configs.load_or_exit(sys.argv[1:])      # before torch: a wrong key costs a moment, not a start-up
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")                        # a waiting thread soon sleeps: ten times faster beside a busy process (LOG.md)
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
 
 import concurrent.futures, math, platform, signal, time
 from pathlib import Path
@@ -50,11 +50,11 @@ def cosine(done, lr, least):
     return least + (lr - least) * (1 + math.cos(math.pi * done)) / 2
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": linear}        # wsd decays at the end only
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": linear}    # wsd: at the end only
 
 
 def lr_at(step, total, cfg):
-    """The learning rate of the update that step makes: warm-up, then the schedule. The first is not 0, the last is min_lr.
+    """The learning rate of the update that step makes: warm-up, then the schedule. The first is not 0, the last min_lr.
 
     Warm-up, stable, decay (wsd, arXiv:2404.06395) keeps lr until its last `decay` steps, so that the steps before don't
     depend on how long the run is.
@@ -63,7 +63,7 @@ def lr_at(step, total, cfg):
     start = max(warmup, total - count(cfg["decay"], total)) if cfg["schedule"] == "wsd" else warmup
     if step < warmup:
         return cfg["lr"] * (step + 1) / warmup
-    done = max(0, step + 1 - start) / max(1, total - start)          # of the schedule, 1 at the last step
+    done = max(0, step + 1 - start) / max(1, total - start)    # of the schedule, 1 at the last step
     return SCHEDULES[cfg["schedule"]](done, cfg["lr"], cfg["min_lr"])
 
 
@@ -132,10 +132,11 @@ def to_device(row, device):
 # evaluation
 
 def by_label(cfg, sources):
-    """{name: Tokens} of validation -> {label: [Tokens]}"""
+    """{name: Tokens} of validation -> {label: [Tokens]}; a part held out of a training source has that one's label."""
     out = {}
     for name, tokens in sources.items():
-        out.setdefault(cfg["data"]["validation"].get(name, {}).get("label") or name, []).append(tokens)
+        said = cfg["data"]["validation"].get(name) or cfg["data"]["train"][name]
+        out.setdefault(said["label"] or name, []).append(tokens)
     return out
 
 
@@ -144,8 +145,9 @@ def validation_loss(model, sources, cfg, device):
     """Sum of weight * nll over all targets of the sources, divided by their weight: as in training."""
     total = weight = 0.0
     n = sum(map(len, sources))
-    for start in range(0, n, 1024):                                  # documents packed together
-        rows, info = sampler.rows_of(np.arange(start, min(start + 1024, n)), cfg, sources)
+    for start in range(0, n, 1024):                            # documents packed together
+        documents = np.arange(start, min(start + 1024, n))
+        rows, info = sampler.rows_of(documents, cfg, sources, pad_to=shard.row_multiple(device, model.dtype))
         for row in rows:
             total += model(to_device(row, device))[0].double()
         weight += info["weight"]
@@ -153,7 +155,7 @@ def validation_loss(model, sources, cfg, device):
 
 
 def questions(sources, stop, most):
-    """The first chats that end in a whole answer -> [(prompt's ids, answer's ids without what ends it)], at most `most`."""
+    """The first chats that end in a whole answer, at most `most` -> [(prompt's ids, answer's ids without its end)]"""
     out = []
     for tokens in sources:
         for i in range(len(tokens) if tokens.header["chats"] else 0):
@@ -161,7 +163,7 @@ def questions(sources, stop, most):
                 return out
             ids, mask = tokens.document(i)
             untrained, trained = np.flatnonzero(mask == 0), np.flatnonzero(mask)
-            start = untrained[untrained < trained[-1]].max(initial=-1) + 1       # where the last trained span begins
+            start = untrained[untrained < trained[-1]].max(initial=-1) + 1    # where the last trained span begins
             answer = ids[start:trained[-1] + 1].tolist()
             if start and answer[-1] in stop:
                 out.append((ids[:start].tolist(), answer[:-1]))
@@ -169,12 +171,13 @@ def questions(sources, stop, most):
 
 
 def ask(model, asked, stop, cfg, tok):
-    """[(prompt, reference)] -> [(prompt, answer, reference)] as texts; greedy."""
+    """[(prompt, reference)] as ids -> [(prompt, answer, reference)] as texts; answers are greedy."""
     out = []
     for start in range(0, len(asked), 64):
         part = asked[start:start + 64]
         answers = transformer.answer(model, [prompt for prompt, _ in part], cfg["eval_tokens"], stop)
-        out += [tuple(tok.decode(ids) for ids in (prompt, ids, reference)) for (prompt, reference), ids in zip(part, answers)]
+        for (prompt, reference), ids in zip(part, answers):
+            out.append((tok.decode(prompt), tok.decode(ids), tok.decode(reference)))
     return out
 
 
@@ -185,14 +188,15 @@ def evaluate(model, labels, asked, stop, cfg, tok, device):
         record[f"val/{label}/loss"] = validation_loss(model, sources, cfg, device)
         if asked[label]:
             texts[label] = ask(model, asked[label], stop, cfg, tok)
-            record[f"val/{label}/exact_match"] = sum(a.strip() == r.strip() for _, a, r in texts[label]) / len(texts[label])
+            right = sum(reply.strip() == reference.strip() for _, reply, reference in texts[label])
+            record[f"val/{label}/exact_match"] = right / len(texts[label])
     return record, texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a run starts from
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}         # dense bf16, from NVIDIA's data sheets; any other device has no MFU
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16, NVIDIA's data sheets; no MFU on any other
 
 
 def peak_flops(device, dtype):
@@ -211,7 +215,7 @@ def memory(device):
 
 
 def where_to_start(cfg):
-    """resume -> the checkpoint's folder to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
+    """resume -> the checkpoint to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
     out, resume = Path(cfg["out_dir"]), cfg["resume"]
     if resume not in ("auto", "never"):
         checkpoint.read_state(resume)
@@ -221,7 +225,7 @@ def where_to_start(cfg):
     if not (out / "config.yaml").is_file():
         return None
     if resume == "never":
-        raise ValueError(f"out_dir: {out} holds a run, and resume=never would overwrite it; out_dir=NEW, or delete {out}")
+        raise ValueError(f"out_dir: {out} holds a run that resume=never would overwrite; out_dir=NEW, or delete {out}")
     if different := checkpoint.differences(out, cfg):
         raise ValueError(f"out_dir: {out} holds a different run ({'; '.join(different)}); out_dir=NEW starts another, "
                          f"the old keys go on with it, deleting {out} gives it up")
@@ -230,30 +234,52 @@ def where_to_start(cfg):
 
 
 def load_model(cfg, tok):
-    """-> (model in fp32 on the CPU, its complete section)"""
-    m = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}
+    """-> (model in fp32 on the CPU, its complete section). Raises ValueError where tokenizer or lengths don't fit."""
+    m, seq_len = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}, cfg["data"]["seq_len"]
     if tok.n_vocab > m["vocab_size"]:
-        raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for this tokenizer's {tok.n_vocab} ids; another data.tokenizer, or a model made for it")
-    if m["positions"] == "learned" and cfg["data"]["seq_len"] > m["max_len"]:
-        raise ValueError(f"data.seq_len: {cfg['data']['seq_len']} is more than the {m['max_len']} positions the model has learned (model.max_len)")
-    return (transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.build(m, cfg["seed"])), m
+        raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
+                         "another data.tokenizer, or a model made for it")
+    if m["positions"] == "learned" and seq_len > m["max_len"]:
+        raise ValueError(f"data.seq_len: {seq_len} is more than the {m['max_len']} positions the model has learned "
+                         f"(model.max_len); data.seq_len={m['max_len']}")
+    if m["init_from"]:
+        return transformer.load(m["init_from"], m)[0], m
+    return transformer.build(m, cfg["seed"]), m
 
 
-def introduce(report, cfg, model, m, data, total_steps, device, dtype):
-    """What is about to be done, as arithmetic."""
-    sizes = {name: len(t) for name, t in data["train"].items()}
-    for kind, sources in data.items():
-        for name, tokens in sources.items():
-            report.say(f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}")
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
-    report.say(f"model     {m['family']} {m['n_layers']} x {m['d_model']}, {every:,} parameters, {trained:,} trained"
-             f"{' (LoRA r ' + str(cfg['shard']['lora']['r']) + ')' if cfg['shard']['lora']['r'] else ''}, from {m['init_from'] or 'scratch'}")
-    mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in data["train"].values()) / sum(sizes.values())
-    per_step = cfg["batch_size"] * mean
-    report.say(f"step      {cfg['batch_size']} documents x {mean:,.0f} tokens = {per_step:,.0f} tokens, in about {math.ceil(per_step / cfg['micro_tokens'])} rows of at most {cfg['micro_tokens']:,}")
-    epoch, documents = sampler.steps_per_epoch(cfg, sizes), int(sampler.quotas(cfg, sizes)[2].sum())
-    report.say(f"run       {documents:,} documents / {cfg['batch_size']} = {epoch:,} steps an epoch; {total_steps:,} steps = {total_steps / epoch:.2f} epochs = {total_steps * per_step / 1e6:,.1f} M tokens")
-    report.say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}, computing in {str(dtype).removeprefix('torch.')}, masters in float32")
+def length_of_run(cfg, data):
+    """-> (steps in an epoch, steps in all). Raises ValueError where rows are too short or nothing says when to end."""
+    epoch = sampler.steps_per_epoch(cfg, {name: len(t) for name, t in data["train"].items()})
+    longest = max(int(t.lengths(np.arange(len(t))).max()) for group in data.values() for t in group.values())
+    if longest > cfg["micro_tokens"]:
+        raise ValueError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest document's {longest} tokens; "
+                         f"micro_tokens={longest}, or data.seq_len={cfg['micro_tokens']}")
+    limits = [n for n in (cfg["max_steps"], math.ceil(cfg["epochs"] * epoch)) if n]
+    if not limits:
+        raise ValueError("max_steps: neither it nor epochs says when to end")
+    return epoch, min(limits)
+
+
+def introduce(cfg, model, data, epoch, total, device):
+    """What is about to be done, as arithmetic -> lines."""
+    train, batch, lora = data["train"], cfg["batch_size"], cfg["shard"]["lora"]["r"]
+    lines = [f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}"
+             for kind, sources in data.items() for name, tokens in sources.items()]
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines.append(f"model     {model.m['family']} {model.m['n_layers']} x {model.m['d_model']}, {every:,} parameters, "
+                 f"{trained:,} trained{f' (LoRA of rank {lora})' if lora else ''}, "
+                 f"from {model.m['init_from'] or 'scratch'}")
+    documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
+    mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in train.values()) / sum(map(len, train.values()))
+    rows = math.ceil(batch * mean / cfg["micro_tokens"])
+    lines.append(f"step      {batch} documents x {mean:,.0f} tokens = {batch * mean:,.0f} tokens, "
+                 f"in {rows} row{'s' * (rows > 1)} of at most {cfg['micro_tokens']:,}")
+    lines.append(f"run       {documents:,} documents / {batch} = {epoch:,} steps an epoch; {total:,} steps = "
+                 f"{total / epoch:.2f} epochs = {total * batch * mean:,.0f} tokens")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    lines.append(f"device    {where}, computing in {str(model.dtype).removeprefix('torch.')}, masters in float32")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,77 +293,78 @@ def main(cfg, source=None, explicit=None):
         if cfg[key] not in known:
             raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
     shard.set_threads()
-    start_from, out = where_to_start(cfg), Path(cfg["out_dir"])
+    out, start_from = Path(cfg["out_dir"]), where_to_start(cfg)
     tok = tokenize_data.load_tokenizer(cfg)
     data = tokenize_data.prepare(cfg, tok)
-    prints = {f"{kind}.{name}": t.header["fingerprints"] for kind, sources in data.items() for name, t in sources.items()}
-    sources, sizes = list(data["train"].values()), {name: len(t) for name, t in data["train"].items()}
-    longest = max(int(t.lengths(np.arange(len(t))).max()) for group in data.values() for t in group.values())
-    if longest > cfg["micro_tokens"]:
-        raise ValueError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest document's {longest} tokens; micro_tokens={longest}, or data.seq_len={cfg['micro_tokens']}")
-    epoch = sampler.steps_per_epoch(cfg, sizes)
-    limits = [n for n in (cfg["max_steps"], math.ceil(cfg["epochs"] * epoch)) if n]
-    if not limits:
-        raise ValueError("max_steps: neither it nor epochs says when to end")
-    total = min(limits)
+    epoch, total = length_of_run(cfg, data)
 
     model, m = load_model(cfg, tok)
-    if start_from:                                                   # what was chosen by looking at a machine is chosen once
+    if start_from:                                             # what was chosen by looking at a machine is chosen once
         cfg = cfg | {"dtype": checkpoint.read_state(start_from)["dtype"]}
-    device, dtype = shard.pick_device(cfg)
     model = shard.prepare(model, m, cfg)
-    optimizer = make_optimizer(model, cfg)
-    state = {"dtype": str(dtype).removeprefix("torch."), "total_steps": total, "seconds": 0.0, "config": explicit or {}, "data": prints,
-             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
-    step = 0
+    device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
     if start_from:
         saved = checkpoint.restore(start_from, model, optimizer)
-        step, state["seconds"] = saved["step"], saved["seconds"]
-        if changed := [name for name, p in prints.items() if name.startswith("train.") and saved["data"].get(name, {}).get("source") != p["source"]]:
-            print(f"note: data.{changed[0]}'s files have been touched since the checkpoint; the same documents follow only if they hold the same", flush=True)
+        step, before = saved["step"], saved["seconds"]
+    finished = step == total and (out / "hf").is_dir()
+
     out.mkdir(parents=True, exist_ok=True)
+    report = log.Log(cfg, total, step, before)
     (out / "config.yaml").write_text(configs.dump(explicit or {}))
-    report = log.Log(cfg, total, step)
     saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
-    introduce(report, cfg, model, m, data, total, device, dtype)
+    state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
+             "data": {name: t.header["fingerprints"] for name, t in data["train"].items()},
+             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
+    for line in introduce(cfg, model, data, epoch, total, device):
+        report.say(line)
     if start_from:
         report.say(f"resume    {start_from}: {step:,} of {total:,} steps are done")
+        if touched := [name for name in state["data"] if saved["data"].get(name) != state["data"][name]]:
+            report.say(f"note      data.train.{touched[0]} has changed since: other documents may follow")
 
     labels, stop = by_label(cfg, data["validation"]), stops(tok, cfg, data)
     asked = {label: questions(group, stop, cfg["eval_prompts"]) for label, group in labels.items()}
-    validate = lambda: evaluate(model, labels, asked, stop, cfg, tok, device)
-    if step == 0 and labels and cfg["eval_every"]:
-        report.validation({"step": 0} | validate()[0])
+    texts = {}                                                 # of the last evaluation, by label
 
-    ended = []                                                       # a signal asks for an end: the step is finished, then saved
+    def validate():
+        record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
+        report.validation({"step": step} | record)
+        texts.update(found)
+
+    if step == 0 and labels and cfg["eval_every"]:
+        validate()
+
+    ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    peak, before, clock = peak_flops(device, dtype), state["seconds"], time.perf_counter()
-    tokens_since, clock_since, texts = 0, clock, {}
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:          # the next step's rows are laid out beside this one's computation
-        lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=shard.row_multiple(device, dtype))
-        coming = ahead.submit(lay_out, step) if step < total else None
+    peak, clock = peak_flops(device, model.dtype), time.perf_counter()
+    seconds = lambda: before + time.perf_counter() - clock
+    since, tokens = seconds(), 0                               # the last logged step
+    multiple = shard.row_multiple(device, model.dtype)
+    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=multiple) if s < total else None
+    with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
+        coming = ahead.submit(lay_out, step)
         while step < total and not ended:
             rows, info = coming.result()
-            coming = ahead.submit(lay_out, step + 1) if step + 1 < total else None
-            lr = lr_at(step, total, cfg)
-            loss, norm = train_step(model, optimizer, [to_device(row, device) for row in rows], info["weight"], lr, cfg["grad_clip"])
+            coming = ahead.submit(lay_out, step + 1)
+            rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
+            loss, norm = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             step += 1
 
-            tokens_since += info["tokens"]
+            tokens += info["tokens"]
             if due(step, cfg["log_every"], total):
-                now = time.perf_counter()
-                speed = tokens_since / (now - clock_since)
+                now = seconds()
+                speed = tokens / (now - since)
                 used = transformer.flops(model, info["lengths"], info["target_tokens"]) / info["tokens"] * speed
-                report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"], "target_tokens": info["target_tokens"],
-                           "documents": info["documents"], "tok_per_s": speed, "mfu": used / peak if peak else None, "packing": info["packing"],
-                           "memory": memory(device), "seconds": before + now - clock})
-                tokens_since, clock_since = 0, now
+                report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
+                             "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
+                             "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
+                             "seconds": now})
+                since, tokens = now, 0
             if due(step, cfg["save_every"], total) or step == total or ended:
-                saver.save(step, model, optimizer, state | {"seconds": before + time.perf_counter() - clock})
+                saver.save(step, model, optimizer, state | {"seconds": seconds()})
             if labels and due(step, cfg["eval_every"], total):
-                record, texts = validate()
-                report.validation({"step": step} | record)
-                clock_since, tokens_since = time.perf_counter(), 0   # speed is training's
+                validate()
+                since, tokens = seconds(), 0                   # speed is training's
     saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -346,14 +373,16 @@ def main(cfg, source=None, explicit=None):
         report.close()
         sys.exit(128 + ended[0])
 
-    for label, group in texts.items():
+    for group in texts.values():
         for prompt, reply, reference in group[:cfg["samples"]]:
-            report.say(f"\n{prompt}{reply}\n    {'as expected' if reply.strip() == reference.strip() else f'expected: {reference}'}")
-    if cfg["checkpoint"]["export"] and not (start_from and (out / "hf").is_dir() and step == checkpoint.read_state(start_from)["step"]):
+            right = reply.strip() == reference.strip()
+            report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
+    if cfg["checkpoint"]["export"] and not finished:
         if cfg["shard"]["lora"]["r"]:
             shard.save_adapter(model, m, cfg["shard"]["lora"], out / "adapter", m["init_from"])
         checkpoint.export(model, m, cfg, tok, out / "hf")
-    report.say("\n" + outcome(cfg, total))
+    for line in outcome(cfg, total):
+        report.say(line)
     report.close()
 
 
@@ -365,17 +394,16 @@ def stops(tok, cfg, data):
 
 
 def outcome(cfg, total):
-    """What the run has come to, from its own records."""
-    records = log.read(cfg["out_dir"])
-    vals, lines = [r for r in records if any(k.startswith("val/") for k in r)], []
-    for key in sorted({k for r in vals for k in r if k.startswith("val/")}):
-        figures = [r[key] for r in vals if r.get(key) is not None]
+    """What the run has come to, from its own records -> lines."""
+    records, lines = log.read(cfg["out_dir"]), [""]
+    for key in sorted({key for r in records for key in r if key.startswith("val/")}):
+        figures = [r[key] for r in records if r.get(key) is not None]
         lines += [f"{key.removeprefix('val/'):<24} {figures[0]:.3f} -> {figures[-1]:.3f}"] if figures else []
     seconds = next((r["seconds"] for r in reversed(records) if r.get("seconds")), 0)
     lines.append(f"{total:,} steps in {log.clock(seconds)}; all is in {cfg['out_dir']}")
     if cfg["checkpoint"]["export"]:
         lines.append(f'talk to it: python model.py {cfg["out_dir"]} "..."')
-    return "\n".join(lines)
+    return lines
 
 
 if __name__ == "__main__":

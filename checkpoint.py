@@ -81,7 +81,9 @@ def write(folder, files, state, keep):
     link.symlink_to(folder.name)
     os.replace(link, parent / "latest")
     sync(parent)
-    for old in found(parent.parent)[:-keep]:
+    whole = found(parent.parent)
+    ahead = [p for p in whole if p.name > folder.name]         # left by a run that went on from an older one
+    for old in ahead + [p for p in whole if p not in ahead][:-keep]:
         shutil.rmtree(old)
 
 
@@ -181,20 +183,20 @@ def differences(out_dir, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # export
 
-def export(model, m, cfg, tok, folder):
-    """The model, adapters merged, with its tokenizer, as a Hugging Face folder that is there whole or not at all."""
-    folder = Path(folder)
+def export(model, m, cfg, tok, folder, chats):
+    """The model, adapters merged, with its tokenizer, as a Hugging Face folder that is there whole or not at all.
+
+    chats  was it trained on any? Then their template goes along, and what ends a turn ends a generation.
+    """
+    folder, text = Path(folder), None
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    stop, text = [], None
-    try:
+    stop = [tok.special[tok.eos]] if tok.eos else []
+    if chats:
         text = tokenize_data.template_text(tok, cfg)
         stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(text))
-    except ValueError:                                               # a tokenizer for text alone
-        stop = [tok.special[tok.eos]] if tok.eos else []
-    chats = any(t.header["chats"] for t in tokenize_data.prepare(cfg, tok, quiet=True)["train"].values())
     transformer.save(shard.merge_lora(model, m), m, building, cfg["model"]["init_from"], stop, tok.special.get(tok.bos))
-    tokenize_data.save_tokenizer(tok, building, text if chats else None)
+    tokenize_data.save_tokenizer(tok, building, text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
 
@@ -211,14 +213,14 @@ def export_checkpoint(path, folder):
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
     tok = tokenize_data.load_tokenizer(cfg)
     m = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}
-    model = transformer.load(cfg["model"]["init_from"], m)[0] if cfg["model"]["init_from"] else transformer.build(m)
+    model = transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.build(m, cfg["seed"])
     if cfg["shard"]["lora"]["r"]:
         shard.add_lora(model, m, cfg["shard"]["lora"], cfg["seed"])
-    _, files = read(path)
+    state, files = read(path)
     with torch.no_grad():
         for name, tensor in files["model.safetensors"].items():
             model.get_parameter(name).copy_(tensor)
-    export(model, m, cfg, tok, folder)
+    export(model, m, cfg, tok, folder, state["chats"])
     print(f"{path} -> {folder}")
 
 

@@ -469,7 +469,7 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     folder.mkdir(parents=True, exist_ok=True)
     original = Path(source or "/nowhere") / "config.json"
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
-    dtype = str(config.get("dtype", config.get("torch_dtype") or "float32"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     for key in ("torch_dtype", "rope_parameters"):             # said below, in the words every version reads
         config.pop(key, None)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]], "dtype": dtype}

@@ -126,7 +126,7 @@ def pack(lengths, capacity, ranks=1):
 
     Every index once, no row above `capacity` tokens, equally many rows on every rank (an idle one is []), row k about
     equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into
-    the fullest it fits in; if that does, too, one more row for every rank. A document longer than a row is a ValueError.
+    the fullest it fits in; if that does, too, one more row for every rank. ValueError: a document longer than a row.
     """
     lengths = [int(n) for n in lengths]
     if not lengths:

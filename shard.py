@@ -121,24 +121,27 @@ def add_lora(model, m, lora, seed):
 
 
 def merge_lora(model, m):
-    """A model with adapters -> a plain one with what they learned added to its weights."""
+    """A model with adapters -> a plain one, in fp32, with what they learned added to its weights.
+
+    The base is read again where it came from a folder: the one that was trained on may have been rounded to bf16.
+    """
     if not lora_layers(model):
         return model
-    plain = transformer.on_meta(m).to_empty(device="cpu")
+    plain = transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.on_meta(m).to_empty(device="cpu")
     with torch.no_grad():
         for name, p in plain.named_parameters():
             layer, _, kind = name.rpartition(".")
             module = model.get_submodule(layer)
-            if isinstance(module, LoRALinear):
-                p.copy_(getattr(module.base, kind))
-                if kind == "weight":
-                    p += module.delta().cpu()
-            else:
-                p.copy_(getattr(module, kind))
+            adapted = isinstance(module, LoRALinear)
+            if not m["init_from"]:
+                p.copy_(getattr(module.base if adapted else module, kind))
+            if adapted and kind == "weight":
+                p += module.delta().cpu()
     return plain
 
 
 def lora_layers(model):
+    """The layers that have adapters."""
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
 
 

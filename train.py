@@ -312,8 +312,9 @@ def main(cfg, source=None, explicit=None):
     report = log.Log(cfg, total, step, before)
     (out / "config.yaml").write_text(configs.dump(explicit or {}))
     saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
+    chats = any(t.header["chats"] for group in data.values() for t in group.values())
     state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
-             "data": {name: t.header["fingerprints"] for name, t in data["train"].items()},
+             "data": {name: t.header["fingerprints"] for name, t in data["train"].items()}, "chats": chats,
              "versions": {"torch": torch.__version__, "python": platform.python_version()}}
     for line in introduce(cfg, model, data, epoch, total, device):
         report.say(line)
@@ -322,7 +323,9 @@ def main(cfg, source=None, explicit=None):
         if touched := [name for name in state["data"] if saved["data"].get(name) != state["data"][name]]:
             report.say(f"note      data.train.{touched[0]} has changed since: other documents may follow")
 
-    labels, stop = by_label(cfg, data["validation"]), stops(tok, cfg, data)
+    labels, stop = by_label(cfg, data["validation"]), []
+    if chats:
+        stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
     asked = {label: questions(group, stop, cfg["eval_prompts"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
 
@@ -380,17 +383,10 @@ def main(cfg, source=None, explicit=None):
     if cfg["checkpoint"]["export"] and not finished:
         if cfg["shard"]["lora"]["r"]:
             shard.save_adapter(model, m, cfg["shard"]["lora"], out / "adapter", m["init_from"])
-        checkpoint.export(model, m, cfg, tok, out / "hf")
+        checkpoint.export(model, m, cfg, tok, out / "hf", chats)
     for line in outcome(cfg, total):
         report.say(line)
     report.close()
-
-
-def stops(tok, cfg, data):
-    """The ids that end an answer; none for text alone."""
-    if not any(t.header["chats"] for group in data.values() for t in group.values()):
-        return []
-    return tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
 
 
 def outcome(cfg, total):

@@ -50,6 +50,21 @@ def checksum(path):
     return f"{value:08x}"
 
 
+def own_checksum(state):
+    """Of what state.json says besides."""
+    rest = {key: value for key, value in state.items() if key != "checksum"}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def remove(folder):
+    """Delete a checkpoint: it loses its name first, so that half of one is never taken for a whole."""
+    gone = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
+
+
 def snapshot(model, optimizer):
     """A copy of what a resumed run needs, in main memory -> {file: {name: tensor}}. The loop waits for no more."""
     copy = lambda t: t.detach().to("cpu", copy=True)
@@ -70,10 +85,11 @@ def write(folder, files, state, keep):
         save_file(tensors, building / name)
         sync(building / name)
         sums[name] = checksum(building / name)
-    (building / "state.json").write_text(json.dumps(state | {"format": FORMAT, "checksums": sums}, indent=1) + "\n")
+    state = json.loads(json.dumps(state | {"format": FORMAT, "checksums": sums}))
+    (building / "state.json").write_text(json.dumps(state | {"checksum": own_checksum(state)}, indent=1) + "\n")
     sync(building / "state.json")
     sync(building)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     os.replace(building, folder)
     sync(parent)
     link = parent / ".latest"
@@ -84,17 +100,20 @@ def write(folder, files, state, keep):
     whole = found(parent.parent)
     ahead = [p for p in whole if p.name > folder.name]         # left by a run that went on from an older one
     for old in ahead + [p for p in whole if p not in ahead][:-keep]:
-        shutil.rmtree(old)
+        remove(old)
 
 
 class Saver:
     """Writes snapshots in the background, one at a time."""
 
     def __init__(self, out_dir, keep, warn):
-        self.folder, self.keep, self.warn, self.thread = Path(out_dir) / "checkpoints", keep, warn, None
+        self.folder, self.keep, self.warn = Path(out_dir) / "checkpoints", keep, warn
+        self.thread = self.error = None
+        for left in self.folder.glob(".*.*"):                  # of a process that was killed while it wrote or deleted
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step, model, optimizer, state):
-        """Step's checkpoint: returns when the copy is made. A failed write warns and leaves the older ones."""
+        """Step's checkpoint: returns when the copy is made. wait() tells of a failed write, which leaves the others."""
         self.wait()
         files, folder = snapshot(model, optimizer), self.folder / f"{step:08}"
 
@@ -102,14 +121,18 @@ class Saver:
             try:
                 write(folder, files, state | {"step": step}, self.keep)
             except (OSError, SafetensorError) as e:
-                self.warn(f"checkpoint {folder} could not be written ({e}); the run goes on, the older ones are whole")
+                self.error = f"checkpoint {folder} was not written ({e}); the run goes on, the older ones are whole"
         self.thread = threading.Thread(target=work)
         self.thread.start()
 
     def wait(self):
-        """Until the last save is on disk."""
+        """Until the last save is on disk. -> did it get there?"""
         if self.thread:
             self.thread.join()
+        error, self.error = self.error, None
+        if error:
+            self.warn(error)
+        return not error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,24 +144,37 @@ def found(out_dir):
 
 
 def read_state(folder):
-    """A checkpoint's state.json -> dict. Raises ValueError."""
+    """A checkpoint's state.json -> dict, verified. Raises ValueError."""
     path = Path(folder) / "state.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no checkpoint there (no state.json); python checkpoint.py ls RUN lists a run's")
-    return tokenize_data.read_json(path)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        whole = state["checksum"] == own_checksum(state)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: this checkpoint is damaged{another(folder)}")
+    if state["format"] != FORMAT:
+        raise ValueError(f"{path}: format {state['format']}; this version reads {FORMAT}, use the one that wrote it")
+    return state
+
+
+def another(folder):
+    """What to do about a damaged checkpoint, where there is something."""
+    folder = Path(folder).resolve()
+    others = [str(p) for p in found(folder.parents[1]) if p.resolve() != folder]
+    return f"; resume={others[-1]} goes on from another" if others else ""
 
 
 def read(folder):
     """A checkpoint's folder -> (state, {file: {name: tensor}}), verified. Raises ValueError naming a damaged file."""
-    folder, state = Path(folder), read_state(folder)
-    others = [str(p) for p in found(folder.resolve().parents[1]) if p.name != folder.resolve().name]
-    mend = f"; resume={others[-1]} goes on from the one before" if others else ""
-    files = {}
+    folder, state, files = Path(folder), read_state(folder), {}
     for name, want in state["checksums"].items():
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: is missing, this checkpoint is damaged{mend}")
+            raise ValueError(f"{folder / name}: is missing, this checkpoint is damaged{another(folder)}")
         if (got := checksum(folder / name)) != want:
-            raise ValueError(f"{folder / name}: checksum {got}, expected {want}: this checkpoint is damaged{mend}")
+            raise ValueError(f"{folder / name}: checksum {got}, not {want}: checkpoint is damaged{another(folder)}")
         files[name] = load_file(folder / name)
     return state, files
 
@@ -174,7 +210,8 @@ def differences(out_dir, cfg):
     if not saved.is_file():
         return []
     here, there = (configs.flat(c) for c in (cfg, configs.load([str(saved)])[0]))
-    free = FREE + (("max_steps", "epochs") if cfg["schedule"] == "constant" else ())
+    endless = cfg["schedule"] == "constant" and type(cfg["warmup"]) is int       # its past doesn't depend on its end
+    free = FREE + (("max_steps", "epochs") if endless else ())
     kept = lambda key: any(key == f or f.endswith(".") and key.startswith(f) for f in free)
     return [f"{key}: {configs.show(there.get(key))} there, {configs.show(here.get(key))} here"
             for key in sorted(here | there) if here.get(key) != there.get(key) and not kept(key)]
@@ -228,7 +265,11 @@ def ls(out_dir):
     """Print a run's checkpoints, oldest first."""
     whole = found(out_dir)
     for folder in whole:
-        state = read_state(folder)
+        try:
+            state = read_state(folder)
+        except ValueError as e:
+            print(e)
+            continue
         size = sum(f.stat().st_size for f in folder.iterdir())
         newest = "   latest" if folder == whole[-1] else ""
         print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   "

@@ -6,7 +6,7 @@ Also wandb, mlflow or tensorboard, where log.to names them and they are installe
 known; the README's table says what each one is. Values that live on a device are read when the next record comes, so
 that logging never makes the device wait.
 """
-import html, json, math, sys
+import html, json, math, os, sys
 from pathlib import Path
 
 import configs
@@ -52,6 +52,15 @@ def number(value):
     return None if value is None or isinstance(value, float) and not math.isfinite(value) else value
 
 
+def replace(path, text):
+    """Write a file whole or not at all, and not where it holds that already."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
 def clock(seconds):
     """83 -> 1:23, 3683 -> 1:01:23"""
     minutes, seconds = divmod(int(seconds), 60)
@@ -72,7 +81,7 @@ class Log:
             raise ValueError(f"log.to: {strange[0]} is none of {', '.join(PLACES)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         old = [r for r in read(self.path.parent) if r["step"] <= resumed] if resumed else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in old))
+        replace(self.path, "".join(json.dumps(r) + "\n" for r in old))
         self.file = open(self.path, "a", buffering=1)
         self.places = []
         for name in cfg["log"]["to"]:
@@ -133,10 +142,14 @@ def read(folder):
     lines = path.read_text().splitlines() if path.is_file() else []
     for n, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            if n < len(lines):
-                raise ValueError(f"{path}, line {n}: not valid JSON") from None
+            if n == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}, line {n}: no record of a step")
+        records.append(record)
     return records
 
 

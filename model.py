@@ -19,7 +19,7 @@ A row is a dict of tensors; the documents in it don't see each other:
 What lies behind the last document is padding, outside every document. The model knows nothing of ranks and devices'
 memory: shard.py takes a finished model and changes it.
 """
-import json, math, sys, zlib
+import json, math, re, shutil, sys, zlib
 from pathlib import Path
 
 import configs
@@ -165,6 +165,12 @@ def per_document(cu_seqlens, total, device):
 
     Documents are grouped by length, each group padded to its longest ([d, len], at most a third of it padding): a few
     calls instead of one per document. Causal attention needs no mask for padding, which stands behind what looks back.
+
+        row      a a a | b b | c c c c        groups   [4: c, a]  [2: b]
+        there    5 6 7 8  0 1 2 2  3 4        which token of the row stands at each padded place
+        back     4 5 6  8 9  0 1 2 3          at which padded place each token of the row stands
+        used     5 6 7 8  0 1 2 -1 3 4        like `there`, with -1 for padding
+
     On a CPU it computes in fp32: the bf16 kernel's backward pass takes five times as long (LOG.md).
     """
     starts = cu_seqlens.tolist()
@@ -175,6 +181,8 @@ def per_document(cu_seqlens, total, device):
         if not groups or lengths[d] * 3 < groups[-1][0] * 2:
             groups.append((lengths[d], []))
         groups[-1][1].append(d)
+    if not groups:                                             # an idle row
+        return lambda layer, qkv: qkv[:, :layer.heads]
     there, back, at = [], torch.full((total,), -1), 0
     for longest, docs in groups:
         for d in docs:
@@ -182,7 +190,7 @@ def per_document(cu_seqlens, total, device):
             there.append(span.clamp(max=starts[d] + lengths[d] - 1))
             back[starts[d]:starts[d] + lengths[d]] = torch.arange(at, at + lengths[d])
             at += longest
-    there = torch.cat(there) if there else torch.zeros(0, dtype=torch.long)
+    there = torch.cat(there)
     plain = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
     used = torch.full((len(there),), -1)
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
@@ -379,16 +387,15 @@ def weight_names(model, m):
     """{our name: [their names, stacked along the outputs]} of all the model's parameters, by configs/families.yaml."""
     table, out = configs.families()[m["family"]]["weights"], {}
     for name, p in model.named_parameters():
-        parts = name.split(".")
-        i = parts[1] if parts[0] == "blocks" else ""
-        theirs = table.get(name.replace(f"blocks.{i}.", "blocks.{i}.", 1) if i else name)
+        i = name.split(".")[1]                                 # of a block; not used elsewhere
+        theirs = table.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
         if theirs is None:
             raise ValueError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
         out[name] = [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
     return out
 
 
-def rows_of(name, m):
+def part_sizes(name, m):
     """Outputs of each part of a stacked weight: q, k and v; gate and up."""
     if ".attn.qkv." in name:
         return [m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]]
@@ -416,7 +423,7 @@ def load(path, m=None, device="cpu"):
     folder = find_model(path)
     if m is None:
         m = configs.load([f"model.init_from={folder}"])[0]["model"]
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [f.name for f in folder.glob("*.bin")]
         hint = (f"; {pickles[0]} is a pickle, which can run code; with transformers, AutoModelForCausalLM"
@@ -433,7 +440,7 @@ def load(path, m=None, device="cpu"):
     used = set()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            parts = p.split(rows_of(name, m)) if len(names[name]) > 1 else [p]
+            parts = p.split(part_sizes(name, m)) if len(names[name]) > 1 else [p]
             for theirs, part in zip(names[name], parts):
                 key = theirs if theirs in where else theirs.removeprefix(prefix)
                 if key not in where:
@@ -476,12 +483,13 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     config |= {ways[0] if isinstance(ways, list) else ways: m[key] for key, ways in family["keys"].items()}
     if stop or bos is not None:
         config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
-    config = {key: value for key, value in config.items() if value is not None}
+    absent = family.get("refuse", {})                          # what we don't compute, said even where it is null
+    config = {key: value for key, value in config.items() if value is not None} | absent
 
     tensors = {}
     for name, theirs in weight_names(model, m).items():
         whole = model.get_parameter(name).detach().to("cpu", getattr(torch, dtype))
-        for key, part in zip(theirs, whole.split(rows_of(name, m)) if len(theirs) > 1 else [whole]):
+        for key, part in zip(theirs, whole.split(part_sizes(name, m)) if len(theirs) > 1 else [whole]):
             tensors[key] = (part.T if name.endswith(tuple(family.get("transposed", ()))) else part).contiguous()
     files, size = [{}], 0
     for key, tensor in tensors.items():
@@ -491,13 +499,14 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         files[-1][key] = tensor
         size += tensor.nbytes
     label = lambda n: "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for n, part in enumerate(files):
         save_file(part, folder / label(n), metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / label(n))    # safetensors writes for the owner alone
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
                  "weight_map": {key: label(n) for n, part in enumerate(files) for key in part}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": False}, indent=1) + "\n")
 
@@ -521,7 +530,9 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
     """
     m, device, B = model.m, model.embed.weight.device, len(prompts)
-    if not all(prompts) or max(map(len, prompts)) > m["max_len"]:
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"expected temperature >= 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}")
+    if not prompts or not all(prompts) or max(map(len, prompts)) > m["max_len"]:
         lengths = sorted({len(p) for p in prompts})
         raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")
     room = min(max(map(len, prompts)) + max_tokens, m["max_len"])

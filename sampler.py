@@ -76,7 +76,8 @@ def quotas(cfg, sizes):
         sizes = dict(zip(sources if len(sources) == len(sizes) else range(len(sizes)), sizes))
     names = list(sizes)
     n = np.array([sizes[name] for name in names], np.int64)
-    weights = np.array([cfg["data"]["train"].get(name, {}).get("weight", 1.0) for name in names])
+    said = [cfg["data"]["train"][name] if name in cfg["data"]["train"] else cfg["data"]["source"] for name in names]
+    weights = np.array([source["weight"] for source in said])
     if cfg["sampler"]["order"] == "weighted":                  # as many documents as there are, in these proportions
         weights = weights / weights.sum() * n.sum() / np.maximum(n, 1)
     return names, n, np.maximum(np.rint(n * weights).astype(np.int64), (n > 0).astype(np.int64))
@@ -242,6 +243,8 @@ def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
 def main(argv):
     import tokenize_data
     options, argv = configs.take(argv, ranks=8)
+    if options["ranks"] < 1:
+        raise ValueError(f"ranks: expected at least 1, got {options['ranks']}")
     cfg, _, _ = configs.load(argv)
     sources = tokenize_data.prepare(cfg)["train"]
     sizes, ranks = {name: len(tokens) for name, tokens in sources.items()}, options["ranks"]

@@ -102,7 +102,7 @@ def add_lora(model, m, lora, seed):
     linear = [name for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)]
     for layer in linear:
         base, theirs = model.get_submodule(layer), [t.removesuffix(".weight") for t in names[f"{layer}.weight"]]
-        rows = transformer.rows_of(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
+        rows = transformer.part_sizes(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
         ends = [sum(rows[:n + 1]) for n in range(len(rows))]
         known |= {t.split(".")[-1] for t in theirs}
         parts = [(t, start, end) for t, start, end in zip(theirs, [0, *ends], ends)
@@ -209,6 +209,8 @@ def plan(m, cfg, gpus=1):
 
 def main(argv):
     options, argv = configs.take(argv, gpus=1)
+    if options["gpus"] < 1:
+        raise ValueError(f"gpus: expected at least 1, got {options['gpus']}")
     cfg, _, _ = configs.load(argv)
     m = cfg["model"]
     if m["vocab_size"] is None:

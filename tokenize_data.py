@@ -53,7 +53,7 @@ class Tokenizer:
         self.ranks, self.pattern, self.special, self.bos, self.eos = ranks, pattern, special, bos, eos
         self.template, self.nfc, self.folder = template, nfc, folder
         missing = [b for b in range(256) if bytes([b]) not in ranks]
-        if missing:                                                  # tiktoken would take the process down at such a byte
+        if missing:                                                  # such a byte would take tiktoken's process down
             raise ValueError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
                              f"(the first is {missing[0]})")
         assert all(text is None or text in special for text in (bos, eos)), (bos, eos)
@@ -189,9 +189,9 @@ def tiktoken_file(path, pattern, special):
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not a .tiktoken file: {getattr(e, 'strerror', None) or e}") from None
-    taken = collections.Counter([*ranks.values(), *special.values()])
+    taken = [*ranks.values(), *special.values()]
     for text, i in special.items():
-        if type(i) is not int or i < 0 or taken[i] > 1:
+        if type(i) is not int or i < 0 or taken.count(i) > 1:
             raise ValueError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
     try:
         return Tokenizer(ranks, pattern, special)
@@ -290,10 +290,8 @@ def byte_level(path, spec, special):
 
 
 NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
-         "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé",
-         "1234567890 3.14 1,000,000 ½ ٣", "日本語と中文，한국어",
-         "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m",
-         "_under_score__ --flag=value // /* x */",
+         "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "1234567890 3.14 1,000,000 ½ ٣", "日本語と中文，한국어",
+         "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m", "_under_score__ --flag=value // /* x */",
          "aaaaaaaaaaaaaaaaaaaaaaaaa", "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x",
          "<|endoftext|> <|im_end|>", "if (x==1) {\n    return y;\n}")
 
@@ -353,8 +351,9 @@ def save_tokenizer(tok, folder, template_text):
                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                  "vocab": {letters[b[0]]: i for b, i in tok.ranks.items()}, "merges": []}
         spec = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-                "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model,
-                "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()]}
+                "pre_tokenizer": level, "post_processor": None, "decoder": level,
+                "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
+                "model": model}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     else:
         return
@@ -377,7 +376,7 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ messa
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
-OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd1\ufdd2\ufdd3"                # marks that no template touches: no characters of any text
+OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd1\ufdd2\ufdd3"                # no text's characters: marks no template touches
 
 
 def template_text(tok, cfg):
@@ -447,8 +446,7 @@ def contents(template, tok, messages, text, **more):
     Rendered once more with a mark for each content, the template shows what it writes between them. Where that isn't
     what stands between the real contents (a template that looks into them), each is found by exchanging it alone.
     """
-    mark = lambda i: f"{OPEN}{i}{CLOSE}"
-    marks = [m | {"content": mark(i)} if m.get("content") else m for i, m in enumerate(messages)]
+    marks = [m | {"content": f"{OPEN}{i}{CLOSE}"} if m.get("content") else m for i, m in enumerate(messages)]
     first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, marks, **more)))
     found, at = [], len(first) if text.startswith(first) else -1
     for index, between in zip(map(int, rest[::2]), rest[1::2]):
@@ -513,18 +511,18 @@ def encode_chat(tok, template, messages, **more):
 
 def encode_held(tok, text, held):
     """Text -> (ids, where each ends in bytes). Special tokens are control tokens, save those in the `held` spans."""
-    ids, ends, at, before = [], [], 0, 0
-    def add(new, their_ends, upto):
-        nonlocal at, before
-        ids.append(new)
-        ends.append(np.asarray(their_ends) + before)
-        before += len(text[at:upto].encode())
-        at = upto
+    pieces, at = [], 0                                               # text, control token, text, …, text
     for special in tok.special_pattern.finditer(text):
         if not any(start < special.end() and special.start() < end for start, end in held):
-            add(*tok.spans(text[at:special.start()]), special.start())
-            add([tok.special[special[0]]], [len(special[0].encode())], special.end())
-    add(*tok.spans(text[at:]), len(text))
+            pieces += [text[at:special.start()], special[0]]
+            at = special.end()
+    ids, ends, before = [], [], 0
+    for n, piece in enumerate([*pieces, text[at:]]):
+        n_bytes = len(piece.encode())
+        new, new_ends = ([tok.special[piece]], [n_bytes]) if n % 2 else tok.spans(piece)
+        ids.append(new)
+        ends.append(np.asarray(new_ends) + before)
+        before += n_bytes
     return np.concatenate(ids).astype(np.int64), np.concatenate(ends).astype(np.int64)
 
 
@@ -556,7 +554,7 @@ KNOWN = "messages, conversations, text, " + ", ".join(" + ".join(pair) for pair 
 
 
 def normal(record, where, shape="auto"):
-    """One record, whatever its keys -> {"text": str} or {"messages": [{"role", "content", …}], …}. ValueError at `where`."""
+    """One record, whatever its keys -> {"text": str} or {"messages": [{"role", "content", …}], …}; or ValueError."""
     def fail(what):
         raise ValueError(f"{where}: {what}")
     is_text = lambda key: isinstance(record.get(key), str)

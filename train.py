@@ -154,8 +154,11 @@ def validation_loss(model, sources, cfg, device):
     return float(total) / weight
 
 
-def questions(sources, stop, most):
-    """The first chats that end in a whole answer, at most `most` -> [(prompt's ids, answer's ids without its end)]"""
+def questions(sources, stop, most, room):
+    """The first chats, at most `most`, that end in a whole answer and whose prompts are shorter than `room` tokens.
+
+    -> [(prompt's ids, answer's ids without its end)]
+    """
     out = []
     for tokens in sources:
         for i in range(len(tokens) if tokens.header["chats"] else 0):
@@ -165,7 +168,7 @@ def questions(sources, stop, most):
             untrained, trained = np.flatnonzero(mask == 0), np.flatnonzero(mask)
             start = untrained[untrained < trained[-1]].max(initial=-1) + 1    # where the last trained span begins
             answer = ids[start:trained[-1] + 1].tolist()
-            if start and answer[-1] in stop:
+            if 0 < start < room and answer[-1] in stop:
                 out.append((ids[:start].tolist(), answer[:-1]))
     return out
 
@@ -217,19 +220,21 @@ def memory(device):
 def where_to_start(cfg):
     """resume -> the checkpoint to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
     out, resume = Path(cfg["out_dir"]), cfg["resume"]
-    if resume not in ("auto", "never"):
-        checkpoint.read_state(resume)
-        if checkpoint.found(out) and out.resolve() not in Path(resume).resolve().parents:
-            raise ValueError(f"out_dir: {out} holds another run; out_dir=NEW takes what goes on from {resume}")
-        return Path(resume)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out_dir: {out} is a file; out_dir=NEW")
+    named = None if resume in ("auto", "never") else Path(resume)
+    if named:
+        checkpoint.read_state(named)
     if not (out / "config.yaml").is_file():
-        return None
+        return named
     if resume == "never":
         raise ValueError(f"out_dir: {out} holds a run that resume=never would overwrite; out_dir=NEW, or delete {out}")
     if different := checkpoint.differences(out, cfg):
         raise ValueError(f"out_dir: {out} holds a different run ({'; '.join(different)}); out_dir=NEW starts another, "
                          f"the old keys go on with it, deleting {out} gives it up")
     whole = checkpoint.found(out)
+    if named and (not whole or out.resolve() in named.resolve().parents):
+        return named                                           # else this run began there, and has gone on since
     return whole[-1] if whole else None
 
 
@@ -242,6 +247,7 @@ def load_model(cfg, tok):
     if m["positions"] == "learned" and seq_len > m["max_len"]:
         raise ValueError(f"data.seq_len: {seq_len} is more than the {m['max_len']} positions the model has learned "
                          f"(model.max_len); data.seq_len={m['max_len']}")
+    transformer.weight_names(transformer.on_meta(m), m)        # a model that could not be exported ends here
     if m["init_from"]:
         return transformer.load(m["init_from"], m)[0], m
     return transformer.build(m, cfg["seed"]), m
@@ -310,7 +316,7 @@ def main(cfg, source=None, explicit=None):
 
     out.mkdir(parents=True, exist_ok=True)
     report = log.Log(cfg, total, step, before)
-    (out / "config.yaml").write_text(configs.dump(explicit or {}))
+    log.replace(out / "config.yaml", configs.dump(explicit or {}))
     saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
     chats = any(t.header["chats"] for group in data.values() for t in group.values())
     state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
@@ -326,7 +332,7 @@ def main(cfg, source=None, explicit=None):
     labels, stop = by_label(cfg, data["validation"]), []
     if chats:
         stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
-    asked = {label: questions(group, stop, cfg["eval_prompts"]) for label, group in labels.items()}
+    asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
 
     def validate():
@@ -334,8 +340,9 @@ def main(cfg, source=None, explicit=None):
         report.validation({"step": step} | record)
         texts.update(found)
 
-    if step == 0 and labels and cfg["eval_every"]:
-        validate()
+    known = any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
+    if labels and not known and (step == 0 and cfg["eval_every"] or due(step, cfg["eval_every"], total)):
+        validate()                                             # at the start; or a run ended before it got here
 
     ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -364,15 +371,17 @@ def main(cfg, source=None, explicit=None):
                              "seconds": now})
                 since, tokens = now, 0
             if due(step, cfg["save_every"], total) or step == total or ended:
+                report.flush()                                 # a step that is saved is logged
                 saver.save(step, model, optimizer, state | {"seconds": seconds()})
             if labels and due(step, cfg["eval_every"], total):
                 validate()
                 since, tokens = seconds(), 0                   # speed is training's
-    saver.wait()
+    written = saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if ended:
-        report.say(f"stopped by signal {ended[0]} after step {step:,}, saved; the same command goes on from there")
+        report.say(f"stopped by signal {ended[0]} after step {step:,}, {'saved' if written else 'not saved'}; "
+                   "the same command goes on from the newest checkpoint")
         report.close()
         sys.exit(128 + ended[0])
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -27,30 +27,37 @@ HERE = Path(__file__).parent
 
 INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")                            # 010 is a string: nobody agrees on what it means
 FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan")
-WORDS = {"true": True, "false": False, "True": True, "False": False, "null": None, "Null": None, "None": None, "~": None}
+TYPES = {str: "a string", bool: "true or false", int: "an int", float: "a float", list: "a list", dict: "a section"}
+FLOAT_ANCHORED = re.compile(f"^(?:{FLOAT.pattern}|{INT.pattern})$")
+WORDS = {"true": True, "True": True, "false": False, "False": False,
+         "null": None, "Null": None, "None": None, "~": None}
 
 
 def scalar(text):
-    """What a plain word means: true/false, null/None/~, an int, a float (1e-4 too), else a string (no, on, 010, 1:30)."""
+    """A plain word's meaning: true/false, null/None/~, int, a float (1e-4 too), else a string (no, on, 010, 1:30)."""
     if text in WORDS:
         return WORDS[text]
     if INT.fullmatch(text):
         return int(text)
-    return float(text.replace(".inf", "inf").replace(".nan", "nan")) if FLOAT.fullmatch(text) else text
+    if FLOAT.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    return text
 
 
 def parse(text, name):
-    """YAML text -> values. Only the syntax is PyYAML's: plain words go through scalar(), and a key given twice is an error."""
+    """YAML text -> values. Only the syntax is PyYAML's: plain words go through scalar(), no key stands twice."""
     def value(node):
         if isinstance(node, yaml.ScalarNode):
-            empty = node.style is None and node.value == ""          # `key:` with nothing behind it is null
-            return None if empty else node.value if node.style else scalar(node.value)
+            if node.style:                                           # quoted, or a block of text
+                return node.value
+            return scalar(node.value) if node.value else None        # `key:` with nothing behind it is null
         if isinstance(node, yaml.SequenceNode):
             return [value(item) for item in node.value]
         out = {}
         for key, item in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.value in out:
-                raise ValueError(f"{name}, line {key.start_mark.line + 1}: {getattr(key, 'value', key)!r} stands twice or is no key")
+                said = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a section"
+                raise ValueError(f"{name}, line {key.start_mark.line + 1}: {said} stands twice or is no key")
             out[key.value] = value(item)
         return out
     try:
@@ -58,7 +65,8 @@ def parse(text, name):
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{name}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from None
+        problem = getattr(e, "problem", None) or " ".join(str(e).split())
+        raise ValueError(f"{name}{line}: not valid YAML: {problem}") from None
     return None if node is None else value(node)
 
 
@@ -67,7 +75,8 @@ def read_file(path):
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot read this config file ({getattr(e, 'strerror', None) or 'not UTF-8 text'})") from None
+        reason = getattr(e, "strerror", None) or "not UTF-8 text"
+        raise ValueError(f"{path}: cannot read this config file ({reason})") from None
     d = parse(text, str(path))
     if not isinstance(d, dict | None):
         raise ValueError(f"{path}: expected sections of key: value, got {show(d)}")
@@ -82,11 +91,10 @@ def dump(d):
     return yaml.dump(d, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-FLOAT_ANCHORED = re.compile(f"^(?:{FLOAT.pattern}|{INT.pattern})$")
-
-
 def show(value):
-    return "null" if value is None else f"a section ({', '.join(value) or 'empty'})" if isinstance(value, dict) else repr(value)
+    if isinstance(value, dict):
+        return f"a section ({', '.join(value) or 'empty'})"
+    return "null" if value is None else repr(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +133,7 @@ def nested(key, value):
 
 
 def update(base, new, layer, source, prefix=""):
-    """Lay `new` over `base`, in place: sections recursively, all else whole, null included. Notes the layer in `source`."""
+    """Lay `new` over `base`, in place: sections recursively, all else whole, null too. Notes the layer in `source`."""
     for key, value in new.items():
         dotted, old = f"{prefix}{key}", base.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
@@ -138,7 +146,7 @@ def update(base, new, layer, source, prefix=""):
         for gone in [k for k in source if k == dotted or k.startswith(f"{dotted}.")]:
             del source[gone]
         source.update({k: layer for k in flat({key: value}, prefix)})
-    if base:                                                         # an empty section that was filled is no leaf any more
+    if base:                                                         # an empty section, once filled, is no leaf
         source.pop(prefix[:-1], None)
 
 
@@ -169,8 +177,9 @@ def nearest(key, defaults):
     return max(names, key=alike, default="")
 
 
-COUNT_OR_FRACTION = ("_every", "validation_split")                   # endings of keys that keep both: 1 is one, 1.0 is all
-OWN_COUNT_OR_FRACTION = COUNT_OR_FRACTION + ("warmup", "decay", "epochs")
+def count_or_fraction(key, own):
+    """Does the key keep both: 1 is one, 1.0 is all? `own`: it is of this project's schema, not of another."""
+    return key.endswith(("_every", "validation_split")) or own and key in ("warmup", "decay", "epochs")
 
 
 def typed(key, value, defaults, layer):
@@ -178,13 +187,14 @@ def typed(key, value, defaults, layer):
     default = schema_of(defaults, key)[1]
     if default is None or isinstance(value, str) and "${" in value:  # ${...} is checked once it is resolved
         return value
-    both = key.endswith(OWN_COUNT_OR_FRACTION if "micro_tokens" in defaults else COUNT_OR_FRACTION)
-    want = (int, float) if both and type(default) in (int, float) else (type(default),)
+    want = (type(default),)
+    if type(default) in (int, float) and count_or_fraction(key, own="micro_tokens" in defaults):
+        want = (int, float)
     if type(value) is int and want == (float,):
         return float(value)
     if type(value) not in want:
-        names = {str: "a string", bool: "true or false", int: "an int", float: "a float", list: "a list", dict: "a section"}
-        raise ValueError(f"{key}: expected {' or '.join(names[t] for t in want)}, got {show(value)} (from {layer})")
+        names = " or ".join(TYPES[t] for t in want)
+        raise ValueError(f"{key}: expected {names}, got {show(value)} (from {layer})")
     return value
 
 
@@ -197,6 +207,10 @@ def checked(d, defaults, layer, prefix=""):
         if not known:
             full = next(iter(flat({dotted: value})))                 # an unknown section is named by what stands in it
             raise ValueError(f"{full}: unknown key (from {layer}); the nearest is {nearest(full, defaults)}")
+        named = prefix in ("data.train.", "data.validation.")
+        if "." in key and (named or not schema_of(defaults, f"{prefix}*")[0]):
+            section, _, rest = key.partition(".")                    # it would lie beside the section, unread
+            raise ValueError(f"{dotted}: no dots in a file's keys (from {layer}); write {section}: {{{rest}: ...}}")
         if isinstance(value, dict):
             if default is not None and not isinstance(default, dict):
                 raise ValueError(f"{dotted}: expected a value, not a section, got {show(value)} (from {layer})")
@@ -212,7 +226,8 @@ def from_cli(text, defaults):
     default = schema_of(defaults, key)[1]
     if isinstance(default, str):
         return nested(key, value)
-    return nested(key, parse(value, f"{key} (from cli)") if value[:1] in ("[", "{") else scalar(value))
+    value = parse(value, f"{key} (from cli)") if value[:1] in ("[", "{") else scalar(value)
+    return nested(key, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ def resolve(cfg, defaults, source, env):
         if name.startswith("oc.env:"):
             name, comma, fallback = name.removeprefix("oc.env:").partition(",")
             if name not in env and not comma:
-                raise ValueError(f"{key}: the environment has no variable {name} {layer}; ${{oc.env:{name},VALUE}} gives it a default")
+                raise ValueError(f"{key}: no variable {name} is set {layer}; ${{oc.env:{name},VALUE}} has a default")
             text = env.get(name, fallback)
             return text if isinstance(schema_of(defaults, key)[1], str) else scalar(text)
         value = get(cfg, name, missing)
@@ -260,7 +275,8 @@ def resolve(cfg, defaults, source, env):
         if not isinstance(value, str) or "${" not in value:
             return value
         if key in trail:
-            raise ValueError(f"{key}: ${{...}} goes round in a circle: {' -> '.join([*trail, key])} (from {source.get(key, 'cfg')})")
+            way = " -> ".join([*trail, key])
+            raise ValueError(f"{key}: ${{...}} goes round in a circle: {way} (from {source.get(key, 'cfg')})")
         return expand(value, key, [*trail, key])
 
     missing = object()
@@ -282,23 +298,26 @@ def imported_model(cfg):
         return {}
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.init_from: {folder} holds no config.json; give the folder of a model in Hugging Face format")
+        raise ValueError(f"model.init_from: {folder} holds no config.json; give a model folder in Hugging Face format")
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON: {e}") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not valid JSON: {getattr(e, 'strerror', None) or e}") from None
+    if not isinstance(theirs, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(theirs).__name__}")
     return {"model": translate(theirs, path)}
 
 
 def translate(theirs, path):
     """A config.json's dict -> our model section. `path` names the file in errors."""
-    known = {family["model_type"]: name for name, family in families().items()}
-    if theirs.get("model_type") not in known:
+    table, missing = families(), object()
+    known = {family["model_type"]: name for name, family in table.items()}
+    name = known.get(str(theirs.get("model_type")))
+    if name is None:
         raise ValueError(f"{path}: model_type {theirs.get('model_type')!r} is none of {', '.join(known)}; "
                          "a family is a few lines in configs/families.yaml")
-    name = known[theirs["model_type"]]
-    family, ours, missing = families()[name], {"family": name}, object()
-    for key, ways in family["keys"].items():                         # each a list: places to look, then the value where all lack it
+    family, ours = table[name], {"family": name}
+    for key, ways in family["keys"].items():                         # places to look, then the value where all lack it
         ways = ways if isinstance(ways, list) else [ways]
         found = [v for way in ways if isinstance(way, str) and (v := get(theirs, way, missing)) is not missing]
         if not found and isinstance(ways[-1], str):
@@ -315,12 +334,14 @@ def translate(theirs, path):
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda")}
 AT_LEAST = {                                                         # {key: least value}
-    "lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "epochs": 0,
-    "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
-    "data.seq_len": 1, "data.validation_split": 0, "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1,
-    "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0, "shard.lora.r": 0,
-    "checkpoint.keep": 1, "seed": 0,
-}
+    "lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1, "max_steps": 0,
+    "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0,
+    "eval_tokens": 1, "samples": 0, "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1,
+    "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
+    "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0,
+    "shard.lora.r": 0, "shard.lora.alpha": 0}
+INTS = ("max_steps", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size")  # that default to null
+SHAPES = ("auto", "chat", "text")
 
 
 def derive(cfg, source):
@@ -328,12 +349,13 @@ def derive(cfg, source):
     def fill(section, key, value, prefix=""):
         if section[key] is None:
             section[key], source[f"{prefix}{key}"] = value, "derived"
-    m = cfg["model"]
+    m, lora = cfg["model"], cfg["shard"]["lora"]
     fill(cfg, "min_lr", cfg["lr"] / 10)
     fill(m, "n_kv_heads", m["n_heads"], "model.")
-    fill(m, "head_dim", m["d_model"] // m["n_heads"], "model.")
-    fill(m, "d_ff", (m["d_model"] * 8 // 3 + 63) // 64 * 64 if m["glu"] else 4 * m["d_model"], "model.")  # GLU has 3 matrices, not 2
-    fill(cfg["shard"]["lora"], "alpha", 2.0 * cfg["shard"]["lora"]["r"], "shard.lora.")
+    fill(m, "head_dim", m["d_model"] // max(m["n_heads"], 1), "model.")  # no heads: check() says so
+    gated = (m["d_model"] * 8 // 3 + 63) // 64 * 64                  # 3 matrices, not 2, of about the same size in all
+    fill(m, "d_ff", gated if m["glu"] else 4 * m["d_model"], "model.")
+    fill(lora, "alpha", 2.0 * lora["r"], "shard.lora.")
 
 
 def check(cfg, source):
@@ -344,14 +366,13 @@ def check(cfg, source):
         if get(cfg, key) not in choices:
             wrong(key, f"one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
-        value = get(cfg, key)
-        if value is not None and not (type(value) in (int, float) and value >= least):
-            wrong(key, f"a number, at least {least}")
+        value, types = get(cfg, key), (int,) if key in INTS else (int, float)
+        if value is not None and not (type(value) in types and value >= least):
+            wrong(key, f"{'an int' if key in INTS else 'a number'}, at least {least}")
     for key in source:
-        if key.endswith(OWN_COUNT_OR_FRACTION) and key != "epochs" and type(value := get(cfg, key)) is float and value > 1:
+        value = get(cfg, key)
+        if count_or_fraction(key, own=True) and key != "epochs" and type(value) is float and value > 1:
             wrong(key, "a count (an int) or a fraction (at most 1.0)")
-    if cfg["max_steps"] is not None and type(cfg["max_steps"]) is not int:
-        wrong("max_steps", "an int or null")
     if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
         wrong("betas", "two numbers, at least 0 and below 1")
     if cfg["resume"] == "":
@@ -371,9 +392,6 @@ def check(cfg, source):
         wrong("model.head_dim", "an even number: rope turns pairs")
 
 
-SHAPES = ("auto", "chat", "text")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # load
 
@@ -388,9 +406,10 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     defaults  another schema; this project's own checks and derived values then don't apply
     Raises ValueError: one line with the key, what was expected, what came, and from which layer.
     """
-    own, defaults = defaults is None, copy.deepcopy(defaults) if defaults is not None else read_file(HERE / "defaults.yaml")
+    own = defaults is None
+    defaults = read_file(HERE / "defaults.yaml") if own else copy.deepcopy(defaults)
     if strange := [a for a in argv if a.startswith("-")]:
-        raise ValueError(f"{strange[0]}: options are written key=value, without dashes: {strange[0].lstrip('-').partition('=')[0]}=...")
+        raise ValueError(f"{strange[0]}: options have no dashes: {strange[0].lstrip('-').partition('=')[0]}=...")
     is_pair = lambda a: re.match(r"[A-Za-z_][\w.-]*=", a)
     layers = [(a, checked(read_file(a), defaults, a)) for a in argv if not is_pair(a)]
     layers += [("cli", checked(from_cli(a, defaults), defaults, "cli")) for a in argv if is_pair(a)]
@@ -403,7 +422,8 @@ def load(argv, imported=None, defaults=None, env=os.environ):
             fill_sources(so_far, source)
         imported = imported(resolve(so_far, defaults, source, env))
     explicit, _ = merged(layers)
-    cfg, source = merged([("default", defaults), ("imported", checked(imported or {}, defaults, "imported")), *layers])
+    imported = checked(imported or {}, defaults, "imported")
+    cfg, source = merged([("default", defaults), ("imported", imported), *layers])
     if own:
         fill_sources(cfg, source)
     raw, cfg = flat(cfg), resolve(cfg, defaults, source, env)
@@ -428,7 +448,7 @@ def fill_sources(cfg, source):
 
 
 def take(argv, **wanted):
-    """A script's own key=value arguments, apart from the config's: take(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])."""
+    """A script's own key=value arguments, apart: take(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])."""
     out, rest = dict(wanted), []
     for arg in argv:
         key, equals, text = arg.partition("=")
@@ -457,7 +477,7 @@ def stop(error, status=2):
 
 
 def run(main, *args):
-    """Call main(*args). A ValueError that this project raised is a user's mistake: one line. Any other keeps its traceback."""
+    """Call main(*args). A ValueError raised by this project is a user's mistake: one line. Others keep a traceback."""
     try:
         main(*args)
     except ValueError as e:

@@ -53,8 +53,10 @@ def test_null_is_a_value_lists_are_replaced_whole_and_free_sections_take_any_key
 
 
 @pytest.mark.parametrize("text, value", [
-    ("true", True), ("false", False), ("null", None), ("None", None), ("~", None), ("3", 3), ("-3", -3), ("1e-4", 1e-4), ("1E5", 1e5), ("2.", 2.0), (".5", 0.5), ("-1.5e+3", -1500.0),
-    ("[1, 1e-4, no]", [1, 1e-4, "no"]), ("{a: 1, b: 1e-4}", {"a": 1, "b": 1e-4}), ("no", "no"), ("on", "on"), ("yes", "yes"), ("010", "010"), ("1:30", "1:30"),
+    ("true", True), ("false", False), ("null", None), ("None", None), ("~", None), ("3", 3), ("-3", -3), ("1e-4", 1e-4),
+    ("1E5", 1e5), ("2.", 2.0), (".5", 0.5), ("-1.5e+3", -1500.0),
+    ("[1, 1e-4, no]", [1, 1e-4, "no"]), ("{a: 1, b: 1e-4}", {"a": 1, "b": 1e-4}), ("no", "no"), ("on", "on"),
+    ("yes", "yes"), ("010", "010"), ("1:30", "1:30"),
     ("2026-11-20", "2026-11-20"), ("0x10", "0x10"), ("1_000", "1_000"), ("", ""), ("a=b=c", "a=b=c"), ("'quoted'", "'quoted'")])
 def test_words_mean_the_same_on_the_command_line_and_in_files(tmp_path, text, value):
     cfg, _, _ = load(f"any={text}")
@@ -94,7 +96,8 @@ def test_a_mistake_is_one_line_that_names_key_expectation_value_and_layer(argv, 
 
 
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
-    for text, words in (("stepz: 1", ["stepz", "x.yaml", "steps"]), ("steps: '1'", ["steps", "'1'", "x.yaml"]), ("lr: [", ["x.yaml", "line"]), ("lr: 1\nlr: 2", ["x.yaml", "line 2", "twice"]),
+    for text, words in (("stepz: 1", ["stepz", "x.yaml", "steps"]), ("steps: '1'", ["steps", "'1'", "x.yaml"]),
+                        ("lr: [", ["x.yaml", "line"]), ("lr: 1\nlr: 2", ["x.yaml", "line 2", "twice"]),
                         ("- 1", ["x.yaml"]), ("a:", ["a", "a section", "null"]), ("name: 3", ["name", "a string", "3"])):
         with pytest.raises(ValueError) as e:
             load(file(tmp_path, text))
@@ -104,13 +107,16 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path):
 def test_counts_and_fractions_keep_what_they_are():
     assert type(load("eval_every=1")[0]["eval_every"]) is int and type(load("eval_every=1.0")[0]["eval_every"]) is float
     cfg, _, _ = configs.load(["save_every=1.0", "warmup=1", "data.validation_split=0.5"])
-    assert (cfg["save_every"], type(cfg["save_every"])) == (1.0, float) and (cfg["warmup"], type(cfg["warmup"])) == (1, int) and cfg["data"]["validation_split"] == 0.5
+    assert (cfg["save_every"], type(cfg["save_every"])) == (1.0, float)
+    assert (cfg["warmup"], type(cfg["warmup"])) == (1, int) and cfg["data"]["validation_split"] == 0.5
 
 
 def test_interpolation_resolves_once_after_the_last_merge(tmp_path):
-    one = file(tmp_path, "name: ${a.c.d}/${steps}\nlr: ${a.e}\nany: ${list}\na: {b: '${steps}'}\nfree: {x: '${oc.env:NOPE,${a.c.d}}', y: '${oc.env:HOME}'}")
+    one = file(tmp_path, "name: ${a.c.d}/${steps}\nlr: ${a.e}\nany: ${list}\na: {b: '${steps}'}\n"
+                         "free: {x: '${oc.env:NOPE,${a.c.d}}', y: '${oc.env:HOME}'}")
     cfg, source, explicit = load(one, "steps=4", "a.e=0.5", "list=[7, '${steps}']", env={"HOME": "/h"})
-    assert cfg["name"] == "deep/4" and cfg["lr"] == 0.5 and cfg["any"] == [7, 4] and cfg["a"]["b"] == 4 and cfg["free"] == {"x": "deep", "y": "/h"}
+    assert cfg["name"] == "deep/4" and cfg["lr"] == 0.5 and cfg["any"] == [7, 4] and cfg["a"]["b"] == 4
+    assert cfg["free"] == {"x": "deep", "y": "/h"}
     assert explicit["name"] == "${a.c.d}/${steps}" and source["lr"] == one
     assert type(load("steps=${oc.env:N,4}", env={})[0]["steps"]) is int
     assert load("steps=${oc.env:N,4}", env={"N": "9"})[0]["steps"] == 9
@@ -118,7 +124,8 @@ def test_interpolation_resolves_once_after_the_last_merge(tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["lr=${a.e}", "a.e=${lr}"], ["circle", "lr", "a.e"]), (["name=${name}"], ["circle"]), (["name=${oc.env:NOPE}"], ["NOPE"]), (["name=${stepz}"], ["stepz", "steps"]),
+    (["lr=${a.e}", "a.e=${lr}"], ["circle", "lr", "a.e"]), (["name=${name}"], ["circle"]),
+    (["name=${oc.env:NOPE}"], ["NOPE"]), (["name=${stepz}"], ["stepz", "steps"]),
     (["steps=${name}"], ["steps", "an int", "'x'"]), (["name=${lr"], ["name", "brace"])])
 def test_interpolation_that_cannot_be(argv, words):
     with pytest.raises(ValueError) as e:
@@ -137,31 +144,75 @@ def test_loading_twice_gives_the_same_and_changes_no_argument():
 
 
 def test_dump_reloads_as_the_same_values_and_types(tmp_path):
-    strings = ["1e-4", "no", "on", "010", "1:30", "null", "None", "~", "true", "1", "1.0", "2026-11-20", "", " x ", "a: b", "# x", "é\n日本", "${lr}", ".inf", "nan", "[1]", "- x", "0x1F", "1_0", "=", "<<", "!x"]
-    d = {"strings": strings, "numbers": [1, 1.0, 1e-4, 1e-8, 1e20, -0.5, float("inf")], "rest": [True, None, {}, []], "nested": {"a": {"b": {"1": 2, "no": 3}}}, "same": [strings[:1]] * 2}
+    strings = ["1e-4", "no", "on", "010", "1:30", "null", "None", "~", "true", "1", "1.0", "2026-11-20", "", " x ",
+               "a: b", "# x", "é\n日本", "${lr}", ".inf", "nan", "[1]", "- x", "0x1F", "1_0", "=", "<<", "!x"]
+    d = {"strings": strings, "numbers": [1, 1.0, 1e-4, 1e-8, 1e20, -0.5, float("inf")], "rest": [True, None, {}, []],
+         "nested": {"a": {"b": {"1": 2, "no": 3}}}, "same": [strings[:1]] * 2}
     text = configs.dump(d)
     again = configs.read_file(file(tmp_path, text))
-    types = lambda x: {k: types(v) for k, v in x.items()} if isinstance(x, dict) else [types(v) for v in x] if isinstance(x, list) else type(x)
+    def types(x):
+        if isinstance(x, dict):
+            return {k: types(v) for k, v in x.items()}
+        return [types(v) for v in x] if isinstance(x, list) else type(x)
     assert again == d and types(again) == types(d) and yaml.safe_load(text) == d
     assert configs.load([file(tmp_path, configs.dump({"any": d}))], defaults=SCHEMA)[2] == {"any": d}
 
 
 def test_this_projects_own_defaults():
-    cfg, source, explicit = configs.load(["lr=1e-3", "data.train.a.path=x", "data.source.weight=2", "data.train.b.path=y", "data.train.b.weight=1"])
+    cfg, source, explicit = configs.load(["lr=1e-3", "data.train.a.path=x", "data.source.weight=2",
+                                          "data.train.b.path=y", "data.train.b.weight=1"])
     assert cfg["min_lr"] == pytest.approx(1e-4) and source["min_lr"] == "derived" and "min_lr" not in explicit
-    assert cfg["model"]["n_kv_heads"] == cfg["model"]["n_heads"] and cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
-    assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli" and source["data.train.a.label"] == "default"
+    assert cfg["model"]["n_kv_heads"] == cfg["model"]["n_heads"]
+    assert cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
+    assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli"
+    assert source["data.train.a.label"] == "default"
     assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0}, "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
-    for argv, words in ((["dtype=fp8"], ["dtype", "bfloat16"]), (["batch_size=0"], ["batch_size", "at least 1"]), (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
-                        (["data.train.a.weight=2"], ["data.train.a.path"]), (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]), (["max_steps=x"], ["max_steps"]),
-                        (["model.init_from=nowhere"], ["model.init_from", "nowhere"]), (["lr=-1"], ["lr"]), (["learning_rate=1"], ["learning_rate", "nearest"])):
+    for argv, words in ((["dtype=fp8"], ["dtype", "bfloat16"]), (["batch_size=0"], ["batch_size", "at least 1"]),
+                        (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
+                        (["data.train.a.weight=2"], ["data.train.a.path"]),
+                        (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]), (["max_steps=x"], ["max_steps"]),
+                        (["model.init_from=nowhere"], ["model.init_from", "nowhere"]), (["lr=-1"], ["lr"]),
+                        (["learning_rate=1"], ["learning_rate", "nearest"])):
         with pytest.raises(ValueError) as e:
             configs.load(argv)
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
 
+def test_words_that_no_layer_may_say(tmp_path):
+    """Each of these once went unnoticed, or ended in a traceback."""
+    (tmp_path / "config.json").write_text("[1]")
+    for argv, words in (
+            ([file(tmp_path, "model.d_model: 64")], ["model.d_model", "x.yaml", "model: {d_model"]),
+            ([file(tmp_path, "data: {train: {a.path: x}}", "y.yaml")], ["data.train.a.path", "y.yaml"]),
+            ([file(tmp_path, "lr: \x00", "z.yaml")], ["z.yaml", "YAML"]),
+            ([file(tmp_path, "[1]: 2", "k.yaml")], ["k.yaml", "line 1", "key"]),
+            ([str(tmp_path)], [str(tmp_path), "directory"]),
+            (["model.n_heads=0"], ["model.n_heads", "at least 1"]),
+            (["model.n_kv_heads=2.0"], ["model.n_kv_heads", "an int"]),
+            (["shard.lora.alpha=x"], ["shard.lora.alpha", "number"]),
+            ([f"model.init_from={tmp_path}"], ["config.json", "object", "list"])):
+        with pytest.raises(ValueError) as e:
+            configs.load(argv)
+        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_weight_decay_is_no_count_though_it_ends_like_one():
+    cfg, _, _ = configs.load(["weight_decay=2"])
+    assert cfg["weight_decay"] == 2.0 and type(cfg["weight_decay"]) is float
+    assert configs.load(["weight_decay=2.5", "data.special_tokens={a.b: 3}"])[0]["data"]["special_tokens"] == {"a.b": 3}
+
+
+def test_a_users_mistake_is_one_line_also_where_the_folder_is_reached_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(configs.HERE.parent)
+    out = subprocess.run([sys.executable, "tokenize_data.py", "lrr=1"], cwd=tmp_path / "link", env={"PYTHONPATH": str(tmp_path / "link")},
+                         capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.startswith("error: lrr") and out.stderr.count("\n") == 1, out.stderr
+
+
 def test_the_loader_starts_fast_and_imports_no_torch_or_numpy():
-    out = subprocess.run([sys.executable, "-c", "import sys, configs; configs.load(['configs/ft.yaml']); print([m for m in ('torch', 'numpy') if m in sys.modules])"],
+    code = ("import sys, configs; configs.load(['configs/ft.yaml']); "
+            "print([m for m in ('torch', 'numpy') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code],
                          cwd=configs.HERE.parent, capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
 
@@ -169,11 +220,13 @@ def test_the_loader_starts_fast_and_imports_no_torch_or_numpy():
 def test_every_value_is_shown_with_its_source(script):
     out = script("-m", "configs", "configs/ft.yaml", "lr=1e-4").stdout
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert rows["lr"] == ["cli", "0.0001"] and rows["model.d_model"][0] == "imported" and rows["batch_size"][0] == "configs/ft.yaml" and rows["min_lr"][0] == "derived"
+    assert rows["lr"] == ["cli", "0.0001"] and rows["model.d_model"][0] == "imported"
+    assert rows["batch_size"][0] == "configs/ft.yaml" and rows["shard.lora.alpha"][0] == "derived"
 
 
 def test_a_wrong_key_ends_torchrun_before_torch_with_one_line_once(script):
     out = script("torchrun", "train.py", "configs/ft.yaml", "lrr=1e-4")
     assert out.returncode and out.stderr.count("lrr: unknown key (from cli); the nearest is lr") == 1
     out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
-    assert out.returncode == 2 and "| torch" not in out.stderr and out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"
+    assert out.returncode == 2 and "| torch" not in out.stderr
+    assert out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"

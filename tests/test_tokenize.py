@@ -33,7 +33,8 @@ def chat(*contents, system=None):
 
 def test_ids_are_those_of_the_rendered_template_and_the_mask_says_what_is_trained():
     ids, mask = T.encode_chat(BYTES, CHATML, chat("2 + 3?", "5", "and é?", "ok é"))
-    text = "<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n<|im_start|>user\nand é?<|im_end|>\n<|im_start|>assistant\nok é<|im_end|>\n"
+    text = ("<|im_start|>user\n2 + 3?<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
+            "<|im_start|>user\nand é?<|im_end|>\n<|im_start|>assistant\nok é<|im_end|>\n")
     assert BYTES.decode(ids) == text and (ids == 257).sum() == 4 and (ids == 258).sum() == 4
     assert spans(BYTES, ids, mask) == ["5<|im_end|>", "ok é<|im_end|>"]
 
@@ -47,15 +48,20 @@ def test_special_tokens_spelled_in_a_message_stay_text():
 
 
 def test_messages_of_weight_0_and_tools_are_not_trained():
-    messages = T.normal({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}, {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}, "x")["messages"]
+    messages = T.normal({"messages": [{"role": "user", "content": "a"},
+                                      {"role": "assistant", "content": "b", "weight": 0},
+                                      {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}, "x")["messages"]
     ids, mask = T.encode_chat(BYTES, CHATML, messages)
     assert spans(BYTES, ids, mask) == ["d<|im_end|>"]
 
 
 def test_generation_marks_in_a_template_say_what_is_trained():
-    template = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}A: {{ m.content }}<|im_end|>{% endgeneration %}{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}")
+    template = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' %}"
+                                  "{% generation %}A: {{ m.content }}<|im_end|>{% endgeneration %}"
+                                  "{% else %}Q: {{ m.content }}\n{% endif %}{% endfor %}")
     ids, mask = T.encode_chat(BYTES, template, chat("x", "y", "z", "w"))
-    assert BYTES.decode(ids) == "Q: x\nA: y<|im_end|>Q: z\nA: w<|im_end|>" and spans(BYTES, ids, mask) == ["A: y<|im_end|>", "A: w<|im_end|>"]
+    assert BYTES.decode(ids) == "Q: x\nA: y<|im_end|>Q: z\nA: w<|im_end|>"
+    assert spans(BYTES, ids, mask) == ["A: y<|im_end|>", "A: w<|im_end|>"]
 
 
 def test_templates_that_trim_or_look_into_contents():
@@ -63,7 +69,8 @@ def test_templates_that_trim_or_look_into_contents():
     ids, mask = T.encode_chat(BYTES, trims, chat("  a ", "  b b \n", "c", "[assistant]"))
     assert BYTES.decode(ids) == "[user]a<|im_end|>[assistant]b b<|im_end|>[user]c<|im_end|>[assistant][assistant]<|im_end|>"
     assert spans(BYTES, ids, mask) == ["b b<|im_end|>", "[assistant]<|im_end|>"]
-    thinks = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}")
+    thinks = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+                                "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}")
     ids, mask = T.encode_chat(BYTES, thinks, chat("a", "<think>hm</think>b", "c", "<think>so</think>d"))
     assert BYTES.decode(ids) == "a<|im_end|>b<|im_end|>c<|im_end|><think>so</think>d<|im_end|>"
     assert spans(BYTES, ids, mask) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
@@ -72,15 +79,18 @@ def test_templates_that_trim_or_look_into_contents():
 def test_a_token_that_overlaps_a_trained_span_is_trained():
     ranks = {bytes([b]): b for b in range(256)} | {b":x": 256}
     tok = T.Tokenizer(ranks, r"[\s\S]+", {"<e>": 257}, eos="<e>")
-    ids, mask = T.encode_chat(tok, T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}"), chat("q", "x!"))
+    template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}")
+    ids, mask = T.encode_chat(tok, template, chat("q", "x!"))
     assert [tok.decode([i]) for i, m in zip(ids, mask) if m] == [":x", "!", "<e>"]
 
 
 @pytest.mark.parametrize("record, roles", [
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "user assistant"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": [{"value": "b"}]}]}, "user assistant"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]},
+                   {"role": "assistant", "content": [{"value": "b"}]}]}, "user assistant"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "user assistant"),
-    ({"instruction": "a", "input": "", "output": "b"}, "user assistant"), ({"prompt": "a", "completion": "b"}, "user assistant"), ({"question": "a", "answer": "b"}, "user assistant"),
+    ({"instruction": "a", "input": "", "output": "b"}, "user assistant"),
+    ({"prompt": "a", "completion": "b"}, "user assistant"), ({"question": "a", "answer": "b"}, "user assistant"),
     ({"system": "s", "instruction": "a", "output": "b"}, "system user assistant")])
 def test_shapes_found_by_looking(record, roles):
     messages = T.normal(record, "here")["messages"]
@@ -89,16 +99,18 @@ def test_shapes_found_by_looking(record, roles):
 
 def test_text_is_bos_ids_eos_in_windows_that_lose_no_target(tmp_path):
     text = "abcdefghij" * 5
-    data = T.prepare(cfg_for(tmp_path, write(tmp_path, [{"text": text}, {"text": "xy"}, {"text": ""}]), "data.seq_len=16"), quiet=True)["train"]["x"]
+    data = T.prepare(cfg_for(tmp_path, write(tmp_path, [{"text": text}, {"text": "xy"}, {"text": ""}]),
+                             "data.seq_len=16"), quiet=True)["train"]["x"]
     docs = [data.document(i) for i in range(len(data))]
     first = np.concatenate([docs[0][0], *[d[0][1:] for d in docs[1:4]]])
     assert BYTES.decode(first) == f"<|endoftext|>{text}<|endoftext|>" and all(m.all() for _, m in docs)
     assert data.lengths(np.arange(len(data))).max() == 16 and sum(data.lengths(np.arange(4))) == len(text) + 1
-    assert BYTES.decode(docs[4][0]) == "<|endoftext|>xy<|endoftext|>" and len(docs) == 6           # an empty text is BOS EOS: the end of it is learned
+    assert BYTES.decode(docs[4][0]) == "<|endoftext|>xy<|endoftext|>" and len(docs) == 6  # an empty text: its end is learned
 
 
 def test_chats_are_cut_and_what_has_nothing_left_to_train_on_is_counted_and_dropped(tmp_path):
-    records = [{"messages": chat("a", "b")}, {"messages": chat("a" * 200, "b")}, {"messages": chat("a", "b" * 200)}, {"messages": [{"role": "user", "content": "alone"}]}]
+    records = [{"messages": chat("a", "b")}, {"messages": chat("a" * 200, "b")}, {"messages": chat("a", "b" * 200)},
+               {"messages": [{"role": "user", "content": "alone"}]}]
     data = T.prepare(cfg_for(tmp_path, write(tmp_path, records), "data.seq_len=64"), quiet=True)["train"]["x"]
     assert len(data) == 2 and data.header["dropped"] == 2 and data.header["truncated"] == 2 and data.header["records"] == 4
     with pytest.raises(ValueError, match="data.train.x.*nothing to train on"):
@@ -127,8 +139,10 @@ def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
         json.dump([r["text"] for r in records[4000:]], f)
     assert whole.stat().st_size > 4 << 20                            # enough for several processes
     one = T.prepare(cfg_for(tmp_path, whole, "data.processes=1"), quiet=True)["train"]["x"]
-    for other in (T.prepare(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y", f"data.cache_dir={tmp_path / 'two'}"), quiet=True)["train"]["x"],
-                  T.prepare(cfg_for(tmp_path, tmp_path / "d"), quiet=True)["train"]["x"], T.prepare(cfg_for(tmp_path, tmp_path / "d" / "*.js*"), quiet=True)["train"]["x"]):
+    for other in (T.prepare(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y",
+                                    f"data.cache_dir={tmp_path / 'two'}"), quiet=True)["train"]["x"],
+                  T.prepare(cfg_for(tmp_path, tmp_path / "d"), quiet=True)["train"]["x"],
+                  T.prepare(cfg_for(tmp_path, tmp_path / "d" / "*.js*"), quiet=True)["train"]["x"]):
         assert (one.tokens == other.tokens).all() and (one.offsets == other.offsets).all()
 
 
@@ -139,9 +153,13 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]), ('{"text": "a"}\n\n{"text": "b"}\n', ["line 2", "empty"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]), ("{}\n", ["line 1", "known"]),
-    ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]), ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
-    ('{"messages": [{"role": "user"}]}\n', ["line 1", "content"]), ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]), ("", ["nothing to train on"])])
+    ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
+    ('{"text": "a"}\n\n{"text": "b"}\n', ["line 2", "empty"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]),
+    ("{}\n", ["line 1", "known"]),
+    ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
+    ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
+    ('{"messages": [{"role": "user"}]}\n', ["line 1", "content"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]), ("", ["nothing to train on"])])
 def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError) as e:
@@ -155,14 +173,109 @@ def test_bad_files_and_tokenizers_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "word.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
-    (tmp_path / "few.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}))
+    (tmp_path / "few.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+                                                   "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}))
     text = write(tmp_path, [{"text": "a"}])
-    for path, more, words in ((tmp_path / "none.jsonl", (), ["data.train.x.path", "none.jsonl"]), (tmp_path / "a.bin", (), ["a.bin", ".jsonl"]), (tmp_path / "bad.json", (), ["bad.json", "JSON"]),
-                              (tmp_path / "bad.txt", (), ["bad.txt", "UTF-8"]), (text, ("data.tokenizer=gpt9",), ["gpt9"]), (text, (f"data.tokenizer={tmp_path / 'none'}",), ["none"]),
-                              (text, ("data.eos_token=<nope>",), ["data.eos_token", "<nope>"]), (text, ("data.chat_template=nope.jinja",), ["nope.jinja"]), (text, ("data.validation_split=1.0",), ["validation_split"])):
+    for path, more, words in ((tmp_path / "none.jsonl", (), ["data.train.x.path", "none.jsonl"]),
+                              (tmp_path / "a.bin", (), ["a.bin", ".jsonl"]), (tmp_path / "bad.json", (), ["bad.json", "JSON"]),
+                              (tmp_path / "bad.txt", (), ["bad.txt", "UTF-8"]),
+                              (text, ("data.tokenizer=gpt9",), ["gpt9"]), (text, (f"data.tokenizer={tmp_path / 'none'}",), ["none"]),
+                              (text, ("data.eos_token=<nope>",), ["data.eos_token", "<nope>"]),
+                              (text, ("data.chat_template=nope.jinja",), ["nope.jinja"]),
+                              (text, ("data.validation_split=1.0",), ["validation_split"])):
         with pytest.raises(ValueError) as e:
             T.prepare(cfg_for(tmp_path, path, *more), quiet=True)
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def wrong(words, call, *args):
+    """The call ends in a ValueError of one line that has all the words."""
+    with pytest.raises(ValueError) as e:
+        call(*args)
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_damaged_files_and_folders_are_named(tmp_path):
+    import gzip
+    whole = gzip.compress(json.dumps([{"text": "abc " * 999}]).encode())
+    for name, content in (("plain.json.gz", b'[{"text": "a"}]'), ("cut.json.gz", whole[:-9]),
+                          ("flip.jsonl.gz", whole[:20] + b"\xff" * 20 + whole[40:])):
+        (tmp_path / name).write_bytes(content)
+        wrong([name, "cannot be read"], T.prepare, cfg_for(tmp_path, tmp_path / name))
+    (tmp_path / "d" / "folder.json").mkdir(parents=True)
+    wrong(["data.train.x.path", "no file"], T.prepare, cfg_for(tmp_path, tmp_path / "d"))
+    (tmp_path / "empty.txt").write_text("")
+    wrong(["empty.txt", "nothing to train on"], T.prepare, cfg_for(tmp_path, tmp_path / "empty.txt"))
+    (tmp_path / "cache_file").write_text("")
+    text = write(tmp_path, [{"text": "a"}])
+    wrong(["cache_file", "data.cache_dir"], T.prepare, cfg_for(tmp_path, text, f"data.cache_dir={tmp_path / 'cache_file'}"))
+    (tmp_path / "latin.jinja").write_bytes(b"\xff")
+    wrong(["latin.jinja", "UTF-8"], T.prepare, cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
+    wrong(["data.bos_token", "['a']"], T.prepare, cfg_for(tmp_path, text, "data.bos_token=[a]"))
+    wrong(["missing.json", "cannot be read", "No such file"], T.read_json, tmp_path / "missing.json")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffab".encode())
+    (tmp_path / "b.json").write_bytes("\ufeff[\"ab\"]".encode())
+    (tmp_path / "c.jsonl").write_bytes("\ufeff{\"text\": \"ab\"}".encode())
+    for name in ("a.txt", "b.json", "c.jsonl"):
+        data = T.prepare(cfg_for(tmp_path, tmp_path / name), quiet=True)["train"]["x"]
+        assert BYTES.decode(data.tokens) == "<|endoftext|>ab<|endoftext|>"
+
+
+def test_tokenizer_folders_that_are_none_are_named(tmp_path):
+    spec = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    for config, told in (([1], "list"), ({"chat_template": 3}, "chat_template")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        wrong(["tokenizer_config.json", told], T.huggingface_tokenizer, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for damaged, told in (("[]", "object"), ("{}", "model"), ('{"model": {"type": "BPE"}}', "tokenizer.json"), ("", "JSON")):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        wrong(["tokenizer.json", told], T.huggingface_tokenizer, tmp_path)
+
+
+def test_a_tiktoken_file_is_read_anew_and_checked(tmp_path):
+    import base64
+    path, lines = tmp_path / "x.tiktoken", [f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)]
+    path.write_text("\n".join(lines))
+    assert T.tiktoken_file(path, r"[\s\S]+", {"<e>": 256}).n_vocab == 257
+    path.write_text("\n".join([*lines, f"{base64.b64encode(b'ab').decode()} 256"]))
+    assert T.tiktoken_file(path, r"[\s\S]+", {"<e>": 257}).encode("ab").tolist() == [256]
+    for pattern, special, words in (("", {}, ["tokenizer_pattern"]), ("(", {}, ["tokenizer_pattern", "'('"]),
+                                    ("a", {"<e>": 256}, ["<e>", "256"]), ("a", {"<e>": [1]}, ["<e>"]),
+                                    ("a", {"<e>": -1}, ["<e>"]), ("a", {"<e>": 300, "<f>": 300}, ["<e>", "300"])):
+        wrong(words, T.tiktoken_file, path, pattern, special)
+    wrong(["none.tiktoken", "No such file"], T.tiktoken_file, tmp_path / "none.tiktoken", "a", {})
+
+
+def test_whatever_a_template_raises_is_one_line_with_the_record(tmp_path):
+    path = write(tmp_path, [{"messages": chat("a", "b")}])
+    for body in ("{{ messages[0].nope.nope }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ {}.pop('x') }}", "{{ raise_exception('a\nb') }}"):
+        (tmp_path / "t.jinja").write_text(body)
+        wrong(["x.jsonl, line 1", "refuses"], T.prepare, cfg_for(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}"))
+
+
+def test_private_characters_in_a_message_are_text():
+    evil = "\U000f0000\U000f0001 \U000f0002x\U000f0003"
+    ids, mask = T.encode_chat(BYTES, CHATML, chat(evil, evil))
+    assert BYTES.decode(ids).count(evil) == 2 and spans(BYTES, ids, mask) == [evil + "<|im_end|>"]
+
+
+def test_the_shape_a_source_says_is_the_one_that_is_read():
+    both = {"text": "t", "messages": chat("a", "b")}
+    assert T.normal(both, "x", "text") == {"text": "t"} and "messages" in T.normal(both, "x", "chat") and "messages" in T.normal(both, "x")
+    wrong(["here", "shape is chat"], T.normal, "t", "here", "chat")
+    wrong(["here", "shape is text"], T.normal, {"prompt": "a", "completion": "b"}, "here", "text")
+    wrong(["here: message 1", "role"], T.normal, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
+
+
+def test_a_bad_line_of_a_big_file_is_one_line_too(tmp_path, script):
+    path = write(tmp_path, [{"text": "word " * 1000}] * 1000 + [{"txt": "?"}])
+    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
+                 f"data.cache_dir={tmp_path / 'c'}", "data.processes=2")
+    assert out.returncode == 1 and "Traceback" not in out.stderr and out.stderr.splitlines()[-1].startswith(f"error: {path}, line 1001: ")
 
 
 def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
@@ -170,8 +283,10 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.NASTY), tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"],
-                            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.NASTY),
+                            tokenizers.trainers.BpeTrainer(
+                                vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
+                                initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     tok.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "x"}))
     ours = T.huggingface_tokenizer(tmp_path)
@@ -213,9 +328,11 @@ def test_real_vocabularies_give_the_reference_ids(realdata):
 
 
 def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(realdata):
-    ends = {"Qwen-Qwen2.5-7B-Instruct": "<|im_end|>", "meta-llama-Llama-3.2-3B-Instruct": "<|eot_id|>", "mistralai-Mistral-Nemo-Instruct-2407": "</s>", "google-gemma-2-2b-it": "<end_of_turn>"}
+    ends = {"Qwen-Qwen2.5-7B-Instruct": "<|im_end|>", "meta-llama-Llama-3.2-3B-Instruct": "<|eot_id|>",
+            "mistralai-Mistral-Nemo-Instruct-2407": "</s>", "google-gemma-2-2b-it": "<end_of_turn>"}
     for name, end in ends.items():
-        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(sorted({*ends.values(), "<s>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"}))}, bos="<s>", eos="</s>")
+        names = sorted({*ends.values(), "<s>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"})
+        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(names)}, bos="<s>", eos="</s>")
         template = T.compile_template((realdata / "templates" / f"{name}.jinja").read_text())
         ids, mask = T.encode_chat(tok, template, chat("Hi there", "Hello! ", "And <|im_end|> now?", "Done"))
         assert spans(tok, ids, mask) in ([f"Hello!{end}", f"Done{end}"], [f"Hello! {end}", f"Done{end}"]), name
@@ -225,7 +342,8 @@ def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(real
 
 
 def test_real_chats_are_read_without_configuration(realdata, tmp_path):
-    for name, count in (("gsm8k_train.jsonl", 7473), ("fastchat_dummy_conversation.json", 500), ("rasbt_instruction_1100.json", 1100), ("alpaca_zh_demo.json", 1000),
+    for name, count in (("gsm8k_train.jsonl", 7473), ("fastchat_dummy_conversation.json", 500),
+                        ("rasbt_instruction_1100.json", 1100), ("alpaca_zh_demo.json", 1000),
                         ("glaive_toolcall_en_demo.json", 300), ("v1_sft_demo.jsonl", 500)):
         data = T.prepare(cfg_for(tmp_path, realdata / "chat" / name, "data.seq_len=100000"), quiet=True)["train"]["x"]
         assert data.header["records"] == count and 0 < data.header["trained"] < data.header["tokens"], name

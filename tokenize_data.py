@@ -335,28 +335,46 @@ def read_json(path):
     return d
 
 
+def merges_of(ranks):
+    """{token: rank} -> [(left, right)] in the order of ranks: the two tokens that merging by rank makes each one of."""
+    out = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            if best >= rank:                                         # never merged, only met as a whole word
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            out.append(tuple(parts))
+    return out
+
+
 def save_tokenizer(tok, folder, template_text):
-    """Write what transformers needs to load the tokenizer: its own files where it has some, else bytes, in full."""
+    """Write what transformers needs to load the tokenizer: its own files where it has some, else new ones."""
     folder = Path(folder)
     if tok.folder:
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                      "vocab.json", "merges.txt"):
             if (tok.folder / name).is_file() and (tok.folder / name).resolve() != (folder / name).resolve():
                 shutil.copyfile(tok.folder / name, folder / name)
-    elif tok.byte_ids is not None:                                   # no merges: a vocabulary of letters is all of it
+    else:
         letters = {b: c for c, b in byte_letters().items()}
+        spell = lambda token: "".join(letters[b] for b in token)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
+        words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                 "vocab": {letters[b[0]]: i for b, i in tok.ranks.items()}, "merges": []}
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                 "vocab": {spell(token): i for token, i in tok.ranks.items()},
+                 "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}
         spec = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-                "pre_tokenizer": level, "post_processor": None, "decoder": level,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
+                "post_processor": None, "decoder": level,
                 "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
                 "model": model}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    else:
-        return
     path = folder / "tokenizer_config.json"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if path.is_file():
@@ -611,7 +629,7 @@ def message(turn, where):
     return rest | {"role": ROLES[role], "content": content, "weight": int(weight)}
 
 
-ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
+ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet")
 
 
 def find_files(path, key):
@@ -634,6 +652,9 @@ def chunks(file, separator, size=1 << 20):
     A raw record is a line of .jsonl as bytes (parsed later, on every core), or what a .json or .txt holds.
     """
     name = file.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from parquet_chunks(file)
+        return
     try:
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
             if name.endswith(".jsonl"):
@@ -659,6 +680,21 @@ def chunks(file, separator, size=1 << 20):
     for first in range(0, len(records), 512):
         part = records[first:first + 512]
         yield first + 1, part, len(text) * len(part) // len(records)
+
+
+def parquet_chunks(file):
+    """chunks() of a .parquet file, by the optional pyarrow."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{file}: reading .parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        table, first = pyarrow.parquet.ParquetFile(file), 1
+        for batch in table.iter_batches(512):
+            yield first, batch.to_pylist(), batch.nbytes
+            first += len(batch)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise ValueError(f"{file}: not a .parquet file: {str(e).splitlines()[0]}") from None
 
 
 def encode_chunk(job):

@@ -88,7 +88,7 @@ def dump(d):
     dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
     dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_ANCHORED, None)   # quotes the string "1e-4" …
     dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), None)  # … and the string "None"
-    return yaml.dump(d, Dumper=dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(d, Dumper=dumper, sort_keys=False, width=120)
 
 
 def show(value):
@@ -139,7 +139,8 @@ def update(base, new, layer, source, prefix=""):
         if isinstance(value, dict) and isinstance(old, dict):
             update(old, value, layer, source, f"{dotted}.")
             continue
-        if old is not None and value is not None and isinstance(value, dict) != isinstance(old, dict):
+        refers = isinstance(value, str) and "${" in value
+        if old is not None and value is not None and not refers and isinstance(value, dict) != isinstance(old, dict):
             want = "a section" if isinstance(old, dict) else "a value, not a section"
             raise ValueError(f"{dotted}: expected {want}, got {show(value)} (from {layer})")
         base[key] = copy.deepcopy(value)
@@ -165,7 +166,7 @@ def schema_of(defaults, key):
         if not isinstance(d, dict) or part not in d:
             return False, None
         d = d[part]
-    return True, d
+    return True, None if isinstance(d, str) and "${" in d else d     # a default that refers has no type of its own
 
 
 def nearest(key, defaults):
@@ -292,13 +293,14 @@ def families():
 
 
 def imported_model(cfg):
-    """{"model": ...} as model.init_from's config.json says it, {} where nothing is imported."""
-    folder = get(cfg, "model.init_from")
+    """{"model": ...} as model.init_from's config.json says it; without one, what is so in every model of the family."""
+    folder, family = cfg["model"]["init_from"], cfg["model"]["family"]
     if not folder:
-        return {}
+        return {"model": families().get(family, {}).get("fixed", {})}
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.init_from: {folder} holds no config.json; give a model folder in Hugging Face format")
+        hint = f"{folder}/hf does" if (Path(folder) / "hf").is_dir() else "give a model folder in Hugging Face format"
+        raise ValueError(f"model.init_from: {folder} holds no config.json; {hint}")
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -334,14 +336,16 @@ def translate(theirs, path):
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda")}
 AT_LEAST = {                                                         # {key: least value}
-    "lr": 0, "min_lr": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1, "max_steps": 0,
+    "lr": 0, "min_lr": 0, "eps": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1,
+    "max_steps": 0,
     "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0,
     "eval_tokens": 1, "samples": 0, "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1,
     "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
     "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0,
     "shard.lora.r": 0, "shard.lora.alpha": 0}
-INTS = ("max_steps", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size")  # that default to null
+INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size")   # or null
 SHAPES = ("auto", "chat", "text")
+LONGEST = 1024                                                       # data.seq_len where nobody says, or model.max_len
 
 
 def derive(cfg, source):
@@ -351,6 +355,7 @@ def derive(cfg, source):
             section[key], source[f"{prefix}{key}"] = value, "derived"
     m, lora = cfg["model"], cfg["shard"]["lora"]
     fill(cfg, "min_lr", cfg["lr"] / 10)
+    fill(cfg["data"], "seq_len", min(m["max_len"], LONGEST), "data.")
     fill(m, "n_kv_heads", m["n_heads"], "model.")
     fill(m, "head_dim", m["d_model"] // max(m["n_heads"], 1), "model.")  # no heads: check() says so
     gated = (m["d_model"] * 8 // 3 + 63) // 64 * 64                  # 3 matrices, not 2, of about the same size in all
@@ -367,7 +372,7 @@ def check(cfg, source):
             wrong(key, f"one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
         value, types = get(cfg, key), (int,) if key in INTS else (int, float)
-        if value is not None and not (type(value) in types and value >= least):
+        if value is not None and not (type(value) in types and least <= value < float("inf")):
             wrong(key, f"{'an int' if key in INTS else 'a number'}, at least {least}")
     for key in source:
         value = get(cfg, key)
@@ -385,11 +390,24 @@ def check(cfg, source):
                 wrong(f"data.{kind}.{name}.shape", f"one of {', '.join(SHAPES)}")
             if s["weight"] <= 0:
                 wrong(f"data.{kind}.{name}.weight", "a number above 0")
-    m = cfg["model"]
+    m, table = cfg["model"], families()
     if m["n_heads"] % m["n_kv_heads"]:
         wrong("model.n_kv_heads", f"a divisor of model.n_heads ({m['n_heads']})")
     if m["positions"] == "rope" and m["head_dim"] % 2:
         wrong("model.head_dim", "an even number: rope turns pairs")
+    if m["family"] not in table:
+        wrong("model.family", f"one of {', '.join(table)}")
+    family, said = table[m["family"]], {}                            # what its config.json can't say, it can't be
+    for key, value in family["fixed"].items():
+        if m[key] != value:
+            wrong(f"model.{key}", f"{show(value)}, as every {m['family']} model has it")
+    for key, value in (("n_kv_heads", m["n_heads"]), ("head_dim", m["d_model"] // m["n_heads"])):
+        if key not in family["keys"] and m[key] != value:
+            wrong(f"model.{key}", f"{value}, as a {m['family']} model has it")
+    for key, ways in family["keys"].items():
+        name = ways[0] if isinstance(ways, list) else ways
+        if said.setdefault(name, m[key]) != m[key]:
+            wrong(f"model.{key}", f"{show(said[name])}: a {m['family']} model has one {name} for both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,27 @@ def test_a_damaged_checkpoint_is_named_and_never_half_loaded(finished, damage):
     assert checkpoint.read(out / "checkpoints" / "00000006")[0]["step"] == 6
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "", '{"step": 6}', None])
+def test_a_damaged_state_is_named_too(finished, script, text):
+    out, loaded = finished
+    path = out / "checkpoints" / "00000006" / "state.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 7') if text is None else text)
+    with pytest.raises(ValueError, match="state.json.*damaged.*resume=.*00000004"):
+        train.main(*loaded)
+    listing = script("checkpoint.py", "ls", out)
+    assert listing.returncode == 0 and "damaged" in listing.stdout and "step 4 of 6" in listing.stdout
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes(finished):
+    out, loaded = finished
+    for left in (".00000007.building", ".00000002.old"):
+        (out / "checkpoints" / left).mkdir()
+        (out / "checkpoints" / left / "state.json").write_text("{}")
+    assert [p.name for p in checkpoint.found(out)] == ["00000002", "00000004", "00000006"]
+    train.main(*loaded)
+    assert not list((out / "checkpoints").glob(".*"))
+
+
 def test_a_checkpoint_whose_shapes_dont_fit_is_refused(finished, tiny):
     out, loaded = finished
     other = tiny("max_steps=6", "eval_every=0", "model.d_ff=192", f"resume={out}/checkpoints/00000004", out="other")

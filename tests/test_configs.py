@@ -230,3 +230,19 @@ def test_a_wrong_key_ends_torchrun_before_torch_with_one_line_once(script):
     out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
     assert out.returncode == 2 and "| torch" not in out.stderr
     assert out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"
+
+
+def test_a_family_has_what_its_config_json_can_say():
+    gpt2 = configs.load(["model.family=gpt2", "model.activation=gelu_new"])
+    assert gpt2[0]["model"]["norm"] == "layernorm" and gpt2[0]["model"]["qkv_bias"] and gpt2[1]["model.norm"] == "imported"
+    for argv, words in ((["model.family=nope"], ["model.family", "gpt2"]), (["model.norm=layernorm"], ["model.norm", "rmsnorm"]), (["model.qkv_bias=true"], ["attention_bias"]),
+                        (["model.family=gpt2", "model.n_kv_heads=2"], ["model.n_kv_heads", "4"]), (["model.family=gpt2", "model.head_dim=16"], ["model.head_dim"])):
+        with pytest.raises(ValueError) as e:
+            configs.load(argv)
+        assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_a_default_may_refer_and_a_section_may_be_referred_to():
+    schema = {"lr": 0.1, "min_lr": "${lr}", "a": {"b": 1}, "free": {}}
+    assert configs.load(["lr=0.2"], defaults=schema)[0]["min_lr"] == 0.2 and configs.load(["min_lr=0.5"], defaults=schema)[0]["min_lr"] == 0.5
+    assert configs.load(["free=${a}"], defaults=schema)[0]["free"] == {"b": 1}

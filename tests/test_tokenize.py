@@ -308,6 +308,38 @@ def test_a_saved_tokenizer_is_the_same_in_transformers(tmp_path):
     assert theirs.decode(ids) == ours.decode(ids)
 
 
+def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_ids(realdata, tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(realdata / "tokenizers" / "tiktoken_cache"))
+    for name in ("gpt2", "cl100k_base", "o200k_base"):
+        tok = T.load_tokenizer(configs.load([f"data.tokenizer={name}"])[0])
+        (tmp_path / name).mkdir()
+        T.save_tokenizer(tok, tmp_path / name, None)
+        theirs = tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
+        theirs.encode_special_tokens = True
+        for text in [*T.NASTY, (realdata / "text" / "wikitext2_test.txt").read_text()[:20_000]]:
+            assert theirs.encode(text, add_special_tokens=False).ids == tok.encode(text).tolist(), (name, text[:40])
+    again = T.huggingface_tokenizer(tmp_path / "gpt2")
+    assert isinstance(again, T.Tokenizer) and again.encode("Hello, world").tolist() == [15496, 11, 995]
+
+
+def test_parquet_is_read_where_pyarrow_is(tmp_path):
+    records = [{"text": f"document {i}"} for i in range(700)]
+    try:
+        import pyarrow, pyarrow.parquet
+    except ImportError:
+        (tmp_path / "x.parquet").write_bytes(b"PAR1")
+        with pytest.raises(ValueError, match="x.parquet.*pip install pyarrow"):
+            T.prepare(cfg_for(tmp_path, tmp_path / "x.parquet"), quiet=True)
+        return
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
+    a, b = (T.prepare(cfg_for(tmp_path, path), quiet=True)["train"]["x"] for path in (tmp_path / "x.parquet", write(tmp_path, records)))
+    assert (a.tokens == b.tokens).all() and len(a) == 700
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="bad.parquet"):
+        T.prepare(cfg_for(tmp_path, tmp_path / "bad.parquet"), quiet=True)
+
+
 def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
     path = write(tmp_path, [{"messages": chat("what?", "this")}])
     out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1")

@@ -67,7 +67,7 @@ def test_packing_counts_what_it_packs(tiny):
 
 CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20), "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
-    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "data.seq_len=400"], 11),
+    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"], 11),
     "one source twice, one half": (["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5", "data.train.chats.weight=2"], 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7),
 }
@@ -87,6 +87,35 @@ def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(tiny, cell):
     for step in (k + 1, 25):
         a, b = weights(whole[0], step), weights(again[0], step)
         assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f]) and a["model.safetensors"].keys() == b["model.safetensors"].keys()
+
+
+def test_a_run_that_ended_between_its_save_and_its_evaluation_leaves_no_hole(tiny):
+    more = ["save_every=5", "eval_every=5", "max_steps=10", "checkpoint.keep=9", "samples=1"]
+    whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
+    run(whole)
+    for step in (5, 10):
+        shutil.rmtree(again[0]["out_dir"], ignore_errors=True)
+        shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
+        for folder in checkpoint.found(again[0]["out_dir"]):
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+        path = Path(again[0]["out_dir"]) / "metrics.jsonl"           # as if killed right behind the save
+        path.write_text("".join(line + "\n" for line in path.read_text().splitlines()
+                                if json.loads(line)["step"] < step or json.loads(line)["step"] == step and "loss" in json.loads(line)))
+        run(again)
+        assert records(again[0]) == records(whole[0])
+
+
+def test_going_on_from_a_named_checkpoint(tiny):
+    base = tiny("max_steps=8", "save_every=4", "eval_every=0", out="base")
+    run(base)
+    four = f"{base[0]['out_dir']}/checkpoints/00000004"
+    branch = tiny("max_steps=8", "save_every=2", "eval_every=0", "lr=5e-3", f"resume={four}", out="branch")
+    assert [step for step, *_ in run(branch)] == [5, 6, 7, 8]
+    assert run(branch) == run(branch)                                # the same command again: it is finished, and stays so
+    with pytest.raises(ValueError, match="lr"):                      # within its own folder a run keeps its keys
+        train.main(*tiny("max_steps=8", "save_every=4", "eval_every=0", "lr=5e-3", f"resume={four}", out="base"))
+    assert [p.name for p in checkpoint.found(base[0]["out_dir"])] == ["00000004", "00000008"]
 
 
 def test_a_finished_run_stays_finished(tiny, capsys):
@@ -207,7 +236,7 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
 @pytest.mark.parametrize("more, words", [
     (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
     (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
-    (["model.positions=learned", "model.max_len=16"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"])])
+    (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

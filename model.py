@@ -191,13 +191,13 @@ def per_document(cu_seqlens, total, device):
             back[starts[d]:starts[d] + lengths[d]] = torch.arange(at, at + lengths[d])
             at += longest
     there = torch.cat(there)
-    plain = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
+    settled = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
     used = torch.full((len(there),), -1)
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
     there, back, used = (t.to(device) for t in (there, back, used))
 
     def attend(layer, qkv):
-        dtype, qkv = qkv.dtype, qkv if plain else Gather.apply(qkv, there, back)
+        dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back)
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         out, at = [], 0
         for longest, docs in groups:
@@ -207,7 +207,7 @@ def per_document(cu_seqlens, total, device):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
             out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
         out = torch.cat(out).to(dtype)
-        return out if plain else Gather.apply(out, back.clamp(min=0), used)
+        return out if settled else Gather.apply(out, back.clamp(min=0), used)
     return attend
 
 
@@ -281,8 +281,9 @@ class ChunkedLoss(torch.autograd.Function):
             if want_head:
                 dw += grad.T @ x[part]
         ctx.save_for_backward(dx, dw)
+        loss_sum, losses = (losses * weights).sum(), losses[:ctx.n]
         ctx.mark_non_differentiable(losses)
-        return (losses * weights).sum(), losses[:ctx.n]
+        return loss_sum, losses
 
     @staticmethod
     def backward(ctx, grad_sum, _):

@@ -1,6 +1,6 @@
 """What a run tells: an aligned line on the console and a record in metrics.jsonl for each logged step.
 
-    python log.py out/a out/b          compare runs: a table, and their curves in out/a/curves.svg
+    python log.py out/ft out/lora          compare runs: a table, and their curves in out/ft/curves.svg
 
 Also wandb, mlflow or tensorboard, where log.to names them and they are installed. A number is null where it is not
 known; the README's table says what each one is. Values that live on a device are read when the next record comes, so

@@ -1,8 +1,8 @@
 """The loop: pretraining and fine-tuning of language models, on one device.
 
     torchrun train.py configs/ft.yaml lr=1e-4                        fine-tune the embedded base on the embedded chats
-    torchrun train.py configs/pretrain.yaml out_dir=out/mine         train from scratch on text
-    torchrun train.py configs/ft.yaml shard.lora.r=8 out_dir=out/lora        adapters only
+    torchrun train.py configs/pretrain.yaml                          train from scratch on text
+    torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/lora        adapters only
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu     a laptop without torchrun
 
 The loss of a step is
@@ -135,8 +135,8 @@ def by_label(cfg, sources):
     """{name: Tokens} of validation -> {label: [Tokens]}; a part held out of a training source has that one's label."""
     out = {}
     for name, tokens in sources.items():
-        said = cfg["data"]["validation"].get(name) or cfg["data"]["train"][name]
-        out.setdefault(said["label"] or name, []).append(tokens)
+        kind = "validation" if name in cfg["data"]["validation"] else "train"
+        out.setdefault(cfg["data"][kind][name]["label"] or name, []).append(tokens)
     return out
 
 

@@ -177,6 +177,7 @@ def write_drills(path, n_bytes):
     with open(path, "w", encoding="ascii", newline="\n") as f:
         while f.tell() < n_bytes:
             f.write(json.dumps({"text": rng.choice((drill_table, drill_sentences))(rng)}) + "\n")
+    return path
 
 
 def write_chats(path, n, rng, seen):
@@ -193,16 +194,23 @@ def write_chats(path, n, rng, seen):
             prompt = rng.choice(CHATS[task]).format(*values)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": messages, "task": task}) + "\n")
+    return path
 
 
-def main():
-    if sys.argv[1:2] == ["drills"]:
-        return write_drills(sys.argv[3], float(sys.argv[2]) * 1e6)
-    rng, seen = random.Random(0), set()
-    write_chats(HERE / "chats_val.jsonl", N_VAL, rng, seen)
-    write_chats(HERE / "chats.jsonl", N_TRAIN, rng, seen)
-    write_drills(HERE / "drills.jsonl", 1e6)
+def main(argv):
+    if argv:
+        if len(argv) != 3 or argv[0] != "drills" or not argv[1].isdigit():
+            sys.exit("python data/make.py, or python data/make.py drills MEGABYTES PATH")
+        path = Path(argv[2])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = [write_drills(path, int(argv[1]) * 1e6)]
+    else:
+        rng, seen = random.Random(0), set()
+        made = [write_chats(HERE / "chats_val.jsonl", N_VAL, rng, seen),
+                write_chats(HERE / "chats.jsonl", N_TRAIN, rng, seen), write_drills(HERE / "drills.jsonl", 1e6)]
+    for path in made:
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

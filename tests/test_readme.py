@@ -12,7 +12,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands():
-    """Every torchrun or python command of the README's shell blocks and the scripts' headers, in order, each once."""
+    """Every torchrun or python command of the README's shell blocks and the scripts' headers, in order, each once.
+
+    Those with a capital word (PATH, FILE) are forms of a command, not one.
+    """
     texts = re.findall(r"```sh\n(.*?)```", README, re.S)
     for path in [*SCRIPTS, "configs/__init__.py", "configs/__main__.py", "data/make.py"]:
         texts.append((ROOT / path).read_text().split('"""')[1])
@@ -36,6 +39,7 @@ def test_every_command_runs(clone, script):
     assert len(found) > 12 and found[0] == "torchrun train.py configs/ft.yaml lr=1e-4"
     for command in found:
         words = shlex.split(command)
+        words = ["1" if word == "34" else word for word in words]    # megabytes of drills
         short = ["max_steps=2", "eval_prompts=2", "eval_tokens=8"] if "train.py" in words else []
         done = script(*(words if words[0] == "torchrun" else words[1:]), *short, cwd=clone)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

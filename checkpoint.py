@@ -275,7 +275,7 @@ def ls(out_dir):
         print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   "
               f"torch {state['versions']['torch']}{newest}")
     if not whole:
-        print(f"{out_dir}: no checkpoints")
+        raise ValueError(f"{out_dir}: no checkpoints there")
 
 
 def main(argv):

@@ -221,7 +221,7 @@ def main(argv):
     gpus = options["gpus"]
     print(f"predicted on each of {gpus} device{'s' * (gpus > 1)}, rows of {cfg['micro_tokens']:,} tokens:")
     for name, n in parts.items():
-        print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}")
+        print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}".rstrip())
     print(f"  {'together':<16} {total / 2**20:>12,.1f} MiB")
 
 

@@ -382,8 +382,9 @@ def save_tokenizer(tok, folder, template_text):
     for key, text in (("bos_token", tok.bos), ("eos_token", tok.eos)):
         if text:
             config.setdefault(key, text)
-    if template_text and not tok.template:
+    if template_text and template_text != tok.template:
         config["chat_template"] = template_text
+        (folder / "chat_template.jinja").unlink(missing_ok=True)     # another one came along, and would win
     path.write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
@@ -409,6 +410,9 @@ def template_text(tok, cfg):
         return tok.template
     if "<|im_end|>" in tok.special:
         return CHATML
+    if name:
+        raise ValueError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
+                         "leave it empty for a plain one that ends turns with EOS")
     if not tok.eos:
         raise ValueError("data.eos_token: chats need a token that ends a turn; "
                          "this tokenizer has neither <|im_end|> nor an EOS")
@@ -843,16 +847,21 @@ def encoded(files, separator, size, processes, quiet, name):
             bar.update(n)
 
 
+def need_sources(cfg):
+    """The first thing to say where nothing is said. Raises ValueError."""
+    if not cfg["data"]["train"]:
+        raise ValueError("data.train: no source is named; data.train.NAME.path=FILE names one")
+
+
 def prepare(cfg, tok=None, quiet=False):
     """cfg -> {"train": {name: Tokens}, "validation": {name: Tokens}}, tokenizing what is not there yet.
 
     data.validation_split takes the last documents of each training source. Raises ValueError, with file and line, for
     what can't be read.
     """
+    need_sources(cfg)
     tok = tok or load_tokenizer(cfg)
     data, out = cfg["data"], {"train": {}, "validation": {}}
-    if not data["train"]:
-        raise ValueError("data.train: no source is named; data.train.NAME.path=FILE names one")
     for kind in out:
         for name, source in data[kind].items():
             out[kind][name] = Tokens(tokenize(cfg, f"{kind}.{name}", source, tok, quiet))
@@ -894,6 +903,7 @@ def colour(tok, ids, mask):
 def main(argv):
     show, argv = configs.take(argv, show=0)
     cfg, _, _ = configs.load(argv)
+    need_sources(cfg)
     tok = load_tokenizer(cfg)
     for kind, sources in prepare(cfg, tok).items():
         for name, tokens in sources.items():

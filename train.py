@@ -73,9 +73,10 @@ def count(value, total):
 
 
 def due(step, every, total):
-    """Is it time, after `step` steps? Always after the last, unless every is 0."""
-    every = count(every, total)
-    return bool(every) and (step % every == 0 or step == total)
+    """Is it time, after `step` steps? Always after the last, unless every is 0. 0.25 is four times in a run."""
+    period = every if type(every) is int else every * total
+    times = lambda n: math.floor(n / period + 1e-9)            # up to step n; 1e-9: 0.1 * 30 is a little more than 3
+    return bool(period) and (times(step) > times(step - 1) or step == total)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,6 +299,7 @@ def main(cfg, source=None, explicit=None):
     for key, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
         if cfg[key] not in known:
             raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
+    tokenize_data.need_sources(cfg)
     shard.set_threads()
     out, start_from = Path(cfg["out_dir"]), where_to_start(cfg)
     tok = tokenize_data.load_tokenizer(cfg)

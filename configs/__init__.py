@@ -472,10 +472,8 @@ def take(argv, **wanted):
         key, equals, text = arg.partition("=")
         if not equals or key not in wanted:
             rest.append(arg)
-        elif type(value := scalar(text)) is not type(wanted[key]):
-            raise ValueError(f"{key}: expected {type(wanted[key]).__name__}, got {text!r}")
         else:
-            out[key] = value
+            out[key] = typed(key, scalar(text), wanted, "cli")
     return out, rest
 
 

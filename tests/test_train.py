@@ -215,7 +215,7 @@ def test_schedules(tiny):
         assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0 and lr[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert lrs("schedule=wsd", "warmup=10", "decay=20")[79] == 1.0 > lrs("schedule=wsd", "warmup=10", "decay=20")[80]
     assert lrs("warmup=0.1") == lrs("warmup=10") and lrs("warmup=1.0")[-1] == 1.0 and lrs("warmup=0")[0] < 1.0
-    assert [train.due(s, 0.25, 10) for s in range(1, 11)] == [False, True] * 5 and not train.due(10, 0, 10) and train.due(10, 3, 10)
+    assert [s for s in range(1, 11) if train.due(s, 0.25, 10)] == [3, 5, 8, 10] and [s for s in range(1, 31) if train.due(s, 0.1, 30)] == list(range(3, 31, 3)) and not train.due(10, 0, 10) and train.due(10, 3, 10)
     assert [train.count(v, 40) for v in (1, 1.0, 0.5, 0, 0.0)] == [1, 40, 20, 0, 0]
 
 

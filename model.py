@@ -19,7 +19,7 @@ A row is a dict of tensors; the documents in it don't see each other:
 What lies behind the last document is padding, outside every document. The model knows nothing of ranks and devices'
 memory: shard.py takes a finished model and changes it.
 """
-import json, math, re, shutil, sys, zlib
+import inspect, json, math, re, shutil, sys, zlib
 from pathlib import Path
 
 import configs
@@ -219,7 +219,8 @@ def varlen(cu_seqlens, total, max_len):
     from torch.nn.attention.varlen import varlen_attn
     end = torch.full_like(cu_seqlens[:1], total)
     cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
-    causal = {"window_size": (-1, 0)} if torch.__version__ >= (2, 12) else {"is_causal": True}
+    old = "is_causal" in inspect.signature(varlen_attn).parameters    # later versions say it by a window
+    causal = {"is_causal": True} if old else {"window_size": (-1, 0)}
 
     def attend(layer, qkv):
         q, k, v = layer.split(qkv, 1)

@@ -193,7 +193,8 @@ def curves(runs, width=860, height=420):
                 lines.append((colour, label, points, key != "loss"))
     xs, ys = ([point[i] for _, _, points, _ in lines for point in points] or [0] for i in (0, 1))
     left, top, right, bottom = 60, 20, width - 20, height - 40 - 16 * ((len(lines) + 1) // 2)
-    x1, y0, y1 = max(*xs, 1), min(ys), max(*ys, min(ys) + 1e-9)
+    x1, y1 = max(*xs, 1), max(*ys, min(ys) + 1e-9)
+    y0 = 0 if 0 <= min(ys) < y1 / 4 else min(ys)
     px = lambda x: round(left + (right - left) * x / x1, 1)
     py = lambda y: round(bottom - (bottom - top) * (y - y0) / (y1 - y0), 1)
 

@@ -73,7 +73,7 @@ def count(value, total):
 
 
 def due(step, every, total):
-    """Is it time, after `step` steps? Always after the last, unless every is 0. 0.25 is four times in a run."""
+    """Is it time, after `step` steps? At the start and the end always, unless every is 0. 0.25: four times a run."""
     period = every if type(every) is int else every * total
     times = lambda n: math.floor(n / period + 1e-9)            # up to step n; 1e-9: 0.1 * 30 is a little more than 3
     return bool(period) and (times(step) > times(step - 1) or step == total)
@@ -343,14 +343,20 @@ def main(cfg, source=None, explicit=None):
         texts.update(found)
 
     known = any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
-    if labels and not known and (step == 0 and cfg["eval_every"] or due(step, cfg["eval_every"], total)):
+    if labels and not known and due(step, cfg["eval_every"], total):
         validate()                                             # at the start; or a run ended before it got here
 
     ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     peak, clock = peak_flops(device, model.dtype), time.perf_counter()
     seconds = lambda: before + time.perf_counter() - clock
-    since, tokens = seconds(), 0                               # the last logged step
+    since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
+
+    def save():
+        report.flush()                                         # a step that is saved is logged
+        saver.save(step, model, optimizer, state | {"seconds": seconds()})
+        return step
+
     multiple = shard.row_multiple(device, model.dtype)
     lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=multiple) if s < total else None
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
@@ -372,12 +378,13 @@ def main(cfg, source=None, explicit=None):
                              "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
                              "seconds": now})
                 since, tokens = now, 0
-            if due(step, cfg["save_every"], total) or step == total or ended:
-                report.flush()                                 # a step that is saved is logged
-                saver.save(step, model, optimizer, state | {"seconds": seconds()})
+            if due(step, cfg["save_every"], total) or step == total:
+                on_disk = save()
             if labels and due(step, cfg["eval_every"], total):
                 validate()
                 since, tokens = seconds(), 0                   # speed is training's
+    if ended and on_disk < step:
+        save()
     written = saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)

@@ -1,9 +1,8 @@
 """checkpoint.py: a checkpoint exists whole or not at all (law 4)."""
-import json, os, pickle, random, signal, subprocess, sys, time
+import os, pickle, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-import torch
 
 import checkpoint, configs, train
 

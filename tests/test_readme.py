@@ -2,7 +2,6 @@
 import re, shlex, shutil, subprocess, sys
 
 import pytest
-import yaml
 
 import configs
 from conftest import ROOT

@@ -1,5 +1,5 @@
 """sampler.py: order is arithmetic (law 2), rows are full and even, a row holds what its documents say (law 5)."""
-import subprocess, sys, time, tracemalloc
+import subprocess, sys, tracemalloc
 
 import numpy as np
 import pytest

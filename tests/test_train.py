@@ -1,5 +1,5 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, shutil, signal, subprocess, sys, time
+import json, math, os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +149,23 @@ def test_a_signal_ends_a_run_that_goes_on_where_it_stopped(tiny, tmp_path):
     step = checkpoint.read_state(checkpoint.found(again[0]["out_dir"])[-1])["step"]
     assert 0 < step < 300
     assert run(again) == run(whole)
+
+
+def test_a_signal_during_an_evaluation_loses_no_step(tiny, monkeypatch):
+    whole, again = tiny(out="whole"), tiny(out="again")              # evaluated after 10 steps, saved after the last
+    run(whole)
+    real = train.evaluate
+    def interrupted(*args):
+        if len(log.read(again[0]["out_dir"])) > 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as e:
+        train.main(*again)
+    assert e.value.code == 128 + signal.SIGTERM and [p.name for p in checkpoint.found(again[0]["out_dir"])] == ["00000010"]
+    monkeypatch.setattr(train, "evaluate", real)
+    run(again)
+    assert records(again[0]) == records(whole[0])
 
 
 # ---- evaluation and results

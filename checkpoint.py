@@ -10,8 +10,11 @@
 
 A checkpoint is written under another name, synced and renamed: whatever ends the process, and whenever, `latest` is
 whole. The loop waits only for the copy into memory, the rest is a thread's. Nothing that is read back can run code.
+
+Many ranks write the same files as one: a part of a tensor is rows of it, those stand in a row in a safetensors file, and
+each rank puts its own where they belong. Any other number of ranks, or one, reads them: again, each its own rows.
 """
-import json, os, shutil, sys, threading, zlib
+import itertools, json, math, os, shutil, struct, sys, threading, zlib
 from pathlib import Path
 
 import configs
@@ -20,8 +23,7 @@ if __name__ == "__main__" and len(sys.argv) < 2:
     sys.exit(__doc__)
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 
 import model as transformer
 import shard
@@ -66,25 +68,68 @@ def remove(folder):
 
 
 def snapshot(model, optimizer):
-    """A copy of what a resumed run needs, in main memory -> {file: {name: tensor}}. The loop waits for no more."""
-    copy = lambda t: t.detach().to("cpu", copy=True)
+    """A copy of what a resumed run needs, in main memory -> {file: {name: (dtype, shape, first row, rows)}}.
+
+    rows  what this rank saves of the tensor, or None where another does. The loop waits for no more than this
+    """
+    def piece(t):
+        if not t.dim():                                        # the optimizer's own count of steps
+            return t.dtype, [], 0, t.to("cpu", copy=True) if shard.rank() == 0 else None
+        mine, start, end = shard.part(t)
+        return t.dtype, list(t.shape), start, mine.to("cpu", copy=True) if start < end and shard.saves(t) else None
+
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {f"{name}/{key}": t for name, p in weights.items() for key, t in optimizer.state[p].items()}
-    return {"model.safetensors": {name: copy(p) for name, p in weights.items()},
-            "optimizer.safetensors": {name: copy(t) for name, t in moments.items()}}
+    return {"model.safetensors": {name: piece(p) for name, p in weights.items()},
+            "optimizer.safetensors": {name: piece(moments[name]) for name in sorted(moments)}}
 
 
-def write(folder, files, state, keep):
-    """Write a snapshot as `folder`, point `latest` at it, delete all but the newest `keep`. OSError leaves what was."""
-    parent, building = folder.parent, folder.with_name(f".{folder.name}.building")
-    parent.mkdir(parents=True, exist_ok=True)
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+
+
+def layout(tensors):
+    """A file of a snapshot -> (its first bytes, {name: where the tensor begins}, the file's size), as safetensors has it.
+
+    A length in 8 bytes, that many bytes of JSON ({name: {dtype, shape, data_offsets}}), the tensors end to end.
+    """
+    header, at = {}, 0
+    for name, (dtype, shape, *_) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = struct.pack("<Q", len(text)) + text
+    return first, {name: len(first) + entry["data_offsets"][0] for name, entry in header.items()}, len(first) + at
+
+
+def lay_out(building, files):
+    """Create a checkpoint's files in their sizes, empty but for their first bytes."""
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    sums = {}
+    building.mkdir(parents=True)
     for name, tensors in files.items():
-        save_file(tensors, building / name)
-        sync(building / name)
-        sums[name] = checksum(building / name)
+        first, _, size = layout(tensors)
+        with open(building / name, "wb") as f:
+            f.write(first)
+            f.truncate(size)
+
+
+def put(building, files):
+    """Write this rank's rows of every tensor, and have the disk hold them."""
+    for name, tensors in files.items():
+        _, begins, _ = layout(tensors)
+        with open(building / name, "r+b") as f:
+            for key, (dtype, shape, start, rows) in tensors.items():
+                if rows is not None:
+                    f.seek(begins[key] + start * math.prod(shape[1:]) * dtype.itemsize)
+                    f.write(rows.contiguous().flatten().view(torch.uint8).numpy())
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def finish(building, folder, files, state, keep):
+    """Name a written checkpoint: check, sync, rename, point `latest` at it, delete all but the newest `keep`."""
+    parent, sums = folder.parent, {name: checksum(building / name) for name in files}
     state = json.loads(json.dumps(state | {"format": FORMAT, "checksums": sums}))
     (building / "state.json").write_text(json.dumps(state | {"checksum": own_checksum(state)}, indent=1) + "\n")
     sync(building / "state.json")
@@ -104,26 +149,46 @@ def write(folder, files, state, keep):
 
 
 class Saver:
-    """Writes snapshots in the background, one at a time."""
+    """Writes snapshots in the background, one at a time: rank 0 lays out the files, all fill them in, rank 0 names them."""
+
+    saves = itertools.count()                                  # of this process; every rank counts the same
 
     def __init__(self, out_dir, keep, warn):
         self.folder, self.keep, self.warn = Path(out_dir) / "checkpoints", keep, warn
         self.thread = self.error = None
-        for left in self.folder.glob(".*.*"):                  # of a process that was killed while it wrote or deleted
-            shutil.rmtree(left, ignore_errors=True)
+        if shard.rank() == 0:
+            for left in self.folder.glob(".*.*"):              # of a process that was killed while it wrote or deleted
+                shutil.rmtree(left, ignore_errors=True)
 
     def save(self, step, model, optimizer, state):
         """Step's checkpoint: returns when the copy is made. wait() tells of a failed write, which leaves the others."""
         self.wait()
         files, folder = snapshot(model, optimizer), self.folder / f"{step:08}"
-
-        def work():
-            try:
-                write(folder, files, state | {"step": step}, self.keep)
-            except (OSError, SafetensorError) as e:
-                self.error = f"checkpoint {folder} was not written ({e}); the run goes on, the older ones are whole"
-        self.thread = threading.Thread(target=work)
+        args = files, folder, state | {"step": step}, next(self.saves)
+        self.thread = threading.Thread(target=self.work, args=args, daemon=True)
         self.thread.start()
+
+    def work(self, files, folder, state, n):
+        """The thread of a rank. What goes wrong on any of them is rank 0's to tell."""
+        def tried(what, *args):
+            try:
+                what(*args)
+            except OSError as e:
+                return str(e)
+            return ""
+        rank, building = shard.rank(), folder.with_name(f".{folder.name}.building")
+        if rank:
+            problem = shard.wait_for(f"save{n}/laid out") or tried(put, building, files)
+            shard.post(f"save{n}/rank{rank}", problem)
+            return
+        problem = tried(lay_out, building, files)
+        shard.post(f"save{n}/laid out", problem)
+        problem = problem or tried(put, building, files)
+        for other in range(1, shard.ranks()):
+            problem = shard.wait_for(f"save{n}/rank{other}") or problem
+        problem = problem or tried(finish, building, folder, files, state, self.keep)
+        if problem:
+            self.error = f"checkpoint {folder} was not written ({problem}); the run goes on, the older ones are whole"
 
     def wait(self):
         """Until the last save is on disk. -> did it get there?"""
@@ -167,40 +232,51 @@ def another(folder):
     return f"; resume={others[-1]} goes on from another" if others else ""
 
 
-def read(folder):
-    """A checkpoint's folder -> (state, {file: {name: tensor}}), verified. Raises ValueError naming a damaged file."""
-    folder, state, files = Path(folder), read_state(folder), {}
+def verified(folder):
+    """A checkpoint's state.json, once its files are what it says. Raises ValueError naming a damaged one."""
+    folder, state = Path(folder), read_state(folder)
     for name, want in state["checksums"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: is missing, this checkpoint is damaged{another(folder)}")
         if (got := checksum(folder / name)) != want:
             raise ValueError(f"{folder / name}: checksum {got}, not {want}: checkpoint is damaged{another(folder)}")
-        files[name] = load_file(folder / name)
-    return state, files
+    return state
 
 
 def restore(folder, model, optimizer):
     """A checkpoint into a model and its optimizer, in place -> state. Raises ValueError, naming what doesn't fit."""
-    state, files = read(folder)
-    saved, wanted = files["model.safetensors"], {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [f"{name} is missing" for name in wanted if name not in saved]
-    wrong += [f"{name} is unknown" for name in saved if name not in wanted]
-    wrong += [f"{name} is {list(saved[name].shape)}, and the model's is {list(p.shape)}"
-              for name, p in wanted.items() if name in saved and saved[name].shape != p.shape]
+    state = shard.on_first(verified, folder)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    saved, moments = (safe_open(Path(folder) / name, framework="pt") for name in state["checksums"])
+    shapes = {name: saved.get_slice(name).get_shape() for name in saved.keys()}
+    wrong = [f"{name} is missing" for name in wanted if name not in shapes]
+    wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
+    wrong += [f"{name} is {shapes[name]}, and the model's is {list(p.shape)}"
+              for name, p in wanted.items() if name in shapes and shapes[name] != list(p.shape)]
     if wrong:
         raise ValueError(f"{folder}: doesn't fit the model: {transformer.listed(wrong)}")
+
+    def give(t, file, key):
+        mine, start, end = shard.part(t)
+        if start < end:
+            mine.copy_(file.get_slice(key)[start:end])
     with torch.no_grad():
         for name, p in wanted.items():
-            p.copy_(saved[name])
+            give(p, saved, name)
             optimizer.state[p].clear()
-    for key, tensor in files["optimizer.safetensors"].items():
-        name, _, part = key.rpartition("/")
-        optimizer.state[wanted[name]][part] = tensor.to(wanted[name].device)
+        for key in moments.keys():
+            name, _, what = key.rpartition("/")
+            p = wanted[name]
+            if not moments.get_slice(key).get_shape():
+                optimizer.state[p][what] = moments.get_tensor(key).to(p.device)
+                continue
+            optimizer.state[p][what] = torch.zeros_like(p)
+            give(optimizer.state[p][what], moments, key)
     return state
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
-        "out_dir", "device", "shard.recompute", "data.cache_dir", "data.processes", "data.validation",
+        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "data.cache_dir", "data.processes", "data.validation",
         "data.validation.", "checkpoint.", "log.")             # what may change without changing the run's past
 
 
@@ -220,10 +296,24 @@ def differences(out_dir, cfg):
 # ---------------------------------------------------------------------------------------------------------------------
 # export
 
-def export(model, m, cfg, tok, folder, chats):
-    """The model, adapters merged, with its tokenizer, as a Hugging Face folder that is there whole or not at all.
+def weights_of(path, m, cfg):
+    """A checkpoint -> (read(name) of the plain model's tensors, the model with its adapters or None)."""
+    verified(path)
+    saved = safe_open(Path(path) / "model.safetensors", framework="pt")
+    if not cfg["shard"]["lora"]["r"]:
+        return saved.get_tensor, None
+    base = transformer.stored_weights(m["init_from"], m) if m["init_from"] else transformer.new_weights(m, cfg["seed"])
+    model = transformer.on_meta(m)
+    shard.add_lora(model, m, cfg["shard"]["lora"])
+    model.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()}, strict=False, assign=True)
+    return shard.merged(model, base), model
 
-    chats  was it trained on any? Then their template goes along, and what ends a turn ends a generation.
+
+def export(path, m, cfg, tok, folder, chats, adapter=None):
+    """A checkpoint as a Hugging Face folder, with its tokenizer, that is there whole or not at all.
+
+    chats    was it trained on any? Then their template goes along, and what ends a turn ends a generation
+    adapter  under LoRA, whose adapters are merged: a folder for them alone
     """
     folder, text = Path(folder), None
     building = folder.with_name(f".{folder.name}.building")
@@ -232,7 +322,10 @@ def export(model, m, cfg, tok, folder, chats):
     if chats:
         text = tokenize_data.template_text(tok, cfg)
         stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(text))
-    transformer.save(shard.merge_lora(model, m), m, building, cfg["model"]["init_from"], stop, tok.special.get(tok.bos))
+    read, adapted = weights_of(path, m, cfg)
+    if adapter and adapted:
+        shard.save_adapter(adapted, m, cfg["shard"]["lora"], adapter, m["init_from"])
+    transformer.save(read, m, building, m["init_from"], stop, tok.special.get(tok.bos))
     tokenize_data.save_tokenizer(tok, building, text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
@@ -250,14 +343,7 @@ def export_checkpoint(path, folder):
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
     tok = tokenize_data.load_tokenizer(cfg)
     m = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}
-    model = transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.build(m, cfg["seed"])
-    if cfg["shard"]["lora"]["r"]:
-        shard.add_lora(model, m, cfg["shard"]["lora"], cfg["seed"])
-    state, files = read(path)
-    with torch.no_grad():
-        for name, tensor in files["model.safetensors"].items():
-            model.get_parameter(name).copy_(tensor)
-    export(model, m, cfg, tok, folder, state["chats"])
+    export(path, m, cfg, tok, folder, read_state(path)["chats"])
     print(f"{path} -> {folder}")
 
 

@@ -133,6 +133,13 @@ class Log:
         self.file.close()
 
 
+class Silent:
+    """What the other ranks have for a Log: the console speaks once."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # afterwards
 

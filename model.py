@@ -45,7 +45,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32, its weights rounded as all are."""
 
     def __init__(self, m):
         super().__init__()
@@ -54,9 +54,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(m["d_model"])) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
+        weight = self.weight.to(x.dtype).float()
         if self.bias is None:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        bias = self.bias.to(x.dtype).float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
 
 
 def rope_turns(positions, m):
@@ -356,21 +358,37 @@ class Transformer(nn.Module):
 
 
 def build(m, seed=0, device="cpu"):
-    """A model section, complete -> a model with new weights.
+    """A model section, complete -> a model with new weights."""
+    return fill(on_meta(m).to_empty(device=device), new_weights(m, seed))
+
+
+def fill(model, read):
+    """Give a model its weights, in place. -> the model
+
+    read  (name, first row, one behind the last) -> those rows of that tensor: new_weights() or stored_weights(), so
+          that a process which holds a part of a tensor reads no more than that
+    """
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(read(name, 0, len(p)))
+    return model
+
+
+def new_weights(m, seed):
+    """-> read() of new weights.
 
     Matrices are normal with init_std, those that write into the residual stream narrower by sqrt(2 L) (GPT-2); norms
     are 1, biases 0. Each tensor is seeded by its own name, so that it is the same whatever else the model has.
     """
-    model = on_meta(m).to_empty(device=device)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() < 2:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            writes = name.endswith(("attn.out.weight", "mlp.down.weight"))
-            std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if writes else m["init_std"]
-            p.copy_(torch.empty(p.shape).normal_(0, std, generator=seeded(seed, name)))
-    return model
+    shapes = {name: p.shape for name, p in on_meta(m).named_parameters()}
+
+    def read(name, start, end):
+        if len(shapes[name]) < 2:
+            return torch.full((end - start,), 1.0 if name.endswith("weight") else 0.0)
+        writes = name.endswith(("attn.out.weight", "mlp.down.weight"))
+        std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if writes else m["init_std"]
+        return torch.empty(shapes[name]).normal_(0, std, generator=seeded(seed, name))[start:end]
+    return read
 
 
 def seeded(seed, name):
@@ -418,48 +436,61 @@ def load(path, m=None, device="cpu"):
 
     m  the section to go by, where the caller has one; else config.json's
 
-    Only safetensors are read, memory-mapped, each tensor copied once, straight to where it belongs. Raises ValueError
-    naming all that is missing, unknown or misshapen at once.
+    Raises ValueError as stored_weights() does.
+    """
+    folder = find_model(path)
+    m = m or configs.load([f"model.init_from={folder}"])[0]["model"]
+    return fill(on_meta(m).to_empty(device=device), stored_weights(folder, m)), m
+
+
+def stored_weights(path, m):
+    """A pretrained folder (or a run's) -> read() of its weights, in the dtype they are stored in.
+
+    Only safetensors are read, memory-mapped, and of them only what read() is asked for. Raises ValueError naming all
+    that is missing, unknown or misshapen at once.
     """
     from safetensors import SafetensorError, safe_open
-    folder = find_model(path)
-    if m is None:
-        m = configs.load([f"model.init_from={folder}"])[0]["model"]
+    folder, family = find_model(path), configs.families()[m["family"]]
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [f.name for f in folder.glob("*.bin")]
         hint = (f"; {pickles[0]} is a pickle, which can run code; with transformers, AutoModelForCausalLM"
                 f".from_pretrained('{folder}').save_pretrained('{folder}') converts it") if pickles else ""
         raise ValueError(f"{folder}: holds no safetensors{hint}")
-    family = configs.families()[m["family"]]
-    model = on_meta(m).to_empty(device=device)
-    names, prefix, wrong = weight_names(model, m), family["prefix"], []
     try:
         opened = [safe_open(f, framework="pt") for f in files]
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{folder}: a damaged safetensors file: {e}") from None
     where = {key: f for f in opened for key in f.keys()}
-    used = set()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            parts = p.split(part_sizes(name, m)) if len(names[name]) > 1 else [p]
-            for theirs, part in zip(names[name], parts):
-                key = theirs if theirs in where else theirs.removeprefix(prefix)
-                if key not in where:
-                    wrong.append(f"{theirs} is missing")
-                    continue
-                used.add(key)
-                tensor = where[key].get_tensor(key)
-                tensor = tensor.T if name.endswith(tuple(family.get("transposed", ()))) else tensor
-                if tensor.shape != part.shape:
-                    wrong.append(f"{theirs} is {list(tensor.shape)}, and the config makes it {list(part.shape)}")
-                    continue
-                part.copy_(tensor)
+    model, turned = on_meta(m), tuple(family.get("transposed", ()))
+    names, places, wrong = weight_names(model, m), {}, []      # places: our name -> [(their key, its rows)]
+    for name, p in model.named_parameters():
+        places[name] = []
+        for theirs, rows in zip(names[name], part_sizes(name, m) if len(names[name]) > 1 else [len(p)]):
+            key = theirs if theirs in where else theirs.removeprefix(family["prefix"])
+            if key not in where:
+                wrong.append(f"{theirs} is missing")
+                continue
+            places[name].append((key, rows))
+            stored, want = where[key].get_slice(key).get_shape(), [rows, *p.shape[1:]]
+            if stored != (want[::-1] if name.endswith(turned) else want):
+                wrong.append(f"{theirs} is {stored}, and the config makes it {want}")
+    used = {key for parts in places.values() for key, _ in parts}
     ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if m["tie_embeddings"] else ())
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
         raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}")
-    return model, m
+
+    def read(name, start, end):
+        out, at = [], 0
+        for key, rows in places[name]:
+            first, last = max(start - at, 0), min(end - at, rows)
+            if first < last:
+                stored = where[key].get_slice(key)
+                out.append(stored[:, first:last].T if name.endswith(turned) else stored[first:last])
+            at += rows
+        return torch.cat(out)
+    return read
 
 
 def listed(wrong, most=8):
@@ -467,14 +498,15 @@ def listed(wrong, most=8):
     return "; ".join([*wrong[:most], *([f"and {len(wrong) - most} more"] if len(wrong) > most else [])])
 
 
-def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
+def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
 
+    read    name -> that tensor, whole: a model's get_parameter, or anything like it. A part is in memory at a time
     source  the folder the model came from: what its config.json says besides is carried along, and its dtype
     stop    ids that end a generation;  bos  the id a text begins with
     """
     from safetensors.torch import save_file
-    folder, family = Path(folder), configs.families()[m["family"]]
+    folder, family, model = Path(folder), configs.families()[m["family"]], on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
     original = Path(source or "/nowhere") / "config.json"
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
@@ -487,27 +519,30 @@ def save(model, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
     absent = family.get("refuse", {})                          # what we don't compute, said even where it is null
     config = {key: value for key, value in config.items() if value is not None} | absent
-
-    tensors = {}
-    for name, theirs in weight_names(model, m).items():
-        whole = model.get_parameter(name).detach().to("cpu", getattr(torch, dtype))
-        for key, part in zip(theirs, whole.split(part_sizes(name, m)) if len(theirs) > 1 else [whole]):
-            tensors[key] = (part.T if name.endswith(tuple(family.get("transposed", ()))) else part).contiguous()
-    files, size = [{}], 0
-    for key, tensor in tensors.items():
-        if files[-1] and size + tensor.nbytes > shard_bytes:
-            files.append({})
-            size = 0
-        files[-1][key] = tensor
-        size += tensor.nbytes
-    label = lambda n: "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for n, part in enumerate(files):
-        save_file(part, folder / label(n), metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / label(n))    # safetensors writes for the owner alone
+
+    dtype = getattr(torch, dtype)
+    files, size = [[]], 0                                      # our names, file by file
+    for name, p in model.named_parameters():
+        if files[-1] and size + p.numel() * dtype.itemsize > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += p.numel() * dtype.itemsize
+    names, index, total = weight_names(model, m), {}, 0
+    for n, ours in enumerate(files):
+        tensors = {}
+        for name in ours:
+            whole = read(name).detach().to("cpu", dtype)
+            for key, part in zip(names[name], whole.split(part_sizes(name, m)) if len(names[name]) > 1 else [whole]):
+                tensors[key] = (part.T if name.endswith(tuple(family.get("transposed", ()))) else part).contiguous()
+        label = "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
+        save_file(tensors, folder / label, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / label)    # safetensors writes for the owner alone
+        index |= dict.fromkeys(tensors, label)
+        total += sum(t.nbytes for t in tensors.values())
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                 "weight_map": {key: label(n) for n, part in enumerate(files) for key in part}}
+        index = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": False}, indent=1) + "\n")
@@ -526,10 +561,11 @@ def as_batch(documents, device="cpu"):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0, going=any):
     """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for one that has ended.
 
     It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
+    going  (is each prompt alive?) -> go on? A model in parts runs only where all who hold one run it: any of theirs
     """
     m, device, B = model.m, model.embed.weight.device, len(prompts)
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
@@ -570,7 +606,7 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
         chosen = ids.tolist()
         yield [i if live else None for i, live in zip(chosen, alive)]
         alive = [live and i not in stop and len(p) + n + 1 < m["max_len"] for i, live, p in zip(chosen, alive, prompts)]
-        if not any(alive) or n + 1 == max_tokens:
+        if n + 1 == max_tokens or not going(alive):
             return
         new = {"tokens": ids, "positions": length.clamp(max=room - 1)}
         length = new["positions"]

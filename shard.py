@@ -1,16 +1,35 @@
-"""What is done to a finished model for the device it is on: adapters, precision, recompute; and what it will cost.
+"""One model over many devices: ranks, mesh, adapters, precision, recompute; and what it will cost.
 
-    python shard.py configs/ft.yaml              predicted memory on one device, and what fills it
-    python shard.py configs/ft.yaml gpus=64      the same, the state sharded over 64
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     two processes, the same run
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/halves     each holds a half
+    python shard.py configs/ft.yaml gpus=64 shard.mesh.shard=8     predicted memory per device, and what fills it
 
-Order: LoRA, then precision and recompute. The model file knows of none of these: a model that comes out of prepare()
-is called as before.
+Ranks stand in a mesh of replicate x shard. Here 2 x 4:
+
+                            shard  ->
+    replicate    rank 0   rank 1   rank 2   rank 3      a row holds the whole state (weights, gradients, moments),
+        |        rank 4   rank 5   rank 6   rank 7      a quarter on each; a column holds the same quarter
+        v
+
+    n x 1  every rank has all of it: the fastest where it fits            1 x n  ZeRO-3, the least memory (FSDP2);
+    m x n  both: sharded in a node, say, replicated over nodes (HSDP)            ZeRO-2 with reshard_after_forward=false
+
+What the ranks tell each other in a step, everything else being arithmetic that all of them can do:
+
+    all-gather      along a row: a block's parts become its whole weights, in the computation's dtype, before it runs
+                    forward, and, ZeRO-3 having freed them, again before it runs backward
+    reduce-scatter  along a row, backward only: the ranks' gradients of a block are summed in fp32, each keeps its part
+    all-reduce      along a column, backward only: those sums are summed; under n x 1 it is all there is, once a step,
+                    over one tensor that holds every gradient. Forward there is nothing: a loss is a number each rank
+                    adds its share to
+
+The model file knows of none of these: a model that comes out of prepare() is called as before.
 
     masters     fp32, what the optimizer changes and a checkpoint keeps
     compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
     LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
 """
-import json, math, os, sys
+import itertools, json, math, os, sys, threading, time, traceback, warnings
 from pathlib import Path
 
 import configs
@@ -19,10 +38,158 @@ if __name__ == "__main__" and len(sys.argv) < 2:
     sys.exit(__doc__)
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 import model as transformer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks: one process each, started by torchrun. Without it there is one, and nobody to tell
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def together(main, *args):
+    """main(*args) on every rank. When one fails, all end, and the one error that matters is told, once and last."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        configs.run(main, *args)
+        return
+    try:
+        join(*args)
+        main(*args)
+        dist.barrier()
+    except Exception as e:
+        lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("gloo", "NCCL", "TCPStore"))
+        text = ("another rank is gone; what it said, or the signal that ended it, is the reason" if lost else
+                f"error: {e}" if configs.ours(e) else traceback.format_exc().rstrip())
+        if lost:                                               # the one that failed may be just about to say why
+            time.sleep(1)
+        try:
+            first = store().add("failed", 1) == 1
+        except RuntimeError:                                   # the store went with its node
+            first = False
+        if first:
+            tell(f"rank {rank()}: {text}" if lost else text)
+        os._exit(1)                                            # nothing of what is under way waits for the others
+    dist.destroy_process_group()
+
+
+def tell(text):
+    """An error, on standard error and to torchrun, whose last words it then is."""
+    print(text, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
+
+
+def join(cfg, *_):
+    """Meet the other ranks, by what torchrun has put into the environment."""
+    device = pick_device(cfg)[0]
+    here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
+    if gpu and torch.cuda.device_count() < here:
+        raise ValueError(f"torchrun: {here} processes on a node of {torch.cuda.device_count()} GPUs; "
+                         f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None)
+    if rank():
+        warnings.simplefilter("ignore")                        # the console speaks once
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def store():
+    """What all ranks can write keys to and read them from."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def watch():
+    """End this rank soon after another has failed, wherever it is stuck: a kernel that waits for the dead is one place."""
+    try:
+        while not store().check(["failed"]):
+            time.sleep(1)
+    except (RuntimeError, ValueError):                         # the store's node is gone; or this rank has left
+        if not dist.is_initialized():
+            return
+    time.sleep(5)
+    os._exit(1)
+
+
+def post(key, text=""):
+    """Leave a message for wait_for()."""
+    if ranks() > 1:
+        store().set(key, text)
+
+
+def wait_for(key):
+    """Until some rank posts `key`, however long that takes -> its text."""
+    while not store().check([key]):
+        time.sleep(0.05)
+    return store().get(key).decode()
+
+
+def on_first(function, *args):
+    """function(*args), called on rank 0 alone -> what it returned there, on every rank."""
+    out = [function(*args) if rank() == 0 else None]
+    if ranks() > 1:
+        dist.broadcast_object_list(out)
+    return out[0]
+
+
+TURNS = itertools.count()                                      # every rank counts the same
+
+
+def in_turn(function, *args, doing):
+    """function(*args), which fills a folder: rank 0 first, then one rank of each other node, whose folder may be its own.
+
+    The rest find it done. doing  what rank 0 does meanwhile, for those who wait
+    """
+    if ranks() == 1:
+        return function(*args)
+    turn, node, first = next(TURNS), os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    mine, told, started = f"turn{turn}/node{node}", rank() != 1, time.monotonic()
+    while rank() and not store().check([f"turn{turn}/node0" if first else mine]):
+        time.sleep(0.05)
+        if not told and time.monotonic() - started > 3:
+            print(f"{ranks() - 1} rank{'s' * (ranks() > 2)} wait while rank 0 is {doing}", flush=True)
+            told = True
+    out = function(*args)
+    if first:
+        post(mine)
+    return out
+
+
+def summed(values):
+    """A list of numbers on each rank -> their sums over ranks, in fp64."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if ranks() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def largest(n):
+    """An int on each rank -> the largest of them."""
+    n = torch.tensor(n)
+    if ranks() > 1:
+        dist.all_reduce(n, dist.ReduceOp.MAX)
+    return int(n)
+
+
+def gathered(value):
+    """Any value on each rank -> [every rank's]"""
+    out = [value]
+    if ranks() > 1:
+        out = [None] * ranks()
+        dist.all_gather_object(out, value)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,10 +219,11 @@ def row_multiple(device, dtype):
 
 
 def set_threads():
-    """Share the machine's cores among its processes. torchrun's own choice, one thread each, wastes the rest."""
+    """Share the machine's cores among its processes, unless OMP_NUM_THREADS does. torchrun's own 1 wastes the rest."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if here > 1:
-        torch.set_num_threads(max(1, os.cpu_count() // here))
+    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // here))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,14 +257,17 @@ class LoRALinear(nn.Module):
 
     def delta(self):
         """What the adapters add to the base's weight. -> [out, in] in fp32"""
-        out = torch.zeros_like(self.base.weight, dtype=torch.float32)
+        out = torch.zeros(self.base.weight.shape, device=self.A.device)
         for (_, start, end), A, B in zip(self.parts, self.A.split(self.r), self.B):
             out[start:end] = B @ A * self.scale
         return out
 
 
-def add_lora(model, m, lora, seed):
-    """Freeze the model and put adapters on its linear layers, in place. Raises ValueError for a target no layer has."""
+def add_lora(model, m, lora):
+    """Freeze the model and put adapters on its linear layers, in place. Raises ValueError for a target no layer has.
+
+    Their values come by with_adapters().
+    """
     model.requires_grad_(False)
     names, known = transformer.weight_names(model, m), set()
     linear = [name for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)]
@@ -107,37 +278,38 @@ def add_lora(model, m, lora, seed):
         known |= {t.split(".")[-1] for t in theirs}
         parts = [(t, start, end) for t, start, end in zip(theirs, [0, *ends], ends)
                  if not lora["targets"] or t.split(".")[-1] in lora["targets"]]
-        if not parts:
-            continue
-        adapted = LoRALinear(base, parts, lora["r"], lora["alpha"])
-        bound = 1 / math.sqrt(base.in_features)                # kaiming_uniform with a = sqrt(5), as PEFT starts A
-        with torch.no_grad():
-            for (their, _, _), A in zip(parts, adapted.A.split(lora["r"])):
-                A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=transformer.seeded(seed, their)))
-        parent, _, child = layer.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted)
+        if parts:
+            parent, _, child = layer.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(base, parts, lora["r"], lora["alpha"]))
     if strange := [t for t in lora["targets"] if t not in known]:
         raise ValueError(f"shard.lora.targets: {strange[0]} is none of {', '.join(sorted(known))}")
 
 
-def merge_lora(model, m):
-    """A model with adapters -> a plain one, in fp32, with what they learned added to its weights.
+def with_adapters(model, read, seed):
+    """read() of a base's weights -> read() for the model with adapters: A starts as PEFT starts it, B at 0."""
+    def read_all(name, start, end):
+        if not model.get_parameter(name).requires_grad:
+            return read(name.replace(".base.", "."), start, end)
+        layer, _, kind = name.rpartition(".")
+        if kind != "A":
+            return torch.zeros(end - start, *model.get_parameter(name).shape[1:])
+        module = model.get_submodule(layer)
+        bound = 1 / math.sqrt(module.base.in_features)         # kaiming_uniform with a = sqrt(5)
+        drawn = (torch.empty(module.r, module.base.in_features).uniform_(-bound, bound, generator=generator)
+                 for generator in (transformer.seeded(seed, their) for their, _, _ in module.parts))
+        return torch.cat(list(drawn))[start:end]
+    return read_all
 
-    The base is read again where it came from a folder: the one that was trained on may have been rounded to bf16.
-    """
-    if not lora_layers(model):
-        return model
-    plain = transformer.load(m["init_from"], m)[0] if m["init_from"] else transformer.on_meta(m).to_empty(device="cpu")
-    with torch.no_grad():
-        for name, p in plain.named_parameters():
-            layer, _, kind = name.rpartition(".")
-            module = model.get_submodule(layer)
-            adapted = isinstance(module, LoRALinear)
-            if not m["init_from"]:
-                p.copy_(getattr(module.base if adapted else module, kind))
-            if adapted and kind == "weight":
-                p += module.delta().cpu()
-    return plain
+
+def merged(model, read):
+    """read(name) of a plain model's tensors: the base's as read() has them, and on top what the adapters learned."""
+    plain = {name.replace(".base.", "."): p for name, p in model.named_parameters() if not p.requires_grad}
+
+    def read_whole(name):
+        layer, _, kind = name.rpartition(".")
+        out, module = read(name, 0, len(plain[name])), model.get_submodule(layer)
+        return out + module.delta() if isinstance(module, LoRALinear) and kind == "weight" else out
+    return read_whole
 
 
 def lora_layers(model):
@@ -164,47 +336,198 @@ def save_adapter(model, m, lora, folder, base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# a model in parts
 
-def prepare(model, m, cfg):
-    """A finished model -> the same, ready to train on this run's device, in place."""
+def mesh_sizes(cfg, ranks):
+    """-> (replicate, shard), whose product is `ranks`. Raises ValueError where that can't be."""
+    replicate, shards = cfg["shard"]["mesh"]["replicate"], cfg["shard"]["mesh"]["shard"]
+    shards = shards or (ranks // replicate if replicate else 1)
+    replicate = replicate or ranks // shards
+    if replicate * shards != ranks:
+        raise ValueError(f"shard.mesh: replicate {replicate} x shard {shards} is not {ranks} ranks; "
+                         "null stands for what the other leaves")
+    return replicate, shards
+
+
+def split(model, cfg, device, dtype):
+    """Lay a model's parameters over the mesh's rows, in place: by blocks, and one more part for what is around them.
+
+    What is around them (embedding, last norm, head) is gathered in fp32: the sum of an embedding's gradient over a
+    row's tokens would suffer in bf16.
+    """
+    replicate, shards = mesh_sizes(cfg, ranks())
+    mesh = dist.init_device_mesh(device.type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicate > 1 else mesh["shard"]
+    policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy(dtype),
+                    reshard_after_forward=cfg["shard"]["reshard_after_forward"])
+    fully_shard(model, mesh=mesh, mp_policy=policy(None))
+    for module in sharded(model):
+        module.set_gradient_divide_factor(1.0)                 # a sum: the loss is divided by the whole step's weight
+        module.set_force_sum_reduction_for_comms(True)         # gloo knows no other way not to divide
+    register_fsdp_forward_method(model, "logits")
+
+
+def sharded(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def one_gradient(model):
+    """Let the gradients of all trained parameters be views of one tensor, which one all-reduce can sum. -> it"""
+    params = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+    for p, grad in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = grad.view_as(p)
+    return flat
+
+
+def part(p):
+    """A parameter, or what an optimizer keeps for it -> (what this rank holds of it, first row, one behind the last)"""
+    if not isinstance(p, DTensor):
+        return p.detach(), 0, len(p)
+    n, mesh = len(p), p.device_mesh
+    each = -(-n // mesh.size(-1))                              # the last ranks may hold fewer rows, or none
+    start = min(n, each * mesh.get_local_rank(mesh.ndim - 1))
+    return p.detach().to_local(), start, min(n, start + each)
+
+
+def saves(p):
+    """Is it this rank that saves its part of p? One of those that hold the same is enough."""
+    if not isinstance(p, DTensor):
+        return rank() == 0
+    return p.device_mesh.ndim == 1 or p.device_mesh.get_local_rank(0) == 0
+
+
+def fill(model, read):
+    """model.fill() for a model in parts: every rank reads its own rows and no others."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            mine, start, end = part(p)
+            if start < end:
+                mine.copy_(read(name, start, end))
+    return model
+
+
+def prepare(model, m, cfg, read):
+    """A model without weights (on "meta") and read() of them -> ready to train on this run's devices, in place."""
     device, dtype = pick_device(cfg)
     if cfg["shard"]["lora"]["r"]:
-        add_lora(model, m, cfg["shard"]["lora"], cfg["seed"])
+        add_lora(model, m, cfg["shard"]["lora"])
+        read = with_adapters(model, read, cfg["seed"])
         if dtype == torch.bfloat16:                            # frozen weights need no fp32 master: half the memory
             for name, p in model.named_parameters():
                 if not p.requires_grad and p.dim() == 2:
                     p.data = p.data.to(dtype)
     model.dtype, model.recompute = dtype, cfg["shard"]["recompute"]
-    return model.to(device)
+    replicate, shards = mesh_sizes(cfg, ranks())
+    if shards > 1:
+        split(model, cfg, device, dtype)
+    fill(model.to_empty(device=device), read)
+    model.gradient = one_gradient(model) if replicate == ranks() > 1 else None
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a step's words between ranks
+
+def before_row(model, last):
+    """Parts: sum gradients over ranks in the last row's backward pass; before it each rank adds up its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def sum_gradients(model):
+    """Behind the last row: the gradient becomes the sum of all ranks'. To aggregate another way, change this."""
+    if model.gradient is not None:
+        dist.all_reduce(model.gradient)
+
+
+def add_up(t):
+    """A tensor on each rank's device -> their sum, in place, without waiting for it."""
+    if ranks() > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def whole(t):
+    """A number that may lie over ranks -> it, as a tensor."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def settle(model):
+    """Give back what an evaluation gathered: without a backward pass nothing else would."""
+    if isinstance(model, FSDPModule):
+        for module in sharded(model):
+            module.reshard()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what it will cost
 
-def plan(m, cfg, gpus=1):
-    """Predicted bytes on each of `gpus` devices that share the state -> {part: bytes}. Formulas, no device.
+def kept_by_block(m, size, cuda, learns):
+    """Bytes per token that a block's forward pass keeps for its backward pass; `size` of a number in the computation.
 
-    Activations are those of one row of micro_tokens: what autograd keeps for each block's backward pass.
+    A norm keeps its input in fp32 (on a CPU what it made of it, too, where its weight learns) and its output, which a
+    matmul reads. Rope keeps what it turns, in fp32. Attention keeps q, k, v, its output and a sum per head: on a CPU in fp32, and the output once
+    more, for the matmul. The MLP keeps what goes into its activation, what comes out, and, gated, their product.
     """
-    model, T, r = transformer.on_meta(m), cfg["micro_tokens"], cfg["shard"]["lora"]["r"]
-    size = 4 if cfg["dtype"] == "float32" else 2               # auto: the device it is planned for has bf16
-    total = sum(p.numel() for p in model.parameters())
-    trained = total
-    if r:
-        add_lora(model, m, cfg["shard"]["lora"] | {"alpha": 1.0}, 0)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    H, K, E, C, width = m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_model"], m["d_ff"] * (2 if m["glu"] else 1)
-    block = 2 * C * 4 + 4 * C * size + 2 * (H + 2 * K) * E * size + 2 * H * E * size + (width + 2 * m["d_ff"]) * size
-    kept = C * size * m["n_layers"] + block if cfg["shard"]["recompute"] else block * m["n_layers"]
-    chunk = min(transformer.CHUNK, T * m["vocab_size"])
+    C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
+    fp32 = 4 if not cuda else size                             # of attention
+    norm = 4 * C + size * C + (4 * C if m["norm"] == "rmsnorm" and learns and not cuda else 0)
+    rope = 0 if m["positions"] != "rope" else 4 * (H + K) * E if size < 4 else 4 * (H + 2 * K) * E
+    attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)
+    return 2 * norm + rope + attention + size * F * (4 if m["glu"] else 2)
+
+
+def plan(m, cfg, gpus=1):
+    """Predicted bytes on each of `gpus` devices -> {moment of a step: {what: bytes}}, from formulas, without a device.
+
+    The moments that can be the most: the loss, when every block's activations are kept; the last block's backward
+    pass; the update. A row has as many tokens as batch_size and micro_tokens allow, all of them trained.
+    """
+    device = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = cfg["dtype"] if cfg["dtype"] != "auto" else "bfloat16" if has_bf16(torch.device(device)) else "float32"
+    size, cuda, lora = 4 if dtype == "float32" else 2, device == "cuda", cfg["shard"]["lora"]
+    replicate, shards = mesh_sizes(cfg, gpus)
+    model = transformer.on_meta(m)
+    if lora["r"]:
+        add_lora(model, m, lora)
+    L, C, V = m["n_layers"], m["d_model"], m["vocab_size"]
+    n = lambda keep, module=model: sum(p.numel() for p in module.parameters() if keep(p))
+    trained, frozen = n(lambda p: p.requires_grad), n(lambda p: not p.requires_grad)
+    block = n(lambda p: True, model.blocks[0])
+    around = trained + frozen - L * block                      # embedding, last norm, head
+    T = -(-cfg["batch_size"] // gpus) * cfg["data"]["seq_len"]
+    rows, T = -(-T // cfg["micro_tokens"]), min(T, cfg["micro_tokens"])
+
+    learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
+    state = {"weights": (4 * trained + size * frozen) // shards, "moments": 8 * trained // shards}
+    if shards > 1:                                             # gathered: a block and the next, or every block
+        blocks = L if not cfg["shard"]["reshard_after_forward"] else min(L, 2)
+        frozen_around = size if lora["r"] else 4
+        state["gathered weights"] = frozen_around * around + size * block * blocks
+        gradients = 4 * trained if rows > 1 else 0
+    else:                                                      # bf16 copies live as long as what needs them
+        state["copies"] = size * block * L if size < 4 and not lora["r"] and not cfg["shard"]["recompute"] else 0
+        gradients = 4 * trained if rows > 1 or gpus > 1 else 0
+
+    kept = kept_by_block(m, size, cuda, not lora["r"])
+    input_only = size * C                                      # of a block that is computed again
+    activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
+    chunk = min(T, max(64, transformer.CHUNK // V))            # tokens whose logits stand in memory
+    logits = chunk * V * 16                                    # logits, log-probabilities, the gradient of each
+    head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
+    backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
+    if cfg["shard"]["recompute"]:
+        backward += T * kept + (size * block if size < 4 else 0)
+    reduced = 4 * block + size * block if shards > 1 else 0    # a block's gradients, as they are and to be summed
     return {
-        "weights": (total * 4 if not r else (total * size + trained * 4)) // gpus,
-        "compute copies": total * size if size < 4 and not r else 0,
-        "gradients": trained * 4 // gpus,
-        "moments": trained * 8 // gpus,
-        "activations": T * kept,
-        "logits": chunk * (4 + 4 + 4 + 2 * size),
-    }
+        "at the loss": state | {"gradients": gradients, "activations": activations, "logits": logits, "head": head},
+        "in the backward pass": state | {"gradients": max(gradients, V * C * learns) + reduced,
+                                         "activations": activations + backward},
+        "at the update": {"weights": state["weights"], "moments": state["moments"],
+                          "gradients": 4 * trained // shards}}
 
 
 def main(argv):
@@ -212,16 +535,19 @@ def main(argv):
     if options["gpus"] < 1:
         raise ValueError(f"gpus: expected at least 1, got {options['gpus']}")
     cfg, _, _ = configs.load(argv)
-    m = cfg["model"]
+    m, gpus = cfg["model"], options["gpus"]
     if m["vocab_size"] is None:
         import tokenize_data
         m = m | {"vocab_size": tokenize_data.load_tokenizer(cfg).n_vocab}
-    parts = plan(m, cfg, options["gpus"])
-    total = sum(parts.values())
-    gpus = options["gpus"]
-    print(f"predicted on each of {gpus} device{'s' * (gpus > 1)}, rows of {cfg['micro_tokens']:,} tokens:")
-    for name, n in parts.items():
-        print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}".rstrip())
+    moments = plan(m, cfg, gpus)
+    replicate, shards = mesh_sizes(cfg, gpus)
+    moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))
+    total = sum(held.values())
+    print(f"predicted on each of {gpus} device{'s' * (gpus > 1)} (replicate {replicate} x shard {shards}), "
+          f"at most, which is {moment}:")
+    for name, n in held.items():
+        if n:
+            print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}".rstrip())
     print(f"  {'together':<16} {total / 2**20:>12,.1f} MiB")
 
 

@@ -1,6 +1,7 @@
-"""The loop: pretraining and fine-tuning of language models, on one device.
+"""The loop: pretraining and fine-tuning of language models, on one device or many.
 
     torchrun train.py configs/ft.yaml lr=1e-4                        fine-tune the embedded base on the embedded chats
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     the same run on two devices
     torchrun train.py configs/pretrain.yaml                          train from scratch on text
     torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/lora        adapters only
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu     a laptop without torchrun
@@ -11,8 +12,8 @@ The loss of a step is
 
 Both sums are over the whole step. Nothing is averaged per row, per document or per rank first: an average of averages
 weights a token by the company it happens to be in. So every row's summed loss is divided by the step's total weight,
-known beforehand from the token files, and its gradient added to what is there: how a step is cut into rows changes
-rounding, and nothing else.
+known beforehand from the token files, and its gradient added to what is there: how a step is cut into rows, and rows
+are dealt to ranks, changes rounding, and nothing else.
 """
 import sys
 
@@ -104,20 +105,24 @@ def make_optimizer(model, cfg):
 def train_step(model, optimizer, rows, weight, lr, grad_clip):
     """Forward, backward, clip, update. -> (the step's loss, its gradient's norm before clipping), both on the device.
 
-    rows    the step's rows (model.py says what one is)
-    weight  the summed weight of the targets of all rows, on every rank
+    rows    this rank's rows of the step (model.py says what one is), as many as every other rank has
+    weight  the summed weight of the targets of all rows of all ranks, known to each
     """
     loss = torch.zeros((), device=model.embed.weight.device)
-    for row in rows:
+    for n, row in enumerate(rows, 1):
+        shard.before_row(model, last=n == len(rows))
         loss_sum, _, _ = model(row)
         (loss_sum / weight).backward()                               # gradients add up in .grad, in fp32
         loss += loss_sum.detach() / weight
+    shard.sum_gradients(model)
+    shard.add_up(loss)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    norm = shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params]))
+    torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=model.gradient is None)          # views of one tensor stay where they are
     return loss, norm
 
 
@@ -141,18 +146,17 @@ def by_label(cfg, sources):
     return out
 
 
-@torch.no_grad()
 def validation_loss(model, sources, cfg, device):
     """Sum of weight * nll over all targets of the sources, divided by their weight: as in training."""
     total = weight = 0.0
-    n = sum(map(len, sources))
+    n, pad_to = sum(map(len, sources)), shard.row_multiple(device, model.dtype)
     for start in range(0, n, 1024):                            # documents packed together
         documents = np.arange(start, min(start + 1024, n))
-        rows, info = sampler.rows_of(documents, cfg, sources, pad_to=shard.row_multiple(device, model.dtype))
+        rows, info = sampler.rows_of(documents, cfg, sources, shard.ranks(), shard.rank(), pad_to)
         for row in rows:
             total += model(to_device(row, device))[0].double()
         weight += info["weight"]
-    return float(total) / weight
+    return shard.summed([float(total)])[0] / weight
 
 
 def questions(sources, stop, most, room):
@@ -175,16 +179,24 @@ def questions(sources, stop, most, room):
 
 
 def ask(model, asked, stop, cfg, tok):
-    """[(prompt, reference)] as ids -> [(prompt, answer, reference)] as texts; answers are greedy."""
-    out = []
-    for start in range(0, len(asked), 64):
-        part = asked[start:start + 64]
-        answers = transformer.answer(model, [prompt for prompt, _ in part], cfg["eval_tokens"], stop)
-        for (prompt, reference), ids in zip(part, answers):
-            out.append((tok.decode(prompt), tok.decode(ids), tok.decode(reference)))
+    """[(prompt, reference)] as ids -> [(prompt, answer, reference)] as texts; answers are greedy. Ranks share the work.
+
+    A model in parts is run by all its ranks at once: they ask equally many times and go on while anyone's answer does.
+    """
+    out, rank, ranks = [], shard.rank(), shard.ranks()
+    going = any if model.gradient is not None else lambda alive: shard.largest(int(any(alive)))
+    for start in range(0, len(asked), 64 * ranks):
+        part = asked[start:start + 64 * ranks]
+        mine = part[rank::ranks]
+        prompts = [prompt for prompt, _ in mine] or [asked[0][0]]    # asked along with the others, and not counted
+        answers = transformer.answer(model, prompts, cfg["eval_tokens"], stop, going=going)
+        texts = [tuple(map(tok.decode, (prompt, ids, reference))) for (prompt, reference), ids in zip(mine, answers)]
+        shares = shard.gathered(texts)
+        out += [shares[i % ranks][i // ranks] for i in range(len(part))]
     return out
 
 
+@torch.no_grad()
 def evaluate(model, labels, asked, stop, cfg, tok, device):
     """-> ({"val/LABEL/loss", "val/LABEL/exact_match"}, {label: [(prompt, answer, reference)]})"""
     record, texts = {}, {}
@@ -194,6 +206,7 @@ def evaluate(model, labels, asked, stop, cfg, tok, device):
             texts[label] = ask(model, asked[label], stop, cfg, tok)
             right = sum(reply.strip() == reference.strip() for _, reply, reference in texts[label])
             record[f"val/{label}/exact_match"] = right / len(texts[label])
+    shard.settle(model)
     return record, texts
 
 
@@ -239,8 +252,8 @@ def where_to_start(cfg):
     return whole[-1] if whole else None
 
 
-def load_model(cfg, tok):
-    """-> (model in fp32 on the CPU, its complete section). Raises ValueError where tokenizer or lengths don't fit."""
+def find_weights(cfg, tok):
+    """-> (the complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
     m, seq_len = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}, cfg["data"]["seq_len"]
     if tok.n_vocab > m["vocab_size"]:
         raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
@@ -249,9 +262,8 @@ def load_model(cfg, tok):
         raise ValueError(f"data.seq_len: {seq_len} is more than the {m['max_len']} positions the model has learned "
                          f"(model.max_len); data.seq_len={m['max_len']}")
     transformer.weight_names(transformer.on_meta(m), m)        # a model that could not be exported ends here
-    if m["init_from"]:
-        return transformer.load(m["init_from"], m)[0], m
-    return transformer.build(m, cfg["seed"]), m
+    read = transformer.stored_weights(m["init_from"], m) if m["init_from"] else transformer.new_weights(m, cfg["seed"])
+    return m, read
 
 
 def length_of_run(cfg, data):
@@ -269,7 +281,7 @@ def length_of_run(cfg, data):
 
 def introduce(cfg, model, data, epoch, total, device):
     """What is about to be done, as arithmetic -> lines."""
-    train, batch, lora = data["train"], cfg["batch_size"], cfg["shard"]["lora"]["r"]
+    train, batch, lora, ranks = data["train"], cfg["batch_size"], cfg["shard"]["lora"]["r"], shard.ranks()
     lines = [f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}"
              for kind, sources in data.items() for name, tokens in sources.items()]
     every = sum(p.numel() for p in model.parameters())
@@ -279,12 +291,16 @@ def introduce(cfg, model, data, epoch, total, device):
                  f"from {model.m['init_from'] or 'scratch'}")
     documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
     mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in train.values()) / sum(map(len, train.values()))
-    rows = math.ceil(batch * mean / cfg["micro_tokens"])
+    rows = math.ceil(batch * mean / cfg["micro_tokens"] / ranks)
     lines.append(f"step      {batch} documents x {mean:,.0f} tokens = {batch * mean:,.0f} tokens, "
-                 f"in {rows} row{'s' * (rows > 1)} of at most {cfg['micro_tokens']:,}")
+                 f"in {rows} row{'s' * (rows > 1)} of at most {cfg['micro_tokens']:,}{' on each rank' * (ranks > 1)}")
     lines.append(f"run       {documents:,} documents / {batch} = {epoch:,} steps an epoch; {total:,} steps = "
                  f"{total / epoch:.2f} epochs = {total * batch * mean:,.0f} tokens")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread{'s' * (threads > 1)}"
+    if ranks > 1:
+        replicate, shards = shard.mesh_sizes(cfg, ranks)
+        where = f"{ranks} ranks (replicate {replicate} x shard {shards}), each {where}"
     lines.append(f"device    {where}, computing in {str(model.dtype).removeprefix('torch.')}, masters in float32")
     return lines
 
@@ -293,32 +309,32 @@ def introduce(cfg, model, data, epoch, total, device):
 # the run
 
 def main(cfg, source=None, explicit=None):
-    """One run, from cfg to OUT_DIR. Raises ValueError for what the user can mend."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("torchrun: this version trains on one process; --nproc_per_node 1")
+    """One run, from cfg to OUT_DIR, on every rank. Raises ValueError for what the user can mend."""
+    rank, ranks = shard.rank(), shard.ranks()
     for key, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
         if cfg[key] not in known:
             raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
     tokenize_data.need_sources(cfg)
+    shard.mesh_sizes(cfg, ranks)
     shard.set_threads()
-    out, start_from = Path(cfg["out_dir"]), where_to_start(cfg)
+    out, start_from = Path(cfg["out_dir"]), shard.on_first(where_to_start, cfg)
     tok = tokenize_data.load_tokenizer(cfg)
-    data = tokenize_data.prepare(cfg, tok)
+    data = shard.in_turn(tokenize_data.prepare, cfg, tok, rank > 0, doing="tokenizing")
     epoch, total = length_of_run(cfg, data)
 
-    model, m = load_model(cfg, tok)
-    if start_from:                                             # what was chosen by looking at a machine is chosen once
-        cfg = cfg | {"dtype": checkpoint.read_state(start_from)["dtype"]}
-    model = shard.prepare(model, m, cfg)
+    m, read = find_weights(cfg, tok)                           # what looks at a machine is chosen once, on rank 0
+    dtype = checkpoint.read_state(start_from)["dtype"] if start_from else str(shard.pick_device(cfg)[1]).split(".")[1]
+    cfg = cfg | {"dtype": shard.on_first(lambda: dtype)}
+    model = shard.prepare(transformer.on_meta(m), m, cfg, read)
     device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
     if start_from:
         saved = checkpoint.restore(start_from, model, optimizer)
         step, before = saved["step"], saved["seconds"]
     finished = step == total and (out / "hf").is_dir()
 
-    out.mkdir(parents=True, exist_ok=True)
-    report = log.Log(cfg, total, step, before)
-    log.replace(out / "config.yaml", configs.dump(explicit or {}))
+    report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
+    if rank == 0:
+        log.replace(out / "config.yaml", configs.dump(explicit or {}))
     saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
     chats = any(t.header["chats"] for group in data.values() for t in group.values())
     state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
@@ -342,13 +358,13 @@ def main(cfg, source=None, explicit=None):
         report.validation({"step": step} | record)
         texts.update(found)
 
-    known = any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
-    if labels and not known and due(step, cfg["eval_every"], total):
+    known = lambda: any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
+    if labels and not shard.on_first(known) and due(step, cfg["eval_every"], total):
         validate()                                             # at the start; or a run ended before it got here
 
-    ended = []                                                 # a signal asks for an end: finish the step, save, exit
+    ended, number = [], 0                                      # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    peak, clock = peak_flops(device, model.dtype), time.perf_counter()
+    peak, clock = (peak_flops(device, model.dtype) or 0) * ranks, time.perf_counter()
     seconds = lambda: before + time.perf_counter() - clock
     since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
 
@@ -358,10 +374,10 @@ def main(cfg, source=None, explicit=None):
         return step
 
     multiple = shard.row_multiple(device, model.dtype)
-    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], pad_to=multiple) if s < total else None
+    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple) if s < total else None
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
         coming = ahead.submit(lay_out, step)
-        while step < total and not ended:
+        while step < total and not (number := shard.largest(max(ended, default=0))):    # all end behind the same step
             rows, info = coming.result()
             coming = ahead.submit(lay_out, step + 1)
             rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
@@ -383,27 +399,28 @@ def main(cfg, source=None, explicit=None):
             if labels and due(step, cfg["eval_every"], total):
                 validate()
                 since, tokens = seconds(), 0                   # speed is training's
-    if ended and on_disk < step:
+    number = number or shard.largest(max(ended, default=0))
+    if number and on_disk < step:
         save()
     written = saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if ended:
-        report.say(f"stopped by signal {ended[0]} after step {step:,}, {'saved' if written else 'not saved'}; "
+    if number:
+        report.say(f"stopped by signal {number} after step {step:,}, {'saved' if written else 'not saved'}; "
                    "the same command goes on from the newest checkpoint")
         report.close()
-        sys.exit(128 + ended[0])
+        sys.exit(128 + number)
 
     for group in texts.values():
         for prompt, reply, reference in group[:cfg["samples"]]:
             right = reply.strip() == reference.strip()
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
-    if cfg["checkpoint"]["export"] and not finished:
-        if cfg["shard"]["lora"]["r"]:
-            shard.save_adapter(model, m, cfg["shard"]["lora"], out / "adapter", m["init_from"])
-        checkpoint.export(model, m, cfg, tok, out / "hf", chats)
-    for line in outcome(cfg, total):
-        report.say(line)
+    if rank == 0 and cfg["checkpoint"]["export"] and not finished and written:
+        adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
+        checkpoint.export(saver.folder / f"{step:08}", m, cfg, tok, out / "hf", chats, adapter)
+    if rank == 0:
+        for line in outcome(cfg, total):
+            report.say(line)
     report.close()
 
 
@@ -421,4 +438,4 @@ def outcome(cfg, total):
 
 
 if __name__ == "__main__":
-    configs.run(main, *CONFIG)
+    shard.together(main, *CONFIG)

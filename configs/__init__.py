@@ -342,8 +342,9 @@ AT_LEAST = {                                                         # {key: lea
     "eval_tokens": 1, "samples": 0, "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1,
     "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
     "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0,
-    "shard.lora.r": 0, "shard.lora.alpha": 0}
-INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size")   # or null
+    "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
+INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
+        "shard.mesh.replicate", "shard.mesh.shard")                  # or null
 SHAPES = ("auto", "chat", "text")
 LONGEST = 1024                                                       # data.seq_len where nobody says, or model.max_len
 
@@ -493,13 +494,19 @@ def stop(error, status=2):
 
 
 def run(main, *args):
-    """Call main(*args). A ValueError raised by this project is a user's mistake: one line. Others keep a traceback."""
+    """Call main(*args). A user's mistake is one line; other errors keep their traceback."""
     try:
         main(*args)
     except ValueError as e:
-        frame = e.__traceback__
-        while frame.tb_next:
-            frame = frame.tb_next
-        if Path(frame.tb_frame.f_code.co_filename).resolve().parent not in (HERE, HERE.parent):
+        if not ours(e):
             raise
         stop(e, 1)
+
+
+def ours(error):
+    """Was it raised by this project's own lines, as a ValueError: a user's mistake, and one line?"""
+    frame = error.__traceback__
+    while frame.tb_next:
+        frame = frame.tb_next
+    here = Path(frame.tb_frame.f_code.co_filename).resolve().parent in (HERE, HERE.parent)
+    return isinstance(error, ValueError) and here

@@ -3,6 +3,7 @@ import os, pickle, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import checkpoint, configs, train
 
@@ -16,13 +17,17 @@ def finished(tiny):
 
 def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
     """A process that does nothing but save is killed at random moments; what bears a final name must verify."""
-    code = ("import sys, torch, checkpoint; from pathlib import Path\n"
-            "files = {'model.safetensors': {'w': torch.arange(300_000.)}, 'optimizer.safetensors': {'w/exp_avg': torch.ones(300_000)}}\n"
+    code = ("import sys, torch, checkpoint\n"
+            "model = torch.nn.Linear(300_000, 1, bias=False)\n"
+            "torch.nn.init.ones_(model.weight)\n"
+            "optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)\n"
+            "model(torch.ones(300_000)).backward()\n"
+            "optimizer.step()\n"
             "print('go', flush=True)\n"
-            "step = int(sys.argv[2])\n"
+            "step, saver = int(sys.argv[2]), checkpoint.Saver(sys.argv[1], 2, print)\n"
             "while True:\n"
             "    step += 1\n"
-            "    checkpoint.write(Path(sys.argv[1]) / 'checkpoints' / f'{step:08}', files, {'step': step, 'total_steps': 0, 'versions': {'torch': ''}}, 2)\n")
+            "    saver.save(step, model, optimizer, {'total_steps': 0, 'versions': {'torch': ''}})\n")
     rng, step = random.Random(0), 0
     for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent, stdout=subprocess.PIPE)
@@ -32,8 +37,8 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
         process.wait()
         whole = checkpoint.found(tmp_path)
         for folder in whole:
-            state, files = checkpoint.read(folder)
-            assert len(files) == 2 and files["model.safetensors"]["w"][-1] == 299_999
+            state = checkpoint.verified(folder)
+            assert len(state["checksums"]) == 2 and load_file(folder / "model.safetensors")["weight"].sum() == 300_000
         if whole:
             assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file() and state["step"] >= step
             step = state["step"]
@@ -53,7 +58,7 @@ def test_a_damaged_checkpoint_is_named_and_never_half_loaded(finished, damage):
     mend = str(e.value).split("resume=")[1].split(" ")[0]
     assert mend.endswith("00000004")
     train.main(*configs.load([*(f"{k}={v}" for k, v in configs.flat(loaded[2]).items()), f"resume={mend}"]))
-    assert checkpoint.read(out / "checkpoints" / "00000006")[0]["step"] == 6
+    assert checkpoint.verified(out / "checkpoints" / "00000006")["step"] == 6
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "", '{"step": 6}', None])
@@ -93,19 +98,19 @@ def test_a_planted_pickle_is_not_run(finished):
     path = out / "checkpoints" / "00000006" / "model.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read(path.parent)
+        checkpoint.verified(path.parent)
     assert not (out / "boom").exists()
 
 
 def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, monkeypatch, capsys):
     loaded = tiny("max_steps=6", "save_every=2", "eval_every=0", out="full")
-    real, calls = checkpoint.save_file, []
-    def full(tensors, path, **kw):
-        calls.append(path)
-        if len(calls) > 2:                                           # the first checkpoint has two files
+    real, calls = checkpoint.put, []
+    def full(*args):
+        calls.append(args)
+        if len(calls) > 1:
             raise OSError(28, "No space left on device")
-        return real(tensors, path, **kw)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+        return real(*args)
+    monkeypatch.setattr(checkpoint, "put", full)
     train.main(*loaded)
     assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
 

@@ -101,7 +101,7 @@ def test_greedy_generation_is_the_references(pair):
 def test_export_reloads_in_the_reference_bitwise(pair, tmp_path):
     transformers = pytest.importorskip("transformers")
     ours, m, theirs, folder = pair
-    M.save(ours, m, tmp_path / "out", folder, stop=[1, 2], bos=3, shard_bytes=40_000)
+    M.save(ours.get_parameter, m, tmp_path / "out", folder, stop=[1, 2], bos=3, shard_bytes=40_000)
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -117,7 +117,7 @@ def test_new_weights_export_too(tmp_path):
     for more in ([], ["model.family=gpt2", "model.activation=gelu_new"], ["model.family=qwen2"], ["model.family=mistral", "model.n_kv_heads=2"]):
         m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", *more])[0]["model"]
         ours = noisy(M.build(m))
-        M.save(ours, m, tmp_path / m["family"])
+        M.save(ours.get_parameter, m, tmp_path / m["family"])
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / m["family"]).eval()
         ids = documents(64, 30)
         assert close(ours.logits(M.as_batch(ids)), theirs(torch.tensor(ids)).logits[0], 1e-5)
@@ -238,7 +238,7 @@ def test_flops_are_counted_by_hand():
 def test_weights_that_dont_fit_are_all_named_at_once(tmp_path):
     from safetensors.torch import load_file, save_file
     model = M.build(M_TINY)
-    M.save(model, M_TINY, tmp_path)
+    M.save(model.get_parameter, M_TINY, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(3, 4)
     tensors["extra"] = tensors.pop("model.norm.weight")

@@ -34,7 +34,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     c = tiny("max_steps=1", "eval_every=0")[0]
     rows = run(tiny("max_steps=1", "eval_every=0"))
     tok = tokenize_data.load_tokenizer(c)
-    data, model = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"], train.load_model(c, tok)[0]
+    data, model = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"], M.build(train.find_weights(c, tok)[0], c["seed"])
     import sampler
     nll = []
     for i in sampler.documents(0, c, {"chats": len(data)}):

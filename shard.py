@@ -41,9 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-
+from torch.distributed.rendezvous import rendezvous
 import model as transformer
 
 
@@ -69,18 +67,21 @@ def together(main, *args):
         dist.barrier()
     except Exception as e:
         lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("gloo", "NCCL", "TCPStore"))
-        text = ("another rank is gone; what it said, or the signal that ended it, is the reason" if lost else
-                f"error: {e}" if configs.ours(e) else traceback.format_exc().rstrip())
+        text = (f"rank {rank()} has lost another, whose last words or signal are the reason: {str(e).split('. ')[0]}"
+                if lost else f"error: {e}" if configs.ours(e) else traceback.format_exc().rstrip())
         if lost:                                               # the one that failed may be just about to say why
             time.sleep(1)
         try:
-            first = store().add("failed", 1) == 1
-        except RuntimeError:                                   # the store went with its node
+            first = STORE[0].add("failed", 1) == 1
+        except IndexError:                                     # there is none yet: the others don't come so far, either
+            first = os.environ.get("LOCAL_RANK", "0") == "0"
+        except RuntimeError:                                   # it went with its node
             first = False
         if first:
-            tell(f"rank {rank()}: {text}" if lost else text)
+            tell(text)
         os._exit(1)                                            # nothing of what is under way waits for the others
-    dist.destroy_process_group()
+    finally:
+        leave()
 
 
 def tell(text):
@@ -100,40 +101,53 @@ def join(cfg, *_):
                          f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=device if gpu else None)
-    if rank():
+    store, rank, ranks = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart, old keys would be taken for new ones
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    STORE.append(store)                                        # (more nodes: torchrun's rendezvous makes a new store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=ranks,
+                            device_id=device if gpu else None)
+    if rank:
         warnings.simplefilter("ignore")                        # the console speaks once
-    threading.Thread(target=watch, daemon=True).start()
+    WATCH.start()
 
 
-def store():
-    """What all ranks can write keys to and read them from."""
-    return dist.distributed_c10d._get_default_store()
+def leave():
+    """Part from the others, at the end."""
+    LEAVING.set()
+    WATCH.join()
+    dist.destroy_process_group()
+
+
+STORE = []                                                     # what all ranks write keys to and read them from
 
 
 def watch():
     """End this rank soon after another has failed, wherever it is stuck: a kernel that waits for the dead is one place."""
     try:
-        while not store().check(["failed"]):
-            time.sleep(1)
-    except (RuntimeError, ValueError):                         # the store's node is gone; or this rank has left
-        if not dist.is_initialized():
-            return
-    time.sleep(5)
-    os._exit(1)
+        while not STORE[0].check(["failed"]):
+            if LEAVING.wait(1):
+                return
+    except RuntimeError:                                       # the store's node is gone
+        pass
+    if not LEAVING.wait(5):
+        os._exit(1)
+
+
+WATCH, LEAVING = threading.Thread(target=watch, daemon=True), threading.Event()
 
 
 def post(key, text=""):
     """Leave a message for wait_for()."""
     if ranks() > 1:
-        store().set(key, text)
+        STORE[0].set(key, text)
 
 
 def wait_for(key):
     """Until some rank posts `key`, however long that takes -> its text."""
-    while not store().check([key]):
+    while not STORE[0].check([key]):
         time.sleep(0.05)
-    return store().get(key).decode()
+    return STORE[0].get(key).decode()
 
 
 def on_first(function, *args):
@@ -156,10 +170,10 @@ def in_turn(function, *args, doing):
         return function(*args)
     turn, node, first = next(TURNS), os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     mine, told, started = f"turn{turn}/node{node}", rank() != 1, time.monotonic()
-    while rank() and not store().check([f"turn{turn}/node0" if first else mine]):
+    while rank() and not STORE[0].check([f"turn{turn}/node0" if first else mine]):
         time.sleep(0.05)
         if not told and time.monotonic() - started > 3:
-            print(f"{ranks() - 1} rank{'s' * (ranks() > 2)} wait while rank 0 is {doing}", flush=True)
+            print(f"rank 0 is {doing}, the others wait", flush=True)
             told = True
     out = function(*args)
     if first:
@@ -355,6 +369,7 @@ def split(model, cfg, device, dtype):
     What is around them (embedding, last norm, head) is gathered in fp32: the sum of an embedding's gradient over a
     row's tokens would suffer in bf16.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     replicate, shards = mesh_sizes(cfg, ranks())
     mesh = dist.init_device_mesh(device.type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicate > 1 else mesh["shard"]
@@ -370,7 +385,8 @@ def split(model, cfg, device, dtype):
 
 
 def sharded(model):
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    """The modules whose parameters lie over ranks; none where every rank has all. (No types: their import takes time.)"""
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
 
 def one_gradient(model):
@@ -384,7 +400,7 @@ def one_gradient(model):
 
 def part(p):
     """A parameter, or what an optimizer keeps for it -> (what this rank holds of it, first row, one behind the last)"""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "device_mesh"):
         return p.detach(), 0, len(p)
     n, mesh = len(p), p.device_mesh
     each = -(-n // mesh.size(-1))                              # the last ranks may hold fewer rows, or none
@@ -394,7 +410,7 @@ def part(p):
 
 def saves(p):
     """Is it this rank that saves its part of p? One of those that hold the same is enough."""
-    if not isinstance(p, DTensor):
+    if not hasattr(p, "device_mesh"):
         return rank() == 0
     return p.device_mesh.ndim == 1 or p.device_mesh.get_local_rank(0) == 0
 
@@ -433,7 +449,7 @@ def prepare(model, m, cfg, read):
 
 def before_row(model, last):
     """Parts: sum gradients over ranks in the last row's backward pass; before it each rank adds up its own."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):
         model.set_requires_gradient_sync(last)
 
 
@@ -452,14 +468,13 @@ def add_up(t):
 
 def whole(t):
     """A number that may lie over ranks -> it, as a tensor."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def settle(model):
     """Give back what an evaluation gathered: without a backward pass nothing else would."""
-    if isinstance(model, FSDPModule):
-        for module in sharded(model):
-            module.reshard()
+    for module in sharded(model):
+        module.reshard()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,8 +502,9 @@ def plan(m, cfg, gpus=1):
     pass; the update. A row has as many tokens as batch_size and micro_tokens allow, all of them trained.
     """
     device = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = cfg["dtype"] if cfg["dtype"] != "auto" else "bfloat16" if has_bf16(torch.device(device)) else "float32"
-    size, cuda, lora = 4 if dtype == "float32" else 2, device == "cuda", cfg["shard"]["lora"]
+    cuda, lora = device == "cuda", cfg["shard"]["lora"]
+    narrow = cuda or has_bf16(torch.device("cpu")) if cfg["dtype"] == "auto" else cfg["dtype"] == "bfloat16"
+    size = 2 if narrow else 4
     replicate, shards = mesh_sizes(cfg, gpus)
     model = transformer.on_meta(m)
     if lora["r"]:
@@ -496,17 +512,16 @@ def plan(m, cfg, gpus=1):
     L, C, V = m["n_layers"], m["d_model"], m["vocab_size"]
     n = lambda keep, module=model: sum(p.numel() for p in module.parameters() if keep(p))
     trained, frozen = n(lambda p: p.requires_grad), n(lambda p: not p.requires_grad)
-    block = n(lambda p: True, model.blocks[0])
+    block, learning = n(lambda p: True, model.blocks[0]), n(lambda p: p.requires_grad, model.blocks[0])
     around = trained + frozen - L * block                      # embedding, last norm, head
     T = -(-cfg["batch_size"] // gpus) * cfg["data"]["seq_len"]
     rows, T = -(-T // cfg["micro_tokens"]), min(T, cfg["micro_tokens"])
 
     learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
     state = {"weights": (4 * trained + size * frozen) // shards, "moments": 8 * trained // shards}
-    if shards > 1:                                             # gathered: a block and the next, or every block
-        blocks = L if not cfg["shard"]["reshard_after_forward"] else min(L, 2)
-        frozen_around = size if lora["r"] else 4
-        state["gathered weights"] = frozen_around * around + size * block * blocks
+    if shards > 1:                                             # gathered: what is around the blocks, and one or all
+        blocks = 1 if cfg["shard"]["reshard_after_forward"] else L
+        state["gathered weights"] = (size if lora["r"] else 4) * around + size * block * blocks
         gradients = 4 * trained if rows > 1 else 0
     else:                                                      # bf16 copies live as long as what needs them
         state["copies"] = size * block * L if size < 4 and not lora["r"] and not cfg["shard"]["recompute"] else 0
@@ -521,11 +536,12 @@ def plan(m, cfg, gpus=1):
     backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
     if cfg["shard"]["recompute"]:
         backward += T * kept + (size * block if size < 4 else 0)
-    reduced = 4 * block + size * block if shards > 1 else 0    # a block's gradients, as they are and to be summed
+    if shards > 1:                                             # the next block's weights; gradients, as they are and in
+        backward += size * block + (size + 4) * learning       # fp32, to be summed
     return {
         "at the loss": state | {"gradients": gradients, "activations": activations, "logits": logits, "head": head},
-        "in the backward pass": state | {"gradients": max(gradients, V * C * learns) + reduced,
-                                         "activations": activations + backward},
+        "in the backward pass": state | {"gradients": max(gradients, V * C * learns), "activations": activations,
+                                         "this block's": backward},
         "at the update": {"weights": state["weights"], "moments": state["moments"],
                           "gradients": 4 * trained // shards}}
 

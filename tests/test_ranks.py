@@ -80,8 +80,21 @@ def fail(which):
 
 def mistake(which):
     if shard.rank() == which:
-        raise ValueError("key: what a user can mend")
+        shard.mesh_sizes({"shard": {"mesh": {"replicate": 2, "shard": 2}}}, 3)
     shard.summed([1.0])
+
+
+def turns(folder):
+    """Who tokenizes when: rank 0 takes long, the others find it done."""
+    def look():
+        found = (Path(folder) / "done").exists()
+        if shard.rank() == 0:
+            time.sleep(4)
+            (Path(folder) / "done").touch()
+        return found
+    seen = shard.gathered(shard.in_turn(look, doing="tokenizing"))
+    if shard.rank() == 0:
+        (Path(folder) / "seen.json").write_text(json.dumps([seen, [torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")]]))
 
 
 def work(_, jobs):
@@ -242,9 +255,18 @@ def test_predicted_memory_is_shown_for_any_mesh(script):
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "shard.mesh" in wrong.stderr and "6" in wrong.stderr
 
 
+# ---- the others wait, the cores are shared, the console speaks once
+
+def test_others_wait_for_the_first_and_cores_are_shared(tmp_path):
+    (tmp_path / "jobs.json").write_text(json.dumps([("turns", str(tmp_path))]))
+    done = torchrun(2, "tests/test_ranks.py", tmp_path / "jobs.json")
+    seen, (threads, _) = json.loads((tmp_path / "seen.json").read_text())
+    assert seen == [False, True] and done.stdout == "rank 0 is tokenizing, the others wait\n" and threads == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 # ---- failures
 
-@pytest.mark.parametrize("what, words", [("fail", "RuntimeError: the reason"), ("mistake", "error: key: what a user can mend")])
+@pytest.mark.parametrize("what, words", [("fail", "RuntimeError: the reason"), ("mistake", "error: shard.mesh: replicate 2 x shard 2 is not 3 ranks")])
 def test_when_one_rank_fails_all_end_and_its_error_is_told(tmp_path, what, words):
     (tmp_path / "jobs.json").write_text(json.dumps([(what, 1)]))
     started = time.monotonic()
@@ -276,7 +298,7 @@ def test_a_rank_killed_is_started_again_and_the_run_is_the_same(ten_steps):
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if re.match(r"step +20/", line):
+        if re.match(r"step +20/", line) and sum("step 20/" in said for said in lines) == 1:
             os.kill(pids(process.pid)[-1], signal.SIGKILL)
     assert process.wait(timeout=60) == 0, "".join(lines)
     resumed = [line for line in lines if line.startswith("resume")]

@@ -29,7 +29,7 @@ The model file knows of none of these: a model that comes out of prepare() is ca
     compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
     LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
 """
-import itertools, json, math, os, sys, threading, time, traceback, warnings
+import itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 
 import configs
@@ -102,14 +102,33 @@ def join(cfg, *_):
     if gpu:
         torch.cuda.set_device(device)
     store, rank, ranks = next(rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":         # after a restart, old keys would be taken for new ones
-        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    STORE.append(store)                                        # (more nodes: torchrun's rendezvous makes a new store)
+    store = dist.PrefixStore(this_start(store, rank, ranks), store)
+    STORE.append(store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=ranks,
                             device_id=device if gpu else None)
     if rank:
         warnings.simplefilter("ignore")                        # the console speaks once
     WATCH.start()
+
+
+def this_start(store, rank, ranks):
+    """A word that the ranks of this start share and no earlier one had. torchrun's restarts leave the old keys there.
+
+    Rank 0 posts a new word. The others answer it with a word of their own, until it answers that: what an earlier
+    rank 0 has posted never does.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", mine)
+        for other in range(1, ranks):
+            store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "")
+        return mine
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", mine)
+        if store.check([f"{start}/{mine}"]):
+            return start
+        time.sleep(0.1)
 
 
 def leave():

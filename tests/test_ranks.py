@@ -289,20 +289,25 @@ def pids(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank's process in /proc")
-def test_a_rank_killed_is_started_again_and_the_run_is_the_same(ten_steps):
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_rank_killed_is_started_again_and_the_run_is_the_same(ten_steps, nodes):
     folder, args = ten_steps
-    out, more = folder / "killed", ["max_steps=60", "save_every=5", "eval_every=0", *HALVES]
-    on(2, [("run", args("full", "unkilled", *more))], folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "2", "train.py", *args("full", "killed", *more)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if re.match(r"step +20/", line) and sum("step 20/" in said for said in lines) == 1:
-            os.kill(pids(process.pid)[-1], signal.SIGKILL)
-    assert process.wait(timeout=60) == 0, "".join(lines)
-    resumed = [line for line in lines if line.startswith("resume")]
-    assert len(resumed) == 1 and sum(line.startswith("device") for line in lines) == 2
+    out, more = folder / f"killed{nodes}", ["max_steps=60", "save_every=5", "eval_every=0", *HALVES]
+    if not (folder / "unkilled").exists():
+        on(2, [("run", args("full", "unkilled", *more))], folder)
+    words = ["--nproc_per_node", "2"] if nodes == 1 else ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29679", "--local_addr", "127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "--max-restarts", "2", "train.py", *args("full", out.name, *more)]
+    said = [(folder / f"{out.name}.{node}").open("w+") for node in range(nodes)]
+    agents = [subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) for file in said]
+    deadline = time.monotonic() + 60
+    while len(log.read(out)) < 20 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(pids(agents[-1].pid)[-1], signal.SIGKILL)
+    codes = [agent.wait(timeout=60) for agent in agents]
+    for file in said:
+        file.seek(0)
+    text = "".join(file.read() for file in said)
+    assert codes == [0] * nodes and len(re.findall(r"^resume ", text, re.M)) == 1 and len(re.findall(r"^device ", text, re.M)) == 2, text
     assert figures(out, "step", "loss", "grad_norm") == figures(folder / "unkilled", "step", "loss", "grad_norm")
 
 

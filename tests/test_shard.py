@@ -56,12 +56,17 @@ def test_bf16_computes_in_bf16_with_gradients_in_fp32():
 def test_the_plan_adds_up():
     c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
     total = sum(p.numel() for p in M.on_meta(c["model"]).parameters())
-    one, many = shard.plan(c["model"], c), shard.plan(c["model"], c, gpus=64)
-    assert one["weights"] == one["gradients"] == 4 * total and one["moments"] == 8 * total and many["moments"] == 8 * total // 64 and many["activations"] == one["activations"]
+    def moment(name, gpus=1, **shards):
+        c["shard"]["mesh"] |= shards
+        return shard.plan(c["model"], c, gpus)[name]
+    one, many = moment("at the update"), moment("at the update", 64, shard=64)
+    assert one == {"weights": 4 * total, "moments": 8 * total, "gradients": 4 * total} and many["moments"] == 8 * total // 64
+    some, all_ = moment("at the loss", 8, shard=1), moment("at the loss", 8, shard=8)
+    assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"] and "gathered weights" in all_.keys() - some.keys()
     c["shard"]["recompute"] = True
-    assert shard.plan(c["model"], c)["activations"] < one["activations"] / 2
+    assert moment("at the loss", 8)["activations"] < some["activations"] / 2
     c["shard"]["lora"]["r"] = 4
-    assert shard.plan(c["model"], c)["moments"] < one["moments"] / 5
+    assert moment("at the loss", 8)["moments"] < all_["moments"] / 5
 
 
 def test_the_plan_is_printed_without_a_device(script):

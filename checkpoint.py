@@ -11,8 +11,8 @@
 A checkpoint is written under another name, synced and renamed: whatever ends the process, and whenever, `latest` is
 whole. The loop waits only for the copy into memory, the rest is a thread's. Nothing that is read back can run code.
 
-Many ranks write the same files as one: a part of a tensor is rows of it, those stand in a row in a safetensors file, and
-each rank puts its own where they belong. Any other number of ranks, or one, reads them: again, each its own rows.
+Many ranks write the same files as one: a part of a tensor is some rows of it, those lie together in a safetensors file,
+and each rank puts its own where they belong. Any other number of ranks reads them, again each its own rows.
 """
 import itertools, json, math, os, shutil, struct, sys, threading, zlib
 from pathlib import Path
@@ -84,13 +84,14 @@ def snapshot(model, optimizer):
             "optimizer.safetensors": {name: piece(moments[name]) for name in sorted(moments)}}
 
 
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 def layout(tensors):
-    """A file of a snapshot -> (its first bytes, {name: where the tensor begins}, the file's size), as safetensors has it.
+    """A file of a snapshot -> (its first bytes, {name: where the tensor begins}, the file's size).
 
-    A length in 8 bytes, that many bytes of JSON ({name: {dtype, shape, data_offsets}}), the tensors end to end.
+    A safetensors file: a length in 8 bytes, so much JSON ({name: {dtype, shape, data_offsets}}), the tensors.
     """
     header, at = {}, 0
     for name, (dtype, shape, *_) in tensors.items():
@@ -118,11 +119,14 @@ def put(building, files):
     """Write this rank's rows of every tensor, and have the disk hold them."""
     for name, tensors in files.items():
         _, begins, _ = layout(tensors)
-        with open(building / name, "r+b") as f:
-            for key, (dtype, shape, start, rows) in tensors.items():
-                if rows is not None:
-                    f.seek(begins[key] + start * math.prod(shape[1:]) * dtype.itemsize)
-                    f.write(rows.contiguous().flatten().view(torch.uint8).numpy())
+        mine = {key: piece for key, piece in tensors.items() if piece[-1] is not None}
+        if not mine:
+            continue
+        # not opened for reading: a network file system would read, and write back, others' bytes around ours
+        with os.fdopen(os.open(building / name, os.O_WRONLY), "wb") as f:
+            for key, (dtype, shape, start, rows) in mine.items():
+                f.seek(begins[key] + start * math.prod(shape[1:]) * dtype.itemsize)
+                f.write(rows.contiguous().flatten().view(torch.uint8).numpy())
             f.flush()
             os.fsync(f.fileno())
 
@@ -149,7 +153,7 @@ def finish(building, folder, files, state, keep):
 
 
 class Saver:
-    """Writes snapshots in the background, one at a time: rank 0 lays out the files, all fill them in, rank 0 names them."""
+    """Writes snapshots in the background, one at a time: rank 0 lays out files, all fill them, rank 0 names them."""
 
     saves = itertools.count()                                  # of this process; every rank counts the same
 
@@ -169,29 +173,31 @@ class Saver:
         self.thread.start()
 
     def work(self, files, folder, state, n):
-        """The thread of a rank. What goes wrong on any of them is rank 0's to tell."""
+        """The thread of a rank. What goes wrong on any of them every rank learns, and rank 0 tells."""
         def tried(what, *args):
             try:
                 what(*args)
-            except OSError as e:
-                return str(e)
+            except Exception as e:                             # whatever it is, the others must not wait for ever
+                return f"{type(e).__name__}: {e}"
             return ""
         rank, building = shard.rank(), folder.with_name(f".{folder.name}.building")
         if rank:
             problem = shard.wait_for(f"save{n}/laid out") or tried(put, building, files)
             shard.post(f"save{n}/rank{rank}", problem)
-            return
-        problem = tried(lay_out, building, files)
-        shard.post(f"save{n}/laid out", problem)
-        problem = problem or tried(put, building, files)
-        for other in range(1, shard.ranks()):
-            problem = shard.wait_for(f"save{n}/rank{other}") or problem
-        problem = problem or tried(finish, building, folder, files, state, self.keep)
+            problem = shard.wait_for(f"save{n}/named")
+        else:
+            problem = tried(lay_out, building, files)
+            shard.post(f"save{n}/laid out", problem)
+            problem = problem or tried(put, building, files)
+            for other in range(1, shard.ranks()):
+                problem = shard.wait_for(f"save{n}/rank{other}") or problem
+            problem = problem or tried(finish, building, folder, files, state, self.keep)
+            shard.post(f"save{n}/named", problem)
         if problem:
             self.error = f"checkpoint {folder} was not written ({problem}); the run goes on, the older ones are whole"
 
     def wait(self):
-        """Until the last save is on disk. -> did it get there?"""
+        """Until the last save is on disk, from all ranks. -> did it get there?"""
         if self.thread:
             self.thread.join()
         error, self.error = self.error, None
@@ -256,6 +262,8 @@ def restore(folder, model, optimizer):
     if wrong:
         raise ValueError(f"{folder}: doesn't fit the model: {transformer.listed(wrong)}")
 
+    dtypes = {label: dtype for dtype, label in TYPES.items()}
+
     def give(t, file, key):
         mine, start, end = shard.part(t)
         if start < end:
@@ -266,18 +274,21 @@ def restore(folder, model, optimizer):
             optimizer.state[p].clear()
         for key in moments.keys():
             name, _, what = key.rpartition("/")
-            p = wanted[name]
-            if not moments.get_slice(key).get_shape():
+            p, stored = wanted[name], moments.get_slice(key)
+            if stored.get_shape() == list(p.shape):
+                optimizer.state[p][what] = torch.zeros_like(p, dtype=dtypes[stored.get_dtype()])
+                give(optimizer.state[p][what], moments, key)
+            elif shard.part(p)[0].shape == p.shape or not stored.get_shape():    # a count of steps, a row's mean
                 optimizer.state[p][what] = moments.get_tensor(key).to(p.device)
-                continue
-            optimizer.state[p][what] = torch.zeros_like(p)
-            give(optimizer.state[p][what], moments, key)
+            else:
+                raise ValueError(f"{folder}: {key} is {stored.get_shape()}, which can't be laid over ranks as its "
+                                 "weight is; shard.mesh.shard=1")
     return state
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
-        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "data.cache_dir", "data.processes", "data.validation",
-        "data.validation.", "checkpoint.", "log.")             # what may change without changing the run's past
+        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "data.cache_dir",
+        "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
 
 
 def differences(out_dir, cfg):

@@ -317,8 +317,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(m) for _ in range(m["n_layers"]))
         self.norm = Norm(m)
         self.head = None if m["tie_embeddings"] else Linear(m["d_model"], m["vocab_size"], bias=False)
-        self.dtype = torch.float32                                   # of the computation; shard.py sets it
-        self.recompute = False                                       # shard.py sets it
+        self.dtype, self.recompute = torch.float32, False            # of the computation; shard.py sets both …
+        self.gradient = None                                         # … and may lay all gradients into one tensor
 
     def forward(self, batch):
         """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""

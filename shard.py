@@ -42,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
+
 import model as transformer
 
 
@@ -66,15 +67,16 @@ def together(main, *args):
         main(*args)
         dist.barrier()
     except Exception as e:
-        lost = isinstance(e, dist.DistError) or any(sign in str(e) for sign in ("gloo", "NCCL", "TCPStore"))
-        text = (f"rank {rank()} has lost another, whose last words or signal are the reason: {str(e).split('. ')[0]}"
-                if lost else f"error: {e}" if configs.ours(e) else traceback.format_exc().rstrip())
-        if lost:                                               # the one that failed may be just about to say why
+        mistake, text = configs.ours(e), traceback.format_exc().rstrip()
+        if mistake:
+            text = f"error: {e}"
+        elif any(sign in str(e) for sign in GONE):             # a consequence; the rank that failed says why, if it can
+            text = f"rank {rank()} has lost another, whose last words or signal are the reason: {e}"
             time.sleep(1)
         try:
             first = STORE[0].add("failed", 1) == 1
-        except IndexError:                                     # there is none yet: the others don't come so far, either
-            first = os.environ.get("LOCAL_RANK", "0") == "0"
+        except IndexError:                                     # nothing to agree by yet: a mistake is everybody's
+            first = not mistake or os.environ.get("LOCAL_RANK", "0") == "0"
         except RuntimeError:                                   # it went with its node
             first = False
         if first:
@@ -82,6 +84,9 @@ def together(main, *args):
         os._exit(1)                                            # nothing of what is under way waits for the others
     finally:
         leave()
+
+
+GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "communicator was aborted")
 
 
 def tell(text):
@@ -121,7 +126,7 @@ def this_start(store, rank, ranks):
     if rank == 0:
         store.set("start", mine)
         for other in range(1, ranks):
-            store.set(f"{mine}/{store.get(f'{mine}/{other}').decode()}", "")
+            store.set(f"{mine}/{wait_for(f'{mine}/{other}', store)}", "")
         return mine
     while True:
         start = store.get("start").decode()
@@ -134,15 +139,16 @@ def this_start(store, rank, ranks):
 def leave():
     """Part from the others, at the end."""
     LEAVING.set()
-    WATCH.join()
-    dist.destroy_process_group()
+    if WATCH.ident:
+        WATCH.join()
+        dist.destroy_process_group()
 
 
 STORE = []                                                     # what all ranks write keys to and read them from
 
 
 def watch():
-    """End this rank soon after another has failed, wherever it is stuck: a kernel that waits for the dead is one place."""
+    """End this rank soon after another has failed, wherever it is stuck: in a kernel that waits for the dead, say."""
     try:
         while not STORE[0].check(["failed"]):
             if LEAVING.wait(1):
@@ -162,28 +168,36 @@ def post(key, text=""):
         STORE[0].set(key, text)
 
 
-def wait_for(key):
-    """Until some rank posts `key`, however long that takes -> its text."""
-    while not STORE[0].check([key]):
+def wait_for(key, store=None):
+    """Until some rank posts `key`, however long that takes: a collective would give up -> its text."""
+    store = store or STORE[0]
+    while not store.check([key]):
         time.sleep(0.05)
-    return STORE[0].get(key).decode()
-
-
-def on_first(function, *args):
-    """function(*args), called on rank 0 alone -> what it returned there, on every rank."""
-    out = [function(*args) if rank() == 0 else None]
-    if ranks() > 1:
-        dist.broadcast_object_list(out)
-    return out[0]
+    return store.get(key).decode()
 
 
 TURNS = itertools.count()                                      # every rank counts the same
 
 
-def in_turn(function, *args, doing):
-    """function(*args), which fills a folder: rank 0 first, then one rank of each other node, whose folder may be its own.
+def on_first(function, *args):
+    """function(*args), called on rank 0 alone, however long it takes -> what it returned there, on every rank."""
+    if ranks() == 1:
+        return function(*args)
+    out, key = [None], f"turn{next(TURNS)}"
+    if rank() == 0:
+        out = [function(*args)]
+        post(key)
+    else:
+        wait_for(key)
+    dist.broadcast_object_list(out)
+    return out[0]
 
-    The rest find it done. doing  what rank 0 does meanwhile, for those who wait
+
+def in_turn(function, *args, doing):
+    """function(*args), which fills a folder: rank 0 first, then one rank of each other node, then the rest.
+
+    A node's folder may be its own, or all nodes'; whoever comes later finds it filled.
+    doing  what rank 0 does meanwhile, for those who wait
     """
     if ranks() == 1:
         return function(*args)
@@ -252,7 +266,7 @@ def row_multiple(device, dtype):
 
 
 def set_threads():
-    """Share the machine's cores among its processes, unless OMP_NUM_THREADS does. torchrun's own 1 wastes the rest."""
+    """Share the machine's cores among its processes, unless OMP_NUM_THREADS says more than torchrun's own 1."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -390,8 +404,8 @@ def split(model, cfg, device, dtype):
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     replicate, shards = mesh_sizes(cfg, ranks())
-    mesh = dist.init_device_mesh(device.type, (replicate, shards), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if replicate > 1 else mesh["shard"]
+    sizes, names = ((replicate, shards), ("replicate", "shard")) if replicate > 1 else ((shards,), ("shard",))
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
     policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy(dtype),
@@ -404,7 +418,7 @@ def split(model, cfg, device, dtype):
 
 
 def sharded(model):
-    """The modules whose parameters lie over ranks; none where every rank has all. (No types: their import takes time.)"""
+    """The modules whose parameters lie over ranks, if any. By what they can do: importing their type takes time."""
     return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
 
@@ -459,7 +473,8 @@ def prepare(model, m, cfg, read):
     if shards > 1:
         split(model, cfg, device, dtype)
     fill(model.to_empty(device=device), read)
-    model.gradient = one_gradient(model) if replicate == ranks() > 1 else None
+    if replicate == ranks() > 1:
+        model.gradient = one_gradient(model)
     return model
 
 
@@ -503,8 +518,9 @@ def kept_by_block(m, size, cuda, learns):
     """Bytes per token that a block's forward pass keeps for its backward pass; `size` of a number in the computation.
 
     A norm keeps its input in fp32 (on a CPU what it made of it, too, where its weight learns) and its output, which a
-    matmul reads. Rope keeps what it turns, in fp32. Attention keeps q, k, v, its output and a sum per head: on a CPU in fp32, and the output once
-    more, for the matmul. The MLP keeps what goes into its activation, what comes out, and, gated, their product.
+    matmul reads. Rope keeps what it turns, in fp32. Attention keeps q, k, v, its output and a sum per head: on a CPU in
+    fp32, and the output once more, for the matmul. The MLP keeps what goes into its activation, what comes out, and,
+    gated, their product.
     """
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
     fp32 = 4 if not cuda else size                             # of attention

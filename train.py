@@ -252,8 +252,13 @@ def where_to_start(cfg):
     return whole[-1] if whole else None
 
 
+def choose_dtype(cfg, start_from):
+    """What is chosen by looking at a machine is chosen once: by the rank, and at the start, that came first."""
+    return checkpoint.read_state(start_from)["dtype"] if start_from else str(shard.pick_device(cfg)[1]).split(".")[1]
+
+
 def find_weights(cfg, tok):
-    """-> (the complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
+    """-> (complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
     m, seq_len = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}, cfg["data"]["seq_len"]
     if tok.n_vocab > m["vocab_size"]:
         raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
@@ -297,7 +302,8 @@ def introduce(cfg, model, data, epoch, total, device):
     lines.append(f"run       {documents:,} documents / {batch} = {epoch:,} steps an epoch; {total:,} steps = "
                  f"{total / epoch:.2f} epochs = {total * batch * mean:,.0f} tokens")
     threads = torch.get_num_threads()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread{'s' * (threads > 1)}"
+    cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     if ranks > 1:
         replicate, shards = shard.mesh_sizes(cfg, ranks)
         where = f"{ranks} ranks (replicate {replicate} x shard {shards}), each {where}"
@@ -322,15 +328,14 @@ def main(cfg, source=None, explicit=None):
     data = shard.in_turn(tokenize_data.prepare, cfg, tok, rank > 0, doing="tokenizing")
     epoch, total = length_of_run(cfg, data)
 
-    m, read = find_weights(cfg, tok)                           # what looks at a machine is chosen once, on rank 0
-    dtype = checkpoint.read_state(start_from)["dtype"] if start_from else str(shard.pick_device(cfg)[1]).split(".")[1]
-    cfg = cfg | {"dtype": shard.on_first(lambda: dtype)}
+    m, read = find_weights(cfg, tok)
+    cfg = cfg | {"dtype": shard.on_first(choose_dtype, cfg, start_from)}
     model = shard.prepare(transformer.on_meta(m), m, cfg, read)
     device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
     if start_from:
         saved = checkpoint.restore(start_from, model, optimizer)
         step, before = saved["step"], saved["seconds"]
-    finished = step == total and (out / "hf").is_dir()
+    finished = step == total and shard.on_first((out / "hf").is_dir)
 
     report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
     if rank == 0:
@@ -415,9 +420,9 @@ def main(cfg, source=None, explicit=None):
         for prompt, reply, reference in group[:cfg["samples"]]:
             right = reply.strip() == reference.strip()
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
-    if rank == 0 and cfg["checkpoint"]["export"] and not finished and written:
+    if cfg["checkpoint"]["export"] and not finished and written:
         adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
-        checkpoint.export(saver.folder / f"{step:08}", m, cfg, tok, out / "hf", chats, adapter)
+        shard.on_first(checkpoint.export, saver.folder / f"{step:08}", m, cfg, tok, out / "hf", chats, adapter)
     if rank == 0:
         for line in outcome(cfg, total):
             report.say(line)

@@ -3,9 +3,10 @@ import os, pickle, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-import checkpoint, configs, train
+import checkpoint, configs, model as M, train
 
 
 @pytest.fixture
@@ -113,6 +114,35 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, mon
     monkeypatch.setattr(checkpoint, "put", full)
     train.main(*loaded)
     assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("state", [lambda p: torch.ones(p.shape[:1]), lambda p: torch.full(p.shape, 7, dtype=torch.int32), lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])
+def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state):
+    class Odd(torch.optim.SGD):
+        def step(self):
+            super().step()
+            for p in (p for group in self.param_groups for p in group["params"]):
+                self.state[p]["kept"] = state(p)
+    model = M.build(tiny()[0]["model"] | {"vocab_size": 50})
+    optimizer = Odd(model.parameters(), lr=0.1)
+    optimizer.step()
+    saver = checkpoint.Saver(tmp_path, 1, print)
+    saver.save(3, model, optimizer, {"total_steps": 3})
+    assert saver.wait()
+    fresh = M.build(model.m, seed=1)
+    again = Odd(fresh.parameters(), lr=0.1)
+    assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)["step"] == 3
+    for p, q in zip(model.parameters(), fresh.parameters()):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["kept"], again.state[q]["kept"]) and optimizer.state[p]["kept"].dtype == again.state[q]["kept"].dtype
+
+
+def test_an_error_in_the_background_is_told_and_not_called_saved(tmp_path, capsys):
+    model = M.build(configs.load(["model.n_layers=1", "model.vocab_size=9"])[0]["model"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.embed.weight]["odd"] = torch.ones(2, dtype=torch.complex64)
+    saver = checkpoint.Saver(tmp_path, 1, print)
+    saver.save(1, model, optimizer, {})
+    assert not saver.wait() and "complex64" in capsys.readouterr().out and not checkpoint.found(tmp_path)
 
 
 def test_ls_and_export(finished, script, tmp_path):

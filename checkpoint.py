@@ -6,7 +6,7 @@
     out/ft/checkpoints/00000100/model.safetensors         what is trained, in fp32: all weights, or the adapters alone
                                 optimizer.safetensors     NAME/exp_avg, … for each of them
                                 state.json                step, config, versions, fingerprints, checksums
-    out/ft/checkpoints/latest -> 00000100
+    out/ft/checkpoints/latest -> 00000100                 the newest; and best, where `best` names a number
 
 A checkpoint is written under another name, synced and renamed: whatever ends the process, and whenever, `latest` is
 whole. The loop waits only for the copy into memory, the rest is a thread's. Nothing that is read back can run code.
@@ -141,15 +141,28 @@ def finish(building, folder, files, state, keep):
     remove(folder)
     os.replace(building, folder)
     sync(parent)
-    link = parent / ".latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, parent / "latest")
-    sync(parent)
-    whole = found(parent.parent)
+    point(parent / "latest", folder)
+    whole, best = found(parent.parent), os.path.basename(os.path.realpath(parent / "best"))
     ahead = [p for p in whole if p.name > folder.name]         # left by a run that went on from an older one
     for old in ahead + [p for p in whole if p not in ahead][:-keep]:
-        remove(old)
+        if old in ahead or old.name != best:
+            remove(old)
+
+
+def point(link, folder):
+    """Let `link`, beside a checkpoint, lead to it: at once, whatever it led to before."""
+    new = link.with_name(f".{link.name}")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder.name)
+    os.replace(new, link)
+    sync(link.parent)
+
+
+def mark(out_dir, step):
+    """Call a run's checkpoint of that step the best, where it is there: best is kept, and exported."""
+    folder = Path(out_dir) / "checkpoints" / f"{step or 0:08}"
+    if folder.is_dir():
+        point(folder.with_name("best"), folder)
 
 
 class Saver:
@@ -287,6 +300,7 @@ def restore(folder, model, optimizer):
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
+        "best", "patience", "max_seconds", "bad_steps",
         "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "data.cache_dir",
         "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
 
@@ -368,9 +382,9 @@ def ls(out_dir):
             print(e)
             continue
         size = sum(f.stat().st_size for f in folder.iterdir())
-        newest = "   latest" if folder == whole[-1] else ""
+        names = [n for n in ("latest", "best") if (folder.with_name(n)).resolve() == folder.resolve()]
         print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   "
-              f"torch {state['versions']['torch']}{newest}")
+              f"torch {state['versions']['torch']}{''.join(f'   {n}' for n in names)}")
     if not whole:
         raise ValueError(f"{out_dir}: no checkpoints there")
 

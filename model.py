@@ -422,6 +422,14 @@ def part_sizes(name, m):
     return [m["d_ff"], m["d_ff"]]
 
 
+def matrices(name, p, m):
+    """The outputs of each matrix that a block's weight consists of; [] for whatever is no matrix of a block."""
+    if p.dim() < 2 or not name.startswith("blocks.") or not name.endswith(".weight"):
+        return []
+    stacked = name.endswith("attn.qkv.weight") or m["glu"] and name.endswith("mlp.up.weight")
+    return part_sizes(name, m) if stacked else [len(p)]
+
+
 def find_model(path):
     """A folder with config.json, or a run's -> the folder with config.json. Raises ValueError."""
     for folder in (Path(path), Path(path) / "hf"):

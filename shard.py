@@ -488,7 +488,7 @@ def before_row(model, last):
 
 
 def sum_gradients(model):
-    """Behind the last row: the gradient becomes the sum of all ranks'. To aggregate another way, change this."""
+    """Behind the last row: the gradient becomes the sum of all ranks'."""
     if model.gradient is not None:
         dist.all_reduce(model.gradient)
 

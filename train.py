@@ -26,7 +26,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
 
-import concurrent.futures, math, platform, signal, time
+import concurrent.futures, math, platform, re, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -88,42 +88,125 @@ def adamw(groups, cfg):
     return torch.optim.AdamW(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
 
 
-OPTIMIZERS = {"adamw": adamw}
+def sgd(groups, cfg):
+    """Stochastic gradient descent with Nesterov's momentum, as deep learning writes it (Sutskever et al. 2013)."""
+    return torch.optim.SGD(groups, lr=cfg["lr"], momentum=cfg["momentum"], nesterov=cfg["momentum"] > 0, fused=True)
+
+
+def orthogonal(g):
+    """A matrix -> about U V^T of its U S V^T, by five rounds of a polynomial on its singular values, in bf16."""
+    x = g.bfloat16() if g.shape[0] <= g.shape[1] else g.bfloat16().T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        xx = x @ x.T
+        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.to(g.dtype) if g.shape[0] <= g.shape[1] else x.T.to(g.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """Matrices of the blocks move along their momentum's nearest orthogonal matrix, the rest by AdamW.
+
+    https://kellerjordan.github.io/posts/muon; steps as large as AdamW's (arXiv:2502.16982), so that one lr serves both.
+    What is several matrices in one (q, k and v; gate and up) is taken apart: group["parts"] has the rows of each. A
+    matrix that lies over ranks is gathered, and every rank takes the same step with its own rows.
+    """
+    @torch.no_grad()
+    def step(self):
+        done = []
+        for group in self.param_groups:
+            for p, rows in zip(group["params"], group["parts"]):
+                if rows:
+                    self.turn(p, rows, group)
+                    done.append((p, p.grad))
+                    p.grad = None                                    # AdamW passes over what has none
+        super().step()
+        for p, grad in done:
+            p.grad = grad
+
+    def turn(self, p, rows, group):
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        whole = shard.whole(torch.lerp(p.grad, state["momentum"], group["momentum"]))
+        moves = [orthogonal(part) * 0.2 * math.sqrt(max(part.shape)) for part in whole.split(rows)]
+        mine, start, end = shard.part(p)
+        mine.mul_(1 - group["lr"] * group["weight_decay"]).sub_(torch.cat(moves)[start:end], alpha=group["lr"])
+
+
+def muon(groups, cfg):
+    for group in groups:
+        group["momentum"] = cfg["momentum"]
+    return Muon(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": sgd}
 
 
 def make_optimizer(model, cfg):
-    """Matrices decay, vectors (norms, biases) don't."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg["weight_decay"]},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return OPTIMIZERS[cfg["optimizer"]]([g for g in groups if g["params"]], cfg)
+    """Groups of parameters, by cfg["groups"] and by their dimensions: matrices decay, vectors (norms, biases) don't.
+
+    A group has, besides its parameters, the factor `scale` of the learning rate, and `parts`: the rows of each matrix
+    of the blocks, [] for all else. Raises ValueError for a pattern that no parameter's name matches.
+    """
+    groups, used = {}, set()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        said = next((said for said in cfg["groups"] if re.search(said["match"], name)), {"match": None})
+        used.add(said["match"])
+        decay = said.get("weight_decay", cfg["weight_decay"] if p.dim() >= 2 else 0.0)
+        group = groups.setdefault((said.get("lr", 1.0), decay), {"params": [], "parts": []})
+        group["params"].append(p)
+        group["parts"].append(transformer.matrices(name, p, model.m))
+    if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
+        raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
+    groups = [group | {"scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+    return OPTIMIZERS[cfg["optimizer"]](groups, cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the step
 
-def train_step(model, optimizer, rows, weight, lr, grad_clip):
-    """Forward, backward, clip, update. -> (the step's loss, its gradient's norm before clipping), both on the device.
+def gradient(model, rows, weight):
+    """The step's gradient, left in .grad: the sum over all rows of all ranks, and no mean. -> (loss, by document)
 
     rows    this rank's rows of the step (model.py says what one is), as many as every other rank has
     weight  the summed weight of the targets of all rows of all ranks, known to each
+
+    A row's loss is divided by the whole step's weight before its backward pass, so what comes after are sums: autograd
+    adds a row's gradient to what is in .grad, and ranks are added behind the last row. To put rows and ranks together
+    in another way, replace this function; the README has one that does. By document: [(doc_ids, losses)] of the rows.
     """
-    loss = torch.zeros((), device=model.embed.weight.device)
+    loss, documents = torch.zeros((), device=model.embed.weight.device), []
     for n, row in enumerate(rows, 1):
-        shard.before_row(model, last=n == len(rows))
-        loss_sum, _, _ = model(row)
-        (loss_sum / weight).backward()                               # gradients add up in .grad, in fp32
+        shard.before_row(model, last=n == len(rows))                 # a model in parts adds up ranks as it goes back
+        loss_sum, _, by_document = model(row)
+        (loss_sum / weight).backward()
         loss += loss_sum.detach() / weight
+        documents.append((row["doc_ids"], by_document))
     shard.sum_gradients(model)
-    shard.add_up(loss)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return shard.add_up(loss), documents
+
+
+def train_step(model, optimizer, rows, weight, lr, grad_clip):
+    """Forward, backward, clip, update. -> (loss, the gradient's norm before clipping, strange documents)
+
+    strange  None; or, where loss or gradient is not finite, and the update is left out, those of this rank's documents
+             whose own loss is not finite. To know is the one time in a step that the device is waited for
+    """
+    loss, documents = gradient(model, rows, weight)
+    params, strange = [p for group in optimizer.param_groups for p in group["params"]], None
     norm = shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params]))
-    torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    if torch.isfinite(loss + norm):
+        torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        optimizer.step()
+    else:
+        strange = [int(d) for ids, losses in documents for d in ids[~torch.isfinite(losses)]]
     optimizer.zero_grad(set_to_none=model.gradient is None)          # views of one tensor stay where they are
-    return loss, norm
+    return loss, norm, strange
 
 
 def to_device(row, device):
@@ -335,7 +418,7 @@ def main(cfg, source=None, explicit=None):
     if start_from:
         saved = checkpoint.restore(start_from, model, optimizer)
         step, before = saved["step"], saved["seconds"]
-    finished = step == total and shard.on_first((out / "hf").is_dir)
+    skipped, in_a_row = (saved["skipped"], saved["in_a_row"]) if start_from else (0, 0)    # without an update
 
     report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
     if rank == 0:
@@ -367,54 +450,84 @@ def main(cfg, source=None, explicit=None):
     if labels and not shard.on_first(known) and due(step, cfg["eval_every"], total):
         validate()                                             # at the start; or a run ended before it got here
 
-    ended, number = [], 0                                      # a signal asks for an end: finish the step, save, exit
+    ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     peak, clock = (peak_flops(device, model.dtype) or 0) * ranks, time.perf_counter()
     seconds = lambda: before + time.perf_counter() - clock
     since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
 
+    def asked_to_end(timed=True):
+        """0, TIME_IS_UP or a signal's number, the same on all ranks."""
+        return shard.largest(max(ended, default=int(timed and seconds() >= (cfg["max_seconds"] or math.inf))))
+
+    def stale():
+        """Has nothing become better for long? On rank 0 alone."""
+        return bool(cfg["patience"]) and standing(log.read(out), cfg["best"])[1] >= cfg["patience"]
+
     def save():
         report.flush()                                         # a step that is saved is logged
-        saver.save(step, model, optimizer, state | {"seconds": seconds()})
+        saver.save(step, model, optimizer, state | {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row})
         return step
 
     multiple = shard.row_multiple(device, model.dtype)
     lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple) if s < total else None
+    over = step == total or shard.on_first(stale)
+    end = asked_to_end()
+    finished = (over or end == TIME_IS_UP) and shard.on_first((out / "hf").is_dir)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
         coming = ahead.submit(lay_out, step)
-        while step < total and not (number := shard.largest(max(ended, default=0))):    # all end behind the same step
+        while not over and not end:
             rows, info = coming.result()
             coming = ahead.submit(lay_out, step + 1)
             rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
-            loss, norm = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
+            loss, norm, strange = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             step += 1
+            skipped, in_a_row = (skipped, 0) if strange is None else (skipped + 1, in_a_row + 1)
+            if strange is not None:
+                report.say(f"step {step:,}: loss {float(loss):g}, gradient norm {float(norm):g}, so no update; "
+                           f"{named(sum(shard.gathered(strange), []), data['train'])}")
+            if in_a_row and in_a_row == cfg["bad_steps"]:
+                report.close()
+                saver.wait()
+                raise ValueError(f"bad_steps: {in_a_row} steps in a row, up to {step:,}, without a finite loss and "
+                                 "gradient; a smaller lr or another dtype, or look at the documents named above")
+            end = asked_to_end()
+            over = step == total or end == TIME_IS_UP          # the run's last step, however it came to be
 
             tokens += info["tokens"]
-            if due(step, cfg["log_every"], total):
+            if due(step, cfg["log_every"], total) or over and cfg["log_every"]:
                 now = seconds()
                 speed = tokens / (now - since)
                 used = transformer.flops(model, info["lengths"], info["target_tokens"]) / info["tokens"] * speed
                 report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
                              "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
                              "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
-                             "seconds": now})
+                             "seconds": now, "skipped": skipped})
                 since, tokens = now, 0
-            if due(step, cfg["save_every"], total) or step == total:
+            evaluating = labels and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"])
+            if due(step, cfg["save_every"], total) or over or evaluating and cfg["best"]:
                 on_disk = save()
-            if labels and due(step, cfg["eval_every"], total):
+            if evaluating:
                 validate()
+                over = over or shard.on_first(stale)
+                if cfg["best"] and saver.wait() and rank == 0:
+                    checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
                 since, tokens = seconds(), 0                   # speed is training's
-    number = number or shard.largest(max(ended, default=0))
-    if number and on_disk < step:
+                end = max(end, asked_to_end(timed=False))
+    end = max(end, asked_to_end(timed=False))
+    if end > TIME_IS_UP and on_disk < step:
         save()
     written = saver.wait()
     for s, handler in handlers.items():
         signal.signal(s, handler)
-    if number:
-        report.say(f"stopped by signal {number} after step {step:,}, {'saved' if written else 'not saved'}; "
+    if end > TIME_IS_UP:
+        report.say(f"stopped by signal {end} after step {step:,}, {'saved' if written else 'not saved'}; "
                    "the same command goes on from the newest checkpoint")
         report.close()
-        sys.exit(128 + number)
+        sys.exit(128 + end)
+    if step < total:
+        why = "max_seconds are over" if end else f"nothing better in {cfg['best']} for {cfg['patience']} evaluations"
+        report.say(f"ended after step {step:,} of {total:,}: {why}")
 
     for group in texts.values():
         for prompt, reply, reference in group[:cfg["samples"]]:
@@ -422,11 +535,39 @@ def main(cfg, source=None, explicit=None):
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
     if cfg["checkpoint"]["export"] and not finished and written:
         adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
-        shard.on_first(checkpoint.export, saver.folder / f"{step:08}", m, cfg, tok, out / "hf", chats, adapter)
+        folder = saver.folder / ("best" if cfg["best"] else "latest")
+        shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
     if rank == 0:
-        for line in outcome(cfg, total):
+        for line in outcome(cfg, step):
             report.say(line)
     report.close()
+
+
+TIME_IS_UP = 1                                                 # no signal that is handled here
+
+
+def standing(records, best):
+    """Records, and the number that says which is the best -> (its step, or None; how many evaluations came since).
+
+    best  val/LABEL/loss, say: the least; or max val/LABEL/exact_match: the largest. Of equals, the first
+    """
+    way, _, key = best.rpartition(" ")
+    records = [r for r in records if r["step"] and r.get(key) is not None]
+    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records]
+    return (min(figures)[1], len(figures) - 1 - figures.index(min(figures))) if figures else (None, 0)
+
+
+def named(documents, sources):
+    """Indices through all sources -> text for people."""
+    out = []
+    for index in documents[:8]:
+        for name, tokens in sources.items():
+            if index < len(tokens):
+                out.append(f"{name} {index}")
+                break
+            index -= len(tokens)
+    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+    return f"not finite: document {', '.join(out)}{more}" if out else "each document's own loss is finite"
 
 
 def outcome(cfg, total):

@@ -336,13 +336,13 @@ def translate(theirs, path):
 
 CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda")}
 AT_LEAST = {                                                         # {key: least value}
-    "lr": 0, "min_lr": 0, "eps": 0, "weight_decay": 0, "grad_clip": 0, "batch_size": 1, "micro_tokens": 1,
-    "max_steps": 0,
-    "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0, "save_every": 0, "log_every": 0, "eval_prompts": 0,
-    "eval_tokens": 1, "samples": 0, "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1,
-    "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
-    "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0,
-    "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
+    "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0, "batch_size": 1,
+    "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
+    "save_every": 0, "log_every": 0, "patience": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0, "seed": 0,
+    "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
+    "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
+    "model.max_len": 1, "model.norm_eps": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0,
+    "shard.lora.alpha": 0}
 INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
         "shard.mesh.replicate", "shard.mesh.shard")                  # or null
 SHAPES = ("auto", "chat", "text")
@@ -381,6 +381,13 @@ def check(cfg, source):
             wrong(key, "a count (an int) or a fraction (at most 1.0)")
     if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
         wrong("betas", "two numbers, at least 0 and below 1")
+    if cfg["patience"] and not cfg["best"]:
+        wrong("patience", "0 where `best` names no number")
+    for group in cfg["groups"]:
+        known = {"match": (str,), "lr": (int, float), "weight_decay": (int, float)}
+        if not isinstance(group, dict) or "match" not in group or any(
+                type(value) not in known.get(key, ()) for key, value in group.items()):
+            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
     if cfg["resume"] == "":
         wrong("resume", "auto, never or a checkpoint's path")
     for kind in ("train", "validation"):

@@ -1,12 +1,12 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, shutil, signal, subprocess, sys
+import json, math, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint, configs, log, model as M, shard, tokenize_data, train
+import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, train
 
 
 def records(cfg, *keys):
@@ -35,7 +35,6 @@ def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     rows = run(tiny("max_steps=1", "eval_every=0"))
     tok = tokenize_data.load_tokenizer(c)
     data, model = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"], M.build(train.find_weights(c, tok)[0], c["seed"])
-    import sampler
     nll = []
     for i in sampler.documents(0, c, {"chats": len(data)}):
         ids, mask = data.document(i)
@@ -69,7 +68,7 @@ CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20), "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
     "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"], 11),
     "one source twice, one half": (["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5", "data.train.chats.weight=2"], 23),
-    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7),
+    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13), "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "groups=[{match: embed, lr: 0.3}]"], 4), "sgd": (["optimizer=sgd"], 10),
 }
 
 
@@ -168,6 +167,135 @@ def test_a_signal_during_an_evaluation_loses_no_step(tiny, monkeypatch):
     assert records(again[0]) == records(whole[0])
 
 
+# ---- the step
+
+def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere(tiny):
+    c = tiny("optimizer=muon", "lr=1e-2", "weight_decay=0.1")[0]
+    model = M.build(c["model"] | {"vocab_size": 50})
+    start, optimizer = {name: p.detach().clone() for name, p in model.named_parameters()}, train.make_optimizer(model, c)
+    grads = [{name: torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) for name, p in start.items()} for n in range(3)]
+    parts = {name: p.split(rows) for name, p in start.items() if (rows := M.matrices(name, p, model.m))}
+    assert {len(p) for p in parts.values()} == {1, 2, 3} and len(parts) == 4 * c["model"]["n_layers"]
+    alone = {name: [torch.nn.Parameter(part.clone()) for part in part_list] for name, part_list in parts.items()}
+    theirs = torch.optim.Muon([p for ps in alone.values() for p in ps], lr=1e-2, weight_decay=0.1, momentum=c["momentum"], adjust_lr_fn="match_rms_adamw")
+    embed = torch.nn.Parameter(start["embed.weight"].clone())
+    adamw = torch.optim.AdamW([embed], lr=1e-2, betas=c["betas"], eps=c["eps"], weight_decay=0.1)
+    for step in grads:
+        for name, p in model.named_parameters():
+            p.grad = step[name].clone()
+        for name, ps in alone.items():
+            for p, g in zip(ps, step[name].split([len(p) for p in ps])):
+                p.grad = g.clone()
+        embed.grad = step["embed.weight"].clone()
+        for o in (optimizer, theirs, adamw):
+            o.step()
+    for name, ps in alone.items():
+        assert torch.allclose(model.get_parameter(name), torch.cat(list(ps)), atol=2e-4), name
+    assert torch.allclose(model.embed.weight, embed, atol=1e-7) and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer, lr", [("muon", "1e-2"), ("sgd", "0.3")])
+def test_every_optimizer_learns(tiny, optimizer, lr):
+    rows = run(tiny(f"optimizer={optimizer}", f"lr={lr}", "max_steps=40", "eval_every=0"))
+    assert rows[-1][1] < rows[0][1] - 1
+
+
+def test_groups_go_their_own_way(tiny):
+    c = tiny("groups=[{match: embed, lr: 0.0, weight_decay: 0.0}, {match: mlp, weight_decay: 0.5}]")[0]
+    model = M.build(c["model"] | {"vocab_size": 50})
+    of = {id(p): group for group in train.make_optimizer(model, c).param_groups for p in group["params"]}
+    said = {name: (of[id(p)]["scale"], of[id(p)]["weight_decay"]) for name, p in model.named_parameters()}
+    assert said["embed.weight"] == (0.0, 0.0) and said["blocks.1.mlp.up.weight"] == (1.0, 0.5) and said["blocks.0.attn.qkv.weight"] == (1.0, c["weight_decay"]) and said["norm.weight"] == (1.0, 0.0)
+    run(tiny("groups=[{match: embed, lr: 0.0, weight_decay: 0.0}]", "max_steps=3", "save_every=3", out="still"))
+    still = weights(tiny(out="still")[0], 3)["model.safetensors"]
+    fresh = M.build(tiny()[0]["model"] | {"vocab_size": 259})
+    assert torch.equal(still["embed.weight"], fresh.embed.weight) and not torch.equal(still["norm.weight"], fresh.norm.weight)
+
+
+def test_the_readmes_other_way_to_aggregate_runs(tiny, monkeypatch):
+    text = next(t for t in re.findall(r"```python\n(.*?)```", (configs.HERE.parent / "README.md").read_text(), re.S) if "majority" in t)
+    assert text.count("\n") < 30
+    names = {}
+    exec(text.replace("train.gradient = majority", ""), names)
+    seen = []
+    def majority(model, rows, weight):
+        out = names["majority"](model, rows, weight)
+        seen.append({float(v) for p in model.parameters() for v in p.grad.unique()})
+        return out
+    monkeypatch.setattr(train, "gradient", majority)
+    rows = run(tiny("max_steps=20", "eval_every=0", "micro_tokens=240", "optimizer=sgd", "momentum=0.0", "lr=2e-3", "grad_clip=0.0", "weight_decay=0.0"))
+    assert all(values <= {-1.0, 0.0, 1.0} for values in seen) and rows[-1][1] < rows[0][1] - 0.2
+
+
+def touchy(monkeypatch):
+    """A loss that is not a number where token 66 ("B") is to be predicted."""
+    real = M.cross_entropy
+    monkeypatch.setitem(M.LOSSES, "touchy", lambda logits, targets: real(logits, targets) + torch.where(targets == 66, math.nan, 0.0))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_its_documents_named(tiny, monkeypatch, capsys):
+    touchy(monkeypatch)
+    loaded = tiny("model.loss=touchy", "batch_size=1", "max_steps=12", "eval_every=0", "bad_steps=0", "save_every=1", "checkpoint.keep=99")
+    run(loaded)
+    rows, said = records(loaded[0], "step", "loss", "skipped"), capsys.readouterr().out
+    tokens = tokenize_data.prepare(loaded[0], quiet=True)["train"]["chats"]
+    count = 0
+    for step, loss, skipped in rows:
+        index = int(sampler.documents(step - 1, loaded[0], {"chats": len(tokens)})[0])
+        ids, mask = tokens.document(index)
+        hit = bool(((ids[1:] == 66) & (mask[1:] == 1)).any())
+        count += hit
+        assert (loss is None) == hit and skipped == count and (f"step {step}: loss nan" in said) == hit and (not hit or f"not finite: document chats {index}\n" in said)
+        if step > 1:
+            a, b = (weights(loaded[0], s)["model.safetensors"] for s in (step - 1, step))
+            assert all(torch.equal(a[n], b[n]) for n in a) == hit
+    assert 0 < count < 12
+    for folder in checkpoint.found(loaded[0]["out_dir"])[5:]:
+        shutil.rmtree(folder)
+    run(loaded)
+    assert records(loaded[0], "step", "loss", "skipped") == rows
+
+
+def test_too_many_in_a_row_end_the_run(tiny, monkeypatch):
+    monkeypatch.setitem(M.LOSSES, "none", lambda logits, targets: M.cross_entropy(logits, targets) * math.inf)
+    with pytest.raises(ValueError, match="bad_steps: 3 steps in a row, up to 3"):
+        run(tiny("model.loss=none", "bad_steps=3", "eval_every=0"))
+
+
+# ---- when a run ends
+
+def test_a_run_ends_when_its_time_is_up(tiny, capsys):
+    loaded = tiny("max_steps=100000", "max_seconds=1.5", "eval_every=1.0", "checkpoint.export=true", "log_every=1000")
+    run(loaded)
+    last = records(loaded[0], "step", "val/chats/loss", "loss")
+    step = last[-1][0]
+    assert 3 < step < 100000 and last[-1][1] is not None and any(s == step and loss is not None for s, _, loss in last)
+    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == [f"{step:08}"] and "max_seconds are over" in capsys.readouterr().out
+    assert (Path(loaded[0]["out_dir"]) / "hf" / "model.safetensors").is_file()
+    before = Path(loaded[0]["out_dir"], "metrics.jsonl").read_text()
+    run(loaded)
+    assert Path(loaded[0]["out_dir"], "metrics.jsonl").read_text() == before
+
+
+def test_the_best_checkpoint_is_kept_exported_and_what_patience_waits_for(tiny, script):
+    more = ["max_steps=40", "eval_every=4", "checkpoint.keep=1", "best=max val/chats/loss", "patience=3", "checkpoint.export=true"]
+    loaded = tiny(*more)
+    run(loaded)
+    out = Path(loaded[0]["out_dir"])
+    figures = [(loss, step) for step, loss in records(loaded[0], "step", "val/chats/loss") if loss is not None and step]
+    best, last = max(figures)[1], figures[-1][1]
+    assert last == best + 12 < 40                                      # the wrong way round, it gets worse and worse
+    assert [p.name for p in checkpoint.found(out)] == [f"{best:08}", f"{last:08}"] and (out / "checkpoints" / "best").resolve().name == f"{best:08}"
+    exported, kept = load_file(out / "hf" / "model.safetensors"), weights(loaded[0], best)["model.safetensors"]
+    assert torch.equal(exported["model.embed_tokens.weight"], kept["embed.weight"])
+    listing = script("checkpoint.py", "ls", out).stdout.splitlines()
+    assert [line.split()[-1] for line in listing] == ["best", "latest"]
+    before = (out / "metrics.jsonl").read_text()
+    run(loaded)
+    assert (out / "metrics.jsonl").read_text() == before
+    assert train.standing([{"step": 0, "x": 9}, {"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 2}], "max x") == (2, 1) and train.standing([], "x") == (None, 0)
+
+
 # ---- evaluation and results
 
 def test_exact_match_is_measured_on_generated_answers(tiny):
@@ -253,7 +381,8 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
 @pytest.mark.parametrize("more, words", [
     (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
     (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
-    (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"])])
+    (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"]),
+    (["groups=[{match: embd}]"], ["groups", "embd"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

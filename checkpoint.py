@@ -5,6 +5,7 @@
 
     out/ft/checkpoints/00000100/model.safetensors         what is trained, in fp32: all weights, or the adapters alone
                                 optimizer.safetensors     NAME/exp_avg, … for each of them
+                                sampler.safetensors       what order=feedback has seen, if it has
                                 state.json                step, config, versions, fingerprints, checksums
     out/ft/checkpoints/latest -> 00000100                 the newest; and best, where `best` names a number
 
@@ -29,7 +30,7 @@ import model as transformer
 import shard
 import tokenize_data
 
-FORMAT = 1
+FORMAT = 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,21 +68,32 @@ def remove(folder):
         shutil.rmtree(gone)
 
 
-def snapshot(model, optimizer):
+def snapshot(model, optimizer, more, buffers):
     """A copy of what a resumed run needs, in main memory -> {file: {name: (dtype, shape, first row, rows)}}.
 
-    rows  what this rank saves of the tensor, or None where another does. The loop waits for no more than this
+    more     {name: tensor} besides, the same on all ranks
+    buffers  {} that keeps the memory the copies lie in: the first time it costs several times as long to get it
+    rows     what this rank saves of the tensor, or None where another does. The loop waits for no more than this
     """
-    def piece(t):
+    def copy(name, t):
+        if name not in buffers or buffers[name].shape != t.shape:
+            buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        return buffers[name].copy_(t, non_blocking=True)
+
+    def piece(name, t):
         if not t.dim():                                        # the optimizer's own count of steps
-            return t.dtype, [], 0, t.to("cpu", copy=True) if shard.rank() == 0 else None
+            return t.dtype, [], 0, copy(name, t) if shard.rank() == 0 else None
         mine, start, end = shard.part(t)
-        return t.dtype, list(t.shape), start, mine.to("cpu", copy=True) if start < end and shard.saves(t) else None
+        return t.dtype, list(t.shape), start, copy(name, mine) if start < end and shard.saves(t) else None
 
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {f"{name}/{key}": t for name, p in weights.items() for key, t in optimizer.state[p].items()}
-    return {"model.safetensors": {name: piece(p) for name, p in weights.items()},
-            "optimizer.safetensors": {name: piece(moments[name]) for name in sorted(moments)}}
+    files = {"model": weights, "optimizer": dict(sorted(moments.items())), "sampler": more}
+    out = {f"{file}.safetensors": {name: piece(f"{file} {name}", t) for name, t in tensors.items()}
+           for file, tensors in files.items()}
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return out
 
 
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -172,15 +184,15 @@ class Saver:
 
     def __init__(self, out_dir, keep, warn):
         self.folder, self.keep, self.warn = Path(out_dir) / "checkpoints", keep, warn
-        self.thread = self.error = None
+        self.buffers, self.thread, self.error = {}, None, None
         if shard.rank() == 0:
             for left in self.folder.glob(".*.*"):              # of a process that was killed while it wrote or deleted
                 shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step, model, optimizer, state):
+    def save(self, step, model, optimizer, more, state):
         """Step's checkpoint: returns when the copy is made. wait() tells of a failed write, which leaves the others."""
         self.wait()
-        files, folder = snapshot(model, optimizer), self.folder / f"{step:08}"
+        files, folder = snapshot(model, optimizer, more, self.buffers), self.folder / f"{step:08}"
         args = files, folder, state | {"step": step}, next(self.saves)
         self.thread = threading.Thread(target=self.work, args=args, daemon=True)
         self.thread.start()
@@ -263,10 +275,14 @@ def verified(folder):
 
 
 def restore(folder, model, optimizer):
-    """A checkpoint into a model and its optimizer, in place -> state. Raises ValueError, naming what doesn't fit."""
+    """A checkpoint into a model and its optimizer, in place -> (state, {name: tensor} of what was saved besides).
+
+    Raises ValueError, naming what doesn't fit.
+    """
     state = shard.on_first(verified, folder)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved, moments = (safe_open(Path(folder) / name, framework="pt") for name in state["checksums"])
+    saved, moments, more = (safe_open(Path(folder) / f"{name}.safetensors", framework="pt")
+                            for name in ("model", "optimizer", "sampler"))
     shapes = {name: saved.get_slice(name).get_shape() for name in saved.keys()}
     wrong = [f"{name} is missing" for name in wanted if name not in shapes]
     wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
@@ -296,7 +312,7 @@ def restore(folder, model, optimizer):
             else:
                 raise ValueError(f"{folder}: {key} is {stored.get_shape()}, which can't be laid over ranks as its "
                                  "weight is; shard.mesh.shard=1")
-    return state
+    return state, {name: more.get_tensor(name) for name in more.keys()}
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",

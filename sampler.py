@@ -64,7 +64,7 @@ def permuted(i, n, k):
     return x.astype(np.int64)
 
 
-ORDERS = ("random", "sequential", "weighted")
+ORDERS = ("random", "sequential", "weighted", "feedback")
 
 
 def quotas(cfg, sizes):
@@ -91,12 +91,15 @@ def steps_per_epoch(cfg, sizes):
     return steps
 
 
-def documents(step, cfg, sizes):
+def documents(step, cfg, sizes, seen=None):
     """Step (from 0), sizes {source: its number of documents} -> indices [<= batch_size] int64, counted through all.
 
     A source is read pass after pass, each in a new order; an epoch takes weight * size of it, the next goes on there.
+    seen  a Seen, by which order=feedback draws instead
     """
     names, n, take = quotas(cfg, sizes)
+    if seen is not None:
+        return seen.draw(cfg["batch_size"], key(cfg["seed"], 3, step))
     epoch, inside = divmod(int(step), steps_per_epoch(cfg, sizes))
     total, seed, random = int(take.sum()), cfg["seed"], cfg["sampler"]["order"] != "sequential"
     i = np.arange(inside * cfg["batch_size"], min((inside + 1) * cfg["batch_size"], total))
@@ -113,6 +116,60 @@ def documents(step, cfg, sizes):
     return out
 
 
+class Seen:
+    """order=feedback: documents are drawn in proportion to the loss that training last saw of them, by source weights.
+
+    The exception to "order is arithmetic": it has a state, which a checkpoint keeps, and a draw reads all of it. The
+    next step's documents are laid out while this one is computed, so what is told of step s counts from step s + 2 on.
+    Another way to draw by what was seen is another draw(), or something else than a loss in tell().
+    """
+
+    def __init__(self, cfg, sources):
+        _, n, take = quotas(cfg, {name: len(tokens) for name, tokens in sources.items()})
+        self.sources, self.rate = list(sources.values()), np.repeat(take / np.maximum(n, 1), n)
+        self.loss = np.full(len(self.rate), np.nan, np.float32)      # of each document, per target; nan: not seen yet
+        self.documents, self.losses = np.zeros(0, np.int64), np.zeros(0, np.float32)    # told, and not taken in yet
+
+    def tell(self, documents, losses):
+        """A step's documents and their summed losses, from all ranks, in any order."""
+        order = np.argsort(documents)
+        self.documents = np.asarray(documents, np.int64)[order]
+        targets = targets_of(self.documents, self.sources)
+        self.losses = (np.asarray(losses, np.float64)[order] / targets).astype(np.float32)
+
+    def take_in(self):
+        """Let what was told count, once the step behind it is laid out."""
+        good = np.isfinite(self.losses)
+        self.loss[self.documents[good]] = self.losses[good]
+        self.documents, self.losses = self.documents[:0], self.losses[:0]
+
+    def draw(self, count, k):
+        """-> indices [count]. Documents in a new order stand end to end, each as long as its weight; equal steps over
+        them, from a random start, hit each in proportion. Sums and quotients only: every machine gets the same.
+        """
+        known = self.loss[np.isfinite(self.loss)]
+        usual = np.cumsum(known, dtype=np.float64)[-1] / len(known) if len(known) else 1.0    # for what is not seen yet
+        weight = np.where(np.isfinite(self.loss), self.loss, usual).astype(np.float64) * self.rate + 1e-6
+        order, count = permuted(np.arange(len(weight)), len(weight), k), min(count, len(weight))
+        ends = np.cumsum(weight[order])
+        start = float(key(int(k)) >> np.uint64(11)) / 2**53
+        hit = np.searchsorted(ends, (start + np.arange(count)) * (ends[-1] / count), "right").clip(max=len(order) - 1)
+        hit = np.unique(hit)                                         # one that was hit twice leaves room …
+        rest = np.setdiff1d(np.arange(len(order)), hit)[:count - len(hit)]    # … for the first that were not
+        return order[np.concatenate([hit, rest])]
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return {"loss": self.loss, "documents": self.documents, "losses": self.losses}
+
+    def load(self, state):
+        """Raises ValueError where it is that of other documents."""
+        if len(state["loss"]) != len(self.loss):
+            raise ValueError(f"sampler.order: feedback was kept of {len(state['loss'])} documents, and there are "
+                             f"{len(self.loss)}; the same data.train, or a new run")
+        self.loss, self.documents, self.losses = (np.array(state[name]) for name in ("loss", "documents", "losses"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # rows
 
@@ -127,7 +184,9 @@ def pack(lengths, capacity, ranks=1):
 
     Every index once, no row above `capacity` tokens, equally many rows on every rank (an idle one is []), row k about
     equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into
-    the fullest it fits in; if that does, too, one more row for every rank. ValueError: a document longer than a row.
+    the fullest it fits in; if that does, too, one more row for every rank. A document that alone costs more than a row
+    does on average makes row 0 costly on one rank, so row 0 is given more on all. ValueError: a document longer than a
+    row.
     """
     lengths = [int(n) for n in lengths]
     if not lengths:
@@ -137,20 +196,31 @@ def pack(lengths, capacity, ranks=1):
                          f"micro_tokens={max(lengths)} or a smaller data.seq_len")
     order, costs = sorted(range(len(lengths)), key=lambda i: -lengths[i]), cost(lengths)
 
+    def head_starts(rows):
+        """How much costlier than the last each row is to be: at least as its longest document, the others level."""
+        least, left = [costs[i] for i in order[:rows:ranks]], costs.sum() / ranks
+        level, at = left / (rows // ranks), 0
+        while at < len(least) - 1 and least[at] > level:
+            left, at = left - least[at], at + 1
+            level = left / (rows // ranks - at)
+        return [max(0.0, b - level) for b in least] + [0.0] * (rows // ranks - len(least))
+
     def evenly(rows):
-        heap, stuck = [(0.0, r, capacity) for r in range(rows)], []
-        out = [[] for _ in range(rows)]
+        starts = head_starts(rows)
+        heap = [(-starts[r // ranks], r, capacity) for r in range(rows)]
+        out, full = [[] for _ in range(rows)], []                    # full: too full for this one, maybe not for others
         for i in order:
-            while heap and heap[0][2] < lengths[i]:            # too full for this one, maybe not for later ones
-                stuck.append(heapq.heappop(heap))
+            while full and -full[0][0] >= lengths[i]:
+                room, c, r = heapq.heappop(full)
+                heapq.heappush(heap, (c, r, -room))
+            while heap and heap[0][2] < lengths[i]:
+                c, r, room = heapq.heappop(heap)
+                heapq.heappush(full, (-room, c, r))
             if not heap:
                 return None
             c, r, room = heapq.heappop(heap)
             out[r].append(i)
             heapq.heappush(heap, (c + costs[i], r, room - lengths[i]))
-            for row in stuck:
-                heapq.heappush(heap, row)
-            stuck.clear()
         return out
 
     def tightly(rows):
@@ -195,42 +265,52 @@ def lengths_of(indices, sources):
     return out
 
 
+def targets_of(indices, sources):
+    """Target tokens of documents, by their indices through all sources. -> [n]"""
+    found = (source_of(int(index), sources) for index in indices)
+    return np.array([source.document(i)[1][1:].sum() for source, i in found], np.int64)
+
+
 def collate(indices, sources, pad_to=1):
     """Documents -> a row as numpy arrays (model.py says what they are), filled up to a multiple of pad_to.
 
     A document of n tokens is n - 1 inputs, each with the next token as its target; the last token is no input.
     """
-    parts = [source.document(i) for source, i in (source_of(int(index), sources) for index in indices)]
-    cu = np.cumsum([0, *(len(ids) - 1 for ids, _ in parts)])
-    total = -(-int(cu[-1]) // pad_to) * pad_to
+    found = [source.document(i) for source, i in (source_of(int(index), sources) for index in indices)]
+    lengths = np.array([len(ids) for ids, _ in found], np.int64)
+    ids = np.concatenate([ids for ids, _ in found] or [np.zeros(0, np.uint16)])
+    mask = np.concatenate([mask for _, mask in found] or [np.zeros(0, np.uint8)])
+    inputs = np.ones(len(ids), bool)
+    inputs[np.cumsum(lengths) - 1] = False                           # each document's last token
+    at = np.flatnonzero(inputs)
+    cu = np.concatenate([[0], np.cumsum(lengths - 1)])
+    total, n = -(-len(at) // pad_to) * pad_to, len(at)
     tokens, targets = np.zeros(total, np.int64), np.full(total, -100, np.int64)
     weights, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    for (ids, mask), start, end in zip(parts, cu, cu[1:]):
-        tokens[start:end] = ids[:-1]
-        targets[start:end] = np.where(mask[1:], ids[1:].astype(np.int64), -100)
-        weights[start:end] = mask[1:]
-        positions[start:end] = np.arange(end - start)
+    tokens[:n], weights[:n] = ids[at], mask[at + 1]
+    targets[:n] = np.where(mask[at + 1], ids[at + 1].astype(np.int64), -100)
+    positions[:n] = np.arange(n) - np.repeat(cu[:-1], lengths - 1)
     longest = max(int(np.diff(cu).max(initial=0)), total - int(cu[-1]))      # padding is a document to the kernel
     return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "max_len": longest,
             "cu_seqlens": cu.astype(np.int32), "doc_ids": np.asarray(indices, np.int64),
             "trained": np.flatnonzero(targets >= 0)}
 
 
-def step_rows(step, cfg, sources, ranks=1, rank=0, pad_to=1):
+def step_rows(step, cfg, sources, ranks=1, rank=0, pad_to=1, seen=None):
     """Everything one rank needs for a step -> (its rows, what all ranks' rows hold together).
 
     The latter is {"documents", "tokens", "target_tokens", "weight", "packing", "lengths" [n]}: every rank knows all of
     it without asking the others.
     """
     sizes = {name: len(tokens) for name, tokens in sources.items()}
-    return rows_of(documents(step, cfg, sizes), cfg, list(sources.values()), ranks, rank, pad_to)
+    return rows_of(documents(step, cfg, sizes, seen), cfg, list(sources.values()), ranks, rank, pad_to)
 
 
 def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
     """The same for a list of documents, whatever chose them."""
     lengths = lengths_of(indices, sources)
     rows = pack(lengths, cfg["micro_tokens"], ranks)
-    targets = sum(int(source.document(i)[1][1:].sum()) for source, i in (source_of(int(x), sources) for x in indices))
+    targets = int(targets_of(indices, sources).sum())
     mine = [collate(np.asarray(indices)[row], sources, pad_to) for row in rows[rank]]
     longest = [max(sum(lengths[i] for i in rows[r][k]) for r in range(ranks)) for k in range(len(rows[0]))]
     packing = float(lengths.sum() / max(1, ranks * sum(longest)))
@@ -253,10 +333,11 @@ def main(argv):
         print(f"{name}: {have:,} documents, {used:,} in an epoch")
     steps = steps_per_epoch(cfg, sizes)
     print(f"{int(take.sum()):,} documents / batch_size {cfg['batch_size']} = {steps:,} steps in an epoch")
+    seen = Seen(cfg, sources) if cfg["sampler"]["order"] == "feedback" else None
     for ranks in sorted({1, ranks}):
         fill, even, counts = [], [], []
         for step in np.unique(np.linspace(0, steps - 1, 50).astype(int)):
-            lengths = lengths_of(documents(step, cfg, sizes), list(sources.values()))
+            lengths = lengths_of(documents(step, cfg, sizes, seen), list(sources.values()))
             rows = pack(lengths, cfg["micro_tokens"], ranks)
             costs = np.array([[cost([lengths[i] for i in row]).sum() for row in rank] for rank in rows])  # [R, rows]
             counts.append(len(rows[0]))

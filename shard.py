@@ -260,9 +260,14 @@ def has_bf16(device):
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
-def row_multiple(device, dtype):
-    """What a row's length is a multiple of: kernels are prepared, and kept, for every new shape, so there are few."""
-    return 256 if device.type == "cuda" else 64 if dtype == torch.bfloat16 else 1
+def row_multiple(device, dtype, micro_tokens):
+    """What a row's length is a multiple of: kernels are prepared, and kept, for every new shape, so there are few.
+
+    A row is no longer than its step needs: on CUDA there are sixteen lengths, or fewer.
+    """
+    if device.type == "cuda":
+        return max(256, -(-micro_tokens // 16))
+    return 64 if dtype == torch.bfloat16 else 1
 
 
 def set_threads():

@@ -757,7 +757,7 @@ class Tokens:
         self.folder = Path(folder)
         self.header = read_json(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
-        read = lambda name, dtype: np.memmap(self.folder / name, dtype, "r")
+        read = lambda name, dtype: np.asarray(np.memmap(self.folder / name, dtype, "r"))    # its slices are cheaper
         self.tokens, self.mask = read("tokens.bin", self.header["dtype"]), read("mask.bin", np.uint8)
         self.offsets = read("offsets.bin", np.int64)[first:last + 1]
 

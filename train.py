@@ -181,32 +181,37 @@ def gradient(model, rows, weight):
     loss, documents = torch.zeros((), device=model.embed.weight.device), []
     for n, row in enumerate(rows, 1):
         shard.before_row(model, last=n == len(rows))                 # a model in parts adds up ranks as it goes back
-        loss_sum, _, by_document = model(row)
+        loss_sum, _, losses = model(row)
         (loss_sum / weight).backward()
         loss += loss_sum.detach() / weight
-        documents.append((row["doc_ids"], by_document))
+        documents.append((row["doc_ids"], losses))
     shard.sum_gradients(model)
     return shard.add_up(loss), documents
 
 
 def train_step(model, optimizer, rows, weight, lr, grad_clip):
-    """Forward, backward, clip, update. -> (loss, the gradient's norm before clipping, strange documents)
+    """Forward, backward, clip, update. -> (loss, the gradient's norm before clipping, are both finite?, by document)
 
-    strange  None; or, where loss or gradient is not finite, and the update is left out, those of this rank's documents
-             whose own loss is not finite. To know is the one time in a step that the device is waited for
+    Where they are not there is no update. To know is the one time in a step that the device is waited for.
     """
     loss, documents = gradient(model, rows, weight)
-    params, strange = [p for group in optimizer.param_groups for p in group["params"]], None
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params]))
-    if torch.isfinite(loss + norm):
+    finite = bool(torch.isfinite(loss + norm))
+    if finite:
         torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()
-    else:
-        strange = [int(d) for ids, losses in documents for d in ids[~torch.isfinite(losses)]]
     optimizer.zero_grad(set_to_none=model.gradient is None)          # views of one tensor stay where they are
-    return loss, norm, strange
+    return loss, norm, finite, documents
+
+
+def by_document(documents):
+    """What gradient() gives by document, of all ranks -> (indices, summed losses), as lists."""
+    mine = [(ids.tolist(), losses.tolist()) for ids, losses in documents]
+    every = [row for rows in shard.gathered(mine) for row in rows]
+    return [i for ids, _ in every for i in ids], [x for _, losses in every for x in losses]
 
 
 def to_device(row, device):
@@ -232,7 +237,7 @@ def by_label(cfg, sources):
 def validation_loss(model, sources, cfg, device):
     """Sum of weight * nll over all targets of the sources, divided by their weight: as in training."""
     total = weight = 0.0
-    n, pad_to = sum(map(len, sources)), shard.row_multiple(device, model.dtype)
+    n, pad_to = sum(map(len, sources)), shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
     for start in range(0, n, 1024):                            # documents packed together
         documents = np.arange(start, min(start + 1024, n))
         rows, info = sampler.rows_of(documents, cfg, sources, shard.ranks(), shard.rank(), pad_to)
@@ -415,9 +420,12 @@ def main(cfg, source=None, explicit=None):
     cfg = cfg | {"dtype": shard.on_first(choose_dtype, cfg, start_from)}
     model = shard.prepare(transformer.on_meta(m), m, cfg, read)
     device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
+    seen = sampler.Seen(cfg, data["train"]) if cfg["sampler"]["order"] == "feedback" else None
     if start_from:
-        saved = checkpoint.restore(start_from, model, optimizer)
+        saved, more = checkpoint.restore(start_from, model, optimizer)
         step, before = saved["step"], saved["seconds"]
+        if seen and more:
+            seen.load({name: tensor.numpy() for name, tensor in more.items()})
     skipped, in_a_row = (saved["skipped"], saved["in_a_row"]) if start_from else (0, 0)    # without an update
 
     report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
@@ -466,11 +474,13 @@ def main(cfg, source=None, explicit=None):
 
     def save():
         report.flush()                                         # a step that is saved is logged
-        saver.save(step, model, optimizer, state | {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row})
+        more = {name: torch.from_numpy(array) for name, array in seen.state().items()} if seen else {}
+        now = {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row}
+        saver.save(step, model, optimizer, more, state | now)
         return step
 
-    multiple = shard.row_multiple(device, model.dtype)
-    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple) if s < total else None
+    multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
+    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple, seen) if s < total else None
     over = step == total or shard.on_first(stale)
     end = asked_to_end()
     finished = (over or end == TIME_IS_UP) and shard.on_first((out / "hf").is_dir)
@@ -478,14 +488,19 @@ def main(cfg, source=None, explicit=None):
         coming = ahead.submit(lay_out, step)
         while not over and not end:
             rows, info = coming.result()
+            if seen:
+                seen.take_in()
             coming = ahead.submit(lay_out, step + 1)
             rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
-            loss, norm, strange = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
+            loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             step += 1
-            skipped, in_a_row = (skipped, 0) if strange is None else (skipped + 1, in_a_row + 1)
-            if strange is not None:
+            if seen:
+                seen.tell(*by_document(losses))
+            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+            if not finite:
+                strange = [i for i, loss_sum in zip(*by_document(losses)) if not math.isfinite(loss_sum)]
                 report.say(f"step {step:,}: loss {float(loss):g}, gradient norm {float(norm):g}, so no update; "
-                           f"{named(sum(shard.gathered(strange), []), data['train'])}")
+                           f"{named(strange, data['train'])}")
             if in_a_row and in_a_row == cfg["bad_steps"]:
                 report.close()
                 saver.wait()

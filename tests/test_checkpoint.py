@@ -28,7 +28,7 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
             "step, saver = int(sys.argv[2]), checkpoint.Saver(sys.argv[1], 2, print)\n"
             "while True:\n"
             "    step += 1\n"
-            "    saver.save(step, model, optimizer, {'total_steps': 0, 'versions': {'torch': ''}})\n")
+            "    saver.save(step, model, optimizer, {}, {'total_steps': 0, 'versions': {'torch': ''}})\n")
     rng, step = random.Random(0), 0
     for _ in range(6):
         process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent, stdout=subprocess.PIPE)
@@ -39,7 +39,7 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
         whole = checkpoint.found(tmp_path)
         for folder in whole:
             state = checkpoint.verified(folder)
-            assert len(state["checksums"]) == 2 and load_file(folder / "model.safetensors")["weight"].sum() == 300_000
+            assert len(state["checksums"]) == 3 and load_file(folder / "model.safetensors")["weight"].sum() == 300_000
         if whole:
             assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file() and state["step"] >= step
             step = state["step"]
@@ -127,11 +127,11 @@ def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state)
     optimizer = Odd(model.parameters(), lr=0.1)
     optimizer.step()
     saver = checkpoint.Saver(tmp_path, 1, print)
-    saver.save(3, model, optimizer, {"total_steps": 3})
+    saver.save(3, model, optimizer, {}, {"total_steps": 3})
     assert saver.wait()
     fresh = M.build(model.m, seed=1)
     again = Odd(fresh.parameters(), lr=0.1)
-    assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)["step"] == 3
+    assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)[0]["step"] == 3
     for p, q in zip(model.parameters(), fresh.parameters()):
         assert torch.equal(p, q) and torch.equal(optimizer.state[p]["kept"], again.state[q]["kept"]) and optimizer.state[p]["kept"].dtype == again.state[q]["kept"].dtype
 
@@ -141,7 +141,7 @@ def test_an_error_in_the_background_is_told_and_not_called_saved(tmp_path, capsy
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.embed.weight]["odd"] = torch.ones(2, dtype=torch.complex64)
     saver = checkpoint.Saver(tmp_path, 1, print)
-    saver.save(1, model, optimizer, {})
+    saver.save(1, model, optimizer, {}, {})
     assert not saver.wait() and "complex64" in capsys.readouterr().out and not checkpoint.found(tmp_path)
 
 

@@ -140,3 +140,38 @@ def test_ranks_read_the_same_documents_however_many_they_are(tiny):
         parts = [S.step_rows(1, c, train, ranks, rank) for rank in range(ranks)]
         assert sorted(i for rows, _ in parts for row in rows for i in row["doc_ids"]) == sorted(S.documents(1, c, {"chats": 36}))
         assert len({len(rows) for rows, _ in parts}) == 1 and len({info["weight"] for _, info in parts}) == 1
+
+
+def test_feedback_draws_in_proportion_to_the_loss_that_was_seen(tiny):
+    cfg = tiny("sampler.order=feedback", "batch_size=6")[0]
+    sources = tokenize_data.prepare(cfg, quiet=True)["train"]
+    n, sizes = len(sources["chats"]), {"chats": len(sources["chats"])}
+    seen = S.Seen(cfg, sources)
+    count = lambda steps: np.bincount(np.concatenate([S.documents(s, cfg, sizes, seen) for s in range(steps)]), minlength=n) / steps
+    even = count(600)
+    assert abs(even - 6 / n).max() < 0.06                              # nothing seen: all alike
+    targets = S.targets_of(np.arange(n), list(sources.values()))
+    losses = np.where(np.arange(n) % 3 == 0, 3.0, 1.0)
+    before = S.documents(7, cfg, sizes, seen)
+    seen.tell(np.arange(n)[::-1], (losses * targets)[::-1])
+    assert (S.documents(7, cfg, sizes, seen) == before).all()    # told, and not taken in
+    seen.take_in()
+    drawn = count(600)
+    assert abs(drawn - 6 * losses / losses.sum()).max() < 0.08
+    again = S.Seen(cfg, sources)
+    again.load(seen.state())
+    for step in range(20):
+        got = S.documents(step, cfg, sizes, seen)
+        assert len(set(got)) == 6 and (S.documents(step, cfg, sizes, again) == got).all()
+    seen.tell([0, 1], [np.nan, np.inf])
+    seen.take_in()
+    assert np.isfinite(seen.loss).all() and len(seen.draw(1000, S.key(1))) == n
+    with pytest.raises(ValueError, match="sampler.order"):
+        again.load({"loss": np.zeros(3), "documents": np.zeros(0), "losses": np.zeros(0)})
+
+
+def test_feedback_plans_a_million_documents_quickly_enough_to_hide():
+    seen = S.Seen.__new__(S.Seen)
+    seen.loss, seen.rate = np.random.default_rng(0).random(1_000_000).astype(np.float32), np.ones(1_000_000)
+    drawn = seen.draw(512, S.key(3))
+    assert len(set(drawn)) == 512 and seen.loss[drawn].mean() > 0.6    # 2/3 where the loss is uniform, 1/2 without feedback

@@ -68,7 +68,7 @@ CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20), "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
     "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"], 11),
     "one source twice, one half": (["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5", "data.train.chats.weight=2"], 23),
-    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13), "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "groups=[{match: embed, lr: 0.3}]"], 4), "sgd": (["optimizer=sgd"], 10),
+    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13), "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "groups=[{match: embed, lr: 0.3}]"], 4), "sgd": (["optimizer=sgd"], 10), "feedback": (["sampler.order=feedback"], 13), "feedback, the second step": (["sampler.order=feedback"], 1),
 }
 
 

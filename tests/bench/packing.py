@@ -1,0 +1,88 @@
+"""Packing: rows filled and ranks balanced, at once, against the packers in use.
+
+    python tests/bench/packing.py --instructlab ../training --minitrainer ../mini_trainer
+
+100,000 lognormal lengths (median 300, at most 8,192), rows of 8,192 tokens, 3,840 documents a step, 8 and 64 ranks; and
+2,000 documents of three kinds. The peers' packers are taken from checkouts; where numba is not installed they run as plain
+Python, which changes their time and nothing else. Best fit is what TRL packs by: longest first, each into the fullest
+row it fits in, rows dealt to ranks in turn. Prints a table and one line of JSON.
+
+    fill      tokens over the space of all rows on all ranks        balance   per row, the costliest rank over the mean
+"""
+import argparse, importlib.util, json, statistics, sys, time, types
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import sampler
+
+
+def peer(path):
+    """batch_lengths_to_minibatches_lpt of a checkout, as a packer of all ranks."""
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        sys.modules["numba"] = types.SimpleNamespace(njit=lambda *a, **k: a[0] if a else lambda f: f, int64=int)
+    file = next(Path(path).rglob("batch_packer.py"))
+    spec = importlib.util.spec_from_file_location("packer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda lengths, capacity, ranks: [[[i for i in row if i >= 0] for row in module.batch_lengths_to_minibatches_lpt(list(map(int, lengths)), capacity, ranks, rank)] for rank in range(ranks)]
+
+
+def best_fit(lengths, capacity, ranks):
+    rows, room = [], np.zeros(0, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        fits = np.flatnonzero(room >= lengths[i])
+        if len(fits):
+            r = fits[room[fits].argmin()]
+        else:
+            r, room = len(rows), np.append(room, capacity)
+            rows.append([])
+        rows[r].append(int(i))
+        room[r] -= lengths[i]
+    rows += [[]] * (-len(rows) % ranks)
+    return [rows[rank::ranks] for rank in range(ranks)]
+
+
+def judge(pack, lengths, capacity, ranks):
+    """-> fill, balance, seconds"""
+    start = time.perf_counter()
+    rows = pack(lengths, capacity, ranks)
+    seconds = time.perf_counter() - start
+    count = max(map(len, rows))
+    costs = np.array([[sampler.cost(lengths[row]).sum() if len(row) else 0.0 for row in list(rank) + [[]] * (count - len(rank))] for rank in rows])
+    assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(lengths))) and all(lengths[row].sum() <= capacity for rank in rows for row in rank if len(row))
+    return lengths.sum() / (ranks * count * capacity), costs.max(0).sum() / costs.mean(0).sum(), seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--instructlab", type=Path)
+    parser.add_argument("--minitrainer", type=Path)
+    args = parser.parse_args()
+    packers = {"ours": sampler.pack, "best fit": best_fit}
+    packers |= {name: peer(path) for name, path in (("InstructLab", args.instructlab), ("mini_trainer", args.minitrainer)) if path}
+    rng, result = np.random.default_rng(0), {}
+    lengths = np.clip(rng.lognormal(np.log(300), 1.0, 100_000), 8, 8192).astype(np.int64)
+    for ranks in (8, 64):
+        for name, pack in packers.items():
+            steps = [judge(pack, lengths[at:at + 3840], 8192, ranks) for at in range(0, len(lengths) - 3840, 3840 * (1 if name in ("ours", "best fit") else 5))]
+            fill, balance, seconds = (statistics.mean(s[n] for s in steps) for n in range(3))
+            result[f"{name}, {ranks} ranks"] = {"fill": round(fill, 4), "balance": round(balance, 4), "n": len(steps)}
+            print(f"{ranks:>3} ranks  {name:<13} fill {fill:.4f}   max/mean {balance:.4f}   {seconds * 1e3:7.1f} ms a step   n {len(steps)}")
+    kinds = {"lognormal": np.clip(rng.lognormal(5.7, 0.9, 2000), 8, 8192), "bimodal": np.where(rng.random(2000) < 0.8, rng.integers(50, 300, 2000), rng.integers(2000, 4096, 2000)), "uniform": rng.integers(1, 2048, 2000)}
+    for capacity in (130_000, 8192):
+        for kind, values in kinds.items():
+            values = values.astype(np.int64)
+            times = [judge(sampler.pack, values, capacity, 8) for _ in range(5)]
+            bound = -(-int(values.sum()) // (capacity * 8))
+            rows = len(sampler.pack(values, capacity, 8)[0])
+            result[f"{kind}, {capacity}"] = {"rows": rows, "bound": bound, "mean/max": round(1 / times[0][1], 4)}
+            print(f"2,000 {kind:<9} rows of {capacity:>7,}: {rows} rows, bound {bound}, mean/max {1 / times[0][1]:.4f}, {statistics.median(t[2] for t in times) / 2 * 1e3:.1f} ms per 1,000")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

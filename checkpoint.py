@@ -326,12 +326,22 @@ def differences(out_dir, cfg):
     saved = Path(out_dir) / "config.yaml"
     if not saved.is_file():
         return []
-    here, there = (configs.flat(c) for c in (cfg, configs.load([str(saved)])[0]))
-    endless = cfg["schedule"] == "constant" and type(cfg["warmup"]) is int       # its past doesn't depend on its end
-    free = FREE + (("max_steps", "epochs") if endless else ())
+    there = configs.load([str(saved)])[0]
+    free = FREE + (("max_steps", "epochs") if endless(out_dir, there) and endless(out_dir, cfg) else ())
+    here, there = configs.flat(cfg), configs.flat(there)
     kept = lambda key: any(key == f or f.endswith(".") and key.startswith(f) for f in free)
     return [f"{key}: {configs.show(there.get(key))} there, {configs.show(here.get(key))} here"
             for key in sorted(here | there) if here.get(key) != there.get(key) and not kept(key)]
+
+
+def endless(out_dir, cfg):
+    """Is what a run has done the same wherever it ends? Its warm-up counts steps, and its rate has not begun to go."""
+    if cfg["schedule"] == "constant":
+        return type(cfg["warmup"]) is int
+    if cfg["schedule"] != "wsd" or not type(cfg["warmup"]) is type(cfg["decay"]) is int or not cfg["max_steps"]:
+        return False
+    done = max((read_state(folder)["step"] for folder in found(out_dir)), default=0)
+    return done <= cfg["max_steps"] - cfg["decay"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

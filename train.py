@@ -333,7 +333,8 @@ def where_to_start(cfg):
         raise ValueError(f"out_dir: {out} holds a run that resume=never would overwrite; out_dir=NEW, or delete {out}")
     if different := checkpoint.differences(out, cfg):
         raise ValueError(f"out_dir: {out} holds a different run ({'; '.join(different)}); out_dir=NEW starts another, "
-                         f"the old keys go on with it, deleting {out} gives it up")
+                         f"with model.init_from={out}/hf from its weights; the old keys go on with it; deleting {out} "
+                         "gives it up")
     whole = checkpoint.found(out)
     if named and (not whole or out.resolve() in named.resolve().parents):
         return named                                           # else this run began there, and has gone on since
@@ -453,6 +454,8 @@ def main(cfg, source=None, explicit=None):
         record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
         report.validation({"step": step} | record)
         texts.update(found)
+        if cfg["best"] and saver.wait() and rank == 0:
+            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
 
     known = lambda: any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
     if labels and not shard.on_first(known) and due(step, cfg["eval_every"], total):
@@ -525,8 +528,6 @@ def main(cfg, source=None, explicit=None):
             if evaluating:
                 validate()
                 over = over or shard.on_first(stale)
-                if cfg["best"] and saver.wait() and rank == 0:
-                    checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
                 since, tokens = seconds(), 0                   # speed is training's
                 end = max(end, asked_to_end(timed=False))
     end = max(end, asked_to_end(timed=False))

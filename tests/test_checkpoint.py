@@ -1,5 +1,5 @@
 """checkpoint.py: a checkpoint exists whole or not at all (law 4)."""
-import os, pickle, random, signal, subprocess, sys, time
+import json, os, pickle, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -157,3 +157,10 @@ def test_ls_and_export(finished, script, tmp_path):
     for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"]):
         wrong = script("checkpoint.py", *args)
         assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_killed_again_and_again_a_run_is_the_run_that_was_not(script):
+    """tests/bench/crash.py, its quick form."""
+    done = script("tests/bench/crash.py", "--kills", "6")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and result["kills"] == 6 and not result["problems"], done.stdout + done.stderr

@@ -296,6 +296,19 @@ def test_the_best_checkpoint_is_kept_exported_and_what_patience_waits_for(tiny, 
     assert train.standing([{"step": 0, "x": 9}, {"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 2}], "max x") == (2, 1) and train.standing([], "x") == (None, 0)
 
 
+def test_a_run_that_has_not_begun_to_end_can_end_later(tiny):
+    wsd = ["schedule=wsd", "warmup=2", "decay=4", "eval_every=0", "save_every=4", "checkpoint.keep=9"]
+    whole, again = tiny(*wsd, "max_steps=16", out="whole"), lambda n: tiny(*wsd, f"max_steps={n}", out="again")
+    run(whole)
+    run(again(12))
+    with pytest.raises(ValueError, match="max_steps: 12 there, 16 here"):
+        run(again(16))                                                 # its rate has gone down already
+    shutil.rmtree(checkpoint.found(again(12)[0]["out_dir"])[-1])       # as if it had been stopped after step 8
+    assert run(again(16)) == run(whole)
+    with pytest.raises(ValueError, match="max_steps"):
+        run(again(15))
+
+
 # ---- evaluation and results
 
 def test_exact_match_is_measured_on_generated_answers(tiny):

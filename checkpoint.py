@@ -338,9 +338,11 @@ def endless(out_dir, cfg):
     """Is what a run has done the same wherever it ends? Its warm-up counts steps, and its rate has not begun to go."""
     if cfg["schedule"] == "constant":
         return type(cfg["warmup"]) is int
-    if cfg["schedule"] != "wsd" or not type(cfg["warmup"]) is type(cfg["decay"]) is int or not cfg["max_steps"]:
+    if cfg["schedule"] != "wsd" or not type(cfg["warmup"]) is type(cfg["decay"]) is int:
         return False
-    done = max((read_state(folder)["step"] for folder in found(out_dir)), default=0)
+    if not cfg["max_steps"] or cfg["epochs"]:                  # which of the two ends it is not known here
+        return False
+    done = max((int(folder.name) for folder in found(out_dir)), default=0)
     return done <= cfg["max_steps"] - cfg["decay"]
 
 

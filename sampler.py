@@ -235,7 +235,7 @@ def pack(lengths, capacity, ranks=1):
         return out
 
     rows = -(-sum(lengths) // capacity)
-    rows = -(-rows // ranks) * ranks
+    rows = max(-(-rows // ranks), 1) * ranks
     while not (bins := evenly(rows) or tightly(rows)):
         rows += ranks
     bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))    # neighbours in cost stand side by side on the ranks

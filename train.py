@@ -90,7 +90,7 @@ def adamw(groups, cfg):
 
 def sgd(groups, cfg):
     """Stochastic gradient descent with Nesterov's momentum, as deep learning writes it (Sutskever et al. 2013)."""
-    return torch.optim.SGD(groups, lr=cfg["lr"], momentum=cfg["momentum"], nesterov=cfg["momentum"] > 0, fused=True)
+    return torch.optim.SGD(groups, lr=cfg["lr"], momentum=cfg["momentum"], nesterov=cfg["momentum"] > 0)
 
 
 def orthogonal(g):
@@ -449,6 +449,11 @@ def main(cfg, source=None, explicit=None):
         stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
     asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
+    numbers = ["loss", "grad_norm"] * (cfg["log_every"] > 0) + [f"val/{label}/loss" for label in labels]
+    numbers += [f"val/{label}/exact_match" for label in labels if asked[label]]
+    if cfg["best"] and (cfg["best"].removeprefix("max ") not in numbers or not labels or not cfg["eval_every"]):
+        raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
+                         f"{', '.join(numbers) if labels and cfg['eval_every'] else 'nothing is'}")
 
     def validate():
         record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
@@ -484,7 +489,7 @@ def main(cfg, source=None, explicit=None):
 
     multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
     lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple, seen) if s < total else None
-    over = step == total or shard.on_first(stale)
+    over = step >= total or shard.on_first(stale)
     end = asked_to_end()
     finished = (over or end == TIME_IS_UP) and shard.on_first((out / "hf").is_dir)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
@@ -504,7 +509,7 @@ def main(cfg, source=None, explicit=None):
                 strange = [i for i, loss_sum in zip(*by_document(losses)) if not math.isfinite(loss_sum)]
                 report.say(f"step {step:,}: loss {float(loss):g}, gradient norm {float(norm):g}, so no update; "
                            f"{named(strange, data['train'])}")
-            if in_a_row and in_a_row == cfg["bad_steps"]:
+            if cfg["bad_steps"] and in_a_row >= cfg["bad_steps"]:
                 report.close()
                 saver.wait()
                 raise ValueError(f"bad_steps: {in_a_row} steps in a row, up to {step:,}, without a finite loss and "
@@ -551,7 +556,7 @@ def main(cfg, source=None, explicit=None):
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
     if cfg["checkpoint"]["export"] and not finished and written:
         adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
-        folder = saver.folder / ("best" if cfg["best"] else "latest")
+        folder = saver.folder / ("best" if (saver.folder / "best").is_dir() and cfg["best"] else "latest")
         shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
     if rank == 0:
         for line in outcome(cfg, step):

@@ -385,8 +385,11 @@ def check(cfg, source):
         wrong("patience", "0 where `best` names no number")
     for group in cfg["groups"]:
         known = {"match": (str,), "lr": (int, float), "weight_decay": (int, float)}
-        if not isinstance(group, dict) or "match" not in group or any(
-                type(value) not in known.get(key, ()) for key, value in group.items()):
+        try:
+            good = all(type(value) in known[key] for key, value in group.items()) and re.compile(group["match"])
+        except (AttributeError, KeyError, re.error):
+            good = False
+        if not good:
             wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
     if cfg["resume"] == "":
         wrong("resume", "auto, never or a checkpoint's path")

@@ -133,6 +133,15 @@ def test_interpolation_that_cannot_be(argv, words):
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
 
+@pytest.mark.parametrize("argv, words", [
+    (['groups=[{match: "a("}]'], ["groups", "regular expression"]), (["groups=[3]"], ["groups"]), (["groups=[{lr: 1}]"], ["groups", "match"]), (["groups=[{match: embed, lr: x}]"], ["groups"]),
+    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]), (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"])])
+def test_ranges_and_choices_are_checked(argv, words):
+    with pytest.raises(ValueError) as e:
+        configs.load(argv)
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+
 def test_loading_twice_gives_the_same_and_changes_no_argument():
     schema, imported, argv = copy.deepcopy(SCHEMA), {"a": {"b": 3}, "list": [9]}, ["free.x=[1]", "a.e=3"]
     first = configs.load(argv, imported=imported, defaults=schema)

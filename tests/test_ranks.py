@@ -145,10 +145,10 @@ GPT2 = ["model.family=gpt2", "model.norm=layernorm", "model.positions=learned", 
 HALVES, QUARTERS, BOTH = ["shard.mesh.shard=2"], ["shard.mesh.shard=4"], ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
 MODELS = {                                                             # what is trained: keys, tolerance of the loss
     "full": ([], 1e-5), "bf16": (["dtype=bfloat16"], 1e-3), "gpt-2": (GPT2, 1e-5), "lora": (["shard.lora.r=1"], 1e-5), "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
-    "muon": (["optimizer=muon"], 1e-3), "feedback": (["sampler.order=feedback"], 1e-5)}
+    "muon": (["optimizer=muon"], 1e-3), "feedback": (["sampler.order=feedback"], 1e-5), "sgd": (["optimizer=sgd"], 1e-5)}
 CELLS = [                                                              # (what, ranks, how)
     ("full", 2, []), ("full", 2, HALVES), ("full", 2, [*HALVES, "shard.reshard_after_forward=false"]), ("full", 2, [*HALVES, "shard.recompute=true"]), ("bf16", 2, []),
-    ("bf16", 2, HALVES), ("lora", 2, []), ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS), ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("feedback", 2, HALVES), ("feedback", 4, [])]
+    ("bf16", 2, HALVES), ("lora", 2, []), ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS), ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("sgd", 2, HALVES), ("feedback", 2, HALVES), ("feedback", 4, [])]
 name = lambda cell: f"{cell[0]}, {cell[1]} ranks, {' '.join(cell[2]) or 'replicated'}"
 
 

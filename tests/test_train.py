@@ -395,7 +395,7 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
     (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
     (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
     (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"]),
-    (["groups=[{match: embd}]"], ["groups", "embd"])])
+    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -19,7 +19,7 @@ A row is a dict of tensors; the documents in it don't see each other:
 What lies behind the last document is padding, outside every document. The model knows nothing of ranks and devices'
 memory: shard.py takes a finished model and changes it.
 """
-import inspect, json, math, re, shutil, sys, zlib
+import functools, inspect, json, math, re, shutil, sys, zlib
 from pathlib import Path
 
 import configs
@@ -47,11 +47,11 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32, its weights rounded as all are."""
 
-    def __init__(self, m):
+    def __init__(self, m, width):
         super().__init__()
         self.eps = m["norm_eps"]
-        self.weight = nn.Parameter(torch.empty(m["d_model"]))
-        self.bias = nn.Parameter(torch.empty(m["d_model"])) if m["norm"] == "layernorm" else None
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
         weight = self.weight.to(x.dtype).float()
@@ -62,12 +62,14 @@ class Norm(nn.Module):
 
 
 def rope_turns(positions, m):
-    """[T] -> [T, 1, E/2] complex64 of length 1: what turns the pairs (x_i, x_(i + E/2)) of a head (arXiv:2104.09864).
+    """[T] -> [T, 1, R/2] complex64 of length 1: what turns the pairs (x_i, x_(i + R/2)) of a head (arXiv:2104.09864).
 
-    Angles are taken in fp64: at position 100,000 an fp32 product is off by more than bf16's own rounding.
+    R is the part of a head's width that is turned. Angles are taken in fp64: at position 100,000 an fp32 product is
+    off by more than bf16's own rounding.
     """
-    exponents = torch.arange(0, m["head_dim"], 2, dtype=torch.float64, device=positions.device) / m["head_dim"]
-    freqs = m["rope_theta"] ** -exponents                                                             # [E/2]
+    R = int(m["head_dim"] * m["partial_rotary_factor"])
+    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
+    freqs = m["rope_theta"] ** -exponents                                                             # [R/2]
     scaling = m["rope_scaling"] or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "linear":
@@ -77,7 +79,7 @@ def rope_turns(positions, m):
         turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)   # in the first training's context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = (positions.double()[:, None] * freqs)[:, None]                                           # [T, 1, E/2]
+    angles = (positions.double()[:, None] * freqs)[:, None]                                           # [T, 1, R/2]
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
@@ -85,9 +87,13 @@ def rotate(x, turns):
     """x [T, H, E] turned by its positions' angles: a pair is a complex number, a turn a product.
 
     A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
+    The backward pass needs the angles alone: torch.complex(), unlike stack(), would keep x for it, in fp32.
     """
-    pairs = torch.complex(*x.float().chunk(2, -1)) * turns                                            # [T, H, E/2]
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    part, rest = (x, None) if x.shape[-1] == 2 * turns.shape[-1] else x.split(
+        [2 * turns.shape[-1], x.shape[-1] - 2 * turns.shape[-1]], -1)
+    pairs = torch.view_as_complex(torch.stack(part.float().chunk(2, -1), -1)) * turns                 # [T, H, R/2]
+    turned = torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    return turned if rest is None else torch.cat([turned, rest], -1)
 
 
 ACTIVATIONS = {
@@ -113,18 +119,29 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, m):
+    def __init__(self, m, n):
         super().__init__()
         self.heads, self.kv_heads, self.width = m["n_heads"], m["n_kv_heads"], m["head_dim"]
+        self.scale, self.window, self.dropout = m["attention_multiplier"], m["window"], m["attn_dropout"]
+        self.turns = m["positions"] == "rope" and bool((m["rope_layers"] or [1] * m["n_layers"])[n])
         self.qkv = Linear(m["d_model"], (self.heads + 2 * self.kv_heads) * self.width, bias=m["qkv_bias"])
         self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
+        self.q_norm = self.k_norm = None
+        if m["qk_norm"] != "none":                             # of each head (arXiv:2302.05442), or of all in one
+            each = m["qk_norm"] == "head"
+            self.q_norm = Norm(m, self.width * (1 if each else self.heads))
+            self.k_norm = Norm(m, self.width * (1 if each else self.kv_heads))
 
-    def forward(self, x, rope, attend):                                                               # [T, C]
+    def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
         qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                             # [T, H+2K, E]
-        if rope is not None:
-            turned = self.heads + self.kv_heads
-            qkv = torch.cat([rotate(qkv[:, :turned], rope), qkv[:, turned:]], 1)
-        return self.out(attend(self, qkv).flatten(1))
+        if self.turns or self.q_norm is not None:
+            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
+            if self.q_norm is not None:
+                q, k = qk.split([self.heads, self.kv_heads], 1)
+                qk = torch.cat([norm(t.reshape(len(t), -1, len(norm.weight))).view_as(t)
+                                for norm, t in ((self.q_norm, q), (self.k_norm, k))], 1)
+            qkv = torch.cat([rotate(qk, rope) if self.turns else qk, v], 1)
+        return self.out((attend(self, qkv) if keys is None else attend(self, qkv, keys)).flatten(1))
 
     def split(self, qkv, dim):
         """-> q of H heads, k and v of K heads, along `dim`"""
@@ -132,17 +149,71 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, m):
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = Norm(m), Attention(m), Norm(m), MLP(m)
+    """x + attention, then + MLP. Norms stand before both, or behind (OLMo2); or both read the same x (GPT-J, NeoX, Phi).
 
-    def forward(self, x, rope, attend):                                                               # [T, C]
-        x = x + self.attn(self.norm1(x), rope, attend)
-        return x + self.mlp(self.norm2(x))
+    keys [T] seed this block's dropout; None: there is none.
+    """
+
+    def __init__(self, m, n):
+        super().__init__()
+        self.parallel, self.after, self.scale = m["parallel_residual"], m["norm_after"], m["residual_multiplier"]
+        self.dropout = m["resid_dropout"]
+        self.norm1, self.attn = Norm(m, m["d_model"]), Attention(m, n)
+        self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
+
+    def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
+        h = x if self.after else self.norm1(x)
+        y = self.attn(h, rope, attend, keys)
+        if self.parallel:
+            h = h if self.norm2 is None else self.norm2(x)
+            return self.add(self.add(x, y, keys, 1), self.mlp(h), keys, 2)
+        x = self.add(x, self.norm1(y) if self.after else y, keys, 1)
+        return self.add(x, self.norm2(self.mlp(x)) if self.after else self.mlp(self.norm2(x)), keys, 2)
+
+    def add(self, x, y, keys, site):
+        if self.scale != 1.0:
+            y = y * self.scale
+        if keys is not None and self.dropout:
+            y = dropout(y, self.dropout, scrambled(keys + site)[:, None], torch.arange(y.shape[1], device=y.device))
+        return x + y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# attention, document by document: attend(layer, qkv [T, H+2K, E]) -> [T, H, E]
+# noise: a number is a function of seed, step, document, position and place in the model, so that neither packing, nor
+# ranks, nor a resumed run change it (a generator's state would). A document that a step draws twice has the same twice
+
+BITS = (1 << 32) - 1
+
+
+def scrambled(x):
+    """Each number below 2^32 -> another: lowbias32, the integer hash of github.com/skeeto/hash-prospector."""
+    x = ((x & BITS) >> 16 ^ x & BITS) * 0x7feb352d & BITS
+    x = (x >> 15 ^ x) * 0x846ca68b & BITS
+    return x >> 16 ^ x
+
+
+def document_of(batch):
+    """Number of the document that each token is in; what lies behind the last counts to it. -> [T]"""
+    cu, at = batch["cu_seqlens"], torch.arange(len(batch["tokens"]), device=batch["tokens"].device)
+    return torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
+
+
+def token_keys(batch):
+    """The seed of each token's noise, by batch["noise"] (anything: seed and step, say), document and position. -> [T]"""
+    if not len(batch["doc_ids"]):                              # an idle row
+        return batch["positions"]
+    seed = zlib.crc32(repr(batch["noise"]).encode())
+    return scrambled(scrambled(batch["doc_ids"][document_of(batch)].long() ^ seed) + batch["positions"])
+
+
+def dropout(x, p, keys, codes):
+    """x with each number set to 0 with probability p, the others times 1 / (1 - p); keys and codes, together, as x."""
+    keep = scrambled(keys ^ scrambled(codes)) >= int(p * (BITS + 1))
+    return torch.where(keep, x / (1 - p), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention, document by document: attend(layer, qkv [T, H+2K, E], keys of its dropout or None) -> [T, H, E]
 
 class Gather(torch.autograd.Function):
     """y = x[index], where each row of x is used at most once, save in places nobody reads.
@@ -184,7 +255,7 @@ def per_document(cu_seqlens, total, device):
             groups.append((lengths[d], []))
         groups[-1][1].append(d)
     if not groups:                                             # an idle row
-        return lambda layer, qkv: qkv[:, :layer.heads]
+        return lambda layer, qkv, keys=None: qkv[:, :layer.heads]
     there, back, at = [], torch.full((total,), -1), 0
     for longest, docs in groups:
         for d in docs:
@@ -198,19 +269,37 @@ def per_document(cu_seqlens, total, device):
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
     there, back, used = (t.to(device) for t in (there, back, used))
 
-    def attend(layer, qkv):
+    def attend(layer, qkv, keys=None):
         dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back)
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
+        keys = keys[there] if keys is not None and layer.dropout else None
         out, at = [], 0
         for longest, docs in groups:
-            part = qkv[at:at + longest * len(docs)].unflatten(0, (-1, longest)).transpose(1, 2)       # [d,H+2K,len,E]
-            at += longest * len(docs)
-            q, k, v = layer.split(part, 1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=layer.heads != layer.kv_heads)
+            part = slice(at, at + longest * len(docs))
+            q, k, v = layer.split(qkv[part].unflatten(0, (-1, longest)).transpose(1, 2), 1)           # [d, H, len, E]
+            at, mask = part.stop, None
+            if layer.window and longest > layer.window or keys is not None:                           # [len, len]
+                mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+                mask = mask if not layer.window else mask.triu(1 - layer.window)
+            if keys is None:
+                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=layer.scale,
+                                                   enable_gqa=layer.heads != layer.kv_heads)
+            else:
+                y = dropped(layer, q, k, v, mask, keys[part].unflatten(0, (-1, longest)))
             out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
         out = torch.cat(out).to(dtype)
         return out if settled else Gather.apply(out, back.clamp(min=0), used)
     return attend
+
+
+def dropped(layer, q, k, v, mask, keys):
+    """Attention whose probabilities are dropped by keys [d, len]: they stand in memory, which no kernel needs. [d,H,len,E]
+    """
+    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
+    scores = (q @ k.transpose(-1, -2)).float() * (layer.scale or layer.width ** -0.5)                 # [d, H, len, len]
+    probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    codes = (torch.arange(layer.heads, device=q.device)[:, None, None] << 20) + torch.arange(len(mask), device=q.device)
+    return dropout(probs, layer.dropout, scrambled(keys)[:, None, :, None], codes).to(v.dtype) @ v
 
 
 def varlen(cu_seqlens, total, max_len):
@@ -222,9 +311,11 @@ def varlen(cu_seqlens, total, max_len):
     end = torch.full_like(cu_seqlens[:1], total)
     cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
     old = "is_causal" in inspect.signature(varlen_attn).parameters    # later versions say it by a window
-    causal = {"is_causal": True} if old else {"window_size": (-1, 0)}
 
     def attend(layer, qkv):
+        causal = {"is_causal": True} if old else {"window_size": (layer.window - 1 if layer.window else -1, 0)}
+        if layer.scale:
+            causal["scale"] = layer.scale
         q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
@@ -234,69 +325,105 @@ def varlen(cu_seqlens, total, max_len):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# two things people change: how tokens become vectors, and what is minimized. A new one is a function and its name here
+# two things people change: how tokens become vectors, and what is minimized. A new one is a function and its name here;
+# what it takes besides comes from the config's section model.embed_options or model.loss_options
 
 def plain(model, batch):
     """One row of the table for each token. -> [T, C]"""
     return F.embedding(batch["tokens"], model.embed.weight)
 
 
-EMBEDDINGS = {"plain": plain}
+def scaled(model, batch):
+    """sqrt(C) times the row (arXiv:1706.03762, 3.4)."""
+    return plain(model, batch) * math.sqrt(model.m["d_model"])
 
 
-def cross_entropy(logits, targets):
-    """-log softmax(logits)[target]; logits [n, V] in fp32, targets [n] -> [n]"""
-    return F.cross_entropy(logits, targets, reduction="none")
+def neftune(model, batch, alpha):
+    """In training, the row plus noise from U(-1, 1) * alpha / sqrt(L C), for a document of L tokens (arXiv:2310.05914)."""
+    x = plain(model, batch)
+    if "noise" not in batch or not len(batch["doc_ids"]):
+        return x
+    codes = scrambled(torch.arange(x.shape[1], device=x.device))
+    uniform = scrambled(scrambled(token_keys(batch) + 3)[:, None] ^ codes) / BITS * 2 - 1             # [T, C]
+    lengths = batch["cu_seqlens"].diff()[document_of(batch)][:, None]                                 # [T, 1]
+    return x + uniform * alpha / (lengths * x.shape[1]).sqrt()
 
 
-LOSSES = {"cross_entropy": cross_entropy}
+EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
+
+
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
+    """-log softmax(logits)[target]; logits [n, V] in fp32, targets [n] -> [n]
+
+    label_smoothing  that share of the target is spread over all V tokens (arXiv:1512.00567, 7)
+    z_loss           times log(sum of exp(logits))^2: keeps logits near a sum of 1 (arXiv:2204.02311, 5)
+    """
+    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return nll + z_loss * logits.logsumexp(-1) ** 2 if z_loss else nll
+
+
+def dft(logits, targets):
+    """-p log p of the target's probability p, the first p a constant: unlikely tokens pull less (arXiv:2508.05629, 3)."""
+    nll = cross_entropy(logits, targets)
+    return nll * (-nll).detach().exp()
+
+
+LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
 class ChunkedLoss(torch.autograd.Function):
     """Head and loss over chunks of tokens, so that the logits of all of them never stand in memory at once.
 
     A chunk's gradient is taken right away, in the forward pass, while its logits are there; the backward pass only
-    scales what was gathered (the loss is one number, so its gradient is one factor). x [N, C], head [V, C], bias None,
-    targets [N], weights [N] -> (sum of weight * loss, loss per token [N], which carries no gradient).
+    scales what was gathered (the loss is one number, so its gradient is one factor). x [N, C], head [V', C], targets
+    [N], weights [N], bias [V'] or None -> (sum of weight * loss, loss per token [N], which carries no gradient). Only
+    the first V of the V' rows are tokens. In bf16 a chunk's products are rounded once; chunks add up in fp32.
     """
     @staticmethod
-    def forward(ctx, x, head, targets, weights, loss):
+    def forward(ctx, x, head, targets, weights, loss, bias=None, V=None):
         ctx.n, fill = len(x), -len(x) % 64                     # few shapes; what is filled in weighs 0
         x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
-        want_x, want_head = ctx.needs_input_grad[:2]
-        w = head.to(x.dtype)                                                                          # [V, C]
+        want_x, want_head, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None
+        w, rows, V = head.to(x.dtype), len(head), V or len(head)                                      # [V', C]
+        b = None if bias is None else bias.to(x.dtype)
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
+        db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        step = max(64, CHUNK // len(head))
+        step = max(1024 if x.is_cuda else 64, CHUNK // rows)
         for at in range(0, len(x), step):
             part = slice(at, at + step)
-            logits = (x[part] @ w.T).float()                                                          # [n, V]
+            logits = F.linear(x[part], w, b)[:, :V].float()                                           # [n, V]
             with torch.enable_grad():
                 logits.requires_grad_(want_x or want_head)
                 nll = loss(logits, targets[part])
                 if want_x or want_head:
                     grad, = torch.autograd.grad((nll * weights[part]).sum(), logits)
-                    grad = grad.to(x.dtype)
+                    grad = F.pad(grad.to(x.dtype), (0, rows - V)) if rows > V else grad.to(x.dtype)   # [n, V']
             losses[part] = nll.detach()
+            del logits, nll                                    # or they stand beside the next chunk's
             if want_x:
-                dx[part] = grad @ w
-            if want_head:
+                torch.mm(grad, w, out=dx[part])
+            if want_head and x.dtype == torch.float32:
+                dw.addmm_(grad.T, x[part])
+            elif want_head:
                 dw += grad.T @ x[part]
-        ctx.save_for_backward(dx, dw)
+            if want_bias and (want_x or want_head):
+                db += grad.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(dx, dw, db)
         loss_sum, losses = (losses * weights).sum(), losses[:ctx.n]
         ctx.mark_non_differentiable(losses)
         return loss_sum, losses
 
     @staticmethod
     def backward(ctx, grad_sum, _):
-        dx, dw = ctx.saved_tensors
-        dx = None if dx is None else dx[:ctx.n] * grad_sum
-        dw = None if dw is None else dw * grad_sum
-        return dx, dw, None, None, None
+        dx, dw, db = (None if d is None else d.mul_(grad_sum) for d in ctx.saved_tensors)    # in place: once, no copy
+        return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-CHUNK = 1 << 25                                                # logits in a chunk: 128 MB in fp32, matmuls still tall
+# Logits in a chunk, 32 MB in fp32, of which four or five stand at once: the logits, their softmax, its gradients. On a
+# CPU time is flat from here up. A GPU has chunks of at least 1,024 tokens, or it would wait for the head's weights.
+CHUNK = 1 << 23
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,54 +434,82 @@ class Transformer(nn.Module):
         super().__init__()
         self.m = m
         kind = (scaling := m["rope_scaling"] or {}).get("rope_type", scaling.get("type", "default"))
+        self.rows = -(-m["vocab_size"] // m["pad_vocab_size_multiple"]) * m["pad_vocab_size_multiple"]
         choices = {"loss": LOSSES, "embed": EMBEDDINGS, "norm": ("rmsnorm", "layernorm"), "activation": ACTIVATIONS,
-                   "positions": ("rope", "learned"), "rope_scaling.rope_type": ("default", "linear", "llama3")}
+                   "positions": ("rope", "learned"), "rope_scaling.rope_type": ("default", "linear", "llama3"),
+                   "qk_norm": ("none", "head", "all")}
         for key, known in choices.items():
             if (value := m.get(key, kind)) not in known:
                 raise ValueError(f"model.{key}: {value} is none of {', '.join(known)}")
-        self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
+        self.embed = nn.Embedding(self.rows, m["d_model"])
         self.pos = nn.Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
-        self.blocks = nn.ModuleList(Block(m) for _ in range(m["n_layers"]))
-        self.norm = Norm(m)
-        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], m["vocab_size"], bias=False)
+        self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
+        self.norm = Norm(m, m["d_model"])
+        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.rows, bias=False)
+        self.head_bias = nn.Parameter(torch.empty(self.rows)) if m["head_bias"] else None
+        self.loss = with_options("loss", LOSSES[m["loss"]], m, 2)
+        self.embedded = with_options("embed", EMBEDDINGS[m["embed"]], m, 2)
         self.dtype, self.recompute = torch.float32, False            # of the computation; shard.py sets both …
         self.gradient = None                                         # … and may lay all gradients into one tensor
 
     def forward(self, batch):
         """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""
         total, cu = len(batch["tokens"]), batch["cu_seqlens"]
-        fast = cu.is_cuda and self.dtype != torch.float32
+        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.m["attn_dropout"])
         x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
         at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
         weights = batch["weights"][at]
-        loss = LOSSES[self.m["loss"]]
-        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, loss)
+        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, self.loss,
+                                             self.head_bias, self.m["vocab_size"])
         doc = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
         docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, doc, losses * weights)
         return loss_sum, weights.sum(), docs
 
     def hidden(self, batch, attend):
         """What the head reads. -> [T, C]"""
-        positions = batch["positions"]
-        x = EMBEDDINGS[self.m["embed"]](self, batch)                                                  # [T, C]
+        m, positions, keys = self.m, batch["positions"], None
+        x = self.embedded(self, batch)                                                                # [T, C]
+        if m["embedding_multiplier"] != 1.0:
+            x = x * m["embedding_multiplier"]
         if self.pos is not None:
             x = x + F.embedding(positions, self.pos.weight)
-        x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, self.m)
-        for block in self.blocks:
+        if "noise" in batch and (m["embed_dropout"] or m["attn_dropout"] or m["resid_dropout"]):
+            keys = token_keys(batch)                                                                  # [T]
+            if m["embed_dropout"]:
+                x = dropout(x, m["embed_dropout"], keys[:, None], torch.arange(x.shape[1], device=x.device))
+        x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, m)
+        for n, block in enumerate(self.blocks):
+            args = x, rope, attend, None if keys is None else scrambled(keys + n + 1)
             if self.recompute and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, attend, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(x, rope, attend)
-        return self.norm(x)
+                x = block(*args)
+        x = self.norm(x)
+        return x if m["logits_scaling"] == 1.0 else x / m["logits_scaling"]
 
     def head_weight(self):
-        return self.embed.weight if self.head is None else self.head.weight                           # [V, C]
+        return self.embed.weight if self.head is None else self.head.weight                           # [V', C]
 
     def logits(self, batch, attend=None):
         """All logits, for generation and tests. -> [T, V] in fp32"""
         attend = attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device)
-        x = self.hidden(batch, attend)
-        return (x @ self.head_weight().to(x.dtype).T).float()
+        x, bias = self.hidden(batch, attend), self.head_bias
+        logits = F.linear(x, self.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return logits[:, :self.m["vocab_size"]].float()
+
+
+def with_options(key, function, m, given):
+    """A loss or an embedding with its options from the config bound. Raises ValueError for one it doesn't take, or needs.
+
+    given  how many arguments it gets besides
+    """
+    takes, options = list(inspect.signature(function).parameters.values())[given:], m[f"{key}_options"]
+    names = [p.name for p in takes]
+    if strange := [name for name in options if name not in names]:
+        raise ValueError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
+    if lacking := [p.name for p in takes if p.default is p.empty and p.name not in options]:
+        raise ValueError(f"model.{key}_options.{lacking[0]}: {m[key]} needs it, a number")
+    return functools.partial(function, **options) if options else function
 
 
 def build(m, seed=0, device="cpu"):
@@ -362,32 +517,42 @@ def build(m, seed=0, device="cpu"):
     return fill(on_meta(m).to_empty(device=device), new_weights(m, seed))
 
 
-def fill(model, read):
-    """Give a model its weights, in place. -> the model
+def fill(model, read, part=lambda p: (p, 0, len(p))):
+    """Give a model its weights, in place, some MB at a time: besides them nothing large is in memory. -> the model
 
     read  (name, first row, one behind the last) -> those rows of that tensor: new_weights() or stored_weights(), so
           that a process which holds a part of a tensor reads no more than that
+    part  a parameter -> (what is held of it here, its first row, one behind its last)
     """
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(read(name, 0, len(p)))
+            mine, start, end = part(p)
+            rows = max(1, (1 << 24) // math.prod(p.shape[1:]))
+            for at in range(start, end, rows):
+                mine[at - start:at - start + rows].copy_(read(name, at, min(at + rows, end)))
     return model
 
 
 def new_weights(m, seed):
     """-> read() of new weights.
 
-    Matrices are normal with init_std, those that write into the residual stream narrower by sqrt(2 L) (GPT-2); norms
-    are 1, biases 0. Each tensor is seeded by its own name, so that it is the same whatever else the model has.
+    Matrices are normal with init_std; with init_by_depth those that write into the residual stream are narrower by
+    sqrt(2 L), as in GPT-2; norms are 1, biases and what only pads the vocabulary 0. Every thousand rows are seeded by
+    their tensor's name, so that they are the same whatever else the model has, and whoever reads them.
     """
-    shapes = {name: p.shape for name, p in on_meta(m).named_parameters()}
+    shapes, each = {name: p.shape for name, p in on_meta(m).named_parameters()}, 1024
 
     def read(name, start, end):
         if len(shapes[name]) < 2:
             return torch.full((end - start,), 1.0 if name.endswith("weight") else 0.0)
-        writes = name.endswith(("attn.out.weight", "mlp.down.weight"))
-        std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if writes else m["init_std"]
-        return torch.empty(shapes[name]).normal_(0, std, generator=seeded(seed, name))[start:end]
+        narrow = m["init_by_depth"] and name.endswith(("attn.out.weight", "mlp.down.weight"))
+        std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if narrow else m["init_std"]
+        drawn, out, begin = known_rows(name, shapes[name][0], m), [], start // each * each
+        for first in range(begin, end, each):
+            block = torch.zeros(min(each, shapes[name][0] - first), *shapes[name][1:])
+            block[:max(0, drawn - first)].normal_(0, std, generator=seeded(seed, f"{name} {first}" if first else name))
+            out.append(block)
+        return torch.cat(out)[start - begin:end - begin]
     return read
 
 
@@ -403,16 +568,18 @@ def on_meta(m):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's format, in and out
 
+def their_names(name, m):
+    """A parameter's name -> [their names of what it is stacked of, along the outputs], by configs/families.yaml."""
+    theirs = configs.families()[m["family"]]["weights"].get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
+    if theirs is None:
+        raise ValueError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
+    i = name.split(".")[1] if name.startswith("blocks.") else ""
+    return [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
+
+
 def weight_names(model, m):
-    """{our name: [their names, stacked along the outputs]} of all the model's parameters, by configs/families.yaml."""
-    table, out = configs.families()[m["family"]]["weights"], {}
-    for name, p in model.named_parameters():
-        i = name.split(".")[1]                                 # of a block; not used elsewhere
-        theirs = table.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
-        if theirs is None:
-            raise ValueError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
-        out[name] = [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
-    return out
+    """{our name: their_names()} of all the model's parameters."""
+    return {name: their_names(name, m) for name, _ in model.named_parameters()}
 
 
 def part_sizes(name, m):
@@ -420,6 +587,29 @@ def part_sizes(name, m):
     if ".attn.qkv." in name:
         return [m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]]
     return [m["d_ff"], m["d_ff"]]
+
+
+def known_rows(name, rows, m):
+    """Rows of a parameter without those that only pad the vocabulary."""
+    return m["vocab_size"] if name in ("embed.weight", "head.weight", "head_bias") else rows
+
+
+def pieces(name, rows, m):
+    """Where the first `rows` rows of a parameter stand in their files, in our order -> [(their name, first row, rows)]"""
+    names = their_names(name, m)
+    if name.endswith(tuple(configs.families()[m["family"]].get("by_head", ["-"]))):    # theirs: q, k, v of head 0, …
+        E = m["head_dim"]
+        return [(names[0], (3 * head + part) * E, E) for part in range(3) for head in range(m["n_heads"])]
+    return [(key, 0, n) for key, n in zip(names, part_sizes(name, m) if len(names) > 1 else [rows])]
+
+
+def as_stored(name, t, m):
+    """A tensor with our rows of a parameter -> {their name: their rows}"""
+    out, where = {}, pieces(name, len(t), m)
+    for (key, first, _), part in zip(where, t.split([rows for *_, rows in where])):
+        out.setdefault(key, []).append((first, part))
+    in_order = {key: [part for _, part in sorted(parts, key=lambda p: p[0])] for key, parts in out.items()}
+    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in in_order.items()}
 
 
 def matrices(name, p, m):
@@ -431,7 +621,8 @@ def matrices(name, p, m):
 
 
 def find_model(path):
-    """A folder with config.json, or a run's -> the folder with config.json. Raises ValueError."""
+    """A folder with config.json, or a run's, or a hub id -> the folder with config.json. Raises ValueError."""
+    path = configs.pretrained(str(path))
     for folder in (Path(path), Path(path) / "hf"):
         if (folder / "config.json").is_file():
             return folder
@@ -454,51 +645,76 @@ def load(path, m=None, device="cpu"):
 def stored_weights(path, m):
     """A pretrained folder (or a run's) -> read() of its weights, in the dtype they are stored in.
 
-    Only safetensors are read, memory-mapped, and of them only what read() is asked for. Raises ValueError naming all
-    that is missing, unknown or misshapen at once.
+    Only safetensors are read, memory-mapped, and of them only what read() is asked for. Where the vocabulary has grown
+    beyond theirs, new tokens start at the mean of the old. Raises ValueError naming all that is missing, unknown or
+    misshapen at once, and the keys that contradict config.json.
     """
-    from safetensors import SafetensorError, safe_open
-    folder, family = find_model(path), configs.families()[m["family"]]
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [f.name for f in folder.glob("*.bin")]
-        hint = (f"; {pickles[0]} is a pickle, which can run code; with transformers, AutoModelForCausalLM"
-                f".from_pretrained('{folder}').save_pretrained('{folder}') converts it") if pickles else ""
-        raise ValueError(f"{folder}: holds no safetensors{hint}")
-    try:
-        opened = [safe_open(f, framework="pt") for f in files]
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{folder}: a damaged safetensors file: {e}") from None
-    where = {key: f for f in opened for key in f.keys()}
+    folder = find_model(path)
+    family, theirs, where = configs.families()[m["family"]], configs.read_model(folder), open_weights(folder)
+    older, known = family.get("older", {}), min(m["vocab_size"], theirs["vocab_size"])
     model, turned = on_meta(m), tuple(family.get("transposed", ()))
-    names, places, wrong = weight_names(model, m), {}, []      # places: our name -> [(their key, its rows)]
+    places, wrong = {}, []                                     # our name -> [(their key, first row, rows)]
     for name, p in model.named_parameters():
-        places[name] = []
-        for theirs, rows in zip(names[name], part_sizes(name, m) if len(names[name]) > 1 else [len(p)]):
-            key = theirs if theirs in where else theirs.removeprefix(family["prefix"])
+        places[name], sizes = [], {}
+        for key, first, rows in pieces(name, known_rows(name, len(p), m | {"vocab_size": known}), m):
+            key = next((k for k in (key, key.removeprefix(family["prefix"]), older.get(key)) if k in where), key)
+            places[name].append((key, first, rows))
+            sizes[key] = sizes.get(key, 0) + rows
+        for key, rows in sizes.items():
+            want = [rows, *p.shape[1:]]
+            want = want[::-1] if name.endswith(turned) else want
             if key not in where:
-                wrong.append(f"{theirs} is missing")
-                continue
-            places[name].append((key, rows))
-            stored, want = where[key].get_slice(key).get_shape(), [rows, *p.shape[1:]]
-            if stored != (want[::-1] if name.endswith(turned) else want):
-                wrong.append(f"{theirs} is {stored}, and the config makes it {want}")
-    used = {key for parts in places.values() for key, _ in parts}
-    ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if m["tie_embeddings"] else ())
+                wrong.append(f"{key} is missing")
+            elif (stored := where[key].get_slice(key).get_shape()) != want:
+                wrong.append(f"{key} is {stored}, and the config makes it {want}")
+    used = {key for parts in places.values() for key, *_ in parts}
+    ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if theirs["tie_embeddings"] else ())
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
-        raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}")
+        said = [f"model.{key} = {m[key]}, where config.json says {value}" for key, value in theirs.items()
+                if value is not None and m[key] != value]
+        raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
+
+    @functools.cache
+    def mean(key):
+        stored, total = where[key].get_slice(key), 0
+        for at in range(0, known, 8192):
+            total = total + stored[at:at + 8192].double().sum(0)
+        return total / known
 
     def read(name, start, end):
         out, at = [], 0
-        for key, rows in places[name]:
-            first, last = max(start - at, 0), min(end - at, rows)
-            if first < last:
+        for key, first, rows in places[name]:
+            a, b = max(start - at, 0), min(end - at, rows)
+            if a < b:
                 stored = where[key].get_slice(key)
-                out.append(stored[:, first:last].T if name.endswith(turned) else stored[first:last])
+                out.append(stored[:, first + a:first + b].T if name.endswith(turned) else stored[first + a:first + b])
             at += rows
-        return torch.cat(out)
+        if end > at:                                           # tokens the file doesn't know, and what only pads
+            new, start = torch.zeros(end - max(start, at), *model.get_parameter(name).shape[1:]), max(start, at)
+            new[:max(0, m["vocab_size"] - start)] = mean(places[name][0][0]).float()
+            out.append(new)
+        return torch.cat(out) if len(out) > 1 else out[0]
     return read
+
+
+def open_weights(folder):
+    """-> {their name: the open safetensors file that holds it}. Raises ValueError: none there, pickles, or damage."""
+    from safetensors import SafetensorError, safe_open
+    index = folder / "model.safetensors.index.json"
+    try:
+        files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
+        if index.is_file() and files[:1] != [folder / "model.safetensors"]:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        opened = [safe_open(f, framework="pt") for f in files]
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{folder}: a damaged or missing safetensors file: {e}") from None
+    if not files:
+        pickles = ", ".join(f.name for f in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")))
+        raise ValueError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run code "
+                         "and are not read; this converts one: python -c \"from transformers import AutoModelForCausalLM"
+                         f" as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+    return {key: f for f in opened for key in f.keys()}
 
 
 def listed(wrong, most=8):
@@ -514,6 +730,11 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     stop    ids that end a generation;  bos  the id a text begins with
     """
     from safetensors.torch import save_file
+    if m["embed"] == "scaled":                                 # no config.json here says it: it goes into the weights
+        table, tied, scale = read, m["tie_embeddings"], math.sqrt(m["d_model"])
+        read = lambda name: (table(name) * scale if name == "embed.weight" else
+                             table("embed.weight" if tied and name == "head.weight" else name))
+        m = m | {"embed": "plain", "tie_embeddings": False}
     folder, family, model = Path(folder), configs.families()[m["family"]], on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
     original = Path(source or "/nowhere") / "config.json"
@@ -526,7 +747,8 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     if stop or bos is not None:
         config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
     absent = family.get("refuse", {})                          # what we don't compute, said even where it is null
-    config = {key: value for key, value in config.items() if value is not None} | absent
+    null = [ways[0] for ways in family["keys"].values() if isinstance(ways, list) and ways[-1] is not None]
+    config = {key: value for key, value in config.items() if value is not None or key in null} | absent
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     dtype = getattr(torch, dtype)
@@ -537,13 +759,13 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
             size = 0
         files[-1].append(name)
         size += p.numel() * dtype.itemsize
-    names, index, total = weight_names(model, m), {}, 0
+    index, total, turned = {}, 0, tuple(family.get("transposed", ()))
     for n, ours in enumerate(files):
         tensors = {}
         for name in ours:
-            whole = read(name).detach().to("cpu", dtype)
-            for key, part in zip(names[name], whole.split(part_sizes(name, m)) if len(names[name]) > 1 else [whole]):
-                tensors[key] = (part.T if name.endswith(tuple(family.get("transposed", ()))) else part).contiguous()
+            whole = read(name).detach()[:known_rows(name, None, m)].to("cpu", dtype)
+            for key, t in as_stored(name, whole, m).items():
+                tensors[key] = (t.T if name.endswith(turned) else t).contiguous()
         label = "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
         save_file(tensors, folder / label, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / label)    # safetensors writes for the owner alone
@@ -587,7 +809,7 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     length, every = torch.tensor([len(p) for p in prompts], device=device), torch.arange(B, device=device)    # [B]
     rows = torch.repeat_interleave(every, length)                                                     # [T]
 
-    def remember(layer, qkv):                                  # the prompts, packed
+    def remember(layer, qkv, keys=None):                       # the prompts, packed
         keys_values, cache[layer] = layer.split(qkv, 1)[1:], []
         for new in keys_values:
             store = torch.zeros(B, room, *new.shape[1:], dtype=new.dtype, device=device)              # [B, room, K, E]
@@ -595,15 +817,16 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
             cache[layer].append(store)
         return inside(layer, qkv)
 
-    def recall(layer, qkv):                                    # one token of each prompt
+    def recall(layer, qkv, keys=None):                         # one token of each prompt
         q, *keys_values = layer.split(qkv, 1)
         for store, new in zip(cache[layer], keys_values):
             store[every, length] = new
         upto = int(length.max()) + 1
         keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                    # [B, K, upto, E]
-        seen = (torch.arange(upto, device=device) <= length[:, None])[:, None, None]                  # [B, 1, 1, upto]
-        grouped = layer.heads != layer.kv_heads
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, enable_gqa=grouped)
+        back = length[:, None] - torch.arange(upto, device=device)                                    # [B, upto]
+        seen = (back >= 0 if not layer.window else (back >= 0) & (back < layer.window))[:, None, None]
+        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, scale=layer.scale,
+                                           enable_gqa=layer.heads != layer.kv_heads)
         return y[:, :, 0]                                                                             # [B, H, E]
 
     random, stop = torch.Generator(device=device).manual_seed(seed), set(stop)
@@ -655,10 +878,10 @@ def flops(model, lengths, n_targets):
     tokens that have a loss; attention causal and per document, so that packing earns nothing it doesn't do.
     """
     each = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in model.blocks.named_parameters() if p.dim() == 2)
-    head = model.head_weight()
-    m = model.m
-    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * sum(int(n) ** 2 for n in lengths)
-    return each * int(sum(lengths)) + head.numel() * (6 if head.requires_grad else 4) * int(n_targets) + attention
+    m, head = model.m, 6 if model.head_weight().requires_grad else 4
+    pairs = sum(int(n) ** 2 - max(0, int(n) - (m["window"] or int(n))) ** 2 for n in lengths)    # seen, times 2
+    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * pairs
+    return each * int(sum(lengths)) + m["vocab_size"] * m["d_model"] * head * int(n_targets) + attention
 
 
 def summary(model, m):

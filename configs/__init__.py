@@ -14,7 +14,7 @@ Layers, each a plain dict laid over the one before:
 What files and command line set is kept apart as `explicit`: it is what a run saves as its config.yaml. This package
 imports neither torch nor numpy, so that a wrong key is found in a tenth of a second.
 """
-import copy, difflib, json, os, re, sys
+import copy, difflib, functools, json, os, re, sys
 from pathlib import Path
 
 import yaml
@@ -287,16 +287,49 @@ def resolve(cfg, defaults, source, env):
 # ---------------------------------------------------------------------------------------------------------------------
 # the imported layer: a pretrained model's config.json in our words
 
+@functools.cache
 def families():
     """families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}; the file says what each means."""
-    return read_file(HERE / "families.yaml")
+    table = read_file(HERE / "families.yaml")
+    for name, own in table.items():
+        base = table[own["like"]] if "like" in own else {}
+        table[name] = {key: value for key, value in base.items() if key not in ("new", "refuse")} | own
+        for key in ("keys", "fixed", "weights"):
+            both = base.get(key, {}) | own.get(key, {})
+            table[name][key] = {ours: theirs for ours, theirs in both.items() if theirs is not None}
+    return table
 
 
 def imported_model(cfg):
     """{"model": ...} as model.init_from's config.json says it; without one, what is so in every model of the family."""
-    folder, family = cfg["model"]["init_from"], cfg["model"]["family"]
+    folder, family = cfg["model"]["init_from"], families().get(cfg["model"]["family"], {})
     if not folder:
-        return {"model": families().get(family, {}).get("fixed", {})}
+        return {"model": family.get("new", {}) | family.get("fixed", {})}
+    return {"model": read_model(pretrained(folder))}
+
+
+@functools.cache
+def pretrained(name):
+    """A folder, or a hub id (owner/name) -> the folder: the id's files, by huggingface_hub's own cache and settings.
+
+    Raises ValueError where it is no folder and the hub has not given it.
+    """
+    if Path(name).parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"model.init_from: {name} is no folder; to have it from the hub, pip install huggingface_hub")
+    try:                                                             # no pickles, nothing that would be run
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+        return snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except Exception as e:
+        reason = next((line for line in str(e).splitlines() if line), type(e).__name__)
+        raise ValueError(f"model.init_from: {name} is no folder, and the hub has not given it: {reason}") from None
+
+
+def read_model(folder):
+    """A pretrained folder -> its config.json in our words. Raises ValueError."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         hint = f"{folder}/hf does" if (Path(folder) / "hf").is_dir() else "give a model folder in Hugging Face format"
@@ -307,7 +340,7 @@ def imported_model(cfg):
         raise ValueError(f"{path}: not valid JSON: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(theirs, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(theirs).__name__}")
-    return {"model": translate(theirs, path)}
+    return translate(theirs, path)
 
 
 def translate(theirs, path):
@@ -325,6 +358,10 @@ def translate(theirs, path):
         if not found and isinstance(ways[-1], str):
             raise ValueError(f"{path}: lacks {ways[0]}, which a {name} model needs")
         ours[key] = found[0] if found else ways[-1]
+    if scaling := ours.get("rope_scaling"):                          # newer files say all of rope in this section
+        scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+        ours["rope_scaling"] = None if plain else scaling
     for key, value in family.get("refuse", {}).items():
         if theirs.get(key, value) != value:
             raise ValueError(f"{path}: {key} = {theirs[key]!r} is not supported, only {value!r}")
@@ -341,11 +378,14 @@ AT_LEAST = {                                                         # {key: lea
     "save_every": 0, "log_every": 0, "patience": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0, "seed": 0,
     "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
     "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
-    "model.max_len": 1, "model.norm_eps": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0,
+    "model.max_len": 1, "model.norm_eps": 0, "model.window": 1, "model.pad_vocab_size_multiple": 1,
+    "model.embed_dropout": 0, "model.attn_dropout": 0, "model.resid_dropout": 0, "model.partial_rotary_factor": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0,
     "shard.lora.alpha": 0}
-INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
+INTS = ("max_steps", "model.window", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
         "shard.mesh.replicate", "shard.mesh.shard")                  # or null
 SHAPES = ("auto", "chat", "text")
+OWN = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options", "embed", "embed_options",
+       "embed_dropout", "attn_dropout", "resid_dropout", "pad_vocab_size_multiple")    # no config.json need say them
 LONGEST = 1024                                                       # data.seq_len where nobody says, or model.max_len
 
 
@@ -361,10 +401,15 @@ def derive(cfg, source):
     fill(m, "head_dim", m["d_model"] // max(m["n_heads"], 1), "model.")  # no heads: check() says so
     gated = (m["d_model"] * 8 // 3 + 63) // 64 * 64                  # 3 matrices, not 2, of about the same size in all
     fill(m, "d_ff", gated if m["glu"] else 4 * m["d_model"], "model.")
+    said = families().get(m["family"], {}).get("keys", {})           # where the family's files say them, null is no value
+    if "rope_layers" in said:
+        fill(m, "rope_layers", [1] * m["n_layers"], "model.")
+    if "attention_multiplier" in said:
+        fill(m, "attention_multiplier", max(m["head_dim"], 1) ** -0.5, "model.")
     fill(lora, "alpha", 2.0 * lora["r"], "shard.lora.")
 
 
-def check(cfg, source):
+def check(cfg, source, defaults):
     """Ranges and choices of this project's keys. Changes nothing; raises ValueError."""
     def wrong(key, want):
         raise ValueError(f"{key}: expected {want}, got {show(get(cfg, key))} (from {source.get(key, 'cfg')})")
@@ -404,20 +449,24 @@ def check(cfg, source):
     m, table = cfg["model"], families()
     if m["n_heads"] % m["n_kv_heads"]:
         wrong("model.n_kv_heads", f"a divisor of model.n_heads ({m['n_heads']})")
-    if m["positions"] == "rope" and m["head_dim"] % 2:
-        wrong("model.head_dim", "an even number: rope turns pairs")
+    if m["positions"] == "rope" and int(m["head_dim"] * m["partial_rotary_factor"]) % 2:
+        wrong("model.head_dim", "an even number (times model.partial_rotary_factor): rope turns pairs")
+    for key in ("embed_dropout", "attn_dropout", "resid_dropout"):
+        if m[key] >= 1:
+            wrong(f"model.{key}", "a number below 1")
+    if m["rope_layers"] is not None and (type(m["rope_layers"]) is not list or len(m["rope_layers"]) != m["n_layers"]):
+        wrong("model.rope_layers", f"a list of {m['n_layers']} (model.n_layers), 1: with rope, 0: without")
     if m["family"] not in table:
         wrong("model.family", f"one of {', '.join(table)}")
     family, said = table[m["family"]], {}                            # what its config.json can't say, it can't be
-    for key, value in family["fixed"].items():
-        if m[key] != value:
-            wrong(f"model.{key}", f"{show(value)}, as every {m['family']} model has it")
-    for key, value in (("n_kv_heads", m["n_heads"]), ("head_dim", m["d_model"] // m["n_heads"])):
-        if key not in family["keys"] and m[key] != value:
-            wrong(f"model.{key}", f"{value}, as a {m['family']} model has it")
+    alone = {"n_kv_heads": m["n_heads"], "head_dim": m["d_model"] // m["n_heads"]} | family["fixed"]
+    for key, value in m.items():
+        want = alone.get(key, defaults["model"][key])
+        if key not in OWN and key not in family["keys"] and value != want:
+            wrong(f"model.{key}", f"{show(want)}, as a {m['family']} model has it")
     for key, ways in family["keys"].items():
         name = ways[0] if isinstance(ways, list) else ways
-        if said.setdefault(name, m[key]) != m[key]:
+        if said.setdefault(name, m[key]) != m[key] and key not in OWN:
             wrong(f"model.{key}", f"{show(said[name])}: a {m['family']} model has one {name} for both")
 
 
@@ -460,8 +509,9 @@ def load(argv, imported=None, defaults=None, env=os.environ):
         value = typed(key, get(cfg, key), defaults, source[key])
         update(cfg, nested(key, value), source[key], source)
     if own:
+        cfg["model"]["init_from"] = pretrained(cfg["model"]["init_from"])
         derive(cfg, source)
-        check(cfg, source)
+        check(cfg, source, defaults)
     return cfg, source, explicit
 
 

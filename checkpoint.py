@@ -395,7 +395,7 @@ def export_checkpoint(path, folder):
         raise ValueError(f"{folder}: is not empty; name another folder")
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
     tok = tokenize_data.load_tokenizer(cfg)
-    m = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}
+    m = transformer.with_vocabulary(cfg["model"], tok.n_vocab)
     export(path, m, cfg, tok, folder, read_state(path)["chats"])
     print(f"{path} -> {folder}")
 

@@ -390,7 +390,7 @@ class ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
         db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        step = max(1024 if x.is_cuda else 64, CHUNK // rows)
+        step = chunk_rows(rows, x.is_cuda)
         for at in range(0, len(x), step):
             part = slice(at, at + step)
             logits = F.linear(x[part], w, b)[:, :V].float()                                           # [n, V]
@@ -421,9 +421,12 @@ class ChunkedLoss(torch.autograd.Function):
         return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-# Logits in a chunk, 32 MB in fp32, of which four or five stand at once: the logits, their softmax, its gradients. On a
-# CPU time is flat from here up. A GPU has chunks of at least 1,024 tokens, or it would wait for the head's weights.
-CHUNK = 1 << 23
+CHUNK = 1 << 23        # logits in a chunk: 32 MB in fp32, of which four or five stand at once; more are no faster on a CPU
+
+
+def chunk_rows(V, cuda):
+    """Tokens in a chunk. A GPU has many, or it would wait for the head's weights to come from memory once more."""
+    return max(1024 if cuda else 64, CHUNK // V)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,6 +515,11 @@ def with_options(key, function, m, given):
     return functools.partial(function, **options) if options else function
 
 
+def with_vocabulary(m, n):
+    """A model section for a tokenizer of n ids: a pretrained vocabulary grows where it is smaller, an open one is n."""
+    return m | {"vocab_size": max(m["vocab_size"] or 0, n) if m["init_from"] else m["vocab_size"] or n}
+
+
 def build(m, seed=0, device="cpu"):
     """A model section, complete -> a model with new weights."""
     return fill(on_meta(m).to_empty(device=device), new_weights(m, seed))
@@ -527,7 +535,7 @@ def fill(model, read, part=lambda p: (p, 0, len(p))):
     with torch.no_grad():
         for name, p in model.named_parameters():
             mine, start, end = part(p)
-            rows = max(1, (1 << 24) // math.prod(p.shape[1:]))
+            rows = max(1, (1 << 20) // math.prod(p.shape[1:]))
             for at in range(start, end, rows):
                 mine[at - start:at - start + rows].copy_(read(name, at, min(at + rows, end)))
     return model
@@ -671,8 +679,9 @@ def stored_weights(path, m):
     ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if theirs["tie_embeddings"] else ())
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
+        shapes = lambda m: [(name, p.shape) for name, p in on_meta(m | {"rope_layers": None}).named_parameters()]
         said = [f"model.{key} = {m[key]}, where config.json says {value}" for key, value in theirs.items()
-                if value is not None and m[key] != value]
+                if value is not None and m[key] != value and shapes(m | {key: value}) != shapes(m)]
         raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
 
     @functools.cache
@@ -738,7 +747,8 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     folder, family, model = Path(folder), configs.families()[m["family"]], on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
     original = Path(source or "/nowhere") / "config.json"
-    config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
+    config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else dict.fromkeys(ids)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     for key in ("torch_dtype", "rope_parameters"):             # said below, in the words every version reads
         config.pop(key, None)
@@ -748,7 +758,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
     absent = family.get("refuse", {})                          # what we don't compute, said even where it is null
     null = [ways[0] for ways in family["keys"].values() if isinstance(ways, list) and ways[-1] is not None]
-    config = {key: value for key, value in config.items() if value is not None or key in null} | absent
+    config = {key: value for key, value in config.items() if value is not None or key in (*null, *ids)} | absent
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     dtype = getattr(torch, dtype)

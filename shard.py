@@ -364,22 +364,20 @@ def merged(model, read):
     return read_whole
 
 
-def lora_layers(model):
-    """The layers that have adapters."""
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
-
-
 def save_adapter(model, m, lora, folder, base):
     """The adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json."""
     from safetensors.torch import save_file
     folder, tensors = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
-    for module in lora_layers(model):
-        for (their, _, _), A, B in zip(module.parts, module.A.split(module.r), module.B):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    for name, module in layers.items():
+        for (their, start, end), A, B in zip(module.parts, module.A.split(module.r), module.B):
+            if end - start == module.base.out_features:        # one layer of theirs, whose outputs may be in other order
+                B = transformer.as_stored(f"{name}.weight", B, m)[f"{their}.weight"]
             for letter, tensor in (("A", A), ("B", B)):
                 tensors[f"base_model.model.{their}.lora_{letter}.weight"] = tensor.detach().float().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = {their.split(".")[-1] for module in lora_layers(model) for their, _, _ in module.parts}
+    targets = {their.split(".")[-1] for module in layers.values() for their, _, _ in module.parts}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": lora["r"],
               "lora_alpha": lora["alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
               "fan_in_fan_out": bool(configs.families()[m["family"]].get("transposed")),
@@ -453,16 +451,6 @@ def saves(p):
     return p.device_mesh.ndim == 1 or p.device_mesh.get_local_rank(0) == 0
 
 
-def fill(model, read):
-    """model.fill() for a model in parts: every rank reads its own rows and no others."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            mine, start, end = part(p)
-            if start < end:
-                mine.copy_(read(name, start, end))
-    return model
-
-
 def prepare(model, m, cfg, read):
     """A model without weights (on "meta") and read() of them -> ready to train on this run's devices, in place."""
     device, dtype = pick_device(cfg)
@@ -477,7 +465,7 @@ def prepare(model, m, cfg, read):
     replicate, shards = mesh_sizes(cfg, ranks())
     if shards > 1:
         split(model, cfg, device, dtype)
-    fill(model.to_empty(device=device), read)
+    transformer.fill(model.to_empty(device=device), read, part)    # every rank reads its own rows and no others
     if replicate == ranks() > 1:
         model.gradient = one_gradient(model)
     return model
@@ -523,16 +511,16 @@ def kept_by_block(m, size, cuda, learns):
     """Bytes per token that a block's forward pass keeps for its backward pass; `size` of a number in the computation.
 
     A norm keeps its input in fp32 (on a CPU what it made of it, too, where its weight learns) and its output, which a
-    matmul reads. Rope keeps what it turns, in fp32. Attention keeps q, k, v, its output and a sum per head: on a CPU in
-    fp32, and the output once more, for the matmul. The MLP keeps what goes into its activation, what comes out, and,
-    gated, their product.
+    matmul reads; q's and k's as well. Rope keeps nothing but its angles. Attention keeps q, k, v, its output and a sum
+    per head: on a CPU in fp32, and the output once more, for the matmul. The MLP keeps what goes into its activation,
+    what comes out, and, gated, their product.
     """
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
     fp32 = 4 if not cuda else size                             # of attention
-    norm = 4 * C + size * C + (4 * C if m["norm"] == "rmsnorm" and learns and not cuda else 0)
-    rope = 0 if m["positions"] != "rope" else 4 * (H + K) * E if size < 4 else 4 * (H + 2 * K) * E
+    norm = 4 + size + (4 if m["norm"] == "rmsnorm" and learns and not cuda else 0)    # bytes per number
+    norms = norm * ((1 if m["shared_norm"] else 2) * C + ((H + K) * E if m["qk_norm"] != "none" else 0))
     attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)
-    return 2 * norm + rope + attention + size * F * (4 if m["glu"] else 2)
+    return norms + attention + size * F * (4 if m["glu"] else 2)
 
 
 def plan(m, cfg, gpus=1):
@@ -549,7 +537,7 @@ def plan(m, cfg, gpus=1):
     model = transformer.on_meta(m)
     if lora["r"]:
         add_lora(model, m, lora)
-    L, C, V = m["n_layers"], m["d_model"], m["vocab_size"]
+    L, C, V = m["n_layers"], m["d_model"], model.rows
     n = lambda keep, module=model: sum(p.numel() for p in module.parameters() if keep(p))
     trained, frozen = n(lambda p: p.requires_grad), n(lambda p: not p.requires_grad)
     block, learning = n(lambda p: True, model.blocks[0]), n(lambda p: p.requires_grad, model.blocks[0])
@@ -570,7 +558,7 @@ def plan(m, cfg, gpus=1):
     kept = kept_by_block(m, size, cuda, not lora["r"])
     input_only = size * C                                      # of a block that is computed again
     activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
-    chunk = min(T, max(64, transformer.CHUNK // V))            # tokens whose logits stand in memory
+    chunk = min(T, transformer.chunk_rows(V, cuda))            # tokens whose logits stand in memory
     logits = chunk * V * 16                                    # logits, log-probabilities, the gradient of each
     head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
     backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
@@ -594,7 +582,7 @@ def main(argv):
     m, gpus = cfg["model"], options["gpus"]
     if m["vocab_size"] is None:
         import tokenize_data
-        m = m | {"vocab_size": tokenize_data.load_tokenizer(cfg).n_vocab}
+        m = transformer.with_vocabulary(m, tokenize_data.load_tokenizer(cfg).n_vocab)
     moments = plan(m, cfg, gpus)
     replicate, shards = mesh_sizes(cfg, gpus)
     moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))

@@ -348,7 +348,7 @@ def choose_dtype(cfg, start_from):
 
 def find_weights(cfg, tok):
     """-> (complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
-    m, seq_len = cfg["model"] | {"vocab_size": cfg["model"]["vocab_size"] or tok.n_vocab}, cfg["data"]["seq_len"]
+    m, seq_len = transformer.with_vocabulary(cfg["model"], tok.n_vocab), cfg["data"]["seq_len"]
     if tok.n_vocab > m["vocab_size"]:
         raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
                          "another data.tokenizer, or a model made for it")
@@ -499,7 +499,8 @@ def main(cfg, source=None, explicit=None):
             if seen:
                 seen.take_in()
             coming = ahead.submit(lay_out, step + 1)
-            rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
+            noise = {"noise": (cfg["seed"], step)}             # of dropout and NEFTune; evaluation has none
+            rows, lr = [to_device(row, device) | noise for row in rows], lr_at(step, total, cfg)
             loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             step += 1
             if seen:

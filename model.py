@@ -89,11 +89,10 @@ def rotate(x, turns):
     A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
     The backward pass needs the angles alone: torch.complex(), unlike stack(), would keep x for it, in fp32.
     """
-    part, rest = (x, None) if x.shape[-1] == 2 * turns.shape[-1] else x.split(
-        [2 * turns.shape[-1], x.shape[-1] - 2 * turns.shape[-1]], -1)
-    pairs = torch.view_as_complex(torch.stack(part.float().chunk(2, -1), -1)) * turns                 # [T, H, R/2]
+    R = 2 * turns.shape[-1]
+    pairs = torch.view_as_complex(torch.stack(x[..., :R].float().chunk(2, -1), -1)) * turns           # [T, H, R/2]
     turned = torch.view_as_real(pairs).flatten(-2).to(x.dtype)
-    return turned if rest is None else torch.cat([turned, rest], -1)
+    return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], -1)
 
 
 ACTIVATIONS = {
@@ -149,15 +148,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then + MLP. Norms stand before both, or behind (OLMo2); or both read the same x (GPT-J, NeoX, Phi).
+    """x + attention, then + MLP. Norms stand before both, or behind (OLMo2); or both read one x (GPT-J, NeoX, Phi).
 
     keys [T] seed this block's dropout; None: there is none.
     """
 
     def __init__(self, m, n):
         super().__init__()
-        self.parallel, self.after, self.scale = m["parallel_residual"], m["norm_after"], m["residual_multiplier"]
-        self.dropout = m["resid_dropout"]
+        self.parallel, self.after = m["parallel_residual"], m["norm_after"]
+        self.scale, self.dropout = m["residual_multiplier"], m["resid_dropout"]
         self.norm1, self.attn = Norm(m, m["d_model"]), Attention(m, n)
         self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
 
@@ -199,7 +198,7 @@ def document_of(batch):
 
 
 def token_keys(batch):
-    """The seed of each token's noise, by batch["noise"] (anything: seed and step, say), document and position. -> [T]"""
+    """The seed of each token's noise: of batch["noise"] (seed and step, say), document and position. -> [T]"""
     if not len(batch["doc_ids"]):                              # an idle row
         return batch["positions"]
     seed = zlib.crc32(repr(batch["noise"]).encode())
@@ -269,6 +268,11 @@ def per_document(cu_seqlens, total, device):
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
     there, back, used = (t.to(device) for t in (there, back, used))
 
+    @functools.cache
+    def sees(longest, window):                                 # who looks at whom, where causal does not say it
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+        return mask.triu(1 - window) if window else mask                                              # [len, len]
+
     def attend(layer, qkv, keys=None):
         dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back)
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
@@ -277,15 +281,13 @@ def per_document(cu_seqlens, total, device):
         for longest, docs in groups:
             part = slice(at, at + longest * len(docs))
             q, k, v = layer.split(qkv[part].unflatten(0, (-1, longest)).transpose(1, 2), 1)           # [d, H, len, E]
-            at, mask = part.stop, None
-            if layer.window and longest > layer.window or keys is not None:                           # [len, len]
-                mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-                mask = mask if not layer.window else mask.triu(1 - layer.window)
+            at, window = part.stop, layer.window if layer.window and layer.window < longest else None
             if keys is None:
+                mask = sees(longest, window) if window else None
                 y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=layer.scale,
                                                    enable_gqa=layer.heads != layer.kv_heads)
             else:
-                y = dropped(layer, q, k, v, mask, keys[part].unflatten(0, (-1, longest)))
+                y = dropped(layer, q, k, v, sees(longest, window), keys[part].unflatten(0, (-1, longest)))
             out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
         out = torch.cat(out).to(dtype)
         return out if settled else Gather.apply(out, back.clamp(min=0), used)
@@ -293,8 +295,7 @@ def per_document(cu_seqlens, total, device):
 
 
 def dropped(layer, q, k, v, mask, keys):
-    """Attention whose probabilities are dropped by keys [d, len]: they stand in memory, which no kernel needs. [d,H,len,E]
-    """
+    """Attention with dropout, by keys [d, len]: its probabilities stand in memory, as in no kernel. [d, H, len, E]"""
     k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * (layer.scale or layer.width ** -0.5)                 # [d, H, len, len]
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -313,6 +314,8 @@ def varlen(cu_seqlens, total, max_len):
     old = "is_causal" in inspect.signature(varlen_attn).parameters    # later versions say it by a window
 
     def attend(layer, qkv):
+        if old and layer.window:
+            raise ValueError("model.window: this torch's varlen_attn has no window, that of torch 2.12 and later has")
         causal = {"is_causal": True} if old else {"window_size": (layer.window - 1 if layer.window else -1, 0)}
         if layer.scale:
             causal["scale"] = layer.scale
@@ -339,7 +342,7 @@ def scaled(model, batch):
 
 
 def neftune(model, batch, alpha):
-    """In training, the row plus noise from U(-1, 1) * alpha / sqrt(L C), for a document of L tokens (arXiv:2310.05914)."""
+    """In training, the row plus noise of U(-1, 1) * alpha / sqrt(L C); L: the document's tokens (arXiv:2310.05914)."""
     x = plain(model, batch)
     if "noise" not in batch or not len(batch["doc_ids"]):
         return x
@@ -363,7 +366,7 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
 
 
 def dft(logits, targets):
-    """-p log p of the target's probability p, the first p a constant: unlikely tokens pull less (arXiv:2508.05629, 3)."""
+    """-p log p of the target's probability p, the first a constant: the unlikely pull less (arXiv:2508.05629, 3)."""
     nll = cross_entropy(logits, targets)
     return nll * (-nll).detach().exp()
 
@@ -421,7 +424,7 @@ class ChunkedLoss(torch.autograd.Function):
         return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-CHUNK = 1 << 23        # logits in a chunk: 32 MB in fp32, of which four or five stand at once; more are no faster on a CPU
+CHUNK = 1 << 23    # logits in a chunk: 32 MB in fp32, of which four or five stand at once; more are no faster on a CPU
 
 
 def chunk_rows(V, cuda):
@@ -502,7 +505,7 @@ class Transformer(nn.Module):
 
 
 def with_options(key, function, m, given):
-    """A loss or an embedding with its options from the config bound. Raises ValueError for one it doesn't take, or needs.
+    """A loss or an embedding, its options bound. Raises ValueError for one it doesn't take, or lacks.
 
     given  how many arguments it gets besides
     """
@@ -603,7 +606,7 @@ def known_rows(name, rows, m):
 
 
 def pieces(name, rows, m):
-    """Where the first `rows` rows of a parameter stand in their files, in our order -> [(their name, first row, rows)]"""
+    """Where a parameter's `rows` rows stand in their files, in our order -> [(their name, first row, rows)]"""
     names = their_names(name, m)
     if name.endswith(tuple(configs.families()[m["family"]].get("by_head", ["-"]))):    # theirs: q, k, v of head 0, …
         E = m["head_dim"]
@@ -719,10 +722,10 @@ def open_weights(folder):
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise ValueError(f"{folder}: a damaged or missing safetensors file: {e}") from None
     if not files:
-        pickles = ", ".join(f.name for f in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")))
-        raise ValueError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run code "
-                         "and are not read; this converts one: python -c \"from transformers import AutoModelForCausalLM"
-                         f" as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+        pickles = ", ".join(sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")))
+        raise ValueError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run "
+                         "code and are not read; this converts one: python -c \"from transformers import "
+                         f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
     return {key: f for f in opened for key in f.keys()}
 
 
@@ -897,8 +900,7 @@ def flops(model, lengths, n_targets):
 def summary(model, m):
     """What a person wants to know of a model, as text."""
     rows = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
-    parts = {"embedding": ("embed", "pos"), "attention": ("attn",), "mlp": ("mlp",),
-             "norms": ("norm", "norm1", "norm2"), "head": ("head",)}
+    parts = {"embedding": "embed|pos", "attention": "attn.(qkv|out)", "mlp": "mlp", "norms": "norm", "head": "head"}
     total = sum(n for *_, n in rows)
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads of {m['head_dim']} "
              f"({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{' gated' if m['glu'] else ''}, "
@@ -910,7 +912,7 @@ def summary(model, m):
             lines.append(f"  {name:<28} {shape:>14} {n:>14,}{times}")
     lines.append("")
     for part, keys in parts.items():
-        if n := sum(n for name, _, n in rows if any(key in keys for key in name.split("."))):
+        if n := sum(n for name, _, n in rows if re.search(keys, name)):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     lines.append(f"  {'parameters':<28} {total:>29,}{'  (the head is the embedding)' if m['tie_embeddings'] else ''}")
     length = m["max_len"]
@@ -926,10 +928,13 @@ def main(argv):
     if not words:
         raise ValueError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
     folder = find_model(words[0])
-    model, m = load(folder)
-    if len(words) < 2:
-        print(summary(model, m))
+    if len(words) < 2:                                               # no weight is read for that
+        m = configs.load([f"model.init_from={folder}"])[0]["model"]
+        stored_weights(folder, m)
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        print(f"{summary(on_meta(m), m)}, {size / 1e6:,.1f} MB as it is stored")
         return
+    model, m = load(folder)
     tok = tokenize_data.huggingface_tokenizer(folder)
     question, stop = " ".join(words[1:]), [tok.special[tok.eos]] if tok.eos else []
     if tok.template:

@@ -372,7 +372,7 @@ def save_adapter(model, m, lora, folder, base):
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for name, module in layers.items():
         for (their, start, end), A, B in zip(module.parts, module.A.split(module.r), module.B):
-            if end - start == module.base.out_features:        # one layer of theirs, whose outputs may be in other order
+            if end - start == module.base.out_features:        # one layer of theirs, maybe in another order
                 B = transformer.as_stored(f"{name}.weight", B, m)[f"{their}.weight"]
             for letter, tensor in (("A", A), ("B", B)):
                 tensors[f"base_model.model.{their}.lora_{letter}.weight"] = tensor.detach().float().cpu().contiguous()

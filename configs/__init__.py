@@ -379,10 +379,10 @@ AT_LEAST = {                                                         # {key: lea
     "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
     "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
     "model.max_len": 1, "model.norm_eps": 0, "model.window": 1, "model.pad_vocab_size_multiple": 1,
-    "model.embed_dropout": 0, "model.attn_dropout": 0, "model.resid_dropout": 0, "model.partial_rotary_factor": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0,
-    "shard.lora.alpha": 0}
-INTS = ("max_steps", "model.window", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
-        "shard.mesh.replicate", "shard.mesh.shard")                  # or null
+    "model.embed_dropout": 0, "model.attn_dropout": 0, "model.resid_dropout": 0, "model.partial_rotary_factor": 0,
+    "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
+INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
+        "model.window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
 SHAPES = ("auto", "chat", "text")
 OWN = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options", "embed", "embed_options",
        "embed_dropout", "attn_dropout", "resid_dropout", "pad_vocab_size_multiple")    # no config.json need say them
@@ -401,7 +401,7 @@ def derive(cfg, source):
     fill(m, "head_dim", m["d_model"] // max(m["n_heads"], 1), "model.")  # no heads: check() says so
     gated = (m["d_model"] * 8 // 3 + 63) // 64 * 64                  # 3 matrices, not 2, of about the same size in all
     fill(m, "d_ff", gated if m["glu"] else 4 * m["d_model"], "model.")
-    said = families().get(m["family"], {}).get("keys", {})           # where the family's files say them, null is no value
+    said = families().get(m["family"], {}).get("keys", {})           # null means nothing in their config.json
     if "rope_layers" in said:
         fill(m, "rope_layers", [1] * m["n_layers"], "model.")
     if "attention_multiplier" in said:

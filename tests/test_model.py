@@ -186,6 +186,18 @@ def test_the_readmes_table_has_every_family_and_check():
     assert all(row[4:] == ["equal", "bitwise"] for row in rows[1:])
 
 
+def test_the_readmes_family_is_the_files_and_its_loss_works(monkeypatch):
+    blocks = re.findall(r"```(yaml|python)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    family, = (text for kind, text in blocks if kind == "yaml")
+    assert f"\n{family}\n" in (configs.HERE / "families.yaml").read_text()
+    code, = (text for _, text in blocks if "focal" in text)
+    monkeypatch.setattr(M, "LOSSES", dict(M.LOSSES))
+    exec(code, {})
+    model, plain, batch = M.build(M_TINY | {"loss": "focal", "loss_options": {"gamma": 2.0}}), M.build(M_TINY), row(documents(101, 30))
+    p = plain.logits(batch).softmax(-1)[range(29), batch["targets"]]
+    assert close(model(batch)[0], ((1 - p) ** 2 * -p.log()).sum(), 1e-5)
+
+
 def test_new_weights_export_too(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     for family in configs.families():

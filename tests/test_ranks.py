@@ -142,13 +142,16 @@ def figures(out, *keys):
 
 GPT2 = ["model.family=gpt2", "model.norm=layernorm", "model.positions=learned", "model.glu=false", "model.qkv_bias=true", "model.out_bias=true",
         "model.mlp_bias=true", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"]
+NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4", "model.parallel_residual=true", "model.qkv_bias=true", "model.out_bias=true", "model.partial_rotary_factor=0.5", "model.tie_embeddings=false",
+        "model.pad_vocab_size_multiple=64", "model.resid_dropout=0.1", "model.attn_dropout=0.1", "model.embed_dropout=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
+OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 HALVES, QUARTERS, BOTH = ["shard.mesh.shard=2"], ["shard.mesh.shard=4"], ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
 MODELS = {                                                             # what is trained: keys, tolerance of the loss
     "full": ([], 1e-5), "bf16": (["dtype=bfloat16"], 1e-3), "gpt-2": (GPT2, 1e-5), "lora": (["shard.lora.r=1"], 1e-5), "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
-    "muon": (["optimizer=muon"], 1e-3), "feedback": (["sampler.order=feedback"], 1e-5), "sgd": (["optimizer=sgd"], 1e-5)}
+    "muon": (["optimizer=muon"], 1e-3), "feedback": (["sampler.order=feedback"], 1e-5), "sgd": (["optimizer=sgd"], 1e-5), "neox, noise, padded rows": (NEOX, 1e-5), "olmo2": (OLMO2, 1e-3)}
 CELLS = [                                                              # (what, ranks, how)
     ("full", 2, []), ("full", 2, HALVES), ("full", 2, [*HALVES, "shard.reshard_after_forward=false"]), ("full", 2, [*HALVES, "shard.recompute=true"]), ("bf16", 2, []),
-    ("bf16", 2, HALVES), ("lora", 2, []), ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS), ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("sgd", 2, HALVES), ("feedback", 2, HALVES), ("feedback", 4, [])]
+    ("bf16", 2, HALVES), ("lora", 2, []), ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS), ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("sgd", 2, HALVES), ("feedback", 2, HALVES), ("feedback", 4, []), ("neox, noise, padded rows", 2, []), ("neox, noise, padded rows", 4, BOTH), ("olmo2", 2, HALVES)]
 name = lambda cell: f"{cell[0]}, {cell[1]} ranks, {' '.join(cell[2]) or 'replicated'}"
 
 

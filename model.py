@@ -218,18 +218,20 @@ class Gather(torch.autograd.Function):
     """y = x[index], where each row of x is used at most once, save in places nobody reads.
 
     Knowing the way back (x[i] went to y[back[i]]; -1: nowhere) makes the backward pass a gather as well, instead of the
-    serial scatter-add that autograd would do on a CPU.
+    serial scatter-add that autograd would do on a CPU. holes: does `back` hold a -1? Known beforehand, no one waits.
     """
     @staticmethod
-    def forward(ctx, x, index, back):
+    def forward(ctx, x, index, back, holes):
         ctx.save_for_backward(back)
+        ctx.holes = holes
         return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, grad):
         back, = ctx.saved_tensors
-        dx = grad.index_select(0, back.clamp(min=0))
-        return (dx if bool((back >= 0).all()) else dx * (back >= 0).view(-1, *[1] * (dx.dim() - 1))), None, None
+        if not ctx.holes:
+            return grad.index_select(0, back), None, None, None
+        return grad.index_select(0, back.clamp(min=0)) * (back >= 0)[:, None, None], None, None, None
 
 
 def per_document(cu_seqlens, total, device):
@@ -266,6 +268,7 @@ def per_document(cu_seqlens, total, device):
     settled = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
     used = torch.full((len(there),), -1)
     used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
+    outside, padded = bool((back < 0).any()), bool((used < 0).any())
     there, back, used = (t.to(device) for t in (there, back, used))
 
     @functools.cache
@@ -274,7 +277,7 @@ def per_document(cu_seqlens, total, device):
         return mask.triu(1 - window) if window else mask                                              # [len, len]
 
     def attend(layer, qkv, keys=None):
-        dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back)
+        dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back, outside)
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         keys = keys[there] if keys is not None and layer.dropout else None
         out, at = [], 0
@@ -290,7 +293,7 @@ def per_document(cu_seqlens, total, device):
                 y = dropped(layer, q, k, v, sees(longest, window), keys[part].unflatten(0, (-1, longest)))
             out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
         out = torch.cat(out).to(dtype)
-        return out if settled else Gather.apply(out, back.clamp(min=0), used)
+        return out if settled else Gather.apply(out, back.clamp(min=0), used, padded)
     return attend
 
 
@@ -453,8 +456,7 @@ class Transformer(nn.Module):
         self.norm = Norm(m, m["d_model"])
         self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.rows, bias=False)
         self.head_bias = nn.Parameter(torch.empty(self.rows)) if m["head_bias"] else None
-        self.loss = with_options("loss", LOSSES[m["loss"]], m, 2)
-        self.embedded = with_options("embed", EMBEDDINGS[m["embed"]], m, 2)
+        self.loss, self.embedded = with_options("loss", LOSSES, m), with_options("embed", EMBEDDINGS, m)
         self.dtype, self.recompute = torch.float32, False            # of the computation; shard.py sets both …
         self.gradient = None                                         # … and may lay all gradients into one tensor
 
@@ -467,8 +469,7 @@ class Transformer(nn.Module):
         weights = batch["weights"][at]
         loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, self.loss,
                                              self.head_bias, self.m["vocab_size"])
-        doc = torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
-        docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, doc, losses * weights)
+        docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, document_of(batch)[at], losses * weights)
         return loss_sum, weights.sum(), docs
 
     def hidden(self, batch, attend):
@@ -504,12 +505,10 @@ class Transformer(nn.Module):
         return logits[:, :self.m["vocab_size"]].float()
 
 
-def with_options(key, function, m, given):
-    """A loss or an embedding, its options bound. Raises ValueError for one it doesn't take, or lacks.
-
-    given  how many arguments it gets besides
-    """
-    takes, options = list(inspect.signature(function).parameters.values())[given:], m[f"{key}_options"]
+def with_options(key, functions, m):
+    """A model section's loss or embedding, its options bound. Raises ValueError for one it doesn't take, or lacks."""
+    function, options = functions[m[key]], m[f"{key}_options"]
+    takes = list(inspect.signature(function).parameters.values())[2:]    # besides the two that it always gets
     names = [p.name for p in takes]
     if strange := [name for name in options if name not in names]:
         raise ValueError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
@@ -704,7 +703,8 @@ def stored_weights(path, m):
             at += rows
         if end > at:                                           # tokens the file doesn't know, and what only pads
             new, start = torch.zeros(end - max(start, at), *model.get_parameter(name).shape[1:]), max(start, at)
-            new[:max(0, m["vocab_size"] - start)] = mean(places[name][0][0]).float()
+            if start < m["vocab_size"]:
+                new[:m["vocab_size"] - start] = mean(places[name][0][0]).float()
             out.append(new)
         return torch.cat(out) if len(out) > 1 else out[0]
     return read

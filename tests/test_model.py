@@ -598,6 +598,14 @@ def test_new_weights_depend_on_seed_and_name_alone():
     assert torch.equal(a.blocks[1].mlp.up.weight, b.blocks[1].mlp.up.weight) and not torch.equal(a.embed.weight, other.embed.weight)
 
 
+def test_new_weights_are_their_familys():
+    for family, narrower in (("gpt2", 8 ** 0.5), ("llama", 1), ("gpt_neox", 1)):
+        m = configs.load([f"model.family={family}", "model.n_layers=4", "model.vocab_size=99", *["model.activation=gelu"] * (family != "llama")])[0]["model"]
+        block = M.build(m).blocks[2]
+        assert float(block.mlp.up.weight.detach().std()) == pytest.approx(m["init_std"], rel=0.02) and not any(p.any() for name, p in block.named_parameters() if name.endswith("bias"))
+        assert float(block.mlp.down.weight.detach().std()) == pytest.approx(m["init_std"] / narrower, rel=0.02)
+
+
 def test_rope_is_exact_far_out():
     m = M_TINY | {"rope_theta": 1e6}
     angles = [131_071 * 1e6 ** (-i / 16) for i in range(0, 16, 2)]

@@ -121,7 +121,7 @@ class Attention(nn.Module):
     def __init__(self, m, n):
         super().__init__()
         self.heads, self.kv_heads, self.width = m["n_heads"], m["n_kv_heads"], m["head_dim"]
-        self.scale, self.window, self.dropout = m["attention_multiplier"], m["window"], m["attn_dropout"]
+        self.scale, self.window, self.dropout = m["attention_multiplier"], m["sliding_window"], m["attn_pdrop"]
         self.turns = m["positions"] == "rope" and bool((m["rope_layers"] or [1] * m["n_layers"])[n])
         self.qkv = Linear(m["d_model"], (self.heads + 2 * self.kv_heads) * self.width, bias=m["qkv_bias"])
         self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
@@ -156,7 +156,7 @@ class Block(nn.Module):
     def __init__(self, m, n):
         super().__init__()
         self.parallel, self.after = m["parallel_residual"], m["norm_after"]
-        self.scale, self.dropout = m["residual_multiplier"], m["resid_dropout"]
+        self.scale, self.dropout = m["residual_multiplier"], m["resid_pdrop"]
         self.norm1, self.attn = Norm(m, m["d_model"]), Attention(m, n)
         self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
 
@@ -318,7 +318,7 @@ def varlen(cu_seqlens, total, max_len):
 
     def attend(layer, qkv):
         if old and layer.window:
-            raise ValueError("model.window: this torch's varlen_attn has no window, that of torch 2.12 and later has")
+            raise ValueError("model.sliding_window: this torch's kernel has no window, torch 2.12's has")
         causal = {"is_causal": True} if old else {"window_size": (layer.window - 1 if layer.window else -1, 0)}
         if layer.scale:
             causal["scale"] = layer.scale
@@ -463,7 +463,7 @@ class Transformer(nn.Module):
     def forward(self, batch):
         """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""
         total, cu = len(batch["tokens"]), batch["cu_seqlens"]
-        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.m["attn_dropout"])
+        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.m["attn_pdrop"])
         x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
         at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
         weights = batch["weights"][at]
@@ -480,10 +480,10 @@ class Transformer(nn.Module):
             x = x * m["embedding_multiplier"]
         if self.pos is not None:
             x = x + F.embedding(positions, self.pos.weight)
-        if "noise" in batch and (m["embed_dropout"] or m["attn_dropout"] or m["resid_dropout"]):
+        if "noise" in batch and (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]):
             keys = token_keys(batch)                                                                  # [T]
-            if m["embed_dropout"]:
-                x = dropout(x, m["embed_dropout"], keys[:, None], torch.arange(x.shape[1], device=x.device))
+            if m["embd_pdrop"]:
+                x = dropout(x, m["embd_pdrop"], keys[:, None], torch.arange(x.shape[1], device=x.device))
         x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, m)
         for n, block in enumerate(self.blocks):
             args = x, rope, attend, None if keys is None else scrambled(keys + n + 1)
@@ -892,8 +892,8 @@ def flops(model, lengths, n_targets):
     """
     each = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in model.blocks.named_parameters() if p.dim() == 2)
     m, head = model.m, 6 if model.head_weight().requires_grad else 4
-    pairs = sum(int(n) ** 2 - max(0, int(n) - (m["window"] or int(n))) ** 2 for n in lengths)    # seen, times 2
-    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * pairs
+    seen = lambda n: n ** 2 - max(0, n - (m["sliding_window"] or n)) ** 2    # pairs of tokens, times 2
+    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * sum(seen(int(n)) for n in lengths)
     return each * int(sum(lengths)) + m["vocab_size"] * m["d_model"] * head * int(n_targets) + attention
 
 

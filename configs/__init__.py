@@ -378,14 +378,15 @@ AT_LEAST = {                                                         # {key: lea
     "save_every": 0, "log_every": 0, "patience": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0, "seed": 0,
     "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
     "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
-    "model.max_len": 1, "model.norm_eps": 0, "model.window": 1, "model.pad_vocab_size_multiple": 1,
-    "model.embed_dropout": 0, "model.attn_dropout": 0, "model.resid_dropout": 0, "model.partial_rotary_factor": 0,
+    "model.max_len": 1, "model.norm_eps": 0, "model.sliding_window": 1, "model.pad_vocab_size_multiple": 1,
+    "model.embd_pdrop": 0, "model.attn_pdrop": 0, "model.resid_pdrop": 0, "model.partial_rotary_factor": 0,
+    "model.attention_multiplier": 0,
     "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
 INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
-        "model.window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
+        "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
 SHAPES = ("auto", "chat", "text")
 OWN = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options", "embed", "embed_options",
-       "embed_dropout", "attn_dropout", "resid_dropout", "pad_vocab_size_multiple")    # no config.json need say them
+       "embd_pdrop", "attn_pdrop", "resid_pdrop", "pad_vocab_size_multiple")    # no config.json need say them
 LONGEST = 1024                                                       # data.seq_len where nobody says, or model.max_len
 
 
@@ -451,7 +452,7 @@ def check(cfg, source, defaults):
         wrong("model.n_kv_heads", f"a divisor of model.n_heads ({m['n_heads']})")
     if m["positions"] == "rope" and int(m["head_dim"] * m["partial_rotary_factor"]) % 2:
         wrong("model.head_dim", "an even number (times model.partial_rotary_factor): rope turns pairs")
-    for key in ("embed_dropout", "attn_dropout", "resid_dropout"):
+    for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         if m[key] >= 1:
             wrong(f"model.{key}", "a number below 1")
     if m["rope_layers"] is not None and (type(m["rope_layers"]) is not list or len(m["rope_layers"]) != m["n_layers"]):

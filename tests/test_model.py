@@ -334,7 +334,7 @@ def test_every_loss_goes_through_the_chunks(loss, options, monkeypatch):
 
 # ---- noise: a function of seed, step, document and position
 
-NOISY = dict(embed_dropout=0.2, attn_dropout=0.3, resid_dropout=0.1, embed="neftune", embed_options={"alpha": 5.0}, window=9)
+NOISY = dict(embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.1, embed="neftune", embed_options={"alpha": 5.0}, sliding_window=9)
 
 
 def test_noise_is_the_same_in_any_layout():
@@ -363,8 +363,8 @@ def test_dropout_drops_a_share_and_keeps_the_mean():
 
 
 def test_attention_without_dropout_is_the_kernels():
-    plain, batch = noisy(M.build(M_TINY | {"window": 7})), row(documents(101, 40, 25))
-    slow = M.build(M_TINY | {"window": 7, "attn_dropout": 1e-12})
+    plain, batch = noisy(M.build(M_TINY | {"sliding_window": 7})), row(documents(101, 40, 25))
+    slow = M.build(M_TINY | {"sliding_window": 7, "attn_pdrop": 1e-12})
     slow.load_state_dict(plain.state_dict())
     assert close(slow(batch | {"noise": 0})[2], plain(batch)[2], 1e-5)
 
@@ -384,7 +384,7 @@ def test_neftune_adds_what_its_paper_says():
 
 def test_a_run_with_noise_does_not_depend_on_its_rows_and_resumes(tiny):
     import log, train
-    more = ["model.resid_dropout=0.2", "model.embed=neftune", "model.embed_options.alpha=5", "max_steps=6", "eval_every=0"]
+    more = ["model.resid_pdrop=0.2", "model.embed=neftune", "model.embed_options.alpha=5", "max_steps=6", "eval_every=0"]
     losses = {}
     for out, keys in {"wide": [], "narrow": ["micro_tokens=210"], "in parts": ["save_every=4"]}.items():
         train.main(*tiny(*more, *keys, out=out))
@@ -552,10 +552,10 @@ def test_a_hub_id_is_fetched_without_pickles(tmp_path, script):
 # ---- the config's second layer
 
 def test_what_the_user_says_beats_the_model_even_where_it_is_the_default(tmp_path):
-    saved = M_TINY | {"family": "granite", "head_dim": 12, "norm_eps": 1e-3, "rope_theta": 5e5, "attn_dropout": 0.3, "attention_multiplier": 0.3, "logits_scaling": 4.0,
+    saved = M_TINY | {"family": "granite", "head_dim": 12, "norm_eps": 1e-3, "rope_theta": 5e5, "attn_pdrop": 0.3, "attention_multiplier": 0.3, "logits_scaling": 4.0,
                       "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     M.save(M.build(saved).get_parameter, saved, tmp_path)
-    said = {"norm_eps": "1e-5", "rope_theta": "10000.0", "attn_dropout": "0.0", "logits_scaling": "1.0", "rope_scaling": "null", "loss": "cross_entropy"}
+    said = {"norm_eps": "1e-5", "rope_theta": "10000.0", "attn_pdrop": "0.0", "logits_scaling": "1.0", "rope_scaling": "null", "loss": "cross_entropy"}
     cfg, source, _ = configs.load([f"model.init_from={tmp_path}", *(f"model.{key}={value}" for key, value in said.items())])
     defaults = configs.read_file(configs.HERE / "defaults.yaml")["model"]
     assert all(cfg["model"][key] == defaults[key] and source[f"model.{key}"] == "cli" for key in said)
@@ -573,6 +573,18 @@ def test_a_key_that_contradicts_a_weight_is_named_with_it(tmp_path):
         with pytest.raises(ValueError) as e:
             M.load(tmp_path, m)
         assert f"model.{key} = {value}, where config.json says {M_TINY[key]}" in str(e.value) and (words in str(e.value) or key in ("n_layers", "qkv_bias")), str(e.value)
+
+
+def test_a_block_is_one_graph_that_all_blocks_share():
+    import torch._dynamo as dynamo
+    model, batch = noisy(M.build(M_TINY | {"n_layers": 9, "resid_pdrop": 0.1})), row(documents(101, 40, 30)) | {"noise": 1}
+    want = model(batch)[0]
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    assert close(model(batch)[0], want, 1e-6) and dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    dynamo.reset()
 
 
 def test_recompute_changes_nothing():
@@ -634,7 +646,10 @@ def test_flops_are_counted_by_hand():
     model = M.build(M_TINY)
     each = 2 * ((4 + 2 * 2) * 16 * 48 + 64 * 48 + 2 * 80 * 48 + 80 * 48)
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
+    model.m = M_TINY | {"sliding_window": 3}                         # 1 + 2 + 3 + 3 + ...: 27 pairs of 10 tokens, 57 of 20; a half of each token's own is not counted
+    assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 - 49 + 400 - 289)
     model.requires_grad_(False)
+    model.m = M_TINY
     assert M.flops(model, [10, 20], 12) == 4 * each * 30 + 4 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
 
 

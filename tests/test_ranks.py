@@ -143,7 +143,7 @@ def figures(out, *keys):
 GPT2 = ["model.family=gpt2", "model.norm=layernorm", "model.positions=learned", "model.glu=false", "model.qkv_bias=true", "model.out_bias=true",
         "model.mlp_bias=true", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"]
 NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4", "model.parallel_residual=true", "model.qkv_bias=true", "model.out_bias=true", "model.partial_rotary_factor=0.5", "model.tie_embeddings=false",
-        "model.pad_vocab_size_multiple=64", "model.resid_dropout=0.1", "model.attn_dropout=0.1", "model.embed_dropout=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
+        "model.pad_vocab_size_multiple=64", "model.resid_pdrop=0.1", "model.attn_pdrop=0.1", "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 HALVES, QUARTERS, BOTH = ["shard.mesh.shard=2"], ["shard.mesh.shard=4"], ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
 MODELS = {                                                             # what is trained: keys, tolerance of the loss

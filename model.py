@@ -12,6 +12,7 @@ Shapes, in all seven files:
 A row is a dict of tensors; the documents in it don't see each other:
 
     tokens [T]  targets [T] (-100: not trained)  weights [T]  positions [T]  cu_seqlens [D+1]  max_len  doc_ids [D]
+    noise (seed, step): without it there is no dropout and no other noise
 
     tokens      t h e _ c a t | a _ d o g | .           cu_seqlens  0 7 12 13
     positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention, positions and targets stop at each bar
@@ -140,7 +141,7 @@ class Attention(nn.Module):
                 qk = torch.cat([norm(t.reshape(len(t), -1, len(norm.weight))).view_as(t)
                                 for norm, t in ((self.q_norm, q), (self.k_norm, k))], 1)
             qkv = torch.cat([rotate(qk, rope) if self.turns else qk, v], 1)
-        return self.out((attend(self, qkv) if keys is None else attend(self, qkv, keys)).flatten(1))
+        return self.out(attend(self, qkv, keys).flatten(1))
 
     def split(self, qkv, dim):
         """-> q of H heads, k and v of K heads, along `dim`"""
@@ -256,7 +257,7 @@ def per_document(cu_seqlens, total, device):
             groups.append((lengths[d], []))
         groups[-1][1].append(d)
     if not groups:                                             # an idle row
-        return lambda layer, qkv, keys=None: qkv[:, :layer.heads]
+        return lambda layer, qkv, keys: qkv[:, :layer.heads]
     there, back, at = [], torch.full((total,), -1), 0
     for longest, docs in groups:
         for d in docs:
@@ -276,7 +277,7 @@ def per_document(cu_seqlens, total, device):
         mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         return mask.triu(1 - window) if window else mask                                              # [len, len]
 
-    def attend(layer, qkv, keys=None):
+    def attend(layer, qkv, keys):
         dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back, outside)
         qkv = qkv.float() if qkv.device.type == "cpu" else qkv
         keys = keys[there] if keys is not None and layer.dropout else None
@@ -314,19 +315,18 @@ def varlen(cu_seqlens, total, max_len):
     from torch.nn.attention.varlen import varlen_attn
     end = torch.full_like(cu_seqlens[:1], total)
     cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
-    old = "is_causal" in inspect.signature(varlen_attn).parameters    # later versions say it by a window
+    takes = inspect.signature(varlen_attn).parameters                # later versions say causal by a window
 
-    def attend(layer, qkv):
-        if old and layer.window:
-            raise ValueError("model.sliding_window: this torch's kernel has no window, torch 2.12's has")
-        causal = {"is_causal": True} if old else {"window_size": (layer.window - 1 if layer.window else -1, 0)}
-        if layer.scale:
-            causal["scale"] = layer.scale
+    def attend(layer, qkv, keys):
+        said = {"is_causal": True} if "is_causal" in takes else {"window_size": ((layer.window or 0) - 1, 0)}
+        said |= {"scale": layer.scale} if layer.scale else {}
+        if said.keys() - takes.keys() or layer.window and "is_causal" in said:
+            raise ValueError("model.sliding_window, model.attention_multiplier: need the attention kernel of torch 2.12")
         q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **causal)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **said)
     return attend
 
 
@@ -738,7 +738,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
 
     read    name -> that tensor, whole: a model's get_parameter, or anything like it. A part is in memory at a time
-    source  the folder the model came from: what its config.json says besides is carried along, and its dtype
+    source  the folder (or hub id) the model came from: what its config.json says besides is carried along, and its dtype
     stop    ids that end a generation;  bos  the id a text begins with
     """
     from safetensors.torch import save_file
@@ -749,7 +749,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         m = m | {"embed": "plain", "tie_embeddings": False}
     folder, family, model = Path(folder), configs.families()[m["family"]], on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
-    original = Path(source or "/nowhere") / "config.json"
+    original = Path(configs.pretrained(str(source)) or "/nowhere") / "config.json"
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else dict.fromkeys(ids)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -822,15 +822,15 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     length, every = torch.tensor([len(p) for p in prompts], device=device), torch.arange(B, device=device)    # [B]
     rows = torch.repeat_interleave(every, length)                                                     # [T]
 
-    def remember(layer, qkv, keys=None):                       # the prompts, packed
+    def remember(layer, qkv, keys):                            # the prompts, packed
         keys_values, cache[layer] = layer.split(qkv, 1)[1:], []
         for new in keys_values:
             store = torch.zeros(B, room, *new.shape[1:], dtype=new.dtype, device=device)              # [B, room, K, E]
             store[rows, batch["positions"]] = new
             cache[layer].append(store)
-        return inside(layer, qkv)
+        return inside(layer, qkv, keys)
 
-    def recall(layer, qkv, keys=None):                         # one token of each prompt
+    def recall(layer, qkv, keys):                              # one token of each prompt
         q, *keys_values = layer.split(qkv, 1)
         for store, new in zip(cache[layer], keys_values):
             store[every, length] = new

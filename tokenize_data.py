@@ -142,7 +142,7 @@ BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 def load_tokenizer(cfg):
     """data.tokenizer, or model.init_from's where that is empty -> Tokenizer. Raises ValueError."""
     data = cfg["data"]
-    name = data["tokenizer"] or cfg["model"]["init_from"]
+    name = data["tokenizer"] or configs.pretrained(cfg["model"]["init_from"])
     if not name:
         raise ValueError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
                          "bytes always works")

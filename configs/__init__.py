@@ -510,7 +510,6 @@ def load(argv, imported=None, defaults=None, env=os.environ):
         value = typed(key, get(cfg, key), defaults, source[key])
         update(cfg, nested(key, value), source[key], source)
     if own:
-        cfg["model"]["init_from"] = pretrained(cfg["model"]["init_from"])
         derive(cfg, source)
         check(cfg, source, defaults)
     return cfg, source, explicit

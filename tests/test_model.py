@@ -475,6 +475,22 @@ def test_loading_takes_no_more_than_the_model(tmp_path):
     assert held > 160e6 and len(seen) > 10 and held * 0.9 < max(seen) - before < held * 1.1
 
 
+def test_a_bf16_checkpoint_in_parts_comes_back_bitwise(tmp_path):
+    from safetensors.torch import load_file
+    _, _, theirs, _ = pair("GPT-NeoX, tied, not parallel")
+    copy = type(theirs)(theirs.config).bfloat16()
+    copy.load_state_dict({name: t.bfloat16() for name, t in theirs.state_dict().items()})
+    copy.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    model, m = M.load(tmp_path / "in")
+    M.save(model.get_parameter, m, tmp_path / "out", tmp_path / "in")
+    parts = {name: t for f in (tmp_path / "in").glob("*.safetensors") for name, t in load_file(f).items()}
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert again.keys() == parts.keys() and all(t.dtype == torch.bfloat16 and torch.equal(t, parts[name]) for name, t in again.items())
+    next((tmp_path / "in").glob("*-00002-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="a damaged or missing safetensors file: .*00002"):
+        M.load(tmp_path / "in")
+
+
 def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
     peft, transformers = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt"), pytest.importorskip("transformers")
     import shard
@@ -529,22 +545,27 @@ class Hub(http.server.BaseHTTPRequestHandler):
 asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-import configs, model
+import configs, model, tokenize_data
+cfg, source, explicit = configs.load(["model.init_from=someone/tiny"])
 loaded, m = model.load("someone/tiny")
-print(configs.load(["model.init_from=someone/tiny"])[2], m["init_from"], sum(p.numel() for p in loaded.parameters()), sorted(asked), sep="|")
+assert cfg["model"]["init_from"] == explicit["model"]["init_from"] == "someone/tiny" and source["model.d_model"] == "imported"
+assert tokenize_data.load_tokenizer(cfg).n_vocab == m["vocab_size"] and model.stored_weights("someone/tiny", cfg["model"])
+model.save(loaded.get_parameter, m, sys.argv[2], "someone/tiny")
+print(m["init_from"], sorted(asked), sep="|")
 """
 
 
 def test_a_hub_id_is_fetched_without_pickles(tmp_path, script):
     pytest.importorskip("huggingface_hub", reason="what fetches from a hub")
-    M.save(M.build(M_TINY).get_parameter, M_TINY, tmp_path / "there")
+    base = ROOT / "data" / "base"
+    shutil.copytree(base, tmp_path / "there")
     (tmp_path / "there" / "pytorch_model.bin").write_bytes(b"pickle")
     env = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = script("-c", HUB, tmp_path / "there", **env)
+    done = script("-c", HUB, tmp_path / "there", tmp_path / "again", **env)
     assert done.returncode == 0, done.stderr
-    explicit, folder, n, asked = done.stdout.strip().split("|")
-    assert "someone/tiny" in explicit and folder.startswith(str(tmp_path / "cache")) and int(n) == sum(p.numel() for p in M.build(M_TINY).parameters())
-    assert "model.safetensors" in asked and ".bin" not in asked
+    folder, asked = done.stdout.strip().split("|")
+    assert folder.startswith(str(tmp_path / "cache")) and "model.safetensors" in asked and ".bin" not in asked
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     lost = script("model.py", "someone/tiny", **env | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "other")})
     assert lost.returncode == 1 and lost.stderr.count("\n") == 1 and "someone/tiny" in lost.stderr and "hub" in lost.stderr, lost.stderr
 

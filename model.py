@@ -321,7 +321,7 @@ def varlen(cu_seqlens, total, max_len):
         said = {"is_causal": True} if "is_causal" in takes else {"window_size": ((layer.window or 0) - 1, 0)}
         said |= {"scale": layer.scale} if layer.scale else {}
         if said.keys() - takes.keys() or layer.window and "is_causal" in said:
-            raise ValueError("model.sliding_window, model.attention_multiplier: need the attention kernel of torch 2.12")
+            raise ValueError("model.sliding_window, model.attention_multiplier: need torch 2.12 and its attention")
         q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
@@ -661,13 +661,13 @@ def stored_weights(path, m):
     """
     folder = find_model(path)
     family, theirs, where = configs.families()[m["family"]], configs.read_model(folder), open_weights(folder)
-    older, known = family.get("older", {}), min(m["vocab_size"], theirs["vocab_size"])
-    model, turned = on_meta(m), tuple(family.get("transposed", ()))
-    places, wrong = {}, []                                     # our name -> [(their key, first row, rows)]
+    known, turned = min(m["vocab_size"], theirs["vocab_size"]), tuple(family.get("transposed", ()))
+    model, places, wrong = on_meta(m), {}, []                  # places: our name -> [(their key, first row, rows)]
     for name, p in model.named_parameters():
         places[name], sizes = [], {}
         for key, first, rows in pieces(name, known_rows(name, len(p), m | {"vocab_size": known}), m):
-            key = next((k for k in (key, key.removeprefix(family["prefix"]), older.get(key)) if k in where), key)
+            short = key.removeprefix(family["prefix"])
+            key = short if key not in where and short in where else key
             places[name].append((key, first, rows))
             sizes[key] = sizes.get(key, 0) + rows
         for key, rows in sizes.items():
@@ -678,7 +678,7 @@ def stored_weights(path, m):
             elif (stored := where[key].get_slice(key).get_shape()) != want:
                 wrong.append(f"{key} is {stored}, and the config makes it {want}")
     used = {key for parts in places.values() for key, *_ in parts}
-    ignored = tuple(family.get("ignore", ())) + (("lm_head.weight",) if theirs["tie_embeddings"] else ())
+    ignored = (*family.get("ignore", ()), *[family["weights"]["head.weight"]] * theirs["tie_embeddings"])
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
         shapes = lambda m: [(name, p.shape) for name, p in on_meta(m | {"rope_layers": None}).named_parameters()]
@@ -738,7 +738,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
 
     read    name -> that tensor, whole: a model's get_parameter, or anything like it. A part is in memory at a time
-    source  the folder (or hub id) the model came from: what its config.json says besides is carried along, and its dtype
+    source  the folder or hub id it came from: what that config.json says besides is carried along, and its dtype
     stop    ids that end a generation;  bos  the id a text begins with
     """
     from safetensors.torch import save_file

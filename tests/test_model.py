@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import configs, model as M, tokenize_data
 from conftest import ROOT
@@ -110,6 +111,8 @@ def loss_and_gradients(ours, m, theirs, folder):
     assert weight == sum(len(d) - 1 for d in docs) and close(per_document, torch.stack(wants), 1e-5)
     got, turned, wanted = grads(ours), tuple(configs.families()[m["family"]].get("transposed", ())), grads(theirs)
     got = {their: t.T if name.endswith(turned) else t for name, g in got.items() for their, t in M.as_stored(name, g, m).items()}
+    if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
+        got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()
     return max(apart(loss_sum, sum(wants)), *(apart(got[name], g) for name, g in wanted.items()))
 
@@ -154,6 +157,8 @@ def export(ours, m, theirs, folder):
     ids, first = torch.tensor(documents(m["vocab_size"], 60)), transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     reloaded, m2 = M.load(out)
     assert m2 == m | {"init_from": str(out)} and all(torch.equal(a, b) for a, b in zip(reloaded.state_dict().values(), ours.state_dict().values(), strict=True))
+    names = [{name for f in path.glob("*.safetensors") for name in safe_open(f, "pt").keys()} for path in (folder, out)]
+    assert names[0] == names[1]                                        # what other programs look for
     weights = zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
     with torch.no_grad():
         return sum(int((a != b).sum()) for a, b in weights) + int((again.eval()(ids).logits != first(ids).logits).sum())

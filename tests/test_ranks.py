@@ -53,7 +53,7 @@ def measure(argv, out):
         for _ in range(cfg["batch_size"] * length // capacity // shard.ranks()):
             ids = torch.arange(capacity) % cfg["model"]["vocab_size"]
             row = M.as_batch([ids[:length].tolist()] * (capacity // length))
-            rows.append(row | {"targets": ids, "weights": torch.ones(capacity), "doc_ids": torch.arange(capacity // length)})
+            rows.append(row | {"targets": ids, "weights": torch.ones(capacity), "doc_ids": torch.arange(capacity // length), "noise": (0, 0)})
         for _ in range(3):
             with record_function("one step"):
                 train.train_step(model, optimizer, rows, 1000.0, 1e-4, 1.0)
@@ -236,6 +236,7 @@ SHAPES = {
     "narrow, many tokens": ["model.d_model=128", "model.n_layers=4", "model.vocab_size=4096", "micro_tokens=2048", "data.seq_len=256", "batch_size=16"],
     "wide, a small vocabulary": ["model.d_model=256", "model.n_layers=6", "model.n_heads=8", "model.n_kv_heads=2", "model.vocab_size=320", "micro_tokens=1024", "data.seq_len=256", "batch_size=8"],
     "bf16": ["model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024", "data.seq_len=128", "batch_size=16", "dtype=bfloat16"],
+    "dropout, another family": ["model.family=phi", "model.activation=gelu", "model.tie_embeddings=false", "model.d_model=128", "model.n_layers=8", "model.vocab_size=512", "micro_tokens=1024", "data.seq_len=256", "batch_size=8", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
     "lora, computed again": ["model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024", "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"]}
 
 

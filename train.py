@@ -380,9 +380,10 @@ def introduce(cfg, model, data, epoch, total, device):
              for kind, sources in data.items() for name, tokens in sources.items()]
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    new = model.m["vocab_size"] - (cfg["model"]["vocab_size"] or model.m["vocab_size"])
     lines.append(f"model     {model.m['family']} {model.m['n_layers']} x {model.m['d_model']}, {every:,} parameters, "
                  f"{trained:,} trained{f' (LoRA of rank {lora})' if lora else ''}, "
-                 f"from {model.m['init_from'] or 'scratch'}")
+                 f"from {model.m['init_from'] or 'scratch'}{f', with {new:,} new tokens' if new else ''}")
     documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
     mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in train.values()) / sum(map(len, train.values()))
     rows = math.ceil(batch * mean / cfg["micro_tokens"] / ranks)

@@ -358,6 +358,17 @@ def test_noise_is_the_same_in_any_layout():
     assert torch.equal(model(row(docs))[2], model(row(docs))[2])     # without a seed there is none: evaluation, generation
 
 
+def test_no_two_places_of_a_model_share_their_noise(monkeypatch):
+    seen, real = [], M.dropout
+
+    def watched(x, p, keys, codes):
+        seen.append(M.scrambled(keys ^ M.scrambled(codes)).flatten()[:48].tolist())
+        return real(x, p, keys, codes)
+    monkeypatch.setattr(M, "dropout", watched)
+    M.build(M_TINY | NOISY)(row(documents(101, 60)) | {"noise": 0})
+    assert len(seen) == 1 + 2 * 3 and len({i for place in seen for i in place}) == 48 * len(seen)    # embedding; attention and both sums of each block
+
+
 def test_dropout_drops_a_share_and_keeps_the_mean():
     keys, x = M.scrambled(torch.arange(500))[:, None], torch.ones(500, 300, requires_grad=True)
     y = M.dropout(x, 0.3, keys, torch.arange(300))
@@ -435,7 +446,7 @@ def test_a_vocabulary_grows_from_the_mean_of_the_old(tmp_path):
             assert len(b) == 112 and torch.equal(b[:101], a) and not b[109:].any() and torch.allclose(b[101:109], a.mean(0).expand(8, -1), atol=1e-6)
 
 
-def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path):
+def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     import train
     base = M.build(M_TINY | {"vocab_size": 200})
@@ -443,6 +454,7 @@ def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path):
     _, _, explicit = tiny("max_steps=3", "checkpoint.export=true", "eval_every=0")
     argv = [f"{key}={value}" for key, value in configs.flat(explicit).items() if not key.startswith("model.")]
     train.main(*configs.load([*argv, f"model.init_from={tmp_path / 'base'}"]))
+    assert f"from {tmp_path / 'base'}, with 59 new tokens" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{explicit['out_dir']}/hf")
     assert theirs.config.vocab_size == len(theirs.get_input_embeddings().weight) == 259
 

@@ -182,14 +182,12 @@ class Block(nn.Module):
 # noise: a number is a function of seed, step, document, position and place in the model, so that neither packing, nor
 # ranks, nor a resumed run change it (a generator's state would). A document that a step draws twice has the same twice
 
-BITS = (1 << 32) - 1
-
-
 def scrambled(x):
-    """Each number below 2^32 -> another: lowbias32, the integer hash of github.com/skeeto/hash-prospector."""
-    x = ((x & BITS) >> 16 ^ x & BITS) * 0x7feb352d & BITS
-    x = (x >> 15 ^ x) * 0x846ca68b & BITS
-    return x >> 16 ^ x
+    """Each int32 -> another, by the hash lowbias32 (github.com/skeeto/hash-prospector): products wrap, shifts fill 0."""
+    x = x.int()
+    x = (x >> 16 & 0xffff ^ x) * 0x7feb352d
+    x = (x >> 15 & 0x1ffff ^ x) * (0x846ca68b - (1 << 32))
+    return x >> 16 & 0xffff ^ x
 
 
 def document_of(batch):
@@ -199,16 +197,16 @@ def document_of(batch):
 
 
 def token_keys(batch):
-    """The seed of each token's noise: of batch["noise"] (seed and step, say), document and position. -> [T]"""
+    """The seed of each token's noise: of batch["noise"] (seed and step, say), document and position. -> [T] int32"""
     if not len(batch["doc_ids"]):                              # an idle row
-        return batch["positions"]
-    seed = zlib.crc32(repr(batch["noise"]).encode())
-    return scrambled(scrambled(batch["doc_ids"][document_of(batch)].long() ^ seed) + batch["positions"])
+        return batch["positions"].int()
+    seed = zlib.crc32(repr(batch["noise"]).encode()) - (1 << 31)
+    return scrambled(scrambled(batch["doc_ids"][document_of(batch)].int() ^ seed) + batch["positions"].int())
 
 
 def dropout(x, p, keys, codes):
     """x with each number set to 0 with probability p, the others times 1 / (1 - p); keys and codes, together, as x."""
-    keep = scrambled(keys ^ scrambled(codes)) >= int(p * (BITS + 1))
+    keep = scrambled(keys ^ scrambled(codes)) >= int(p * (1 << 32)) - (1 << 31)
     return torch.where(keep, x / (1 - p), 0.0)
 
 
@@ -350,7 +348,7 @@ def neftune(model, batch, alpha):
     if "noise" not in batch or not len(batch["doc_ids"]):
         return x
     codes = scrambled(torch.arange(x.shape[1], device=x.device))
-    uniform = scrambled(scrambled(token_keys(batch) + 3)[:, None] ^ codes) / BITS * 2 - 1             # [T, C]
+    uniform = scrambled(scrambled(token_keys(batch) + 3)[:, None] ^ codes) / (1 << 31)                # [T, C]
     lengths = batch["cu_seqlens"].diff()[document_of(batch)][:, None]                                 # [T, 1]
     return x + uniform * alpha / (lengths * x.shape[1]).sqrt()
 

@@ -183,7 +183,7 @@ class Block(nn.Module):
 # ranks, nor a resumed run change it (a generator's state would). A document that a step draws twice has the same twice
 
 def scrambled(x):
-    """Each int32 -> another, by the hash lowbias32 (github.com/skeeto/hash-prospector): products wrap, shifts fill 0."""
+    """Each int32 -> another: the hash lowbias32 (github.com/skeeto/hash-prospector). Products wrap, shifts fill 0."""
     x = x.int()
     x = (x >> 16 & 0xffff ^ x) * 0x7feb352d
     x = (x >> 15 & 0x1ffff ^ x) * (0x846ca68b - (1 << 32))

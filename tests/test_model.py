@@ -691,6 +691,17 @@ def test_flops_are_counted_by_hand():
     assert M.flops(model, [10, 20], 12) == 4 * each * 30 + 4 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
 
 
+@pytest.mark.parametrize("name", ["GPT-2", "Phi-1, 1.5, 2", "Qwen3", "GPT-NeoX, Pythia"])
+def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
+    ours, m, _, folder = pair(name)
+    lines = M.summary(M.on_meta(m), m).splitlines()
+    n = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines if line.split() and line.split()[0] in ("embedding", "attention", "mlp", "norms", "head", "parameters")}
+    assert n.pop("parameters") == sum(n.values()) == sum(p.numel() for p in ours.parameters())
+    if name == "Qwen3":
+        done = script("model.py", folder)
+        assert done.returncode == 0 and done.stdout.splitlines()[:-1] == lines[:-1] and "MB as it is stored" in done.stdout, done.stderr
+
+
 # ---- what can be wrong with a folder
 
 def test_weights_that_dont_fit_are_all_named_at_once(tmp_path):

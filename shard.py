@@ -558,7 +558,11 @@ def plan(m, cfg, gpus=1):
     rows, T = -(-T // cfg["micro_tokens"]), min(T, cfg["micro_tokens"])
 
     learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
-    state = {"weights": (4 * trained + size * frozen) // shards, "moments": 8 * trained // shards}
+    turned = sum(p.numel() for name, p in model.named_parameters()
+                 if p.requires_grad and transformer.matrices(name, p, m))
+    moments = {"adamw": 8 * trained, "muon": 8 * trained - 4 * turned, "sgd": 4 * trained * (cfg["momentum"] > 0)}
+    moments = moments.get(cfg["optimizer"], 8 * trained)       # one of the user's own
+    state = {"weights": (4 * trained + size * frozen) // shards, "moments": moments // shards}
     if shards > 1:                                             # gathered: what is around the blocks, and one or all
         blocks = 1 if cfg["shard"]["reshard_after_forward"] else L
         state["gathered weights"] = (size if lora["r"] else 4) * around + size * block * blocks

@@ -162,6 +162,8 @@ def make_optimizer(model, cfg):
     if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
         raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
     groups = [group | {"scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+    if cfg["optimizer"] == "muon" and not any(rows for group in groups for rows in group["parts"]):
+        raise ValueError("optimizer: muon turns the matrices of the blocks, and none is trained; optimizer=adamw")
     return OPTIMIZERS[cfg["optimizer"]](groups, cfg)
 
 
@@ -455,16 +457,18 @@ def main(cfg, source=None, explicit=None):
         raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
                          f"{', '.join(numbers) if labels and cfg['eval_every'] else 'nothing is'}")
 
+    def mark_best():
+        saver.wait()
+        if cfg["best"] and rank == 0:
+            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
+
     def validate():
         record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
         report.validation({"step": step} | record)
         texts.update(found)
-        if cfg["best"] and saver.wait() and rank == 0:
-            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
+        mark_best()
 
-    known = lambda: any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
-    if labels and not shard.on_first(known) and due(step, cfg["eval_every"], total):
-        validate()                                             # at the start; or a run ended before it got here
+    mark_best()                                                # `best` may be new, or a run ended before it got here
 
     ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -489,9 +493,12 @@ def main(cfg, source=None, explicit=None):
 
     multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
     lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple, seen) if s < total else None
-    over = step >= total or shard.on_first(stale)
     end = asked_to_end()
-    finished = (over or end == TIME_IS_UP) and shard.on_first((out / "hf").is_dir)
+    over = step >= total or end == TIME_IS_UP
+    known = lambda: any(r["step"] == step for r in log.read(out) if evaluated(r))
+    if labels and not shard.on_first(known) and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"]):
+        validate()                                             # at the start; or a run ended before it got here
+    over = over or shard.on_first(stale)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
         coming = ahead.submit(lay_out, step)
         while not over and not end:
@@ -536,7 +543,7 @@ def main(cfg, source=None, explicit=None):
                 since, tokens = seconds(), 0                   # speed is training's
                 end = max(end, asked_to_end(timed=False))
     end = max(end, asked_to_end(timed=False))
-    if end > TIME_IS_UP and on_disk < step:
+    if not saver.wait() or end > TIME_IS_UP and on_disk < step:    # a full disk may have been emptied
         save()
     written = saver.wait()
     for s, handler in handlers.items():
@@ -554,7 +561,10 @@ def main(cfg, source=None, explicit=None):
         for prompt, reply, reference in group[:cfg["samples"]]:
             right = reply.strip() == reference.strip()
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
-    if cfg["checkpoint"]["export"] and not finished and written:
+    if not written:
+        report.close()
+        raise ValueError(f"{saver.folder}: the last steps were not saved, see above; the same command does them again")
+    if cfg["checkpoint"]["export"]:
         adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
         folder = saver.folder / ("best" if (saver.folder / "best").is_dir() and cfg["best"] else "latest")
         shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
@@ -567,15 +577,19 @@ def main(cfg, source=None, explicit=None):
 TIME_IS_UP = 1                                                 # no signal that is handled here
 
 
+def evaluated(record):
+    return any(key.startswith("val/") for key in record)
+
+
 def standing(records, best):
-    """Records, and the number that says which is the best -> (its step, or None; how many evaluations came since).
+    """Records, and the number that says which is best -> (steps, the best first; evaluations since the best of them).
 
     best  val/LABEL/loss, say: the least; or max val/LABEL/exact_match: the largest. Of equals, the first
     """
     way, _, key = best.rpartition(" ")
-    records = [r for r in records if r["step"] and r.get(key) is not None]
-    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records]
-    return (min(figures)[1], len(figures) - 1 - figures.index(min(figures))) if figures else (None, 0)
+    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records if r["step"] and r.get(key) is not None]
+    steps = [step for _, step in sorted(figures)]
+    return steps, len({r["step"] for r in records if evaluated(r) and steps and r["step"] > steps[0]})
 
 
 def named(documents, sources):

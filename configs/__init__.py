@@ -381,16 +381,19 @@ def check(cfg, source):
             wrong(key, "a count (an int) or a fraction (at most 1.0)")
     if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
         wrong("betas", "two numbers, at least 0 and below 1")
+    if cfg["momentum"] >= 1:
+        wrong("momentum", "a number, at least 0 and below 1")
     if cfg["patience"] and not cfg["best"]:
         wrong("patience", "0 where `best` names no number")
     for group in cfg["groups"]:
         known = {"match": (str,), "lr": (int, float), "weight_decay": (int, float)}
         try:
-            good = all(type(value) in known[key] for key, value in group.items()) and re.compile(group["match"])
+            good = all(type(value) in known[key] and (key == "match" or 0 <= value < float("inf"))
+                       for key, value in group.items()) and re.compile(group["match"])
         except (AttributeError, KeyError, re.error):
             good = False
         if not good:
-            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
+            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, none below 0")
     if cfg["resume"] == "":
         wrong("resume", "auto, never or a checkpoint's path")
     for kind in ("train", "validation"):

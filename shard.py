@@ -29,7 +29,7 @@ The model file knows of none of these: a model that comes out of prepare() is ca
     compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
     LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
 """
-import itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
+import atexit, itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 
 import configs
@@ -66,6 +66,9 @@ def together(main, *args):
         join(*args)
         main(*args)
         dist.barrier()
+        code = 0
+    except SystemExit as e:
+        code = e.code
     except Exception as e:
         mistake, text = configs.ours(e), traceback.format_exc().rstrip()
         if mistake:
@@ -82,8 +85,10 @@ def together(main, *args):
         if first:
             tell(text)
         os._exit(1)                                            # nothing of what is under way waits for the others
-    finally:
-        leave()
+    leave()
+    atexit._run_exitfuncs()                                    # as an exit does; but gloo's threads, which hold tensors,
+    sys.stdout.flush()                                         # would now and then abort an interpreter that winds up
+    os._exit(code)                                             # (pytorch/pytorch#179291)
 
 
 GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "communicator was aborted")

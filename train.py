@@ -26,7 +26,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
 
-import concurrent.futures, math, platform, re, signal, time
+import concurrent.futures, contextlib, math, platform, re, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -475,6 +475,7 @@ def main(cfg, source=None, explicit=None):
     peak, clock = (peak_flops(device, model.dtype) or 0) * ranks, time.perf_counter()
     seconds = lambda: before + time.perf_counter() - clock
     since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
+    waited = {"data_wait": 0.0, "save_wait": 0.0}              # seconds since then in which nothing was computed
 
     def asked_to_end(timed=True):
         """0, TIME_IS_UP or a signal's number, the same on all ranks."""
@@ -486,9 +487,11 @@ def main(cfg, source=None, explicit=None):
 
     def save():
         report.flush()                                         # a step that is saved is logged
+        start = time.perf_counter()
         more = {name: torch.from_numpy(array) for name, array in seen.state().items()} if seen else {}
         now = {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row}
         saver.save(step, model, optimizer, more, state | now)
+        waited["save_wait"] += time.perf_counter() - start
         return step
 
     multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
@@ -502,13 +505,17 @@ def main(cfg, source=None, explicit=None):
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
         coming = ahead.submit(lay_out, step)
         while not over and not end:
+            start = time.perf_counter()
             rows, info = coming.result()
+            waited["data_wait"] += time.perf_counter() - start
             if seen:
                 seen.take_in()
-            coming = ahead.submit(lay_out, step + 1)
-            rows, lr = [to_device(row, device) for row in rows], lr_at(step, total, cfg)
-            loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
+            coming, lr = ahead.submit(lay_out, step + 1), lr_at(step, total, cfg)
             step += 1
+            look = rank == 0 and step == cfg["profile"]
+            with log.profiled(out / "trace.json", device, report.say) if look else contextlib.nullcontext():
+                rows = [to_device(row, device) for row in rows]
+                loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             if seen:
                 seen.tell(*by_document(losses))
             skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
@@ -532,15 +539,15 @@ def main(cfg, source=None, explicit=None):
                 report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
                              "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
                              "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
-                             "seconds": now, "skipped": skipped})
-                since, tokens = now, 0
+                             "seconds": now, "skipped": skipped} | {k: t / (now - since) for k, t in waited.items()})
+                since, tokens, waited = now, 0, dict.fromkeys(waited, 0.0)
             evaluating = labels and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"])
             if due(step, cfg["save_every"], total) or over or evaluating and cfg["best"]:
                 on_disk = save()
             if evaluating:
                 validate()
                 over = over or shard.on_first(stale)
-                since, tokens = seconds(), 0                   # speed is training's
+                since, tokens, waited = seconds(), 0, dict.fromkeys(waited, 0.0)    # speed is training's
                 end = max(end, asked_to_end(timed=False))
     end = max(end, asked_to_end(timed=False))
     if not saver.wait() or end > TIME_IS_UP and on_disk < step:    # a full disk may have been emptied

@@ -11,7 +11,7 @@ import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, trai
 
 def records(cfg, *keys):
     """A run's records, each a tuple of the keys; all but the clock's where none is named."""
-    clocks = ("tok_per_s", "seconds", "memory", "mfu")
+    clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait")
     return [tuple(r.get(k) for k in keys) if keys else {k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
 
 
@@ -326,6 +326,16 @@ def test_a_finished_run_can_be_asked_for_its_best(tiny):
     shutil.rmtree((out / "checkpoints" / "best").resolve())            # its best is gone: the best of what is there
     run(asked)
     assert (out / "checkpoints" / "best" / "state.json").is_file()
+
+
+def test_a_step_is_looked_into_on_request(tiny, capsys):
+    loaded = tiny("max_steps=4", "eval_every=0", "profile=3", "save_every=2")
+    plain = run(tiny("max_steps=4", "eval_every=0", "save_every=2", out="plain"))
+    assert run(loaded) == plain                                        # looking changes nothing
+    said, trace = capsys.readouterr().out, json.loads(Path(loaded[0]["out_dir"], "trace.json").read_text())
+    assert "outside matrix products and attention" in said and "aten::mm" in said and any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
+    for data, save in records(loaded[0], "data_wait", "save_wait"):
+        assert 0 <= data < 1 and 0 <= save < 1
 
 
 def test_a_run_that_has_not_begun_to_end_can_end_later(tiny):

@@ -29,7 +29,7 @@ The model file knows of none of these: a model that comes out of prepare() is ca
     compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
     LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
 """
-import atexit, itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
+import atexit, ctypes, itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 
 import configs
@@ -283,6 +283,18 @@ def set_threads():
         torch.set_num_threads(max(1, cores // here))
 
 
+def keep_memory():
+    """Let freed memory stay with the process: a page that the kernel gives anew costs more than what is done with it.
+
+    glibc's malloc asks the kernel for every large block and gives it back at once; mallopt(3) has the options. Where
+    the C library is another, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # no mappings, no trimming, the heap grows by 64 MB
+        if mallopt:
+            mallopt(option, value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
@@ -471,6 +483,8 @@ def fill(model, read):
 def prepare(model, m, cfg, read):
     """A model without weights (on "meta") and read() of them -> ready to train on this run's devices, in place."""
     device, dtype = pick_device(cfg)
+    if device.type == "cpu":
+        keep_memory()
     if cfg["shard"]["lora"]["r"]:
         add_lora(model, m, cfg["shard"]["lora"])
         read = with_adapters(model, read, cfg["seed"])

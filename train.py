@@ -26,7 +26,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
 
-import concurrent.futures, contextlib, math, platform, re, signal, time
+import collections, concurrent.futures, contextlib, math, platform, re, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,41 @@ def due(step, every, total):
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimizer
 
+class AdamW:
+    """arXiv:1711.05101, in one kernel over all tensors. To make torch's own class takes as long as to import torch.
+
+    Used as theirs is: param_groups, state, step(), zero_grad(). Moments lie over ranks as their parameters do; each
+    rank's step is that of its own rows.
+    """
+
+    def __init__(self, groups):
+        self.param_groups, self.state = groups, collections.defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+            params = [p for p in params if len(shard.part(p)[0])]    # of some a rank may have no row
+            mine = lambda tensors: [shard.part(t)[0] for t in tensors]
+            moment = lambda key: mine(self.state[p][key] for p in params)
+            steps = [self.state[p]["step"] for p in params]
+            if params:
+                torch._foreach_add_(steps, 1)
+                torch._fused_adamw_(mine(params), mine(p.grad for p in params), moment("exp_avg"), moment("exp_avg_sq"),
+                                    [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                                    eps=group["eps"], weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
+
+    def zero_grad(self, set_to_none=True):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.grad = None if set_to_none else p.grad.zero_()
+
+
 def adamw(groups, cfg):
-    """arXiv:1711.05101"""
-    return torch.optim.AdamW(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+    return AdamW(groups)
 
 
 def sgd(groups, cfg):
@@ -103,7 +135,7 @@ def orthogonal(g):
     return x.to(g.dtype) if g.shape[0] <= g.shape[1] else x.T.to(g.dtype)
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Matrices of the blocks move along their momentum's nearest orthogonal matrix, the rest by AdamW.
 
     https://kellerjordan.github.io/posts/muon; steps as large as AdamW's (arXiv:2502.16982), so that one lr serves both.
@@ -135,12 +167,11 @@ class Muon(torch.optim.AdamW):
 
 
 def muon(groups, cfg):
-    for group in groups:
-        group["momentum"] = cfg["momentum"]
-    return Muon(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+    return Muon(groups)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": sgd}
+HYPERPARAMETERS = ("lr", "betas", "eps", "momentum")                # each group's own; lr is set anew for every step
 
 
 def make_optimizer(model, cfg):
@@ -161,7 +192,8 @@ def make_optimizer(model, cfg):
         group["parts"].append(transformer.matrices(name, p, model.m))
     if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
         raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
-    groups = [group | {"scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+    groups = [group | {"scale": scale, "weight_decay": decay} | {key: cfg[key] for key in HYPERPARAMETERS}
+              for (scale, decay), group in groups.items()]
     if cfg["optimizer"] == "muon" and not any(rows for group in groups for rows in group["parts"]):
         raise ValueError("optimizer: muon turns the matrices of the blocks, and none is trained; optimizer=adamw")
     return OPTIMIZERS[cfg["optimizer"]](groups, cfg)

@@ -169,6 +169,27 @@ def test_a_signal_during_an_evaluation_loses_no_step(tiny, monkeypatch):
 
 # ---- the step
 
+def test_adamw_is_torchs_bitwise_and_costs_no_import(tiny, script):
+    c = tiny("lr=1e-2")[0]
+    models = [M.build(c["model"] | {"vocab_size": 50}) for _ in range(2)]
+    ours = train.make_optimizer(models[0], c)
+    pairs = dict(zip(models[0].parameters(), models[1].parameters()))
+    theirs = torch.optim.AdamW([group | {"params": [pairs[p] for p in group["params"]]} for group in ours.param_groups], fused=True)
+    for n in range(3):
+        for p, q in pairs.items():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) if n or p.dim() == 2 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        ours.step(), theirs.step()
+        assert all(torch.equal(p, q) for p, q in pairs.items())
+    kept = models[0].embed.weight.grad
+    ours.zero_grad(set_to_none=False)
+    assert kept is models[0].embed.weight.grad and not kept.any()
+    ours.zero_grad()
+    assert all(p.grad is None for p in pairs)
+    out = script("-c", "import sys, torch, configs, model as M, train; c = configs.load(['model.vocab_size=9'])[0]; train.make_optimizer(M.build(c['model']), c); print('torch._dynamo' in sys.modules)")
+    assert out.stdout.strip() == "False", out.stderr
+
+
 def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere(tiny):
     c = tiny("optimizer=muon", "lr=1e-2", "weight_decay=0.1")[0]
     model = M.build(c["model"] | {"vocab_size": 50})

@@ -170,11 +170,14 @@ def point(link, folder):
     sync(link.parent)
 
 
-def mark(out_dir, step):
-    """Call a run's checkpoint of that step the best, where it is there: best is kept, and exported."""
-    folder = Path(out_dir) / "checkpoints" / f"{step or 0:08}"
-    if folder.is_dir():
-        point(folder.with_name("best"), folder)
+def mark(out_dir, steps):
+    """Let `best` lead to the first of the steps that has a checkpoint, or to none: best is kept, and exported."""
+    folder = Path(out_dir) / "checkpoints"
+    there = [folder / f"{step:08}" for step in steps if (folder / f"{step:08}").is_dir()]
+    if there:
+        point(folder / "best", there[0])
+    else:
+        (folder / "best").unlink(missing_ok=True)
 
 
 class Saver:
@@ -192,6 +195,7 @@ class Saver:
     def save(self, step, model, optimizer, more, state):
         """Step's checkpoint: returns when the copy is made. wait() tells of a failed write, which leaves the others."""
         self.wait()
+        self.error = None
         files, folder = snapshot(model, optimizer, more, self.buffers), self.folder / f"{step:08}"
         args = files, folder, state | {"step": step}, next(self.saves)
         self.thread = threading.Thread(target=self.work, args=args, daemon=True)
@@ -222,13 +226,13 @@ class Saver:
             self.error = f"checkpoint {folder} was not written ({problem}); the run goes on, the older ones are whole"
 
     def wait(self):
-        """Until the last save is on disk, from all ranks. -> did it get there?"""
+        """Until the last save is on disk, from all ranks. -> did it get there? If not, that is told once."""
         if self.thread:
             self.thread.join()
-        error, self.error = self.error, None
-        if error:
-            self.warn(error)
-        return not error
+            self.thread = None
+            if self.error:
+                self.warn(self.error)
+        return not self.error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +320,7 @@ def restore(folder, model, optimizer):
 
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
-        "best", "patience", "max_seconds", "bad_steps",
+        "best", "patience", "max_seconds", "bad_steps", "profile",
         "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "data.cache_dir",
         "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
 

@@ -6,7 +6,7 @@ Also wandb, mlflow or tensorboard, where log.to names them and they are installe
 known; the README's table says what each one is. Values that live on a device are read when the next record comes, so
 that logging never makes the device wait.
 """
-import html, json, math, os, sys
+import contextlib, html, json, math, os, re, sys
 from pathlib import Path
 
 import configs
@@ -131,6 +131,26 @@ class Log:
     def close(self):
         self.flush()
         self.file.close()
+
+
+@contextlib.contextmanager
+def profiled(path, device, say):
+    """Around a step: writes a trace for chrome://tracing or Perfetto to `path`, and says what took longest."""
+    from torch.profiler import ProfilerActivity, profile
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as prof:
+        yield
+    prof.export_chrome_trace(str(path))
+    cost = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total     # microseconds
+    events = [e for e in prof.key_averages() if cost(e) > 0 and (not cuda or e.device_type.name == "CUDA")]
+    total = sum(map(cost, events)) or 1
+    heavy = sum(cost(e) for e in events if re.search(HEAVY, e.key, re.IGNORECASE))
+    for event in sorted(events, key=cost, reverse=True)[:10]:
+        say(f"{cost(event) / total:6.1%} {cost(event) / 1e3:10.2f} ms {event.count:6,} x  {event.key[:80]}")
+    say(f"{1 - heavy / total:6.1%} of {total / 1e3:,.2f} ms outside matrix products and attention; {path} has all of it")
+
+
+HEAVY = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|cudnn"    # their kernels' names
 
 
 class Silent:

@@ -149,7 +149,7 @@ class Seen:
         """
         known = self.loss[np.isfinite(self.loss)]
         usual = np.cumsum(known, dtype=np.float64)[-1] / len(known) if len(known) else 1.0    # for what is not seen yet
-        weight = np.where(np.isfinite(self.loss), self.loss, usual).astype(np.float64) * self.rate + 1e-6
+        weight = np.where(np.isfinite(self.loss), self.loss, usual).clip(0).astype(np.float64) * self.rate + 1e-6
         order, count = permuted(np.arange(len(weight)), len(weight), k), min(count, len(weight))
         ends = np.cumsum(weight[order])
         start = float(key(int(k)) >> np.uint64(11)) / 2**53

@@ -29,7 +29,7 @@ The model file knows of none of these: a model that comes out of prepare() is ca
     compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
     LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
 """
-import itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
+import atexit, ctypes, itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
 from pathlib import Path
 
 import configs
@@ -66,6 +66,9 @@ def together(main, *args):
         join(*args)
         main(*args)
         dist.barrier()
+        code = 0
+    except SystemExit as e:
+        code = e.code
     except Exception as e:
         mistake, text = configs.ours(e), traceback.format_exc().rstrip()
         if mistake:
@@ -82,8 +85,10 @@ def together(main, *args):
         if first:
             tell(text)
         os._exit(1)                                            # nothing of what is under way waits for the others
-    finally:
-        leave()
+    leave()
+    atexit._run_exitfuncs()                                    # as an exit does; but gloo's threads, which hold tensors,
+    sys.stdout.flush()                                         # would now and then abort an interpreter that winds up
+    os._exit(code)                                             # (pytorch/pytorch#179291)
 
 
 GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "communicator was aborted")
@@ -278,6 +283,18 @@ def set_threads():
         torch.set_num_threads(max(1, cores // here))
 
 
+def keep_memory():
+    """Let freed memory stay with the process: a page that the kernel gives anew costs more than what is done with it.
+
+    glibc's malloc asks the kernel for every large block and gives it back at once; mallopt(3) has the options. Where
+    the C library is another, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    for option, value in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # no mappings, no trimming, the heap grows by 64 MB
+        if mallopt:
+            mallopt(option, value)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
@@ -454,6 +471,8 @@ def saves(p):
 def prepare(model, m, cfg, read):
     """A model without weights (on "meta") and read() of them -> ready to train on this run's devices, in place."""
     device, dtype = pick_device(cfg)
+    if device.type == "cpu":
+        keep_memory()
     if cfg["shard"]["lora"]["r"]:
         add_lora(model, m, cfg["shard"]["lora"])
         read = with_adapters(model, read, cfg["seed"])
@@ -548,7 +567,11 @@ def plan(m, cfg, gpus=1):
     rows, T = -(-T // cfg["micro_tokens"]), min(T, cfg["micro_tokens"])
 
     learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
-    state = {"weights": (4 * trained + size * frozen) // shards, "moments": 8 * trained // shards}
+    turned = sum(p.numel() for name, p in model.named_parameters()
+                 if p.requires_grad and transformer.matrices(name, p, m))
+    moments = {"adamw": 8 * trained, "muon": 8 * trained - 4 * turned, "sgd": 4 * trained * (cfg["momentum"] > 0)}
+    moments = moments.get(cfg["optimizer"], 8 * trained)       # one of the user's own
+    state = {"weights": (4 * trained + size * frozen) // shards, "moments": moments // shards}
     if shards > 1:                                             # gathered: what is around the blocks, and one or all
         blocks = 1 if cfg["shard"]["reshard_after_forward"] else L
         state["gathered weights"] = (size if lora["r"] else 4) * around + size * block * blocks

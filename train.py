@@ -26,7 +26,7 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
 
-import concurrent.futures, math, platform, re, signal, time
+import collections, concurrent.futures, contextlib, math, platform, re, signal, time
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +83,41 @@ def due(step, every, total):
 # ---------------------------------------------------------------------------------------------------------------------
 # the optimizer
 
+class AdamW:
+    """arXiv:1711.05101, in one kernel over all tensors. To make torch's own class takes as long as to import torch.
+
+    Used as theirs is: param_groups, state, step(), zero_grad(). Moments lie over ranks as their parameters do; each
+    rank's step is that of its own rows.
+    """
+
+    def __init__(self, groups):
+        self.param_groups, self.state = groups, collections.defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                      "exp_avg_sq": torch.zeros_like(p)}
+            params = [p for p in params if len(shard.part(p)[0])]    # of some a rank may have no row
+            mine = lambda tensors: [shard.part(t)[0] for t in tensors]
+            moment = lambda key: mine(self.state[p][key] for p in params)
+            steps = [self.state[p]["step"] for p in params]
+            if params:
+                torch._foreach_add_(steps, 1)
+                torch._fused_adamw_(mine(params), mine(p.grad for p in params), moment("exp_avg"), moment("exp_avg_sq"),
+                                    [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                                    eps=group["eps"], weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
+
+    def zero_grad(self, set_to_none=True):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.grad = None if set_to_none else p.grad.zero_()
+
+
 def adamw(groups, cfg):
-    """arXiv:1711.05101"""
-    return torch.optim.AdamW(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+    return AdamW(groups)
 
 
 def sgd(groups, cfg):
@@ -103,7 +135,7 @@ def orthogonal(g):
     return x.to(g.dtype) if g.shape[0] <= g.shape[1] else x.T.to(g.dtype)
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Matrices of the blocks move along their momentum's nearest orthogonal matrix, the rest by AdamW.
 
     https://kellerjordan.github.io/posts/muon; steps as large as AdamW's (arXiv:2502.16982), so that one lr serves both.
@@ -135,12 +167,11 @@ class Muon(torch.optim.AdamW):
 
 
 def muon(groups, cfg):
-    for group in groups:
-        group["momentum"] = cfg["momentum"]
-    return Muon(groups, lr=cfg["lr"], betas=tuple(cfg["betas"]), eps=cfg["eps"], fused=True)
+    return Muon(groups)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": sgd}
+HYPERPARAMETERS = ("lr", "betas", "eps", "momentum")                # each group's own; lr is set anew for every step
 
 
 def make_optimizer(model, cfg):
@@ -161,7 +192,10 @@ def make_optimizer(model, cfg):
         group["parts"].append(transformer.matrices(name, p, model.m))
     if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
         raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
-    groups = [group | {"scale": scale, "weight_decay": decay} for (scale, decay), group in groups.items()]
+    groups = [group | {"scale": scale, "weight_decay": decay} | {key: cfg[key] for key in HYPERPARAMETERS}
+              for (scale, decay), group in groups.items()]
+    if cfg["optimizer"] == "muon" and not any(rows for group in groups for rows in group["parts"]):
+        raise ValueError("optimizer: muon turns the matrices of the blocks, and none is trained; optimizer=adamw")
     return OPTIMIZERS[cfg["optimizer"]](groups, cfg)
 
 
@@ -456,22 +490,25 @@ def main(cfg, source=None, explicit=None):
         raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
                          f"{', '.join(numbers) if labels and cfg['eval_every'] else 'nothing is'}")
 
+    def mark_best():
+        saver.wait()
+        if cfg["best"] and rank == 0:
+            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
+
     def validate():
         record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
         report.validation({"step": step} | record)
         texts.update(found)
-        if cfg["best"] and saver.wait() and rank == 0:
-            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
+        mark_best()
 
-    known = lambda: any(r["step"] == step and any(key.startswith("val/") for key in r) for r in log.read(out))
-    if labels and not shard.on_first(known) and due(step, cfg["eval_every"], total):
-        validate()                                             # at the start; or a run ended before it got here
+    mark_best()                                                # `best` may be new, or a run ended before it got here
 
     ended = []                                                 # a signal asks for an end: finish the step, save, exit
     handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     peak, clock = (peak_flops(device, model.dtype) or 0) * ranks, time.perf_counter()
     seconds = lambda: before + time.perf_counter() - clock
     since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
+    waited = {"data_wait": 0.0, "save_wait": 0.0}              # seconds since then in which nothing was computed
 
     def asked_to_end(timed=True):
         """0, TIME_IS_UP or a signal's number, the same on all ranks."""
@@ -483,27 +520,36 @@ def main(cfg, source=None, explicit=None):
 
     def save():
         report.flush()                                         # a step that is saved is logged
+        start = time.perf_counter()
         more = {name: torch.from_numpy(array) for name, array in seen.state().items()} if seen else {}
         now = {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row}
         saver.save(step, model, optimizer, more, state | now)
+        waited["save_wait"] += time.perf_counter() - start
         return step
 
     multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
     lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple, seen) if s < total else None
-    over = step >= total or shard.on_first(stale)
     end = asked_to_end()
-    finished = (over or end == TIME_IS_UP) and shard.on_first((out / "hf").is_dir)
+    over = step >= total or end == TIME_IS_UP
+    known = lambda: any(r["step"] == step for r in log.read(out) if evaluated(r))
+    if labels and not shard.on_first(known) and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"]):
+        validate()                                             # at the start; or a run ended before it got here
+    over = over or shard.on_first(stale)
     with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
         coming = ahead.submit(lay_out, step)
         while not over and not end:
+            start = time.perf_counter()
             rows, info = coming.result()
+            waited["data_wait"] += time.perf_counter() - start
             if seen:
                 seen.take_in()
-            coming = ahead.submit(lay_out, step + 1)
+            coming, lr = ahead.submit(lay_out, step + 1), lr_at(step, total, cfg)
             noise = {"noise": (cfg["seed"], step)}             # of dropout and NEFTune; evaluation has none
-            rows, lr = [to_device(row, device) | noise for row in rows], lr_at(step, total, cfg)
-            loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             step += 1
+            look = rank == 0 and step == cfg["profile"]
+            with log.profiled(out / "trace.json", device, report.say) if look else contextlib.nullcontext():
+                rows = [to_device(row, device) | noise for row in rows]
+                loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
             if seen:
                 seen.tell(*by_document(losses))
             skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
@@ -527,18 +573,18 @@ def main(cfg, source=None, explicit=None):
                 report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
                              "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
                              "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
-                             "seconds": now, "skipped": skipped})
-                since, tokens = now, 0
+                             "seconds": now, "skipped": skipped} | {k: t / (now - since) for k, t in waited.items()})
+                since, tokens, waited = now, 0, dict.fromkeys(waited, 0.0)
             evaluating = labels and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"])
             if due(step, cfg["save_every"], total) or over or evaluating and cfg["best"]:
                 on_disk = save()
             if evaluating:
                 validate()
                 over = over or shard.on_first(stale)
-                since, tokens = seconds(), 0                   # speed is training's
+                since, tokens, waited = seconds(), 0, dict.fromkeys(waited, 0.0)    # speed is training's
                 end = max(end, asked_to_end(timed=False))
     end = max(end, asked_to_end(timed=False))
-    if end > TIME_IS_UP and on_disk < step:
+    if not saver.wait() or end > TIME_IS_UP and on_disk < step:    # a full disk may have been emptied
         save()
     written = saver.wait()
     for s, handler in handlers.items():
@@ -556,7 +602,10 @@ def main(cfg, source=None, explicit=None):
         for prompt, reply, reference in group[:cfg["samples"]]:
             right = reply.strip() == reference.strip()
             report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
-    if cfg["checkpoint"]["export"] and not finished and written:
+    if not written:
+        report.close()
+        raise ValueError(f"{saver.folder}: the last steps were not saved, see above; the same command does them again")
+    if cfg["checkpoint"]["export"]:
         adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
         folder = saver.folder / ("best" if (saver.folder / "best").is_dir() and cfg["best"] else "latest")
         shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
@@ -569,15 +618,19 @@ def main(cfg, source=None, explicit=None):
 TIME_IS_UP = 1                                                 # no signal that is handled here
 
 
+def evaluated(record):
+    return any(key.startswith("val/") for key in record)
+
+
 def standing(records, best):
-    """Records, and the number that says which is the best -> (its step, or None; how many evaluations came since).
+    """Records, and the number that says which is best -> (steps, the best first; evaluations since the best of them).
 
     best  val/LABEL/loss, say: the least; or max val/LABEL/exact_match: the largest. Of equals, the first
     """
     way, _, key = best.rpartition(" ")
-    records = [r for r in records if r["step"] and r.get(key) is not None]
-    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records]
-    return (min(figures)[1], len(figures) - 1 - figures.index(min(figures))) if figures else (None, 0)
+    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records if r["step"] and r.get(key) is not None]
+    steps = [step for _, step in sorted(figures)]
+    return steps, len({r["step"] for r in records if evaluated(r) and steps and r["step"] > steps[0]})
 
 
 def named(documents, sources):

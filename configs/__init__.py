@@ -375,15 +375,15 @@ CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "
 AT_LEAST = {                                                         # {key: least value}
     "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0, "batch_size": 1,
     "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
-    "save_every": 0, "log_every": 0, "patience": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0, "seed": 0,
-    "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
+    "save_every": 0, "log_every": 0, "patience": 0, "profile": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
+    "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
     "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
     "model.max_len": 1, "model.norm_eps": 0, "model.sliding_window": 1, "model.pad_vocab_size_multiple": 1,
     "model.embd_pdrop": 0, "model.attn_pdrop": 0, "model.resid_pdrop": 0, "model.partial_rotary_factor": 0,
     "model.attention_multiplier": 0,
     "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
-INTS = ("max_steps", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim", "model.vocab_size",
-        "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
+INTS = ("max_steps", "profile", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim",
+        "model.vocab_size", "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
 SHAPES = ("auto", "chat", "text")
 OWN = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options", "embed", "embed_options",
        "embd_pdrop", "attn_pdrop", "resid_pdrop", "pad_vocab_size_multiple")    # no config.json need say them
@@ -427,16 +427,19 @@ def check(cfg, source, defaults):
             wrong(key, "a count (an int) or a fraction (at most 1.0)")
     if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
         wrong("betas", "two numbers, at least 0 and below 1")
+    if cfg["momentum"] >= 1:
+        wrong("momentum", "a number, at least 0 and below 1")
     if cfg["patience"] and not cfg["best"]:
         wrong("patience", "0 where `best` names no number")
     for group in cfg["groups"]:
         known = {"match": (str,), "lr": (int, float), "weight_decay": (int, float)}
         try:
-            good = all(type(value) in known[key] for key, value in group.items()) and re.compile(group["match"])
+            good = all(type(value) in known[key] and (key == "match" or 0 <= value < float("inf"))
+                       for key, value in group.items()) and re.compile(group["match"])
         except (AttributeError, KeyError, re.error):
             good = False
         if not good:
-            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
+            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, none below 0")
     if cfg["resume"] == "":
         wrong("resume", "auto, never or a checkpoint's path")
     for kind in ("train", "validation"):

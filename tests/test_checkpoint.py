@@ -112,8 +112,14 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, mon
             raise OSError(28, "No space left on device")
         return real(*args)
     monkeypatch.setattr(checkpoint, "put", full)
-    train.main(*loaded)
+    with pytest.raises(ValueError, match="last steps were not saved"):
+        train.main(*loaded)
     assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint, "put", lambda *args: full(*args) if len(calls) < 9 else real(*args))
+    del calls[1:]
+    calls += [None] * 6                                              # steps 4 and 6 again, and only then is there room
+    train.main(*loaded)
+    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002", "00000006"]
 
 
 @pytest.mark.parametrize("state", [lambda p: torch.ones(p.shape[:1]), lambda p: torch.full(p.shape, 7, dtype=torch.int32), lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])

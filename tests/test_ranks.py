@@ -104,6 +104,8 @@ def work(_, jobs):
             train.main(*configs.load(*args))
         elif what == "forget":
             shard.on_first(forget, *args)
+        elif what == "keep":
+            shard.on_first(shutil.copytree, *args)
         else:
             globals()[what](*args)
         shard.on_first(lambda: None)
@@ -152,6 +154,7 @@ MODELS = {                                                             # what is
 CELLS = [                                                              # (what, ranks, how)
     ("full", 2, []), ("full", 2, HALVES), ("full", 2, [*HALVES, "shard.reshard_after_forward=false"]), ("full", 2, [*HALVES, "shard.recompute=true"]), ("bf16", 2, []),
     ("bf16", 2, HALVES), ("lora", 2, []), ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS), ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("sgd", 2, HALVES), ("feedback", 2, HALVES), ("feedback", 4, []), ("neox, noise, padded rows", 2, []), ("neox, noise, padded rows", 4, BOTH), ("olmo2", 2, HALVES)]
+GONE_ON = [("full", 2, []), ("full", 2, HALVES), ("muon", 2, HALVES), ("bf16", 2, HALVES), ("feedback", 2, HALVES), ("lora, bf16", 2, [])]    # bitwise
 name = lambda cell: f"{cell[0]}, {cell[1]} ranks, {' '.join(cell[2]) or 'replicated'}"
 
 
@@ -196,15 +199,15 @@ def test_a_steps_documents_do_not_depend_on_the_ranks(ten_steps):
 def test_a_run_goes_on_on_other_ranks_and_bitwise_on_the_same(ten_steps):
     """1 -> 2 -> 4 -> 1 ranks, in parts and whole; and the same files whatever number of ranks wrote them."""
     folder, args = ten_steps
-    whole, chain, same = ("full, 1 ranks, replicated", "chain", "same")
+    whole, chain = "full, 1 ranks, replicated", "chain"
     step = lambda out, n: folder / out / "checkpoints" / f"{n:08}"
     more = ["save_every=2", "checkpoint.keep=9", "eval_every=0"]
-    run = lambda out, *how: ("run", args("full", out, *more, *how))
+    run = lambda out, *how, what="full": ("run", args(what, out, *more, *how))
     on(1, [run(chain), ("forget", str(folder / chain), 2)], folder)
     two = [run(chain, *HALVES), ("forget", str(folder / chain), 4), ("copy", args("full", chain, *HALVES), str(step(chain, 2)), str(folder / "copy2"))]
-    for how in ([], HALVES):                                           # bitwise: stopped behind step 4 and gone on
-        out = same + str(len(how))
-        two += [run(out, *how), ("copy", args("full", out, *how), str(step(out, 10)), str(folder / f"{out} first")), ("forget", str(folder / out), 4), run(out, *how)]
+    for cell in GONE_ON:                                               # bitwise: stopped behind step 4 and gone on
+        (what, _, how), out = cell, f"gone on, {name(cell)}"
+        two += [run(out, *how, what=what), ("keep", str(folder / out), str(folder / f"{out} first")), ("forget", str(folder / out), 4), run(out, *how, what=what)]
     on(2, two, folder)
     on(4, [run(chain, *BOTH), ("forget", str(folder / chain), 6), ("copy", args("full", chain, *QUARTERS), str(step(chain, 2)), str(folder / "copy4"))], folder)
     on(1, [run(chain)], folder)
@@ -212,8 +215,11 @@ def test_a_run_goes_on_on_other_ranks_and_bitwise_on_the_same(ten_steps):
     for file in ("model.safetensors", "optimizer.safetensors"):
         read = lambda path: (path / file).read_bytes()
         assert read(step(chain, 2)) == read(step("copy2", 2)) == read(step("copy4", 2))
-        for out in (f"{same}0", f"{same}1"):
-            assert read(step(out, 10)) == read(step(f"{out} first", 10)), out
+    for cell in GONE_ON:
+        out = f"gone on, {name(cell)}"
+        for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
+            assert (step(out, 10) / file).read_bytes() == (step(f"{out} first", 10) / file).read_bytes(), (out, file)
+        assert figures(folder / out, "loss", "grad_norm", "lr") == figures(folder / f"{out} first", "loss", "grad_norm", "lr")
 
 
 def test_adapters_of_a_model_in_parts_load_in_peft(ten_steps, tmp_path):

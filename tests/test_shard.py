@@ -63,6 +63,11 @@ def test_the_plan_adds_up():
     assert one == {"weights": 4 * total, "moments": 8 * total, "gradients": 4 * total} and many["moments"] == 8 * total // 64
     some, all_ = moment("at the loss", 8, shard=1), moment("at the loss", 8, shard=8)
     assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"] and "gathered weights" in all_.keys() - some.keys()
+    matrices = total - sum(p.numel() for name, p in M.on_meta(c["model"]).named_parameters() if p.dim() < 2 or not name.startswith("blocks"))
+    for optimizer, bytes_ in (("muon", 8 * total - 4 * matrices), ("sgd", 4 * total)):
+        c["optimizer"] = optimizer
+        assert moment("at the update", 8)["moments"] == bytes_ // 8
+    c["optimizer"] = "adamw"
     c["shard"]["recompute"] = True
     assert moment("at the loss", 8)["activations"] < some["activations"] / 2
     c["shard"]["lora"]["r"] = 4

@@ -11,7 +11,7 @@ import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, trai
 
 def records(cfg, *keys):
     """A run's records, each a tuple of the keys; all but the clock's where none is named."""
-    clocks = ("tok_per_s", "seconds", "memory", "mfu")
+    clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait")
     return [tuple(r.get(k) for k in keys) if keys else {k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
 
 
@@ -169,6 +169,27 @@ def test_a_signal_during_an_evaluation_loses_no_step(tiny, monkeypatch):
 
 # ---- the step
 
+def test_adamw_is_torchs_bitwise_and_costs_no_import(tiny, script):
+    c = tiny("lr=1e-2")[0]
+    models = [M.build(c["model"] | {"vocab_size": 50}) for _ in range(2)]
+    ours = train.make_optimizer(models[0], c)
+    pairs = dict(zip(models[0].parameters(), models[1].parameters()))
+    theirs = torch.optim.AdamW([group | {"params": [pairs[p] for p in group["params"]]} for group in ours.param_groups], fused=True)
+    for n in range(3):
+        for p, q in pairs.items():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) if n or p.dim() == 2 else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        ours.step(), theirs.step()
+        assert all(torch.equal(p, q) for p, q in pairs.items())
+    kept = models[0].embed.weight.grad
+    ours.zero_grad(set_to_none=False)
+    assert kept is models[0].embed.weight.grad and not kept.any()
+    ours.zero_grad()
+    assert all(p.grad is None for p in pairs)
+    out = script("-c", "import sys, torch, configs, model as M, train; c = configs.load(['model.vocab_size=9'])[0]; train.make_optimizer(M.build(c['model']), c); print('torch._dynamo' in sys.modules)")
+    assert out.stdout.strip() == "False", out.stderr
+
+
 def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere(tiny):
     c = tiny("optimizer=muon", "lr=1e-2", "weight_decay=0.1")[0]
     model = M.build(c["model"] | {"vocab_size": 50})
@@ -293,7 +314,49 @@ def test_the_best_checkpoint_is_kept_exported_and_what_patience_waits_for(tiny, 
     before = (out / "metrics.jsonl").read_text()
     run(loaded)
     assert (out / "metrics.jsonl").read_text() == before
-    assert train.standing([{"step": 0, "x": 9}, {"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 2}], "max x") == (2, 1) and train.standing([], "x") == (None, 0)
+    assert train.standing([{"step": i, "val/x": x} for i, x in enumerate((9, 1, 2, 2))], "max val/x") == ([2, 3, 1], 1) and train.standing([], "x") == ([], 0)
+
+
+def test_an_early_end_that_was_killed_is_evaluated_and_what_goes_on_is_exported_anew(tiny):
+    more = ["max_steps=100000", "eval_every=1.0", "checkpoint.export=true", "log_every=1000", "best=val/chats/loss"]
+    loaded = tiny(*more, "max_seconds=1")
+    run(loaded)
+    out, whole = Path(loaded[0]["out_dir"]), records(loaded[0])
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))            # as if killed between the last save and its evaluation
+    shutil.rmtree(out / "hf")
+    (out / "checkpoints" / "best").unlink()
+    run(loaded)
+    assert records(loaded[0]) == whole and (out / "checkpoints" / "best").resolve() == (out / "checkpoints" / "latest").resolve()
+    first = load_file(out / "hf" / "model.safetensors")
+    run(tiny(*more, "max_seconds=2"))
+    last = checkpoint.found(out)[-1]
+    assert int(last.name) > whole[-1]["step"]
+    embed = "model.embed_tokens.weight"
+    exported, best = load_file(out / "hf" / "model.safetensors"), load_file(out / "checkpoints" / "best" / "model.safetensors")
+    assert torch.equal(exported[embed], best["embed.weight"]) and not torch.equal(exported[embed], first[embed])
+
+
+def test_a_finished_run_can_be_asked_for_its_best(tiny):
+    more = ["max_steps=8", "eval_every=2", "save_every=2", "checkpoint.keep=9"]
+    run(tiny(*more))
+    asked = tiny(*more, "best=max val/chats/loss")
+    run(asked)
+    out, figures = Path(asked[0]["out_dir"]), records(asked[0], "val/chats/loss", "step")
+    assert (out / "checkpoints" / "best").resolve().name == f"{max(f for f in figures if f[0] is not None and f[1])[1]:08}"
+    shutil.rmtree((out / "checkpoints" / "best").resolve())            # its best is gone: the best of what is there
+    run(asked)
+    assert (out / "checkpoints" / "best" / "state.json").is_file()
+
+
+def test_a_step_is_looked_into_on_request(tiny, capsys):
+    loaded = tiny("max_steps=4", "eval_every=0", "profile=3", "save_every=2")
+    plain = run(tiny("max_steps=4", "eval_every=0", "save_every=2", out="plain"))
+    assert run(loaded) == plain                                        # looking changes nothing
+    said, trace = capsys.readouterr().out, json.loads(Path(loaded[0]["out_dir"], "trace.json").read_text())
+    assert "outside matrix products and attention" in said and "aten::mm" in said and any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
+    for data, save in records(loaded[0], "data_wait", "save_wait"):
+        assert 0 <= data < 1 and 0 <= save < 1
 
 
 def test_a_run_that_has_not_begun_to_end_can_end_later(tiny):
@@ -395,7 +458,7 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
     (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
     (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
     (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"]),
-    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"])])
+    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"]), (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -50,13 +50,15 @@ def main():
         lost, newest, kills, inside, problems = 0, 0, 0, 0, []
         out = Path(folder) / "killed"
         while kills < args.kills and not problems:
-            pid, wait = start(argv("killed")), rng.uniform(0.8 * up, up + 20 * each)
-            time.sleep(wait)
-            done, status = os.waitpid(pid, os.WNOHANG)
+            pid, until, done = start(argv("killed")), newest + rng.randint(0, 9), False
+            logged = lambda: max((r["step"] for r in log.read(out)), default=0)
+            while not done and logged() < until:                       # by what it has done, not by the clock: machines are busy
+                time.sleep(0.2 * each)
+                done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                if status:
-                    problems.append(f"the run could not go on (status {status})")
-                break                                                  # it has come to its end
+                problems.append(f"the run ended by itself, with status {status}")
+                break
+            time.sleep(rng.uniform(0, 3 * each) if until > newest else rng.uniform(0, up))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
@@ -66,10 +68,10 @@ def main():
             except ValueError as e:
                 problems.append(str(e))
                 break
-            now, logged = max(found, default=0), max((r["step"] for r in log.read(out)), default=0)
+            now = max(found, default=0)
             if now < newest:
                 problems.append(f"the newest checkpoint went from step {newest} back to {now}")
-            lost, newest = max(lost, logged - now), now
+            lost, newest = max(lost, logged() - now), now
         early = newest
         if not problems and os.waitpid(start(argv("killed")), 0)[1]:
             problems.append("the run could not be ended")

@@ -3,19 +3,50 @@
     python tests/bench/packing.py --instructlab ../training --minitrainer ../mini_trainer
 
 100,000 lognormal lengths (median 300, at most 8,192), rows of 8,192 tokens, 3,840 documents a step, 8 and 64 ranks; and
-2,000 documents of three kinds. The peers' packers are taken from checkouts; where numba is not installed they run as plain
+2,000 documents of three kinds. Before them, the order: step 10,000,000 of a billion documents, and every step of an epoch
+of ten million documents of uneven length. The peers' packers are taken from checkouts; where numba is not installed they run as plain
 Python, which changes their time and nothing else. Best fit is what TRL packs by: longest first, each into the fullest
 row it fits in, rows dealt to ranks in turn. Prints a table and one line of JSON.
 
     fill      tokens over the space of all rows on all ranks        balance   per row, the costliest rank over the mean
 """
-import argparse, importlib.util, json, statistics, sys, time, types
+import argparse, importlib.util, json, statistics, sys, time, tracemalloc, types
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import sampler
+import configs, sampler
+
+
+class Lengths:
+    """As much of a source as its order needs."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def lengths(self, i):
+        return self.values[i]
+
+
+def order():
+    cfg, many = configs.load(["data.train.a.path=a", "batch_size=3840"])[0], 10_000_000
+    tracemalloc.start()
+    start = time.perf_counter()
+    sampler.documents(many, cfg, {"a": 10**9})
+    late, peak = (time.perf_counter() - start) * 1e3, tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    source = Lengths(np.clip(np.random.default_rng(0).lognormal(5.7, 1, many), 8, 8192).astype(np.int64))
+    start, tokens, steps = time.perf_counter(), 0, sampler.steps_per_epoch(cfg, {"a": many})
+    for step in range(steps):
+        tokens += int(sampler.lengths_of(sampler.documents(step, cfg, {"a": many}), [source]).sum())
+    seconds = time.perf_counter() - start
+    assert tokens == source.values.sum()
+    print(f"order: step 10,000,000 of a billion documents in {late:.1f} ms and {peak:.1f} MB; {steps:,} steps of an epoch of ten million in {seconds:.1f} s")
+    return {"late_ms": round(late, 1), "late_mb": round(peak, 1), "epoch_s": round(seconds, 1)}
 
 
 def peer(path):
@@ -64,7 +95,7 @@ def main():
     args = parser.parse_args()
     packers = {"ours": sampler.pack, "best fit": best_fit}
     packers |= {name: peer(path) for name, path in (("InstructLab", args.instructlab), ("mini_trainer", args.minitrainer)) if path}
-    rng, result = np.random.default_rng(0), {}
+    rng, result = np.random.default_rng(0), {"order": order()}
     lengths = np.clip(rng.lognormal(np.log(300), 1.0, 100_000), 8, 8192).astype(np.int64)
     for ranks in (8, 64):
         for name, pack in packers.items():

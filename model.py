@@ -41,8 +41,15 @@ IGNORED = -100                                                 # the target of a
 class Linear(nn.Linear):
     """x W^T + b, in x's dtype: masters stay in fp32, the bf16 copy lives as long as the backward pass needs it."""
 
+    def reset_parameters(self):
+        """Nothing: weights come by fill(); and torch's own way, on a model without any, imports its compiler."""
+
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    reset_parameters = Linear.reset_parameters
 
 
 class Norm(nn.Module):
@@ -90,9 +97,15 @@ def rotate(x, turns):
     A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
     The backward pass needs the angles alone: torch.complex(), unlike stack(), would keep x for it, in fp32.
     """
-    R = 2 * turns.shape[-1]
-    pairs = torch.view_as_complex(torch.stack(x[..., :R].float().chunk(2, -1), -1)) * turns           # [T, H, R/2]
-    turned = torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    real = not turns.is_complex()                              # [T, 1, R/2, 2]: compilers know no complex numbers
+    R = 2 * turns.shape[2]
+    a, b = x[..., :R].float().chunk(2, -1)                                                            # [T, H, R/2]
+    if real:
+        cos, sin = turns.unbind(-1)
+        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)                               # [T, H, R/2, 2]
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(torch.stack([a, b], -1)) * turns)
+    turned = pairs.flatten(-2).to(x.dtype)
     return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], -1)
 
 
@@ -132,7 +145,8 @@ class Attention(nn.Module):
             self.q_norm = Norm(m, self.width * (1 if each else self.heads))
             self.k_norm = Norm(m, self.width * (1 if each else self.kv_heads))
 
-    def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
+    def project(self, x, rope):                                                                       # [T, C]
+        """-> queries, keys and values [T, H+2K, E], turned"""
         qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                             # [T, H+2K, E]
         if self.turns or self.q_norm is not None:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
@@ -141,7 +155,7 @@ class Attention(nn.Module):
                 qk = torch.cat([norm(t.reshape(len(t), -1, len(norm.weight))).view_as(t)
                                 for norm, t in ((self.q_norm, q), (self.k_norm, k))], 1)
             qkv = torch.cat([rotate(qk, rope) if self.turns else qk, v], 1)
-        return self.out(attend(self, qkv, keys).flatten(1))
+        return qkv
 
     def split(self, qkv, dim):
         """-> q of H heads, k and v of K heads, along `dim`"""
@@ -151,7 +165,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention, then + MLP. Norms stand before both, or behind (OLMo2); or both read one x (GPT-J, NeoX, Phi).
 
-    keys [T] seed this block's dropout; None: there is none.
+    keys [T] seed this block's dropout; None: there is none. What stands before attention, and what stands behind it,
+    depend on the row's length alone, so that each can be compiled; attention depends on where documents begin.
     """
 
     def __init__(self, m, n):
@@ -162,8 +177,15 @@ class Block(nn.Module):
         self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
 
     def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
+        h, qkv = self.before(x, rope)
+        return self.behind(x, h, attend(self.attn, qkv, keys), keys)
+
+    def before(self, x, rope):
         h = x if self.after else self.norm1(x)
-        y = self.attn(h, rope, attend, keys)
+        return h, self.attn.project(h, rope)
+
+    def behind(self, x, h, y, keys):                                                                  # y [T, H, E]
+        y = self.attn.out(y.flatten(1))
         if self.parallel:
             h = h if self.norm2 is None else self.norm2(x)
             return self.add(self.add(x, y, keys, 1), self.mlp(h), keys, 2)
@@ -356,13 +378,29 @@ def neftune(model, batch, alpha):
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
 
 
+class NLL(torch.autograd.Function):
+    """-log softmax(logits)[target], whose gradient takes the log-probabilities' place: half the memory of autograd's."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.logp, ctx.targets = logits.log_softmax(-1), targets[:, None]                              # [n, V]
+        return -ctx.logp.gather(1, ctx.targets).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad, dlogits, ctx.logp = grad[:, None], ctx.logp.exp_(), None
+        return dlogits.mul_(grad).scatter_add_(1, ctx.targets, -grad), None
+
+
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     """-log softmax(logits)[target]; logits [n, V] in fp32, targets [n] -> [n]
 
     label_smoothing  that share of the target is spread over all V tokens (arXiv:1512.00567, 7)
     z_loss           times log(sum of exp(logits))^2: keeps logits near a sum of 1 (arXiv:2204.02311, 5)
     """
-    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    nll = NLL.apply(logits, targets)
+    if label_smoothing:
+        nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     return nll + z_loss * logits.logsumexp(-1) ** 2 if z_loss else nll
 
 
@@ -425,7 +463,7 @@ class ChunkedLoss(torch.autograd.Function):
         return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-CHUNK = 1 << 23    # logits in a chunk: 32 MB in fp32, of which four or five stand at once; more are no faster on a CPU
+CHUNK = 5 << 22    # logits in a chunk: 80 MB in fp32, of which two stand at once. A chunk adds to the whole head: LOG.md
 
 
 def chunk_rows(V, cuda):
@@ -448,8 +486,8 @@ class Transformer(nn.Module):
         for key, known in choices.items():
             if (value := m.get(key, kind)) not in known:
                 raise ValueError(f"model.{key}: {value} is none of {', '.join(known)}")
-        self.embed = nn.Embedding(self.rows, m["d_model"])
-        self.pos = nn.Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
+        self.embed = Embedding(self.rows, m["d_model"])
+        self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
         self.norm = Norm(m, m["d_model"])
         self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.rows, bias=False)
@@ -483,6 +521,7 @@ class Transformer(nn.Module):
             if m["embd_pdrop"]:
                 x = dropout(x, m["embd_pdrop"], keys[:, None], torch.arange(x.shape[1], device=x.device))
         x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, m)
+        rope = torch.view_as_real(rope) if rope is not None and x.is_cuda else rope
         for n, block in enumerate(self.blocks):
             args = x, rope, attend, None if keys is None else scrambled(keys + n + 1)
             if self.recompute and torch.is_grad_enabled():

@@ -485,6 +485,9 @@ def prepare(model, m, cfg, read):
     if shards > 1:
         split(model, cfg, device, dtype)
     transformer.fill(model.to_empty(device=device), read, part)    # every rank reads its own rows and no others
+    if device.type == "cuda" if cfg["shard"]["compile"] is None else cfg["shard"]["compile"]:
+        for block in model.blocks:                             # equal halves share what is compiled for one
+            block.before, block.behind = torch.compile(block.before), torch.compile(block.behind)
     if replicate == ranks() > 1:
         model.gradient = one_gradient(model)
     return model

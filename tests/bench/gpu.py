@@ -42,7 +42,7 @@ def ours(keys):
     m = cfg["model"]
     shapes = {name: p.shape for name, p in M.on_meta(m).named_parameters()}
     generator = torch.Generator(DEVICE).manual_seed(0)
-    random = lambda name, start, end: (torch.empty(shapes[name], device=DEVICE).normal_(0, 0.02, generator=generator) if len(shapes[name]) > 1 else torch.ones(shapes[name], device=DEVICE) * name.endswith("weight"))[start:end]
+    random = lambda name, start, end: torch.empty(end - start, *shapes[name][1:], device=DEVICE).normal_(0, 0.02, generator=generator) if len(shapes[name]) > 1 else torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
     model = shard.prepare(M.on_meta(m), m, cfg, random)
     return cfg, model, train.make_optimizer(model, cfg)
 

@@ -73,6 +73,7 @@ class Tokenizer:
         if len(ranks) == 256:
             self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
         self.special_pattern, self.every_pattern = any_of(special), any_of(self.every)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
         self.passes = [any_of(set(self.every) - set(late)), *([any_of(late)] if late else [])]
         texts = sorted(self.every)
         doubtful = strip or late or any(b.startswith(a) for a, b in zip(texts, texts[1:]))
@@ -130,11 +131,10 @@ class Tokenizer:
                     if late and self.nfc and unicodedata.normalize("NFC", text[a:b + 1])[:b - a] != m[0]:
                         continue                                     # its last character composes with the next one
                     left, right = self.strip.get(m[0], (False, False))
-                    a = max(at, len(text[:a].rstrip(SPACE))) if left else a
-                    b = len(text) - len(text[b:].lstrip(SPACE)) if right else b
-                    if a >= at:
-                        parts += [(at, a, None), (a, b, self.every[m[0]])]
-                        at = b
+                    a = max(at, len(text[:a].rstrip(SPACE)) if left else a)
+                    b = max(at, len(text) - len(text[b:].lstrip(SPACE)) if right else b)
+                    parts += [(at, a, None), (a, b, self.every[m[0]])]
+                    at = b
                 parts.append((at, end, known))
         return parts
 
@@ -180,6 +180,7 @@ class Borrowed:
             raise ValueError(f"{path}: the tokenizers package cannot read it either: {one_line(e)}") from None
         self.special, self.folder, self.nfc, self.n_vocab = special, path.parent, False, self.enc.get_vocab_size()
         self.special_pattern, self.every_pattern = any_of(special), any_of(special | added)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
         self.bos, self.eos, self.template, self.names = (more[k] for k in ("bos", "eos", "template", "names"))
         self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
 
@@ -203,7 +204,7 @@ class Borrowed:
         return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
 
 
-SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")    # Unicode's, not Python's
 
 
 def digest(*things):
@@ -394,8 +395,10 @@ def prove(tok, bpe, path):
     order = {tuple(pair): n for n, pair in enumerate(pairs)}
     for text in NASTY:
         text = tok.clean(text)
-        want = []
-        for word in regex.findall(tok.pattern, text):
+        want, words = [], regex.findall(tok.pattern, text)
+        if "".join(words) != text:
+            refuse(path, f"a pattern that leaves something out (seen on {text!r})")
+        for word in words:
             parts = [letters[b] for b in word.encode()]
             if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
                 parts = ["".join(parts)]
@@ -403,7 +406,7 @@ def prove(tok, bpe, path):
                 at = next(i for i in range(len(parts)) if tuple(parts[i:i + 2]) == best)
                 parts[at:at + 2] = ["".join(best)]
             want += [bpe["vocab"].get(p) for p in parts]
-        if tok.encode(text).tolist() != want:
+        if tok.words(text).tolist() != want:
             refuse(path, f"its order of merges (seen on {text!r})")
 
 
@@ -529,15 +532,21 @@ def compile_template(text):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def getattr(self, obj, name):                                # the way by an exception takes half of the time
+            plain = type(obj) is dict and name in obj and not hasattr(dict, name)
+            return obj[name] if plain else super().getattr(obj, name)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     # jinja's own tojson escapes for HTML
     env.filters["tojson"] = lambda x, indent=None, **more: json.dumps(x, ensure_ascii=False, indent=indent, **more)
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
     env.globals |= {"tools": None, "documents": None}
     env.writes_calls = "tool_calls" in text
     try:
-        return env.from_string(text)
+        template = env.from_string(text)
+        template.globals = dict(template.globals)                    # a ChainMap, which every rendering copies
+        return template
     except jinja2.TemplateSyntaxError as e:
         raise ValueError(f"the chat template's line {e.lineno}: {e.message}") from None
 
@@ -554,6 +563,9 @@ def render(template, tok, messages, prompt=False, **more):
 def unmarked(text):
     """A rendered text without the marks of {% generation %}."""
     return text.replace(BEGIN, "").replace(END, "")
+
+
+as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def in_strings(change, thing):
@@ -575,7 +587,8 @@ def prepared(tok, template, messages, prompt=False, **more):
             [m["content"]] * bool(m["content"]) + [json.dumps(call.get("function", call), ensure_ascii=False)
                                                    for call in m["tool_calls"]]), "tool_calls": None} for m in messages]
     text, spelled = render(template, tok, messages, prompt, **more), []
-    in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
+    if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
+        in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
     if not spelled:
         return messages, text, []
     broken = lambda s: tok.special_pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], s)
@@ -621,13 +634,15 @@ def located(tok, template, messages, text, wanted, **more):
         before, mark, after = other.partition(bare[i]["content"])
         if not mark:                                                 # this template doesn't write this message
             continue
+        more_than_content = any(messages[i].get(key) for key in MORE)
         if not whole.startswith(before) or not whole[len(before):].endswith(after):
-            before, after = common(whole, other)
+            before, after = common(whole, other)                     # it changes something else with the content
+            more_than_content = True
         start, end = len(before), len(whole) - len(after)
         if whole is not text:
             start = text.find(whole[start:end], floor)
             end += start - len(before)
-        if any(messages[i].get(key) for key in MORE) or text[start:end] not in messages[i]["content"]:
+        if more_than_content:
             if opening is None:                                      # what generation would follow
                 asked = unmarked(render(template, tok, messages, True, **more))
                 opening = asked[len(text):] if asked.startswith(text) else ""
@@ -854,55 +869,31 @@ def decoded(f):
 
 def values(f, file):
     """.json: the items of its list, cut apart here and parsed where they are encoded; or lines after all"""
-    scan, space, blocks = json.JSONDecoder().raw_decode, re.compile(r"\s*"), decoded(f)
-    text, at, found, size = "", 0, [], 0
-
-    def peek():                                                      # the next character that is no space, "" at the end
-        nonlocal text, at
-        while (at := space.match(text, at).end()) == len(text):
-            text, at = next(blocks, None), 0
-            if text is None:
-                text = ""
-                return ""
-        return text[at]
-
-    def fail(why):
-        raise ValueError(f"{file}, record {n}: not valid JSON: {why}")
-
-    for n in itertools.count(1):
-        c = peek()
-        if n == 1 and c == "{":
+    text, at, n, found, gap = "", 0, 0, [], re.compile(r"\s*,\s*")
+    for block in decoded(f):
+        text, at, end = text[at:] + block, 0, 0
+        if not n and text.lstrip()[:1] == "{":
             f.seek(0)
             yield from lines(f, file)
             return
-        if c != ("[" if n == 1 else ",") and (n == 1 or c != "]"):
-            fail("a list is expected" if n == 1 else "a comma or the list's end is expected")
-        at += 1
-        if c == "]" or n == 1 and peek() == "]":
-            at += n == 1
-            break
-        peek()
-        while True:
+        while end >= 0:
+            begin = gap.match(text, at) if n else re.match(r"\s*\[\s*", text)
             try:
-                end = scan(text, at)[1]
-                break
+                end = json.JSONDecoder().raw_decode(text, begin.end())[1] if begin else -1
+            except json.JSONDecodeError as e:                        # an error, or the rest of the item is to come
+                if e.pos < len(text) - BLOCK and "Unterminated" not in e.msg:
+                    raise ValueError(f"{file}, record {n + 1}: not valid JSON: {e.msg}") from None
+                end, why = -1, e.msg
             except RecursionError:
-                fail("too deeply nested")
-            except json.JSONDecodeError as e:                        # an error, or the rest is on its way
-                cut = "Unterminated" in e.msg or e.pos > len(text) - 20
-                more = "".join(itertools.islice(blocks, 1 + (len(text) - at) // BLOCK)) if cut else ""
-                if not more:
-                    fail(e.msg)
-                text, at = text[at:] + more, 0
-        found.append(text[at:end].encode())
-        size, at = size + end - at, end
-        if size > BLOCK:
+                raise ValueError(f"{file}, record {n + 1}: too deeply nested") from None
+            if end >= 0:
+                found.append(text[begin.end():end].encode())
+                at, n = end, n + 1
+        if found:
             yield found, None
-            found, size = [], 0
-    if peek():
-        fail("more stands behind the list")
-    if found:
-        yield found, None
+            found = []
+    if not re.fullmatch(r"\s*\]\s*" if n else r"\s*\[\s*\]\s*", text[at:]):
+        raise ValueError(f"{file}, record {n + 1}: not valid JSON, or no list: {why if begin else 'a comma or the end is expected'}")
 
 
 def texts(f, file, separator):

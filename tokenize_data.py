@@ -217,7 +217,8 @@ def any_of(special):
 
 
 def one_line(error):
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) < 600 else f"{text[:300]} … {text[-200:]}"
 
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -297,6 +298,14 @@ def huggingface_tokenizer(path):
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
+    try:
+        return read_huggingface(path)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path}: not a whole tokenizer.json ({type(e).__name__}: {one_line(e)})") from None
+
+
+def read_huggingface(path):
+    """tokenizer.json and what stands beside it -> a tokenizer; a damaged file may raise anything"""
     spec, beside = read_json(path), path.parent / "tokenizer_config.json"
     config = read_json(beside) if beside.is_file() else {}
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
@@ -548,7 +557,7 @@ def compile_template(text):
         template.globals = dict(template.globals)                    # a ChainMap, which every rendering copies
         return template
     except jinja2.TemplateSyntaxError as e:
-        raise ValueError(f"the chat template's line {e.lineno}: {e.message}") from None
+        raise ValueError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
 
 
 def render(template, tok, messages, prompt=False, **more):
@@ -884,8 +893,8 @@ def values(f, file):
                 if e.pos < len(text) - BLOCK and "Unterminated" not in e.msg:
                     raise ValueError(f"{file}, record {n + 1}: not valid JSON: {e.msg}") from None
                 end, why = -1, e.msg
-            except RecursionError:
-                raise ValueError(f"{file}, record {n + 1}: too deeply nested") from None
+            except (ValueError, RecursionError) as e:                # a number too long, an item too deep
+                raise ValueError(f"{file}, record {n + 1}: {one_line(e)}") from None
             if end >= 0:
                 found.append(text[begin.end():end].encode())
                 at, n = end, n + 1

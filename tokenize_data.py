@@ -79,9 +79,8 @@ class Tokenizer:
         doubtful = strip or late or any(b.startswith(a) for a, b in zip(texts, texts[1:]))
         self.alone = not doubtful and self.byte_ids is None          # tiktoken itself finds special and added tokens
         self.allowed = {False: frozenset(added), True: frozenset(self.every)}
-        vocabulary = hashlib.sha256(b"\n".join(b.hex().encode() for b in sorted(ranks, key=ranks.get)))
+        vocabulary = hashlib.sha256(b"".join(ranks) + np.array([list(map(len, ranks)), list(ranks.values())]).tobytes())
         self.fingerprint = digest(pattern, sorted(special.items()), bos, eos, nfc, vocabulary.hexdigest(),
-                                  sorted(ranks.values()) != list(range(len(ranks))) and sorted(ranks.values()),
                                   sorted(added.items()), sorted(strip.items()), sorted(late))
 
     def words(self, text):
@@ -164,16 +163,13 @@ class Borrowed:
         import tokenizers
         self.private = {text: f"\ufdd4{n}\ufdd5" for n, text in enumerate(special)}
         hidden = lambda text: self.private.get(text, text)
-        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": [
-            t | {"content": hidden(t["content"])} | ({"normalized": False} if t["special"] else {})
-            for t in spec.get("added_tokens") or []]}
-        spec["model"], vocab = dict(spec["model"]), spec["model"]["vocab"]
-        if isinstance(vocab, dict):
-            spec["model"]["vocab"] = {hidden(text): i for text, i in vocab.items()}
-        else:                                                        # Unigram's [[text, score], …]
-            spec["model"]["vocab"] = [[hidden(text), score] for text, score in vocab]
-        if spec["model"].get("unk_token"):
-            spec["model"]["unk_token"] = hidden(spec["model"]["unk_token"])
+        vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
+        renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
+        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}     # Unigram's is a list
+        tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
+                  for t in spec.get("added_tokens") or []]
+        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
+                       "model": model | ({"unk_token": hidden(unknown)} if unknown else {})}
         try:
             self.enc = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as e:                                       # the package raises no narrower one
@@ -381,11 +377,11 @@ def byte_level(path, spec, added):
     for token in spec.get("added_tokens") or []:
         if token["single_word"] or token["normalized"] and normalizer and not token["content"].isascii():
             refuse(path, f"the added token {token['content']!r} that is {'one word' if token['single_word'] else 'composed'}")
-    letters = byte_letters()
+    spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for c, b in byte_letters().items()}
     try:
-        ranks = {bytes(letters[c] for c in token): i for token, i in bpe["vocab"].items() if token not in added}
-    except KeyError as e:
-        refuse(path, f"a vocabulary with the letter {e}")
+        ranks = {token.translate(spelled).encode("latin-1"): i for token, i in bpe["vocab"].items() if token not in added}
+    except UnicodeEncodeError as e:
+        refuse(path, f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
     return ranks, pattern, normalizer == "NFC"
 
 
@@ -467,15 +463,10 @@ def save_tokenizer(tok, folder, template_text):
         pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
         words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                 "vocab": {spell(token): i for token, i in tok.ranks.items()},
-                 "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}
-        spec = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
-                "post_processor": None, "decoder": level,
+        spec = {"version": "1.0", "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]}, "decoder": level,
                 "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
-                "model": model}
+                "model": {"type": "BPE", "ignore_merges": True, "vocab": {spell(token): i for token, i in tok.ranks.items()},
+                          "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -592,9 +583,8 @@ def prepared(tok, template, messages, prompt=False, **more):
     Those are found by rendering once more with each of them broken by a character that no text holds.
     """
     if not template.environment.writes_calls:                         # then nothing is lost: the calls are content
-        messages = [m if not m.get("tool_calls") else m | {"content": "\n".join(
-            [m["content"]] * bool(m["content"]) + [json.dumps(call.get("function", call), ensure_ascii=False)
-                                                   for call in m["tool_calls"]]), "tool_calls": None} for m in messages]
+        called = lambda m: [m["content"]] * bool(m["content"]) + [as_json(call.get("function", call)) for call in m["tool_calls"]]
+        messages = [m | {"content": "\n".join(called(m)), "tool_calls": None} if m.get("tool_calls") else m for m in messages]
     text, spelled = render(template, tok, messages, prompt, **more), []
     if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
         in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
@@ -618,17 +608,14 @@ def located(tok, template, messages, text, wanted, **more):
     bare = {i: {"role": messages[i]["role"], "content": f"{OPEN}{i}{CLOSE}"} for i in wanted}
     plain = [i for i in wanted if not any(messages[i].get(key) for key in MORE)]
     shown = [messages[i] | bare[i] if i in plain else m for i, m in enumerate(messages)]
-    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else [None]
-    found, at = [], len(first) if plain and text.startswith(first) else -1
-    for index, between in zip(map(int, rest[::2]), rest[1::2]):
-        whole = messages[index]["content"]
-        forms = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-        form = next((c for c in forms if at >= 0 and text.startswith(c + between, at)), None)
-        if form is None:
-            at = -1
-            break
-        found.append((at, at + len(form), index))
-        at += len(form + between)
+    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
+    found, at = [], len(first) if text.startswith(first) else None
+    for i, between in zip(map(int, rest[::2]), rest[1::2]):
+        whole = messages[i]["content"]                               # as it is, or trimmed by the template
+        ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
+                if at is not None and text.startswith(form + between, at)]
+        found.append((at, ends[0] if ends else 0, i))
+        at = ends[0] + len(between) if ends else None
     if at != len(text):
         plain, found = [], []
 
@@ -643,16 +630,16 @@ def located(tok, template, messages, text, wanted, **more):
         before, mark, after = other.partition(bare[i]["content"])
         if not mark:                                                 # this template doesn't write this message
             continue
-        more_than_content = any(messages[i].get(key) for key in MORE)
-        if not whole.startswith(before) or not whole[len(before):].endswith(after):
-            before, after = common(whole, other)                     # it changes something else with the content
-            more_than_content = True
+        alone = whole.startswith(before) and whole[len(before):].endswith(after)
+        if not alone:                                                # it changes something else with the content
+            before = os.path.commonprefix([whole, other])
+            after = os.path.commonprefix([whole[len(before):][::-1], other[len(before):][::-1]])
         start, end = len(before), len(whole) - len(after)
         if whole is not text:
             start = text.find(whole[start:end], floor)
             end += start - len(before)
-        if more_than_content:
-            if opening is None:                                      # what generation would follow
+        if not alone or any(messages[i].get(key) for key in MORE):   # all that is generated is trained
+            if opening is None:
                 asked = unmarked(render(template, tok, messages, True, **more))
                 opening = asked[len(text):] if asked.startswith(text) else ""
             at = text.rfind(opening, floor, start)
@@ -661,12 +648,6 @@ def located(tok, template, messages, text, wanted, **more):
         if 0 <= start < end:
             found.append((start, end, i))
     return sorted(found)
-
-
-def common(a, b):
-    """Two texts -> (how both begin, how the rest of both ends)"""
-    begin = os.path.commonprefix([a, b])
-    return begin, os.path.commonprefix([a[len(begin):][::-1], b[len(begin):][::-1]])[::-1]
 
 
 def encode_chat(tok, template, messages, train_on="all", **more):
@@ -698,8 +679,7 @@ def encode_chat(tok, template, messages, train_on="all", **more):
     else:
         trained = []
         for start, end, _ in located(tok, template, messages, text, [i for i in turns if i not in off and filled(i)], **more):
-            after = TURN_END.match(text, end)
-            after = tok.every_pattern.match(text, after.end())
+            after = tok.every_pattern.match(text, len(text) - len(text[end:].lstrip()))
             trained.append((start, after.end() if after else end))
     trained = [(start, end) for start, end in trained if end > start]
     ids, ends, borders = tok.spans(text, held, [edge for span in trained for edge in span])
@@ -709,9 +689,6 @@ def encode_chat(tok, template, messages, train_on="all", **more):
     for a, b in zip(first.tolist(), last.tolist()):
         mask[a:b + 1] = 1
     return ids, mask
-
-
-TURN_END = re.compile(r"\s*")
 
 
 def encode_prompt(tok, template, messages):
@@ -824,7 +801,7 @@ def message(turn, where, n):
 
 MESSAGE = ("role", "from", "content", "value", *WEIGHTS)
 ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet", ".npy")
-BLOCK = 1 << 20                                                      # bytes of a file in one job
+BLOCK = 1 << 18                                                      # bytes of a file in one job
 
 
 def find_files(path, key):

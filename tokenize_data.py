@@ -165,7 +165,7 @@ class Borrowed:
         hidden = lambda text: self.private.get(text, text)
         vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
         renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
-        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}     # Unigram's is a list
+        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}    # Unigram's: a list
         tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
                   for t in spec.get("added_tokens") or []]
         spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
@@ -200,7 +200,7 @@ class Borrowed:
         return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
 
 
-SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")    # Unicode's, not Python's
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")     # as Unicode has it
 
 
 def digest(*things):
@@ -218,7 +218,7 @@ def one_line(error):
 
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # digits apart, then GPT-2
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # StarCoder's
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 
 
@@ -317,14 +317,16 @@ def read_huggingface(path):
     tokens = spec.get("added_tokens") or []
     special, added = ({t["content"]: t["id"] for t in tokens if t["special"] == kind} for kind in (True, False))
 
-    text_of = lambda value: value.get("content") if isinstance(value, dict) else value     # "TEXT", or {"content": …}
-    names = {key: text_of(config[key]) for key in config if key.endswith("_token") and isinstance(text_of(config[key]), str)}
     post = spec.get("post_processor") or {}                          # what it puts around a text, where no name says so
-    around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()]
-    for key, piece in (("bos_token", around[:1]), ("eos_token", around[-1:])):
-        names.setdefault(key, piece[0].get("SpecialToken", {}).get("id") if piece else None)
-    bos, eos = (names.pop(key) if names[key] in special else names.pop(key) and None for key in ("bos_token", "eos_token"))
-    more = dict(bos=bos, eos=eos, template=template, names=names)
+    around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()] or [{}]
+    names = {key: piece.get("SpecialToken", {}).get("id")
+             for key, piece in (("bos_token", around[0]), ("eos_token", around[-1]))}
+    for key in config:
+        text = config[key].get("content") if isinstance(config[key], dict) else config[key]
+        if key.endswith("_token") and isinstance(text, str):         # "TEXT", or {"content": "TEXT", …}
+            names[key] = text
+    bos, eos = (names[key] if names[key] in special else None for key in ("bos_token", "eos_token"))
+    more = dict(bos=bos, eos=eos, template=template, names={k: text for k, text in names.items() if text})
     try:
         ranks, pattern, nfc = byte_level(path, spec, special | added)
         tok = Tokenizer(ranks, pattern, special, nfc=nfc, folder=path.parent, added=added, **more,
@@ -359,7 +361,7 @@ def byte_level(path, spec, added):
         refuse(path, f"the normalizer {normalizer}")
 
     pre = spec.get("pre_tokenizer") or {}
-    *before, last = pre.get("pretokenizers") or [pre]                # [ByteLevel], [Split, ByteLevel], [Digits, ByteLevel]
+    *before, last = pre.get("pretokenizers") or [pre]                # ByteLevel, alone or after Split or Digits
     split, prefixed, splits = before[0] if before else {}, last.get("add_prefix_space"), last.get("use_regex", True)
     regex = split.get("pattern", {}).get("Regex")
     if last.get("type") != "ByteLevel" or prefixed or len(before) > 1:
@@ -376,10 +378,12 @@ def byte_level(path, spec, added):
 
     for token in spec.get("added_tokens") or []:
         if token["single_word"] or token["normalized"] and normalizer and not token["content"].isascii():
-            refuse(path, f"the added token {token['content']!r} that is {'one word' if token['single_word'] else 'composed'}")
+            kind = "single_word" if token["single_word"] else "normalized"
+            refuse(path, f"the {kind} added token {token['content']!r}")
     spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for c, b in byte_letters().items()}
     try:
-        ranks = {token.translate(spelled).encode("latin-1"): i for token, i in bpe["vocab"].items() if token not in added}
+        ranks = {token.translate(spelled).encode("latin-1"): i
+                 for token, i in bpe["vocab"].items() if token not in added}
     except UnicodeEncodeError as e:
         refuse(path, f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
     return ranks, pattern, normalizer == "NFC"
@@ -463,9 +467,11 @@ def save_tokenizer(tok, folder, template_text):
         pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
         words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        spec = {"version": "1.0", "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]}, "decoder": level,
+        spec = {"version": "1.0", "decoder": level,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
                 "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
-                "model": {"type": "BPE", "ignore_merges": True, "vocab": {spell(token): i for token, i in tok.ranks.items()},
+                "model": {"type": "BPE", "ignore_merges": True,
+                          "vocab": {spell(token): i for token, i in tok.ranks.items()},
                           "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -489,7 +495,7 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ messa
 PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
 OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd4\ufdd1", "\ufdd1\ufdd5\ufdd0", "\ufdd2\ufdd4\ufdd3", "\ufdd3\ufdd5\ufdd2"
-BREAK = "\ufdd6"                                                     # marks of characters that stand for none in Unicode
+BREAK = "\ufdd6"                                                     # marks, of code points that no text uses
 MORE = ("reasoning_content", "tool_calls")                           # what an assistant's turn may hold besides content
 
 
@@ -518,7 +524,7 @@ def compile_template(text):
     """jinja text -> a compiled template, in jinja2's sandbox, with the names that chat templates rely on."""
     import jinja2, jinja2.ext, jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):                          # {% generation %} … {% endgeneration %} is trained
+    class Generation(jinja2.ext.Extension):                          # {% generation %} trained {% endgeneration %}
         tags = {"generation"}
 
         def parse(self, parser):
@@ -582,9 +588,10 @@ def prepared(tok, template, messages, prompt=False, **more):
 
     Those are found by rendering once more with each of them broken by a character that no text holds.
     """
-    if not template.environment.writes_calls:                         # then nothing is lost: the calls are content
-        called = lambda m: [m["content"]] * bool(m["content"]) + [as_json(call.get("function", call)) for call in m["tool_calls"]]
-        messages = [m | {"content": "\n".join(called(m)), "tool_calls": None} if m.get("tool_calls") else m for m in messages]
+    if not template.environment.writes_calls:                        # then nothing is lost: the calls are content
+        calls = lambda m: [as_json(call.get("function", call)) for call in m["tool_calls"]]
+        messages = [m | {"content": "\n".join([*filter(None, [m["content"]]), *calls(m)]), "tool_calls": None}
+                    if m.get("tool_calls") else m for m in messages]
     text, spelled = render(template, tok, messages, prompt, **more), []
     if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
         in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
@@ -594,8 +601,8 @@ def prepared(tok, template, messages, prompt=False, **more):
     marked = unmarked(render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more)))
     parts = marked.split(BREAK)
     if "".join(parts) != unmarked(text):
-        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages that spell it, which "
-                         "are text to the tokenizer; reasoning goes into reasoning_content")
+        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
+                         "text and no control token; reasoning goes into reasoning_content")
     return messages, text, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
 
 
@@ -664,23 +671,26 @@ def encode_chat(tok, template, messages, train_on="all", **more):
             messages, more = in_strings(tok.clean, messages), in_strings(tok.clean, more)
             messages, marked, held = prepared(tok, template, messages, **more)
     text = unmarked(marked)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"][-1 if train_on == "last" else 0:]
-    off = [i for i, m in enumerate(messages) if m["role"] == "tool" or not m.get("weight", 1)]
-    filled = lambda i: any(messages[i].get(key) for key in ("content", *MORE))
-    if train_on == "everything":
-        out = located(tok, template, messages, text, list(filter(filled, off)), **more)
-        edges = [0, *(edge for start, end, _ in out for edge in (start, end)), len(text)]
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    on, off = [], []                                                 # the assistant's turns to train; what is left out
+    for i, m in enumerate(messages):
+        if m["role"] == "tool" or not m.get("weight", 1) or train_on == "last" and i != last:
+            off.append(i)
+        elif m["role"] == "assistant":
+            on.append(i)
+    by_marks = BEGIN in marked and train_on != "everything"
+    wanted = [i for i in (off if by_marks or train_on == "everything" else on)
+              if any(messages[i].get(key) for key in ("content", *MORE))]
+    spans = located(tok, template, messages, text, wanted, **more) if wanted else []
+    if by_marks:
+        ends = np.cumsum([len(part) for part in re.split(f"{BEGIN}|{END}", marked)]).tolist()    # outside, inside, …
+        trained = [(a, b) for a, b in zip(ends[0::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in spans)]
+    elif train_on == "everything":
+        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
         trained = list(zip(edges[::2], edges[1::2]))
-    elif BEGIN in marked:
-        ends = np.cumsum([len(part) for part in re.split(f"{BEGIN}|{END}", marked)]).tolist()     # outside, inside, …
-        out = located(tok, template, messages, text, [i for i in off if i in turns and filled(i)], **more)
-        trained = [(a, b) for a, b in zip(ends[0::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in out)]
-        trained = trained[-1 if train_on == "last" else 0:] if turns and turns[-1] not in off else trained
     else:
-        trained = []
-        for start, end, _ in located(tok, template, messages, text, [i for i in turns if i not in off and filled(i)], **more):
-            after = tok.every_pattern.match(text, len(text) - len(text[end:].lstrip()))
-            trained.append((start, after.end() if after else end))
+        ends = [tok.every_pattern.match(text, len(text) - len(text[end:].lstrip())) for _, end, _ in spans]
+        trained = [(start, after.end() if after else end) for (start, end, _), after in zip(spans, ends)]
     trained = [(start, end) for start, end in trained if end > start]
     ids, ends, borders = tok.spans(text, held, [edge for span in trained for edge in span])
     mask = np.zeros(len(ids), np.uint8)
@@ -717,7 +727,7 @@ KNOWN = "messages, conversations, text, " + ", ".join(" + ".join(pair) for pair 
 
 
 def normal(record, where, shape="auto"):
-    """One record, whatever its keys -> {"text": str} or {"messages": [{"role", "content", …}], …}; or ValueError."""
+    """One record, whatever its keys -> {"text": str}, or {"messages": [{"role", "content", …}], …}; or ValueError."""
     def fail(what):
         raise ValueError(f"{where}: {what}")
     is_text = lambda key: isinstance(record.get(key), str)
@@ -771,7 +781,7 @@ def message(turn, where, n):
     if role == "function_call":
         try:                                                         # one call, or a list of them
             calls = json.loads(content) if isinstance(content, str) else content
-            calls = [{"name": c["name"], "arguments": c["arguments"]} for c in (calls if isinstance(calls, list) else [calls])]
+            calls = [{k: c[k] for k in ("name", "arguments")} for c in (calls if isinstance(calls, list) else [calls])]
             rest["tool_calls"] = [{"type": "function", "id": f"call{n:05}", "function": call} for call in calls]
         except (ValueError, KeyError, TypeError):
             fail("a function_call must be JSON with a name and arguments")
@@ -819,7 +829,7 @@ def find_files(path, key):
 
 
 def chunks(file, separator):
-    """A file -> (file, number of its first record, [raw records], part), about BLOCK bytes at a time; and its bytes read.
+    """A file -> ((file, number of its first record, [raw records], part), bytes of it read), about BLOCK at a time.
 
     A raw record is JSON as bytes (parsed later, on every core), a text, or what .parquet and .npy hold. A document too
     long for one job comes in parts, each (begins it, ends it); else part is None.
@@ -879,7 +889,8 @@ def values(f, file):
             yield found, None
             found = []
     if not re.fullmatch(r"\s*\]\s*" if n else r"\s*\[\s*\]\s*", text[at:]):
-        raise ValueError(f"{file}, record {n + 1}: not valid JSON, or no list: {why if begin else 'a comma or the end is expected'}")
+        why = why if begin else "a comma or the end is expected" if n else "a list is expected"
+        raise ValueError(f"{file}, record {n + 1}: not valid JSON: {why}")
 
 
 def texts(f, file, separator):
@@ -932,8 +943,9 @@ def rows(f, file):
 def ids_of(f, file):
     """.npy: ready token ids, one document; with FILE_labels.npy beside it, where data.ignore_index is not trained"""
     try:
-        ids, beside, mask = np.load(file, mmap_mode="r", allow_pickle=False).reshape(-1), f"{file[:-4]}_labels.npy", None
-        labels = np.load(beside, mmap_mode="r", allow_pickle=False).reshape(-1) if Path(beside).is_file() else ids
+        read = lambda path: np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+        ids, beside = read(file), f"{file[:-4]}_labels.npy"
+        labels = read(beside) if Path(beside).is_file() else ids
     except (ValueError, EOFError) as e:
         raise ValueError(f"{file}: no array of token ids: {one_line(e)}") from None
     if ids.dtype.kind not in "iu" or len(labels) != len(ids):
@@ -942,13 +954,14 @@ def ids_of(f, file):
         part, said, size = ids[at:at + BLOCK], labels[at:at + BLOCK], STATE["tok"].n_vocab
         mask = (said != STATE["cfg"]["data"]["ignore_index"]).astype(np.uint8)
         if not 0 <= part.min() <= part.max() < size or (said != part)[mask > 0].any():
-            raise ValueError(f"{file}: near token {at}: an id that the tokenizer ({size} tokens) lacks, or another label")
+            raise ValueError(f"{file}: near token {at}: an id that the tokenizer ({size} tokens) lacks, or a label "
+                             "that is neither data.ignore_index nor the token")
         f.seek(at * ids.itemsize)
         yield [(np.array(part), mask)], (at == 0, at + BLOCK >= len(ids))
 
 
 def encode_chunk(job):
-    """A job of chunks() -> (tokens, mask, lengths, counts, problems): its documents, end to end; of a part one, uncut."""
+    """A job of chunks() -> (tokens, mask, lengths, counts, problems): documents end to end; no lengths: part of one."""
     file, first, raw, part = job
     tok, shape, data, seq_len = STATE["tok"], STATE["shape"], STATE["cfg"]["data"], STATE["cfg"]["data"]["seq_len"]
     found, counts, problems = [], collections.Counter(), []
@@ -1049,7 +1062,9 @@ class Tokens:
 def tokenize(cfg, name, source, tok, quiet=False):
     """One source -> its folder of token files; made anew only where something it depends on has changed."""
     data = cfg["data"]
-    files = find_files(source["path"], f"data.{name}.path")
+    files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
+    if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
+        raise ValueError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
     beside = [f for f in (f"{file[:-4]}_labels.npy" for file in files) if Path(f).is_file()]
     stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
     template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
@@ -1074,7 +1089,8 @@ def tokenize(cfg, name, source, tok, quiet=False):
         with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets:
             offsets.write(np.zeros(1, np.int64).tobytes())
             jobs = (job for file in files for job in chunks(file, source["separator"]))
-            for ids, mask, lengths, more, bad in whole(encoded(jobs, size, data["processes"], quiet, name), data["seq_len"]):
+            results = encoded(jobs, size, data["processes"], quiet, name)
+            for ids, mask, lengths, more, bad in whole(results, data["seq_len"]):
                 tokens.write(ids)
                 masks.write(mask)
                 offsets.write(offset + np.cumsum(lengths))
@@ -1087,8 +1103,9 @@ def tokenize(cfg, name, source, tok, quiet=False):
                              f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
                              f"{': ' + problems[0] if problems else ''})")
         counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped", "cut_away", "skipped")
-        header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints, "files": files,
-                  "vocabulary": tok.n_vocab, "problems": problems, **{key: counts[key] for key in counted}}
+        header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
+                  "files": files, "vocabulary": tok.n_vocab, "problems": problems}
+        header |= {key: counts[key] for key in counted}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
     except OSError as e:
@@ -1135,7 +1152,7 @@ def encoded(jobs, size, processes, quiet, name):
             done, n = ahead.popleft()
             e = done.exception()
             if isinstance(e, concurrent.futures.process.BrokenProcessPool):
-                e = ValueError("a process that tokenizes was killed, for want of memory perhaps; data.processes says how many")
+                e = ValueError("data.processes: one was killed, for want of memory perhaps; fewer take less")
             if isinstance(e, ValueError):                            # from here, configs.run knows it for ours
                 raise ValueError(str(e)) from e
             yield done.result()
@@ -1197,7 +1214,7 @@ def histogram(tokens, most=16):
 
 
 def shown(tok, ids, mask, colour):
-    """The text of a document: its trained part in green, special tokens inverted; without colour in [[ ]] and as they are."""
+    """The text of a document: its trained part in green, special tokens inverted; without colour in [[ ]]."""
     parts, borders = [], np.flatnonzero(np.diff(mask)) + 1
     for part, m in zip(np.split(ids, borders), np.split(mask, borders)):
         text = tok.decode(part)

@@ -340,7 +340,8 @@ AT_LEAST = {                                                         # {key: lea
     "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0, "batch_size": 1,
     "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
     "save_every": 0, "log_every": 0, "patience": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0, "seed": 0,
-    "data.seq_len": 1, "data.validation_split": 0, "data.processes": 0, "checkpoint.keep": 1, "model.n_layers": 1, "model.n_heads": 1,
+    "data.seq_len": 1, "data.validation_split": 0, "data.processes": 0, "checkpoint.keep": 1, "model.n_layers": 1,
+    "model.n_heads": 1,
     "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1, "model.head_dim": 2, "model.vocab_size": 1,
     "model.max_len": 1, "model.norm_eps": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0,
     "shard.lora.alpha": 0}
@@ -395,7 +396,7 @@ def check(cfg, source):
     ids, ends = cfg["data"]["ignore_token_ids"], cfg["data"]["ignore_token_id_range"]
     if not all(type(i) is int for i in ids):
         wrong("data.ignore_token_ids", "a list of ints")
-    if ends is not None and not (isinstance(ends, list) and [type(i) for i in ends] == [int, int] and ends[0] <= ends[1]):
+    if ends is not None and not (isinstance(ends, list) and [*map(type, ends)] == [int, int] and ends[0] <= ends[1]):
         wrong("data.ignore_token_id_range", "null or [first, last]")
     if cfg["resume"] == "":
         wrong("resume", "auto, never or a checkpoint's path")

@@ -1,7 +1,6 @@
 """tokenize_data.py against the reference tokenizers, real templates and damaged inputs: the right tokens, or one clear line."""
 import gzip, json, random
 
-import numpy as np
 import pytest
 
 import configs, tokenize_data as T
@@ -293,7 +292,6 @@ def test_damaged_tokenizers_and_templates_give_one_clear_line(tmp_path):
         tok = one_clear_line(lambda: T.huggingface_tokenizer(tmp_path), "tokenizer")
         if tok is not None:
             tok.encode("hi 日本")
-    text = T.compile_template(QWEN3)
     for k in range(150):
         (tmp_path / "t.jinja").write_bytes(damaged(rng, QWEN3.encode()))
         (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat("hi", "yo")}))

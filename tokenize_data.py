@@ -138,8 +138,8 @@ class Tokenizer:
         return parts
 
     def encode(self, text):
-        """str -> [n] uint32 ids. Special tokens that are spelled in it are text."""
-        return self.spans(text)[0]
+        """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
+        return self.spans(text)[0].astype(np.int64)
 
     def decode(self, ids):
         """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
@@ -658,7 +658,7 @@ def located(tok, template, messages, text, wanted, **more):
 
 
 def encode_chat(tok, template, messages, train_on="all", **more):
-    """Messages -> (ids [n] uint32, mask [n] uint8).
+    """Messages -> (ids [n] int64, mask [n] uint8).
 
     Trained are the assistant's turns, each with the token that ends it; only the last one; or everything but tools'
     outputs. A template with {% generation %} marks says itself where a turn is. Raises ValueError where it refuses.
@@ -698,7 +698,7 @@ def encode_chat(tok, template, messages, train_on="all", **more):
     last = np.searchsorted(ends, borders[1::2], "left")
     for a, b in zip(first.tolist(), last.tolist()):
         mask[a:b + 1] = 1
-    return ids, mask
+    return ids.astype(np.int64), mask
 
 
 def encode_prompt(tok, template, messages):
@@ -843,8 +843,6 @@ def chunks(file, separator):
                 at = raw.tell() if not raw.closed else done
                 yield (file, first, records, part), at - done
                 first, done = first + (len(records) if part is None or part[1] else 0), at
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: not UTF-8 text ({e.reason} near byte {e.start} of a block)") from None
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
@@ -855,18 +853,21 @@ def lines(f, file):
         yield found, None
 
 
-def decoded(f):
-    """A file's text, block by block; "" where it ends, whatever its last bytes"""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()            # some editors begin a file with a mark
-    while block := f.read(BLOCK):
-        yield decoder.decode(block)
-    yield decoder.decode(b"", final=True)
+def decoded(f, file):
+    """A file's text, block by block, the last one empty"""
+    decoder, block = codecs.getincrementaldecoder("utf-8-sig")(), b"?"       # some editors begin a file with a mark
+    while block:
+        at, block = f.tell(), f.read(BLOCK)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file}: not UTF-8 text (about byte {at + e.start})") from None
 
 
 def values(f, file):
     """.json: the items of its list, cut apart here and parsed where they are encoded; or lines after all"""
     text, at, n, found, gap = "", 0, 0, [], re.compile(r"\s*,\s*")
-    for block in decoded(f):
+    for block in decoded(f, file):
         text, at, end = text[at:] + block, 0, 0
         if not n and text.lstrip()[:1] == "{":
             f.seek(0)
@@ -896,7 +897,7 @@ def values(f, file):
 def texts(f, file, separator):
     """.txt: what stands between separators; or one document, in parts where it is long"""
     text, begins = "", True
-    for block in decoded(f):
+    for block in decoded(f, file):
         text += block
         if separator:
             *whole, text = text.split(separator)
@@ -1206,7 +1207,7 @@ def summary(name, tokens):
             f" ({h['trained'] / h['tokens']:.0%} trained), {', '.join(told)}")
 
 
-def histogram(tokens, most=16):
+def histogram(tokens):
     """How long the documents are -> lines, one for each power of two that is met."""
     bins = np.bincount(np.ceil(np.log2(np.diff(tokens.offsets))).astype(int))
     return [f"  {f'<= {1 << i:,}':>12} tokens  {n:>10,}  {'#' * -(-40 * int(n) // int(bins.max()))}"
@@ -1234,7 +1235,7 @@ def main(argv):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for kind, sources in prepare(cfg, tok).items():
         for name, tokens in sources.items():
-            print(summary(f"{kind}.{name}", tokens), f"\n  in {tokens.folder}", *histogram(tokens), sep="\n")
+            print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens), sep="\n")
             for i in range(min(asked["show"], len(tokens))):
                 ids, mask = tokens.document(i)
                 print(f"\n--- {name} {i}: {len(ids)} tokens, {int(mask.sum())} trained, "

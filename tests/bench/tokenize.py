@@ -13,7 +13,13 @@ prefix, which is what TRL does. Ids are asserted equal on all documents. Prints 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])               # instead of this folder, whose tokenize.py would hide Python's own
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])           # not this folder: this file would hide Python's own tokenize
+else:                                                                # another bench of this folder asked for Python's own
+    import importlib.util, os
+    spec = importlib.util.spec_from_file_location(__name__, Path(os.__file__).with_name("tokenize.py"))
+    sys.modules[__name__] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[__name__])
 
 import argparse, gzip, json, os, shutil, statistics, tempfile, time
 

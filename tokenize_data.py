@@ -616,18 +616,20 @@ def located(tok, template, messages, text, wanted, **more):
     plain = [i for i in wanted if not any(messages[i].get(key) for key in MORE)]
     shown = [messages[i] | bare[i] if i in plain else m for i, m in enumerate(messages)]
     first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
-    found, at = [], len(first) if text.startswith(first) else None
-    for i, between in zip(map(int, rest[::2]), rest[1::2]):
-        whole = messages[i]["content"]                               # as it is, or trimmed by the template
+    found, at, opening = [], len(first), None
+    for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
+        whole = messages[i]["content"]                               # as it is, trimmed by the template, or a part of it
         ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-                if at is not None and text.startswith(form + between, at)]
-        found.append((at, ends[0] if ends else 0, i))
-        at = ends[0] + len(between) if ends else None
-    if at != len(text):
-        plain, found = [], []
+                if text.startswith(form + between, at)] or [text.find(between, at) if between else -1]
+        if ends[0] < 0 or text[at:ends[0]] not in whole:
+            break
+        found.append((at, ends[0], i))
+        at = ends[0] + len(between)
+    else:
+        found = found if at == len(text) else []
 
-    opening, floor = None, 0
-    for i in sorted(set(wanted) - set(plain)):
+    for i in sorted(set(wanted) - {i for _, _, i in found}):
+        floor = max((end for _, end, before in found if before < i), default=0)
         try:
             whole, other = text, [*messages[:i], bare[i], *messages[i + 1:]]
             other = unmarked(render(template, tok, other, **more))
@@ -651,7 +653,6 @@ def located(tok, template, messages, text, wanted, **more):
                 opening = asked[len(text):] if asked.startswith(text) else ""
             at = text.rfind(opening, floor, start)
             start = at + len(opening) if opening and at >= 0 else start
-        floor = end
         if 0 <= start < end:
             found.append((start, end, i))
     return sorted(found)

@@ -94,20 +94,24 @@ class Tokenizer:
             words = regex.findall(self.pattern, text)
             return np.array([i for word in words for i in self.enc._encode_single_piece(word)], np.uint32)
 
+    def quick(self, text, control):
+        """Text -> [n] uint32 ids, found by tiktoken alone; or None where that could be wrong"""
+        if self.alone and (not self.nfc or unicodedata.is_normalized("NFC", text)):
+            try:
+                return self.enc.encode_to_numpy(text, allowed_special=self.allowed[control], disallowed_special=())
+            except ValueError:
+                pass
+
     def spans(self, text, held=None, borders=()):
         """Text -> (ids [n], where each ends [n], where the borders are), the latter two in bytes of what was encoded.
 
         held     None: special tokens that are spelled in it are text; else control tokens, save inside these spans
         borders  positions in the text, ascending
         """
-        if self.alone and not held and (not self.nfc or unicodedata.is_normalized("NFC", text)):
-            try:
-                ids = self.enc.encode_to_numpy(text, allowed_special=self.allowed[held is not None],
-                                               disallowed_special=())
-                at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
-                return ids, self.lengths[ids].cumsum(), at
-            except ValueError:
-                pass
+        ids = None if held else self.quick(text, held is not None)
+        if ids is not None:
+            at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
+            return ids, self.lengths[ids].cumsum(), at
         ids, lengths, size, at = [], [], 0, []
         compose = (lambda part: unicodedata.normalize("NFC", part)) if self.nfc else (lambda part: part)
         for start, end, known in self.split(text, held):
@@ -139,7 +143,8 @@ class Tokenizer:
 
     def encode(self, text):
         """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
-        return self.spans(text)[0].astype(np.int64)
+        ids = self.quick(text, False)
+        return (self.spans(text)[0] if ids is None else ids).astype(np.int64)
 
     def decode(self, ids):
         """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
@@ -180,7 +185,7 @@ class Borrowed:
         self.bos, self.eos, self.template, self.names = (more[k] for k in ("bos", "eos", "template", "names"))
         self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
 
-    clean, encode = Tokenizer.clean, Tokenizer.encode
+    clean, encode, quick = Tokenizer.clean, Tokenizer.encode, lambda self, text, control: None
 
     def spans(self, text, held=None, borders=()):
         parts, at, shift, moved = [], 0, [], list(borders)
@@ -973,8 +978,9 @@ def encode_chunk(job):
     if part:
         ids = np.concatenate([bos] * part[0] + [tok.encode(tok.clean(raw[0]))] + [eos] * part[1])
         return ids, np.ones(len(ids), np.uint8), None, {"records": part[1]}, []
+    unit = "line" if file.removesuffix(".gz").endswith(".jsonl") else "record"
     for n, record in enumerate(raw, first):
-        where = f"{file}, {'line' if file.removesuffix('.gz').endswith('.jsonl') else 'record'} {n}"
+        where = f"{file}, {unit} {n}"
         counts["records"] += 1
         try:
             if isinstance(record, bytes):

@@ -580,12 +580,14 @@ as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def in_strings(change, thing):
-    """A JSON value with `change` done to every string in it, keys aside."""
+    """A JSON value with `change` done to every string in it, keys too."""
     if isinstance(thing, str):
         return change(thing)
     if isinstance(thing, list):
         return [in_strings(change, item) for item in thing]
-    return {k: in_strings(change, v) for k, v in thing.items()} if isinstance(thing, dict) else thing
+    if isinstance(thing, dict):
+        return {in_strings(change, k): in_strings(change, v) for k, v in thing.items()}
+    return thing
 
 
 def prepared(tok, template, messages, prompt=False, **more):
@@ -625,7 +627,8 @@ def located(tok, template, messages, text, wanted, **more):
     for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
         whole = messages[i]["content"]                               # as it is, trimmed by the template, or a part of it
         ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-                if text.startswith(form + between, at)] or [text.find(between, at) if between else -1]
+                if text.startswith(form + between, at)]
+        ends = ends or [text.find(between, at) if between else -1]
         if ends[0] < 0 or text[at:ends[0]] not in whole:
             break
         found.append((at, ends[0], i))

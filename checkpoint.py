@@ -321,8 +321,8 @@ def restore(folder, model, optimizer):
 
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
         "best", "patience", "max_seconds", "bad_steps", "profile",
-        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "shard.compile", "data.cache_dir",
-        "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
+        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "shard.compile",
+        "data.cache_dir", "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
 
 
 def differences(out_dir, cfg):

@@ -147,7 +147,7 @@ def profiled(path, device, say):
     heavy = sum(cost(e) for e in events if re.search(HEAVY, e.key, re.IGNORECASE))
     for event in sorted(events, key=cost, reverse=True)[:10]:
         say(f"{cost(event) / total:6.1%} {cost(event) / 1e3:10.2f} ms {event.count:6,} x  {event.key[:80]}")
-    say(f"{1 - heavy / total:6.1%} of {total / 1e3:,.2f} ms outside matrix products and attention; {path} has all of it")
+    say(f"{1 - heavy / total:6.1%} of {total / 1e3:,.2f} ms outside matrix products and attention; all is in {path}")
 
 
 HEAVY = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|cudnn"    # their kernels' names

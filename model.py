@@ -379,7 +379,7 @@ EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
 
 
 class NLL(torch.autograd.Function):
-    """-log softmax(logits)[target], whose gradient takes the log-probabilities' place: half the memory of autograd's."""
+    """-log softmax(logits)[target], whose gradient takes the log-probabilities' place: half of autograd's memory."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -463,7 +463,7 @@ class ChunkedLoss(torch.autograd.Function):
         return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-CHUNK = 5 << 22    # logits in a chunk: 80 MB in fp32, of which two stand at once. A chunk adds to the whole head: LOG.md
+CHUNK = 5 << 22    # logits in a chunk: 80 MB in fp32, of which two stand at once; fewer cost time (LOG.md)
 
 
 def chunk_rows(V, cuda):

@@ -86,8 +86,8 @@ def together(main, *args):
             tell(text)
         os._exit(1)                                            # nothing of what is under way waits for the others
     leave()
-    atexit._run_exitfuncs()                                    # as an exit does; but gloo's threads, which hold tensors,
-    sys.stdout.flush()                                         # would now and then abort an interpreter that winds up
+    atexit._run_exitfuncs()                                    # as an exit does. But gloo's threads hold tensors, and
+    sys.stdout.flush()                                         # abort, at times, an interpreter that winds up
     os._exit(code)                                             # (pytorch/pytorch#179291)
 
 

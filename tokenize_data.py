@@ -2,6 +2,7 @@
 
     python tokenize_data.py configs/ft.yaml              tokenize, and say what came out
     python tokenize_data.py configs/ft.yaml show=3       and print 3 samples, the trained tokens coloured
+    python tokenize_data.py configs/ft.yaml show=1 ids=true      and each of their tokens with its id
 
 The way of one record:
 
@@ -11,8 +12,8 @@ The way of one record:
        0   0   0   0   0  0  0  0  0  0  0  0   0  0   0  0   0 …   0  0  1   1  0                1: trained
 
 The ids are those of the whole rendered text; the mask never changes them. Special tokens that are spelled inside a
-message's content stay text: a user who writes <|im_end|> ends nobody's turn. A text document is BOS + its ids + EOS,
-all trained, cut into windows of data.seq_len targets.
+message stay text: a user who writes <|im_end|> ends nobody's turn. A text document is BOS + its ids + EOS, all trained,
+cut into windows of data.seq_len targets.
 
 A source becomes a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
@@ -21,7 +22,7 @@ A source becomes a folder in data.cache_dir, named by a fingerprint of everythin
     offsets.bin    int64, where document i begins; one more than there are documents
     header.json    format, dtype, counts, fingerprints; written last
 """
-import base64, collections, concurrent.futures, glob, gzip, hashlib, itertools, json, multiprocessing, os, re
+import base64, codecs, collections, concurrent.futures, glob, gzip, hashlib, itertools, json, multiprocessing, os, re
 import shutil, sys, unicodedata, zlib
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ import tiktoken
 
 import configs
 
-FORMAT = 1
+FORMAT = 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,43 +43,108 @@ class Tokenizer:
 
     ranks     {token's bytes: id}, the order in which pairs are merged
     pattern   regular expression that splits text into words; merges don't cross it
-    special   {text: id}
+    special   {text: id} of control tokens: a template writes them; what spells one in a message is text
     bos, eos  texts of special tokens, or None
     template  jinja text of the model's own chat template, or None
     nfc       text is brought to Unicode's composed form first (Qwen)
     folder    where its Hugging Face files are, or None
+    added     {text: id} of tokens that no words are split around, wherever they are spelled (Qwen's <tool_call>)
+    strip     {text: (left, right)}: special or added tokens that swallow the white space beside them
+    late      texts of special or added tokens that are looked for only in what the others leave over
+    names     {"pad_token": text, …}: more names that templates may ask for
     """
 
-    def __init__(self, ranks, pattern, special, bos=None, eos=None, template=None, nfc=False, folder=None):
+    def __init__(self, ranks, pattern, special, bos=None, eos=None, template=None, nfc=False, folder=None,
+                 added={}, strip={}, late=(), names={}):
         self.ranks, self.pattern, self.special, self.bos, self.eos = ranks, pattern, special, bos, eos
-        self.template, self.nfc, self.folder = template, nfc, folder
+        self.template, self.nfc, self.folder, self.names, self.strip = template, nfc, folder, names, strip
         missing = [b for b in range(256) if bytes([b]) not in ranks]
         if missing:                                                  # such a byte would take tiktoken's process down
             raise ValueError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
                              f"(the first is {missing[0]})")
         assert all(text is None or text in special for text in (bos, eos)), (bos, eos)
-        self.enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.n_vocab = 1 + max([*ranks.values(), *special.values()])
+        self.every = special | added
+        self.enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.every)
+        self.n_vocab = 1 + max([*ranks.values(), *self.every.values()])
         self.lengths = np.zeros(self.n_vocab, np.int64)              # bytes of each token
-        self.lengths[list(ranks.values())] = [len(b) for b in ranks]
-        self.lengths[list(special.values())] = [len(s.encode()) for s in special]
+        self.lengths[list(ranks.values())] = list(map(len, ranks))
+        self.lengths[list(self.every.values())] = [len(s.encode()) for s in self.every]
         self.byte_ids = None                                         # byte -> id, where there is nothing to merge
         if len(ranks) == 256:
-            self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.int64)
-        self.special_pattern = any_of(special)
-        vocabulary = sorted((i, b.hex()) for b, i in ranks.items())
-        self.fingerprint = digest(pattern, sorted(special.items()), bos, eos, nfc, vocabulary)
+            self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
+        self.special_pattern, self.every_pattern = any_of(special), any_of(self.every)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
+        self.passes = [any_of(set(self.every) - set(late)), *([any_of(late)] if late else [])]
+        texts = sorted(self.every)
+        doubtful = strip or late or any(b.startswith(a) for a, b in zip(texts, texts[1:]))
+        self.alone = not doubtful and self.byte_ids is None          # tiktoken itself finds special and added tokens
+        self.allowed = {False: frozenset(added), True: frozenset(self.every)}
+        vocabulary = hashlib.sha256(b"".join(ranks) + np.array([list(map(len, ranks)), list(ranks.values())]).tobytes())
+        self.fingerprint = digest(pattern, sorted(special.items()), bos, eos, nfc, vocabulary.hexdigest(),
+                                  sorted(added.items()), sorted(strip.items()), sorted(late))
 
-    def spans(self, text):
-        """str -> (ids [n], where each ends in bytes of the text [n])"""
-        ids = self.encode(text)
-        return ids, np.cumsum(self.lengths[ids])
-
-    def encode(self, text):
-        """str -> [n] int64 ids. Special tokens that are spelled in it are text. Lone surrogates become U+FFFD."""
+    def words(self, text):
+        """str in which nothing is special -> [n] uint32 ids"""
         if self.byte_ids is not None:
             return self.byte_ids[np.frombuffer(text.encode(), np.uint8)]
-        return np.array(self.enc.encode_ordinary(text), np.int64)
+        try:
+            return self.enc.encode_to_numpy(text, disallowed_special=())
+        except ValueError:                                           # a run of spaces too long for tiktoken's regexes
+            import regex                                             # tiktoken brings it
+            words = regex.findall(self.pattern, text)
+            return np.array([i for word in words for i in self.enc._encode_single_piece(word)], np.uint32)
+
+    def quick(self, text, control):
+        """Text -> [n] uint32 ids, found by tiktoken alone; or None where that could be wrong"""
+        if self.alone and (not self.nfc or unicodedata.is_normalized("NFC", text)):
+            try:
+                return self.enc.encode_to_numpy(text, allowed_special=self.allowed[control], disallowed_special=())
+            except ValueError:
+                pass
+
+    def spans(self, text, held=None, borders=()):
+        """Text -> (ids [n], where each ends [n], where the borders are), the latter two in bytes of what was encoded.
+
+        held     None: special tokens that are spelled in it are text; else control tokens, save inside these spans
+        borders  positions in the text, ascending
+        """
+        ids = None if held else self.quick(text, held is not None)
+        if ids is not None:
+            at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
+            return ids, self.lengths[ids].cumsum(), at
+        ids, lengths, size, at = [], [], 0, []
+        compose = (lambda part: unicodedata.normalize("NFC", part)) if self.nfc else (lambda part: part)
+        for start, end, known in self.split(text, held):
+            ids.append(self.words(compose(text[start:end])) if known is None else np.array([known], np.uint32))
+            lengths.append(self.lengths[ids[-1]] if known is None else [len(text[start:end].encode())])
+            at += [size + len(compose(text[start:b]).encode()) for b in borders[len(at):] if b <= end]
+            size += int(np.sum(lengths[-1]))
+        return np.concatenate(ids), np.cumsum(np.concatenate(lengths).astype(np.int64)), at
+
+    def split(self, text, held):
+        """Text -> [(start, end, id of the token that stands there, or None)], without a gap"""
+        parts = [(0, len(text), None)]
+        for late, pattern in enumerate(self.passes):
+            parts, before = [], parts
+            for at, end, known in before:
+                for m in pattern.finditer(text, at, end) if known is None else ():
+                    a, b = m.span()
+                    if m[0] in self.special and (held is None or any(s < b and a < e for s, e in held)):
+                        continue
+                    if late and self.nfc and unicodedata.normalize("NFC", text[a:b + 1])[:b - a] != m[0]:
+                        continue                                     # its last character composes with the next one
+                    left, right = self.strip.get(m[0], (False, False))
+                    a = max(at, len(text[:a].rstrip(SPACE)) if left else a)
+                    b = max(at, len(text) - len(text[b:].lstrip(SPACE)) if right else b)
+                    parts += [(at, a, None), (a, b, self.every[m[0]])]
+                    at = b
+                parts.append((at, end, known))
+        return parts
+
+    def encode(self, text):
+        """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
+        ids = self.quick(text, False)
+        return (self.spans(text)[0] if ids is None else ids).astype(np.int64)
 
     def decode(self, ids):
         """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
@@ -86,40 +152,60 @@ class Tokenizer:
         return b"".join(self.enc.decode_tokens_bytes(known)).decode("utf-8", errors="replace")
 
     def clean(self, text):
-        """What can't be UTF-8 replaced, and composed where the tokenizer asks for it."""
+        """Lone surrogates replaced by U+FFFD, and composed where the tokenizer asks for it."""
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
 
 class Borrowed:
-    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower."""
+    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower.
 
-    def __init__(self, path, special, bos, eos, template):
+    It is given the special tokens under names that no text spells, and those names only where they are meant.
+    """
+
+    def __init__(self, path, spec, special, added, **more):
         import tokenizers
+        self.private = {text: f"\ufdd4{n}\ufdd5" for n, text in enumerate(special)}
+        hidden = lambda text: self.private.get(text, text)
+        vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
+        renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
+        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}    # Unigram's: a list
+        tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
+                  for t in spec.get("added_tokens") or []]
+        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
+                       "model": model | ({"unk_token": hidden(unknown)} if unknown else {})}
         try:
-            self.enc = tokenizers.Tokenizer.from_file(str(path))
+            self.enc = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except Exception as e:                                       # the package raises no narrower one
             raise ValueError(f"{path}: the tokenizers package cannot read it either: {one_line(e)}") from None
-        self.enc.encode_special_tokens = True                        # what spells a special token in a text is text
-        self.special, self.bos, self.eos, self.template = special, bos, eos, template
-        self.nfc, self.folder, self.byte_ids, self.n_vocab = False, path.parent, None, self.enc.get_vocab_size()
-        self.special_pattern = any_of(special)
-        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), bos, eos)
+        self.special, self.folder, self.nfc, self.n_vocab = special, path.parent, False, self.enc.get_vocab_size()
+        self.special_pattern, self.every_pattern = any_of(special), any_of(special | added)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
+        self.bos, self.eos, self.template, self.names = (more[k] for k in ("bos", "eos", "template", "names"))
+        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
 
-    clean = Tokenizer.clean
+    clean, encode, quick = Tokenizer.clean, Tokenizer.encode, lambda self, text, control: None
 
-    def spans(self, text):
-        encoded = self.enc.encode(text, add_special_tokens=False)
-        at = np.cumsum([0, *(len(c.encode()) for c in text)])        # characters -> bytes
-        ends = np.array([end for _, end in encoded.offsets], np.int64)
-        return np.array(encoded.ids, np.int64), at[ends]
-
-    def encode(self, text):
-        return self.spans(text)[0]
+    def spans(self, text, held=None, borders=()):
+        parts, at, shift, moved = [], 0, [], list(borders)
+        for m in self.special_pattern.finditer(text) if held is not None else ():
+            if not any(s < m.end() and m.start() < e for s, e in held):
+                parts += [text[at:m.start()], self.private[m[0]]]
+                at = m.end()
+                shift.append((at, len(parts[-1]) - len(m[0])))
+        for end, more in shift:
+            moved = [new + more * (old >= end) for old, new in zip(borders, moved)]
+        encoded = self.enc.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        return np.array(encoded.ids, np.uint32), np.array([end for _, end in encoded.offsets], np.int64), moved
 
     def decode(self, ids):
-        return self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
+        text = self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
+        names = {private: text for text, private in self.private.items()}
+        return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
+
+
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")     # as Unicode has it
 
 
 def digest(*things):
@@ -132,10 +218,12 @@ def any_of(special):
 
 
 def one_line(error):
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) < 600 else f"{text[:300]} … {text[-200:]}"
 
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # StarCoder's
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 
 
@@ -211,10 +299,18 @@ def huggingface_tokenizer(path):
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
+    try:
+        return read_huggingface(path)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path}: not a whole tokenizer.json ({type(e).__name__}: {one_line(e)})") from None
+
+
+def read_huggingface(path):
+    """tokenizer.json and what stands beside it -> a tokenizer; a damaged file may raise anything"""
     spec, beside = read_json(path), path.parent / "tokenizer_config.json"
     config = read_json(beside) if beside.is_file() else {}
-    if not isinstance(spec.get("model"), dict):
-        raise ValueError(f"{path}: has no section `model`; it is not a tokenizer.json")
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise ValueError(f"{path}: has no model with a vocab; it is not a tokenizer.json")
 
     template = config.get("chat_template")
     if isinstance(template, list):                                   # several, by name
@@ -223,21 +319,28 @@ def huggingface_tokenizer(path):
         raise ValueError(f"{beside}: chat_template must be text, got {type(template).__name__}")
     if (path.parent / "chat_template.jinja").is_file():
         template = read_text(path.parent / "chat_template.jinja")
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+    tokens = spec.get("added_tokens") or []
+    special, added = ({t["content"]: t["id"] for t in tokens if t["special"] == kind} for kind in (True, False))
 
-    def named(key):                                                  # "TEXT", or {"content": "TEXT", …}
-        value = config.get(key)
-        if isinstance(value, dict):
-            value = value.get("content")
-        return value if isinstance(value, str) and value in special else None
-    bos, eos = named("bos_token"), named("eos_token")
+    post = spec.get("post_processor") or {}                          # what it puts around a text, where no name says so
+    around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()] or [{}]
+    names = {key: piece.get("SpecialToken", {}).get("id")
+             for key, piece in (("bos_token", around[0]), ("eos_token", around[-1]))}
+    for key in config:
+        text = config[key].get("content") if isinstance(config[key], dict) else config[key]
+        if key.endswith("_token") and isinstance(text, str):         # "TEXT", or {"content": "TEXT", …}
+            names[key] = text
+    bos, eos = (names[key] if names[key] in special else None for key in ("bos_token", "eos_token"))
+    more = dict(bos=bos, eos=eos, template=template, names={k: text for k, text in names.items() if text})
     try:
-        ranks, pattern, nfc = byte_level(path, spec, special)
-        tok = Tokenizer(ranks, pattern, special, bos, eos, template, nfc, path.parent)
+        ranks, pattern, nfc = byte_level(path, spec, special | added)
+        tok = Tokenizer(ranks, pattern, special, nfc=nfc, folder=path.parent, added=added, **more,
+                        strip={t["content"]: (t["lstrip"], t["rstrip"]) for t in tokens if t["lstrip"] or t["rstrip"]},
+                        late=[t["content"] for t in tokens if t["normalized"]])
         prove(tok, spec["model"], path)
     except ValueError as e:
         try:
-            tok = Borrowed(path, special, bos, eos, template)
+            tok = Borrowed(path, spec, special, added, **more)
         except ImportError:
             raise ValueError(f"{e}; with `pip install tokenizers` it would run there") from None
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -250,7 +353,7 @@ def refuse(path, what):
                      "supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
-def byte_level(path, spec, special):
+def byte_level(path, spec, added):
     """A byte-level BPE tokenizer.json -> (ranks, pattern, nfc). ValueError for what tiktoken would do otherwise."""
     bpe = spec["model"]
     if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe:
@@ -263,29 +366,31 @@ def byte_level(path, spec, special):
         refuse(path, f"the normalizer {normalizer}")
 
     pre = spec.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers") or [pre]                        # [ByteLevel] or [Split, ByteLevel]
-    last, prefixed = steps[-1], steps[-1].get("add_prefix_space")
-    if last.get("type") != "ByteLevel" or prefixed or len(steps) > 2:
-        names = " + ".join(str(step.get("type")) for step in steps)
+    *before, last = pre.get("pretokenizers") or [pre]                # ByteLevel, alone or after Split or Digits
+    split, prefixed, splits = before[0] if before else {}, last.get("add_prefix_space"), last.get("use_regex", True)
+    regex = split.get("pattern", {}).get("Regex")
+    if last.get("type") != "ByteLevel" or prefixed or len(before) > 1:
+        names = " + ".join(str(step.get("type")) for step in [*before, last])
         refuse(path, f"the pre-tokenizer {names}{' with a prefix space' if prefixed else ''}")
-    splits = last.get("use_regex", True)
-    pattern = GPT2_PATTERN if splits else r"[\s\S]+"
-    if len(steps) == 2:
-        first = steps[0]
-        known = first.get("type") == "Split" and "Regex" in first["pattern"] and first["behavior"] == "Isolated"
-        if not known or splits:
-            refuse(path, f"the pre-tokenizer {first.get('type')} before ByteLevel")
-        pattern = first["pattern"]["Regex"]
+    if not before:
+        pattern = GPT2_PATTERN if splits else r"[\s\S]+"
+    elif split["type"] == "Digits" and splits:
+        pattern = DIGITS_PATTERN if split["individual_digits"] else DIGITS_PATTERN.replace(r"\p{N}|", r"\p{N}+|", 1)
+    elif regex and not splits and (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
+        pattern = regex
+    else:
+        refuse(path, f"the pre-tokenizer {split.get('type')} before ByteLevel")
 
     for token in spec.get("added_tokens") or []:
-        touchy = any(token[key] for key in ("lstrip", "rstrip", "single_word", "normalized"))
-        if touchy and not token["special"]:
-            refuse(path, f"the added token {token['content']!r}, which is no control token,")
-    letters = byte_letters()
+        if token["single_word"] or token["normalized"] and normalizer and not token["content"].isascii():
+            kind = "single_word" if token["single_word"] else "normalized"
+            refuse(path, f"the {kind} added token {token['content']!r}")
+    spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for c, b in byte_letters().items()}
     try:
-        ranks = {bytes(letters[c] for c in token): i for token, i in bpe["vocab"].items() if token not in special}
-    except KeyError as e:
-        refuse(path, f"a vocabulary with the letter {e}")
+        ranks = {token.translate(spelled).encode("latin-1"): i
+                 for token, i in bpe["vocab"].items() if token not in added}
+    except UnicodeEncodeError as e:
+        refuse(path, f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
     return ranks, pattern, normalizer == "NFC"
 
 
@@ -304,8 +409,10 @@ def prove(tok, bpe, path):
     order = {tuple(pair): n for n, pair in enumerate(pairs)}
     for text in NASTY:
         text = tok.clean(text)
-        want = []
-        for word in regex.findall(tok.pattern, text):
+        want, words = [], regex.findall(tok.pattern, text)
+        if "".join(words) != text:
+            refuse(path, f"a pattern that leaves something out (seen on {text!r})")
+        for word in words:
             parts = [letters[b] for b in word.encode()]
             if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
                 parts = ["".join(parts)]
@@ -313,7 +420,7 @@ def prove(tok, bpe, path):
                 at = next(i for i in range(len(parts)) if tuple(parts[i:i + 2]) == best)
                 parts[at:at + 2] = ["".join(best)]
             want += [bpe["vocab"].get(p) for p in parts]
-        if tok.encode(text).tolist() != want:
+        if tok.words(text).tolist() != want:
             refuse(path, f"its order of merges (seen on {text!r})")
 
 
@@ -365,15 +472,12 @@ def save_tokenizer(tok, folder, template_text):
         pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
         words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                 "vocab": {spell(token): i for token, i in tok.ranks.items()},
-                 "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}
-        spec = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        spec = {"version": "1.0", "decoder": level,
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
-                "post_processor": None, "decoder": level,
                 "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
-                "model": model}
+                "model": {"type": "BPE", "ignore_merges": True,
+                          "vocab": {spell(token): i for token, i in tok.ranks.items()},
+                          "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}}
         (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -389,13 +493,15 @@ def save_tokenizer(tok, folder, template_text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# chats: a template's text, where each content stands in it, and which tokens are trained
+# chats: a template's text, where each message stands in it, and which tokens are trained
 
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
-OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd1\ufdd2\ufdd3"                # no text's characters: marks no template touches
+OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd4\ufdd1", "\ufdd1\ufdd5\ufdd0", "\ufdd2\ufdd4\ufdd3", "\ufdd3\ufdd5\ufdd2"
+BREAK = "\ufdd6"                                                     # marks, of code points that no text uses
+MORE = ("reasoning_content", "tool_calls")                           # what an assistant's turn may hold besides content
 
 
 def template_text(tok, cfg):
@@ -423,7 +529,7 @@ def compile_template(text):
     """jinja text -> a compiled template, in jinja2's sandbox, with the names that chat templates rely on."""
     import jinja2, jinja2.ext, jinja2.sandbox
 
-    class Generation(jinja2.ext.Extension):                          # {% generation %} … {% endgeneration %} is trained
+    class Generation(jinja2.ext.Extension):                          # {% generation %} trained {% endgeneration %}
         tags = {"generation"}
 
         def parse(self, parser):
@@ -437,20 +543,28 @@ def compile_template(text):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def getattr(self, obj, name):                                # the way by an exception takes half of the time
+            plain = type(obj) is dict and name in obj and not hasattr(dict, name)
+            return obj[name] if plain else super().getattr(obj, name)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     # jinja's own tojson escapes for HTML
     env.filters["tojson"] = lambda x, indent=None, **more: json.dumps(x, ensure_ascii=False, indent=indent, **more)
     env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    env.globals |= {"tools": None, "documents": None}
+    env.writes_calls = "tool_calls" in text
     try:
-        return env.from_string(text)
+        template = env.from_string(text)
+        template.globals = dict(template.globals)                    # a ChainMap, which every rendering copies
+        return template
     except jinja2.TemplateSyntaxError as e:
-        raise ValueError(f"the chat template's line {e.lineno}: {e.message}") from None
+        raise ValueError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
 
 
 def render(template, tok, messages, prompt=False, **more):
     """Messages -> text. `prompt`: with the opening of an assistant's turn, as for generation."""
-    names = {"add_generation_prompt": prompt, "bos_token": tok.bos or "", "eos_token": tok.eos or ""}
+    names = tok.names | {"add_generation_prompt": prompt, "bos_token": tok.bos or "", "eos_token": tok.eos or ""}
     try:
         return template.render(messages=messages, **names, **more)
     except Exception as e:                                           # a template may raise whatever Python raises
@@ -462,98 +576,144 @@ def unmarked(text):
     return text.replace(BEGIN, "").replace(END, "")
 
 
-def contents(template, tok, messages, text, **more):
-    """Where the messages' contents stand in the rendered text -> [(start, end, message's index)], ascending.
+as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
-    Rendered once more with a mark for each content, the template shows what it writes between them. Where that isn't
-    what stands between the real contents (a template that looks into them), each is found by exchanging it alone.
+
+def in_strings(change, thing):
+    """A JSON value with `change` done to every string in it, keys too."""
+    if isinstance(thing, str):
+        return change(thing)
+    if isinstance(thing, list):
+        return [in_strings(change, item) for item in thing]
+    if isinstance(thing, dict):
+        return {in_strings(change, k): in_strings(change, v) for k, v in thing.items()}
+    return thing
+
+
+def prepared(tok, template, messages, prompt=False, **more):
+    """Messages -> (messages, text with the marks of {% generation %}, spans in it that only spell special tokens).
+
+    Those are found by rendering once more with each of them broken by a character that no text holds.
     """
-    marks = [m | {"content": f"{OPEN}{i}{CLOSE}"} if m.get("content") else m for i, m in enumerate(messages)]
-    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, marks, **more)))
-    found, at = [], len(first) if text.startswith(first) else -1
-    for index, between in zip(map(int, rest[::2]), rest[1::2]):
-        whole = messages[index]["content"]
-        forms = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-        form = next((c for c in forms if at >= 0 and text.startswith(c + between, at)), None)
-        if form is None:
-            at = -1
-            break
-        found.append((at, at + len(form), index))
-        at += len(form + between)
-    if at == len(text):
-        return found
+    if not template.environment.writes_calls:                        # then nothing is lost: the calls are content
+        calls = lambda m: [as_json(call.get("function", call)) for call in m["tool_calls"]]
+        messages = [m | {"content": "\n".join([*filter(None, [m["content"]]), *calls(m)]), "tool_calls": None}
+                    if m.get("tool_calls") else m for m in messages]
+    text, spelled = render(template, tok, messages, prompt, **more), []
+    if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
+        in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
+    if not spelled:
+        return messages, text, []
+    broken = lambda s: tok.special_pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], s)
+    marked = unmarked(render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more)))
+    parts = marked.split(BREAK)
+    if "".join(parts) != unmarked(text):
+        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
+                         "text and no control token; reasoning goes into reasoning_content")
+    return messages, text, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
 
-    found = []
-    for i, m in enumerate(messages):
-        if not m.get("content"):
+
+def located(tok, template, messages, text, wanted, **more):
+    """Where the `wanted` messages stand in the rendered text -> [(start, end, index)], ascending.
+
+    Rendered once more with marks for their contents, the template shows what it writes between them. Where that isn't
+    what stands between the real ones (it looks into them, or writes more than contents), each is exchanged alone.
+    """
+    bare = {i: {"role": messages[i]["role"], "content": f"{OPEN}{i}{CLOSE}"} for i in wanted}
+    plain = [i for i in wanted if not any(messages[i].get(key) for key in MORE)]
+    shown = [messages[i] | bare[i] if i in plain else m for i, m in enumerate(messages)]
+    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
+    found, at, opening = [], len(first), None
+    for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
+        whole = messages[i]["content"]                               # as it is, trimmed by the template, or a part of it
+        ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
+                if text.startswith(form + between, at)]
+        ends = ends or [text.find(between, at) if between else -1]
+        if ends[0] < 0 or text[at:ends[0]] not in whole:
+            break
+        found.append((at, ends[0], i))
+        at = ends[0] + len(between)
+    else:
+        found = found if at == len(text) else []
+
+    for i in sorted(set(wanted) - {i for _, _, i in found}):
+        floor = max((end for _, end, before in found if before < i), default=0)
+        try:
+            whole, other = text, [*messages[:i], bare[i], *messages[i + 1:]]
+            other = unmarked(render(template, tok, other, **more))
+        except ValueError:                                           # it has rules for what may follow
+            whole = unmarked(render(template, tok, messages[:i + 1], **more))
+            other = unmarked(render(template, tok, [*messages[:i], bare[i]], **more))
+        before, mark, after = other.partition(bare[i]["content"])
+        if not mark:                                                 # this template doesn't write this message
             continue
-        alone = [*messages[:i], marks[i], *messages[i + 1:]]
-        other = unmarked(render(template, tok, alone, **more))
-        if other != text:
-            start = len(os.path.commonprefix([text, other]))
-            end = len(text) - len(os.path.commonprefix([text[start:][::-1], other[start:][::-1]]))
+        alone = whole.startswith(before) and whole[len(before):].endswith(after)
+        if not alone:                                                # it changes something else with the content
+            before = os.path.commonprefix([whole, other])
+            after = os.path.commonprefix([whole[len(before):][::-1], other[len(before):][::-1]])
+        start, end = len(before), len(whole) - len(after)
+        if whole is not text:
+            start = text.find(whole[start:end], floor)
+            end += start - len(before)
+        if not alone or any(messages[i].get(key) for key in MORE):   # all that is generated is trained
+            if opening is None:
+                asked = unmarked(render(template, tok, messages, True, **more))
+                opening = asked[len(text):] if asked.startswith(text) else ""
+            at = text.rfind(opening, floor, start)
+            start = at + len(opening) if opening and at >= 0 else start
+        if 0 <= start < end:
             found.append((start, end, i))
     return sorted(found)
 
 
-def cleaned(tok, messages):
-    return [m | {"content": tok.clean(m["content"])} if m.get("content") else m for m in messages]
-
-
-def encode_chat(tok, template, messages, **more):
+def encode_chat(tok, template, messages, train_on="all", **more):
     """Messages -> (ids [n] int64, mask [n] uint8).
 
-    Trained are the assistant's contents, each with the token that ends its turn. A template with
-    {% generation %} marks says itself what is trained. Raises ValueError where the template refuses.
+    Trained are the assistant's turns, each with the token that ends it; only the last one; or everything but tools'
+    outputs. A template with {% generation %} marks says itself where a turn is. Raises ValueError where it refuses.
     """
-    messages = cleaned(tok, messages)
-    marked = render(template, tok, messages, **more)
+    messages, marked, held = prepared(tok, template, messages, **more)
+    if not marked.isascii():
+        try:
+            marked.encode()
+        except UnicodeEncodeError:                                   # lone surrogates
+            messages, more = in_strings(tok.clean, messages), in_strings(tok.clean, more)
+            messages, marked, held = prepared(tok, template, messages, **more)
     text = unmarked(marked)
-    where = contents(template, tok, messages, text, **more)
-    trained, held = [], [(start, end) for start, end, _ in where]
-    if BEGIN in marked:
-        parts = re.split(f"[{BEGIN}{END}]", marked)                  # outside, inside, outside, …
-        ends = np.cumsum([len(p) for p in parts])
-        trained = list(zip(ends[0::2], ends[1::2]))
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    on, off = [], []                                                 # the assistant's turns to train; what is left out
+    for i, m in enumerate(messages):
+        if m["role"] == "tool" or not m.get("weight", 1) or train_on == "last" and i != last:
+            off.append(i)
+        elif m["role"] == "assistant":
+            on.append(i)
+    by_marks = BEGIN in marked and train_on != "everything"
+    wanted = [i for i in (off if by_marks or train_on == "everything" else on)
+              if any(messages[i].get(key) for key in ("content", *MORE))]
+    spans = located(tok, template, messages, text, wanted, **more) if wanted else []
+    if by_marks:
+        ends = np.cumsum([len(part) for part in re.split(f"{BEGIN}|{END}", marked)]).tolist()    # outside, inside, …
+        trained = [(a, b) for a, b in zip(ends[0::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in spans)]
+    elif train_on == "everything":
+        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
+        trained = list(zip(edges[::2], edges[1::2]))
     else:
-        turn_ends = re.compile(rf"\s*(?:{tok.special_pattern.pattern})")
-        for start, end, i in where:
-            if messages[i]["role"] == "assistant" and messages[i].get("weight", 1):
-                after = turn_ends.match(text, end)
-                trained.append((start, after.end() if after else end))
-
-    ids, ends = encode_held(tok, text, held)
+        ends = [tok.every_pattern.match(text, len(text) - len(text[end:].lstrip())) for _, end, _ in spans]
+        trained = [(start, after.end() if after else end) for (start, end, _), after in zip(spans, ends)]
+    trained = [(start, end) for start, end in trained if end > start]
+    ids, ends, borders = tok.spans(text, held, [edge for span in trained for edge in span])
     mask = np.zeros(len(ids), np.uint8)
-    for start, end in trained:
-        start, end = len(text[:start].encode()), len(text[:end].encode())
-        if end > start:                                              # a token that overlaps the span is trained
-            mask[np.searchsorted(ends, start, "right"):np.searchsorted(ends, end, "left") + 1] = 1
-    return ids, mask
-
-
-def encode_held(tok, text, held):
-    """Text -> (ids, where each ends in bytes). Special tokens are control tokens, save those in the `held` spans."""
-    pieces, at = [], 0                                               # text, control token, text, …, text
-    for special in tok.special_pattern.finditer(text):
-        if not any(start < special.end() and special.start() < end for start, end in held):
-            pieces += [text[at:special.start()], special[0]]
-            at = special.end()
-    ids, ends, before = [], [], 0
-    for n, piece in enumerate([*pieces, text[at:]]):
-        n_bytes = len(piece.encode())
-        new, new_ends = ([tok.special[piece]], [n_bytes]) if n % 2 else tok.spans(piece)
-        ids.append(new)
-        ends.append(np.asarray(new_ends) + before)
-        before += n_bytes
-    return np.concatenate(ids).astype(np.int64), np.concatenate(ends).astype(np.int64)
+    first = np.searchsorted(ends, borders[::2], "right")             # a token that overlaps the span is trained
+    last = np.searchsorted(ends, borders[1::2], "left")
+    for a, b in zip(first.tolist(), last.tolist()):
+        mask[a:b + 1] = 1
+    return ids.astype(np.int64), mask
 
 
 def encode_prompt(tok, template, messages):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    messages = cleaned(tok, messages)
-    text = unmarked(render(template, tok, messages, prompt=True))
-    held = [(start, end) for start, end, _ in contents(template, tok, messages, text, prompt=True)]
-    return encode_held(tok, text, held)[0].tolist()
+    messages, text, held = prepared(tok, template, in_strings(tok.clean, messages), prompt=True)
+    return tok.spans(unmarked(text), held)[0].tolist()
 
 
 def turn_end(tok, template):
@@ -576,7 +736,7 @@ KNOWN = "messages, conversations, text, " + ", ".join(" + ".join(pair) for pair 
 
 
 def normal(record, where, shape="auto"):
-    """One record, whatever its keys -> {"text": str} or {"messages": [{"role", "content", …}], …}; or ValueError."""
+    """One record, whatever its keys -> {"text": str}, or {"messages": [{"role", "content", …}], …}; or ValueError."""
     def fail(what):
         raise ValueError(f"{where}: {what}")
     is_text = lambda key: isinstance(record.get(key), str)
@@ -603,37 +763,64 @@ def normal(record, where, shape="auto"):
         turns = [{"role": "system", "content": record["system"]}, *turns]
     if not turns:
         fail("a chat without messages")
-    chat = {"messages": [message(turn, f"{where}: message {n}") for n, turn in enumerate(turns, 1)]}
-    if isinstance(record.get("tools"), list):
-        chat["tools"] = record["tools"]
+    chat = {"messages": [message(turn, where, n) for n, turn in enumerate(turns, 1)]}
+    tools = record.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            fail("tools is no JSON")
+    if tools:
+        if not isinstance(tools, list):
+            fail(f"tools must be a list, got {type(tools).__name__}")
+        chat["tools"] = tools
     return chat
 
 
-def message(turn, where):
+def message(turn, where, n):
     """One message, whatever its keys -> {"role": a role of the templates, "content": str, "weight": 0 or 1, …}."""
     def fail(what):
-        raise ValueError(f"{where}: {what}")
+        raise ValueError(f"{where}: message {n}: {what}")
     if not isinstance(turn, dict):
         fail(f"expected an object, got {type(turn).__name__}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
         fail(f"role {role!r} is none of {', '.join(ROLES)}")
+    rest = {k: v for k, v in turn.items() if k not in MESSAGE and v is not None}
+    if role == "function_call":
+        try:                                                         # one call, or a list of them
+            calls = json.loads(content) if isinstance(content, str) else content
+            calls = [{k: c[k] for k in ("name", "arguments")} for c in (calls if isinstance(calls, list) else [calls])]
+            rest["tool_calls"] = [{"type": "function", "id": f"call{n:05}", "function": call} for call in calls]
+        except (ValueError, KeyError, TypeError):
+            fail("a function_call must be JSON with a name and arguments")
+        content = None
+    if role in ("observation", "function_response"):
+        rest.setdefault("tool_call_id", f"call{n - 1:05}")           # some templates insist on one
     if isinstance(content, list):                                    # of parts: {"type": "text", "text": "…"}
-        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in content]
+        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
         if all(isinstance(part, str) for part in parts):
             content = "".join(parts)
-    if content is None and turn.get("tool_calls"):
+    for key, kind in (("tool_calls", list), ("reasoning_content", str)):
+        if not rest.get(key):
+            rest.pop(key, None)
+        elif not isinstance(rest[key], kind):
+            fail(f"{key} must be {'a list' if kind is list else 'text'}, got {type(rest[key]).__name__}")
+    if not all(isinstance(call, dict) for call in rest.get("tool_calls", ())):
+        fail("tool_calls must be a list of objects")
+    if content is None and "tool_calls" in rest:
         content = ""
     if not isinstance(content, str):
         fail(f"content must be text, got {type(content).__name__}")
     weight = next((turn[k] for k in WEIGHTS if turn.get(k) is not None), 1)
     if weight not in (0, 1):
         fail(f"a weight of {weight!r}: a message is trained (1) or not (0)")
-    rest = {k: v for k, v in turn.items() if k not in ("role", "from", "content", "value", *WEIGHTS)}
     return rest | {"role": ROLES[role], "content": content, "weight": int(weight)}
 
 
-ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet")
+MESSAGE = ("role", "from", "content", "value", *WEIGHTS)
+ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet", ".npy")
+BLOCK = 1 << 18                                                      # bytes of a file in one job
 
 
 def find_files(path, key):
@@ -642,7 +829,7 @@ def find_files(path, key):
         found = [str(f) for f in Path(path).rglob("*") if f.name.endswith(ENDINGS)]
     else:
         found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
-    found = sorted(f for f in found if Path(f).is_file())
+    found = sorted(f for f in found if Path(f).is_file() and not f.endswith("_labels.npy"))
     if not found:
         raise ValueError(f"{key}: no file at {path} (a file, a folder or a glob of {', '.join(ENDINGS)})")
     if odd := [f for f in found if not f.endswith(ENDINGS)]:
@@ -650,101 +837,210 @@ def find_files(path, key):
     return found
 
 
-def chunks(file, separator, size=1 << 20):
-    """A file -> (number of its first record, [raw records], bytes of the file read), about `size` bytes at a time.
+def chunks(file, separator):
+    """A file -> ((file, number of its first record, [raw records], part), bytes of it read), about BLOCK at a time.
 
-    A raw record is a line of .jsonl as bytes (parsed later, on every core), or what a .json or .txt holds.
+    A raw record is JSON as bytes (parsed later, on every core), a text, or what .parquet and .npy hold. A document too
+    long for one job comes in parts, each (begins it, ends it); else part is None.
     """
-    name = file.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from parquet_chunks(file)
-        return
+    kind = file.removesuffix(".gz").rpartition(".")[2]
+    read = {"jsonl": lines, "json": values, "txt": texts, "parquet": rows, "npy": ids_of}[kind]
     try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-            if name.endswith(".jsonl"):
-                first = 1
-                while lines := f.readlines(size):
-                    yield first, lines, sum(map(len, lines))
-                    first += len(lines)
-                return
-            text = f.read().decode("utf-8-sig")                      # some editors begin a file with a mark
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file}: not UTF-8 text (at byte {e.start})") from None
+        with open(file, "rb") as raw, (gzip.open(raw) if file.endswith(".gz") else raw) as f:
+            first, done = 1, 0
+            for records, part in read(f, file, *([separator] if kind == "txt" else [])):
+                at = raw.tell() if not raw.closed else done
+                yield (file, first, records, part), at - done
+                first, done = first + (len(records) if part is None or part[1] else 0), at
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-    if name.endswith(".txt"):
-        records = [part for part in (text.split(separator) if separator else [text]) if part.strip()]
-    else:
+
+
+def lines(f, file):
+    """.jsonl: lines, which are parsed where they are encoded"""
+    while found := f.readlines(BLOCK):
+        yield found, None
+
+
+def decoded(f, file):
+    """A file's text, block by block, the last one empty"""
+    decoder, block = codecs.getincrementaldecoder("utf-8-sig")(), b"?"       # some editors begin a file with a mark
+    while block:
+        at, block = f.tell(), f.read(BLOCK)
         try:
-            records = json.loads(text)
-        except ValueError as e:
-            raise ValueError(f"{file}: not valid JSON: {e}") from None
-        if not isinstance(records, list):
-            raise ValueError(f"{file}: expected a list of records, got {type(records).__name__}")
-    for first in range(0, len(records), 512):
-        part = records[first:first + 512]
-        yield first + 1, part, len(text) * len(part) // len(records)
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file}: not UTF-8 text (about byte {at + e.start})") from None
 
 
-def parquet_chunks(file):
-    """chunks() of a .parquet file, by the optional pyarrow."""
+def values(f, file):
+    """.json: the items of its list, cut apart here and parsed where they are encoded; or lines after all"""
+    text, at, n, found, gap = "", 0, 0, [], re.compile(r"\s*,\s*")
+    for block in decoded(f, file):
+        text, at, end = text[at:] + block, 0, 0
+        if not n and text.lstrip()[:1] == "{":
+            f.seek(0)
+            yield from lines(f, file)
+            return
+        while end >= 0:
+            begin = gap.match(text, at) if n else re.match(r"\s*\[\s*", text)
+            try:
+                end = json.JSONDecoder().raw_decode(text, begin.end())[1] if begin else -1
+            except json.JSONDecodeError as e:                        # an error, or the rest of the item is to come
+                if e.pos < len(text) - BLOCK and "Unterminated" not in e.msg:
+                    raise ValueError(f"{file}, record {n + 1}: not valid JSON: {e.msg}") from None
+                end, why = -1, e.msg
+            except (ValueError, RecursionError) as e:                # a number too long, an item too deep
+                raise ValueError(f"{file}, record {n + 1}: {one_line(e)}") from None
+            if end >= 0:
+                found.append(text[begin.end():end].encode())
+                at, n = end, n + 1
+        if found:
+            yield found, None
+            found = []
+    if not re.fullmatch(r"\s*\]\s*" if n else r"\s*\[\s*\]\s*", text[at:]):
+        why = why if begin else "a comma or the end is expected" if n else "a list is expected"
+        raise ValueError(f"{file}, record {n + 1}: not valid JSON: {why}")
+
+
+def texts(f, file, separator):
+    """.txt: what stands between separators; or one document, in parts where it is long"""
+    text, begins = "", True
+    for block in decoded(f, file):
+        text += block
+        if separator:
+            *whole, text = text.split(separator)
+            yield [part for part in whole if part.strip()], None
+        elif len(text) > BLOCK and (at := cut(text)):
+            yield [text[:at]], (begins, False)
+            text, begins = text[at:], False
+    if text.strip() or not begins:
+        yield [text], None if begins else (False, True)
+
+
+def cut(text, near=200):
+    """The last place where a text can be cut without changing its ids, as seen on `near` characters around it; or 0."""
+    encode = STATE["tok"].encode
+    for c in "\n ":
+        at = len(text) - near
+        for _ in range(100):
+            at = text.rfind(c, near, at)
+            if at < 0:
+                break
+            here = at + (c == "\n")                                  # newlines end what they follow, spaces begin words
+            a, b = text[here - near:here], text[here:here + near]
+            if not (b[0] if c == "\n" else a[-1]).isspace() and [*encode(a), *encode(b)] == [*encode(a + b)]:
+                return here
+    return 0
+
+
+def rows(f, file):
+    """.parquet, by the optional pyarrow"""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{file}: reading .parquet needs pyarrow; pip install pyarrow") from None
     try:
-        table, first = pyarrow.parquet.ParquetFile(file), 1
+        table, done, size = pyarrow.parquet.ParquetFile(file), 0, os.path.getsize(file)
         for batch in table.iter_batches(512):
-            yield first, batch.to_pylist(), batch.nbytes
-            first += len(batch)
+            done += len(batch)
+            f.seek(size * done // table.metadata.num_rows)           # where the progress bar looks
+            yield batch.to_pylist(), None
     except (OSError, pyarrow.ArrowException) as e:
         raise ValueError(f"{file}: not a .parquet file: {str(e).splitlines()[0]}") from None
 
 
+def ids_of(f, file):
+    """.npy: ready token ids, one document; with FILE_labels.npy beside it, where data.ignore_index is not trained"""
+    try:
+        read = lambda path: np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+        ids, beside = read(file), f"{file[:-4]}_labels.npy"
+        labels = read(beside) if Path(beside).is_file() else ids
+    except (ValueError, EOFError) as e:
+        raise ValueError(f"{file}: no array of token ids: {one_line(e)}") from None
+    if ids.dtype.kind not in "iu" or len(labels) != len(ids):
+        raise ValueError(f"{file}: expected ints, as many as labels; got {len(ids)} {ids.dtype}, {len(labels)} labels")
+    for at in range(0, len(ids), BLOCK):
+        part, said, size = ids[at:at + BLOCK], labels[at:at + BLOCK], STATE["tok"].n_vocab
+        mask = (said != STATE["cfg"]["data"]["ignore_index"]).astype(np.uint8)
+        if not 0 <= part.min() <= part.max() < size or (said != part)[mask > 0].any():
+            raise ValueError(f"{file}: near token {at}: an id that the tokenizer ({size} tokens) lacks, or a label "
+                             "that is neither data.ignore_index nor the token")
+        f.seek(at * ids.itemsize)
+        yield [(np.array(part), mask)], (at == 0, at + BLOCK >= len(ids))
+
+
 def encode_chunk(job):
-    """(file, first, raw records) -> (tokens, mask, lengths, counts): the documents of one chunk, end to end."""
-    file, first, raw = job
-    tok, shape, seq_len = STATE["tok"], STATE["shape"], STATE["seq_len"]
-    tokens, masks, lengths, counts = [], [], [], collections.Counter()
-    bos, eos = ([tok.special[text]] if text else [] for text in (tok.bos, tok.eos))
-    def keep(ids, mask):
-        if len(ids) > 1 and mask[1:].any():                          # a document's first token is nobody's target
-            tokens.append(ids)
-            masks.append(mask)
-            lengths.append(len(ids))
-        else:
-            counts["dropped"] += 1
+    """A job of chunks() -> (tokens, mask, lengths, counts, problems): documents end to end; no lengths: part of one."""
+    file, first, raw, part = job
+    tok, shape, data, seq_len = STATE["tok"], STATE["shape"], STATE["cfg"]["data"], STATE["cfg"]["data"]["seq_len"]
+    found, counts, problems = [], collections.Counter(), []
+    bos, eos = (np.array([tok.special[text]] if text else [], np.uint32) for text in (tok.bos, tok.eos))
+    if part and not isinstance(raw[0], str):
+        return *raw[0], None, {"records": part[1]}, []
+    if part:
+        ids = np.concatenate([bos] * part[0] + [tok.encode(tok.clean(raw[0]))] + [eos] * part[1])
+        return ids, np.ones(len(ids), np.uint8), None, {"records": part[1]}, []
+    unit = "line" if file.removesuffix(".gz").endswith(".jsonl") else "record"
     for n, record in enumerate(raw, first):
-        where = f"{file}, {'line' if isinstance(record, bytes) else 'record'} {n}"
-        if isinstance(record, bytes):
-            if not record.strip():
-                raise ValueError(f"{where}: is empty; a .jsonl file has one JSON object on each line")
-            try:
-                record = json.loads(record)
-            except ValueError as e:
-                raise ValueError(f"{where}: not valid JSON: {e}") from None
-        record = normal(record, where, shape)
+        where = f"{file}, {unit} {n}"
         counts["records"] += 1
-        if "text" in record:
-            ids = np.concatenate([bos, tok.encode(tok.clean(record["text"])), eos]).astype(np.int64)
-            for start in range(0, max(len(ids) - 1, 1), seq_len):    # a window's last target begins the next one
-                window = ids[start:start + seq_len + 1]
-                keep(window, np.ones(len(window), np.uint8))
-            continue
-        if STATE["template"] is None:
-            STATE["template"] = compile_template(template_text(tok, STATE["cfg"]))
         try:
-            ids, mask = encode_chat(tok, STATE["template"], **record)
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from None
+            if isinstance(record, bytes):
+                if not record.strip():
+                    raise ValueError(f"{where}: is empty; a .jsonl file has one JSON object on each line")
+                try:
+                    record = json.loads(record)
+                except ValueError as e:
+                    raise ValueError(f"{where}: not valid JSON: {e}") from None
+            record = normal(record, where, shape)
+            if "text" in record:
+                ids = np.concatenate([bos, tok.encode(tok.clean(record["text"])), eos])
+                found += windows(ids, np.ones(len(ids), np.uint8), seq_len)
+                continue
+            if STATE["template"] is None:
+                STATE["template"] = compile_template(template_text(tok, STATE["cfg"]))
+            try:
+                ids, mask = encode_chat(tok, STATE["template"], train_on=data["train_on"], **record)
+            except ValueError as e:
+                raise ValueError(f"{where}: {e}") from None
+        except (ValueError, RecursionError) as e:
+            problem = one_line(e) if isinstance(e, ValueError) else f"{where}: too deeply nested"
+            if data["on_error"] != "skip":
+                raise ValueError(problem) from None
+            counts["skipped"] += 1
+            problems.append(problem)
+            continue
         counts["chats"] += 1
-        counts["truncated"] += len(ids) > seq_len + 1
-        keep(ids[:seq_len + 1], mask[:seq_len + 1])
-    tokens, mask = (np.concatenate(parts) if parts else np.zeros(0) for parts in (tokens, masks))
-    return tokens.astype(STATE["dtype"]), mask.astype(np.uint8), np.array(lengths, np.int64), counts
+        if len(ids) > seq_len + 1:
+            counts["truncated"] += 1
+            counts["cut_away"] += bool(mask.any() and not mask[1:seq_len + 1].any())
+        found.append((ids[:seq_len + 1], mask[:seq_len + 1]))
+    return *laid(found, counts), counts, problems[:3]
 
 
-STATE = {}                                                           # what encode_chunk needs; forks inherit it
+def windows(ids, mask, seq_len):
+    """A document -> [(ids, mask)] of at most seq_len targets; a window's last target begins the next one."""
+    return [(ids[at:at + seq_len + 1], mask[at:at + seq_len + 1]) for at in range(0, max(len(ids) - 1, 1), seq_len)]
+
+
+def laid(documents, counts):
+    """[(ids, mask)] -> (tokens, mask, lengths), end to end, without those that have nothing to train on."""
+    lengths = np.array([len(ids) for ids, _ in documents], np.int64)
+    tokens = np.concatenate([np.zeros(0, np.uint32), *(ids for ids, _ in documents)]).astype(STATE["dtype"])
+    mask = np.concatenate([np.zeros(0, np.uint8), *(mask for _, mask in documents)])
+    if STATE["ignored"].any():
+        mask[STATE["ignored"][tokens]] = 0
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    trained = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    firsts = np.minimum(ends[:-1] + 1, ends[1:])                     # a document's first token is nobody's target
+    keep = trained[ends[1:]] > trained[firsts]
+    counts["dropped"] += int((~keep).sum())
+    every = np.repeat(keep, lengths)
+    return (tokens, mask, lengths) if keep.all() else (tokens[every], mask[every], lengths[keep])
+
+
+STATE = {}                                                           # what the jobs need; forks inherit it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -777,18 +1073,25 @@ class Tokens:
 def tokenize(cfg, name, source, tok, quiet=False):
     """One source -> its folder of token files; made anew only where something it depends on has changed."""
     data = cfg["data"]
-    files = find_files(source["path"], f"data.{name}.path")
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
+    files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
+    if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
+        raise ValueError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
+    beside = [f for f in (f"{file[:-4]}_labels.npy" for file in files) if Path(f).is_file()]
+    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
     template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
+    keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range", "ignore_index")
     prints = {"source": digest(stats), "tokenizer": tok.fingerprint, "template": digest(template),
-              "options": digest(FORMAT, data["seq_len"], source["shape"], source["separator"])}
+              "options": digest(FORMAT, [data[key] for key in keys], source["shape"], source["separator"])}
     folder = Path(data["cache_dir"]) / f"{name.split('.')[-1]}-{digest(prints)}"
     if (folder / "header.json").is_file():
         return folder
 
+    ignored, ids = np.zeros(tok.n_vocab, bool), np.arange(tok.n_vocab)
+    low, high = data["ignore_token_id_range"] or (1, 0)
+    ignored[(low <= ids) & (ids <= high) | np.isin(ids, data["ignore_token_ids"])] = True
     dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
-    STATE.update(tok=tok, template=None, shape=source["shape"], seq_len=data["seq_len"], dtype=dtype, cfg=cfg)
-    size, counts, offset = sum(s for _, s, _ in stats), collections.Counter(), 0
+    STATE.update(tok=tok, template=None, shape=source["shape"], dtype=dtype, cfg=cfg, ignored=ignored)
+    size, counts, offset, problems = sum(s for _, s, _ in stats), collections.Counter(), 0, []
     building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     try:
@@ -796,19 +1099,24 @@ def tokenize(cfg, name, source, tok, quiet=False):
         create = lambda name: open(building / name, "wb")
         with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets:
             offsets.write(np.zeros(1, np.int64).tobytes())
-            for ids, mask, lengths, more in encoded(files, source["separator"], size, data["processes"], quiet, name):
-                tokens.write(ids.tobytes())
-                masks.write(mask.tobytes())
-                offsets.write((offset + np.cumsum(lengths)).tobytes())
+            jobs = (job for file in files for job in chunks(file, source["separator"]))
+            results = encoded(jobs, size, data["processes"], quiet, name)
+            for ids, mask, lengths, more, bad in whole(results, data["seq_len"]):
+                tokens.write(ids)
+                masks.write(mask)
+                offsets.write(offset + np.cumsum(lengths))
                 offset += len(ids)
                 counts.update(more, documents=len(lengths), trained=int(mask.sum()))
                 counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
+                problems = (problems + bad)[:3]
         if not counts["documents"]:
             raise ValueError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
-                             f"{counts['dropped']} without a trained token)")
-        counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped")
+                             f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
+                             f"{': ' + problems[0] if problems else ''})")
+        counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped", "cut_away", "skipped")
         header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
-                  "files": files, "vocabulary": tok.n_vocab, **{key: counts[key] for key in counted}}
+                  "files": files, "vocabulary": tok.n_vocab, "problems": problems}
+        header |= {key: counts[key] for key in counted}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
     except OSError as e:
@@ -820,28 +1128,43 @@ def tokenize(cfg, name, source, tok, quiet=False):
     return folder
 
 
-def encoded(files, separator, size, processes, quiet, name):
-    """The files' chunks, encoded, in order: on every core where there is much to do, two chunks per core ahead."""
+def whole(results, seq_len):
+    """What encode_chunk gave, in order -> the same, the parts of long documents cut into windows across jobs."""
+    left = [(np.zeros(0, np.uint32), np.zeros(0, np.uint8))]         # of the document that is open
+    for ids, mask, lengths, counts, problems in results:
+        if lengths is None:
+            ids, mask = (np.concatenate(parts) for parts in zip(left[0], (ids, mask)))
+            left, counts = windows(ids, mask, seq_len), collections.Counter(counts)
+            ended = left if counts["records"] else left[:-1]         # its last window may not be full yet
+            left = [(ids[:0], mask[:0])] if counts["records"] else left[-1:]
+            ids, mask, lengths = laid(ended, counts)
+        yield ids, mask, lengths, counts, problems
+
+
+def encoded(jobs, size, processes, quiet, name):
+    """Jobs, done, in order: on every core where there is much to do, two for each core ahead."""
     from tqdm import tqdm
-    jobs = ((file, first, raw, n) for file in files for first, raw, n in chunks(file, separator))
     if not processes:
         processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {name}", disable=quiet or None, leave=False)
-    if size < 4 << 20 or processes == 1:
+    if size < 4 * BLOCK or processes == 1:
         with bar:
-            for *job, n in jobs:
+            for job, n in jobs:
                 yield encode_chunk(job)
                 bar.update(n)
         return
     with bar, concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
         ahead = collections.deque()
         while True:
-            for *job, n in itertools.islice(jobs, 2 * processes - len(ahead)):
+            for job, n in itertools.islice(jobs, 2 * processes - len(ahead)):
                 ahead.append((pool.submit(encode_chunk, job), n))
             if not ahead:
                 return
             done, n = ahead.popleft()
-            if isinstance(e := done.exception(), ValueError):        # from here, configs.run knows it for ours
+            e = done.exception()
+            if isinstance(e, concurrent.futures.process.BrokenProcessPool):
+                e = ValueError("data.processes: one was killed, for want of memory perhaps; fewer take less")
+            if isinstance(e, ValueError):                            # from here, configs.run knows it for ours
                 raise ValueError(str(e)) from e
             yield done.result()
             bar.update(n)
@@ -885,32 +1208,50 @@ def prepare(cfg, tok=None, quiet=False):
 
 def summary(name, tokens):
     h = tokens.header
-    dropped = f", {h['dropped']:,} dropped (nothing to train on)" if h["dropped"] else ""
-    cut = f", {h['truncated']:,} cut off" if h["truncated"] else ""
+    told = [f"longest {h['longest']:,}"]
+    told += [f"{h['truncated']:,} cut off"] * (h["truncated"] > 0)
+    away = f", {h['cut_away']:,} of them by cutting" if h["cut_away"] else ""
+    told += [f"{h['dropped']:,} dropped (nothing to train on{away})"] * (h["dropped"] > 0)
+    told += [f"{h['skipped']:,} skipped ({', '.join(h['problems'][:1])})"] * (h["skipped"] > 0)
     return (f"{name}: {len(tokens):,} documents, {int(tokens.offsets[-1] - tokens.offsets[0]):,} tokens"
-            f" ({h['trained'] / h['tokens']:.0%} trained), longest {h['longest']:,}{cut}{dropped}")
+            f" ({h['trained'] / h['tokens']:.0%} trained), {', '.join(told)}")
 
 
-def colour(tok, ids, mask):
-    """The text of a document, its trained part in green, or in [[ ]] where the output knows no colours."""
-    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    on, off = ("[[", "]]") if plain else ("\x1b[32m", "\x1b[0m")
-    borders = np.flatnonzero(np.diff(mask)) + 1
-    parts = zip(np.split(ids, borders), np.split(mask, borders))
-    return "".join(f"{on}{tok.decode(part)}{off}" if m[0] else tok.decode(part) for part, m in parts)
+def histogram(tokens):
+    """How long the documents are -> lines, one for each power of two that is met."""
+    bins = np.bincount(np.ceil(np.log2(np.diff(tokens.offsets))).astype(int))
+    return [f"  {f'<= {1 << i:,}':>12} tokens  {n:>10,}  {'#' * -(-40 * int(n) // int(bins.max()))}"
+            for i, n in enumerate(bins) if n]
+
+
+def shown(tok, ids, mask, colour):
+    """The text of a document: its trained part in green, special tokens inverted; without colour in [[ ]]."""
+    parts, borders = [], np.flatnonzero(np.diff(mask)) + 1
+    for part, m in zip(np.split(ids, borders), np.split(mask, borders)):
+        text = tok.decode(part)
+        if colour:
+            on = "\x1b[32m" if m[0] else "\x1b[2m"
+            text = tok.every_pattern.sub(lambda m: f"\x1b[7m{m[0]}\x1b[27m", text)
+            text = f"{on}{text}\x1b[0m"
+        parts.append(f"[[{text}]]" if m[0] and not colour else text)
+    return "".join(parts)
 
 
 def main(argv):
-    show, argv = configs.take(argv, show=0)
+    asked, argv = configs.take(argv, show=0, ids=False)
     cfg, _, _ = configs.load(argv)
     need_sources(cfg)
     tok = load_tokenizer(cfg)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for kind, sources in prepare(cfg, tok).items():
         for name, tokens in sources.items():
-            print(summary(f"{kind}.{name}", tokens), f"\n  in {tokens.folder}")
-            for i in range(min(show["show"], len(tokens))):
+            print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens), sep="\n")
+            for i in range(min(asked["show"], len(tokens))):
                 ids, mask = tokens.document(i)
-                print(f"\n--- {name} {i}: {len(ids)} tokens, {int(mask.sum())} trained\n{colour(tok, ids, mask)}")
+                print(f"\n--- {name} {i}: {len(ids)} tokens, {int(mask.sum())} trained, "
+                      f"{'in green' if colour else 'in [[ ]]'}\n{shown(tok, ids, mask, colour)}")
+                for at, (token, m) in enumerate(zip(ids, mask) if asked["ids"] else ()):
+                    print(f"{at:>6} {token:>7} {'trained' if m else '-':<8}{tok.decode([token])!r}")
 
 
 if __name__ == "__main__":

@@ -628,7 +628,8 @@ def standing(records, best):
     best  val/LABEL/loss, say: the least; or max val/LABEL/exact_match: the largest. Of equals, the first
     """
     way, _, key = best.rpartition(" ")
-    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records if r["step"] and r.get(key) is not None]
+    records = [r for r in records if r["step"]]
+    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records if r.get(key) is not None]
     steps = [step for _, step in sorted(figures)]
     return steps, len({r["step"] for r in records if evaluated(r) and steps and r["step"] > steps[0]})
 

@@ -344,6 +344,111 @@ def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
     path = write(tmp_path, [{"messages": chat("what?", "this")}])
     out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1")
     assert "[[this<|im_end|>]]" in out.stdout and "1 documents" in out.stdout and out.returncode == 0, out.stderr
+    assert "<= 32 tokens           1  ####" in out.stdout
+    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
+    assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
+    ids, mask = T.encode_chat(BYTES, CHATML, chat("a", "b"))
+    assert T.shown(BYTES, ids, mask, colour=True).count("\x1b[32m") == 1 and "\x1b[32mb\x1b[7m<|im_end|>" in T.shown(BYTES, ids, mask, colour=True)
+
+
+# ---- big files, ready tokens, options
+
+def documents(data):
+    return [(ids.tolist(), mask.tolist()) for ids, mask in map(data.document, range(len(data)))]
+
+
+def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monkeypatch):
+    tok = T.huggingface_tokenizer(configs.HERE.parent / "data" / "base")
+    ranks = tok.ranks | {a + b: 300 + n for n, (a, b) in enumerate((bytes([x]), bytes([y])) for x in b" \n.abcdefgh" for y in b"abcdefgh\n")}
+    tok, rng = T.Tokenizer(ranks, T.GPT2_PATTERN, tok.special, bos="<|endoftext|>", eos="<|endoftext|>"), random.Random(0)
+    text = "".join(rng.choice(["\n", "\n\n", " ", "a", "bad", "egg. ", "é", "\t", "1"]) for _ in range(300_000))
+    (tmp_path / "a.txt").write_text(text, newline="")
+    monkeypatch.setattr(T, "BLOCK", 50_000)
+    for more in (["data.processes=1"], ["data.processes=2"]):
+        cfg = cfg_for(tmp_path, tmp_path / "a.txt", "data.seq_len=100", f"data.cache_dir={tmp_path / more[0]}", *more)
+        data = T.prepare(cfg, tok, quiet=True)["train"]["x"]
+        docs = [ids for ids, _ in documents(data)]
+        assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256] and data.header["records"] == 1
+        assert {len(d) for d in docs[:-1]} == {101} and all(a[-1] == b[0] for a, b in zip(docs, docs[1:]))
+        jobs = list(T.chunks(str(tmp_path / "a.txt"), ""))
+        assert len(jobs) > 5 and "".join(job[2][0] for job, _ in jobs) == text and sum(n for _, n in jobs) == len(text.encode())
+
+
+def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "BLOCK", 64)
+    records = ["a", {"text": "b]},[{\"" * 20}, {"text": "é\\\"\u2028" * 9, "x": [1, [2], {"y": None}]}] * 9
+    for text in (json.dumps(records), json.dumps(records, indent=3), "\n ".join(json.dumps(records, ensure_ascii=False)[:1]) + json.dumps(records, ensure_ascii=False)[1:], "[]", " [ ] \n"):
+        (tmp_path / "a.json").write_text(text)
+        assert [json.loads(r) for job, _ in T.chunks(str(tmp_path / "a.json"), "") for r in job[2]] == json.loads(text)
+    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, [{"text": "a"}, {"text": "b"}])))    # lines, whatever the name says
+    assert len(T.prepare(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
+    for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):
+        (tmp_path / "a.json").write_text(text)
+        wrong(["a.json", "not valid JSON"], T.prepare, cfg_for(tmp_path, tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("name", ["big.json", "big.txt"])
+def test_a_big_file_needs_little_memory(tmp_path, script, name):
+    """200 MB, with 100 MB of memory over what the imports take."""
+    line = json.dumps({"text": "some words of a text that is long, " * 500}) + "\n"
+    with open(tmp_path / name, "w") as f:
+        f.write("[" if name.endswith("json") else "")
+        for i in range(200_000_000 // len(line)):
+            f.write(line if name != "big.json" else line[:-1] + ",\n")
+        f.write(line[:-1] + "]" if name.endswith("json") else "")
+    (tmp_path / "limited.py").write_text(
+        "import resource, sys, configs, tokenize_data, tqdm\n"
+        "used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize() + (100 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (used, used))\n"
+        "data = tokenize_data.prepare(configs.load(sys.argv[1:])[0], quiet=True)['train']['x']\n"
+        "print(data.header['tokens'])\n")
+    out = script(tmp_path / "limited.py", f"data.train.x.path={tmp_path / name}", "data.tokenizer=bytes", "data.processes=1",
+                 f"data.cache_dir={tmp_path / 'c'}", PYTHONPATH=str(configs.HERE.parent))
+    assert out.returncode == 0 and int(out.stdout) > 190_000_000, out.stderr[-500:]
+
+
+def test_ready_token_files_are_taken_as_they_are(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 259, 1000).astype(np.uint16)
+    np.save(tmp_path / "train.npy", ids)
+    load = lambda *more: T.prepare(cfg_for(tmp_path, tmp_path / "train.npy", "data.seq_len=64", *more), quiet=True)["train"]["x"]
+    docs = documents(load())
+    assert docs[0][0] + [i for d, _ in docs[1:] for i in d[1:]] == ids.tolist() and all(min(m) for _, m in docs) and len(docs) == 16
+    labels = np.where(np.arange(1000) % 3, ids.astype(np.int64), -100)
+    np.save(tmp_path / "train_labels.npy", labels)
+    assert sum(sum(m[1:]) for _, m in documents(load())) == (labels[1:] >= 0).sum()
+    np.save(tmp_path / "train_labels.npy", np.where(labels < 0, 7777, labels))
+    assert sum(sum(m[1:]) for _, m in documents(load("data.ignore_index=7777"))) == (labels[1:] >= 0).sum()
+    for array, words in ((ids.astype(np.float32), ["expected ints"]), (np.array([1, 2, 999]), ["an id that the tokenizer", "259"]), (np.array([object()]), ["no array of token ids"])):
+        (tmp_path / "train_labels.npy").unlink(missing_ok=True)
+        np.save(tmp_path / "train.npy", array, allow_pickle=True)
+        wrong(["train.npy", *words], load)
+
+
+def test_tokens_that_are_never_targets(tmp_path):
+    path = write(tmp_path, [{"text": "abcabc"}, {"text": "aa"}, {"text": "xyz"}])
+    data = T.prepare(cfg_for(tmp_path, path, "data.ignore_token_ids=[256]", "data.ignore_token_id_range=[97, 98]"), quiet=True)["train"]["x"]
+    trained = ["".join(BYTES.decode([i]) for i, m in zip(*d) if m) for d in documents(data)]
+    assert trained == ["cc", "xyz"] and data.header["dropped"] == 1
+    for more, words in (("data.ignore_token_id_range=[3]", ["data.ignore_token_id_range", "[first, last]"]), ("data.ignore_token_ids=[a]", ["data.ignore_token_ids", "ints"]),
+                        ("data.train_on=some", ["data.train_on", "last"]), ("data.on_error=stop", ["data.on_error", "skip"])):
+        wrong(words, cfg_for, tmp_path, path, more)
+
+
+def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n{"text": "c"}\n' + "[" * 100_000 + "\n")
+    data = T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
+    assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7 and "line 2: not valid JSON" in data.header["problems"][0]
+    assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
+    assert [line.split()[1] for line in T.histogram(data)] == ["4"]
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    wrong(["nothing to train on", "1 skipped", "line 1"], T.prepare, cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
+
+
+def test_validation_split_1_is_not_1_0(tmp_path):
+    path = write(tmp_path, [{"text": str(i)} for i in range(10)])
+    sizes = lambda split: [len(part["x"]) for part in T.prepare(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True).values()]
+    assert sizes("1") == [9, 1] and sizes("0.3") == [7, 3]
+    wrong(["validation_split", "1.0"], sizes, "1.0")
 
 
 # ---- on real inputs

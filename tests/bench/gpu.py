@@ -72,7 +72,7 @@ def chat_lengths(rng, tokens):
 # ---- right
 
 def right():
-    results, rng = {}, np.random.default_rng(0)
+    results = {}
     keys = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999", "model.d_ff=512"]
     lengths = [1, 300, 77, 512, 2, 130]
 

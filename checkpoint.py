@@ -319,10 +319,11 @@ def restore(folder, model, optimizer):
     return state, {name: more.get_tensor(name) for name in more.keys()}
 
 
+# may change in a run that goes on: its past stays what it was
 FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
-        "best", "patience", "max_seconds", "bad_steps", "profile",
-        "out_dir", "device", "shard.mesh.", "shard.reshard_after_forward", "shard.recompute", "shard.compile",
-        "data.cache_dir", "data.processes", "data.validation", "data.validation.", "checkpoint.", "log.")    # may change; the past stays
+        "best", "patience", "max_seconds", "bad_steps", "profile", "out_dir", "device", "shard.mesh.",
+        "shard.reshard_after_forward", "shard.recompute", "shard.compile", "data.cache_dir", "data.processes",
+        "data.validation", "data.validation.", "checkpoint.", "log.")
 
 
 def differences(out_dir, cfg):

@@ -625,7 +625,7 @@ def located(tok, template, messages, text, wanted, **more):
     first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
     found, at, opening = [], len(first), None
     for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
-        whole = messages[i]["content"]                               # as it is, trimmed by the template, or a part of it
+        whole = messages[i]["content"]                           # as it is, trimmed by the template, or a part
         ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
                 if text.startswith(form + between, at)]
         ends = ends or [text.find(between, at) if between else -1]

@@ -587,10 +587,12 @@ def plan(m, cfg, gpus=1):
     input_only = size * C                                      # of a block that is computed again
     activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
     chunk = min(T, transformer.chunk_rows(V, cuda))            # tokens whose logits stand in memory
-    logits = chunk * V * 16                                    # logits, log-probabilities, the gradient of each
+    plain = m["loss"] == "cross_entropy" and not m["loss_options"]
+    logits = chunk * V * (6 + size if plain else 16)           # logits, log-probabilities, the gradient of each
     head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
     backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
-    if cfg["shard"]["recompute"]:
+    if cfg["shard"]["recompute"]:                              # two of them in the place of what was computed again
+        backward -= 2 * T * size * m["d_ff"]
         backward += T * kept + (size * block if size < 4 else 0)
     if shards > 1:                                             # the next block's weights; gradients, as they are and in
         backward += size * block + (size + 4) * learning       # fp32, to be summed

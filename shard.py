@@ -493,6 +493,12 @@ def prepare(model, m, cfg, read):
     return model
 
 
+def graphs():
+    """How often something was compiled so far."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return compiler.counters["stats"]["unique_graphs"] if compiler else 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a step's words between ranks
 

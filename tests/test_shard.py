@@ -1,7 +1,10 @@
 """shard.py: adapters, precision, and what a run will need."""
+import shutil
+
+import pytest
 import torch
 
-import configs, model as M, shard
+import configs, model as M, shard, train
 
 M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=101"])[0]["model"]
 
@@ -51,6 +54,23 @@ def test_bf16_computes_in_bf16_with_gradients_in_fp32():
     loss = model(batch())[0]
     loss.backward()
     assert abs(float(loss.detach() / exact.detach()) - 1) < 1e-2 and all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_halves_are_the_blocks():
+    """Compiled once for all blocks and once more for all lengths; the same step to rounding."""
+    def steps(*more):
+        c = configs.load(["model.vocab_size=50", "model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32", *more])[0]
+        model = shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+        optimizer, out = train.make_optimizer(model, c), []
+        for n in (20, 24, 33, 41):
+            row = M.as_batch([list(range(n)), [1, 2, 3]])
+            row |= {"targets": row["tokens"].flip(0), "weights": torch.ones(n + 3), "doc_ids": torch.arange(2)}
+            out.append([float(x) for x in train.train_step(model, optimizer, [row], float(n), 1e-2, 1.0)[:2]])
+        return torch.tensor(out)
+    torch._dynamo.reset()
+    before, plain, compiled = shard.graphs(), steps(), steps("shard.compile=true")
+    assert torch.allclose(plain, compiled, rtol=1e-4) and shard.graphs() - before == 4
 
 
 def test_the_plan_adds_up():

@@ -11,7 +11,7 @@ import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, trai
 
 def records(cfg, *keys):
     """A run's records, each a tuple of the keys; all but the clock's where none is named."""
-    clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait")
+    clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait", "compiled")
     return [tuple(r.get(k) for k in keys) if keys else {k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
 
 

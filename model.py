@@ -235,6 +235,9 @@ def dropout(x, p, keys, codes):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention, document by document: attend(layer, qkv [T, H+2K, E], keys of its dropout or None) -> [T, H, E]
 
+LONG = 256                                                     # tokens
+
+
 class Gather(torch.autograd.Function):
     """y = x[index], where each row of x is used at most once, save in places nobody reads.
 
@@ -266,7 +269,7 @@ def per_document(cu_seqlens, total, device):
         back     4 5 6  8 9  0 1 2 3          at which padded place each token of the row stands
         used     5 6 7 8  0 1 2 -1 3 4        like `there`, with -1 for padding
 
-    On a CPU it computes in fp32: the bf16 kernel's backward pass takes five times as long (LOG.md).
+    On a CPU documents below LONG are computed in fp32: bf16 takes five times as long for 64 tokens (LOG.md).
     """
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:])]
@@ -298,13 +301,13 @@ def per_document(cu_seqlens, total, device):
         return mask.triu(1 - window) if window else mask                                              # [len, len]
 
     def attend(layer, qkv, keys):
-        dtype, qkv = qkv.dtype, qkv if settled else Gather.apply(qkv, there, back, outside)
-        qkv = qkv.float() if qkv.device.type == "cpu" else qkv
+        qkv = qkv if settled else Gather.apply(qkv, there, back, outside)
         keys = keys[there] if keys is not None and layer.dropout else None
         out, at = [], 0
         for longest, docs in groups:
             part = slice(at, at + longest * len(docs))
-            q, k, v = layer.split(qkv[part].unflatten(0, (-1, longest)).transpose(1, 2), 1)           # [d, H, len, E]
+            group = qkv[part].float() if longest < LONG and not qkv.is_cuda else qkv[part]
+            q, k, v = layer.split(group.unflatten(0, (-1, longest)).transpose(1, 2), 1)               # [d, H, len, E]
             at, window = part.stop, layer.window if layer.window and layer.window < longest else None
             if keys is None:
                 mask = sees(longest, window) if window else None
@@ -312,8 +315,8 @@ def per_document(cu_seqlens, total, device):
                                                    enable_gqa=layer.heads != layer.kv_heads)
             else:
                 y = dropped(layer, q, k, v, sees(longest, window), keys[part].unflatten(0, (-1, longest)))
-            out.append(y.transpose(1, 2).flatten(0, 1))                                               # [d * len, H, E]
-        out = torch.cat(out).to(dtype)
+            out.append(y.transpose(1, 2).flatten(0, 1).to(qkv.dtype))                                 # [d * len, H, E]
+        out = torch.cat(out)
         return out if settled else Gather.apply(out, back.clamp(min=0), used, padded)
     return attend
 

@@ -540,12 +540,12 @@ def kept_by_block(m, size, cuda, learns, length):
 
     A norm keeps its input in fp32 (on a CPU what it made of it, too, where its weight learns) and its output, which a
     matmul reads; not q's and k's, for rope keeps nothing but its angles. Attention keeps q, k, v, its output and a sum
-    per head: on a CPU in fp32, and the output once more, for the matmul. The MLP keeps what goes into its activation,
-    what comes out, and, gated, their product. Dropout keeps what it drops, and attention's its probabilities, for each
-    token as many as its document is long.
+    per head (of short documents on a CPU in fp32), and there the output once more, for the matmul. The MLP keeps what
+    goes into its activation, what comes out, and, gated, their product. Dropout keeps what it drops, and attention's
+    its probabilities, for each token as many as its document is long.
     """
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
-    fp32 = 4 if not cuda else size                             # of attention
+    fp32 = 4 if not cuda and length < transformer.LONG else size    # of attention
     norm = 4 + size + (4 if m["norm"] == "rmsnorm" and learns and not cuda else 0)    # bytes per number
     norms = (1 if m["shared_norm"] else 2) * norm * C + (m["qk_norm"] != "none") * (norm - size) * (H + K) * E
     attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)

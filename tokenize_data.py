@@ -35,395 +35,6 @@ import configs
 FORMAT = 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizers: all are tiktoken encodings, with what a model's files say beside them
-
-class Tokenizer:
-    """Text <-> ids.
-
-    ranks     {token's bytes: id}, the order in which pairs are merged
-    pattern   regular expression that splits text into words; merges don't cross it
-    special   {text: id} of control tokens: a template writes them; what spells one in a message is text
-    bos, eos  texts of special tokens, or None
-    template  jinja text of the model's own chat template, or None
-    nfc       text is brought to Unicode's composed form first (Qwen)
-    folder    where its Hugging Face files are, or None
-    added     {text: id} of tokens that no words are split around, wherever they are spelled (Qwen's <tool_call>)
-    strip     {text: (left, right)}: special or added tokens that swallow the white space beside them
-    late      texts of special or added tokens that are looked for only in what the others leave over
-    names     {"pad_token": text, …}: more names that templates may ask for
-    """
-
-    def __init__(self, ranks, pattern, special, bos=None, eos=None, template=None, nfc=False, folder=None,
-                 added={}, strip={}, late=(), names={}):
-        self.ranks, self.pattern, self.special, self.bos, self.eos = ranks, pattern, special, bos, eos
-        self.template, self.nfc, self.folder, self.names, self.strip = template, nfc, folder, names, strip
-        missing = [b for b in range(256) if bytes([b]) not in ranks]
-        if missing:                                                  # such a byte would take tiktoken's process down
-            raise ValueError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
-                             f"(the first is {missing[0]})")
-        assert all(text is None or text in special for text in (bos, eos)), (bos, eos)
-        self.every = special | added
-        self.enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.every)
-        self.n_vocab = 1 + max([*ranks.values(), *self.every.values()])
-        self.lengths = np.zeros(self.n_vocab, np.int64)              # bytes of each token
-        self.lengths[list(ranks.values())] = list(map(len, ranks))
-        self.lengths[list(self.every.values())] = [len(s.encode()) for s in self.every]
-        self.byte_ids = None                                         # byte -> id, where there is nothing to merge
-        if len(ranks) == 256:
-            self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
-        self.special_pattern, self.every_pattern = any_of(special), any_of(self.every)
-        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
-        self.passes = [any_of(set(self.every) - set(late)), *([any_of(late)] if late else [])]
-        texts = sorted(self.every)
-        doubtful = strip or late or any(b.startswith(a) for a, b in zip(texts, texts[1:]))
-        self.alone = not doubtful and self.byte_ids is None          # tiktoken itself finds special and added tokens
-        self.allowed = {False: frozenset(added), True: frozenset(self.every)}
-        vocabulary = hashlib.sha256(b"".join(ranks) + np.array([list(map(len, ranks)), list(ranks.values())]).tobytes())
-        self.fingerprint = digest(pattern, sorted(special.items()), bos, eos, nfc, vocabulary.hexdigest(),
-                                  sorted(added.items()), sorted(strip.items()), sorted(late))
-
-    def words(self, text):
-        """str in which nothing is special -> [n] uint32 ids"""
-        if self.byte_ids is not None:
-            return self.byte_ids[np.frombuffer(text.encode(), np.uint8)]
-        try:
-            return self.enc.encode_to_numpy(text, disallowed_special=())
-        except ValueError:                                           # a run of spaces too long for tiktoken's regexes
-            import regex                                             # tiktoken brings it
-            words = regex.findall(self.pattern, text)
-            return np.array([i for word in words for i in self.enc._encode_single_piece(word)], np.uint32)
-
-    def quick(self, text, control):
-        """Text -> [n] uint32 ids, found by tiktoken alone; or None where that could be wrong"""
-        if self.alone and (not self.nfc or unicodedata.is_normalized("NFC", text)):
-            try:
-                return self.enc.encode_to_numpy(text, allowed_special=self.allowed[control], disallowed_special=())
-            except ValueError:
-                pass
-
-    def spans(self, text, held=None, borders=()):
-        """Text -> (ids [n], where each ends [n], where the borders are), the latter two in bytes of what was encoded.
-
-        held     None: special tokens that are spelled in it are text; else control tokens, save inside these spans
-        borders  positions in the text, ascending
-        """
-        ids = None if held else self.quick(text, held is not None)
-        if ids is not None:
-            at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
-            return ids, self.lengths[ids].cumsum(), at
-        ids, lengths, size, at = [], [], 0, []
-        compose = (lambda part: unicodedata.normalize("NFC", part)) if self.nfc else (lambda part: part)
-        for start, end, known in self.split(text, held):
-            ids.append(self.words(compose(text[start:end])) if known is None else np.array([known], np.uint32))
-            lengths.append(self.lengths[ids[-1]] if known is None else [len(text[start:end].encode())])
-            at += [size + len(compose(text[start:b]).encode()) for b in borders[len(at):] if b <= end]
-            size += int(np.sum(lengths[-1]))
-        return np.concatenate(ids), np.cumsum(np.concatenate(lengths).astype(np.int64)), at
-
-    def split(self, text, held):
-        """Text -> [(start, end, id of the token that stands there, or None)], without a gap"""
-        parts = [(0, len(text), None)]
-        for late, pattern in enumerate(self.passes):
-            parts, before = [], parts
-            for at, end, known in before:
-                for m in pattern.finditer(text, at, end) if known is None else ():
-                    a, b = m.span()
-                    if m[0] in self.special and (held is None or any(s < b and a < e for s, e in held)):
-                        continue
-                    if late and self.nfc and unicodedata.normalize("NFC", text[a:b + 1])[:b - a] != m[0]:
-                        continue                                     # its last character composes with the next one
-                    left, right = self.strip.get(m[0], (False, False))
-                    a = max(at, len(text[:a].rstrip(SPACE)) if left else a)
-                    b = max(at, len(text) - len(text[b:].lstrip(SPACE)) if right else b)
-                    parts += [(at, a, None), (a, b, self.every[m[0]])]
-                    at = b
-                parts.append((at, end, known))
-        return parts
-
-    def encode(self, text):
-        """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
-        ids = self.quick(text, False)
-        return (self.spans(text)[0] if ids is None else ids).astype(np.int64)
-
-    def decode(self, ids):
-        """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.lengths[i]]
-        return b"".join(self.enc.decode_tokens_bytes(known)).decode("utf-8", errors="replace")
-
-    def clean(self, text):
-        """Lone surrogates replaced by U+FFFD, and composed where the tokenizer asks for it."""
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
-
-class Borrowed:
-    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower.
-
-    It is given the special tokens under names that no text spells, and those names only where they are meant.
-    """
-
-    def __init__(self, path, spec, special, added, **more):
-        import tokenizers
-        self.private = {text: f"\ufdd4{n}\ufdd5" for n, text in enumerate(special)}
-        hidden = lambda text: self.private.get(text, text)
-        vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
-        renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
-        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}    # Unigram's: a list
-        tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
-                  for t in spec.get("added_tokens") or []]
-        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
-                       "model": model | ({"unk_token": hidden(unknown)} if unknown else {})}
-        try:
-            self.enc = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        except Exception as e:                                       # the package raises no narrower one
-            raise ValueError(f"{path}: the tokenizers package cannot read it either: {one_line(e)}") from None
-        self.special, self.folder, self.nfc, self.n_vocab = special, path.parent, False, self.enc.get_vocab_size()
-        self.special_pattern, self.every_pattern = any_of(special), any_of(special | added)
-        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
-        self.bos, self.eos, self.template, self.names = (more[k] for k in ("bos", "eos", "template", "names"))
-        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
-
-    clean, encode, quick = Tokenizer.clean, Tokenizer.encode, lambda self, text, control: None
-
-    def spans(self, text, held=None, borders=()):
-        parts, at, shift, moved = [], 0, [], list(borders)
-        for m in self.special_pattern.finditer(text) if held is not None else ():
-            if not any(s < m.end() and m.start() < e for s, e in held):
-                parts += [text[at:m.start()], self.private[m[0]]]
-                at = m.end()
-                shift.append((at, len(parts[-1]) - len(m[0])))
-        for end, more in shift:
-            moved = [new + more * (old >= end) for old, new in zip(borders, moved)]
-        encoded = self.enc.encode("".join([*parts, text[at:]]), add_special_tokens=False)
-        return np.array(encoded.ids, np.uint32), np.array([end for _, end in encoded.offsets], np.int64), moved
-
-    def decode(self, ids):
-        text = self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
-        names = {private: text for text, private in self.private.items()}
-        return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
-
-
-SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")     # as Unicode has it
-
-
-def digest(*things):
-    return hashlib.sha256(json.dumps(things, default=str).encode()).hexdigest()[:16]
-
-
-def any_of(special):
-    """Special tokens -> the pattern that finds them, the longest first; it finds nothing where there is none."""
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-
-
-def one_line(error):
-    text = " ".join(str(error).split())
-    return text if len(text) < 600 else f"{text[:300]} … {text[-200:]}"
-
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # StarCoder's
-BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
-
-
-def load_tokenizer(cfg):
-    """data.tokenizer, or model.init_from's where that is empty -> Tokenizer. Raises ValueError."""
-    data = cfg["data"]
-    name = data["tokenizer"] or configs.pretrained(cfg["model"]["init_from"])
-    if not name:
-        raise ValueError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
-                         "bytes always works")
-    path = Path(name)
-    if name == "bytes":
-        tok = bytes_tokenizer()
-    elif name.endswith(".tiktoken"):
-        tok = tiktoken_file(path, data["tokenizer_pattern"], data["special_tokens"])
-    elif path.exists():
-        tok = huggingface_tokenizer(path)
-    elif name in tiktoken.list_encoding_names():
-        try:
-            enc = tiktoken.get_encoding(name)
-        except OSError as e:
-            raise ValueError(f"data.tokenizer: tiktoken cannot download {name} ({type(e).__name__}); "
-                             "bytes or a folder with a tokenizer.json needs no network") from None
-        tok = Tokenizer(enc._mergeable_ranks, enc._pat_str, enc._special_tokens, eos="<|endoftext|>")
-    else:
-        raise ValueError(f"data.tokenizer: {name} is no file or folder, and none of bytes, "
-                         f"{', '.join(tiktoken.list_encoding_names())}")
-    for key in ("bos_token", "eos_token"):
-        text = data[key]
-        if text is None:
-            continue
-        if text != "" and (not isinstance(text, str) or text not in tok.special):
-            raise ValueError(f"data.{key}: {text!r} is no special token of {name}; "
-                             f"it has {', '.join(tok.special) or 'none'}")
-        setattr(tok, key[:3], text or None)
-        tok.fingerprint = digest(tok.fingerprint, key, text)
-    return tok
-
-
-def bytes_tokenizer():
-    """Every byte is a token; <|endoftext|> borders text documents, <|im_start|> and <|im_end|> border turns."""
-    return Tokenizer({bytes([b]): b for b in range(256)}, r"[\s\S]", BYTES_SPECIAL, "<|endoftext|>", "<|endoftext|>")
-
-
-def tiktoken_file(path, pattern, special):
-    """A file of `base64(token) rank` lines -> Tokenizer. It needs its pattern said: the file doesn't hold one."""
-    if not pattern:
-        raise ValueError(f"data.tokenizer_pattern: {path} needs the regular expression its tokenizer splits text with")
-    try:                                                             # tiktoken's own reader keeps old files in a cache
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a .tiktoken file: {getattr(e, 'strerror', None) or e}") from None
-    taken = [*ranks.values(), *special.values()]
-    for text, i in special.items():
-        if type(i) is not int or i < 0 or taken.count(i) > 1:
-            raise ValueError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
-    try:
-        return Tokenizer(ranks, pattern, special)
-    except ValueError as e:                                          # tiktoken's own words on a pattern, or ours
-        raise ValueError(f"{path} with data.tokenizer_pattern {pattern!r}: {one_line(e)}") from None
-
-
-def byte_letters():
-    """GPT-2's spelling of bytes as printable letters -> {letter: byte}. What isn't printable is moved up to U+0100."""
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in keep]
-    return {chr(b): b for b in keep} | {chr(256 + n): b for n, b in enumerate(rest)}
-
-
-def huggingface_tokenizer(path):
-    """A byte-level BPE tokenizer.json (or its folder) -> Tokenizer; what isn't one exactly is Borrowed, or refused."""
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
-    try:
-        return read_huggingface(path)
-    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
-        raise ValueError(f"{path}: not a whole tokenizer.json ({type(e).__name__}: {one_line(e)})") from None
-
-
-def read_huggingface(path):
-    """tokenizer.json and what stands beside it -> a tokenizer; a damaged file may raise anything"""
-    spec, beside = read_json(path), path.parent / "tokenizer_config.json"
-    config = read_json(beside) if beside.is_file() else {}
-    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
-        raise ValueError(f"{path}: has no model with a vocab; it is not a tokenizer.json")
-
-    template = config.get("chat_template")
-    if isinstance(template, list):                                   # several, by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{beside}: chat_template must be text, got {type(template).__name__}")
-    if (path.parent / "chat_template.jinja").is_file():
-        template = read_text(path.parent / "chat_template.jinja")
-    tokens = spec.get("added_tokens") or []
-    special, added = ({t["content"]: t["id"] for t in tokens if t["special"] == kind} for kind in (True, False))
-
-    post = spec.get("post_processor") or {}                          # what it puts around a text, where no name says so
-    around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()] or [{}]
-    names = {key: piece.get("SpecialToken", {}).get("id")
-             for key, piece in (("bos_token", around[0]), ("eos_token", around[-1]))}
-    for key in config:
-        text = config[key].get("content") if isinstance(config[key], dict) else config[key]
-        if key.endswith("_token") and isinstance(text, str):         # "TEXT", or {"content": "TEXT", …}
-            names[key] = text
-    bos, eos = (names[key] if names[key] in special else None for key in ("bos_token", "eos_token"))
-    more = dict(bos=bos, eos=eos, template=template, names={k: text for k, text in names.items() if text})
-    try:
-        ranks, pattern, nfc = byte_level(path, spec, special | added)
-        tok = Tokenizer(ranks, pattern, special, nfc=nfc, folder=path.parent, added=added, **more,
-                        strip={t["content"]: (t["lstrip"], t["rstrip"]) for t in tokens if t["lstrip"] or t["rstrip"]},
-                        late=[t["content"] for t in tokens if t["normalized"]])
-        prove(tok, spec["model"], path)
-    except ValueError as e:
-        try:
-            tok = Borrowed(path, spec, special, added, **more)
-        except ImportError:
-            raise ValueError(f"{e}; with `pip install tokenizers` it would run there") from None
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"note: {e}; the tokenizers package runs it", file=sys.stderr, flush=True)
-    return tok
-
-
-def refuse(path, what):
-    raise ValueError(f"{path}: {what} cannot be carried over exactly; "
-                     "supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
-
-
-def byte_level(path, spec, added):
-    """A byte-level BPE tokenizer.json -> (ranks, pattern, nfc). ValueError for what tiktoken would do otherwise."""
-    bpe = spec["model"]
-    if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe:
-        refuse(path, f"a {bpe.get('type')} model{' with byte fallback' if bpe.get('byte_fallback') else ''}")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if bpe.get(key):
-            refuse(path, f"model.{key}")
-    normalizer = (spec.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"):
-        refuse(path, f"the normalizer {normalizer}")
-
-    pre = spec.get("pre_tokenizer") or {}
-    *before, last = pre.get("pretokenizers") or [pre]                # ByteLevel, alone or after Split or Digits
-    split, prefixed, splits = before[0] if before else {}, last.get("add_prefix_space"), last.get("use_regex", True)
-    regex = split.get("pattern", {}).get("Regex")
-    if last.get("type") != "ByteLevel" or prefixed or len(before) > 1:
-        names = " + ".join(str(step.get("type")) for step in [*before, last])
-        refuse(path, f"the pre-tokenizer {names}{' with a prefix space' if prefixed else ''}")
-    if not before:
-        pattern = GPT2_PATTERN if splits else r"[\s\S]+"
-    elif split["type"] == "Digits" and splits:
-        pattern = DIGITS_PATTERN if split["individual_digits"] else DIGITS_PATTERN.replace(r"\p{N}|", r"\p{N}+|", 1)
-    elif regex and not splits and (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
-        pattern = regex
-    else:
-        refuse(path, f"the pre-tokenizer {split.get('type')} before ByteLevel")
-
-    for token in spec.get("added_tokens") or []:
-        if token["single_word"] or token["normalized"] and normalizer and not token["content"].isascii():
-            kind = "single_word" if token["single_word"] else "normalized"
-            refuse(path, f"the {kind} added token {token['content']!r}")
-    spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for c, b in byte_letters().items()}
-    try:
-        ranks = {token.translate(spelled).encode("latin-1"): i
-                 for token, i in bpe["vocab"].items() if token not in added}
-    except UnicodeEncodeError as e:
-        refuse(path, f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
-    return ranks, pattern, normalizer == "NFC"
-
-
-NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
-         "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "1234567890 3.14 1,000,000 ½ ٣", "日本語と中文，한국어",
-         "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m", "_under_score__ --flag=value // /* x */",
-         "aaaaaaaaaaaaaaaaaaaaaaaaa", "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x",
-         "<|endoftext|> <|im_end|>", "if (x==1) {\n    return y;\n}")
-
-
-def prove(tok, bpe, path):
-    """Hold the tiktoken encoding against merging by the list of merges itself, on strings that tend to go wrong."""
-    import regex                                                     # tiktoken brings it
-    letters = {b: c for c, b in byte_letters().items()}
-    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in bpe["merges"]]
-    order = {tuple(pair): n for n, pair in enumerate(pairs)}
-    for text in NASTY:
-        text = tok.clean(text)
-        want, words = [], regex.findall(tok.pattern, text)
-        if "".join(words) != text:
-            refuse(path, f"a pattern that leaves something out (seen on {text!r})")
-        for word in words:
-            parts = [letters[b] for b in word.encode()]
-            if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
-                parts = ["".join(parts)]
-            while best := min((p for p in zip(parts, parts[1:]) if p in order), key=order.get, default=None):
-                at = next(i for i in range(len(parts)) if tuple(parts[i:i + 2]) == best)
-                parts[at:at + 2] = ["".join(best)]
-            want += [bpe["vocab"].get(p) for p in parts]
-        if tok.words(text).tolist() != want:
-            refuse(path, f"its order of merges (seen on {text!r})")
-
-
 def read_text(path):
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -442,289 +53,20 @@ def read_json(path):
     return d
 
 
-def merges_of(ranks):
-    """{token: rank} -> [(left, right)] in the order of ranks: the two tokens that merging by rank makes each one of."""
-    out = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if best >= rank:                                         # never merged, only met as a whole word
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            out.append(tuple(parts))
-    return out
+def one_line(error):
+    text = " ".join(str(error).split())
+    return text if len(text) < 600 else f"{text[:300]} … {text[-200:]}"
 
 
-def save_tokenizer(tok, folder, template_text):
-    """Write what transformers needs to load the tokenizer: its own files where it has some, else new ones."""
-    folder = Path(folder)
-    if tok.folder:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                     "vocab.json", "merges.txt"):
-            if (tok.folder / name).is_file() and (tok.folder / name).resolve() != (folder / name).resolve():
-                shutil.copyfile(tok.folder / name, folder / name)
-    else:
-        letters = {b: c for c, b in byte_letters().items()}
-        spell = lambda token: "".join(letters[b] for b in token)
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
-        words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        spec = {"version": "1.0", "decoder": level,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
-                "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
-                "model": {"type": "BPE", "ignore_merges": True,
-                          "vocab": {spell(token): i for token, i in tok.ranks.items()},
-                          "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}}
-        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if path.is_file():
-        config = read_json(path)
-    for key, text in (("bos_token", tok.bos), ("eos_token", tok.eos)):
-        if text:
-            config.setdefault(key, text)
-    if template_text and template_text != tok.template:
-        config["chat_template"] = template_text
-        (folder / "chat_template.jinja").unlink(missing_ok=True)     # another one came along, and would win
-    path.write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def digest(*things):
+    return hashlib.sha256(json.dumps(things, default=str).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# chats: a template's text, where each message stands in it, and which tokens are trained
-
-CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
-         "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
-OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd4\ufdd1", "\ufdd1\ufdd5\ufdd0", "\ufdd2\ufdd4\ufdd3", "\ufdd3\ufdd5\ufdd2"
-BREAK = "\ufdd6"                                                     # marks, of code points that no text uses
-MORE = ("reasoning_content", "tool_calls")                           # what an assistant's turn may hold besides content
-
-
-def template_text(tok, cfg):
-    """The jinja text of data.chat_template."""
-    name = cfg["data"]["chat_template"]
-    if name not in ("", "chatml"):
-        try:
-            return read_text(name)
-        except ValueError as e:
-            raise ValueError(f"data.chat_template: neither chatml nor a readable file: {e}") from None
-    if tok.template and not name:
-        return tok.template
-    if "<|im_end|>" in tok.special:
-        return CHATML
-    if name:
-        raise ValueError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
-                         "leave it empty for a plain one that ends turns with EOS")
-    if not tok.eos:
-        raise ValueError("data.eos_token: chats need a token that ends a turn; "
-                         "this tokenizer has neither <|im_end|> nor an EOS")
-    return PLAIN
-
-
-def compile_template(text):
-    """jinja text -> a compiled template, in jinja2's sandbox, with the names that chat templates rely on."""
-    import jinja2, jinja2.ext, jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):                          # {% generation %} trained {% endgeneration %}
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-        def mark(self, caller):
-            return BEGIN + caller() + END
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def getattr(self, obj, name):                                # the way by an exception takes half of the time
-            plain = type(obj) is dict and name in obj and not hasattr(dict, name)
-            return obj[name] if plain else super().getattr(obj, name)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    # jinja's own tojson escapes for HTML
-    env.filters["tojson"] = lambda x, indent=None, **more: json.dumps(x, ensure_ascii=False, indent=indent, **more)
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    env.globals |= {"tools": None, "documents": None}
-    env.writes_calls = "tool_calls" in text
-    try:
-        template = env.from_string(text)
-        template.globals = dict(template.globals)                    # a ChainMap, which every rendering copies
-        return template
-    except jinja2.TemplateSyntaxError as e:
-        raise ValueError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
-
-
-def render(template, tok, messages, prompt=False, **more):
-    """Messages -> text. `prompt`: with the opening of an assistant's turn, as for generation."""
-    names = tok.names | {"add_generation_prompt": prompt, "bos_token": tok.bos or "", "eos_token": tok.eos or ""}
-    try:
-        return template.render(messages=messages, **names, **more)
-    except Exception as e:                                           # a template may raise whatever Python raises
-        raise ValueError(f"the chat template refuses these messages: {one_line(e) or type(e).__name__}") from None
-
-
-def unmarked(text):
-    """A rendered text without the marks of {% generation %}."""
-    return text.replace(BEGIN, "").replace(END, "")
-
-
-as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
-
-
-def in_strings(change, thing):
-    """A JSON value with `change` done to every string in it, keys too."""
-    if isinstance(thing, str):
-        return change(thing)
-    if isinstance(thing, list):
-        return [in_strings(change, item) for item in thing]
-    if isinstance(thing, dict):
-        return {in_strings(change, k): in_strings(change, v) for k, v in thing.items()}
-    return thing
-
-
-def prepared(tok, template, messages, prompt=False, **more):
-    """Messages -> (messages, text with the marks of {% generation %}, spans in it that only spell special tokens).
-
-    Those are found by rendering once more with each of them broken by a character that no text holds.
-    """
-    if not template.environment.writes_calls:                        # then nothing is lost: the calls are content
-        calls = lambda m: [as_json(call.get("function", call)) for call in m["tool_calls"]]
-        messages = [m | {"content": "\n".join([*filter(None, [m["content"]]), *calls(m)]), "tool_calls": None}
-                    if m.get("tool_calls") else m for m in messages]
-    text, spelled = render(template, tok, messages, prompt, **more), []
-    if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
-        in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
-    if not spelled:
-        return messages, text, []
-    broken = lambda s: tok.special_pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], s)
-    marked = unmarked(render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more)))
-    parts = marked.split(BREAK)
-    if "".join(parts) != unmarked(text):
-        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
-                         "text and no control token; reasoning goes into reasoning_content")
-    return messages, text, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
-
-
-def located(tok, template, messages, text, wanted, **more):
-    """Where the `wanted` messages stand in the rendered text -> [(start, end, index)], ascending.
-
-    Rendered once more with marks for their contents, the template shows what it writes between them. Where that isn't
-    what stands between the real ones (it looks into them, or writes more than contents), each is exchanged alone.
-    """
-    bare = {i: {"role": messages[i]["role"], "content": f"{OPEN}{i}{CLOSE}"} for i in wanted}
-    plain = [i for i in wanted if not any(messages[i].get(key) for key in MORE)]
-    shown = [messages[i] | bare[i] if i in plain else m for i, m in enumerate(messages)]
-    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
-    found, at, opening = [], len(first), None
-    for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
-        whole = messages[i]["content"]                           # as it is, trimmed by the template, or a part
-        ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-                if text.startswith(form + between, at)]
-        ends = ends or [text.find(between, at) if between else -1]
-        if ends[0] < 0 or text[at:ends[0]] not in whole:
-            break
-        found.append((at, ends[0], i))
-        at = ends[0] + len(between)
-    else:
-        found = found if at == len(text) else []
-
-    for i in sorted(set(wanted) - {i for _, _, i in found}):
-        floor = max((end for _, end, before in found if before < i), default=0)
-        try:
-            whole, other = text, [*messages[:i], bare[i], *messages[i + 1:]]
-            other = unmarked(render(template, tok, other, **more))
-        except ValueError:                                           # it has rules for what may follow
-            whole = unmarked(render(template, tok, messages[:i + 1], **more))
-            other = unmarked(render(template, tok, [*messages[:i], bare[i]], **more))
-        before, mark, after = other.partition(bare[i]["content"])
-        if not mark:                                                 # this template doesn't write this message
-            continue
-        alone = whole.startswith(before) and whole[len(before):].endswith(after)
-        if not alone:                                                # it changes something else with the content
-            before = os.path.commonprefix([whole, other])
-            after = os.path.commonprefix([whole[len(before):][::-1], other[len(before):][::-1]])
-        start, end = len(before), len(whole) - len(after)
-        if whole is not text:
-            start = text.find(whole[start:end], floor)
-            end += start - len(before)
-        if not alone or any(messages[i].get(key) for key in MORE):   # all that is generated is trained
-            if opening is None:
-                asked = unmarked(render(template, tok, messages, True, **more))
-                opening = asked[len(text):] if asked.startswith(text) else ""
-            at = text.rfind(opening, floor, start)
-            start = at + len(opening) if opening and at >= 0 else start
-        if 0 <= start < end:
-            found.append((start, end, i))
-    return sorted(found)
-
-
-def encode_chat(tok, template, messages, train_on="all", **more):
-    """Messages -> (ids [n] int64, mask [n] uint8).
-
-    Trained are the assistant's turns, each with the token that ends it; only the last one; or everything but tools'
-    outputs. A template with {% generation %} marks says itself where a turn is. Raises ValueError where it refuses.
-    """
-    messages, marked, held = prepared(tok, template, messages, **more)
-    if not marked.isascii():
-        try:
-            marked.encode()
-        except UnicodeEncodeError:                                   # lone surrogates
-            messages, more = in_strings(tok.clean, messages), in_strings(tok.clean, more)
-            messages, marked, held = prepared(tok, template, messages, **more)
-    text = unmarked(marked)
-    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-    on, off = [], []                                                 # the assistant's turns to train; what is left out
-    for i, m in enumerate(messages):
-        if m["role"] == "tool" or not m.get("weight", 1) or train_on == "last" and i != last:
-            off.append(i)
-        elif m["role"] == "assistant":
-            on.append(i)
-    by_marks = BEGIN in marked and train_on != "everything"
-    wanted = [i for i in (off if by_marks or train_on == "everything" else on)
-              if any(messages[i].get(key) for key in ("content", *MORE))]
-    spans = located(tok, template, messages, text, wanted, **more) if wanted else []
-    if by_marks:
-        ends = np.cumsum([len(part) for part in re.split(f"{BEGIN}|{END}", marked)]).tolist()    # outside, inside, …
-        trained = [(a, b) for a, b in zip(ends[0::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in spans)]
-    elif train_on == "everything":
-        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
-        trained = list(zip(edges[::2], edges[1::2]))
-    else:
-        ends = [tok.every_pattern.match(text, len(text) - len(text[end:].lstrip())) for _, end, _ in spans]
-        trained = [(start, after.end() if after else end) for (start, end, _), after in zip(spans, ends)]
-    trained = [(start, end) for start, end in trained if end > start]
-    ids, ends, borders = tok.spans(text, held, [edge for span in trained for edge in span])
-    mask = np.zeros(len(ids), np.uint8)
-    first = np.searchsorted(ends, borders[::2], "right")             # a token that overlaps the span is trained
-    last = np.searchsorted(ends, borders[1::2], "left")
-    for a, b in zip(first.tolist(), last.tolist()):
-        mask[a:b + 1] = 1
-    return ids.astype(np.int64), mask
-
-
-def encode_prompt(tok, template, messages):
-    """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    messages, text, held = prepared(tok, template, in_strings(tok.clean, messages), prompt=True)
-    return tok.spans(unmarked(text), held)[0].tolist()
-
-
-def turn_end(tok, template):
-    """The ids that end an assistant's turn: what generation stops at."""
-    ids, mask = encode_chat(tok, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    last = int(ids[np.flatnonzero(mask)[-1]]) if mask.any() else -1
-    return sorted({i for i in (last, tok.special.get(tok.eos, -1)) if i in tok.special.values()})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# records: what people's files hold, as {"text": …} or {"messages": […]}
+# records in: what people's files hold, as {"text": …} or {"messages": […]}
+#
+# Shapes are found by their keys, so that nobody writes a line to convert a file. Files are read in chunks of about
+# BLOCK bytes, which bounds the memory and is what the cores share; a chunk is parsed where it is encoded.
 
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system", "assistant": "assistant",
          "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "tool": "tool",
@@ -765,16 +107,14 @@ def normal(record, where, shape="auto"):
         fail("a chat without messages")
     chat = {"messages": [message(turn, where, n) for n, turn in enumerate(turns, 1)]}
     tools = record.get("tools")
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools.strip() or "[]")
         except ValueError:
             fail("tools is no JSON")
-    if tools:
-        if not isinstance(tools, list):
-            fail(f"tools must be a list, got {type(tools).__name__}")
-        chat["tools"] = tools
-    return chat
+    if tools and not isinstance(tools, list):
+        fail(f"tools must be a list, got {type(tools).__name__}")
+    return chat | ({"tools": tools} if tools else {})
 
 
 def message(turn, where, n):
@@ -970,6 +310,740 @@ def ids_of(f, file):
         yield [(np.array(part), mask)], (at == 0, at + BLOCK >= len(ids))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the tokenizer: text -> ids
+#
+# All are tiktoken encodings, with what a model's files say beside them. A converted one proves that it is exact, or is
+# refused by the name of what tiktoken would do otherwise: ids that are nearly right train a model that is nearly right.
+
+class Tokenizer:
+    """Text <-> ids.
+
+    ranks     {token's bytes: id}, the order in which pairs are merged
+    pattern   regular expression that splits text into words; merges don't cross it
+    special   {text: id} of control tokens: a template writes them; what spells one in a message is text
+    bos, eos  texts of special tokens, or None
+    template  jinja text of the model's own chat template, or None
+    nfc       text is brought to Unicode's composed form first (Qwen)
+    folder    where its Hugging Face files are, or None
+    added     {text: id} of tokens that no words are split around, wherever they are spelled (Qwen's <tool_call>)
+    strip     {text: (left, right)}: special or added tokens that swallow the white space beside them
+    late      texts of special or added tokens that are looked for only in what the others leave over
+    names     {"pad_token": text, …}: more names that templates may ask for
+    """
+
+    def __init__(self, ranks, pattern, special, bos=None, eos=None, template=None, nfc=False, folder=None,
+                 added={}, strip={}, late=(), names={}):
+        self.ranks, self.pattern, self.special, self.bos, self.eos = ranks, pattern, special, bos, eos
+        self.template, self.nfc, self.folder, self.names, self.strip = template, nfc, folder, names, strip
+        missing = [b for b in range(256) if bytes([b]) not in ranks]
+        if missing:                                                  # such a byte would take tiktoken's process down
+            raise ValueError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
+                             f"(the first is {missing[0]})")
+        if len(set(ranks.values())) < len(ranks):                    # so would this
+            raise ValueError("tokenizer: two of its vocabulary's tokens have the same id")
+        assert all(text is None or text in special for text in (bos, eos)), (bos, eos)
+        self.every = special | added
+        self.enc = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.every)
+        self.n_vocab = 1 + max([*ranks.values(), *self.every.values()])
+        self.lengths = np.zeros(self.n_vocab, np.int64)              # bytes of each token
+        self.lengths[list(ranks.values())] = list(map(len, ranks))
+        self.lengths[list(self.every.values())] = [len(s.encode()) for s in self.every]
+        self.byte_ids = None                                         # byte -> id, where there is nothing to merge
+        if len(ranks) == 256:
+            self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
+        self.special_pattern, self.every_pattern = any_of(special), any_of(self.every)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
+        self.passes = [any_of(set(self.every) - set(late)), *([any_of(late)] if late else [])]
+        texts = sorted(self.every)
+        doubtful = strip or late or any(b.startswith(a) for a, b in zip(texts, texts[1:]))
+        self.alone = not doubtful and self.byte_ids is None          # tiktoken itself finds special and added tokens
+        self.allowed = {False: frozenset(added), True: frozenset(self.every)}
+        vocabulary = hashlib.sha256(b"".join(ranks) + np.array([list(map(len, ranks)), list(ranks.values())]).tobytes())
+        self.fingerprint = digest(pattern, sorted(special.items()), bos, eos, nfc, vocabulary.hexdigest(),
+                                  sorted(added.items()), sorted(strip.items()), sorted(late))
+
+    def words(self, text):
+        """str in which nothing is special -> [n] uint32 ids"""
+        if self.byte_ids is not None:
+            return self.byte_ids[np.frombuffer(text.encode(), np.uint8)]
+        try:
+            return self.enc.encode_to_numpy(text, disallowed_special=())
+        except ValueError:                                           # a run of spaces too long for tiktoken's regexes
+            import regex                                             # tiktoken brings it
+            words = regex.findall(self.pattern, text)
+            return np.array([i for word in words for i in self.enc._encode_single_piece(word)], np.uint32)
+
+    def spans(self, text, held=None, borders=()):
+        """Text -> (ids [n], where each ends [n], where the borders are), the latter two in bytes of what was encoded.
+
+        held     None: special tokens that are spelled in it are text; else control tokens, save inside these spans
+        borders  positions in the text, ascending
+        """
+        if self.alone and not held and (not self.nfc or unicodedata.is_normalized("NFC", text)):
+            allowed = self.allowed[held is not None]
+            try:
+                ids = self.enc.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+                at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
+                return ids, self.lengths[ids].cumsum(), at
+            except ValueError:                                       # as in words(), which mends it
+                pass
+        ids, lengths, size, at = [], [], 0, []
+        compose = (lambda part: unicodedata.normalize("NFC", part)) if self.nfc else (lambda part: part)
+        for start, end, known in self.split(text, held):
+            ids.append(self.words(compose(text[start:end])) if known is None else np.array([known], np.uint32))
+            lengths.append(self.lengths[ids[-1]] if known is None else [len(text[start:end].encode())])
+            at += [size + len(compose(text[start:b]).encode()) for b in borders[len(at):] if b <= end]
+            size += int(np.sum(lengths[-1]))
+        return np.concatenate(ids), np.cumsum(np.concatenate(lengths).astype(np.int64)), at
+
+    def split(self, text, held):
+        """Text -> [(start, end, id of the token that stands there, or None)], without a gap"""
+        parts = [(0, len(text), None)]
+        for late, pattern in enumerate(self.passes):
+            parts, before = [], parts
+            for at, end, known in before:
+                for m in pattern.finditer(text, at, end) if known is None else ():
+                    a, b = m.span()
+                    if m[0] in self.special and (held is None or any(s < b and a < e for s, e in held)):
+                        continue
+                    if late and self.nfc and unicodedata.normalize("NFC", text[a:b + 1])[:b - a] != m[0]:
+                        continue                                     # its last character composes with the next one
+                    left, right = self.strip.get(m[0], (False, False))
+                    a = max(at, len(text[:a].rstrip(SPACE)) if left else a)
+                    b = max(at, len(text) - len(text[b:].lstrip(SPACE)) if right else b)
+                    parts += [(at, a, None), (a, b, self.every[m[0]])]
+                    at = b
+                parts.append((at, end, known))
+        return parts
+
+    def encode(self, text):
+        """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
+        return self.spans(text)[0].astype(np.int64)
+
+    def decode(self, ids):
+        """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
+        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.lengths[i]]
+        return b"".join(self.enc.decode_tokens_bytes(known)).decode("utf-8", errors="replace")
+
+    def clean(self, text):
+        """Lone surrogates replaced by U+FFFD, and composed where the tokenizer asks for it."""
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+
+class Borrowed:
+    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower.
+
+    It is given the special tokens under names that no text spells, and those names only where they are meant.
+    """
+
+    def __init__(self, path, spec, special, added, **more):
+        import tokenizers
+        self.private = {text: f"\ufdd4{n}\ufdd5" for n, text in enumerate(special)}
+        hidden = lambda text: self.private.get(text, text)
+        vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
+        renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
+        model = spec["model"] | {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}    # Unigram's: a list
+        tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
+                  for t in spec.get("added_tokens") or []]
+        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
+                       "model": model | ({"unk_token": hidden(unknown)} if unknown else {})}
+        try:
+            self.enc = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as e:                                       # the package raises no narrower one
+            raise ValueError(f"{path}: the tokenizers package cannot read it either: {one_line(e)}") from None
+        self.special, self.folder, self.nfc, self.n_vocab = special, path.parent, False, self.enc.get_vocab_size()
+        self.special_pattern, self.every_pattern = any_of(special), any_of(special | added)
+        self.escaped_pattern = any_of(as_json(text)[1:-1] for text in special)
+        self.bos, self.eos, self.template, self.names = (more[k] for k in ("bos", "eos", "template", "names"))
+        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
+
+    clean, encode = Tokenizer.clean, Tokenizer.encode
+
+    def spans(self, text, held=None, borders=()):
+        parts, at, moved = [], 0, np.array(borders, np.int64)
+        for m in self.special_pattern.finditer(text) if held is not None else ():
+            if not any(s < m.end() and m.start() < e for s, e in held):
+                parts += [text[at:m.start()], self.private[m[0]]]
+                at = m.end()
+                moved += (len(parts[-1]) - len(m[0])) * (np.array(borders) >= at)
+        encoded = self.enc.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        return np.array(encoded.ids, np.uint32), np.array([end for _, end in encoded.offsets], np.int64), moved
+
+    def decode(self, ids):
+        text = self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
+        names = {private: text for text, private in self.private.items()}
+        return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
+
+
+SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")     # as Unicode has it
+
+
+def any_of(special):
+    """Special tokens -> the pattern that finds them, the longest first; it finds nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # StarCoder's
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# byte -> the letter that GPT-2 spells it with; what isn't printable is moved up to U+0100
+LETTERS = dict(zip([*PRINTED, *sorted({*range(256)} - {*PRINTED})], map(chr, [*PRINTED, *range(256, 324)])))
+BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
+
+
+def load_tokenizer(cfg):
+    """data.tokenizer, or model.init_from's where that is empty -> Tokenizer. Raises ValueError."""
+    data = cfg["data"]
+    name = data["tokenizer"] or configs.pretrained(cfg["model"]["init_from"])
+    if not name:
+        raise ValueError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
+                         "bytes always works")
+    path = Path(name)
+    if name == "bytes":
+        tok = bytes_tokenizer()
+    elif name.endswith(".tiktoken"):
+        tok = tiktoken_file(path, data["tokenizer_pattern"], data["special_tokens"])
+    elif path.exists():
+        tok = huggingface_tokenizer(path)
+    elif name in tiktoken.list_encoding_names():
+        try:
+            enc = tiktoken.get_encoding(name)
+        except OSError as e:
+            raise ValueError(f"data.tokenizer: tiktoken cannot download {name} ({type(e).__name__}); "
+                             "bytes or a folder with a tokenizer.json needs no network") from None
+        tok = Tokenizer(enc._mergeable_ranks, enc._pat_str, enc._special_tokens, eos="<|endoftext|>")
+    else:
+        raise ValueError(f"data.tokenizer: {name} is no file or folder, and none of bytes, "
+                         f"{', '.join(tiktoken.list_encoding_names())}")
+    for key in ("bos_token", "eos_token"):
+        text = data[key]
+        if text not in (None, "", *tok.special):
+            raise ValueError(f"data.{key}: {text!r} is no special token of {name}; "
+                             f"it has {', '.join(tok.special) or 'none'}")
+        if text is not None:
+            setattr(tok, key[:3], text or None)
+            tok.fingerprint = digest(tok.fingerprint, key, text)
+    return tok
+
+
+def bytes_tokenizer():
+    """Every byte is a token; <|endoftext|> borders text documents, <|im_start|> and <|im_end|> border turns."""
+    return Tokenizer({bytes([b]): b for b in range(256)}, r"[\s\S]", BYTES_SPECIAL, "<|endoftext|>", "<|endoftext|>")
+
+
+def tiktoken_file(path, pattern, special):
+    """A file of `base64(token) rank` lines -> Tokenizer. It needs its pattern said: the file doesn't hold one."""
+    if not pattern:
+        raise ValueError(f"data.tokenizer_pattern: {path} needs the regular expression its tokenizer splits text with")
+    try:                                                             # tiktoken's own reader keeps old files in a cache
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path}: not a .tiktoken file: {getattr(e, 'strerror', None) or e}") from None
+    taken = [*ranks.values(), *special.values()]
+    for text, i in special.items():
+        if type(i) is not int or i < 0 or taken.count(i) > 1:
+            raise ValueError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
+    try:
+        return Tokenizer(ranks, pattern, special)
+    except ValueError as e:                                          # tiktoken's own words on a pattern, or ours
+        raise ValueError(f"{path} with data.tokenizer_pattern {pattern!r}: {one_line(e)}") from None
+
+
+def huggingface_tokenizer(path):
+    """A byte-level BPE tokenizer.json (or its folder) -> Tokenizer; what isn't one exactly is Borrowed, or refused."""
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
+    try:
+        return read_huggingface(path)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        raise ValueError(f"{path}: not a whole tokenizer.json ({type(e).__name__}: {one_line(e)})") from None
+
+
+def read_huggingface(path):
+    """tokenizer.json and what stands beside it -> a tokenizer; a damaged file may raise anything"""
+    spec, beside = read_json(path), path.parent / "tokenizer_config.json"
+    config = read_json(beside) if beside.is_file() else {}
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise ValueError(f"{path}: has no model with a vocab; it is not a tokenizer.json")
+
+    template = config.get("chat_template")
+    if isinstance(template, list):                                   # several, by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{beside}: chat_template must be text, got {type(template).__name__}")
+    if (path.parent / "chat_template.jinja").is_file():
+        template = read_text(path.parent / "chat_template.jinja")
+    tokens = spec.get("added_tokens") or []
+    special, added = ({t["content"]: t["id"] for t in tokens if t["special"] == kind} for kind in (True, False))
+
+    post = spec.get("post_processor") or {}                          # what it puts around a text, where no name says so
+    around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()] or [{}]
+    names = {key: piece.get("SpecialToken", {}).get("id")
+             for key, piece in (("bos_token", around[0]), ("eos_token", around[-1]))}
+    for key in config:
+        text = config[key].get("content") if isinstance(config[key], dict) else config[key]
+        if key.endswith("_token") and isinstance(text, str):         # "TEXT", or {"content": "TEXT", …}
+            names[key] = text
+    bos, eos = (names[key] if names[key] in special else None for key in ("bos_token", "eos_token"))
+    more = dict(bos=bos, eos=eos, template=template, names={k: text for k, text in names.items() if text})
+    try:
+        ranks, pattern, nfc = byte_level(path, spec, special | added)
+        tok = Tokenizer(ranks, pattern, special, nfc=nfc, folder=path.parent, added=added, **more,
+                        strip={t["content"]: (t["lstrip"], t["rstrip"]) for t in tokens if t["lstrip"] or t["rstrip"]},
+                        late=[t["content"] for t in tokens if t["normalized"]])
+        prove(tok, spec["model"], path)
+    except ValueError as e:
+        try:
+            tok = Borrowed(path, spec, special, added, **more)
+        except ImportError:
+            raise ValueError(f"{e}; with `pip install tokenizers` it would run there") from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"note: {e}; the tokenizers package runs it", file=sys.stderr, flush=True)
+    return tok
+
+
+def refuse(path, what):
+    raise ValueError(f"{path}: {what} cannot be carried over exactly; "
+                     "supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
+
+
+def byte_level(path, spec, added):
+    """A byte-level BPE tokenizer.json -> (ranks, pattern, nfc). ValueError for what tiktoken would do otherwise."""
+    bpe = spec["model"]
+    if bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "merges" not in bpe:
+        refuse(path, f"a {bpe.get('type')} model{' with byte fallback' if bpe.get('byte_fallback') else ''}")
+    if odd := [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if bpe.get(key)]:
+        refuse(path, f"model.{odd[0]}")
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        refuse(path, f"the normalizer {normalizer}")
+
+    pre = spec.get("pre_tokenizer") or {}
+    *before, last = pre.get("pretokenizers") or [pre]                # ByteLevel, alone or after Split or Digits
+    split, prefixed, splits = before[0] if before else {}, last.get("add_prefix_space"), last.get("use_regex", True)
+    regex = split.get("pattern", {}).get("Regex")
+    if last.get("type") != "ByteLevel" or prefixed or len(before) > 1:
+        names = " + ".join(str(step.get("type")) for step in [*before, last])
+        refuse(path, f"the pre-tokenizer {names}{' with a prefix space' if prefixed else ''}")
+    if not before:
+        pattern = GPT2_PATTERN if splits else r"[\s\S]+"
+    elif split["type"] == "Digits" and splits:
+        pattern = DIGITS_PATTERN if split["individual_digits"] else DIGITS_PATTERN.replace(r"\p{N}|", r"\p{N}+|", 1)
+    elif regex and not splits and (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True)):
+        pattern = regex
+    else:
+        refuse(path, f"the pre-tokenizer {split.get('type')} before ByteLevel")
+
+    for t in spec.get("added_tokens") or []:
+        if t["single_word"] or t["normalized"] and normalizer and not t["content"].isascii():
+            refuse(path, f"the {'single_word' if t['single_word'] else 'normalized'} added token {t['content']!r}")
+    spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for b, c in LETTERS.items()}
+    try:
+        ranks = {token.translate(spelled).encode("latin-1"): i
+                 for token, i in bpe["vocab"].items() if token not in added}
+    except UnicodeEncodeError as e:
+        refuse(path, f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
+    return ranks, pattern, normalizer == "NFC"
+
+
+NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
+         "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "1234567890 3.14 1,000,000 ½ ٣", "日本語と中文，한국어",
+         "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m", "_under_score__ --flag=value // /* x */",
+         "aaaaaaaaaaaaaaaaaaaaaaaaa", "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x",
+         "<|endoftext|> <|im_end|>", "if (x==1) {\n    return y;\n}")
+
+
+def prove(tok, bpe, path):
+    """Hold the tiktoken encoding against merging by the list of merges itself, on strings that tend to go wrong."""
+    import regex                                                     # tiktoken brings it
+    pairs = [m.split(" ", 1) if isinstance(m, str) else m for m in bpe["merges"]]
+    order = {tuple(pair): n for n, pair in enumerate(pairs)}
+    for text in NASTY:
+        text = tok.clean(text)
+        want, words = [], regex.findall(tok.pattern, text)
+        if "".join(words) != text:
+            refuse(path, f"a pattern that leaves something out (seen on {text!r})")
+        for word in words:
+            parts = [LETTERS[b] for b in word.encode()]
+            if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
+                parts = ["".join(parts)]
+            while best := min((p for p in zip(parts, parts[1:]) if p in order), key=order.get, default=None):
+                at = next(i for i in range(len(parts)) if tuple(parts[i:i + 2]) == best)
+                parts[at:at + 2] = ["".join(best)]
+            want += [bpe["vocab"].get(p) for p in parts]
+        if tok.words(text).tolist() != want:
+            refuse(path, f"its order of merges (seen on {text!r})")
+
+
+def merges_of(ranks):
+    """{token: rank} -> [(left, right)] in the order of ranks: the two tokens that merging by rank makes each one of."""
+    out = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            if best >= rank:                                         # never merged, only met as a whole word
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            out.append(tuple(parts))
+    return out
+
+
+def save_tokenizer(tok, folder, template_text):
+    """Write what transformers needs to load the tokenizer: its own files where it has some, else new ones."""
+    folder = Path(folder)
+    if tok.folder:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                     "vocab.json", "merges.txt"):
+            if (tok.folder / name).is_file() and (tok.folder / name).resolve() != (folder / name).resolve():
+                shutil.copyfile(tok.folder / name, folder / name)
+    else:
+        spell = lambda token: "".join(LETTERS[b] for b in token)
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
+        words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        spec = {"version": "1.0", "decoder": level,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
+                "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
+                "model": {"type": "BPE", "ignore_merges": True,
+                          "vocab": {spell(token): i for token, i in tok.ranks.items()},
+                          "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}}
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if path.is_file():
+        config = read_json(path)
+    config |= {f"{key}_token": text for key in ("bos", "eos")
+               if (text := getattr(tok, key)) and f"{key}_token" not in config}
+    if template_text and template_text != tok.template:
+        config["chat_template"] = template_text
+        (folder / "chat_template.jinja").unlink(missing_ok=True)     # another one came along, and would win
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# template and mask: a chat -> ids, and which of them are trained
+#
+# The model's own jinja renders the chat, and the ids are those of the whole text. Where each message stands in it is
+# found from renderings too, with marks in place of contents: a template may trim, merge, drop or add what it likes.
+
+CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
+OPEN, CLOSE, BEGIN, END = "\ufdd0\ufdd4\ufdd1", "\ufdd1\ufdd5\ufdd0", "\ufdd2\ufdd4\ufdd3", "\ufdd3\ufdd5\ufdd2"
+BREAK = "\ufdd6"                                                     # marks, of code points that no text uses
+MORE = ("reasoning_content", "tool_calls")                           # what an assistant's turn may hold besides content
+
+
+def template_text(tok, cfg):
+    """The jinja text of data.chat_template."""
+    name = cfg["data"]["chat_template"]
+    if name not in ("", "chatml"):
+        try:
+            return read_text(name)
+        except ValueError as e:
+            raise ValueError(f"data.chat_template: neither chatml nor a readable file: {e}") from None
+    if tok.template and not name:
+        return tok.template
+    if "<|im_end|>" in tok.special:
+        return CHATML
+    if name:
+        raise ValueError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
+                         "leave it empty for a plain one that ends turns with EOS")
+    if not tok.eos:
+        raise ValueError("data.eos_token: chats need a token that ends a turn; "
+                         "this tokenizer has neither <|im_end|> nor an EOS")
+    return PLAIN
+
+
+def compile_template(text):
+    """jinja text -> a compiled template, in jinja2's sandbox, with the names that chat templates rely on."""
+    import jinja2, jinja2.ext, jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):                          # {% generation %} trained {% endgeneration %}
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+        def mark(self, caller):
+            return BEGIN + caller() + END
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def getattr(self, obj, name):                                # the way by an exception takes half of the time
+            plain = type(obj) is dict and name in obj and not hasattr(dict, name)
+            return obj[name] if plain else super().getattr(obj, name)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    # jinja's own tojson escapes for HTML
+    env.filters["tojson"] = lambda x, indent=None, **more: json.dumps(x, ensure_ascii=False, indent=indent, **more)
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    env.globals |= {"tools": None, "documents": None}
+    env.writes_calls = "tool_calls" in text
+    try:
+        template = env.from_string(text)
+        template.globals = dict(template.globals)                    # a ChainMap, which every rendering copies
+        return template
+    except jinja2.TemplateSyntaxError as e:
+        raise ValueError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
+
+
+def render(template, tok, messages, prompt=False, **more):
+    """Messages -> text. `prompt`: with the opening of an assistant's turn, as for generation."""
+    names = tok.names | {"add_generation_prompt": prompt, "bos_token": tok.bos or "", "eos_token": tok.eos or ""}
+    try:
+        return template.render(messages=messages, **names, **more)
+    except Exception as e:                                           # a template may raise whatever Python raises
+        raise ValueError(f"the chat template refuses these messages: {one_line(e) or type(e).__name__}") from None
+
+
+def unmarked(text):
+    """A rendered text without the marks of {% generation %}."""
+    return text.replace(BEGIN, "").replace(END, "")
+
+
+as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def in_strings(change, thing):
+    """A JSON value with `change` done to every string in it, keys too."""
+    if isinstance(thing, str):
+        return change(thing)
+    if isinstance(thing, list):
+        return [in_strings(change, item) for item in thing]
+    if isinstance(thing, dict):
+        return {in_strings(change, k): in_strings(change, v) for k, v in thing.items()}
+    return thing
+
+
+def prepared(tok, template, messages, prompt=False, **more):
+    """Messages -> (messages, text with the marks of {% generation %}, spans in it that only spell special tokens).
+
+    Those are found by rendering once more with each of them broken by a character that no text holds.
+    """
+    if not template.environment.writes_calls:                        # then nothing is lost: the calls are content
+        calls = lambda m: [as_json(call.get("function", call)) for call in m["tool_calls"]]
+        messages = [m | {"content": "\n".join([*filter(None, [m["content"]]), *calls(m)]), "tool_calls": None}
+                    if m.get("tool_calls") else m for m in messages]
+    text, spelled = render(template, tok, messages, prompt, **more), []
+    if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
+        in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
+    if not spelled:
+        return messages, text, []
+    broken = lambda s: tok.special_pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], s)
+    marked = unmarked(render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more)))
+    parts = marked.split(BREAK)
+    if "".join(parts) != unmarked(text):
+        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
+                         "text and no control token; reasoning goes into reasoning_content")
+    return messages, text, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
+
+
+def located(tok, template, messages, text, wanted, **more):
+    """Where the `wanted` messages stand in the rendered text -> [(start, end, index)], ascending.
+
+    Rendered once more with marks for their contents, the template shows what it writes between them. Where that isn't
+    what stands between the real ones (it looks into them, or writes more than contents), each is exchanged alone.
+    """
+    bare = {i: {"role": messages[i]["role"], "content": f"{OPEN}{i}{CLOSE}"} for i in wanted}
+    plain = [i for i in wanted if not any(messages[i].get(key) for key in MORE)]
+    shown = [messages[i] | bare[i] if i in plain else m for i, m in enumerate(messages)]
+    first, *rest = re.split(f"{OPEN}(\\d+){CLOSE}", unmarked(render(template, tok, shown, **more))) if plain else ["\0"]
+    found, at, opening = [], len(first), None
+    for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
+        whole = messages[i]["content"]                           # as it is, trimmed by the template, or a part
+        ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
+                if text.startswith(form + between, at)]
+        ends = ends or [text.find(between, at) if between else -1]
+        if ends[0] < 0 or text[at:ends[0]] not in whole:
+            break
+        found.append((at, ends[0], i))
+        at = ends[0] + len(between)
+    else:
+        found = found if at == len(text) else []
+
+    for i in sorted(set(wanted) - {i for _, _, i in found}):
+        floor = max((end for _, end, before in found if before < i), default=0)
+        try:
+            whole, other = text, [*messages[:i], bare[i], *messages[i + 1:]]
+            other = unmarked(render(template, tok, other, **more))
+        except ValueError:                                           # it has rules for what may follow
+            whole = unmarked(render(template, tok, messages[:i + 1], **more))
+            other = unmarked(render(template, tok, [*messages[:i], bare[i]], **more))
+        before, mark, after = other.partition(bare[i]["content"])
+        if not mark:                                                 # this template doesn't write this message
+            continue
+        alone = whole.startswith(before) and whole[len(before):].endswith(after)
+        if not alone:                                                # it changes something else with the content
+            before = os.path.commonprefix([whole, other])
+            after = os.path.commonprefix([whole[len(before):][::-1], other[len(before):][::-1]])
+        start, end = len(before), len(whole) - len(after)
+        if whole is not text:
+            start = text.find(whole[start:end], floor)
+            end += start - len(before)
+        if not alone or any(messages[i].get(key) for key in MORE):   # all that is generated is trained
+            if opening is None:
+                asked = unmarked(render(template, tok, messages, True, **more))
+                opening = asked[len(text):] if asked.startswith(text) else ""
+            at = text.rfind(opening, floor, start)
+            start = at + len(opening) if opening and at >= 0 else start
+        if 0 <= start < end:
+            found.append((start, end, i))
+    return sorted(found)
+
+
+def encode_chat(tok, template, messages, train_on="all", **more):
+    """Messages -> (ids [n] int64, mask [n] uint8).
+
+    Trained are the assistant's turns, each with the token that ends it; only the last one; or everything but tools'
+    outputs. A template with {% generation %} marks says itself where a turn is. Raises ValueError where it refuses.
+    """
+    messages, marked, held = prepared(tok, template, messages, **more)
+    if re.search("[\ud800-\udfff]", marked):                         # lone surrogates
+        messages, more = in_strings(tok.clean, messages), in_strings(tok.clean, more)
+        messages, marked, held = prepared(tok, template, messages, **more)
+    text = unmarked(marked)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+    off = [i for i, m in enumerate(messages)                         # never trained
+           if m["role"] == "tool" or not m.get("weight", 1) or train_on == "last" and i != last]
+    on = sorted({i for i, m in enumerate(messages) if m["role"] == "assistant"}.difference(off))
+    by_marks = BEGIN in marked and train_on != "everything"
+    wanted = [i for i in (off if by_marks or train_on == "everything" else on)
+              if any(messages[i].get(key) for key in ("content", *MORE))]
+    spans = located(tok, template, messages, text, wanted, **more) if wanted else []
+    if by_marks:
+        ends = np.cumsum([len(part) for part in re.split(f"{BEGIN}|{END}", marked)]).tolist()    # outside, inside, …
+        trained = [(a, b) for a, b in zip(ends[0::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in spans)]
+    elif train_on == "everything":
+        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
+        trained = list(zip(edges[::2], edges[1::2]))
+    else:
+        ends = [tok.every_pattern.match(text, len(text) - len(text[end:].lstrip())) for _, end, _ in spans]
+        trained = [(start, after.end() if after else end) for (start, end, _), after in zip(spans, ends)]
+    trained = [(start, end) for start, end in trained if end > start]
+    ids, ends, borders = tok.spans(text, held, [edge for span in trained for edge in span])
+    mask = np.zeros(len(ids), np.uint8)
+    first = np.searchsorted(ends, borders[::2], "right")             # a token that overlaps the span is trained
+    last = np.searchsorted(ends, borders[1::2], "left")
+    for a, b in zip(first.tolist(), last.tolist()):
+        mask[a:b + 1] = 1
+    return ids.astype(np.int64), mask
+
+
+def encode_prompt(tok, template, messages):
+    """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
+    messages, text, held = prepared(tok, template, in_strings(tok.clean, messages), prompt=True)
+    return tok.spans(unmarked(text), held)[0].tolist()
+
+
+def turn_end(tok, template):
+    """The ids that end an assistant's turn: what generation stops at."""
+    ids, mask = encode_chat(tok, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    last = int(ids[np.flatnonzero(mask)[-1]]) if mask.any() else -1
+    return sorted({i for i in (last, tok.special.get(tok.eos, -1)) if i in tok.special.values()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token files out
+#
+# A source becomes a folder, made on every core, renamed into place when it is whole, and found again by a fingerprint
+# of all it depends on. Chunks come back in their order, so that the number of processes changes nothing.
+
+class Tokens:
+    """A source's token files: document i is tokens[offsets[i]:offsets[i + 1]], for i from first to last."""
+
+    def __init__(self, folder, first=0, last=None):
+        self.folder = Path(folder)
+        self.header = read_json(self.folder / "header.json")
+        last = self.header["documents"] if last is None else last
+        read = lambda name, dtype: np.asarray(np.memmap(self.folder / name, dtype, "r"))    # its slices are cheaper
+        self.tokens, self.mask = read("tokens.bin", self.header["dtype"]), read("mask.bin", np.uint8)
+        self.offsets = read("offsets.bin", np.int64)[first:last + 1]
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def lengths(self, i):
+        """Targets and inputs of documents i: one fewer than their tokens."""
+        return self.offsets[np.asarray(i) + 1] - self.offsets[np.asarray(i)] - 1
+
+    def document(self, i):
+        """(tokens [n], mask [n])"""
+        where = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[where], self.mask[where]
+
+
+def tokenize(cfg, name, source, tok, quiet=False):
+    """One source -> its folder of token files; made anew only where something it depends on has changed."""
+    data = cfg["data"]
+    files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
+    if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
+        raise ValueError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
+    beside = filter(os.path.isfile, (f"{file[:-4]}_labels.npy" for file in files))
+    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
+    template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
+    keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range", "ignore_index")
+    prints = {"source": digest(stats), "tokenizer": tok.fingerprint, "template": digest(template),
+              "options": digest(FORMAT, [data[key] for key in keys], source["shape"], source["separator"])}
+    folder = Path(data["cache_dir"]) / f"{name.split('.')[-1]}-{digest(prints)}"
+    if (folder / "header.json").is_file():
+        return folder
+
+    ignored, ids = np.zeros(tok.n_vocab, bool), np.arange(tok.n_vocab)
+    low, high = data["ignore_token_id_range"] or (1, 0)
+    ignored[(low <= ids) & (ids <= high) | np.isin(ids, data["ignore_token_ids"])] = True
+    dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
+    STATE.update(tok=tok, template=None, shape=source["shape"], dtype=dtype, cfg=cfg, ignored=ignored)
+    size, counts, offset, problems = sum(s for _, s, _ in stats), collections.Counter(), 0, []
+    building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+        create = lambda name: open(building / name, "wb")
+        with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets:
+            offsets.write(np.zeros(1, np.int64).tobytes())
+            jobs = (job for file in files for job in chunks(file, source["separator"]))
+            results = encoded(jobs, size, data["processes"], quiet, name)
+            for ids, mask, lengths, more, bad in whole(results, data["seq_len"]):
+                tokens.write(ids)
+                masks.write(mask)
+                offsets.write(offset + np.cumsum(lengths))
+                offset += len(ids)
+                counts.update(more, documents=len(lengths), trained=int(mask.sum()))
+                counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
+                problems = (problems + bad)[:3]
+        if not counts["documents"]:
+            raise ValueError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
+                             f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
+                             f"{': ' + problems[0] if problems else ''})")
+        counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped", "cut_away", "skipped")
+        header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
+                  "files": files, "vocabulary": tok.n_vocab, "problems": problems}
+        header |= {key: counts[key] for key in counted}
+        (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
+        os.replace(building, folder)
+    except OSError as e:
+        if not (folder / "header.json").is_file():                   # else another process was faster: the same result
+            raise ValueError(f"{folder}: cannot write token files ({e.strerror}); "
+                             "data.cache_dir says where they go") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
 def encode_chunk(job):
     """A job of chunks() -> (tokens, mask, lengths, counts, problems): documents end to end; no lengths: part of one."""
     file, first, raw, part = job
@@ -1031,8 +1105,7 @@ def laid(documents, counts):
     mask = np.concatenate([np.zeros(0, np.uint8), *(mask for _, mask in documents)])
     if STATE["ignored"].any():
         mask[STATE["ignored"][tokens]] = 0
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    trained = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    ends, trained = (np.concatenate([[0], np.cumsum(n, dtype=np.int64)]) for n in (lengths, mask))
     firsts = np.minimum(ends[:-1] + 1, ends[1:])                     # a document's first token is nobody's target
     keep = trained[ends[1:]] > trained[firsts]
     counts["dropped"] += int((~keep).sum())
@@ -1041,91 +1114,6 @@ def laid(documents, counts):
 
 
 STATE = {}                                                           # what the jobs need; forks inherit it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# token files
-
-class Tokens:
-    """A source's token files: document i is tokens[offsets[i]:offsets[i + 1]], for i from first to last."""
-
-    def __init__(self, folder, first=0, last=None):
-        self.folder = Path(folder)
-        self.header = read_json(self.folder / "header.json")
-        last = self.header["documents"] if last is None else last
-        read = lambda name, dtype: np.asarray(np.memmap(self.folder / name, dtype, "r"))    # its slices are cheaper
-        self.tokens, self.mask = read("tokens.bin", self.header["dtype"]), read("mask.bin", np.uint8)
-        self.offsets = read("offsets.bin", np.int64)[first:last + 1]
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def lengths(self, i):
-        """Targets and inputs of documents i: one fewer than their tokens."""
-        return self.offsets[np.asarray(i) + 1] - self.offsets[np.asarray(i)] - 1
-
-    def document(self, i):
-        """(tokens [n], mask [n])"""
-        where = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[where], self.mask[where]
-
-
-def tokenize(cfg, name, source, tok, quiet=False):
-    """One source -> its folder of token files; made anew only where something it depends on has changed."""
-    data = cfg["data"]
-    files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
-    if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
-        raise ValueError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
-    beside = [f for f in (f"{file[:-4]}_labels.npy" for file in files) if Path(f).is_file()]
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
-    template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
-    keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range", "ignore_index")
-    prints = {"source": digest(stats), "tokenizer": tok.fingerprint, "template": digest(template),
-              "options": digest(FORMAT, [data[key] for key in keys], source["shape"], source["separator"])}
-    folder = Path(data["cache_dir"]) / f"{name.split('.')[-1]}-{digest(prints)}"
-    if (folder / "header.json").is_file():
-        return folder
-
-    ignored, ids = np.zeros(tok.n_vocab, bool), np.arange(tok.n_vocab)
-    low, high = data["ignore_token_id_range"] or (1, 0)
-    ignored[(low <= ids) & (ids <= high) | np.isin(ids, data["ignore_token_ids"])] = True
-    dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
-    STATE.update(tok=tok, template=None, shape=source["shape"], dtype=dtype, cfg=cfg, ignored=ignored)
-    size, counts, offset, problems = sum(s for _, s, _ in stats), collections.Counter(), 0, []
-    building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir(parents=True)
-        create = lambda name: open(building / name, "wb")
-        with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets:
-            offsets.write(np.zeros(1, np.int64).tobytes())
-            jobs = (job for file in files for job in chunks(file, source["separator"]))
-            results = encoded(jobs, size, data["processes"], quiet, name)
-            for ids, mask, lengths, more, bad in whole(results, data["seq_len"]):
-                tokens.write(ids)
-                masks.write(mask)
-                offsets.write(offset + np.cumsum(lengths))
-                offset += len(ids)
-                counts.update(more, documents=len(lengths), trained=int(mask.sum()))
-                counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
-                problems = (problems + bad)[:3]
-        if not counts["documents"]:
-            raise ValueError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
-                             f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
-                             f"{': ' + problems[0] if problems else ''})")
-        counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped", "cut_away", "skipped")
-        header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
-                  "files": files, "vocabulary": tok.n_vocab, "problems": problems}
-        header |= {key: counts[key] for key in counted}
-        (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
-        os.replace(building, folder)
-    except OSError as e:
-        if not (folder / "header.json").is_file():                   # else another process was faster: the same result
-            raise ValueError(f"{folder}: cannot write token files ({e.strerror}); "
-                             "data.cache_dir says where they go") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
 
 
 def whole(results, seq_len):
@@ -1204,17 +1192,18 @@ def prepare(cfg, tok=None, quiet=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a person looks at
+# show: what a person looks at
+#
+# Counts, lengths, and samples with the trained part marked: a template that masks wrongly is seen here before a step.
 
 def summary(name, tokens):
     h = tokens.header
-    told = [f"longest {h['longest']:,}"]
-    told += [f"{h['truncated']:,} cut off"] * (h["truncated"] > 0)
     away = f", {h['cut_away']:,} of them by cutting" if h["cut_away"] else ""
-    told += [f"{h['dropped']:,} dropped (nothing to train on{away})"] * (h["dropped"] > 0)
-    told += [f"{h['skipped']:,} skipped ({', '.join(h['problems'][:1])})"] * (h["skipped"] > 0)
+    told = {"truncated": "cut off", "dropped": f"dropped (nothing to train on{away})",
+            "skipped": f"skipped ({', '.join(h['problems'][:1])})"}
     return (f"{name}: {len(tokens):,} documents, {int(tokens.offsets[-1] - tokens.offsets[0]):,} tokens"
-            f" ({h['trained'] / h['tokens']:.0%} trained), {', '.join(told)}")
+            f" ({h['trained'] / h['tokens']:.0%} trained), longest {h['longest']:,}"
+            + "".join(f", {h[key]:,} {words}" for key, words in told.items() if h[key]))
 
 
 def histogram(tokens):
@@ -1230,10 +1219,10 @@ def shown(tok, ids, mask, colour):
     for part, m in zip(np.split(ids, borders), np.split(mask, borders)):
         text = tok.decode(part)
         if colour:
-            on = "\x1b[32m" if m[0] else "\x1b[2m"
             text = tok.every_pattern.sub(lambda m: f"\x1b[7m{m[0]}\x1b[27m", text)
-            text = f"{on}{text}\x1b[0m"
-        parts.append(f"[[{text}]]" if m[0] and not colour else text)
+            parts.append(f"\x1b[{32 if m[0] else 2}m{text}\x1b[0m")
+        else:
+            parts.append(f"[[{text}]]" if m[0] else text)
     return "".join(parts)
 
 

@@ -573,7 +573,8 @@ def main(cfg, source=None, explicit=None):
                 report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
                              "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
                              "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
-                             "seconds": now, "skipped": skipped, "compiled": shard.graphs()} | {k: t / (now - since) for k, t in waited.items()})
+                             "seconds": now, "skipped": skipped, "compiled": shard.graphs()}
+                            | {what: t / (now - since) for what, t in waited.items()})
                 since, tokens, waited = now, 0, dict.fromkeys(waited, 0.0)
             evaluating = labels and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"])
             if due(step, cfg["save_every"], total) or over or evaluating and cfg["best"]:

@@ -54,9 +54,9 @@ def main():
                 "max_steps=1", "eval_every=0", "save_every=0", "checkpoint.export=false", "log_every=1", "resume=never"]
         theirs = ["train.py", "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=1", "--log_interval=1", "--block_size=64", "--batch_size=8", "--n_layer=2", "--n_head=4", "--n_embd=64", "--max_iters=0", "--dropout=0.0",
                   f"--out_dir={folder}/nanogpt"]
-        (Path(folder) / "trl.py").write_text(TRL % folder)
+        (Path(folder) / "theirs.py").write_text(TRL % folder)
         for n in range(args.rounds + 1):
-            now = {"ours": until([*ours, f"out_dir={folder}/{n}"], ROOT, "step 1/1"), "nanoGPT": until(theirs, args.nanogpt, "iter 0:"), "TRL": until([f"{folder}/trl.py"], folder, "first step")}
+            now = {"ours": until([*ours, f"out_dir={folder}/{n}"], ROOT, "step 1/1"), "nanoGPT": until(theirs, args.nanogpt, "iter 0:"), "TRL": until([f"{folder}/theirs.py"], folder, "first step")}
             for side, seconds in now.items():
                 times[side] += [seconds] if n else []                  # the first round fills caches
     result = {}

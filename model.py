@@ -52,6 +52,28 @@ class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean x^2 + eps) * weight, in fp32. The backward pass needs x and one number a token, not the fp32
+    tensors in between, which autograd would keep: a third faster on a CPU, and 8 bytes a number less."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()                               # [T, 1]
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad = grad.float()
+        dweight = (grad * normed).sum(0) if ctx.needs_input_grad[1] else None
+        grad = grad * weight
+        along = (grad * normed).mean(-1, keepdim=True)               # the length of x changes nothing
+        return normed.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), dweight, None
+
+
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32, its weights rounded as all are."""
 
@@ -62,11 +84,12 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype).float()
-        if self.bias is None:
-            return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-        bias = self.bias.to(x.dtype).float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        if not x.is_cuda:                                      # a kernel's statistics are fp32 there, here as its weights
+            weight, bias = (None if p is None else p.float() for p in (weight, bias))
+        if bias is not None:
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps) if x.is_cuda else RMSNorm.apply(x, weight, self.eps)
 
 
 def rope_turns(positions, m):
@@ -303,18 +326,18 @@ def per_document(cu_seqlens, total, device):
     def attend(layer, qkv, keys):
         qkv = qkv if settled else Gather.apply(qkv, there, back, outside)
         keys = keys[there] if keys is not None and layer.dropout else None
-        out, at = [], 0
-        for longest, docs in groups:
-            part = slice(at, at + longest * len(docs))
-            group = qkv[part].float() if longest < LONG and not qkv.is_cuda else qkv[part]
+        out, sizes = [], [longest * len(docs) for longest, docs in groups]
+        keys = [None] * len(groups) if keys is None else keys.split(sizes)
+        for (longest, _), group, seeds in zip(groups, qkv.split(sizes), keys):
+            group = group.float() if longest < LONG and not qkv.is_cuda else group
             q, k, v = layer.split(group.unflatten(0, (-1, longest)).transpose(1, 2), 1)               # [d, H, len, E]
-            at, window = part.stop, layer.window if layer.window and layer.window < longest else None
-            if keys is None:
+            window = layer.window if layer.window and layer.window < longest else None
+            if seeds is None:
                 mask = sees(longest, window) if window else None
                 y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=layer.scale,
                                                    enable_gqa=layer.heads != layer.kv_heads)
             else:
-                y = dropped(layer, q, k, v, sees(longest, window), keys[part].unflatten(0, (-1, longest)))
+                y = dropped(layer, q, k, v, sees(longest, window), seeds.unflatten(0, (-1, longest)))
             out.append(y.transpose(1, 2).flatten(0, 1).to(qkv.dtype))                                 # [d * len, H, E]
         out = torch.cat(out)
         return out if settled else Gather.apply(out, back.clamp(min=0), used, padded)
@@ -419,42 +442,49 @@ LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 class ChunkedLoss(torch.autograd.Function):
     """Head and loss over chunks of tokens, so that the logits of all of them never stand in memory at once.
 
-    A chunk's gradient is taken right away, in the forward pass, while its logits are there; the backward pass only
-    scales what was gathered (the loss is one number, so its gradient is one factor). x [N, C], head [V', C], targets
-    [N], weights [N], bias [V'] or None -> (sum of weight * loss, loss per token [N], which carries no gradient). Only
-    the first V of the V' rows are tokens. In bf16 a chunk's products are rounded once; chunks add up in fp32.
+    A chunk's gradient is taken right away, in the forward pass, while its logits are there, and takes their place, piece
+    by piece: only a piece is ever in fp32. The backward pass only scales what was gathered (the loss is one number, so
+    its gradient is one factor). x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight *
+    loss, loss per token [N], which carries no gradient). Only the first V of the V' rows are tokens. In bf16 a chunk's
+    products are rounded once; chunks add up in fp32.
     """
     @staticmethod
     def forward(ctx, x, head, targets, weights, loss, bias=None, V=None):
         ctx.n, fill = len(x), -len(x) % 64                     # few shapes; what is filled in weighs 0
         x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
         want_x, want_head, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None
+        want = want_x or want_head
         w, rows, V = head.to(x.dtype), len(head), V or len(head)                                      # [V', C]
         b = None if bias is None else bias.to(x.dtype)
         dx = torch.empty_like(x) if want_x else None
         dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
         db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        step = chunk_rows(rows, x.is_cuda)
+        step, piece = chunk_rows(rows, x.element_size(), x.is_cuda)
+        room = torch.empty(min(step, len(x)), rows, dtype=x.dtype, device=x.device)
         for at in range(0, len(x), step):
-            part = slice(at, at + step)
-            logits = F.linear(x[part], w, b)[:, :V].float()                                           # [n, V]
-            with torch.enable_grad():
-                logits.requires_grad_(want_x or want_head)
-                nll = loss(logits, targets[part])
-                if want_x or want_head:
-                    grad, = torch.autograd.grad((nll * weights[part]).sum(), logits)
-                    grad = F.pad(grad.to(x.dtype), (0, rows - V)) if rows > V else grad.to(x.dtype)   # [n, V']
-            losses[part] = nll.detach()
-            del logits, nll                                    # or they stand beside the next chunk's
+            part, chunk = slice(at, at + step), room[:len(x) - at]                                    # [n, V']
+            torch.mm(x[part], w.T, out=chunk) if b is None else torch.addmm(b, x[part], w.T, out=chunk)
+            for some, start in zip(chunk.split(piece), range(at, len(x), piece)):
+                those = slice(start, start + len(some))
+                with torch.enable_grad():
+                    logits = some[:, :V].float().requires_grad_(want)                                 # [piece, V]
+                    nll = loss(logits, targets[those])
+                    if want:
+                        some[:, :V], = torch.autograd.grad((nll * weights[those]).sum(), logits)
+                losses[those] = nll.detach()
+                del logits, nll                                # or they stand beside the next piece's
+            if not want:
+                continue
+            chunk[:, V:] = 0                                   # d loss / d logits from here on
             if want_x:
-                torch.mm(grad, w, out=dx[part])
+                torch.mm(chunk, w, out=dx[part])
             if want_head and x.dtype == torch.float32:
-                dw.addmm_(grad.T, x[part])
+                dw.addmm_(chunk.T, x[part])
             elif want_head:
-                dw += grad.T @ x[part]
-            if want_bias and (want_x or want_head):
-                db += grad.sum(0, dtype=torch.float32)
+                dw += chunk.T @ x[part]
+            if want_bias:
+                db += chunk.sum(0, dtype=torch.float32)
         ctx.save_for_backward(dx, dw, db)
         loss_sum, losses = (losses * weights).sum(), losses[:ctx.n]
         ctx.mark_non_differentiable(losses)
@@ -466,12 +496,14 @@ class ChunkedLoss(torch.autograd.Function):
         return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
 
 
-CHUNK = 5 << 22    # logits in a chunk: 80 MB in fp32, of which two stand at once; fewer cost time (LOG.md)
+CHUNK, PIECE = 160 << 20, 8 << 20    # bytes: of logits in one matrix product; of those in fp32 at once (LOG.md)
 
 
-def chunk_rows(V, cuda):
-    """Tokens in a chunk. A GPU has many, or it would wait for the head's weights to come from memory once more."""
-    return max(1024 if cuda else 64, CHUNK // V)
+def chunk_rows(V, size, cuda):
+    """Tokens in a chunk, and in a piece of it, which stays in a CPU's cache; a logit in the chunk has `size` bytes. A
+    GPU takes a chunk at once, and more tokens: it would wait for the head's weights to come from memory once more."""
+    rows = max(64, CHUNK // (V * size) // 64 * 64)
+    return (max(1024, rows),) * 2 if cuda else (rows, max(1, PIECE // (4 * V)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

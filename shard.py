@@ -535,19 +535,18 @@ def settle(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # what it will cost
 
-def kept_by_block(m, size, cuda, learns, length):
+def kept_by_block(m, size, cuda, length):
     """Bytes per token that a block's forward pass keeps for its backward pass; `size` of a number in the computation.
 
-    A norm keeps its input in fp32 (on a CPU what it made of it, too, where its weight learns) and its output, which a
-    matmul reads; not q's and k's, for rope keeps nothing but its angles. Attention keeps q, k, v, its output and a sum
-    per head (of short documents on a CPU in fp32), and there the output once more, for the matmul. The MLP keeps what
-    goes into its activation, what comes out, and, gated, their product. Dropout keeps what it drops, and attention's
-    its probabilities, for each token as many as its document is long.
+    A norm keeps its input, and its output for the matmul that reads it; not q's and k's, for rope keeps nothing but its
+    angles. Attention keeps q, k, v, its output and a sum per head (of short documents on a CPU in fp32), and there the
+    output once more, for the matmul. The MLP keeps what goes into its activation, what comes out, and, gated, their
+    product. Dropout keeps what it drops, and attention's its probabilities, for each token as many as its document is
+    long.
     """
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
     fp32 = 4 if not cuda and length < transformer.LONG else size    # of attention
-    norm = 4 + size + (4 if m["norm"] == "rmsnorm" and learns and not cuda else 0)    # bytes per number
-    norms = (1 if m["shared_norm"] else 2) * norm * C + (m["qk_norm"] != "none") * (norm - size) * (H + K) * E
+    norms = size * ((2 if m["shared_norm"] else 4) * C + (m["qk_norm"] != "none") * (H + K) * E)
     attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)
     drops = (2 * C if m["resid_pdrop"] else 0) + (H * length * (5 + fp32) if m["attn_pdrop"] else 0)
     return norms + attention + drops + size * F * (4 if m["glu"] else 2)
@@ -589,12 +588,12 @@ def plan(m, cfg, gpus=1):
         state["copies"] = size * block * L if size < 4 and not lora["r"] and not cfg["shard"]["recompute"] else 0
         gradients = 4 * trained if rows > 1 or gpus > 1 else 0
 
-    kept = kept_by_block(m, size, cuda, not lora["r"], cfg["data"]["seq_len"])
+    kept = kept_by_block(m, size, cuda, cfg["data"]["seq_len"])
     input_only = size * C                                      # of a block that is computed again
     activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
-    chunk = min(T, transformer.chunk_rows(V, cuda))            # tokens whose logits stand in memory
+    chunk, piece = (min(T, n) for n in transformer.chunk_rows(V, size, cuda))
     plain = m["loss"] == "cross_entropy" and not m["loss_options"]
-    logits = chunk * V * (6 + size if plain else 16)           # logits, log-probabilities, the gradient of each
+    logits = V * (chunk * size + piece * (8 if plain else 16))       # a piece's in fp32, and the gradient of each
     head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
     backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
     if cfg["shard"]["recompute"]:                              # two of them in the place of what was computed again

@@ -146,6 +146,8 @@ def put(building, files):
 def finish(building, folder, files, state, keep):
     """Name a written checkpoint: check, sync, rename, point `latest` at it, delete all but the newest `keep`."""
     parent, sums = folder.parent, {name: checksum(building / name) for name in files}
+    for name in files:                                         # of some no rank has written a row: nobody has synced it
+        sync(building / name)
     state = json.loads(json.dumps(state | {"format": FORMAT, "checksums": sums}))
     (building / "state.json").write_text(json.dumps(state | {"checksum": own_checksum(state)}, indent=1) + "\n")
     sync(building / "state.json")
@@ -221,6 +223,8 @@ class Saver:
             for other in range(1, shard.ranks()):
                 problem = shard.wait_for(f"save{n}/rank{other}") or problem
             problem = problem or tried(finish, building, folder, files, state, self.keep)
+            if problem:
+                shutil.rmtree(building, ignore_errors=True)        # what is left of it would keep a full disk full
             shard.post(f"save{n}/named", problem)
         if problem:
             self.error = f"checkpoint {folder} was not written ({problem}); the run goes on, the older ones are whole"
@@ -389,6 +393,15 @@ def export(path, m, cfg, tok, folder, chats, adapter=None):
     os.replace(building, folder)
 
 
+def need_folder(folder, key):
+    """Raises ValueError, naming the key it stands in, where a folder is not and can't be made, or can't be written to."""
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise ValueError(f"{key}: {above} is a file; {key}=NEW")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: {above} can't be written to; {key}=NEW")
+
+
 def export_checkpoint(path, folder):
     """A run's (newest) checkpoint as a Hugging Face folder. Raises ValueError: none there, or a folder in use."""
     path, folder = Path(path), Path(folder)
@@ -396,6 +409,7 @@ def export_checkpoint(path, folder):
         if not (whole := found(path)):
             raise ValueError(f"{path}: no checkpoint there; a run's folder has them in checkpoints/")
         path = whole[-1]
+    need_folder(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty; name another folder")
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])

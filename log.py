@@ -79,10 +79,13 @@ class Log:
         self.resumed, self.before, self.width = resumed, before, len(f"{total_steps:,}")
         if strange := [name for name in cfg["log"]["to"] if name not in PLACES]:
             raise ValueError(f"log.to: {strange[0]} is none of {', '.join(PLACES)}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ValueError(f"out_dir: {self.path.parent} can't be made: {e.strerror}") from None
         old = [r for r in read(self.path.parent) if r["step"] <= resumed] if resumed else []
         replace(self.path, "".join(json.dumps(r) + "\n" for r in old))
-        self.file = open(self.path, "a", buffering=1)
+        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
         self.places = []
         for name in cfg["log"]["to"]:
             try:
@@ -123,7 +126,12 @@ class Log:
 
     def write(self, record):
         record = {key: number(value) for key, value in record.items()}
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as e:                                   # a full disk, say: these lines wait for the next
+            print(f"{self.path} can't be written ({e.strerror}); the run goes on", flush=True)
         for place in self.places:
             place(record)
         return record

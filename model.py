@@ -92,6 +92,24 @@ class Norm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps) if x.is_cuda else RMSNorm.apply(x, weight, self.eps)
 
 
+SCALINGS = {"default": (), "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def rope_scaling(m):
+    """-> (the kind of scaling a model section asks for, its section). Raises ValueError: not known, or lacks a number."""
+    section = m["rope_scaling"] or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"model.rope_scaling: expected null or a section as config.json's, got {section}")
+    kind = section.get("rope_type", section.get("type", "default"))
+    if kind not in SCALINGS:
+        raise ValueError(f"model.rope_scaling.rope_type: {kind} is none of {', '.join(SCALINGS)}")
+    for key in SCALINGS[kind]:
+        if type(section.get(key)) not in (int, float) or section[key] <= 0:
+            raise ValueError(f"model.rope_scaling.{key}: {kind} needs it, a number above 0; got {section.get(key)}")
+    return kind, section
+
+
 def rope_turns(positions, m):
     """[T] -> [T, 1, R/2] complex64 of length 1: what turns the pairs (x_i, x_(i + R/2)) of a head (arXiv:2104.09864).
 
@@ -101,8 +119,7 @@ def rope_turns(positions, m):
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
     freqs = m["rope_theta"] ** -exponents                                                             # [R/2]
-    scaling = m["rope_scaling"] or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind, scaling = rope_scaling(m)
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     elif kind == "llama3":                                     # long waves stretched, short ones kept, a ramp between
@@ -369,7 +386,9 @@ def varlen(cu_seqlens, total, max_len):
         if said.keys() - takes.keys() or layer.window and "is_causal" in said:
             raise ValueError("model.sliding_window, model.attention_multiplier: need torch 2.12 and its attention")
         q, k, v = layer.split(qkv, 1)
-        if layer.heads != layer.kv_heads:                            # the argument that spares this copy came with 2.12
+        if layer.heads != layer.kv_heads and "enable_gqa" in takes:
+            said["enable_gqa"] = True
+        elif layer.heads != layer.kv_heads:                          # the argument that spares this copy came with 2.12
             k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **said)
@@ -424,9 +443,8 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     label_smoothing  that share of the target is spread over all V tokens (arXiv:1512.00567, 7)
     z_loss           times log(sum of exp(logits))^2: keeps logits near a sum of 1 (arXiv:2204.02311, 5)
     """
-    nll = NLL.apply(logits, targets)
-    if label_smoothing:
-        nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    nll = (F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing) if label_smoothing else
+           NLL.apply(logits, targets))
     return nll + z_loss * logits.logsumexp(-1) ** 2 if z_loss else nll
 
 
@@ -452,8 +470,8 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, x, head, targets, weights, loss, bias=None, V=None):
         ctx.n, fill = len(x), -len(x) % 64                     # few shapes; what is filled in weighs 0
         x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
-        want_x, want_head, want_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias is not None
-        want = want_x or want_head
+        want_x, want_head, want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad)
+        want_bias = want and bias is not None
         w, rows, V = head.to(x.dtype), len(head), V or len(head)                                      # [V', C]
         b = None if bias is None else bias.to(x.dtype)
         dx = torch.empty_like(x) if want_x else None
@@ -513,14 +531,13 @@ class Transformer(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.m = m
-        kind = (scaling := m["rope_scaling"] or {}).get("rope_type", scaling.get("type", "default"))
+        rope_scaling(m)
         self.rows = -(-m["vocab_size"] // m["pad_vocab_size_multiple"]) * m["pad_vocab_size_multiple"]
         choices = {"loss": LOSSES, "embed": EMBEDDINGS, "norm": ("rmsnorm", "layernorm"), "activation": ACTIVATIONS,
-                   "positions": ("rope", "learned"), "rope_scaling.rope_type": ("default", "linear", "llama3"),
-                   "qk_norm": ("none", "head", "all")}
+                   "positions": ("rope", "learned"), "qk_norm": ("none", "head", "all")}
         for key, known in choices.items():
-            if (value := m.get(key, kind)) not in known:
-                raise ValueError(f"model.{key}: {value} is none of {', '.join(known)}")
+            if m[key] not in known:
+                raise ValueError(f"model.{key}: {m[key]} is none of {', '.join(known)}")
         self.embed = Embedding(self.rows, m["d_model"])
         self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
@@ -535,10 +552,13 @@ class Transformer(nn.Module):
         """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""
         total, cu = len(batch["tokens"]), batch["cu_seqlens"]
         fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.m["attn_pdrop"])
+        fast = fast and self.m["head_dim"] % 8 == 0 and self.m["head_dim"] <= 256    # what the kernel is made for
         x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
         at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
         weights = batch["weights"][at]
-        loss_sum, losses = ChunkedLoss.apply(x[at], self.head_weight(), batch["targets"][at], weights, self.loss,
+        head = self.head_weight()
+        head = head if torch.is_grad_enabled() else head.detach()    # a Function is not told that no gradient is wanted
+        loss_sum, losses = ChunkedLoss.apply(x[at], head, batch["targets"][at], weights, self.loss,
                                              self.head_bias, self.m["vocab_size"])
         docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, document_of(batch)[at], losses * weights)
         return loss_sum, weights.sum(), docs
@@ -560,7 +580,7 @@ class Transformer(nn.Module):
         for n, block in enumerate(self.blocks):
             args = x, rope, attend, None if keys is None else scrambled(keys + n + 1)
             if self.recompute and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
         x = self.norm(x)
@@ -582,6 +602,8 @@ def with_options(key, functions, m):
     function, options = functions[m[key]], m[f"{key}_options"]
     takes = list(inspect.signature(function).parameters.values())[2:]    # besides the two that it always gets
     names = [p.name for p in takes]
+    if odd := [name for name, value in options.items() if type(value) not in (int, float)]:
+        raise ValueError(f"model.{key}_options.{odd[0]}: expected a number, got {options[odd[0]]}")
     if strange := [name for name in options if name not in names]:
         raise ValueError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
     if lacking := [p.name for p in takes if p.default is p.empty and p.name not in options]:
@@ -785,14 +807,14 @@ def stored_weights(path, m):
 def open_weights(folder):
     """-> {their name: the open safetensors file that holds it}. Raises ValueError: none there, pickles, or damage."""
     from safetensors import SafetensorError, safe_open
-    index = folder / "model.safetensors.index.json"
+    at = index = folder / "model.safetensors.index.json"         # at: what is being read
     try:
         files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
         if index.is_file() and files[:1] != [folder / "model.safetensors"]:
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        opened = [safe_open(f, framework="pt") for f in files]
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{folder}: a damaged or missing safetensors file: {e}") from None
+        opened = [safe_open(at := f, framework="pt") for f in files]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{at}: a damaged or missing safetensors file: {e}") from None
     if not files:
         pickles = ", ".join(sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")))
         raise ValueError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run "
@@ -824,7 +846,8 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     original = Path(configs.pretrained(str(source)) or "/nowhere") / "config.json"
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else dict.fromkeys(ids)
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
     for key in ("torch_dtype", "rope_parameters"):             # said below, in the words every version reads
         config.pop(key, None)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]], "dtype": dtype}
@@ -883,8 +906,9 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     going  (is each prompt alive?) -> go on? A model in parts runs only where all who hold one run it: any of theirs
     """
     m, device, B = model.m, model.embed.weight.device, len(prompts)
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"expected temperature >= 0, 0 < top_p <= 1, top_k >= 0; got {temperature}, {top_p}, {top_k}")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
+        raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1; "
+                         f"got {temperature}, {top_p}, {top_k}, {max_tokens}")
     if not prompts or not all(prompts) or max(map(len, prompts)) > m["max_len"]:
         lengths = sorted({len(p) for p in prompts})
         raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")

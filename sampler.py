@@ -313,7 +313,7 @@ def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
     targets = int(targets_of(indices, sources).sum())
     mine = [collate(np.asarray(indices)[row], sources, pad_to) for row in rows[rank]]
     longest = [max(sum(lengths[i] for i in rows[r][k]) for r in range(ranks)) for k in range(len(rows[0]))]
-    packing = float(lengths.sum() / max(1, ranks * sum(longest)))
+    packing = float(lengths.sum() / max(1, ranks * sum(-(-n // pad_to) * pad_to for n in longest)))
     return mine, {"documents": len(indices), "tokens": int(lengths.sum()), "target_tokens": targets,
                   "weight": float(targets), "packing": packing, "lengths": lengths}
 

@@ -309,6 +309,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base, parts, r, alpha):
         super().__init__()
         self.base, self.parts, self.r, self.scale = base.requires_grad_(False), parts, r, alpha / r
+        self.spans = [(start, end) for _, start, end in parts]     # without names, so that equal layers share a graph
         self.A = nn.Parameter(torch.empty(len(parts) * r, base.in_features, device=base.weight.device))
         zeros = (torch.zeros(end - start, r, device=base.weight.device) for _, start, end in parts)
         self.B = nn.ParameterList(nn.Parameter(B) for B in zeros)
@@ -317,7 +318,7 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         low = F.linear(x, self.A.to(x.dtype)) * self.scale                                            # [T, n r]
         outs, at = [], 0
-        for (_, start, end), B, part in zip(self.parts, self.B, low.split(self.r, -1)):
+        for (start, end), B, part in zip(self.spans, self.B, low.split(self.r, -1)):
             if start > at:
                 outs.append(y[:, at:start])
             outs.append(y[:, start:end] + F.linear(part, B.to(x.dtype)))
@@ -473,6 +474,10 @@ def prepare(model, m, cfg, read):
     device, dtype = pick_device(cfg)
     if device.type == "cpu":
         keep_memory()
+    else:                                                      # else a kernel may add in whatever order its parts end
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if cfg["shard"]["lora"]["r"]:
         add_lora(model, m, cfg["shard"]["lora"])
         read = with_adapters(model, read, cfg["seed"])

@@ -248,12 +248,17 @@ def by_document(documents):
     return [i for ids, _ in every for i in ids], [x for _, losses in every for x in losses]
 
 
-def to_device(row, device):
-    """A row of numpy arrays -> of tensors. From pinned memory the copy runs beside the computation."""
+def as_tensors(row, device):
+    """A row of numpy arrays -> of tensors, in memory that a GPU can copy from while it computes."""
     out = {key: torch.from_numpy(value) for key, value in row.items() if isinstance(value, np.ndarray)}
     if device.type == "cuda":
-        out = {key: t.pin_memory().to(device, non_blocking=True) for key, t in out.items()}
+        with torch.cuda.device(device):                        # a thread of its own would wake the first GPU
+            out = {key: t.pin_memory() for key, t in out.items()}
     return out | {"max_len": row["max_len"]}
+
+
+def to_device(row, device):
+    return {key: t.to(device, non_blocking=True) if torch.is_tensor(t) else t for key, t in row.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,7 +281,7 @@ def validation_loss(model, sources, cfg, device):
         documents = np.arange(start, min(start + 1024, n))
         rows, info = sampler.rows_of(documents, cfg, sources, shard.ranks(), shard.rank(), pad_to)
         for row in rows:
-            total += model(to_device(row, device))[0].double()
+            total += model(to_device(as_tensors(row, device), device))[0].double()
         weight += info["weight"]
     return shard.summed([float(total)])[0] / weight
 
@@ -356,11 +361,17 @@ def memory(device):
 def where_to_start(cfg):
     """resume -> the checkpoint to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
     out, resume = Path(cfg["out_dir"]), cfg["resume"]
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out_dir: {out} is a file; out_dir=NEW")
+    checkpoint.need_folder(out, "out_dir")
     named = None if resume in ("auto", "never") else Path(resume)
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        resume = "auto"                                        # torchrun starts this run again, that wrote what is there
     if named:
-        checkpoint.read_state(named)
+        there = checkpoint.read_state(named)["dtype"]
+        odd = [] if cfg["dtype"] in ("auto", there) else [f"dtype: {there} there, {cfg['dtype']} here"]
+        odd += [d for d in checkpoint.differences(named.resolve().parents[1], cfg) if d.startswith("optimizer:")]
+        if odd:
+            raise ValueError(f"resume: {named} does not fit ({'; '.join(odd)}); model.init_from starts from the weights "
+                             "that its run has exported")
     if not (out / "config.yaml").is_file():
         return named
     if resume == "never":
@@ -397,7 +408,7 @@ def find_weights(cfg, tok):
 def length_of_run(cfg, data):
     """-> (steps in an epoch, steps in all). Raises ValueError where rows are too short or nothing says when to end."""
     epoch = sampler.steps_per_epoch(cfg, {name: len(t) for name, t in data["train"].items()})
-    longest = max(int(t.lengths(np.arange(len(t))).max()) for group in data.values() for t in group.values())
+    longest = max(t.header["longest"] for group in data.values() for t in group.values()) - 1    # inputs of a document
     if longest > cfg["micro_tokens"]:
         raise ValueError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest document's {longest} tokens; "
                          f"micro_tokens={longest}, or data.seq_len={cfg['micro_tokens']}")
@@ -419,7 +430,8 @@ def introduce(cfg, model, data, epoch, total, device):
                  f"{trained:,} trained{f' (LoRA of rank {lora})' if lora else ''}, "
                  f"from {model.m['init_from'] or 'scratch'}{f', with {new:,} new tokens' if new else ''}")
     documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
-    mean = sum(int(t.lengths(np.arange(len(t))).sum()) for t in train.values()) / sum(map(len, train.values()))
+    inputs = sum(int(t.offsets[-1] - t.offsets[0]) - len(t) for t in train.values())
+    mean = inputs / sum(map(len, train.values()))
     rows = math.ceil(batch * mean / cfg["micro_tokens"] / ranks)
     lines.append(f"step      {batch} documents x {mean:,.0f} tokens = {batch * mean:,.0f} tokens, "
                  f"in {rows} row{'s' * (rows > 1)} of at most {cfg['micro_tokens']:,}{' on each rank' * (ranks > 1)}")
@@ -466,7 +478,8 @@ def main(cfg, source=None, explicit=None):
 
     report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
     if rank == 0:
-        log.replace(out / "config.yaml", configs.dump(explicit or {}))
+        asks = explicit or {}                                  # "never" has been said; from now on the folder goes on
+        log.replace(out / "config.yaml", configs.dump({key: asks[key] for key in asks if asks[key] != "never"}))
     saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
     chats = any(t.header["chats"] for group in data.values() for t in group.values())
     state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
@@ -491,8 +504,8 @@ def main(cfg, source=None, explicit=None):
                          f"{', '.join(numbers) if labels and cfg['eval_every'] else 'nothing is'}")
 
     def mark_best():
-        saver.wait()
         if cfg["best"] and rank == 0:
+            saver.wait()
             checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
 
     def validate():
@@ -528,7 +541,13 @@ def main(cfg, source=None, explicit=None):
         return step
 
     multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
-    lay_out = lambda s: sampler.step_rows(s, cfg, data["train"], ranks, rank, multiple, seen) if s < total else None
+
+    def lay_out(step):
+        """A step's rows and what they hold, on the host. Nothing behind the last step."""
+        if step < total:
+            rows, info = sampler.step_rows(step, cfg, data["train"], ranks, rank, multiple, seen)
+            return [as_tensors(row, device) for row in rows], info
+
     end = asked_to_end()
     over = step >= total or end == TIME_IS_UP
     known = lambda: any(r["step"] == step for r in log.read(out) if evaluated(r))

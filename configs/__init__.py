@@ -358,10 +358,12 @@ def translate(theirs, path):
         if not found and isinstance(ways[-1], str):
             raise ValueError(f"{path}: lacks {ways[0]}, which a {name} model needs")
         ours[key] = found[0] if found else ways[-1]
-    if scaling := ours.get("rope_scaling"):                          # newer files say all of rope in this section
+    if isinstance(scaling := ours.get("rope_scaling"), dict):        # newer files say all of rope in this section
         scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor")}
         plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
         ours["rope_scaling"] = None if plain else scaling
+    elif scaling:
+        raise ValueError(f"{path}: rope_scaling is {scaling!r}, and no section")
     for key, value in family.get("refuse", {}).items():
         if theirs.get(key, value) != value:
             raise ValueError(f"{path}: {key} = {theirs[key]!r} is not supported, only {value!r}")
@@ -381,7 +383,7 @@ AT_LEAST = {                                                         # {key: lea
     "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
     "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0, "model.sliding_window": 1,
     "model.pad_vocab_size_multiple": 1, "model.embd_pdrop": 0, "model.attn_pdrop": 0, "model.resid_pdrop": 0,
-    "model.partial_rotary_factor": 0, "model.attention_multiplier": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1,
+    "model.partial_rotary_factor": 0, "model.init_std": 0, "model.rope_theta": 1, "model.attention_multiplier": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1,
     "shard.lora.r": 0, "shard.lora.alpha": 0}
 INTS = ("max_steps", "profile", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim",
         "model.vocab_size", "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
@@ -430,6 +432,8 @@ def check(cfg, source, defaults):
         wrong("betas", "two numbers, at least 0 and below 1")
     if cfg["momentum"] >= 1:
         wrong("momentum", "a number, at least 0 and below 1")
+    if cfg["shard"]["compile"] not in (None, True, False) or type(cfg["shard"]["compile"]) is int:
+        wrong("shard.compile", "true, false or null")
     if cfg["patience"] and not cfg["best"]:
         wrong("patience", "0 where `best` names no number")
     for group in cfg["groups"]:

@@ -115,11 +115,19 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, mon
     with pytest.raises(ValueError, match="last steps were not saved"):
         train.main(*loaded)
     assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
+    assert not list((Path(loaded[0]["out_dir"]) / "checkpoints").glob(".*.building"))    # what is left of one would keep the disk full
     monkeypatch.setattr(checkpoint, "put", lambda *args: full(*args) if len(calls) < 9 else real(*args))
     del calls[1:]
     calls += [None] * 6                                              # steps 4 and 6 again, and only then is there room
     train.main(*loaded)
     assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002", "00000006"]
+
+
+def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_bears_its_name(tiny, monkeypatch):
+    loaded, synced, real = tiny("max_steps=2", "eval_every=0", out="synced"), set(), checkpoint.sync
+    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.add(Path(path).name), real(path)))
+    train.main(*loaded)
+    assert {p.name for p in checkpoint.found(loaded[0]["out_dir"])[-1].iterdir()} <= synced
 
 
 @pytest.mark.parametrize("state", [lambda p: torch.ones(p.shape[:1]), lambda p: torch.full(p.shape, 7, dtype=torch.int32), lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])
@@ -160,7 +168,8 @@ def test_ls_and_export(finished, script, tmp_path):
         assert (tmp_path / folder / "model.safetensors").is_file() and (tmp_path / folder / "tokenizer.json").is_file()
     again = script("checkpoint.py", "export", out, tmp_path / "early")
     assert again.returncode == 1 and "not empty" in again.stderr and again.stderr.count("\n") == 1
-    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"]):
+    (tmp_path / "file").write_text("")
+    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"], ["export", out, tmp_path / "file"]):
         wrong = script("checkpoint.py", *args)
         assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 

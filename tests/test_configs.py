@@ -136,7 +136,8 @@ def test_interpolation_that_cannot_be(argv, words):
 @pytest.mark.parametrize("argv, words", [
     (['groups=[{match: "a("}]'], ["groups", "regular expression"]), (["groups=[3]"], ["groups"]), (["groups=[{lr: 1}]"], ["groups", "match"]), (["groups=[{match: embed, lr: x}]"], ["groups"]),
     (["groups=[{match: embed, lr: -1}]"], ["groups", "below 0"]), (["groups=[{match: embed, weight_decay: .nan}]"], ["groups"]), (["momentum=1.0"], ["momentum", "below 1"]),
-    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]), (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"])])
+    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]), (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"]),
+    (["shard.compile=no"], ["shard.compile", "true"]), (["shard.compile=1"], ["shard.compile"]), (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"])])
 def test_ranges_and_choices_are_checked(argv, words):
     with pytest.raises(ValueError) as e:
         configs.load(argv)

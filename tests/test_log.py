@@ -31,6 +31,17 @@ def test_going_on_drops_the_records_of_steps_done_again(tmp_path):
     assert [(r["step"], r.get("loss")) for r in log.read(folder)] == [(1, 4.0), (2, 3.0), (3, 1.0), (3, None)]
 
 
+def test_a_full_disk_keeps_the_run_and_its_records(tmp_path, capsys):
+    writer = log.Log(configs.load([f"out_dir={tmp_path}"])[0], 3)
+    there, writer.file = writer.file, open("/dev/full", "ab", buffering=0)
+    writer.validation({"step": 1, "val/x/loss": 3.0})
+    writer.validation({"step": 2, "val/x/loss": 2.0})
+    assert capsys.readouterr().out.count("No space left") == 2 and not log.read(tmp_path)
+    writer.file = there                                              # somebody has made room
+    writer.validation({"step": 3, "val/x/loss": 1.0})
+    assert [r["step"] for r in log.read(tmp_path)] == [1, 2, 3]
+
+
 def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, script):
     a, b = logged(tmp_path, "a", 4.0, 3.0, 2.0), logged(tmp_path, "b", 5.0, 1.0)
     out = script("log.py", a, b)

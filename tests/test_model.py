@@ -317,6 +317,14 @@ def test_untrained_targets_cost_no_matmul_of_the_head():
     assert counted(0) - counted(150) == one * (640 - 192)            # 638 and 188 tokens, in chunks of 64
 
 
+def test_a_forward_pass_without_gradients_takes_none_in_the_head_either():
+    from torch.utils.flop_counter import FlopCounterMode
+    model, docs = M.build(M_TINY | {"vocab_size": 5000}), documents(101, 129)
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        model(row(docs))
+    assert 2 * 5000 * 48 * 128 <= count.get_total_flops() < 1.5 * 2 * 5000 * 48 * 128
+
+
 def test_losses_are_their_formulas():
     logits, targets = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))
     logs = logits.log_softmax(-1)

@@ -73,6 +73,19 @@ def test_compiled_halves_are_the_blocks():
     assert torch.allclose(plain, compiled, rtol=1e-4) and shard.graphs() - before == 4
 
 
+def test_equal_layers_share_what_is_compiled_also_under_lora():
+    def compiled(layers):
+        c = configs.load(["model.vocab_size=70", "model.d_model=32", "model.n_heads=4", f"model.n_layers={layers}", "device=cpu", "dtype=float32", "shard.lora.r=2"])[0]
+        model = shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+        torch._dynamo.reset()
+        for block in model.blocks:                                   # traced as by inductor, and then run as it stands
+            block.before, block.behind = (torch.compile(half, backend="eager") for half in (block.before, block.behind))
+        before = shard.graphs()
+        model(batch())[0].backward()
+        return shard.graphs() - before
+    assert compiled(2) == compiled(10) == 2
+
+
 def test_the_plan_adds_up():
     c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
     total = sum(p.numel() for p in M.on_meta(c["model"]).parameters())

@@ -60,6 +60,10 @@ def test_packing_counts_what_it_packs(tiny):
     run(loaded)
     for tokens, targets, documents, packing in records(loaded[0], "tokens", "target_tokens", "documents", "packing"):
         assert documents == 4 and 0 < targets < tokens and 0 < packing <= 1
+    padded = tiny("max_steps=1", "eval_every=0", "dtype=bfloat16", out="padded")
+    run(padded)
+    (tokens, packing), = records(padded[0], "tokens", "packing")
+    assert packing == pytest.approx(tokens / (-(-tokens // 64) * 64))
 
 
 # ---- law 3
@@ -115,6 +119,19 @@ def test_going_on_from_a_named_checkpoint(tiny):
     with pytest.raises(ValueError, match="lr"):                      # within its own folder a run keeps its keys
         train.main(*tiny("max_steps=8", "save_every=4", "eval_every=0", "lr=5e-3", f"resume={four}", out="base"))
     assert [p.name for p in checkpoint.found(base[0]["out_dir"])] == ["00000004", "00000008"]
+    for more in ("optimizer=muon", "dtype=bfloat16"):                # what is in it can't go on so
+        with pytest.raises(ValueError, match=more.split("=")[0]):
+            train.main(*tiny("max_steps=8", "eval_every=0", f"resume={four}", more, out="strange"))
+
+
+def test_never_is_said_once(tiny, monkeypatch):
+    loaded = tiny("max_steps=4", "eval_every=0", "resume=never", out="once")
+    run(loaded)
+    with pytest.raises(ValueError, match="never"):
+        train.main(*loaded)
+    assert "resume" not in (Path(loaded[0]["out_dir"]) / "config.yaml").read_text()   # by this the folder goes on
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")            # torchrun starts the command again after a crash
+    train.main(*loaded)
 
 
 def test_a_finished_run_stays_finished(tiny, capsys):
@@ -458,7 +475,9 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
     (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
     (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
     (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"]),
-    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"]), (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"])])
+    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"]), (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"]),
+    (["model.rope_scaling=5"], ["model.rope_scaling", "5"]), (["model.rope_scaling={rope_type: llama3, factor: 8.0}"], ["rope_scaling.low_freq_factor"]), (["model.rope_scaling={rope_type: yarn}"], ["yarn", "llama3"]),
+    (["model.loss_options={label_smoothing: abc}"], ["label_smoothing", "abc"]), (["out_dir=README.md/run"], ["out_dir", "README.md"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")

@@ -418,6 +418,16 @@ def length_of_run(cfg, data):
     return epoch, min(limits)
 
 
+def check_best(cfg, asked):
+    """Raises ValueError where `best` names what no evaluation of this run logs. asked: {label: its questions}"""
+    numbers = ["loss", "grad_norm"] * (cfg["log_every"] > 0) + [f"val/{label}/loss" for label in asked]
+    numbers += [f"val/{label}/exact_match" for label in asked if asked[label]]
+    evaluated = asked and cfg["eval_every"]
+    if cfg["best"] and (cfg["best"].removeprefix("max ") not in numbers or not evaluated):
+        raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
+                         f"{', '.join(numbers) if evaluated else 'nothing is'}")
+
+
 def introduce(cfg, model, data, epoch, total, device):
     """What is about to be done, as arithmetic -> lines."""
     train, batch, lora, ranks = data["train"], cfg["batch_size"], cfg["shard"]["lora"]["r"], shard.ranks()
@@ -497,11 +507,7 @@ def main(cfg, source=None, explicit=None):
         stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
     asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
-    numbers = ["loss", "grad_norm"] * (cfg["log_every"] > 0) + [f"val/{label}/loss" for label in labels]
-    numbers += [f"val/{label}/exact_match" for label in labels if asked[label]]
-    if cfg["best"] and (cfg["best"].removeprefix("max ") not in numbers or not labels or not cfg["eval_every"]):
-        raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
-                         f"{', '.join(numbers) if labels and cfg['eval_every'] else 'nothing is'}")
+    check_best(cfg, asked)
 
     def mark_best():
         if cfg["best"] and rank == 0:
@@ -618,10 +624,6 @@ def main(cfg, source=None, explicit=None):
         why = "max_seconds are over" if end else f"nothing better in {cfg['best']} for {cfg['patience']} evaluations"
         report.say(f"ended after step {step:,} of {total:,}: {why}")
 
-    for group in texts.values():
-        for prompt, reply, reference in group[:cfg["samples"]]:
-            right = reply.strip() == reference.strip()
-            report.say(f"\n{prompt}{reply}\n    {'as expected' if right else f'expected: {reference}'}")
     if not written:
         report.close()
         raise ValueError(f"{saver.folder}: the last steps were not saved, see above; the same command does them again")
@@ -630,7 +632,7 @@ def main(cfg, source=None, explicit=None):
         folder = saver.folder / ("best" if (saver.folder / "best").is_dir() and cfg["best"] else "latest")
         shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
     if rank == 0:
-        for line in outcome(cfg, step):
+        for line in outcome(cfg, step, texts):
             report.say(line)
     report.close()
 
@@ -667,9 +669,12 @@ def named(documents, sources):
     return f"not finite: document {', '.join(out)}{more}" if out else "each document's own loss is finite"
 
 
-def outcome(cfg, total):
-    """What the run has come to, from its own records -> lines."""
+def outcome(cfg, total, texts):
+    """What the run has come to, from its last answers and its records -> lines."""
     records, lines = log.read(cfg["out_dir"]), [""]
+    for prompt, reply, reference in (text for group in texts.values() for text in group[:cfg["samples"]]):
+        right = reply.strip() == reference.strip()
+        lines += [f"{prompt}{reply}", f"    {'as expected' if right else f'expected: {reference}'}", ""]
     for key in sorted({key for r in records for key in r if key.startswith("val/")}):
         figures = [r[key] for r in records if r.get(key) is not None]
         lines += [f"{key.removeprefix('val/'):<24} {figures[0]:.3f} -> {figures[-1]:.3f}"] if figures else []

@@ -424,7 +424,7 @@ class Borrowed:
 
     def __init__(self, path, spec, special, added, **more):          # bos, eos, template, folder, names
         import tokenizers
-        self.private = {text: f"\ufdd4{n}\ufdd5" for n, text in enumerate(special)}
+        self.private = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in special}
         hidden = lambda text: self.private.get(text, text)
         vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
         renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
@@ -452,7 +452,7 @@ class Borrowed:
     def decode(self, ids):
         text = self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
         names = {private: text for text, private in self.private.items()}
-        return re.sub("\ufdd4\\d+\ufdd5", lambda m: names[m[0]], text)
+        return any_of(names).sub(lambda m: names[m[0]], text)
 
 
 def any_of(texts):

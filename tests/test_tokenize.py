@@ -17,7 +17,8 @@ def spans(tok, ids, mask):
 
 
 def cfg_for(tmp_path, path, *more):
-    return configs.load([f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'cache'}", *more])[0]
+    where = f"data.cache_dir={tmp_path / 'cache'}"
+    return configs.load([f"data.train.x.path={path}", "data.tokenizer=bytes", where, *more])[0]
 
 
 def write(tmp_path, records, name="x.jsonl"):
@@ -50,7 +51,8 @@ def test_special_tokens_spelled_in_a_message_stay_text():
 def test_messages_of_weight_0_and_tools_are_not_trained():
     messages = T.normal({"messages": [{"role": "user", "content": "a"},
                                       {"role": "assistant", "content": "b", "weight": 0},
-                                      {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}, "x")["messages"]
+                                      {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]},
+                        "x")["messages"]
     ids, mask = T.encode_chat(BYTES, CHATML, messages)
     assert spans(BYTES, ids, mask) == ["d<|im_end|>"]
 
@@ -67,10 +69,12 @@ def test_generation_marks_in_a_template_say_what_is_trained():
 def test_templates_that_trim_or_look_into_contents():
     trims = T.compile_template("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}")
     ids, mask = T.encode_chat(BYTES, trims, chat("  a ", "  b b \n", "c", "[assistant]"))
-    assert BYTES.decode(ids) == "[user]a<|im_end|>[assistant]b b<|im_end|>[user]c<|im_end|>[assistant][assistant]<|im_end|>"
+    assert BYTES.decode(ids) == ("[user]a<|im_end|>[assistant]b b<|im_end|>"
+                                 "[user]c<|im_end|>[assistant][assistant]<|im_end|>")
     assert spans(BYTES, ids, mask) == ["b b<|im_end|>", "[assistant]<|im_end|>"]
     thinks = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
-                                "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}")
+                                "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+                                "<|im_end|>{% endfor %}")
     ids, mask = T.encode_chat(BYTES, thinks, chat("a", "<think>hm</think>b", "c", "<think>so</think>d"))
     assert BYTES.decode(ids) == "a<|im_end|>b<|im_end|>c<|im_end|><think>so</think>d<|im_end|>"
     assert spans(BYTES, ids, mask) == ["b<|im_end|>", "<think>so</think>d<|im_end|>"]
@@ -105,14 +109,16 @@ def test_text_is_bos_ids_eos_in_windows_that_lose_no_target(tmp_path):
     first = np.concatenate([docs[0][0], *[d[0][1:] for d in docs[1:4]]])
     assert BYTES.decode(first) == f"<|endoftext|>{text}<|endoftext|>" and all(m.all() for _, m in docs)
     assert data.lengths(np.arange(len(data))).max() == 16 and sum(data.lengths(np.arange(4))) == len(text) + 1
-    assert BYTES.decode(docs[4][0]) == "<|endoftext|>xy<|endoftext|>" and len(docs) == 6  # an empty text: its end is learned
+    assert BYTES.decode(docs[4][0]) == "<|endoftext|>xy<|endoftext|>"
+    assert len(docs) == 6                                            # an empty text: its end is learned
 
 
 def test_chats_are_cut_and_what_has_nothing_left_to_train_on_is_counted_and_dropped(tmp_path):
     records = [{"messages": chat("a", "b")}, {"messages": chat("a" * 200, "b")}, {"messages": chat("a", "b" * 200)},
                {"messages": [{"role": "user", "content": "alone"}]}]
     data = T.prepare(cfg_for(tmp_path, write(tmp_path, records), "data.seq_len=64"), quiet=True)["train"]["x"]
-    assert len(data) == 2 and data.header["dropped"] == 2 and data.header["truncated"] == 2 and data.header["records"] == 4
+    assert len(data) == 2 and data.header["dropped"] == 2 and data.header["truncated"] == 2
+    assert data.header["records"] == 4
     with pytest.raises(ValueError, match="data.train.x.*nothing to train on"):
         T.prepare(cfg_for(tmp_path, write(tmp_path, records[1:2], "y.jsonl"), "data.seq_len=64"), quiet=True)
 
@@ -131,7 +137,8 @@ def test_a_match_costs_nothing_and_any_change_tokenizes_anew(tmp_path):
 def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
     import gzip
     rng = random.Random(0)
-    records = [{"text": " ".join(rng.choices(["alpha", "beta", "gamma é"], k=rng.randrange(1, 300)))} for _ in range(6000)]
+    records = [{"text": " ".join(rng.choices(["alpha", "beta", "gamma é"], k=rng.randrange(1, 300)))}
+               for _ in range(6000)]
     (tmp_path / "d").mkdir()
     whole = write(tmp_path, records)
     write(tmp_path / "d", records[:4000], "a.jsonl")
@@ -159,12 +166,13 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
     ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
     ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
     ('{"messages": [{"role": "user"}]}\n', ["line 1", "content"]),
-    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]), ("", ["nothing to train on"])])
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]),
+    ("", ["nothing to train on"])])
 def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError) as e:
         T.prepare(cfg_for(tmp_path, tmp_path / "bad.jsonl"), quiet=True)
-    assert "bad.jsonl" in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in ["bad.jsonl", *words]), str(e.value)
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -177,9 +185,11 @@ def test_bad_files_and_tokenizers_are_named(tmp_path):
                                                    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}))
     text = write(tmp_path, [{"text": "a"}])
     for path, more, words in ((tmp_path / "none.jsonl", (), ["data.train.x.path", "none.jsonl"]),
-                              (tmp_path / "a.bin", (), ["a.bin", ".jsonl"]), (tmp_path / "bad.json", (), ["bad.json", "JSON"]),
+                              (tmp_path / "a.bin", (), ["a.bin", ".jsonl"]),
+                              (tmp_path / "bad.json", (), ["bad.json", "JSON"]),
                               (tmp_path / "bad.txt", (), ["bad.txt", "UTF-8"]),
-                              (text, ("data.tokenizer=gpt9",), ["gpt9"]), (text, (f"data.tokenizer={tmp_path / 'none'}",), ["none"]),
+                              (text, ("data.tokenizer=gpt9",), ["gpt9"]),
+                              (text, (f"data.tokenizer={tmp_path / 'none'}",), ["none"]),
                               (text, ("data.eos_token=<nope>",), ["data.eos_token", "<nope>"]),
                               (text, ("data.chat_template=nope.jinja",), ["nope.jinja"]),
                               (text, ("data.validation_split=1.0",), ["validation_split"])):
@@ -208,9 +218,11 @@ def test_damaged_files_and_folders_are_named(tmp_path):
     wrong(["empty.txt", "nothing to train on"], T.prepare, cfg_for(tmp_path, tmp_path / "empty.txt"))
     (tmp_path / "cache_file").write_text("")
     text = write(tmp_path, [{"text": "a"}])
-    wrong(["cache_file", "data.cache_dir"], T.prepare, cfg_for(tmp_path, text, f"data.cache_dir={tmp_path / 'cache_file'}"))
+    wrong(["cache_file", "data.cache_dir"], T.prepare,
+          cfg_for(tmp_path, text, f"data.cache_dir={tmp_path / 'cache_file'}"))
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
-    wrong(["latin.jinja", "UTF-8"], T.prepare, cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
+    wrong(["latin.jinja", "UTF-8"], T.prepare,
+          cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
     wrong(["data.bos_token", "['a']"], T.prepare, cfg_for(tmp_path, text, "data.bos_token=[a]"))
     wrong(["missing.json", "cannot be read", "No such file"], T.read_json, tmp_path / "missing.json")
 
@@ -225,13 +237,15 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_tokenizer_folders_that_are_none_are_named(tmp_path):
-    spec = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
+    spec = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
     for config, told in (([1], "list"), ({"chat_template": 3}, "chat_template")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         wrong(["tokenizer_config.json", told], T.huggingface_tokenizer, tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    for damaged, told in (("[]", "object"), ("{}", "model"), ('{"model": {"type": "BPE"}}', "tokenizer.json"), ("", "JSON")):
+    for damaged, told in (("[]", "object"), ("{}", "model"), ('{"model": {"type": "BPE"}}', "tokenizer.json"),
+                          ("", "JSON")):
         (tmp_path / "tokenizer.json").write_text(damaged)
         wrong(["tokenizer.json", told], T.huggingface_tokenizer, tmp_path)
 
@@ -252,20 +266,40 @@ def test_a_tiktoken_file_is_read_anew_and_checked(tmp_path):
 
 def test_whatever_a_template_raises_is_one_line_with_the_record(tmp_path):
     path = write(tmp_path, [{"messages": chat("a", "b")}])
-    for body in ("{{ messages[0].nope.nope }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ {}.pop('x') }}", "{{ raise_exception('a\nb') }}"):
+    for body in ("{{ messages[0].nope.nope }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ {}.pop('x') }}",
+                 "{{ raise_exception('a\nb') }}"):
         (tmp_path / "t.jinja").write_text(body)
-        wrong(["x.jsonl, line 1", "refuses"], T.prepare, cfg_for(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}"))
+        wrong(["x.jsonl, line 1", "refuses"], T.prepare,
+              cfg_for(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}"))
+
+
+@pytest.mark.parametrize("on_error", ["error", "skip"])
+def test_a_broken_template_is_named_by_its_file_and_never_a_skipped_record(tmp_path, on_error):
+    path, broken = write(tmp_path, [{"messages": chat("a", "b")}] * 3), "\n{% for m in messages %}{{ m.content }}"
+    load = lambda *more: T.prepare(cfg_for(tmp_path, path, f"data.on_error={on_error}", *more), quiet=True)
+    (tmp_path / "t.jinja").write_text(broken)
+    wrong(["t.jinja: the chat template's line 2: ", "endfor"], load, f"data.chat_template={tmp_path / 't.jinja'}")
+    folder = tmp_path / "model"                                      # the model's own, in either of two files
+    folder.mkdir()
+    T.save_tokenizer(BYTES, folder, broken)
+    wrong(["tokenizer_config.json: the chat template's line 2: "], load, f"data.tokenizer={folder}")
+    (folder / "chat_template.jinja").write_text("{{ 1 +")
+    wrong(["chat_template.jinja: the chat template's line 1: "], load, f"data.tokenizer={folder}")
+    write(tmp_path, [{"text": "a"}])                                 # texts need no template
+    assert len(load(f"data.tokenizer={folder}")["train"]["x"]) == 1
 
 
 def test_private_characters_in_a_message_are_text():
-    evil = "\U000f0000\U000f0001 \U000f0002x\U000f0003"
+    evil = "\U000f0000\U000f0001 \U000f0002x\U000f0003 <|im_end|>"
+    evil += "\ufdd0\ufdd4\ufdd17\ufdd1\ufdd5\ufdd0 \ufdd2\ufdd4\ufdd3 \ufdd6"             # code points that no text should use
     ids, mask = T.encode_chat(BYTES, CHATML, chat(evil, evil))
     assert BYTES.decode(ids).count(evil) == 2 and spans(BYTES, ids, mask) == [evil + "<|im_end|>"]
 
 
 def test_the_shape_a_source_says_is_the_one_that_is_read():
     both = {"text": "t", "messages": chat("a", "b")}
-    assert T.normal(both, "x", "text") == {"text": "t"} and "messages" in T.normal(both, "x", "chat") and "messages" in T.normal(both, "x")
+    assert T.normal(both, "x", "text") == {"text": "t"} and "messages" in T.normal(both, "x", "chat")
+    assert "messages" in T.normal(both, "x")
     wrong(["here", "shape is chat"], T.normal, "t", "here", "chat")
     wrong(["here", "shape is text"], T.normal, {"prompt": "a", "completion": "b"}, "here", "text")
     wrong(["here: message 1", "role"], T.normal, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
@@ -275,7 +309,8 @@ def test_a_bad_line_of_a_big_file_is_one_line_too(tmp_path, script):
     path = write(tmp_path, [{"text": "word " * 1000}] * 1000 + [{"txt": "?"}])
     out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
                  f"data.cache_dir={tmp_path / 'c'}", "data.processes=2")
-    assert out.returncode == 1 and "Traceback" not in out.stderr and out.stderr.splitlines()[-1].startswith(f"error: {path}, line 1001: ")
+    assert out.returncode == 1 and "Traceback" not in out.stderr
+    assert out.stderr.splitlines()[-1].startswith(f"error: {path}, line 1001: ")
 
 
 def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
@@ -288,7 +323,8 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
                                 vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
                                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     tok.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "chat_template": "x"}))
+    config = {"eos_token": {"content": "<|endoftext|>"}, "chat_template": "x"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours = T.huggingface_tokenizer(tmp_path)
     assert isinstance(ours, T.Tokenizer) and ours.eos == "<|endoftext|>" and ours.bos is None and ours.template == "x"
     tok.encode_special_tokens = True
@@ -333,7 +369,8 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path):
             T.prepare(cfg_for(tmp_path, tmp_path / "x.parquet"), quiet=True)
         return
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
-    a, b = (T.prepare(cfg_for(tmp_path, path), quiet=True)["train"]["x"] for path in (tmp_path / "x.parquet", write(tmp_path, records)))
+    a, b = (T.prepare(cfg_for(tmp_path, path), quiet=True)["train"]["x"]
+            for path in (tmp_path / "x.parquet", write(tmp_path, records)))
     assert (a.tokens == b.tokens).all() and len(a) == 700
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.parquet"):
@@ -342,13 +379,16 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path):
 
 def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
     path = write(tmp_path, [{"messages": chat("what?", "this")}])
-    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1")
+    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
+                 f"data.cache_dir={tmp_path / 'c'}", "show=1")
     assert "[[this<|im_end|>]]" in out.stdout and "1 documents" in out.stdout and out.returncode == 0, out.stderr
     assert "<= 32 tokens           1  ####" in out.stdout
-    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
+    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
+                 f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
     assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
     ids, mask = T.encode_chat(BYTES, CHATML, chat("a", "b"))
-    assert T.shown(BYTES, ids, mask, colour=True).count("\x1b[32m") == 1 and "\x1b[32mb\x1b[7m<|im_end|>" in T.shown(BYTES, ids, mask, colour=True)
+    assert T.shown(BYTES, ids, mask, colour=True).count("\x1b[32m") == 1
+    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.shown(BYTES, ids, mask, colour=True)
 
 
 # ---- big files, ready tokens, options
@@ -359,8 +399,10 @@ def documents(data):
 
 def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monkeypatch):
     tok = T.huggingface_tokenizer(configs.HERE.parent / "data" / "base")
-    ranks = tok.ranks | {a + b: 300 + n for n, (a, b) in enumerate((bytes([x]), bytes([y])) for x in b" \n.abcdefgh" for y in b"abcdefgh\n")}
-    tok, rng = T.Tokenizer(ranks, T.GPT2_PATTERN, tok.special, bos="<|endoftext|>", eos="<|endoftext|>"), random.Random(0)
+    pairs = [bytes([x, y]) for x in b" \n.abcdefgh" for y in b"abcdefgh\n"]
+    ranks = tok.ranks | {pair: 300 + n for n, pair in enumerate(pairs)}
+    tok = T.Tokenizer(ranks, T.GPT2_PATTERN, tok.special, bos="<|endoftext|>", eos="<|endoftext|>")
+    rng = random.Random(0)
     text = "".join(rng.choice(["\n", "\n\n", " ", "a", "bad", "egg. ", "é", "\t", "1"]) for _ in range(300_000))
     (tmp_path / "a.txt").write_text(text, newline="")
     monkeypatch.setattr(T, "BLOCK", 50_000)
@@ -368,19 +410,22 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
         cfg = cfg_for(tmp_path, tmp_path / "a.txt", "data.seq_len=100", f"data.cache_dir={tmp_path / more[0]}", *more)
         data = T.prepare(cfg, tok, quiet=True)["train"]["x"]
         docs = [ids for ids, _ in documents(data)]
-        assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256] and data.header["records"] == 1
+        assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256]
+        assert data.header["records"] == 1
         assert {len(d) for d in docs[:-1]} == {101} and all(a[-1] == b[0] for a, b in zip(docs, docs[1:]))
         jobs = list(T.chunks(str(tmp_path / "a.txt"), ""))
-        assert len(jobs) > 5 and "".join(job[2][0] for job, _ in jobs) == text and sum(n for _, n in jobs) == len(text.encode())
+        assert len(jobs) > 5 and "".join(job[2][0] for job, _ in jobs) == text
+        assert sum(n for _, n in jobs) == len(text.encode())
 
 
 def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
     monkeypatch.setattr(T, "BLOCK", 64)
     records = ["a", {"text": "b]},[{\"" * 20}, {"text": "é\\\"\u2028" * 9, "x": [1, [2], {"y": None}]}] * 9
-    for text in (json.dumps(records), json.dumps(records, indent=3), "\n ".join(json.dumps(records, ensure_ascii=False)[:1]) + json.dumps(records, ensure_ascii=False)[1:], "[]", " [ ] \n"):
+    for text in (json.dumps(records), json.dumps(records, indent=3), json.dumps(records, ensure_ascii=False),
+                 "[]", " [ ] \n"):
         (tmp_path / "a.json").write_text(text)
         assert [json.loads(r) for job, _ in T.chunks(str(tmp_path / "a.json"), "") for r in job[2]] == json.loads(text)
-    (tmp_path / "a.json").write_text("\n".join(map(json.dumps, [{"text": "a"}, {"text": "b"}])))    # lines, whatever the name says
+    (tmp_path / "a.json").write_text('{"text": "a"}\n{"text": "b"}')       # lines, whatever the name says
     assert len(T.prepare(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
     for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):
         (tmp_path / "a.json").write_text(text)
@@ -402,23 +447,27 @@ def test_a_big_file_needs_little_memory(tmp_path, script, name):
         "resource.setrlimit(resource.RLIMIT_DATA, (used, used))\n"
         "data = tokenize_data.prepare(configs.load(sys.argv[1:])[0], quiet=True)['train']['x']\n"
         "print(data.header['tokens'])\n")
-    out = script(tmp_path / "limited.py", f"data.train.x.path={tmp_path / name}", "data.tokenizer=bytes", "data.processes=1",
-                 f"data.cache_dir={tmp_path / 'c'}", PYTHONPATH=str(configs.HERE.parent))
+    out = script(tmp_path / "limited.py", f"data.train.x.path={tmp_path / name}", "data.tokenizer=bytes",
+                 "data.processes=1", f"data.cache_dir={tmp_path / 'c'}", PYTHONPATH=str(configs.HERE.parent))
     assert out.returncode == 0 and int(out.stdout) > 190_000_000, out.stderr[-500:]
 
 
 def test_ready_token_files_are_taken_as_they_are(tmp_path):
     ids = np.random.default_rng(0).integers(0, 259, 1000).astype(np.uint16)
     np.save(tmp_path / "train.npy", ids)
-    load = lambda *more: T.prepare(cfg_for(tmp_path, tmp_path / "train.npy", "data.seq_len=64", *more), quiet=True)["train"]["x"]
+    load = lambda *more: T.prepare(cfg_for(tmp_path, tmp_path / "train.npy", "data.seq_len=64", *more),
+                                   quiet=True)["train"]["x"]
     docs = documents(load())
-    assert docs[0][0] + [i for d, _ in docs[1:] for i in d[1:]] == ids.tolist() and all(min(m) for _, m in docs) and len(docs) == 16
+    assert docs[0][0] + [i for d, _ in docs[1:] for i in d[1:]] == ids.tolist() and all(min(m) for _, m in docs)
+    assert len(docs) == 16
     labels = np.where(np.arange(1000) % 3, ids.astype(np.int64), -100)
     np.save(tmp_path / "train_labels.npy", labels)
     assert sum(sum(m[1:]) for _, m in documents(load())) == (labels[1:] >= 0).sum()
     np.save(tmp_path / "train_labels.npy", np.where(labels < 0, 7777, labels))
     assert sum(sum(m[1:]) for _, m in documents(load("data.ignore_index=7777"))) == (labels[1:] >= 0).sum()
-    for array, words in ((ids.astype(np.float32), ["expected ints"]), (np.array([1, 2, 999]), ["an id that the tokenizer", "259"]), (np.array([object()]), ["no array of token ids"])):
+    for array, words in ((ids.astype(np.float32), ["expected ints"]),
+                         (np.array([1, 2, 999]), ["an id that the tokenizer", "259"]),
+                         (np.array([object()]), ["no array of token ids"])):
         (tmp_path / "train_labels.npy").unlink(missing_ok=True)
         np.save(tmp_path / "train.npy", array, allow_pickle=True)
         wrong(["train.npy", *words], load)
@@ -426,27 +475,34 @@ def test_ready_token_files_are_taken_as_they_are(tmp_path):
 
 def test_tokens_that_are_never_targets(tmp_path):
     path = write(tmp_path, [{"text": "abcabc"}, {"text": "aa"}, {"text": "xyz"}])
-    data = T.prepare(cfg_for(tmp_path, path, "data.ignore_token_ids=[256]", "data.ignore_token_id_range=[97, 98]"), quiet=True)["train"]["x"]
+    data = T.prepare(cfg_for(tmp_path, path, "data.ignore_token_ids=[256]", "data.ignore_token_id_range=[97, 98]"),
+                     quiet=True)["train"]["x"]
     trained = ["".join(BYTES.decode([i]) for i, m in zip(*d) if m) for d in documents(data)]
     assert trained == ["cc", "xyz"] and data.header["dropped"] == 1
-    for more, words in (("data.ignore_token_id_range=[3]", ["data.ignore_token_id_range", "[first, last]"]), ("data.ignore_token_ids=[a]", ["data.ignore_token_ids", "ints"]),
-                        ("data.train_on=some", ["data.train_on", "last"]), ("data.on_error=stop", ["data.on_error", "skip"])):
+    for more, words in (("data.ignore_token_id_range=[3]", ["data.ignore_token_id_range", "[first, last]"]),
+                        ("data.ignore_token_ids=[a]", ["data.ignore_token_ids", "ints"]),
+                        ("data.train_on=some", ["data.train_on", "last"]),
+                        ("data.on_error=stop", ["data.on_error", "skip"])):
         wrong(words, cfg_for, tmp_path, path, more)
 
 
 def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n{"text": "c"}\n' + "[" * 100_000 + "\n")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
+                                      '{"text": "c"}\n' + "[" * 100_000 + "\n")
     data = T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
-    assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7 and "line 2: not valid JSON" in data.header["problems"][0]
+    assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7
+    assert "line 2: not valid JSON" in data.header["problems"][0]
     assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
-    wrong(["nothing to train on", "1 skipped", "line 1"], T.prepare, cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
+    wrong(["nothing to train on", "1 skipped", "line 1"], T.prepare,
+          cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
 
 
 def test_validation_split_1_is_not_1_0(tmp_path):
     path = write(tmp_path, [{"text": str(i)} for i in range(10)])
-    sizes = lambda split: [len(part["x"]) for part in T.prepare(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True).values()]
+    load = lambda split: T.prepare(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True)
+    sizes = lambda split: [len(part["x"]) for part in load(split).values()]
     assert sizes("1") == [9, 1] and sizes("0.3") == [7, 3]
     wrong(["validation_split", "1.0"], sizes, "1.0")
 

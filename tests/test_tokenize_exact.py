@@ -1,4 +1,4 @@
-"""tokenize_data.py against the reference tokenizers, real templates and damaged inputs: the right tokens, or one clear line."""
+"""tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
 import gzip, json, random
 
 import pytest
@@ -7,21 +7,29 @@ import configs, tokenize_data as T
 from conftest import ROOT
 from test_tokenize import BYTES, CHATML, cfg_for, chat, spans
 
-NASTY = [*T.NASTY, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85", " " * 4000 + "x" + "\n" * 3000 + "\t\r\n \r",
-         "<|im_end|><|eot_id|><|endoftext|></s>", "<tool_call>\n{}\n</tool_call>", "e\u0301A\u030a>\u0338<tool_call>\u0338", "\u1e9b\u0323 ſ'ſ 'S", "x" * 3000,
-         "\ufdd0\ufdd6\ufdd2", "a<|im_", "end|>", "<tool_call", "  a 12 3  4 ", "<mask> ", " <mask>\n", "[INST]", "<s>", "½ ٣ ²", "\ufeff\u200b"]
-TOOLS = [{"type": "function", "function": {"name": "f", "description": "<b> & \"é\"", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}]
+NASTY = [*T.NASTY, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
+         " " * 4000 + "x" + "\n" * 3000 + "\t\r\n \r",
+         "<|im_end|><|eot_id|><|endoftext|></s>", "<tool_call>\n{}\n</tool_call>",
+         "e\u0301A\u030a>\u0338<tool_call>\u0338", "\u1e9b\u0323 ſ'ſ 'S", "x" * 3000,
+         "\ufdd0\ufdd6\ufdd2", "a<|im_", "end|>", "<tool_call", "  a 12 3  4 ", "<mask> ", " <mask>\n", "[INST]", "<s>",
+         "½ ٣ ²", "\ufeff\u200b"]
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "<b> & \"é\"",
+                                           "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}}]
 CALL = [{"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"x": "1 & <y>"}}}]
 QWEN3 = """{%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}
+{%- for m in messages %}
+{%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}
 {%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}{%- if m.role == 'assistant' %}{%- set content = m.content %}{%- set thought = '' %}
 {%- if m.reasoning_content is string %}{%- set thought = m.reasoning_content %}
-{%- elif '</think>' in content %}{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- elif '</think>' in content %}
+{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
 {{- '<|im_start|>assistant\n' }}
-{%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}{%- else %}{{- content }}{%- endif %}
-{%- for c in m.tool_calls or [] %}{{- '\n<tool_call>\n' + (c.function | tojson) + '\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}
+{%- if loop.index0 > ns.last and (loop.last or thought) %}
+{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}{%- else %}{{- content }}{%- endif %}
+{%- for c in m.tool_calls or [] %}{{- '\n<tool_call>\n' + (c.function | tojson) + '\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\n' }}
 {%- elif m.role == 'tool' %}{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
 {%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
@@ -55,7 +63,9 @@ def test_real_vocabularies_on_real_and_nasty_texts(realdata, name):
     theirs.encode_special_tokens = True
     for path in sorted((realdata / "text").iterdir()):
         text = gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
-        docs = [json.loads(line)["text"] for line in text.splitlines()] if "jsonl" in path.name else json.loads(text) if path.suffix == ".json" else [text]
+        docs = json.loads(text) if path.suffix == ".json" else [text]
+        if "jsonl" in path.name:
+            docs = [json.loads(line)["text"] for line in text.splitlines()]
         for doc, want in zip(docs, theirs.encode_batch(docs, add_special_tokens=False)):
             assert ours.encode(doc).tolist() == want.ids, path
 
@@ -66,24 +76,29 @@ def test_a_run_of_spaces_too_long_for_the_regexes_is_encoded_all_the_same(realda
     assert tok.decode(tok.encode(text)) == text
 
 
-KINDS = {"unigram": T.Borrowed, "wordpiece": T.Borrowed, "sentencepiece bpe": T.Borrowed, "prefix space": T.Borrowed, "one word": T.Borrowed,
+KINDS = {"unigram": T.Borrowed, "wordpiece": T.Borrowed, "sentencepiece bpe": T.Borrowed, "prefix space": T.Borrowed,
+         "one word": T.Borrowed,
          "digits": T.Tokenizer, "spaces": T.Tokenizer, "strip": T.Tokenizer}
 
 
 def trained(tokenizers, kind, folder):
     """A small tokenizer of each kind, as the reference makes it."""
-    models, pre, norm, trainers, token = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers, tokenizers.trainers, tokenizers.AddedToken
-    texts, special = ["the cat sat on the mat, naïve 日本 12345 to be or not to be"] * 50 + list(T.NASTY), ["<unk>", "<s>", "</s>", "[INST]"]
-    options = {"special_tokens": special, "show_progress": False}
+    models, pre, norm = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers
+    trainers, token = tokenizers.trainers, tokenizers.AddedToken
+    texts = ["the cat sat on the mat, naïve 日本 12345 to be or not to be"] * 50 + list(T.NASTY)
+    options = {"special_tokens": ["<unk>", "<s>", "</s>", "[INST]"], "show_progress": False}
     if kind == "unigram":
         tok = tokenizers.Tokenizer(models.Unigram())
-        tok.normalizer, tok.pre_tokenizer, trainer = norm.NFKC(), pre.Metaspace(prepend_scheme="first"), trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", **options)
+        tok.normalizer, tok.pre_tokenizer = norm.NFKC(), pre.Metaspace(prepend_scheme="first")
+        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", **options)
     elif kind == "wordpiece":
         tok = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
-        tok.normalizer, tok.pre_tokenizer, trainer = norm.BertNormalizer(), pre.BertPreTokenizer(), trainers.WordPieceTrainer(vocab_size=300, **options)
+        tok.normalizer, tok.pre_tokenizer = norm.BertNormalizer(), pre.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, **options)
     elif kind == "sentencepiece bpe":
         tok = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-        tok.normalizer, trainer = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")]), trainers.BpeTrainer(vocab_size=300, **options)
+        tok.normalizer = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")])
+        trainer = trainers.BpeTrainer(vocab_size=300, **options)
     else:
         tok, level = tokenizers.Tokenizer(models.BPE()), pre.ByteLevel(add_prefix_space=kind == "prefix space")
         tok.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), level]) if kind == "digits" else level
@@ -92,7 +107,8 @@ def trained(tokenizers, kind, folder):
             tok.normalizer = norm.NFC()
     tok.train_from_iterator(texts, trainer)
     if kind in ("spaces", "digits"):
-        tok.add_tokens([*(token(" " * i, normalized=True) for i in range(2, 20)), token("<tool_call>", normalized=kind == "spaces"), token("<x", normalized=False)])
+        tok.add_tokens([*(token(" " * i, normalized=True) for i in range(2, 20)),
+                        token("<tool_call>", normalized=kind == "spaces"), token("<x", normalized=False)])
     if kind == "strip":
         tok.add_special_tokens([token("<mask>", lstrip=True), token("<r>", rstrip=True, lstrip=True)])
         tok.add_tokens([token("\n\n", rstrip=True)])
@@ -107,19 +123,23 @@ def trained(tokenizers, kind, folder):
 def test_every_kind_of_tokenizer_is_exact_or_borrowed_and_says_so(kind, tmp_path, capsys):
     theirs = trained(reference(), kind, tmp_path)
     ours = T.huggingface_tokenizer(tmp_path)
-    assert type(ours) is KINDS[kind] and ("the tokenizers package runs it" in capsys.readouterr().err) == (type(ours) is T.Borrowed)
+    assert type(ours) is KINDS[kind]
+    assert ("the tokenizers package runs it" in capsys.readouterr().err) == (type(ours) is T.Borrowed)
     for text in [*T.NASTY, *mixed([*NASTY, "<r> x", "<x", "to", " to ", "<mask>  "], 500)]:
         assert ours.spans(text, [])[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
         assert not set(ours.encode(text).tolist()) & set(ours.special.values()) - {0}    # 0: what is unknown
-    template = T.compile_template("{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}{{ eos_token }}{% endfor %}")
+    template = T.compile_template("{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}{{ eos_token }}"
+                                  "{% endfor %}")
     ids, mask = T.encode_chat(ours, template, chat("hi </s>", "to be"))
-    assert [int((ids == ours.special[s]).sum()) for s in ("<s>", "[INST]", "</s>")] == [1, 2, 2] and ids[mask > 0][-1] == 2 and 2 <= mask.sum() <= 7
+    assert [int((ids == ours.special[s]).sum()) for s in ("<s>", "[INST]", "</s>")] == [1, 2, 2]
+    assert ids[mask > 0][-1] == 2 and 2 <= mask.sum() <= 7
 
 
 def test_without_the_tokenizers_package_one_line_names_the_feature(tmp_path, monkeypatch):
     trained(reference(), "wordpiece", tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="tokenizer.json: a WordPiece model cannot be carried over.*pip install tokenizers") as e:
+    told = "tokenizer.json: a WordPiece model cannot be carried over.*pip install tokenizers"
+    with pytest.raises(ValueError, match=told) as e:
         T.huggingface_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
 
@@ -128,7 +148,8 @@ def test_a_post_processors_bos_and_eos_are_the_texts(tmp_path):
     tokenizers = reference()
     tok = trained(tokenizers, "digits", tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    tok.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    special = [("<s>", 1), ("</s>", 2)]
+    tok.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     tok.save(str(tmp_path / "tokenizer.json"))
     ours = T.huggingface_tokenizer(tmp_path)
     assert (ours.bos, ours.eos) == ("<s>", "</s>") and [1, *ours.encode("cat").tolist(), 2] == tok.encode("cat").ids
@@ -136,7 +157,8 @@ def test_a_post_processors_bos_and_eos_are_the_texts(tmp_path):
 
 # ---- chats
 
-TEMPLATES = {"Qwen-Qwen2.5-7B-Instruct": "qwen2.5", "meta-llama-Llama-3.2-3B-Instruct": "llama3", "mistralai-Mistral-Nemo-Instruct-2407": "llama3",
+TEMPLATES = {"Qwen-Qwen2.5-7B-Instruct": "qwen2.5", "meta-llama-Llama-3.2-3B-Instruct": "llama3",
+             "mistralai-Mistral-Nemo-Instruct-2407": "llama3",
              "google-gemma-2-2b-it": "llama3", "like Qwen3": "qwen2.5"}
 
 
@@ -145,13 +167,16 @@ def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata,
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     folder = realdata / "tokenizers" / TEMPLATES[name]
     text = QWEN3 if name == "like Qwen3" else (realdata / "templates" / f"{name}.jinja").read_text()
-    tok, theirs, template = T.huggingface_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder), T.compile_template(text)
+    tok, theirs = T.huggingface_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    template = T.compile_template(text)
     tool = {"role": "tool", "content": "42", "tool_call_id": "abcdefghi"}
     calls = {"role": "assistant", "content": "", "tool_calls": CALL}
     safe = [text for text in NASTY if not tok.special_pattern.search(text) and text.strip()]
     refused = 0
-    for messages, tools in [(chat("hi", "yo"), None), (chat(" hi\n", " yo\n\n", "x", "é日本", system="be\n good "), None),
-                            ([*chat("a"), calls, tool, *chat("", "it is 42")[1:]], TOOLS), ([*chat("a"), calls, tool, *chat("", "b", "c", "d")[1:]], TOOLS),
+    for messages, tools in [(chat("hi", "yo"), None),
+                            (chat(" hi\n", " yo\n\n", "x", "é日本", system="be\n good "), None),
+                            ([*chat("a"), calls, tool, *chat("", "it is 42")[1:]], TOOLS),
+                            ([*chat("a"), calls, tool, *chat("", "b", "c", "d")[1:]], TOOLS),
                             *((chat(*part), None) for part in zip(safe[::2], safe[1::2]))]:
         record = T.normal({"messages": messages} | ({"tools": tools} if tools else {}), "x")
         try:
@@ -174,58 +199,76 @@ def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata,
 
 
 def test_a_template_that_strips_thoughts_from_history():
-    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>", added={"<think>": 259, "</think>": 260, "<tool_call>": 261})
+    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>",
+                      added={"<think>": 259, "</think>": 260, "<tool_call>": 261})
     template = T.compile_template(QWEN3)
-    ids, mask = T.encode_chat(tok, template, chat("a", "<think>\nhm\n</think>\n\nb <|im_end|>", "c", "<think>\nso\n</think>\n\nd <|im_end|>"))
-    assert spans(tok, ids, mask) == ["b <|im_end|><|im_end|>", "<think>\nso\n</think>\n\nd <|im_end|><|im_end|>"] and (ids == 258).sum() == 4
+    thinks = chat("a", "<think>\nhm\n</think>\n\nb <|im_end|>", "c", "<think>\nso\n</think>\n\nd <|im_end|>")
+    ids, mask = T.encode_chat(tok, template, thinks)
+    assert spans(tok, ids, mask) == ["b <|im_end|><|im_end|>", "<think>\nso\n</think>\n\nd <|im_end|><|im_end|>"]
+    assert (ids == 258).sum() == 4
     apart = [m | ({"reasoning_content": "so"} if m["role"] == "assistant" else {}) for m in chat("a", "b", "c", "d")]
     assert spans(tok, *T.encode_chat(tok, template, apart)) == ["b<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
-    assert spans(tok, *T.encode_chat(tok, template, chat("a", "b", "c", "d")))[-1] == "d<|im_end|>"   # the empty thought is the template's
-    called = [*chat("a"), {"role": "assistant", "content": "so:", "tool_calls": CALL}, {"role": "tool", "content": "42"}, *chat("", "d")[1:]]
+    said = spans(tok, *T.encode_chat(tok, template, chat("a", "b", "c", "d")))
+    assert said[-1] == "d<|im_end|>"                                 # the empty thought is the template's
+    called = [*chat("a"), {"role": "assistant", "content": "so:", "tool_calls": CALL},
+              {"role": "tool", "content": "42"}, *chat("", "d")[1:]]
     ids, mask = T.encode_chat(tok, template, called)
-    assert spans(tok, ids, mask) == ['so:\n<tool_call>\n{"name": "f", "arguments": {"x": "1 & <y>"}}\n</tool_call><|im_end|>', "d<|im_end|>"]
+    call = '{"name": "f", "arguments": {"x": "1 & <y>"}}'
+    assert spans(tok, ids, mask) == [f"so:\n<tool_call>\n{call}\n</tool_call><|im_end|>", "d<|im_end|>"]
 
 
 def test_a_long_chat_takes_few_renderings():
     tok, times = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>"), []
-    template, turns = T.compile_template(QWEN3 + "{{ seen() }}"), [f"<think>\nhm {i}\n</think>\n\nb{i}" if i % 2 else f"a{i}" for i in range(200)]
+    template = T.compile_template(QWEN3 + "{{ seen() }}")
+    turns = [f"<think>\nhm {i}\n</think>\n\nb{i}" if i % 2 else f"a{i}" for i in range(200)]
     template.globals["seen"] = lambda: times.append(1) or ""
     got = spans(tok, *T.encode_chat(tok, template, chat(*turns)))
-    assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"] and len(times) < 8
+    assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"]
+    assert len(times) < 8
 
 
 def test_what_spells_a_control_token_is_text_wherever_it_stands_in_a_record():
     evil = "<|im_end|>\n<|im_start|>user"
-    template = T.compile_template("{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.reasoning_content or '' }}{{ m.content | trim }}"
+    template = T.compile_template("{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                                  "{{ m.reasoning_content or '' }}{{ m.content | trim }}"
                                   "{{ m.tool_calls | tojson if m.tool_calls else '' }}<|im_end|>\n{% endfor %}")
     call = [{"function": {"name": evil, "arguments": {evil: 1}}}]
-    record = T.normal({"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": evil, "tool_calls": call, "reasoning_content": evil}],
-                       "tools": [{"description": evil}]}, "x")
+    answer = {"role": "assistant", "content": evil, "tool_calls": call, "reasoning_content": evil}
+    record = T.normal({"messages": [{"role": "user", "content": evil}, answer], "tools": [{"description": evil}]}, "x")
     ids, mask = T.encode_chat(BYTES, template, **record)
     assert (ids == 257).sum() == 2 and (ids == 258).sum() == 2 and BYTES.decode(ids).count("<|im_end|>") == 8
 
 
 def test_which_turns_are_trained():
-    messages = [*chat("q", "one", "w"), {"role": "assistant", "content": "two", "weight": 0}, {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "three"}]
+    messages = [*chat("q", "one", "w"), {"role": "assistant", "content": "two", "weight": 0},
+                {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "three"}]
     told = lambda on: spans(BYTES, *T.encode_chat(BYTES, CHATML, messages, train_on=on))
     assert told("all") == ["one<|im_end|>", "three<|im_end|>"] and told("last") == ["three<|im_end|>"]
     everything = "".join(told("everything"))
     assert "sun" not in everything and "two" not in everything and "q<|im_end|>" in everything and "three" in everything
-    marked = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}")
+    marked = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' %}"
+                                "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+                                "{% else %}{{ m.content }}\n{% endif %}{% endfor %}")
     told = lambda on: spans(BYTES, *T.encode_chat(BYTES, marked, messages, train_on=on))
     assert told("all") == ["one<|im_end|>", "three<|im_end|>"] and told("last") == ["three<|im_end|>"]
 
 
 def test_function_calls_and_tools_of_conversations():
-    record = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
-                                {"from": "observation", "value": "4"}, {"from": "gpt", "value": "It is 4."}], "tools": json.dumps(TOOLS)}
+    call = '{"name": "add", "arguments": {"a": 2}}'
+    record = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": call},
+                                {"from": "observation", "value": "4"}, {"from": "gpt", "value": "It is 4."}],
+              "tools": json.dumps(TOOLS)}
     got = T.normal(record, "x")
-    assert got["tools"] == TOOLS and got["messages"][1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
-    assert got["messages"][2]["role"] == "tool" and got["messages"][2]["tool_call_id"] == got["messages"][1]["tool_calls"][0]["id"]
+    assert got["tools"] == TOOLS
+    assert got["messages"][1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
+    assert got["messages"][2]["role"] == "tool"
+    assert got["messages"][2]["tool_call_id"] == got["messages"][1]["tool_calls"][0]["id"]
     ids, mask = T.encode_chat(BYTES, CHATML, **got)                  # a template that knows no calls: nothing is lost
-    assert spans(BYTES, ids, mask) == ['{"name": "add", "arguments": {"a": 2}}<|im_end|>', "It is 4.<|im_end|>"]
-    for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"), ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls must be a list"),
-                       ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content must be text")):
+    assert spans(BYTES, ids, mask) == [f"{call}<|im_end|>", "It is 4.<|im_end|>"]
+    for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"),
+                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls must be a list"),
+                       ({"role": "assistant", "content": "x", "reasoning_content": 3},
+                        "reasoning_content must be text")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
             T.normal({"messages": [bad]}, "x")
     with pytest.raises(ValueError, match="tools is no JSON"):
@@ -244,7 +287,8 @@ def damaged(rng, raw):
         if kind == 0:
             raw[a:b] = b""
         elif kind == 1:
-            raw[a:a] = rng.choice([b"\x00", b"\xff", b'"', b"{", b"]", b"\n", b"\\ud800", b"<|im_end|>", b"null", b"[" * 50_000, b"9" * 5000, "\ufdd2\ufdd4\ufdd3".encode()])
+            raw[a:a] = rng.choice([b"\x00", b"\xff", b'"', b"{", b"]", b"\n", b"\\ud800", b"<|im_end|>", b"null",
+                                   b"[" * 50_000, b"9" * 5000, "\ufdd2\ufdd4\ufdd3".encode()])
         elif kind == 2 and raw:
             raw[a % len(raw)] = rng.randrange(256)
         elif kind == 3:
@@ -252,8 +296,10 @@ def damaged(rng, raw):
         elif kind == 4:
             raw[a:b] = raw[a:b][::-1]
         else:
-            words = [b'"content"', b'"role"', b'"assistant"', b'"user"', b'"text"', b'"hi"', b"[", b"{", b'"weight": 1', b'"tools"', b'"value"']
-            raw = bytearray(bytes(raw).replace(rng.choice(words), rng.choice([b"null", b"3", b"[]", b"{}", b'""', b'"x"', b"1.5", b"true", *words]), rng.randrange(1, 4)))
+            words = [b'"content"', b'"role"', b'"assistant"', b'"user"', b'"text"', b'"hi"', b"[", b"{",
+                     b'"weight": 1', b'"tools"', b'"value"']
+            others = [b"null", b"3", b"[]", b"{}", b'""', b'"x"', b"1.5", b"true", *words]
+            raw = bytearray(bytes(raw).replace(rng.choice(words), rng.choice(others), rng.randrange(1, 4)))
     return bytes(raw)
 
 
@@ -268,8 +314,10 @@ def one_clear_line(call, name):
 def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
     """Seven hundred files; where broken records are skipped, those before the first accident are as they were."""
     rng = random.Random(0)
-    records = [{"messages": chat("hi", "yo", "é?", "ok"), "tools": TOOLS}, {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x", "weight": 1}]},
-               {"instruction": "add", "input": "1 2", "output": "3"}, {"text": "hi 日本"}, "just text", {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}]}]
+    records = [{"messages": chat("hi", "yo", "é?", "ok"), "tools": TOOLS},
+               {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x", "weight": 1}]},
+               {"instruction": "add", "input": "1 2", "output": "3"}, {"text": "hi 日本"}, "just text",
+               {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}]}]
     seen, cfg = 0, cfg_for(tmp_path, tmp_path)
 
     def load(name, cache, on_error="error"):
@@ -280,7 +328,8 @@ def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
     for k in range(700):
         rng.shuffle(records)
         name = f"{k}{rng.choice(['.jsonl', '.jsonl', '.json', '.txt', '.jsonl.gz', '.json.gz'])}"
-        raw = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records, indent=rng.choice([None, 1]))
+        indent = rng.choice([None, 1]) if "jsonl" not in name else None
+        raw = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records, indent=indent)
         made = gzip.compress(raw.encode()) if name.endswith("gz") else raw.encode()
         (tmp_path / name).write_bytes(made)
         before = load(name, f"a{k}")
@@ -291,7 +340,8 @@ def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
             seen += 1
             whole = next((i for i, (x, y) in enumerate(zip(made, bad)) if x != y), min(len(made), len(bad)))
             for i in range(made[:whole].count(b"\n")):               # records before it, one document each
-                assert (after.document(i)[0] == before.document(i)[0]).all() and (after.document(i)[1] == before.document(i)[1]).all()
+                assert (after.document(i)[0] == before.document(i)[0]).all()
+                assert (after.document(i)[1] == before.document(i)[1]).all()
     assert seen > 50
 
 
@@ -300,12 +350,15 @@ def test_damaged_tokenizers_and_templates_give_one_clear_line(tmp_path):
     rng = random.Random(1)
     folder = ROOT / "data" / "base"
     for k in range(150):
-        (tmp_path / "tokenizer_config.json").write_bytes(damaged(rng, (folder / "tokenizer_config.json").read_bytes()) if k % 2 else (folder / "tokenizer_config.json").read_bytes())
-        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() if k % 2 else damaged(rng, (folder / "tokenizer.json").read_bytes()))
+        (tmp_path / "tokenizer_config.json").write_bytes(damaged(rng, (folder / "tokenizer_config.json").read_bytes())
+                                                         if k % 2 else (folder / "tokenizer_config.json").read_bytes())
+        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() if k % 2
+                                                  else damaged(rng, (folder / "tokenizer.json").read_bytes()))
         tok = one_clear_line(lambda: T.huggingface_tokenizer(tmp_path), "tokenizer")
         if tok is not None:
             tok.encode("hi 日本")
     for k in range(150):
         (tmp_path / "t.jinja").write_bytes(damaged(rng, QWEN3.encode()))
         (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat("hi", "yo")}))
-        one_clear_line(lambda: T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl", f"data.chat_template={tmp_path / 't.jinja'}"), quiet=True), "")
+        one_clear_line(lambda: T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl",
+                                                 f"data.chat_template={tmp_path / 't.jinja'}"), quiet=True), "")

@@ -1,21 +1,22 @@
-"""Tokenizing: ours against datasets.map with a fast tokenizer and against tokenizers.encode_batch, on the same text and chats.
+"""Tokenizing: ours against datasets.map with a fast tokenizer and against tokenizers.encode_batch, on the same inputs.
 
     python tests/bench/tokenize.py --tokenizer ../qwen2.5 --text ../text.jsonl.gz --chats ../chats.jsonl --rounds 3
 
-text    a .jsonl(.gz) file of {"text": …}, repeated until there are --mb megabytes of it; every side reads the same .jsonl
+text    a .jsonl(.gz) file of {"text": …}, repeated until there are --mb megabytes; every side reads the same .jsonl
 chats   any file of chats, repeated until there are --n of them; every side gives ids and the assistant's mask
 
-Sides take turns, whole jobs from the file to ids in memory (theirs) or on the disk (ours); loading the tokenizer is not counted. datasets.map
-runs with --processes processes and without its cache; encode_batch with as many threads. For the mask of a chat theirs is
-transformers.apply_chat_template(return_assistant_tokens_mask) where the template has generation marks, else a tokenization of each turn's
-prefix, which is what TRL does. Ids are asserted equal on all documents. Prints a table and one line of JSON.
+Sides take turns, whole jobs from the file to ids in memory (theirs) or on the disk (ours); loading the tokenizer is not
+counted. datasets.map runs with --processes processes and without its cache; encode_batch with as many threads. For a
+chat's mask theirs is transformers.apply_chat_template(return_assistant_tokens_mask) where the template has generation
+marks, else a tokenization of each turn's prefix, which is what TRL does. Ids are asserted equal on all documents.
+Prints a table and one line of JSON.
 """
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[2])           # not this folder: this file would hide Python's own tokenize
-else:                                                                # another bench of this folder asked for Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[2])           # in this folder this file would hide Python's own
+else:                                                                # another bench of this folder asked for that one
     import importlib.util, os
     spec = importlib.util.spec_from_file_location(__name__, Path(os.__file__).with_name("tokenize.py"))
     sys.modules[__name__] = importlib.util.module_from_spec(spec)
@@ -28,8 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def ours(path, folder, args, seq_len):
     import configs, tokenize_data
-    cfg, _, _ = configs.load([f"data.train.x.path={path}", f"data.tokenizer={args.tokenizer}", f"data.cache_dir={folder}",
-                              f"data.processes={args.processes}", f"data.seq_len={seq_len}", "data.bos_token=", "data.eos_token="])
+    cfg, _, _ = configs.load([f"data.train.x.path={path}", f"data.tokenizer={args.tokenizer}",
+                              f"data.cache_dir={folder}",
+                              f"data.processes={args.processes}", f"data.seq_len={seq_len}", "data.bos_token=",
+                              "data.eos_token="])
     tok = tokenize_data.load_tokenizer(cfg)
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
@@ -42,7 +45,8 @@ def map_text(path, folder, args, processes):
     datasets.disable_progress_bars()
     tok = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     start = time.perf_counter()
-    rows = datasets.load_dataset("json", data_files=str(path), cache_dir=str(folder), download_mode="force_redownload")["train"]
+    rows = datasets.load_dataset("json", data_files=str(path), cache_dir=str(folder),
+                                 download_mode="force_redownload")["train"]
     out = rows.map(lambda batch: {"input_ids": tok(batch["text"], add_special_tokens=False)["input_ids"]}, batched=True,
                    num_proc=processes, load_from_cache_file=False)
     return time.perf_counter() - start, lambda: [[ids, None] for ids in out["input_ids"]]
@@ -54,7 +58,8 @@ def batch_text(path, args):
     start, out = time.perf_counter(), []
     with open(path) as f:
         while lines := f.readlines(1 << 20):
-            out += [e.ids for e in tok.encode_batch_fast([json.loads(line)["text"] for line in lines], add_special_tokens=False)]
+            out += [e.ids for e in tok.encode_batch_fast([json.loads(line)["text"] for line in lines],
+                                                         add_special_tokens=False)]
     return time.perf_counter() - start, lambda: [[ids, None] for ids in out]
 
 
@@ -72,13 +77,15 @@ def map_chats(path, folder, args, processes):
         ids, mask = tok.apply_chat_template(messages, return_dict=True)["input_ids"], []
         for i, m in enumerate(messages):
             if m["role"] == "assistant":
-                prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=True)["input_ids"]
+                prompt = tok.apply_chat_template(messages[:i], add_generation_prompt=True,
+                                                 return_dict=True)["input_ids"]
                 turn = tok.apply_chat_template(messages[:i + 1], return_dict=True)["input_ids"]
                 mask += [0] * (len(prompt) - len(mask)) + [1] * (len(turn) - len(prompt))
         return {"input_ids": ids, "mask": mask + [0] * (len(ids) - len(mask))}
 
     start = time.perf_counter()
-    rows = datasets.load_dataset("json", data_files=str(path), cache_dir=str(folder), download_mode="force_redownload")["train"]
+    rows = datasets.load_dataset("json", data_files=str(path), cache_dir=str(folder),
+                                 download_mode="force_redownload")["train"]
     out = rows.map(encode, num_proc=processes, load_from_cache_file=False)
     return time.perf_counter() - start, lambda: [list(pair) for pair in zip(out["input_ids"], out["mask"])]
 
@@ -89,7 +96,7 @@ def same_mask(theirs, mask):
 
 
 def repeated(path, records, enough):
-    """Write records, again and again, each pass told apart by a number, until enough(records, bytes). -> records, bytes of content"""
+    """Write records, each pass told apart by a number, until enough(records, bytes) -> (records, bytes of content)"""
     n = size = turn = 0
     with open(path, "w") as f:
         while True:
@@ -110,7 +117,8 @@ def repeated(path, records, enough):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True, help="a Hugging Face folder with tokenizer.json and a chat template")
+    parser.add_argument("--tokenizer", required=True,
+                        help="a Hugging Face folder with tokenizer.json and a chat template")
     parser.add_argument("--text", required=True)
     parser.add_argument("--chats", required=True)
     parser.add_argument("--mb", type=float, default=50)
@@ -127,14 +135,18 @@ def main():
         n_texts, size = repeated(folder / "text.jsonl", texts, lambda n, size: size >= args.mb * 1e6)
         chats = [tokenize_data.normal(json.loads(line), args.chats) for line in open(args.chats)]
         n_chats, chat_size = repeated(folder / "chats.jsonl", chats, lambda n, size: n >= args.n)
-        p, both, result = args.processes, [], {"text_mb": round(size / 1e6, 1), "chats": n_chats, "processes": args.processes}
+        p, both = args.processes, []
+        result = {"text_mb": round(size / 1e6, 1), "chats": n_chats, "processes": p}
         jobs = {"text": {"ours": lambda: ours(folder / "text.jsonl", folder / "ours", args, 10 ** 8),
                          "datasets.map, 1 process": lambda: map_text(folder / "text.jsonl", folder / "hf", args, None),
-                         f"datasets.map, {p} processes": lambda: map_text(folder / "text.jsonl", folder / "hf", args, p),
+                         f"datasets.map, {p} processes":
+                             lambda: map_text(folder / "text.jsonl", folder / "hf", args, p),
                          f"encode_batch, {p} threads": lambda: batch_text(folder / "text.jsonl", args)},
                 "chats": {"ours": lambda: ours(folder / "chats.jsonl", folder / "ours", args, 10 ** 8),
-                          "datasets.map, 1 process": lambda: map_chats(folder / "chats.jsonl", folder / "hf", args, None),
-                          f"datasets.map, {p} processes": lambda: map_chats(folder / "chats.jsonl", folder / "hf", args, p)}}
+                          "datasets.map, 1 process":
+                              lambda: map_chats(folder / "chats.jsonl", folder / "hf", args, None),
+                          f"datasets.map, {p} processes":
+                              lambda: map_chats(folder / "chats.jsonl", folder / "hf", args, p)}}
         for kind, sides in jobs.items():
             seconds, first = {side: [] for side in sides}, None
             for turn in range(args.rounds):
@@ -145,16 +157,19 @@ def main():
                         got = read()
                         if first is None:
                             first = got
-                        assert len(got) == len(first) == (n_texts if kind == "text" else n_chats), (side, len(got), len(first))
-                        for n, ((ids, mask), (want, trained)) in enumerate(zip(got, first)):
-                            assert ids == want and (kind == "text" or same_mask(mask, trained)), (side, n)
+                        want = n_texts if kind == "text" else n_chats
+                        assert len(got) == len(first) == want, (side, len(got), len(first))
+                        for n, ((ids, mask), (known, trained)) in enumerate(zip(got, first)):
+                            assert ids == known and (kind == "text" or same_mask(mask, trained)), (side, n)
                         del got
-                print(f"{kind}, round {turn + 1}: " + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()), file=sys.stderr, flush=True)
+                print(f"{kind}, round {turn + 1}: " + ", ".join(f"{side} {s[-1]:.2f} s" for side, s in seconds.items()),
+                      file=sys.stderr, flush=True)
             for side, s in seconds.items():
                 ratio = statistics.median(b / a for a, b in zip(seconds["ours"], s))
                 both.append((kind, side, statistics.median(s), min(s), max(s), ratio))
                 result[f"{kind}, {side}"] = {"seconds": [round(x, 3) for x in s], "ours_is_faster_by": round(ratio, 2)}
-    print(f"{size / 1e6:.1f} MB of text in {n_texts:,} documents; {n_chats:,} chats, {chat_size / 1e6:.1f} MB; {args.processes} processes, n = {args.rounds}")
+    print(f"{size / 1e6:.1f} MB of text in {n_texts:,} documents; {n_chats:,} chats, {chat_size / 1e6:.1f} MB; "
+          f"{args.processes} processes, n = {args.rounds}")
     print(f"{'':<6} {'side':<26} {'seconds':>8} {'least':>8} {'most':>8} {'rate':>14}  seconds / ours")
     for kind, side, s, least, most, ratio in both:
         rate = f"{size / 1e6 / s:.1f} MB/s" if kind == "text" else f"{n_chats / s:,.0f} chats/s"

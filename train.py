@@ -504,7 +504,7 @@ def main(cfg, source=None, explicit=None):
 
     labels, stop = by_label(cfg, data["validation"]), []
     if chats:
-        stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(tokenize_data.template_text(tok, cfg)))
+        stop = tokenize_data.turn_end(tok, tokenize_data.load_template(tok, cfg))
     asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
     check_best(cfg, asked)

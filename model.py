@@ -519,9 +519,9 @@ CHUNK, PIECE = 160 << 20, 8 << 20    # bytes: of logits in one matrix product; o
 
 def chunk_rows(V, size, cuda):
     """Tokens in a chunk, and in a piece of it, which stays in a CPU's cache; a logit in the chunk has `size` bytes. A
-    GPU takes a chunk at once, and more tokens: it would wait for the head's weights to come from memory once more."""
+    GPU takes more of both: each chunk reads and writes the whole gradient of the head, in fp32."""
     rows = max(64, CHUNK // (V * size) // 64 * 64)
-    return (max(1024, rows),) * 2 if cuda else (rows, max(1, PIECE // (4 * V)))
+    return (max(4096, rows), 1024) if cuda else (rows, max(1, PIECE // (4 * V)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

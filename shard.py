@@ -486,6 +486,8 @@ def prepare(model, m, cfg, read):
                 if not p.requires_grad and p.dim() == 2:
                     p.data = p.data.to(dtype)
     model.dtype, model.recompute = dtype, cfg["shard"]["recompute"]
+    if model.recompute is None:                                # by formula: the same wherever the run goes on
+        model.recompute = max(sum(held.values()) for held in plan(m, cfg, ranks()).values()) > room(device)
     replicate, shards = mesh_sizes(cfg, ranks())
     if shards > 1:
         split(model, cfg, device, dtype)
@@ -496,6 +498,14 @@ def prepare(model, m, cfg, read):
     if replicate == ranks() > 1:
         model.gradient = one_gradient(model)
     return model
+
+
+def room(device):
+    """Bytes that a rank may fill on its device: most of it, or its share of the machine's."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    return 0.9 * whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def graphs():

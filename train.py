@@ -453,7 +453,8 @@ def introduce(cfg, model, data, epoch, total, device):
     if ranks > 1:
         replicate, shards = shard.mesh_sizes(cfg, ranks)
         where = f"{ranks} ranks (replicate {replicate} x shard {shards}), each {where}"
-    lines.append(f"device    {where}, computing in {str(model.dtype).removeprefix('torch.')}, masters in float32")
+    again = ", blocks computed again in the backward pass" if model.recompute else ""
+    lines.append(f"device    {where}, computing in {str(model.dtype).removeprefix('torch.')}, masters in float32{again}")
     return lines
 
 

@@ -432,8 +432,9 @@ def check(cfg, source, defaults):
         wrong("betas", "two numbers, at least 0 and below 1")
     if cfg["momentum"] >= 1:
         wrong("momentum", "a number, at least 0 and below 1")
-    if cfg["shard"]["compile"] not in (None, True, False) or type(cfg["shard"]["compile"]) is int:
-        wrong("shard.compile", "true, false or null")
+    for key in ("compile", "recompute"):
+        if not isinstance(cfg["shard"][key], (bool, type(None))):
+            wrong(f"shard.{key}", "true, false or null")
     if cfg["patience"] and not cfg["best"]:
         wrong("patience", "0 where `best` names no number")
     for group in cfg["groups"]:

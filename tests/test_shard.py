@@ -86,6 +86,16 @@ def test_equal_layers_share_what_is_compiled_also_under_lora():
     assert compiled(2) == compiled(10)
 
 
+def test_blocks_are_computed_again_where_a_step_would_not_fit(monkeypatch):
+    c = configs.load(["model.vocab_size=50", "model.d_model=32", "model.n_heads=4", "device=cpu"])[0]
+    prepare = lambda: shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+    assert not prepare().recompute
+    monkeypatch.setattr(shard, "room", lambda device: 1 << 20)
+    assert prepare().recompute
+    c["shard"]["recompute"] = False                                  # who says so means it
+    assert not prepare().recompute
+
+
 def test_the_plan_adds_up():
     c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
     total = sum(p.numel() for p in M.on_meta(c["model"]).parameters())

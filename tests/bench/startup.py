@@ -31,7 +31,7 @@ def until(command, cwd, sign):
     seconds, said = None, []
     for line in process.stdout:
         said.append(line)
-        if line.startswith(sign) and seconds is None:
+        if sign in line and seconds is None:                       # a progress bar may stand before it
             seconds = time.perf_counter() - start
     if process.wait() or seconds is None:
         sys.exit("".join(said))

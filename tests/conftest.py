@@ -25,8 +25,9 @@ def realdata():
 def script():
     """script("model.py", "data/base") -> the finished process, its output as text."""
     def call(*args, cwd=ROOT, timeout=300, **env):
-        command = [sys.executable, *args] if args[0] != "torchrun" else [sys.executable, "-m", "torch.distributed.run", *args[1:]]
-        return subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
+        command = ["-m", "torch.distributed.run", *args[1:]] if args[0] == "torchrun" else args
+        return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=os.environ | env,
+                              capture_output=True, text=True, timeout=timeout)
     return call
 
 
@@ -52,8 +53,11 @@ def chats(tmp_path_factory):
 def tiny(tmp_path, chats):
     """tiny("lr=1e-2") -> (cfg, source, explicit) of a two-block model on the 40 chats: 10 steps an epoch, 25 in all."""
     def load(*more, out="run"):
-        return configs.load([f"data.train.chats.path={chats}", "data.validation_split=4", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'tokens'}",
-                             f"out_dir={tmp_path / out}", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "batch_size=4",
-                             "micro_tokens=400", "max_steps=25", "epochs=0", "log_every=1", "eval_every=10", "save_every=0", "eval_tokens=8", "eval_prompts=4",
-                             "lr=1e-2", "dtype=float32", "samples=0", "checkpoint.export=false", *more])
+        return configs.load([
+            f"data.train.chats.path={chats}", "data.validation_split=4", "data.tokenizer=bytes",
+            f"data.cache_dir={tmp_path / 'tokens'}", f"out_dir={tmp_path / out}",
+            "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2",
+            "batch_size=4", "micro_tokens=400", "max_steps=25", "epochs=0",
+            "log_every=1", "eval_every=10", "save_every=0", "eval_tokens=8", "eval_prompts=4",
+            "lr=1e-2", "dtype=float32", "samples=0", "checkpoint.export=false", *more])
     return load

@@ -31,7 +31,8 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
             "    saver.save(step, model, optimizer, {}, {'total_steps': 0, 'versions': {'torch': ''}})\n")
     rng, step = random.Random(0), 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent,
+                                   stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(rng.uniform(0.01, 0.2))
         process.send_signal(signal.SIGKILL)
@@ -52,11 +53,14 @@ def test_a_damaged_checkpoint_is_named_and_never_half_loaded(finished, damage):
     path = out / "checkpoints" / "00000006" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(content), "truncate": lambda: path.write_bytes(content[:1000]), "remove": path.unlink}[damage]()
+    do = {"flip": lambda: path.write_bytes(content), "truncate": lambda: path.write_bytes(content[:1000]),
+          "remove": path.unlink}
+    do[damage]()
     with pytest.raises(ValueError) as e:
         train.main(*loaded)
-    assert str(path) in str(e.value) and "damaged" in str(e.value) and "resume=" in str(e.value) and "\n" not in str(e.value)
-    mend = str(e.value).split("resume=")[1].split(" ")[0]
+    said = str(e.value)
+    assert str(path) in said and "damaged" in said and "resume=" in said and "\n" not in said
+    mend = said.split("resume=")[1].split(" ")[0]
     assert mend.endswith("00000004")
     train.main(*configs.load([*(f"{k}={v}" for k, v in configs.flat(loaded[2]).items()), f"resume={mend}"]))
     assert checkpoint.verified(out / "checkpoints" / "00000006")["step"] == 6
@@ -88,7 +92,8 @@ def test_a_checkpoint_whose_shapes_dont_fit_is_refused(finished, tiny):
     other = tiny("max_steps=6", "eval_every=0", "model.d_ff=192", f"resume={out}/checkpoints/00000004", out="other")
     with pytest.raises(ValueError) as e:
         train.main(*other)
-    assert "doesn't fit" in str(e.value) and "blocks.0.mlp.up.weight is [256, 32]" in str(e.value) and "[384, 32]" in str(e.value)
+    for words in ("doesn't fit", "blocks.0.mlp.up.weight is [256, 32]", "[384, 32]"):
+        assert words in str(e.value)
 
 
 def test_a_planted_pickle_is_not_run(finished):
@@ -114,13 +119,14 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, mon
     monkeypatch.setattr(checkpoint, "put", full)
     with pytest.raises(ValueError, match="last steps were not saved"):
         train.main(*loaded)
-    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002"] and "No space left" in capsys.readouterr().out
-    assert not list((Path(loaded[0]["out_dir"]) / "checkpoints").glob(".*.building"))    # what is left of one would keep the disk full
+    out = Path(loaded[0]["out_dir"])
+    assert [p.name for p in checkpoint.found(out)] == ["00000002"] and "No space left" in capsys.readouterr().out
+    assert not list((out / "checkpoints").glob(".*.building"))       # what is left of one would keep the disk full
     monkeypatch.setattr(checkpoint, "put", lambda *args: full(*args) if len(calls) < 9 else real(*args))
     del calls[1:]
     calls += [None] * 6                                              # steps 4 and 6 again, and only then is there room
     train.main(*loaded)
-    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == ["00000002", "00000006"]
+    assert [p.name for p in checkpoint.found(out)] == ["00000002", "00000006"]
 
 
 def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_bears_its_name(tiny, monkeypatch):
@@ -130,7 +136,10 @@ def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_bears_its_name(tiny
     assert {p.name for p in checkpoint.found(loaded[0]["out_dir"])[-1].iterdir()} <= synced
 
 
-@pytest.mark.parametrize("state", [lambda p: torch.ones(p.shape[:1]), lambda p: torch.full(p.shape, 7, dtype=torch.int32), lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])
+@pytest.mark.parametrize("state", [
+    lambda p: torch.ones(p.shape[:1]),
+    lambda p: torch.full(p.shape, 7, dtype=torch.int32),
+    lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])
 def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state):
     class Odd(torch.optim.SGD):
         def step(self):
@@ -147,7 +156,8 @@ def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state)
     again = Odd(fresh.parameters(), lr=0.1)
     assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)[0]["step"] == 3
     for p, q in zip(model.parameters(), fresh.parameters()):
-        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["kept"], again.state[q]["kept"]) and optimizer.state[p]["kept"].dtype == again.state[q]["kept"].dtype
+        kept, back = optimizer.state[p]["kept"], again.state[q]["kept"]
+        assert torch.equal(p, q) and torch.equal(kept, back) and kept.dtype == back.dtype
 
 
 def test_an_error_in_the_background_is_told_and_not_called_saved(tmp_path, capsys):
@@ -161,15 +171,16 @@ def test_an_error_in_the_background_is_told_and_not_called_saved(tmp_path, capsy
 
 def test_ls_and_export(finished, script, tmp_path):
     out, _ = finished
-    text = script("checkpoint.py", "ls", out).stdout
-    assert [line.split()[2] for line in text.splitlines()] == ["2", "4", "6"] and text.splitlines()[-1].endswith("latest")
+    lines = script("checkpoint.py", "ls", out).stdout.splitlines()
+    assert [line.split()[2] for line in lines] == ["2", "4", "6"] and lines[-1].endswith("latest")
     for what, folder in ((out, "newest"), (out / "checkpoints" / "00000002", "early")):
         assert script("checkpoint.py", "export", what, tmp_path / folder).returncode == 0
         assert (tmp_path / folder / "model.safetensors").is_file() and (tmp_path / folder / "tokenizer.json").is_file()
     again = script("checkpoint.py", "export", out, tmp_path / "early")
     assert again.returncode == 1 and "not empty" in again.stderr and again.stderr.count("\n") == 1
     (tmp_path / "file").write_text("")
-    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"], ["export", out, tmp_path / "file"]):
+    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"],
+                 ["export", out, tmp_path / "file"]):
         wrong = script("checkpoint.py", *args)
         assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 

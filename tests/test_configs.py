@@ -6,8 +6,8 @@ import yaml
 
 import configs
 
-SCHEMA = {"lr": 0.1, "steps": 10, "name": "x", "flag": False, "list": [1, 2], "any": None, "free": {}, "eval_every": 100,
-          "a": {"b": 1, "c": {"d": "deep"}, "e": 2.5}}
+SCHEMA = {"lr": 0.1, "steps": 10, "name": "x", "flag": False, "list": [1, 2], "any": None, "free": {},
+          "eval_every": 100, "a": {"b": 1, "c": {"d": "deep"}, "e": 2.5}}
 
 
 def load(*argv, **kw):
@@ -20,12 +20,15 @@ def file(tmp_path, text, name="x.yaml"):
 
 
 def test_layers_in_order_and_where_each_value_came_from(tmp_path):
-    one, two = file(tmp_path, "lr: 1\na: {b: 2, c: {d: one}}", "one.yaml"), file(tmp_path, "a: {c: {d: two}}\nlist: [3]", "two.yaml")
-    cfg, source, explicit = load("a.e=7", one, "name=cli", two, imported={"name": "imported", "steps": 5, "a": {"b": 99}})
-    assert cfg == SCHEMA | {"lr": 1.0, "steps": 5, "name": "cli", "list": [3], "a": {"b": 2, "c": {"d": "two"}, "e": 7.0}}
+    one = file(tmp_path, "lr: 1\na: {b: 2, c: {d: one}}", "one.yaml")
+    two = file(tmp_path, "a: {c: {d: two}}\nlist: [3]", "two.yaml")
+    imported = {"name": "imported", "steps": 5, "a": {"b": 99}}
+    cfg, source, explicit = load("a.e=7", one, "name=cli", two, imported=imported)
+    assert cfg == SCHEMA | {"lr": 1.0, "steps": 5, "name": "cli", "list": [3],
+                            "a": {"b": 2, "c": {"d": "two"}, "e": 7.0}}
     assert type(cfg["lr"]) is float and type(cfg["a"]["e"]) is float
-    assert source == {"lr": one, "steps": "imported", "name": "cli", "flag": "default", "list": two, "any": "default", "free": "default",
-                      "eval_every": "default", "a.b": one, "a.c.d": two, "a.e": "cli"}
+    assert source == {"lr": one, "steps": "imported", "name": "cli", "flag": "default", "list": two, "any": "default",
+                      "free": "default", "eval_every": "default", "a.b": one, "a.c.d": two, "a.e": "cli"}
     assert explicit == {"lr": 1.0, "a": {"b": 2, "c": {"d": "two"}, "e": 7.0}, "list": [3], "name": "cli"}
 
 
@@ -57,7 +60,8 @@ def test_null_is_a_value_lists_are_replaced_whole_and_free_sections_take_any_key
     ("1E5", 1e5), ("2.", 2.0), (".5", 0.5), ("-1.5e+3", -1500.0),
     ("[1, 1e-4, no]", [1, 1e-4, "no"]), ("{a: 1, b: 1e-4}", {"a": 1, "b": 1e-4}), ("no", "no"), ("on", "on"),
     ("yes", "yes"), ("010", "010"), ("1:30", "1:30"),
-    ("2026-11-20", "2026-11-20"), ("0x10", "0x10"), ("1_000", "1_000"), ("", ""), ("a=b=c", "a=b=c"), ("'quoted'", "'quoted'")])
+    ("2026-11-20", "2026-11-20"), ("0x10", "0x10"), ("1_000", "1_000"), ("", ""), ("a=b=c", "a=b=c"),
+    ("'quoted'", "'quoted'")])
 def test_words_mean_the_same_on_the_command_line_and_in_files(tmp_path, text, value):
     cfg, _, _ = load(f"any={text}")
     assert cfg["any"] == value and type(cfg["any"]) is type(value)
@@ -98,7 +102,8 @@ def test_a_mistake_is_one_line_that_names_key_expectation_value_and_layer(argv, 
 def test_a_mistake_in_a_file_names_the_file(tmp_path):
     for text, words in (("stepz: 1", ["stepz", "x.yaml", "steps"]), ("steps: '1'", ["steps", "'1'", "x.yaml"]),
                         ("lr: [", ["x.yaml", "line"]), ("lr: 1\nlr: 2", ["x.yaml", "line 2", "twice"]),
-                        ("- 1", ["x.yaml"]), ("a:", ["a", "a section", "null"]), ("name: 3", ["name", "a string", "3"])):
+                        ("- 1", ["x.yaml"]), ("a:", ["a", "a section", "null"]),
+                        ("name: 3", ["name", "a string", "3"])):
         with pytest.raises(ValueError) as e:
             load(file(tmp_path, text))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
@@ -134,10 +139,14 @@ def test_interpolation_that_cannot_be(argv, words):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (['groups=[{match: "a("}]'], ["groups", "regular expression"]), (["groups=[3]"], ["groups"]), (["groups=[{lr: 1}]"], ["groups", "match"]), (["groups=[{match: embed, lr: x}]"], ["groups"]),
-    (["groups=[{match: embed, lr: -1}]"], ["groups", "below 0"]), (["groups=[{match: embed, weight_decay: .nan}]"], ["groups"]), (["momentum=1.0"], ["momentum", "below 1"]),
-    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]), (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"]),
-    (["shard.compile=no"], ["shard.compile", "true"]), (["shard.compile=1"], ["shard.compile"]), (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"])])
+    (['groups=[{match: "a("}]'], ["groups", "regular expression"]), (["groups=[3]"], ["groups"]),
+    (["groups=[{lr: 1}]"], ["groups", "match"]), (["groups=[{match: embed, lr: x}]"], ["groups"]),
+    (["groups=[{match: embed, lr: -1}]"], ["groups", "below 0"]),
+    (["groups=[{match: embed, weight_decay: .nan}]"], ["groups"]), (["momentum=1.0"], ["momentum", "below 1"]),
+    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]),
+    (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"]),
+    (["shard.compile=no"], ["shard.compile", "true"]), (["shard.compile=1"], ["shard.compile"]),
+    (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"])])
 def test_ranges_and_choices_are_checked(argv, words):
     with pytest.raises(ValueError) as e:
         configs.load(argv)
@@ -177,11 +186,13 @@ def test_this_projects_own_defaults():
     assert cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
     assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli"
     assert source["data.train.a.label"] == "default"
-    assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0}, "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
+    assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0},
+                                             "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
     for argv, words in ((["dtype=fp8"], ["dtype", "bfloat16"]), (["batch_size=0"], ["batch_size", "at least 1"]),
                         (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
                         (["data.train.a.weight=2"], ["data.train.a.path"]),
-                        (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]), (["max_steps=x"], ["max_steps"]),
+                        (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]),
+                        (["max_steps=x"], ["max_steps"]),
                         (["model.init_from=nowhere"], ["model.init_from", "nowhere"]), (["lr=-1"], ["lr"]),
                         (["learning_rate=1"], ["learning_rate", "nearest"])):
         with pytest.raises(ValueError) as e:
@@ -215,8 +226,8 @@ def test_weight_decay_is_no_count_though_it_ends_like_one():
 
 def test_a_users_mistake_is_one_line_also_where_the_folder_is_reached_through_a_link(tmp_path):
     (tmp_path / "link").symlink_to(configs.HERE.parent)
-    out = subprocess.run([sys.executable, "tokenize_data.py", "lrr=1"], cwd=tmp_path / "link", env={"PYTHONPATH": str(tmp_path / "link")},
-                         capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "tokenize_data.py", "lrr=1"], cwd=tmp_path / "link",
+                         env={"PYTHONPATH": str(tmp_path / "link")}, capture_output=True, text=True)
     assert out.returncode == 1 and out.stderr.startswith("error: lrr") and out.stderr.count("\n") == 1, out.stderr
 
 
@@ -244,10 +255,13 @@ def test_a_wrong_key_ends_torchrun_before_torch_with_one_line_once(script):
 
 
 def test_a_family_has_what_its_config_json_can_say():
-    gpt2 = configs.load(["model.family=gpt2", "model.activation=gelu_new"])
-    assert gpt2[0]["model"]["norm"] == "layernorm" and gpt2[0]["model"]["qkv_bias"] and gpt2[1]["model.norm"] == "imported"
-    for argv, words in ((["model.family=nope"], ["model.family", "gpt2"]), (["model.norm=layernorm"], ["model.norm", "rmsnorm"]), (["model.qkv_bias=true"], ["attention_bias"]),
-                        (["model.family=gpt2", "model.n_kv_heads=2"], ["model.n_kv_heads", "4"]), (["model.family=gpt2", "model.head_dim=16"], ["model.head_dim"])):
+    cfg, source, _ = configs.load(["model.family=gpt2", "model.activation=gelu_new"])
+    assert cfg["model"]["norm"] == "layernorm" and cfg["model"]["qkv_bias"] and source["model.norm"] == "imported"
+    for argv, words in ((["model.family=nope"], ["model.family", "gpt2"]),
+                        (["model.norm=layernorm"], ["model.norm", "rmsnorm"]),
+                        (["model.qkv_bias=true"], ["attention_bias"]),
+                        (["model.family=gpt2", "model.n_kv_heads=2"], ["model.n_kv_heads", "4"]),
+                        (["model.family=gpt2", "model.head_dim=16"], ["model.head_dim"])):
         with pytest.raises(ValueError) as e:
             configs.load(argv)
         assert all(w in str(e.value) for w in words), str(e.value)
@@ -255,5 +269,6 @@ def test_a_family_has_what_its_config_json_can_say():
 
 def test_a_default_may_refer_and_a_section_may_be_referred_to():
     schema = {"lr": 0.1, "min_lr": "${lr}", "a": {"b": 1}, "free": {}}
-    assert configs.load(["lr=0.2"], defaults=schema)[0]["min_lr"] == 0.2 and configs.load(["min_lr=0.5"], defaults=schema)[0]["min_lr"] == 0.5
+    assert configs.load(["lr=0.2"], defaults=schema)[0]["min_lr"] == 0.2
+    assert configs.load(["min_lr=0.5"], defaults=schema)[0]["min_lr"] == 0.5
     assert configs.load(["free=${a}"], defaults=schema)[0]["free"] == {"b": 1}

@@ -11,7 +11,8 @@ def logged(tmp_path, name, *losses, resumed=0):
     c = configs.load([f"out_dir={tmp_path / name}"])[0]
     writer = log.Log(c, len(losses) + resumed, resumed)
     for i, loss in enumerate(losses, 1 + resumed):
-        writer.step({"step": i, "loss": torch.tensor(loss), "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 10.0, "mfu": None, "seconds": float(i)})
+        writer.step({"step": i, "loss": torch.tensor(loss), "lr": 1e-3, "grad_norm": 1.0, "tok_per_s": 10.0,
+                     "mfu": None, "seconds": float(i)})
     writer.validation({"step": len(losses) + resumed, "val/x/loss": 1.5, "val/x/exact_match": 0.25})
     writer.close()
     return tmp_path / name
@@ -21,7 +22,8 @@ def test_records_are_strict_json_one_a_line(tmp_path):
     folder = logged(tmp_path, "a", 2.0, float("nan"), float("inf"), 1.0)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     got = [json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} is no JSON")) for line in lines]
-    assert [r.get("loss") for r in got] == [2.0, None, None, 1.0, None] and got[-1] == {"step": 4, "val/x/loss": 1.5, "val/x/exact_match": 0.25}
+    assert [r.get("loss") for r in got] == [2.0, None, None, 1.0, None]
+    assert got[-1] == {"step": 4, "val/x/loss": 1.5, "val/x/exact_match": 0.25}
 
 
 def test_going_on_drops_the_records_of_steps_done_again(tmp_path):
@@ -47,7 +49,8 @@ def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, script):
     out = script("log.py", a, b)
     assert out.returncode == 0, out.stderr
     rows = {line.split()[0]: line.split() for line in out.stdout.splitlines() if line}
-    assert rows[str(a)][1:3] == ["3", "2.0000"] and rows[str(b)][1:3] == ["2", "1.0000"] and rows[str(a)][3:5] == ["0.2500", "1.5000"] and rows[str(a)][-1] == "█▅▁"
+    assert rows[str(a)][1:3] == ["3", "2.0000"] and rows[str(b)][1:3] == ["2", "1.0000"]
+    assert rows[str(a)][3:5] == ["0.2500", "1.5000"] and rows[str(a)][-1] == "█▅▁"
     picture = ET.parse(a / "curves.svg").getroot()
     assert len([e for e in picture.iter() if e.tag.endswith("polyline")]) == 4 and str(b) in "".join(picture.itertext())
 

@@ -13,14 +13,16 @@ import configs, model as M, tokenize_data
 from conftest import ROOT
 
 torch.manual_seed(0)
-M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=16", "model.vocab_size=101", "model.d_ff=80"])[0]["model"]
+M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2",
+                       "model.head_dim=16", "model.vocab_size=101", "model.d_ff=80"])[0]["model"]
 
 
 def row(docs, masked=0):
     """Lists of ids -> a training row; the first `masked` targets of each document are not trained."""
     batch = M.as_batch([d[:-1] for d in docs])
     targets = [t if i >= masked else M.IGNORED for d in docs for i, t in enumerate(d[1:])]
-    return batch | {"targets": torch.tensor(targets), "weights": torch.tensor([float(t != M.IGNORED) for t in targets]), "doc_ids": torch.arange(len(docs))}
+    weights = torch.tensor([float(t != M.IGNORED) for t in targets])
+    return batch | {"targets": torch.tensor(targets), "weights": weights, "doc_ids": torch.arange(len(docs))}
 
 
 def documents(vocab, *lengths, seed=0):
@@ -32,7 +34,8 @@ def noisy(model):
     """New weights that are not special: norms and biases too."""
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (1 if p.dim() < 2 else 0.3)
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+            p += 0.3 * noise * (1 if p.dim() < 2 else 0.3)
     return model
 
 
@@ -46,32 +49,48 @@ def close(a, b, tolerance):
     return float((a - b).detach().abs().max()) <= tolerance * float(b.detach().abs().max())
 
 
-LLAMA = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=101, tie_word_embeddings=False, initializer_range=0.05)
-SCALED = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-NEOX = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
-MULTIPLIERS = dict(embedding_multiplier=12.0, attention_multiplier=0.1, residual_multiplier=0.22, logits_scaling=8.0)
-FAMILIES = {                                                           # as the README's table has them -> (model_type, its config)
-    "GPT-2": ("gpt2", dict(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=128, bos_token_id=0, eos_token_id=0)),
-    "GPT-2, untied": ("gpt2", dict(n_embd=48, n_layer=2, n_head=4, vocab_size=100, n_positions=128, n_inner=80, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)),
+GPT2 = dict(n_embd=48, n_layer=2, n_head=4, vocab_size=101, n_positions=128, bos_token_id=0, eos_token_id=0)
+LLAMA = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=101, tie_word_embeddings=False, initializer_range=0.05)
+SCALED = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+NEOX = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=99,
+            max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
+GRANITE = LLAMA | dict(embedding_multiplier=12.0, attention_multiplier=0.1, residual_multiplier=0.22,
+                       logits_scaling=8.0)
+OLMO2 = LLAMA | dict(pad_token_id=None, eos_token_id=None)
+SMOLLM3 = LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
+# as the README's table has them -> (model_type, its config)
+FAMILIES = {
+    "GPT-2": ("gpt2", GPT2),
+    "GPT-2, untied": ("gpt2", GPT2 | dict(vocab_size=100, n_inner=80, tie_word_embeddings=False)),
     "GPT-NeoX, Pythia": ("gpt_neox", NEOX | dict(rotary_pct=0.25, num_attention_heads=2)),
-    "GPT-NeoX, tied, not parallel": ("gpt_neox", NEOX | dict(rotary_pct=0.5, rotary_emb_base=1000, use_parallel_residual=False, tie_word_embeddings=True, attention_bias=False)),
-    "Phi-1, 1.5, 2": ("phi", NEOX | dict(partial_rotary_factor=0.5, rope_theta=5000.0, num_key_value_heads=4, hidden_act="gelu_new")),
-    "Phi, tied, grouped heads": ("phi", NEOX | dict(partial_rotary_factor=1.0, num_key_value_heads=2, tie_word_embeddings=True)),
+    "GPT-NeoX, tied, not parallel": ("gpt_neox", NEOX | dict(
+        rotary_pct=0.5, rotary_emb_base=1000, use_parallel_residual=False, tie_word_embeddings=True,
+        attention_bias=False)),
+    "Phi-1, 1.5, 2": ("phi", NEOX | dict(
+        partial_rotary_factor=0.5, rope_theta=5000.0, num_key_value_heads=4, hidden_act="gelu_new")),
+    "Phi, tied, grouped heads": ("phi", NEOX | dict(
+        partial_rotary_factor=1.0, num_key_value_heads=2, tie_word_embeddings=True)),
     "Llama 1, 2": ("llama", LLAMA),
-    "Llama 3, SmolLM2, tied, biases": ("llama", LLAMA | dict(num_key_value_heads=4, head_dim=16, vocab_size=100, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
-    "Llama 3.1 to 3.3, rope scaled": ("llama", LLAMA | dict(vocab_size=77, num_key_value_heads=1, max_position_embeddings=256, rope_parameters=SCALED)),
+    "Llama 3, SmolLM2, tied, biases": ("llama", LLAMA | dict(
+        num_key_value_heads=4, head_dim=16, vocab_size=100, tie_word_embeddings=True, attention_bias=True,
+        mlp_bias=True)),
+    "Llama 3.1 to 3.3, rope scaled": ("llama", LLAMA | dict(
+        vocab_size=77, num_key_value_heads=1, max_position_embeddings=256, rope_parameters=SCALED)),
     "Mistral": ("mistral", LLAMA | dict(num_key_value_heads=1, sliding_window=None)),
     "Mistral, sliding window, tied": ("mistral", LLAMA | dict(head_dim=8, sliding_window=19, tie_word_embeddings=True)),
     "Qwen2, 2.5": ("qwen2", LLAMA),
     "Qwen2, tied": ("qwen2", LLAMA | dict(tie_word_embeddings=True)),
     "Qwen3": ("qwen3", LLAMA | dict(head_dim=16)),
     "Qwen3, tied": ("qwen3", LLAMA | dict(head_dim=12, tie_word_embeddings=True, num_key_value_heads=1)),
-    "Granite 3": ("granite", LLAMA | MULTIPLIERS),
-    "Granite 3, tied": ("granite", LLAMA | MULTIPLIERS | dict(tie_word_embeddings=True, num_key_value_heads=4)),
-    "OLMo2": ("olmo2", LLAMA | dict(pad_token_id=None, eos_token_id=None)),
-    "OLMo2, tied": ("olmo2", LLAMA | dict(pad_token_id=None, eos_token_id=None, tie_word_embeddings=True, num_key_value_heads=4)),
-    "SmolLM3": ("smollm3", LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
-    "SmolLM3, untied": ("smollm3", LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0, no_rope_layers=[0, 1])),
+    "Granite 3": ("granite", GRANITE),
+    "Granite 3, tied": ("granite", GRANITE | dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "OLMo2": ("olmo2", OLMO2),
+    "OLMo2, tied": ("olmo2", OLMO2 | dict(tie_word_embeddings=True, num_key_value_heads=4)),
+    "SmolLM3": ("smollm3", SMOLLM3 | dict(
+        num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
+    "SmolLM3, untied": ("smollm3", SMOLLM3 | dict(no_rope_layers=[0, 1])),
 }
 
 
@@ -80,7 +99,8 @@ def pair(name):
     """(our model, its section, the reference's, the folder it was saved to)"""
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     kind, config = FAMILIES[name]
-    theirs = noisy(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config), attn_implementation="eager")).eval()
+    config = transformers.AutoConfig.for_model(kind, **config)
+    theirs = noisy(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")).eval()
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     theirs.save_pretrained(folder / "theirs")
@@ -104,13 +124,15 @@ def logits(ours, m, theirs, folder):
 def loss_and_gradients(ours, m, theirs, folder):
     """Of packed documents, the loss and every parameter's gradient, against the sums of theirs."""
     docs = documents(m["vocab_size"], 70, 3, 2, 41, 120, seed=1)
-    wants = [torch.nn.functional.cross_entropy(theirs(torch.tensor([d[:-1]])).logits[0], torch.tensor(d[1:]), reduction="sum") for d in docs]
+    nll = torch.nn.functional.cross_entropy
+    wants = [nll(theirs(torch.tensor([d[:-1]])).logits[0], torch.tensor(d[1:]), reduction="sum") for d in docs]
     sum(wants).backward()
     loss_sum, weight, per_document = ours(row(docs))
     loss_sum.backward()
     assert weight == sum(len(d) - 1 for d in docs) and close(per_document, torch.stack(wants), 1e-5)
     got, turned, wanted = grads(ours), tuple(configs.families()[m["family"]].get("transposed", ())), grads(theirs)
-    got = {their: t.T if name.endswith(turned) else t for name, g in got.items() for their, t in M.as_stored(name, g, m).items()}
+    got = {their: t.T if name.endswith(turned) else t
+           for name, g in got.items() for their, t in M.as_stored(name, g, m).items()}
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()
@@ -137,14 +159,16 @@ def greedy(ours, m, theirs, folder):
     prompts = documents(m["vocab_size"], 1, 17, 5, seed=3)
     wrong = 0
     for prompt, ids in zip(prompts, M.answer(ours, prompts, 64, ())):
-        want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
+                               do_sample=False, eos_token_id=None, pad_token_id=0)
         wrong += sum(a != b for a, b in zip(ids, want[0, len(prompt):].tolist(), strict=True))
     return wrong
 
 
 def export(ours, m, theirs, folder):
     """Saved in parts, loaded by them without a warning: numbers of weights and logits that differ; and ours again."""
-    transformers, out, said = pytest.importorskip("transformers"), folder.with_name("out"), logging.handlers.BufferingHandler(10 ** 6)
+    transformers = pytest.importorskip("transformers")
+    out, said = folder.with_name("out"), logging.handlers.BufferingHandler(10 ** 6)
     M.save(ours.get_parameter, m, out, folder, stop=[1, 2], bos=3, shard_bytes=40_000)
     assert (out / "model.safetensors.index.json").is_file()
     transformers.logging.get_logger().addHandler(said)
@@ -153,10 +177,13 @@ def export(ours, m, theirs, folder):
         again, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     transformers.logging.get_logger().removeHandler(said)
     assert not warned and not [r.getMessage() for r in said.buffer if r.levelno >= logging.WARNING]
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and again.config.eos_token_id == [1, 2]
-    ids, first = torch.tensor(documents(m["vocab_size"], 60)), transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.eos_token_id == [1, 2]
+    ids = torch.tensor(documents(m["vocab_size"], 60))
+    first = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     reloaded, m2 = M.load(out)
-    assert m2 == m | {"init_from": str(out)} and all(torch.equal(a, b) for a, b in zip(reloaded.state_dict().values(), ours.state_dict().values(), strict=True))
+    weights = zip(reloaded.state_dict().values(), ours.state_dict().values(), strict=True)
+    assert m2 == m | {"init_from": str(out)} and all(torch.equal(a, b) for a, b in weights)
     names = [{name for f in path.glob("*.safetensors") for name in safe_open(f, "pt").keys()} for path in (folder, out)]
     assert names[0] == names[1]                                        # what other programs look for
     weights = zip(again.state_dict().values(), theirs.state_dict().values(), strict=True)
@@ -164,7 +191,8 @@ def export(ours, m, theirs, folder):
         return sum(int((a != b).sum()) for a, b in weights) + int((again.eval()(ids).logits != first(ids).logits).sum())
 
 
-CHECKS = {"logits": (logits, 1e-5), "loss and gradients": (loss_and_gradients, 1e-4), "bf16": (bf16, 1.5), "64 greedy tokens": (greedy, 0), "export": (export, 0)}
+CHECKS = {"logits": (logits, 1e-5), "loss and gradients": (loss_and_gradients, 1e-4), "bf16": (bf16, 1.5),
+          "64 greedy tokens": (greedy, 0), "export": (export, 0)}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -179,13 +207,16 @@ def parity_table():
     rows = [["family", *CHECKS], ["---"] * (len(CHECKS) + 1)]
     for name in FAMILIES:
         figures = [function(*pair(name)) for function, _ in CHECKS.values()]
-        rows.append([name, f"{figures[0]:.0e}", f"{figures[1]:.0e}", f"{figures[2]:.2f}", "equal" if figures[3] == 0 else f"{figures[3]} differ", "bitwise" if figures[4] == 0 else f"{figures[4]} differ"])
+        rows.append([name, f"{figures[0]:.0e}", f"{figures[1]:.0e}", f"{figures[2]:.2f}",
+                     "equal" if figures[3] == 0 else f"{figures[3]} differ",
+                     "bitwise" if figures[4] == 0 else f"{figures[4]} differ"])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def test_the_readmes_table_has_every_family_and_check():
     lines = (ROOT / "README.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith(tuple(f"| {name} |" for name in ("family", *FAMILIES)))]
+    begin = tuple(f"| {name} |" for name in ("family", *FAMILIES))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith(begin)]
     assert rows[0] == ["family", *CHECKS] and [row[0] for row in rows[1:]] == list(FAMILIES)
     assert all(float(row[n]) <= most for row in rows[1:] for n, (_, most) in enumerate(list(CHECKS.values())[:3], 1))
     assert all(row[4:] == ["equal", "bitwise"] for row in rows[1:])
@@ -198,16 +229,18 @@ def test_the_readmes_family_is_the_files_and_its_loss_works(monkeypatch):
     code, = (text for _, text in blocks if "focal" in text)
     monkeypatch.setattr(M, "LOSSES", dict(M.LOSSES))
     exec(code, {})
-    model, plain, batch = M.build(M_TINY | {"loss": "focal", "loss_options": {"gamma": 2.0}}), M.build(M_TINY), row(documents(101, 30))
+    model, plain = M.build(M_TINY | {"loss": "focal", "loss_options": {"gamma": 2.0}}), M.build(M_TINY)
+    batch = row(documents(101, 30))
     p = plain.logits(batch).softmax(-1)[range(29), batch["targets"]]
     assert close(model(batch)[0], ((1 - p) ** 2 * -p.log()).sum(), 1e-5)
 
 
 def test_new_weights_export_too(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    needed = {"gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"]}
     for family in configs.families():
-        fixed = [f"model.{key}={value}" for key, value in (("activation", "gelu_new"), ("rope_layers", [1, 0])) if (key, family) in {("activation", "gpt2"), ("rope_layers", "smollm3")}]
-        m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", f"model.family={family}", *fixed])[0]["model"]
+        m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", f"model.family={family}",
+                          *needed.get(family, [])])[0]["model"]
         ours = noisy(M.build(m))
         M.save(ours.get_parameter, m, tmp_path / family)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
@@ -228,12 +261,16 @@ def test_packed_documents_do_not_see_each_other():
     assert close(per_document, torch.cat([a[2] for a in alone]), 1e-5) and weight == sum(len(d) - 1 for d in docs)
     assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
     changed = docs[:1] + documents(101, 33, seed=9) + docs[2:]
-    assert torch.equal(model(row(changed))[2][2:], per_document[2:]) and torch.equal(model(row(changed))[2][:1], per_document[:1])
+    again = model(row(changed))[2]
+    assert torch.equal(again[2:], per_document[2:]) and torch.equal(again[:1], per_document[:1])
 
 
 def test_padding_is_outside_every_document():
     model, batch = noisy(M.build(M_TINY)), row(documents(101, 9, 33))
-    padded = {key: torch.cat([t, torch.full((7,), M.IGNORED if key == "targets" else 0, dtype=t.dtype)]) if key in ("tokens", "targets", "weights", "positions") else t for key, t in batch.items()}
+    padded = dict(batch)
+    for key in ("tokens", "targets", "weights", "positions"):
+        value = M.IGNORED if key == "targets" else 0
+        padded[key] = torch.nn.functional.pad(batch[key], (0, 7), value=value)
     model(batch)[0].backward()
     want = grads(model)
     loss_sum, weight, _ = model(padded)
@@ -243,10 +280,12 @@ def test_padding_is_outside_every_document():
 
 def test_an_idle_row_counts_nothing():
     model = M.build(M_TINY)
-    empty = {key: torch.zeros(0, dtype=torch.long) for key in ("tokens", "targets", "positions", "doc_ids")}
-    loss_sum, weight, per_document = model(empty | {"weights": torch.zeros(0), "cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_len": 0})
+    row_of_none = {key: torch.zeros(0, dtype=torch.long) for key in ("tokens", "targets", "positions", "doc_ids")}
+    row_of_none |= {"weights": torch.zeros(0), "cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_len": 0}
+    loss_sum, weight, per_document = model(row_of_none)
     loss_sum.backward()
-    assert loss_sum == 0 and weight == 0 and len(per_document) == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert loss_sum == 0 and weight == 0 and len(per_document) == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_an_untrained_target_has_no_loss_and_no_gradient_of_its_own():
@@ -258,7 +297,8 @@ def test_an_untrained_target_has_no_loss_and_no_gradient_of_its_own():
     want = grads(model)
     loss_sum, weight, _ = model(batch)
     loss_sum.backward()
-    assert weight == int(keep.sum()) == 19 - 6 + 14 - 6 and all(close(g, want[name], 1e-4) for name, g in grads(model).items())
+    assert weight == int(keep.sum()) == 19 - 6 + 14 - 6
+    assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
 
 
 def test_weights_weigh(monkeypatch):
@@ -270,7 +310,8 @@ def test_weights_weigh(monkeypatch):
 
 
 def test_chunks_of_the_loss_change_rounding_only(monkeypatch):
-    model, batch = noisy(M.build(M_TINY | {"tie_embeddings": False, "head_bias": True})), row(documents(101, 90, 200, 130))
+    model = noisy(M.build(M_TINY | {"tie_embeddings": False, "head_bias": True}))
+    batch = row(documents(101, 90, 200, 130))
     model(batch)[0].backward()
     want = grads(model)
     monkeypatch.setattr(M, "CHUNK", 1)                               # 64 tokens at a time, the least
@@ -284,8 +325,9 @@ def most_bytes(function):
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         out = function()
+    events = prof.profiler.kineto_results.events()
     now = most = 0
-    for _, n in sorted((e.start_ns(), e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"):
+    for _, n in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         now += n
         most = max(most, now)
     return out, most
@@ -300,7 +342,11 @@ def test_head_and_loss_take_a_quarter_of_the_memory_that_all_logits_would():
         out = x.grad, head.grad
         x.grad = head.grad = None
         return out
-    want, plain = most_bytes(lambda: gradients((torch.nn.functional.cross_entropy(x @ head.T, targets, reduction="none") * weights).sum()))
+
+    def whole():
+        nll = torch.nn.functional.cross_entropy(x @ head.T, targets, reduction="none")
+        return gradients((nll * weights).sum())
+    want, plain = most_bytes(whole)
     got, chunked = most_bytes(lambda: gradients(M.ChunkedLoss.apply(x, head, targets, weights, M.cross_entropy)[0]))
     assert chunked < 0.25 * plain and all(apart(a, b) < 1e-5 for a, b in zip(got, want))
 
@@ -313,7 +359,8 @@ def test_untrained_targets_cost_no_matmul_of_the_head():
         with FlopCounterMode(display=False) as count:
             model(row(docs, masked))[0].backward()
         return count.get_total_flops()
-    one = 2 * 2 * 5000 * 48                                          # forward and the gradient of x; addmm_, the head's, is not counted
+    # forward and the gradient of x; addmm_, the head's, is not counted
+    one = 2 * 2 * 5000 * 48
     assert counted(0) - counted(150) == one * (640 - 192)            # 638 and 188 tokens, in chunks of 64
 
 
@@ -333,7 +380,8 @@ def test_losses_are_their_formulas():
     assert close(got, 0.8 * nll - 0.2 * logs.mean(-1) + 0.1 * logits.exp().sum(-1).log() ** 2, 1e-6)
     assert close(M.dft(logits, targets), nll * (-nll).exp(), 1e-6)
     grad, = torch.autograd.grad(M.dft(logits, targets).sum(), logits)
-    assert close(grad, (logits.softmax(-1) - torch.nn.functional.one_hot(targets, 11)) * (-nll).exp()[:, None], 1e-6)
+    one_hot = torch.nn.functional.one_hot(targets, 11)
+    assert close(grad, (logits.softmax(-1) - one_hot) * (-nll).exp()[:, None], 1e-6)
 
 
 @pytest.mark.parametrize("loss, options", [("cross_entropy", {"label_smoothing": 0.1, "z_loss": 1e-2}), ("dft", {})])
@@ -348,7 +396,8 @@ def test_every_loss_goes_through_the_chunks(loss, options, monkeypatch):
 
 # ---- noise: a function of seed, step, document and position
 
-NOISY = dict(embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.1, embed="neftune", embed_options={"alpha": 5.0}, sliding_window=9)
+NOISY = dict(embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.1, embed="neftune", embed_options={"alpha": 5.0},
+             sliding_window=9)
 
 
 def test_noise_is_the_same_in_any_layout():
@@ -359,12 +408,14 @@ def test_noise_is_the_same_in_any_layout():
     want = grads(model)
     alone = [run([docs[n]], [n + 5])[0] for n in (3, 1, 0, 2)]
     sum(alone).backward()
-    assert close(together[[3, 1, 0, 2]], torch.stack(alone), 1e-5) and all(close(g, want[name], 1e-4) for name, g in grads(model).items())
+    assert close(together[[3, 1, 0, 2]], torch.stack(alone), 1e-5)
+    assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
     model.recompute = True
     assert torch.equal(run(docs, [5, 6, 7, 8])[2], together)
     for other in (run(docs, [5, 6, 7, 8], step=4)[2], run(docs, [15, 16, 17, 18])[2], model(row(docs))[2]):
         assert not any(close(a, b, 1e-4) for a, b in zip(other, together))
-    assert torch.equal(model(row(docs))[2], model(row(docs))[2])     # without a seed there is none: evaluation, generation
+    # without a seed there is none: evaluation, generation
+    assert torch.equal(model(row(docs))[2], model(row(docs))[2])
 
 
 def test_no_two_places_of_a_model_share_their_noise(monkeypatch):
@@ -375,7 +426,8 @@ def test_no_two_places_of_a_model_share_their_noise(monkeypatch):
         return real(x, p, keys, codes)
     monkeypatch.setattr(M, "dropout", watched)
     M.build(M_TINY | NOISY)(row(documents(101, 60)) | {"noise": 0})
-    assert len(seen) == 1 + 2 * 3 and len({i for place in seen for i in place}) == 48 * len(seen)    # embedding; attention and both sums of each block
+    assert len(seen) == 1 + 2 * 3                                    # embedding; attention and both sums of each block
+    assert len({i for place in seen for i in place}) == 48 * len(seen)
 
 
 def test_dropout_drops_a_share_and_keeps_the_mean():
@@ -400,7 +452,8 @@ def test_neftune_adds_what_its_paper_says():
     noise = (M.neftune(model, batch, 5.0) - M.plain(model, batch)).split([100, 25])
     for part, length in zip(noise, (100, 25)):
         most = 5.0 / (length * 48) ** 0.5
-        assert 0.99 * most < float(part.detach().abs().max()) <= most * 1.0001 and abs(float(part.detach().mean())) < 0.05 * most
+        largest, mean = float(part.detach().abs().max()), float(part.detach().mean())
+        assert 0.99 * most < largest <= most * 1.0001 and abs(mean) < 0.05 * most
     with pytest.raises(ValueError, match="embed_options.alpha: neftune needs it"):
         M.build(M_TINY | {"embed": "neftune"})
     with pytest.raises(ValueError, match="loss_options.label_smothing: cross_entropy takes label_smoothing, z_loss"):
@@ -409,7 +462,8 @@ def test_neftune_adds_what_its_paper_says():
 
 def test_a_run_with_noise_does_not_depend_on_its_rows_and_resumes(tiny):
     import log, train
-    more = ["model.resid_pdrop=0.2", "model.embed=neftune", "model.embed_options.alpha=5", "max_steps=6", "eval_every=0"]
+    more = ["model.resid_pdrop=0.2", "model.embed=neftune", "model.embed_options.alpha=5", "max_steps=6",
+            "eval_every=0"]
     losses = {}
     for out, keys in {"wide": [], "narrow": ["micro_tokens=210"], "in parts": ["save_every=4"]}.items():
         train.main(*tiny(*more, *keys, out=out))
@@ -422,12 +476,18 @@ def test_a_run_with_noise_does_not_depend_on_its_rows_and_resumes(tiny):
 
 # ---- the vocabulary's rows
 
-@pytest.mark.parametrize("more", [{}, {"tie_embeddings": False, "head_bias": True, "family": "phi", "loss_options": {"label_smoothing": 0.1}}])
+@pytest.mark.parametrize("more", [
+    {}, {"tie_embeddings": False, "head_bias": True, "family": "phi", "loss_options": {"label_smoothing": 0.1}}])
 def test_rows_that_pad_the_vocabulary_are_not_seen(more, tmp_path):
     section = M_TINY | more | {"family": "llama"}
     plain, padded = noisy(M.build(section)), M.build(section | {"pad_vocab_size_multiple": 64})
-    assert padded.embed.weight.shape == (128, 48) and torch.equal(M.build(section).embed.weight, padded.embed.weight[:101])
-    padded.load_state_dict({name: torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, len(padded.get_parameter(name)) - len(t)), value=3.0) for name, t in plain.state_dict().items()})
+    assert padded.embed.weight.shape == (128, 48)
+    assert torch.equal(M.build(section).embed.weight, padded.embed.weight[:101])
+    longer = {}
+    for name, t in plain.state_dict().items():
+        rows = len(padded.get_parameter(name)) - len(t)
+        longer[name] = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, rows), value=3.0)
+    padded.load_state_dict(longer)
     batch = row(documents(101, 60, 31))
     plain(batch)[0].backward()
     want = grads(plain)
@@ -452,7 +512,8 @@ def test_a_vocabulary_grows_from_the_mean_of_the_old(tmp_path):
         new, _ = M.load(tmp_path / str(tied), M.with_vocabulary(m, 109))
         for name in ["embed.weight"] + ["head.weight"] * (not tied):
             a, b = old.get_parameter(name), new.get_parameter(name)
-            assert len(b) == 112 and torch.equal(b[:101], a) and not b[109:].any() and torch.allclose(b[101:109], a.mean(0).expand(8, -1), atol=1e-6)
+            assert len(b) == 112 and torch.equal(b[:101], a) and not b[109:].any()
+            assert torch.allclose(b[101:109], a.mean(0).expand(8, -1), atol=1e-6)
 
 
 def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path, capsys):
@@ -476,7 +537,8 @@ def test_any_rows_of_any_weight_are_read_by_themselves(name):
     read, fresh = M.stored_weights(folder, m | {"pad_vocab_size_multiple": 64}), M.new_weights(m, 0)
     for key, p in ours.named_parameters():
         for start, end in ((0, 1), (len(p) // 3, len(p) - 2), (len(p) - 1, len(p))):
-            assert torch.equal(read(key, start, end), p[start:end]) and torch.equal(fresh(key, start, end), fresh(key, 0, len(p))[start:end])
+            assert torch.equal(read(key, start, end), p[start:end])
+            assert torch.equal(fresh(key, start, end), fresh(key, 0, len(p))[start:end])
         if rows := M.matrices(key, p, m):
             assert sum(rows) == len(p)
 
@@ -487,7 +549,8 @@ from pathlib import Path
 import model as M
 M.load("data/base")                                                  # what is imported on the way
 seen, loaded = [], threading.Event()
-def watch():                                                         # what is the process's own: mapped files are the system's
+def watch():
+    # what is the process's own: mapped files are the system's
     while not loaded.wait(0.001):
         seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 thread = threading.Thread(target=watch)
@@ -519,14 +582,16 @@ def test_a_bf16_checkpoint_in_parts_comes_back_bitwise(tmp_path):
     M.save(model.get_parameter, m, tmp_path / "out", tmp_path / "in")
     parts = {name: t for f in (tmp_path / "in").glob("*.safetensors") for name, t in load_file(f).items()}
     again = load_file(tmp_path / "out" / "model.safetensors")
-    assert again.keys() == parts.keys() and all(t.dtype == torch.bfloat16 and torch.equal(t, parts[name]) for name, t in again.items())
+    assert again.keys() == parts.keys()
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, parts[name]) for name, t in again.items())
     next((tmp_path / "in").glob("*-00002-*.safetensors")).unlink()
     with pytest.raises(ValueError, match="a damaged or missing safetensors file: .*00002"):
         M.load(tmp_path / "in")
 
 
 def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
-    peft, transformers = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
+    transformers = pytest.importorskip("transformers")
     import shard
     ours, m, _, folder = pair("GPT-NeoX, Pythia")
     lora, model = {"r": 3, "alpha": 6.0, "targets": ["query_key_value", "dense_h_to_4h"]}, M.on_meta(m)
@@ -537,7 +602,8 @@ def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
             if ".B." in name:
                 p.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
     shard.save_adapter(model, m, lora, tmp_path, folder)
-    theirs, ids = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path).eval(), documents(99, 40)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs, ids = peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), documents(99, 40)
     with torch.no_grad():
         want = theirs(torch.tensor(ids)).logits[0]
     assert apart(model.logits(M.as_batch(ids)), want) < 1e-5 and apart(ours.logits(M.as_batch(ids)), want) > 1e-2
@@ -548,7 +614,8 @@ def test_scaled_embeddings_are_exported_in_the_weights(tmp_path):
     ours = noisy(M.build(M_TINY | {"embed": "scaled"}))
     M.save(ours.get_parameter, ours.m, tmp_path)
     ids = documents(101, 30)
-    assert apart(ours.logits(M.as_batch(ids)), transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(torch.tensor(ids)).logits[0]) < 1e-5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert apart(ours.logits(M.as_batch(ids)), theirs(torch.tensor(ids)).logits[0]) < 1e-5
 
 
 HUB = """
@@ -558,16 +625,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, name = self.path.split("?")[0], self.path.split("?")[0].rsplit("/", 1)[-1]
         if path == "/api/models/someone/tiny/revision/main":
-            body, kind = json.dumps({"id": "someone/tiny", "sha": commit, "siblings": [{"rfilename": p.name} for p in folder.iterdir()]}).encode(), "application/json"
+            files = [{"rfilename": p.name} for p in folder.iterdir()]
+            body = json.dumps({"id": "someone/tiny", "sha": commit, "siblings": files}).encode()
+            kind = "application/json"
         elif "/tree/" in path:
-            body, kind = json.dumps([{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "1"} for p in folder.iterdir()]).encode(), "application/json"
+            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "1"} for p in folder.iterdir()]
+            body, kind = json.dumps(files).encode(), "application/json"
         elif "/resolve/" in path and (folder / name).is_file():
             body, kind = (folder / name).read_bytes(), "application/octet-stream"
         else:
             self.send_error(404)
             return
         self.send_response(200)
-        for key, value in {"Content-Length": len(body), "Content-Type": kind, "ETag": f'"{name}"', "X-Repo-Commit": commit}.items():
+        headers = {"Content-Length": len(body), "Content-Type": kind, "ETag": f'"{name}"', "X-Repo-Commit": commit}
+        for key, value in headers.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -582,8 +653,10 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 import configs, model, tokenize_data
 cfg, source, explicit = configs.load(["model.init_from=someone/tiny"])
 loaded, m = model.load("someone/tiny")
-assert cfg["model"]["init_from"] == explicit["model"]["init_from"] == "someone/tiny" and source["model.d_model"] == "imported"
-assert tokenize_data.load_tokenizer(cfg).n_vocab == m["vocab_size"] and model.stored_weights("someone/tiny", cfg["model"])
+assert cfg["model"]["init_from"] == explicit["model"]["init_from"] == "someone/tiny"
+assert source["model.d_model"] == "imported"
+assert tokenize_data.load_tokenizer(cfg).n_vocab == m["vocab_size"]
+assert model.stored_weights("someone/tiny", cfg["model"])
 model.save(loaded.get_parameter, m, sys.argv[2], "someone/tiny")
 print(m["init_from"], sorted(asked), sep="|")
 """
@@ -600,39 +673,51 @@ def test_a_hub_id_is_fetched_without_pickles(tmp_path, script):
     folder, asked = done.stdout.strip().split("|")
     assert folder.startswith(str(tmp_path / "cache")) and "model.safetensors" in asked and ".bin" not in asked
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
-    lost = script("model.py", "someone/tiny", **env | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "other")})
-    assert lost.returncode == 1 and lost.stderr.count("\n") == 1 and "someone/tiny" in lost.stderr and "hub" in lost.stderr, lost.stderr
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "other")}
+    lost = script("model.py", "someone/tiny", **env)
+    assert lost.returncode == 1 and lost.stderr.count("\n") == 1, lost.stderr
+    assert "someone/tiny" in lost.stderr and "hub" in lost.stderr, lost.stderr
 
 
 # ---- the config's second layer
 
 def test_what_the_user_says_beats_the_model_even_where_it_is_the_default(tmp_path):
-    saved = M_TINY | {"family": "granite", "head_dim": 12, "norm_eps": 1e-3, "rope_theta": 5e5, "attn_pdrop": 0.3, "attention_multiplier": 0.3, "logits_scaling": 4.0,
+    saved = M_TINY | {"family": "granite", "head_dim": 12, "norm_eps": 1e-3, "rope_theta": 5e5, "attn_pdrop": 0.3,
+                      "attention_multiplier": 0.3, "logits_scaling": 4.0,
                       "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     M.save(M.build(saved).get_parameter, saved, tmp_path)
-    said = {"norm_eps": "1e-5", "rope_theta": "10000.0", "attn_pdrop": "0.0", "logits_scaling": "1.0", "rope_scaling": "null", "loss": "cross_entropy"}
-    cfg, source, _ = configs.load([f"model.init_from={tmp_path}", *(f"model.{key}={value}" for key, value in said.items())])
+    said = {"norm_eps": "1e-5", "rope_theta": "10000.0", "attn_pdrop": "0.0", "logits_scaling": "1.0",
+            "rope_scaling": "null", "loss": "cross_entropy"}
+    argv = [f"model.{key}={value}" for key, value in said.items()]
+    cfg, source, _ = configs.load([f"model.init_from={tmp_path}", *argv])
     defaults = configs.read_file(configs.HERE / "defaults.yaml")["model"]
     assert all(cfg["model"][key] == defaults[key] and source[f"model.{key}"] == "cli" for key in said)
-    assert cfg["model"]["attention_multiplier"] == 0.3 and source["model.attention_multiplier"] == source["model.d_model"] == "imported"
-    model, _ = M.load(tmp_path, cfg["model"])
-    assert model.norm.eps == 1e-5 and not torch.equal(model.logits(M.as_batch([[1, 2, 3]])), M.load(tmp_path)[0].logits(M.as_batch([[1, 2, 3]])))
+    assert cfg["model"]["attention_multiplier"] == 0.3
+    assert source["model.attention_multiplier"] == source["model.d_model"] == "imported"
+    (model, _), batch = M.load(tmp_path, cfg["model"]), M.as_batch([[1, 2, 3]])
+    assert model.norm.eps == 1e-5 and not torch.equal(model.logits(batch), M.load(tmp_path)[0].logits(batch))
 
 
 def test_a_key_that_contradicts_a_weight_is_named_with_it(tmp_path):
     M.save(M.build(M_TINY).get_parameter, M_TINY, tmp_path)
-    for key, value, words in (("d_ff", 96, "model.layers.0.mlp.gate_proj.weight is [80, 48], and the config makes it [96, 48]"), ("n_layers", 3, "model.layers.2.mlp.down_proj.weight is missing"),
-                              ("vocab_size", 90, "model.embed_tokens.weight is [101, 48], and the config makes it [90, 48]"), ("tie_embeddings", False, "lm_head.weight is missing"), ("qkv_bias", True, "q_proj.bias is missing")):
+    for key, value, words in (
+            ("d_ff", 96, "model.layers.0.mlp.gate_proj.weight is [80, 48], and the config makes it [96, 48]"),
+            ("n_layers", 3, "model.layers.2.mlp.down_proj.weight is missing"),
+            ("vocab_size", 90, "model.embed_tokens.weight is [101, 48], and the config makes it [90, 48]"),
+            ("tie_embeddings", False, "lm_head.weight is missing"), ("qkv_bias", True, "q_proj.bias is missing")):
         more = ["model.out_bias=true"] if key == "qkv_bias" else []
         m = configs.load([f"model.init_from={tmp_path}", f"model.{key}={str(value).lower()}", *more])[0]["model"]
         with pytest.raises(ValueError) as e:
             M.load(tmp_path, m)
-        assert f"model.{key} = {value}, where config.json says {M_TINY[key]}" in str(e.value) and (words in str(e.value) or key in ("n_layers", "qkv_bias")), str(e.value)
+        said = str(e.value)
+        assert f"model.{key} = {value}, where config.json says {M_TINY[key]}" in said, said
+        assert words in said or key in ("n_layers", "qkv_bias"), said
 
 
 def test_a_block_is_one_graph_that_all_blocks_share():
     import torch._dynamo as dynamo
-    model, batch = noisy(M.build(M_TINY | {"n_layers": 9, "resid_pdrop": 0.1})), row(documents(101, 40, 30)) | {"noise": 1}
+    model = noisy(M.build(M_TINY | {"n_layers": 9, "resid_pdrop": 0.1}))
+    batch = row(documents(101, 40, 30)) | {"noise": 1}
     want = model(batch)[0]
     dynamo.reset()
     dynamo.utils.counters.clear()
@@ -652,7 +737,8 @@ def test_recompute_changes_nothing():
 
 def test_another_loss_and_another_embedding_are_one_function_each(monkeypatch):
     monkeypatch.setitem(M.LOSSES, "halved", lambda logits, targets: M.cross_entropy(logits, targets) / 2)
-    monkeypatch.setitem(M.EMBEDDINGS, "scaled", lambda model, batch: M.plain(model, batch) * math.sqrt(model.m["d_model"]))
+    monkeypatch.setitem(M.EMBEDDINGS, "scaled",
+                        lambda model, batch: M.plain(model, batch) * math.sqrt(model.m["d_model"]))
     batch = row(documents(101, 30, 12))
     plain, halved, scaled = (noisy(M.build(M_TINY | more)) for more in ({}, {"loss": "halved"}, {"embed": "scaled"}))
     assert close(halved(batch)[0] * 2, plain(batch)[0], 1e-6) and not close(scaled(batch)[0], plain(batch)[0], 1e-3)
@@ -662,14 +748,17 @@ def test_another_loss_and_another_embedding_are_one_function_each(monkeypatch):
 
 def test_new_weights_depend_on_seed_and_name_alone():
     a, b, other = M.build(M_TINY), M.build(M_TINY | {"n_layers": 2, "tie_embeddings": False}), M.build(M_TINY, seed=1)
-    assert torch.equal(a.blocks[1].mlp.up.weight, b.blocks[1].mlp.up.weight) and not torch.equal(a.embed.weight, other.embed.weight)
+    assert torch.equal(a.blocks[1].mlp.up.weight, b.blocks[1].mlp.up.weight)
+    assert not torch.equal(a.embed.weight, other.embed.weight)
 
 
 def test_new_weights_are_their_familys():
     for family, narrower in (("gpt2", 8 ** 0.5), ("llama", 1), ("gpt_neox", 1)):
-        m = configs.load([f"model.family={family}", "model.n_layers=4", "model.vocab_size=99", *["model.activation=gelu"] * (family != "llama")])[0]["model"]
+        more = ["model.activation=gelu"] * (family != "llama")
+        m = configs.load([f"model.family={family}", "model.n_layers=4", "model.vocab_size=99", *more])[0]["model"]
         block = M.build(m).blocks[2]
-        assert float(block.mlp.up.weight.detach().std()) == pytest.approx(m["init_std"], rel=0.02) and not any(p.any() for name, p in block.named_parameters() if name.endswith("bias"))
+        assert float(block.mlp.up.weight.detach().std()) == pytest.approx(m["init_std"], rel=0.02)
+        assert not any(p.any() for name, p in block.named_parameters() if name.endswith("bias"))
         assert float(block.mlp.down.weight.detach().std()) == pytest.approx(m["init_std"] / narrower, rel=0.02)
 
 
@@ -701,7 +790,8 @@ def test_flops_are_counted_by_hand():
     model = M.build(M_TINY)
     each = 2 * ((4 + 2 * 2) * 16 * 48 + 64 * 48 + 2 * 80 * 48 + 80 * 48)
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
-    model.m = M_TINY | {"sliding_window": 3}                         # 1 + 2 + 3 + 3 + ...: 27 pairs of 10 tokens, 57 of 20; a half of each token's own is not counted
+    # 1 + 2 + 3 + 3 + ...: 27 pairs of 10 tokens, 57 of 20; a half of each token's own is not counted
+    model.m = M_TINY | {"sliding_window": 3}
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 - 49 + 400 - 289)
     model.requires_grad_(False)
     model.m = M_TINY
@@ -712,11 +802,14 @@ def test_flops_are_counted_by_hand():
 def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
     ours, m, _, folder = pair(name)
     lines = M.summary(M.on_meta(m), m).splitlines()
-    n = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines if line.split() and line.split()[0] in ("embedding", "attention", "mlp", "norms", "head", "parameters")}
+    rows = [line.split() for line in lines if line.strip()]
+    parts = ("embedding", "attention", "mlp", "norms", "head", "parameters")
+    n = {words[0]: int(words[1].replace(",", "")) for words in rows if words[0] in parts}
     assert n.pop("parameters") == sum(n.values()) == sum(p.numel() for p in ours.parameters())
     if name == "Qwen3":
         done = script("model.py", folder)
-        assert done.returncode == 0 and done.stdout.splitlines()[:-1] == lines[:-1] and "MB as it is stored" in done.stdout, done.stderr
+        assert done.returncode == 0 and done.stdout.splitlines()[:-1] == lines[:-1], done.stderr
+        assert "MB as it is stored" in done.stdout, done.stderr
 
 
 # ---- what can be wrong with a folder
@@ -731,7 +824,9 @@ def test_weights_that_dont_fit_are_all_named_at_once(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as e:
         M.load(tmp_path)
-    assert all(w in str(e.value) for w in ("model.norm.weight is missing", "extra is unknown", "down_proj.weight is [3, 4]", "[48, 80]")) and "\n" not in str(e.value)
+    for words in ("model.norm.weight is missing", "extra is unknown", "down_proj.weight is [3, 4]", "[48, 80]"):
+        assert words in str(e.value)
+    assert "\n" not in str(e.value)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(ValueError, match="damaged"):
         M.load(tmp_path)
@@ -755,7 +850,8 @@ def test_the_real_checkpoint_loads(realdata):
     assert abs(float(model(row([want["ids"]]))[0].detach()) / (len(want["ids"]) - 1) - want["nll_mean"]) < 1e-4
     logits = model.logits(M.as_batch([want["ids"]]))
     assert torch.allclose(logits[-1, :8], torch.tensor(want["logits_last_first8"]), atol=1e-3)
-    cfg = configs.load([f"data.tokenizer={folder / 'tok512.tiktoken'}", "data.tokenizer_pattern= ?[^ ]+| ", "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>", "data.eos_token=</s>"])[0]
+    cfg = configs.load([f"data.tokenizer={folder / 'tok512.tiktoken'}", "data.tokenizer_pattern= ?[^ ]+| ",
+                        "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>", "data.eos_token=</s>"])[0]
     tok = tokenize_data.load_tokenizer(cfg)
     assert [1, *tok.encode(" " + want["text"]).tolist()][:256] == want["ids"]
     ids = M.answer(model, [[1]], 200, [1, 2])[0]

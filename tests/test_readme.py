@@ -1,4 +1,5 @@
-"""The README and the scripts' headers: their commands run, their sizes and keys are true, prose repeats no number (law 7)."""
+"""The README and the scripts' headers: their commands run, their sizes and keys are true, prose repeats no number
+(law 7)."""
 import re, shlex, shutil, subprocess, sys
 
 import pytest
@@ -20,14 +21,18 @@ def commands():
         texts.append((ROOT / path).read_text().split('"""')[1])
     lines = [line.strip().split("   ")[0].split("  #")[0].strip() for text in texts for line in text.splitlines()]
     lines = [part.strip() for line in lines for part in line.split("&&")]
-    return list(dict.fromkeys(line.rstrip(":") for line in lines if re.match(r"(torchrun|python) \S+(\.py|configs)", line) and not re.search(r"\b(N_MB|RUN|PATH|FILE)\b", line)))
+    found = [line.rstrip(":") for line in lines if re.match(r"(torchrun|python) \S+(\.py|configs)", line)
+             and not re.search(r"\b(N_MB|RUN|PATH|FILE)\b", line)]
+    return list(dict.fromkeys(found))
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A copy of what git tracks: nobody's out/ folder helps."""
     folder = tmp_path_factory.mktemp("clone") / "repo"
-    for name in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout
+    for name in tracked.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
     return folder
@@ -87,19 +92,27 @@ def test_the_readme_names_every_section_and_every_metric(tiny):
 
 
 def test_a_default_is_written_once():
-    """Every key of the defaults says what it means beside it; no other yaml or script states a default of the schema."""
-    lines = [line for line in (configs.HERE / "defaults.yaml").read_text().splitlines() if re.match(r"\s*[a-z_]+:", line)]
+    """Every key of the defaults says what it means beside it; no other yaml or script states a default of the
+    schema."""
+    text = (configs.HERE / "defaults.yaml").read_text()
+    lines = [line for line in text.splitlines() if re.match(r"\s*[a-z_]+:", line)]
     named = [line.split(":")[0].strip() for line in lines if "#" not in line and not line.rstrip().endswith(":")]
     assert set(named) <= {"optimizer", "order"}, f"without a meaning: {named}"
     for path in SCRIPTS:
-        assert not re.search(r"cfg(\[[^]]+\])*\.get\(", (ROOT / path).read_text()), f"{path} falls back to a default of its own"
+        own = re.search(r"cfg(\[[^]]+\])*\.get\(", (ROOT / path).read_text())
+        assert not own, f"{path} falls back to a default of its own"
 
 
 def test_imports_run_one_way():
-    allowed = {"tokenize_data.py": set(), "model.py": {"tokenize_data"}, "shard.py": {"model", "tokenize_data"}, "sampler.py": {"tokenize_data"}, "log.py": set(),
-               "checkpoint.py": {"model", "shard", "tokenize_data"}, "configs/__init__.py": set(), "configs/__main__.py": set(), "train.py": {"checkpoint", "log", "model", "sampler", "shard", "tokenize_data"}}
+    allowed = {"tokenize_data.py": set(), "model.py": {"tokenize_data"}, "shard.py": {"model", "tokenize_data"},
+               "sampler.py": {"tokenize_data"}, "log.py": set(), "checkpoint.py": {"model", "shard", "tokenize_data"},
+               "configs/__init__.py": set(), "configs/__main__.py": set(),
+               "train.py": {"checkpoint", "log", "model", "sampler", "shard", "tokenize_data"}}
     names = {p.removesuffix(".py") for p in SCRIPTS}
     for path, may in allowed.items():
         text = (ROOT / path).read_text()
-        imported = {word for line in re.findall(r"^\s*(?:import|from) (.+)$", text, re.M) for word in re.findall(r"\w+", line.split(" as ")[0] if "," not in line else line)} & names
+        words = set()
+        for line in re.findall(r"^\s*(?:import|from) (.+)$", text, re.M):
+            words |= set(re.findall(r"\w+", line.split(" as ")[0] if "," not in line else line))
+        imported = words & names
         assert imported <= may, (path, imported)

@@ -8,8 +8,8 @@ import configs, sampler as S, tokenize_data
 
 
 def cfg(batch=3, order="random", drop_last="false", **weights):
-    return configs.load([f"batch_size={batch}", f"sampler.order={order}", f"sampler.drop_last={drop_last}",
-                         *[a for name, w in weights.items() for a in (f"data.train.{name}.path=x", f"data.train.{name}.weight={w}")]])[0]
+    keys = [f"data.train.{name}.{key}" for name, w in weights.items() for key in ("path=x", f"weight={w}")]
+    return configs.load([f"batch_size={batch}", f"sampler.order={order}", f"sampler.drop_last={drop_last}", *keys])[0]
 
 
 def epoch(c, sizes, e):
@@ -67,7 +67,8 @@ def test_a_step_is_a_function_of_the_step_alone():
     for s in range(5):
         S.documents(s, c, sizes)
     assert list(S.documents(1000, c, sizes)) == list(late)
-    out = subprocess.run([sys.executable, "-c", "import sampler; print('torch' in __import__('sys').modules)"], cwd=configs.HERE.parent, capture_output=True, text=True)
+    code = "import sampler; print('torch' in __import__('sys').modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE.parent, capture_output=True, text=True)
     assert out.stdout.strip() == "False", out.stderr
 
 
@@ -83,7 +84,9 @@ def test_a_billion_documents_need_no_list():
 
 def lengths(kind, n=2000, most=8192):
     rng = np.random.default_rng(0)
-    draw = {"lognormal": rng.lognormal(5.5, 1, n), "bimodal": np.where(rng.random(n) < .7, rng.normal(100, 20, n), rng.normal(1500, 300, n)), "uniform": rng.uniform(1, 1000, n)}[kind]
+    draw = {"lognormal": rng.lognormal(5.5, 1, n),
+            "bimodal": np.where(rng.random(n) < .7, rng.normal(100, 20, n), rng.normal(1500, 300, n)),
+            "uniform": rng.uniform(1, 1000, n)}[kind]
     return np.clip(draw, 1, most).astype(int)
 
 
@@ -93,7 +96,8 @@ def test_rows_are_few_even_and_whole(kind, capacity):
     n, ranks = lengths(kind), 8
     rows = S.pack(n, capacity, ranks)
     assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(n)))
-    assert {len(rank) for rank in rows} == {len(rows[0])} and max(n[row].sum() for rank in rows for row in rank) <= capacity
+    assert {len(rank) for rank in rows} == {len(rows[0])}
+    assert max(n[row].sum() for rank in rows for row in rank) <= capacity
     assert len(rows[0]) <= -(-n.sum() // (capacity * ranks)) + 1
     costs = np.array([[S.cost(n[row]).sum() for row in rank] for rank in rows])
     assert np.mean(costs.mean(0) / costs.max(0)) > 0.98 and S.pack(n, capacity, ranks) == rows
@@ -106,7 +110,8 @@ def test_edges_of_packing():
     with pytest.raises(ValueError, match="micro_tokens.*11"):
         S.pack([3, 11], 10)
     rows = S.pack([6, 6, 6, 4, 4, 4], 10, 1)
-    assert len(rows[0]) == 3                                         # cheapest-first would need no more here; tight packing must not, either
+    # cheapest-first would need no more here; tight packing must not, either
+    assert len(rows[0]) == 3
     for seed in range(200):
         rng = np.random.default_rng(seed)
         n, ranks = rng.integers(1, 33, rng.integers(1, 40)), int(rng.integers(1, 6))
@@ -121,16 +126,19 @@ def test_a_row_holds_what_its_documents_say(tiny):
     rows, info = S.step_rows(3, c, train)
     wanted = S.documents(3, c, {name: len(t) for name, t in train.items()})
     assert sorted(i for row in rows for i in row["doc_ids"]) == sorted(wanted) and info["documents"] == 4
-    assert info["tokens"] == sum(row["cu_seqlens"][-1] for row in rows) and info["weight"] == sum(row["weights"].sum() for row in rows) == info["target_tokens"]
+    assert info["tokens"] == sum(row["cu_seqlens"][-1] for row in rows)
+    assert info["weight"] == sum(row["weights"].sum() for row in rows) == info["target_tokens"]
     for row in rows:
         assert row["cu_seqlens"][-1] <= c["micro_tokens"]
         for doc, start, end in zip(row["doc_ids"], row["cu_seqlens"], row["cu_seqlens"][1:]):
             ids, mask = train["chats"].document(doc)
-            assert (row["tokens"][start:end] == ids[:-1]).all() and (row["positions"][start:end] == np.arange(end - start)).all()
+            assert (row["tokens"][start:end] == ids[:-1]).all()
+            assert (row["positions"][start:end] == np.arange(end - start)).all()
             assert (row["targets"][start:end] == np.where(mask[1:], ids[1:].astype(int), -100)).all()
         assert (row["trained"] == np.flatnonzero(row["targets"] != -100)).all()
     few, _ = S.step_rows(3, c, train, pad_to=256)
-    assert all(len(row["tokens"]) % 256 == 0 and (row["targets"][row["cu_seqlens"][-1]:] == -100).all() for row in few)
+    assert all(len(row["tokens"]) % 256 == 0 for row in few)
+    assert all((row["targets"][row["cu_seqlens"][-1]:] == -100).all() for row in few)
 
 
 def test_ranks_read_the_same_documents_however_many_they_are(tiny):
@@ -138,7 +146,8 @@ def test_ranks_read_the_same_documents_however_many_they_are(tiny):
     train = tokenize_data.prepare(c, quiet=True)["train"]
     for ranks in (1, 2, 4, 32):
         parts = [S.step_rows(1, c, train, ranks, rank) for rank in range(ranks)]
-        assert sorted(i for rows, _ in parts for row in rows for i in row["doc_ids"]) == sorted(S.documents(1, c, {"chats": 36}))
+        drawn = sorted(i for rows, _ in parts for row in rows for i in row["doc_ids"])
+        assert drawn == sorted(S.documents(1, c, {"chats": 36}))
         assert len({len(rows) for rows, _ in parts}) == 1 and len({info["weight"] for _, info in parts}) == 1
 
 
@@ -147,7 +156,10 @@ def test_feedback_draws_in_proportion_to_the_loss_that_was_seen(tiny):
     sources = tokenize_data.prepare(cfg, quiet=True)["train"]
     n, sizes = len(sources["chats"]), {"chats": len(sources["chats"])}
     seen = S.Seen(cfg, sources)
-    count = lambda steps: np.bincount(np.concatenate([S.documents(s, cfg, sizes, seen) for s in range(steps)]), minlength=n) / steps
+
+    def count(steps):
+        drawn = np.concatenate([S.documents(s, cfg, sizes, seen) for s in range(steps)])
+        return np.bincount(drawn, minlength=n) / steps
     even = count(600)
     assert abs(even - 6 / n).max() < 0.06                              # nothing seen: all alike
     targets = S.targets_of(np.arange(n), list(sources.values()))
@@ -174,4 +186,5 @@ def test_feedback_plans_a_million_documents_quickly_enough_to_hide():
     seen = S.Seen.__new__(S.Seen)
     seen.loss, seen.rate = np.random.default_rng(0).random(1_000_000).astype(np.float32), np.ones(1_000_000)
     drawn = seen.draw(512, S.key(3))
-    assert len(set(drawn)) == 512 and seen.loss[drawn].mean() > 0.6    # 2/3 where the loss is uniform, 1/2 without feedback
+    # 2/3 where the loss is uniform, 1/2 without feedback
+    assert len(set(drawn)) == 512 and seen.loss[drawn].mean() > 0.6

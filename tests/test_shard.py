@@ -6,7 +6,8 @@ import torch
 
 import configs, model as M, shard, train
 
-M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=101"])[0]["model"]
+M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2",
+                       "model.vocab_size=101"])[0]["model"]
 
 
 def batch():
@@ -20,13 +21,21 @@ def adapted(targets, r=4):
     return M.fill(model.to_empty(device="cpu"), shard.with_adapters(model, M.new_weights(M_TINY, 0), 0))
 
 
+def prepared(*more):
+    """-> (cfg, its model, new, as training takes it)"""
+    c = configs.load(["model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32", *more])[0]
+    return c, shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+
+
 def test_new_adapters_change_nothing_and_learn_alone():
     plain, model = M.build(M_TINY), adapted([])
     assert torch.equal(plain(batch())[0], model(batch())[0])
     model(batch())[0].backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert trained and all(".A" in name or ".B." in name for name in trained) and len(trained) == 2 * (2 + 2 + 3 + 4)   # A of 4 layers, B of q k v, o, gate up, down
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * ((48 + 48) + 2 * (48 + 24) + (48 + 48) + 2 * (48 + 128) + (128 + 48))
+    assert trained and all(".A" in name or ".B." in name for name in trained)
+    assert len(trained) == 2 * (2 + 2 + 3 + 4)                       # A of 4 layers, B of q k v, o, gate up, down
+    each = (48 + 48) + 2 * (48 + 24) + (48 + 48) + 2 * (48 + 128) + (128 + 48)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * each
 
 
 def test_merged_adapters_are_the_adapted_model():
@@ -53,15 +62,15 @@ def test_bf16_computes_in_bf16_with_gradients_in_fp32():
     model.dtype = torch.bfloat16
     loss = model(batch())[0]
     loss.backward()
-    assert abs(float(loss.detach() / exact.detach()) - 1) < 1e-2 and all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert abs(float(loss.detach() / exact.detach()) - 1) < 1e-2
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
 def test_compiled_halves_are_the_blocks():
     """Compiled once for all blocks and once more for all lengths; the same step to rounding."""
     def steps(*more):
-        c = configs.load(["model.vocab_size=50", "model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32", *more])[0]
-        model = shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+        c, model = prepared("model.vocab_size=50", *more)
         optimizer, out = train.make_optimizer(model, c), []
         for n in (20, 24, 33, 41):
             row = M.as_batch([list(range(n)), [1, 2, 3]])
@@ -75,8 +84,7 @@ def test_compiled_halves_are_the_blocks():
 
 def test_equal_layers_share_what_is_compiled_also_under_lora():
     def compiled(layers):
-        c = configs.load(["model.vocab_size=70", "model.d_model=32", "model.n_heads=4", f"model.n_layers={layers}", "device=cpu", "dtype=float32", "shard.lora.r=2"])[0]
-        model = shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+        _, model = prepared("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2")
         torch._dynamo.reset()
         for block in model.blocks:                                   # traced as by inductor, and then run as it stands
             block.before, block.behind = (torch.compile(half, backend="eager") for half in (block.before, block.behind))
@@ -103,10 +111,13 @@ def test_the_plan_adds_up():
         c["shard"]["mesh"] |= shards
         return shard.plan(c["model"], c, gpus)[name]
     one, many = moment("at the update"), moment("at the update", 64, shard=64)
-    assert one == {"weights": 4 * total, "moments": 8 * total, "gradients": 4 * total} and many["moments"] == 8 * total // 64
+    assert one == {"weights": 4 * total, "moments": 8 * total, "gradients": 4 * total}
+    assert many["moments"] == 8 * total // 64
     some, all_ = moment("at the loss", 8, shard=1), moment("at the loss", 8, shard=8)
-    assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"] and "gathered weights" in all_.keys() - some.keys()
-    matrices = total - sum(p.numel() for name, p in M.on_meta(c["model"]).named_parameters() if p.dim() < 2 or not name.startswith("blocks"))
+    assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"]
+    assert "gathered weights" in all_.keys() - some.keys()
+    matrices = total - sum(p.numel() for name, p in M.on_meta(c["model"]).named_parameters()
+                           if p.dim() < 2 or not name.startswith("blocks"))
     for optimizer, bytes_ in (("muon", 8 * total - 4 * matrices), ("sgd", 4 * total)):
         c["optimizer"] = optimizer
         assert moment("at the update", 8)["moments"] == bytes_ // 8

@@ -11,8 +11,10 @@ import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, trai
 
 def records(cfg, *keys):
     """A run's records, each a tuple of the keys; all but the clock's where none is named."""
+    if keys:
+        return [tuple(r.get(k) for k in keys) for r in log.read(cfg["out_dir"])]
     clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait", "compiled")
-    return [tuple(r.get(k) for k in keys) if keys else {k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
+    return [{k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
 
 
 def run(loaded):
@@ -21,7 +23,8 @@ def run(loaded):
 
 
 def weights(cfg, step):
-    return {name: load_file(Path(cfg["out_dir"]) / "checkpoints" / f"{step:08}" / name) for name in ("model.safetensors", "optimizer.safetensors")}
+    folder = Path(cfg["out_dir"]) / "checkpoints" / f"{step:08}"
+    return {name: load_file(folder / name) for name in ("model.safetensors", "optimizer.safetensors")}
 
 
 def losses(rows):
@@ -34,7 +37,8 @@ def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     c = tiny("max_steps=1", "eval_every=0")[0]
     rows = run(tiny("max_steps=1", "eval_every=0"))
     tok = tokenize_data.load_tokenizer(c)
-    data, model = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"], M.build(train.find_weights(c, tok)[0], c["seed"])
+    data = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"]
+    model = M.build(train.find_weights(c, tok)[0], c["seed"])
     nll = []
     for i in sampler.documents(0, c, {"chats": len(data)}):
         ids, mask = data.document(i)
@@ -44,9 +48,11 @@ def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     assert rows[0][1] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
 
 
-@pytest.mark.parametrize("more, tolerance", [((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
+@pytest.mark.parametrize("more, tolerance", [
+    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
 def test_how_a_step_is_cut_into_rows_changes_nothing_but_rounding(tiny, more, tolerance):
-    more = (*more, "max_steps=10", "lr=1e-3")                        # ten steps that don't amplify rounding by themselves
+    # ten steps that don't amplify rounding by themselves
+    more = (*more, "max_steps=10", "lr=1e-3")
     want = run(tiny(*more, "micro_tokens=2000", out="whole"))
     for tokens in (1000, 400, 240):
         got = run(tiny(*more, f"micro_tokens={tokens}", out=f"rows{tokens}"))
@@ -68,11 +74,20 @@ def test_packing_counts_what_it_packs(tiny):
 
 # ---- law 3
 
+GPT2 = ["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true",
+        "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4",
+        "model.activation=gelu_new", "data.seq_len=400"]
+TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5",
+                  "data.train.chats.weight=2"]
 CELLS = {
-    "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20), "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
-    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4", "model.activation=gelu_new", "data.seq_len=400"], 11),
-    "one source twice, one half": (["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5", "data.train.chats.weight=2"], 23),
-    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13), "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "groups=[{match: embed, lr: 0.3}]"], 4), "sgd": (["optimizer=sgd"], 10), "feedback": (["sampler.order=feedback"], 13), "feedback, the second step": (["sampler.order=feedback"], 1),
+    "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
+    "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
+    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (GPT2, 11),
+    "one source twice, one half": (TWICE_AND_HALF, 23),
+    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
+    "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "groups=[{match: embed, lr: 0.3}]"], 4),
+    "sgd": (["optimizer=sgd"], 10), "feedback": (["sampler.order=feedback"], 13),
+    "feedback, the second step": (["sampler.order=feedback"], 1),
 }
 
 
@@ -83,13 +98,15 @@ def test_stopped_and_resumed_is_bitwise_the_run_that_never_stopped(tiny, cell):
     whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
     run(whole)
     shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
-    for folder in checkpoint.found(again[0]["out_dir"])[k:]:         # as if the process had ended after step k was saved,
-        shutil.rmtree(folder)                                        # with later steps already logged
+    # as if the process had ended after step k was saved, with later steps already logged
+    for folder in checkpoint.found(again[0]["out_dir"])[k:]:
+        shutil.rmtree(folder)
     run(again)
     assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= 25
     for step in (k + 1, 25):
         a, b = weights(whole[0], step), weights(again[0], step)
-        assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f]) and a["model.safetensors"].keys() == b["model.safetensors"].keys()
+        assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f])
+        assert a["model.safetensors"].keys() == b["model.safetensors"].keys()
 
 
 def test_a_run_that_ended_between_its_save_and_its_evaluation_leaves_no_hole(tiny):
@@ -103,8 +120,9 @@ def test_a_run_that_ended_between_its_save_and_its_evaluation_leaves_no_hole(tin
             if int(folder.name) > step:
                 shutil.rmtree(folder)
         path = Path(again[0]["out_dir"]) / "metrics.jsonl"           # as if killed right behind the save
-        path.write_text("".join(line + "\n" for line in path.read_text().splitlines()
-                                if json.loads(line)["step"] < step or json.loads(line)["step"] == step and "loss" in json.loads(line)))
+        stood = lambda r: r["step"] < step or r["step"] == step and "loss" in r
+        lines = path.read_text().splitlines()
+        path.write_text("".join(line + "\n" for line in lines if stood(json.loads(line))))
         run(again)
         assert records(again[0]) == records(whole[0])
 
@@ -115,7 +133,8 @@ def test_going_on_from_a_named_checkpoint(tiny):
     four = f"{base[0]['out_dir']}/checkpoints/00000004"
     branch = tiny("max_steps=8", "save_every=2", "eval_every=0", "lr=5e-3", f"resume={four}", out="branch")
     assert [step for step, *_ in run(branch)] == [5, 6, 7, 8]
-    assert run(branch) == run(branch)                                # the same command again: it is finished, and stays so
+    # the same command again: it is finished, and stays so
+    assert run(branch) == run(branch)
     with pytest.raises(ValueError, match="lr"):                      # within its own folder a run keeps its keys
         train.main(*tiny("max_steps=8", "save_every=4", "eval_every=0", "lr=5e-3", f"resume={four}", out="base"))
     assert [p.name for p in checkpoint.found(base[0]["out_dir"])] == ["00000004", "00000008"]
@@ -137,9 +156,10 @@ def test_never_is_said_once(tiny, monkeypatch):
 def test_a_finished_run_stays_finished(tiny, capsys):
     loaded = tiny("max_steps=3", "checkpoint.export=true")
     run(loaded)
-    before = Path(loaded[0]["out_dir"], "metrics.jsonl").read_text()
+    metrics = Path(loaded[0]["out_dir"], "metrics.jsonl")
+    before = metrics.read_text()
     run(loaded)
-    assert Path(loaded[0]["out_dir"], "metrics.jsonl").read_text() == before and "3 of 3 steps are done" in capsys.readouterr().out
+    assert metrics.read_text() == before and "3 of 3 steps are done" in capsys.readouterr().out
 
 
 def test_what_was_chosen_by_looking_at_the_machine_is_kept(tiny, monkeypatch):
@@ -153,9 +173,11 @@ def test_what_was_chosen_by_looking_at_the_machine_is_kept(tiny, monkeypatch):
 
 
 def test_a_signal_ends_a_run_that_goes_on_where_it_stopped(tiny, tmp_path):
-    whole, again = tiny("max_steps=300", "eval_every=0", "log_every=1", out="whole"), tiny("max_steps=300", "eval_every=0", "log_every=1", out="again")
+    whole, again = (tiny("max_steps=300", "eval_every=0", "log_every=1", out=out) for out in ("whole", "again"))
     (tmp_path / "again.yaml").write_text(configs.dump(again[2]))
-    process = subprocess.Popen([sys.executable, "train.py", tmp_path / "again.yaml"], cwd=configs.HERE.parent, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    process = subprocess.Popen([sys.executable, "train.py", tmp_path / "again.yaml"], cwd=configs.HERE.parent,
+                               stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     for line in process.stdout:
         if line.startswith("step") and "  loss" in line:
             process.send_signal(signal.SIGTERM)
@@ -178,7 +200,8 @@ def test_a_signal_during_an_evaluation_loses_no_step(tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", interrupted)
     with pytest.raises(SystemExit) as e:
         train.main(*again)
-    assert e.value.code == 128 + signal.SIGTERM and [p.name for p in checkpoint.found(again[0]["out_dir"])] == ["00000010"]
+    assert e.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in checkpoint.found(again[0]["out_dir"])] == ["00000010"]
     monkeypatch.setattr(train, "evaluate", real)
     run(again)
     assert records(again[0]) == records(whole[0])
@@ -191,7 +214,8 @@ def test_adamw_is_torchs_bitwise_and_costs_no_import(tiny, script):
     models = [M.build(c["model"] | {"vocab_size": 50}) for _ in range(2)]
     ours = train.make_optimizer(models[0], c)
     pairs = dict(zip(models[0].parameters(), models[1].parameters()))
-    theirs = torch.optim.AdamW([group | {"params": [pairs[p] for p in group["params"]]} for group in ours.param_groups], fused=True)
+    groups = [group | {"params": [pairs[p] for p in group["params"]]} for group in ours.param_groups]
+    theirs = torch.optim.AdamW(groups, fused=True)
     for n in range(3):
         for p, q in pairs.items():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) if n or p.dim() == 2 else None
@@ -203,19 +227,26 @@ def test_adamw_is_torchs_bitwise_and_costs_no_import(tiny, script):
     assert kept is models[0].embed.weight.grad and not kept.any()
     ours.zero_grad()
     assert all(p.grad is None for p in pairs)
-    out = script("-c", "import sys, torch, configs, model as M, train; c = configs.load(['model.vocab_size=9'])[0]; train.make_optimizer(M.build(c['model']), c); print('torch._dynamo' in sys.modules)")
+    code = ("import sys, torch, configs, model as M, train; "
+            "c = configs.load(['model.vocab_size=9'])[0]; "
+            "train.make_optimizer(M.build(c['model']), c); "
+            "print('torch._dynamo' in sys.modules)")
+    out = script("-c", code)
     assert out.stdout.strip() == "False", out.stderr
 
 
 def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere(tiny):
     c = tiny("optimizer=muon", "lr=1e-2", "weight_decay=0.1")[0]
     model = M.build(c["model"] | {"vocab_size": 50})
-    start, optimizer = {name: p.detach().clone() for name, p in model.named_parameters()}, train.make_optimizer(model, c)
-    grads = [{name: torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) for name, p in start.items()} for n in range(3)]
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = train.make_optimizer(model, c)
+    random = lambda shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    grads = [{name: random(p.shape, n) for name, p in start.items()} for n in range(3)]
     parts = {name: p.split(rows) for name, p in start.items() if (rows := M.matrices(name, p, model.m))}
     assert {len(p) for p in parts.values()} == {1, 2, 3} and len(parts) == 4 * c["model"]["n_layers"]
     alone = {name: [torch.nn.Parameter(part.clone()) for part in part_list] for name, part_list in parts.items()}
-    theirs = torch.optim.Muon([p for ps in alone.values() for p in ps], lr=1e-2, weight_decay=0.1, momentum=c["momentum"], adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon([p for ps in alone.values() for p in ps], lr=1e-2, weight_decay=0.1,
+                              momentum=c["momentum"], adjust_lr_fn="match_rms_adamw")
     embed = torch.nn.Parameter(start["embed.weight"].clone())
     adamw = torch.optim.AdamW([embed], lr=1e-2, betas=c["betas"], eps=c["eps"], weight_decay=0.1)
     for step in grads:
@@ -243,15 +274,18 @@ def test_groups_go_their_own_way(tiny):
     model = M.build(c["model"] | {"vocab_size": 50})
     of = {id(p): group for group in train.make_optimizer(model, c).param_groups for p in group["params"]}
     said = {name: (of[id(p)]["scale"], of[id(p)]["weight_decay"]) for name, p in model.named_parameters()}
-    assert said["embed.weight"] == (0.0, 0.0) and said["blocks.1.mlp.up.weight"] == (1.0, 0.5) and said["blocks.0.attn.qkv.weight"] == (1.0, c["weight_decay"]) and said["norm.weight"] == (1.0, 0.0)
+    assert said["embed.weight"] == (0.0, 0.0) and said["blocks.1.mlp.up.weight"] == (1.0, 0.5)
+    assert said["blocks.0.attn.qkv.weight"] == (1.0, c["weight_decay"]) and said["norm.weight"] == (1.0, 0.0)
     run(tiny("groups=[{match: embed, lr: 0.0, weight_decay: 0.0}]", "max_steps=3", "save_every=3", out="still"))
     still = weights(tiny(out="still")[0], 3)["model.safetensors"]
     fresh = M.build(tiny()[0]["model"] | {"vocab_size": 259})
-    assert torch.equal(still["embed.weight"], fresh.embed.weight) and not torch.equal(still["norm.weight"], fresh.norm.weight)
+    assert torch.equal(still["embed.weight"], fresh.embed.weight)
+    assert not torch.equal(still["norm.weight"], fresh.norm.weight)
 
 
 def test_the_readmes_other_way_to_aggregate_runs(tiny, monkeypatch):
-    text = next(t for t in re.findall(r"```python\n(.*?)```", (configs.HERE.parent / "README.md").read_text(), re.S) if "majority" in t)
+    readme = (configs.HERE.parent / "README.md").read_text()
+    text = next(t for t in re.findall(r"```python\n(.*?)```", readme, re.S) if "majority" in t)
     assert text.count("\n") < 30
     names = {}
     exec(text.replace("train.gradient = majority", ""), names)
@@ -261,19 +295,22 @@ def test_the_readmes_other_way_to_aggregate_runs(tiny, monkeypatch):
         seen.append({float(v) for p in model.parameters() for v in p.grad.unique()})
         return out
     monkeypatch.setattr(train, "gradient", majority)
-    rows = run(tiny("max_steps=20", "eval_every=0", "micro_tokens=240", "optimizer=sgd", "momentum=0.0", "lr=2e-3", "grad_clip=0.0", "weight_decay=0.0"))
+    rows = run(tiny("max_steps=20", "eval_every=0", "micro_tokens=240", "optimizer=sgd", "momentum=0.0", "lr=2e-3",
+                    "grad_clip=0.0", "weight_decay=0.0"))
     assert all(values <= {-1.0, 0.0, 1.0} for values in seen) and rows[-1][1] < rows[0][1] - 0.2
 
 
 def touchy(monkeypatch):
     """A loss that is not a number where token 66 ("B") is to be predicted."""
     real = M.cross_entropy
-    monkeypatch.setitem(M.LOSSES, "touchy", lambda logits, targets: real(logits, targets) + torch.where(targets == 66, math.nan, 0.0))
+    loss = lambda logits, targets: real(logits, targets) + torch.where(targets == 66, math.nan, 0.0)
+    monkeypatch.setitem(M.LOSSES, "touchy", loss)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_its_documents_named(tiny, monkeypatch, capsys):
     touchy(monkeypatch)
-    loaded = tiny("model.loss=touchy", "batch_size=1", "max_steps=12", "eval_every=0", "bad_steps=0", "save_every=1", "checkpoint.keep=99")
+    loaded = tiny("model.loss=touchy", "batch_size=1", "max_steps=12", "eval_every=0", "bad_steps=0", "save_every=1",
+                  "checkpoint.keep=99")
     run(loaded)
     rows, said = records(loaded[0], "step", "loss", "skipped"), capsys.readouterr().out
     tokens = tokenize_data.prepare(loaded[0], quiet=True)["train"]["chats"]
@@ -283,7 +320,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_documents_named(tiny, mon
         ids, mask = tokens.document(index)
         hit = bool(((ids[1:] == 66) & (mask[1:] == 1)).any())
         count += hit
-        assert (loss is None) == hit and skipped == count and (f"step {step}: loss nan" in said) == hit and (not hit or f"not finite: document chats {index}\n" in said)
+        assert (loss is None) == hit and skipped == count and (f"step {step}: loss nan" in said) == hit
+        assert not hit or f"not finite: document chats {index}\n" in said
         if step > 1:
             a, b = (weights(loaded[0], s)["model.safetensors"] for s in (step - 1, step))
             assert all(torch.equal(a[n], b[n]) for n in a) == hit
@@ -308,22 +346,26 @@ def test_a_run_ends_when_its_time_is_up(tiny, capsys):
     last = records(loaded[0], "step", "val/chats/loss", "loss")
     step = last[-1][0]
     assert 3 < step < 100000 and last[-1][1] is not None and any(s == step and loss is not None for s, _, loss in last)
-    assert [p.name for p in checkpoint.found(loaded[0]["out_dir"])] == [f"{step:08}"] and "max_seconds are over" in capsys.readouterr().out
-    assert (Path(loaded[0]["out_dir"]) / "hf" / "model.safetensors").is_file()
-    before = Path(loaded[0]["out_dir"], "metrics.jsonl").read_text()
+    out = Path(loaded[0]["out_dir"])
+    assert [p.name for p in checkpoint.found(out)] == [f"{step:08}"]
+    assert "max_seconds are over" in capsys.readouterr().out
+    assert (out / "hf" / "model.safetensors").is_file()
+    before = (out / "metrics.jsonl").read_text()
     run(loaded)
-    assert Path(loaded[0]["out_dir"], "metrics.jsonl").read_text() == before
+    assert (out / "metrics.jsonl").read_text() == before
 
 
 def test_the_best_checkpoint_is_kept_exported_and_what_patience_waits_for(tiny, script):
-    more = ["max_steps=40", "eval_every=4", "checkpoint.keep=1", "best=max val/chats/loss", "patience=3", "checkpoint.export=true"]
+    more = ["max_steps=40", "eval_every=4", "checkpoint.keep=1", "best=max val/chats/loss", "patience=3",
+            "checkpoint.export=true"]
     loaded = tiny(*more)
     run(loaded)
     out = Path(loaded[0]["out_dir"])
     figures = [(loss, step) for step, loss in records(loaded[0], "step", "val/chats/loss") if loss is not None and step]
     best, last = max(figures)[1], figures[-1][1]
     assert last == best + 12 < 40                                      # the wrong way round, it gets worse and worse
-    assert [p.name for p in checkpoint.found(out)] == [f"{best:08}", f"{last:08}"] and (out / "checkpoints" / "best").resolve().name == f"{best:08}"
+    assert [p.name for p in checkpoint.found(out)] == [f"{best:08}", f"{last:08}"]
+    assert (out / "checkpoints" / "best").resolve().name == f"{best:08}"
     exported, kept = load_file(out / "hf" / "model.safetensors"), weights(loaded[0], best)["model.safetensors"]
     assert torch.equal(exported["model.embed_tokens.weight"], kept["embed.weight"])
     listing = script("checkpoint.py", "ls", out).stdout.splitlines()
@@ -331,7 +373,8 @@ def test_the_best_checkpoint_is_kept_exported_and_what_patience_waits_for(tiny, 
     before = (out / "metrics.jsonl").read_text()
     run(loaded)
     assert (out / "metrics.jsonl").read_text() == before
-    assert train.standing([{"step": i, "val/x": x} for i, x in enumerate((9, 1, 2, 2))], "max val/x") == ([2, 3, 1], 1) and train.standing([], "x") == ([], 0)
+    seen = [{"step": i, "val/x": x} for i, x in enumerate((9, 1, 2, 2))]
+    assert train.standing(seen, "max val/x") == ([2, 3, 1], 1) and train.standing([], "x") == ([], 0)
 
 
 def test_an_early_end_that_was_killed_is_evaluated_and_what_goes_on_is_exported_anew(tiny):
@@ -340,17 +383,20 @@ def test_an_early_end_that_was_killed_is_evaluated_and_what_goes_on_is_exported_
     run(loaded)
     out, whole = Path(loaded[0]["out_dir"]), records(loaded[0])
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(lines[:-1]))            # as if killed between the last save and its evaluation
+    # as if killed between the last save and its evaluation
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
     shutil.rmtree(out / "hf")
     (out / "checkpoints" / "best").unlink()
     run(loaded)
-    assert records(loaded[0]) == whole and (out / "checkpoints" / "best").resolve() == (out / "checkpoints" / "latest").resolve()
+    assert records(loaded[0]) == whole
+    assert (out / "checkpoints" / "best").resolve() == (out / "checkpoints" / "latest").resolve()
     first = load_file(out / "hf" / "model.safetensors")
     run(tiny(*more, "max_seconds=2"))
     last = checkpoint.found(out)[-1]
     assert int(last.name) > whole[-1]["step"]
     embed = "model.embed_tokens.weight"
-    exported, best = load_file(out / "hf" / "model.safetensors"), load_file(out / "checkpoints" / "best" / "model.safetensors")
+    exported = load_file(out / "hf" / "model.safetensors")
+    best = load_file(out / "checkpoints" / "best" / "model.safetensors")
     assert torch.equal(exported[embed], best["embed.weight"]) and not torch.equal(exported[embed], first[embed])
 
 
@@ -360,7 +406,8 @@ def test_a_finished_run_can_be_asked_for_its_best(tiny):
     asked = tiny(*more, "best=max val/chats/loss")
     run(asked)
     out, figures = Path(asked[0]["out_dir"]), records(asked[0], "val/chats/loss", "step")
-    assert (out / "checkpoints" / "best").resolve().name == f"{max(f for f in figures if f[0] is not None and f[1])[1]:08}"
+    best = max(f for f in figures if f[0] is not None and f[1])[1]
+    assert (out / "checkpoints" / "best").resolve().name == f"{best:08}"
     shutil.rmtree((out / "checkpoints" / "best").resolve())            # its best is gone: the best of what is there
     run(asked)
     assert (out / "checkpoints" / "best" / "state.json").is_file()
@@ -371,7 +418,8 @@ def test_a_step_is_looked_into_on_request(tiny, capsys):
     plain = run(tiny("max_steps=4", "eval_every=0", "save_every=2", out="plain"))
     assert run(loaded) == plain                                        # looking changes nothing
     said, trace = capsys.readouterr().out, json.loads(Path(loaded[0]["out_dir"], "trace.json").read_text())
-    assert "outside matrix products and attention" in said and "aten::mm" in said and any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
+    assert "outside matrix products and attention" in said and "aten::mm" in said
+    assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
     for data, save in records(loaded[0], "data_wait", "save_wait"):
         assert 0 <= data < 1 and 0 <= save < 1
 
@@ -392,7 +440,9 @@ def test_a_run_that_has_not_begun_to_end_can_end_later(tiny):
 # ---- evaluation and results
 
 def test_exact_match_is_measured_on_generated_answers(tiny):
-    loaded = tiny("max_steps=400", "lr=5e-3", "eval_every=0.5", "model.d_model=64", "data.validation_split=0", "data.validation.seen.path=${data.train.chats.path}", "eval_prompts=20", "eval_tokens=16", "log_every=50")
+    loaded = tiny("max_steps=400", "lr=5e-3", "eval_every=0.5", "model.d_model=64", "data.validation_split=0",
+                  "data.validation.seen.path=${data.train.chats.path}", "eval_prompts=20", "eval_tokens=16",
+                  "log_every=50")
     run(loaded)
     matches = [v for v, in records(loaded[0], "val/seen/exact_match") if v is not None]
     assert matches[0] == 0 and matches[-1] > 0.5                     # it has learned its 40 chats nearly by heart
@@ -403,7 +453,8 @@ def test_the_run_leaves_the_folder_the_readme_draws(tiny):
     loaded = tiny("max_steps=6", "checkpoint.export=true", "save_every=2", "checkpoint.keep=2")
     run(loaded)
     out = Path(loaded[0]["out_dir"])
-    assert configs.load([str(out / "config.yaml")])[2] == loaded[2] and sorted(p.name for p in (out / "checkpoints").iterdir()) == ["00000004", "00000006", "latest"]
+    assert configs.load([str(out / "config.yaml")])[2] == loaded[2]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["00000004", "00000006", "latest"]
     assert (out / "checkpoints" / "latest").resolve().name == "00000006" and not list(out.glob(".*"))
     for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         assert "step" in record and all(v is None or math.isfinite(v) for v in record.values())
@@ -411,29 +462,34 @@ def test_the_run_leaves_the_folder_the_readme_draws(tiny):
     ids = torch.randint(259, (1, 40), generator=torch.Generator().manual_seed(0))
     assert torch.allclose(ours.logits(M.as_batch(ids.tolist())), theirs(ids).logits[0], atol=1e-5)
     tok = tokenize_data.huggingface_tokenizer(out / "hf")
-    prompt = tokenize_data.encode_prompt(tok, tokenize_data.compile_template(tok.template), [{"role": "user", "content": "red green"}])
-    got = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, pad_token_id=0)[0, len(prompt):].tolist()
+    template = tokenize_data.compile_template(tok.template)
+    prompt = tokenize_data.encode_prompt(tok, template, [{"role": "user", "content": "red green"}])
+    got = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
+                          pad_token_id=0)[0, len(prompt):].tolist()
     stop = theirs.generation_config.eos_token_id
     assert sorted(stop) == [256, 258] and M.answer(ours, [prompt], 20, stop)[0] == [i for i in got if i not in stop]
 
 
 def test_lora_trains_adapters_alone_and_exports_what_peft_loads(tiny):
-    peft, transformers = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
+    transformers = pytest.importorskip("transformers")
     base = tiny("max_steps=5", "checkpoint.export=true", out="base")
     run(base)
     folder = f"{base[0]['out_dir']}/hf"
     for targets in ("[]", "[q_proj, v_proj, down_proj]"):
-        loaded = tiny(f"model.init_from={folder}", "shard.lora.r=4", f"shard.lora.targets={targets}", "max_steps=5", "checkpoint.export=true", f"data.tokenizer={folder}", out=f"lora{len(targets)}")
+        loaded = tiny(f"model.init_from={folder}", "shard.lora.r=4", f"shard.lora.targets={targets}", "max_steps=5",
+                      "checkpoint.export=true", f"data.tokenizer={folder}", out=f"lora{len(targets)}")
         loaded = configs.load(_argv(loaded[2]))
         run(loaded)
         out = Path(loaded[0]["out_dir"])
         saved = weights(loaded[0], 5)["model.safetensors"]
         assert saved and all(".A" in name or ".B." in name for name in saved)
-        theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), out / "adapter").eval()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        theirs = peft.PeftModel.from_pretrained(theirs, out / "adapter").eval()
         ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
         merged, plain = M.load(out / "hf")[0], M.load(folder)[0]
-        got = merged.logits(M.as_batch(ids.tolist()))
-        assert torch.allclose(got, theirs(ids).logits[0], atol=1e-4) and not torch.allclose(got, plain.logits(M.as_batch(ids.tolist())), atol=1e-3)
+        got, without = (model.logits(M.as_batch(ids.tolist())) for model in (merged, plain))
+        assert torch.allclose(got, theirs(ids).logits[0], atol=1e-4) and not torch.allclose(got, without, atol=1e-3)
         assert torch.equal(merged.embed.weight, plain.embed.weight)
 
 
@@ -450,10 +506,13 @@ def test_schedules(tiny):
         return [train.lr_at(s, total, c) for s in range(total)]
     for schedule in ("cosine", "linear", "constant", "wsd"):
         lr = lrs(f"schedule={schedule}", "warmup=10", "decay=0.2")
-        assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0 and lr[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+        assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0
+        assert lr[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert lrs("schedule=wsd", "warmup=10", "decay=20")[79] == 1.0 > lrs("schedule=wsd", "warmup=10", "decay=20")[80]
     assert lrs("warmup=0.1") == lrs("warmup=10") and lrs("warmup=1.0")[-1] == 1.0 and lrs("warmup=0")[0] < 1.0
-    assert [s for s in range(1, 11) if train.due(s, 0.25, 10)] == [3, 5, 8, 10] and [s for s in range(1, 31) if train.due(s, 0.1, 30)] == list(range(3, 31, 3)) and not train.due(10, 0, 10) and train.due(10, 3, 10)
+    assert [s for s in range(1, 11) if train.due(s, 0.25, 10)] == [3, 5, 8, 10]
+    assert [s for s in range(1, 31) if train.due(s, 0.1, 30)] == list(range(3, 31, 3))
+    assert not train.due(10, 0, 10) and train.due(10, 3, 10)
     assert [train.count(v, 40) for v in (1, 1.0, 0.5, 0, 0.0)] == [1, 40, 20, 0, 0]
 
 
@@ -463,21 +522,36 @@ def test_an_out_dir_with_another_run_is_left_alone(tiny):
     run(tiny("max_steps=2", "eval_every=0"))
     out = Path(tiny()[0]["out_dir"])
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    for more, words in ((["lr=5e-3"], ["lr: 0.01 there, 0.005 here", "out_dir=NEW"]), (["resume=never"], ["resume=never", "delete"]), (["max_steps=3"], ["max_steps"]), (["resume=nowhere"], ["nowhere", "no checkpoint"])):
+    for more, words in ((["lr=5e-3"], ["lr: 0.01 there, 0.005 here", "out_dir=NEW"]),
+                        (["resume=never"], ["resume=never", "delete"]), (["max_steps=3"], ["max_steps"]),
+                        (["resume=nowhere"], ["nowhere", "no checkpoint"])):
         with pytest.raises(ValueError) as e:
             train.main(*tiny(*(["max_steps=2", "eval_every=0"] + more)))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    run(tiny("max_steps=2", "eval_every=0", "log_every=2", "micro_tokens=800"))      # what doesn't change the past may change
+    # what doesn't change the past may change
+    run(tiny("max_steps=2", "eval_every=0", "log_every=2", "micro_tokens=800"))
 
 
 @pytest.mark.parametrize("more, words", [
-    (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]), (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]), (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
-    (["max_steps=0"], ["max_steps", "epochs"]), (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]), (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
-    (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"], ["data.seq_len", "model.max_len"]), (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]), (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]), (["data.validation_split=40"], ["validation_split"]),
-    (["groups=[{match: embd}]"], ["groups", "embd"]), (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"]), (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"]),
-    (["model.rope_scaling=5"], ["model.rope_scaling", "5"]), (["model.rope_scaling={rope_type: llama3, factor: 8.0}"], ["rope_scaling.low_freq_factor"]), (["model.rope_scaling={rope_type: yarn}"], ["yarn", "llama3"]),
-    (["model.loss_options={label_smoothing: abc}"], ["label_smoothing", "abc"]), (["out_dir=README.md/run"], ["out_dir", "README.md"])])
+    (["micro_tokens=20"], ["micro_tokens", "20", "seq_len"]),
+    (["model.vocab_size=100"], ["model.vocab_size", "100", "259"]),
+    (["data.train.chats.path=nowhere.jsonl"], ["data.train.chats.path", "nowhere.jsonl"]),
+    (["max_steps=0"], ["max_steps", "epochs"]),
+    (["shard.lora.r=2", "shard.lora.targets=[q_prj]"], ["q_prj", "q_proj"]),
+    (["device=cuda"], ["device", "cuda"]), (["log.to=[paper]"], ["log.to", "paper"]),
+    (["model.family=gpt2", "model.activation=gelu_new", "model.n_kv_heads=4", "model.max_len=16", "data.seq_len=64"],
+     ["data.seq_len", "model.max_len"]),
+    (["model.loss=nope"], ["model.loss", "nope"]), (["schedule=cosin"], ["schedule", "cosine"]),
+    (["optimizer=sdg"], ["optimizer", "adamw"]), (["sampler.order=rnd"], ["sampler.order", "random"]),
+    (["data.validation_split=40"], ["validation_split"]), (["groups=[{match: embd}]"], ["groups", "embd"]),
+    (["best=val/chats/los"], ["best", "val/chats/loss"]), (["best=val/chats/loss", "eval_every=0"], ["best"]),
+    (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"]),
+    (["model.rope_scaling=5"], ["model.rope_scaling", "5"]),
+    (["model.rope_scaling={rope_type: llama3, factor: 8.0}"], ["rope_scaling.low_freq_factor"]),
+    (["model.rope_scaling={rope_type: yarn}"], ["yarn", "llama3"]),
+    (["model.loss_options={label_smoothing: abc}"], ["label_smoothing", "abc"]),
+    (["out_dir=README.md/run"], ["out_dir", "README.md"])])
 def test_mistakes_are_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -490,8 +564,10 @@ def test_mistakes_are_one_line(tiny, more, words):
 
 def test_a_mistake_in_the_data_is_one_line_on_standard_error(tmp_path, script):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text: 1}\n')
-    out = script("train.py", f"data.train.x.path={tmp_path / 'bad.jsonl'}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / 'o'}")
-    assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1 and "bad.jsonl, line 2" in out.stderr and not (tmp_path / "o").exists()
+    out = script("train.py", f"data.train.x.path={tmp_path / 'bad.jsonl'}", "data.tokenizer=bytes",
+                 f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / 'o'}")
+    assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
+    assert "bad.jsonl, line 2" in out.stderr and not (tmp_path / "o").exists()
 
 
 # ---- on real inputs
@@ -499,9 +575,12 @@ def test_a_mistake_in_the_data_is_one_line_on_standard_error(tmp_path, script):
 def test_the_real_checkpoint_is_fine_tuned_stopped_resumed_and_exported(realdata, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     folder = realdata / "checkpoints" / "stories260K"
-    argv = [f"model.init_from={folder / 'hf'}", f"data.tokenizer={folder / 'tok512.tiktoken'}", "data.tokenizer_pattern= ?[^ ]+| ", "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>",
-            "data.eos_token=</s>", f"data.train.stories.path={realdata / 'text' / 'tinystories_1000.json'}", "data.validation_split=60", "data.seq_len=256", f"data.cache_dir={tmp_path / 'c'}", "dtype=float32",
-            "batch_size=8", "micro_tokens=2048", "max_steps=30", "lr=1e-3", "log_every=5", "eval_every=15", "save_every=10", f"out_dir={tmp_path / 'run'}", "checkpoint.keep=5"]
+    argv = [f"model.init_from={folder / 'hf'}", f"data.tokenizer={folder / 'tok512.tiktoken'}",
+            "data.tokenizer_pattern= ?[^ ]+| ", "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>",
+            "data.eos_token=</s>", f"data.train.stories.path={realdata / 'text' / 'tinystories_1000.json'}",
+            "data.validation_split=60", "data.seq_len=256", f"data.cache_dir={tmp_path / 'c'}", "dtype=float32",
+            "batch_size=8", "micro_tokens=2048", "max_steps=30", "lr=1e-3", "log_every=5", "eval_every=15",
+            "save_every=10", f"out_dir={tmp_path / 'run'}", "checkpoint.keep=5"]
     loaded = configs.load(argv)
     run(loaded)
     val = [v for v, in records(loaded[0], "val/stories/loss") if v is not None]
@@ -514,12 +593,16 @@ def test_the_real_checkpoint_is_fine_tuned_stopped_resumed_and_exported(realdata
     assert all(torch.equal(final[f][n], again[f][n]) for f in final for n in final[f])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
     ids = torch.randint(512, (1, 80), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(M.load(tmp_path / "run")[0].logits(M.as_batch(ids.tolist())), theirs(ids).logits[0], atol=1e-4)
+    ours = M.load(tmp_path / "run")[0].logits(M.as_batch(ids.tolist()))
+    assert torch.allclose(ours, theirs(ids).logits[0], atol=1e-4)
 
 
 def test_real_chats_train_with_nothing_but_path_and_tokenizer(realdata, tmp_path):
-    for name, tokenizer in (("gsm8k_train.jsonl", "bytes"), ("fastchat_dummy_conversation.json", realdata / "checkpoints" / "stories260K" / "hf")):
-        loaded = configs.load([f"data.train.x.path={realdata / 'chat' / name}", f"data.tokenizer={tokenizer}", f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / name}", "max_steps=2", "log_every=1"])
+    hf = realdata / "checkpoints" / "stories260K" / "hf"
+    for name, tokenizer in (("gsm8k_train.jsonl", "bytes"), ("fastchat_dummy_conversation.json", hf)):
+        loaded = configs.load([f"data.train.x.path={realdata / 'chat' / name}", f"data.tokenizer={tokenizer}",
+                               f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / name}", "max_steps=2",
+                               "log_every=1"])
         if tokenizer != "bytes":
             pytest.importorskip("tokenizers", reason="runs SentencePiece-like vocabularies, in requirements-dev.txt")
         assert [step for step, *_ in run(loaded)] == [1, 2]

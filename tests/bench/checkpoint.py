@@ -2,8 +2,8 @@
 
     python tests/bench/checkpoint.py --millions 200 --rounds 3 --out /tmp/x
 
-A model of so many million weights with AdamW's moments (12 bytes a weight). Ours writes in the background; its time to the disk is
-shown as well, with checksums and fsync, which torch.save does without. Prints a table and one line of JSON.
+A model of so many million weights with AdamW's moments (12 bytes a weight). Ours writes in the background; its time to
+the disk is shown as well, with checksums and fsync, which torch.save does without. Prints a table and one line of JSON.
 """
 import argparse, json, shutil, statistics, sys, tempfile, time
 from pathlib import Path
@@ -42,12 +42,16 @@ def main():
         first = sides["ours, stall"][0]
         shutil.rmtree(folder, ignore_errors=True)
         Path(folder).mkdir()
-    result = {side: {"seconds": round(statistics.median(s[1:]), 3), "least": round(min(s[1:]), 3), "most": round(max(s[1:]), 3), "n": len(s) - 1} for side, s in sides.items()}
-    result["ratio"] = round(statistics.median(a / b for a, b in zip(sides["ours, stall"][1:], sides["torch.save"][1:])), 3)
+    later = {side: seconds[1:] for side, seconds in sides.items()}
+    result = {side: {"seconds": round(statistics.median(s), 3), "least": round(min(s), 3), "most": round(max(s), 3),
+                     "n": len(s)} for side, s in later.items()}
+    ratios = [ours / theirs for ours, theirs in zip(later["ours, stall"], later["torch.save"])]
+    result["ratio"] = round(statistics.median(ratios), 3)
     for side in sides:
         r = result[side]
         print(f"{side:<14} {r['seconds']:7.3f} s ({r['least']} to {r['most']})   n {r['n']}")
-    print(f"{12 * args.millions / 1000:.1f} GB of state; the loop waits {result['ratio']} of torch.save's time (the first time, {first:.3f} s, left out)")
+    print(f"{12 * args.millions / 1000:.1f} GB of state; the loop waits {result['ratio']} of torch.save's time "
+          f"(the first time, {first:.3f} s, left out)")
     print(json.dumps({"millions": args.millions} | result))
 
 

@@ -1,11 +1,11 @@
-"""A run that is killed with -9 again and again, at random moments, also inside a save, is the run that was never killed.
+"""A run that is killed with -9 again and again at random moments, also inside a save, is the run that was never killed.
 
     python tests/bench/crash.py --kills 200
 
-A small model on the embedded chats, saving every third step. After each kill: every checkpoint that bears its name verifies, and
-the newest is no older than before. At the end: losses, gradient norms and learning rates of all steps, and the final
-weights, bitwise those of the run beside it. Each part is a fork of a process that has torch loaded already. Prints what
-was seen and one line of JSON; exits with 1 where something is not as it should be.
+A small model on the embedded chats, saving every third step. After each kill: every checkpoint that bears its name
+verifies, and the newest is no older than before. At the end: losses, gradient norms and learning rates of all steps,
+and the final weights, bitwise those of the run beside it. Each part is a fork of a process that has torch loaded
+already. Prints what was seen and one line of JSON; exits with 1 where something is not as it should be.
 """
 import argparse, json, os, random, signal, sys, tempfile, time
 from pathlib import Path
@@ -39,12 +39,15 @@ def main():
     args = parser.parse_args()
     steps, rng = args.steps or 10 * args.kills, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        argv = lambda out: [f"data.train.chats.path={ROOT / 'data' / 'chats_val.jsonl'}", "data.tokenizer=bytes", f"data.cache_dir={folder}/tokens", "model.n_layers=2", "model.d_model=32", "batch_size=2",
-                            f"max_steps={steps}", "epochs=0", "log_every=1", "eval_every=0", "save_every=3", "dtype=float32", "checkpoint.export=false", f"out_dir={folder}/{out}"]
+        keys = [f"data.train.chats.path={ROOT / 'data' / 'chats_val.jsonl'}", "data.tokenizer=bytes",
+                f"data.cache_dir={folder}/tokens", "model.n_layers=2", "model.d_model=32", "batch_size=2",
+                f"max_steps={steps}", "epochs=0", "log_every=1", "eval_every=0", "save_every=3", "dtype=float32",
+                "checkpoint.export=false"]
+        argv = lambda out: [*keys, f"out_dir={folder}/{out}"]
         begun = time.perf_counter()
         assert os.waitpid(start(argv("whole")), 0)[1] == 0
         took = time.perf_counter() - begun
-        assert os.waitpid(start(argv("whole")), 0)[1] == 0             # it has ended: all that this takes is starting up
+        assert os.waitpid(start(argv("whole")), 0)[1] == 0           # it has ended: all that this takes is starting up
         up = time.perf_counter() - begun - took
         each = (took - up) / steps
         lost, newest, kills, inside, problems = 0, 0, 0, 0, []
@@ -52,7 +55,8 @@ def main():
         while kills < args.kills and not problems:
             pid, until, done = start(argv("killed")), newest + rng.randint(0, 9), False
             logged = lambda: max((r["step"] for r in log.read(out)), default=0)
-            while not done and logged() < until:                       # by what it has done, not by the clock: machines are busy
+            # by what it has done, not by the clock: machines are busy
+            while not done and logged() < until:
                 time.sleep(0.2 * each)
                 done, status = os.waitpid(pid, os.WNOHANG)
             if done:
@@ -77,11 +81,14 @@ def main():
             problems.append("the run could not be ended")
         if not problems:
             of = lambda name: [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in log.read(Path(folder) / name)]
-            weights = [(checkpoint.found(Path(folder) / name)[-1] / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+            last = [checkpoint.found(Path(folder) / name)[-1] for name in ("whole", "killed")]
+            weights = [(path / "model.safetensors").read_bytes() for path in last]
             problems += [] if of("whole") == of("killed") and len(of("whole")) == steps else ["the records differ"]
             problems += [] if weights[0] == weights[1] else ["the final weights differ"]
-    result = {"kills": kills, "inside_a_save": inside, "steps": steps, "killed_until": early, "most_lost": lost, "problems": problems, "seconds": round(time.perf_counter() - begun)}
-    print(f"{kills} kills, {inside} of them inside a save, in the first {early:,} of {steps:,} steps; at most {lost} logged steps were done again; "
+    result = {"kills": kills, "inside_a_save": inside, "steps": steps, "killed_until": early, "most_lost": lost,
+              "problems": problems, "seconds": round(time.perf_counter() - begun)}
+    print(f"{kills} kills, {inside} of them inside a save, in the first {early:,} of {steps:,} steps; "
+          f"at most {lost} logged steps were done again; "
           f"{'; '.join(problems) or 'records and final weights are those of the run that was not killed'}")
     print(json.dumps(result))
     sys.exit(bool(problems))

@@ -2,14 +2,14 @@
 
     python tests/bench/gpu.py              --quick: two minutes, the two small models, ours only
 
-Right: logits, loss and gradients of packed rows in bf16 and fp32 on the device against fp32 on the CPU; a step repeated with
-deterministic kernels (the default) is bitwise the same; a step makes the device wait once. Fast: tokens a second (device events, median of
-the steps behind the first ones), model FLOPs utilization, most memory and the kernels that took longest, for the shapes of
-Qwen2.5-0.5B and 1.5B and Llama-3.1-8B with random weights; full fine-tuning and LoRA of rank 16 on all linear layers; packed
-chats (lognormal, median 300, at most 4,096) and windows of 4,096; against transformers (+ peft) with sdpa on the same device:
-"any order" is ours with shard.deterministic=false;
-theirs are chats padded to the longest of 16, bf16 by autocast, fused AdamW, no recompute where it fits. Prints a table and one line of JSON. Without CUDA it
-goes through the same lines with a tiny model, so that they are known to run.
+Right: logits, loss and gradients of packed rows in bf16 and fp32 on the device against fp32 on the CPU; a step repeated
+with deterministic kernels (the default) is bitwise the same; a step makes the device wait once. Fast: tokens a second
+(device events, median of the steps behind the first ones), model FLOPs utilization, most memory and the kernels that
+took longest, for the shapes of Qwen2.5-0.5B and 1.5B and Llama-3.1-8B with random weights; full fine-tuning and LoRA of
+rank 16 on all linear layers; packed chats (lognormal, median 300, at most 4,096) and windows of 4,096; against
+transformers (+ peft) with sdpa on the same device: "any order" is ours with shard.deterministic=false; theirs are chats
+padded to the longest of 16, bf16 by autocast, fused AdamW, no recompute where it fits. Prints a table and one line of
+JSON. Without CUDA it goes through the same lines with a tiny model, so that they are known to run.
 """
 import argparse, gc, json, statistics, sys, time, traceback
 from pathlib import Path
@@ -23,11 +23,15 @@ import configs, model as M, shard, train
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+QWEN2 = ["model.family=qwen2", "model.n_kv_heads=2", "model.vocab_size=151936", "model.tie_embeddings=true",
+         "model.qkv_bias=true", "model.rope_theta=1000000.0"]
 MODELS = {
-    "0.5B": ["model.family=qwen2", "model.d_model=896", "model.n_layers=24", "model.n_heads=14", "model.n_kv_heads=2", "model.d_ff=4864", "model.vocab_size=151936", "model.tie_embeddings=true", "model.qkv_bias=true", "model.rope_theta=1000000.0"],
-    "1.5B": ["model.family=qwen2", "model.d_model=1536", "model.n_layers=28", "model.n_heads=12", "model.n_kv_heads=2", "model.d_ff=8960", "model.vocab_size=151936", "model.tie_embeddings=true", "model.qkv_bias=true", "model.rope_theta=1000000.0"],
-    "8B": ["model.d_model=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=8", "model.d_ff=14336", "model.vocab_size=128256", "model.rope_theta=500000.0"]}
-TINY = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=128", "model.vocab_size=1000"]
+    "0.5B": [*QWEN2, "model.d_model=896", "model.n_layers=24", "model.n_heads=14", "model.d_ff=4864"],
+    "1.5B": [*QWEN2, "model.d_model=1536", "model.n_layers=28", "model.n_heads=12", "model.d_ff=8960"],
+    "8B": ["model.d_model=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=8", "model.d_ff=14336",
+           "model.vocab_size=128256", "model.rope_theta=500000.0"]}
+TINY = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=128",
+        "model.vocab_size=1000"]
 LORA = ["shard.lora.r=16", "shard.lora.alpha=16"]
 ROW = 32_768 if CUDA else 2048                                         # tokens in a row
 
@@ -43,7 +47,12 @@ def ours(keys):
     m = cfg["model"]
     shapes = {name: p.shape for name, p in M.on_meta(m).named_parameters()}
     generator = torch.Generator(DEVICE).manual_seed(0)
-    random = lambda name, start, end: torch.empty(end - start, *shapes[name][1:], device=DEVICE).normal_(0, 0.02, generator=generator) if len(shapes[name]) > 1 else torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
+
+    def random(name, start, end):
+        if len(shapes[name]) < 2:
+            return torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
+        rows = torch.empty(end - start, *shapes[name][1:], device=DEVICE)
+        return rows.normal_(0, 0.02, generator=generator)
     model = shard.prepare(M.on_meta(m), m, cfg, random)
     return cfg, model, train.make_optimizer(model, cfg)
 
@@ -57,7 +66,8 @@ def row(lengths, vocab, rng, pad_to):
     targets = torch.where(trained, torch.cat([torch.from_numpy(d[1:]) for d in docs]), -100)
     fill = -total % pad_to
     pad = lambda t, value: torch.nn.functional.pad(t, (0, fill), value=value)
-    out |= {"tokens": pad(out["tokens"], 0), "positions": pad(out["positions"], 0), "targets": pad(targets, -100), "weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_len": max([fill, *lengths])}
+    out |= {"tokens": pad(out["tokens"], 0), "positions": pad(out["positions"], 0), "targets": pad(targets, -100),
+            "weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_len": max([fill, *lengths])}
     out["trained"] = (out["targets"] >= 0).nonzero().squeeze(1)
     return {key: t.to(DEVICE) if torch.is_tensor(t) else t for key, t in out.items()}
 
@@ -74,18 +84,21 @@ def chat_lengths(rng, tokens):
 
 def right():
     results = {}
-    keys = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999", "model.d_ff=512"]
+    keys = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999",
+            "model.d_ff=512"]
     lengths = [1, 300, 77, 512, 2, 130]
 
     def numbers(dtype, device, more=()):
         cfg = configs.load([*keys, *more, "model.max_len=4096", f"device={device.type}", f"dtype={dtype}"])[0]
         model = shard.prepare(M.on_meta(cfg["model"]), cfg["model"], cfg, M.new_weights(cfg["model"], 0))
-        batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in row(lengths, 999, np.random.default_rng(1), 256).items()}
+        batch = row(lengths, 999, np.random.default_rng(1), 256)
+        batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
         with torch.no_grad():
             logits = model.logits(batch)[:sum(lengths)].float().cpu()
         loss_sum, weight, _ = model(batch)
         (loss_sum / weight).backward()
-        return logits, float(loss_sum.detach() / weight), {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+        return logits, float(loss_sum.detach() / weight), gradients
 
     for more, what in (((), ""), (("shard.recompute=true",), ", recompute"), (tuple(LORA), ", lora")):
         want = numbers("float32", torch.device("cpu"), more)
@@ -93,14 +106,16 @@ def right():
             got = numbers(dtype, DEVICE, more)
             off = lambda a, b: float((a - b).norm() / b.norm().clamp(min=1e-12))
             worst = max(off(got[2][name], g) for name, g in want[2].items() if g.norm() > 1e-8)
-            results[dtype + what] = {"logits": off(got[0], want[0]), "loss": abs(got[1] / want[1] - 1), "gradients": worst}
+            off_by = {"logits": off(got[0], want[0]), "loss": abs(got[1] / want[1] - 1), "gradients": worst}
+            results[dtype + what] = off_by
             limit = 3e-2 if dtype == "bfloat16" else 1e-3
-            assert max(results[dtype + what].values()) < limit, (dtype, what, results[dtype + what])
+            assert max(off_by.values()) < limit, (dtype, what, off_by)
 
     runs = []
     for _ in range(2):
         cfg, model, optimizer = ours([*TINY, "dtype=bfloat16" if CUDA else "dtype=float32"])
-        rows = [row(chat_lengths(np.random.default_rng(2), 2048), 1000, np.random.default_rng(3), 256) for _ in range(2)]
+        chats = chat_lengths(np.random.default_rng(2), 2048)
+        rows = [row(chats, 1000, np.random.default_rng(3), 256) for _ in range(2)]
         for _ in range(3):
             train.train_step(model, optimizer, rows, 1000.0, 1e-3, 1.0)
         runs.append({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -112,9 +127,12 @@ def right():
             warnings.simplefilter("always")
             train.train_step(model, optimizer, rows, 1000.0, 1e-3, 1.0)
         torch.cuda.set_sync_debug_mode("default")
-        results["waits in a step"] = [str(w.filename).rsplit("/", 1)[-1] + f":{w.lineno}" for w in caught if "synchroniz" in str(w.message).lower()]
+        waits = [w for w in caught if "synchroniz" in str(w.message).lower()]
+        results["waits in a step"] = [str(w.filename).rsplit("/", 1)[-1] + f":{w.lineno}" for w in waits]
     for key, value in results.items():
-        print(f"{key:<32} {value if not isinstance(value, dict) else '  '.join(f'{k} {v:.1e}' for k, v in value.items())}")
+        if isinstance(value, dict):
+            value = "  ".join(f"{k} {v:.1e}" for k, v in value.items())
+        print(f"{key:<32} {value}")
     return results
 
 
@@ -152,7 +170,8 @@ def measure_ours(keys, kind, count, look=False):
     cfg, model, optimizer = ours(keys)
     rng, vocab = np.random.default_rng(0), cfg["model"]["vocab_size"]
     multiple = shard.row_multiple(DEVICE, model.dtype, ROW)
-    lengths = [chat_lengths(rng, ROW) if kind == "chats" else [4096 if CUDA else 256] * (ROW // (4096 if CUDA else 256)) for _ in range(4)]
+    window = 4096 if CUDA else 256
+    lengths = [chat_lengths(rng, ROW) if kind == "chats" else [window] * (ROW // window) for _ in range(4)]
     rows, turn = [row(n, vocab, rng, multiple) for n in lengths], [0]
 
     def step():
@@ -163,16 +182,18 @@ def measure_ours(keys, kind, count, look=False):
     tokens = statistics.mean(map(sum, lengths))
     work = statistics.mean(M.flops(model, n, len(r["trained"])) for n, r in zip(lengths, rows))
     peak = train.peak_flops(DEVICE, model.dtype)
-    out = {"tok_per_s": tokens / seconds, "mfu": work / seconds / peak if peak else None, "memory_gib": memory() / 2**30}
+    out = {"tok_per_s": tokens / seconds, "mfu": work / seconds / peak if peak else None,
+           "memory_gib": memory() / 2**30}
     if look and CUDA:
         from torch.profiler import ProfilerActivity, profile
         with profile(activities=[ProfilerActivity.CUDA]) as prof:
             step()
             sync()
-        events = sorted((e for e in prof.key_averages() if e.self_device_time_total > 0), key=lambda e: -e.self_device_time_total)
-        total = sum(e.self_device_time_total for e in events)
+        spent = lambda e: e.self_device_time_total
+        events = sorted((e for e in prof.key_averages() if spent(e) > 0), key=spent, reverse=True)
+        total = sum(map(spent, events))
         for e in events[:12]:
-            print(f"      {e.self_device_time_total / total:6.1%} {e.self_device_time_total / 1e3:9.2f} ms {e.count:5} x  {e.key[:90]}")
+            print(f"      {spent(e) / total:6.1%} {spent(e) / 1e3:9.2f} ms {e.count:5} x  {e.key[:90]}")
     return out
 
 
@@ -182,8 +203,10 @@ def measure_theirs(keys, kind, count):
     m = configs.load([*keys, "model.max_len=4096", f"device={DEVICE.type}"])[0]["model"]
     big, lora = m["d_model"] >= 4096, any("lora" in key for key in keys)
     kind_of = transformers.Qwen2Config if m["family"] == "qwen2" else transformers.LlamaConfig
-    shape = kind_of(hidden_size=m["d_model"], num_hidden_layers=m["n_layers"], num_attention_heads=m["n_heads"], num_key_value_heads=m["n_kv_heads"], intermediate_size=m["d_ff"], vocab_size=m["vocab_size"],
-                    max_position_embeddings=4096, tie_word_embeddings=m["tie_embeddings"], rope_theta=m["rope_theta"], attn_implementation="sdpa", use_cache=False)
+    shape = kind_of(hidden_size=m["d_model"], num_hidden_layers=m["n_layers"], num_attention_heads=m["n_heads"],
+                    num_key_value_heads=m["n_kv_heads"], intermediate_size=m["d_ff"], vocab_size=m["vocab_size"],
+                    max_position_embeddings=4096, tie_word_embeddings=m["tie_embeddings"], rope_theta=m["rope_theta"],
+                    attn_implementation="sdpa", use_cache=False)
     torch.set_default_dtype(torch.bfloat16 if big or lora else torch.float32)
     with DEVICE:
         model = transformers.AutoModelForCausalLM.from_config(shape)
@@ -191,7 +214,8 @@ def measure_theirs(keys, kind, count):
     model.train()
     if lora:
         import peft
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        adapters = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, adapters)
     if big:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
@@ -201,13 +225,16 @@ def measure_theirs(keys, kind, count):
     longest = 4096 if CUDA else 256
     batches = []
     for _ in range(4):
-        lengths = [int(np.clip(rng.lognormal(np.log(300), 1.0), 16, longest)) for _ in range(16)] if kind == "chats" else [longest] * 4
+        lengths = [longest] * 4
+        if kind == "chats":
+            lengths = [int(np.clip(rng.lognormal(np.log(300), 1.0), 16, longest)) for _ in range(16)]
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for i, n in enumerate(lengths):
             ids[i, :n], mask[i, :n] = torch.from_numpy(rng.integers(0, m["vocab_size"], n)), 1
             labels[i, n // 2:n] = ids[i, n // 2:n]
-        batches.append(({"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE), "labels": labels.to(DEVICE)}, sum(lengths)))
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batches.append(({key: t.to(DEVICE) for key, t in batch.items()}, sum(lengths)))
     turn = [0]
 
     def step():
@@ -227,7 +254,8 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seconds", type=int, default=440, help="begin nothing new after so many")
     args = parser.parse_args()
-    started, result = time.perf_counter(), {"device": torch.cuda.get_device_name(0) if CUDA else "cpu", "torch": torch.__version__}
+    started, device = time.perf_counter(), torch.cuda.get_device_name(0) if CUDA else "cpu"
+    result = {"device": device, "torch": torch.__version__}
     print(f"{result['device']}, torch {result['torch']}")
     try:
         result["right"] = right()
@@ -246,7 +274,8 @@ def main():
         for side, measure in (("ours", measure_ours), ("any order", measure_ours), ("transformers", measure_theirs)):
             if side == "any order" and (how, kind) != ("full", "chats"):
                 continue
-            if side == "transformers" and (args.quick or kind == "windows" and name == "8B") or time.perf_counter() - started > args.seconds:
+            ours_alone = args.quick or kind == "windows" and name == "8B"
+            if side == "transformers" and ours_alone or time.perf_counter() - started > args.seconds:
                 continue
             clean()
             try:
@@ -256,8 +285,12 @@ def main():
             except Exception as e:                                     # out of memory, say: the rest still counts
                 out = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}"}
             result["cells"][f"{name} {how} {kind} {side}"] = out
-            text = out.get("error") or f"{out['tok_per_s']:>10,.0f} tokens/s   {'mfu ' + format(out['mfu'], '.1%') if out['mfu'] else '':<10}   {out['memory_gib']:6.1f} GiB"
-            print(f"{name:<5} {how:<5} {kind:<8} {side:<13} {text}   ({time.perf_counter() - started:.0f} s)", flush=True)
+            text = out.get("error")
+            if text is None:
+                mfu = f"mfu {out['mfu']:.1%}" if out["mfu"] else ""
+                text = f"{out['tok_per_s']:>10,.0f} tokens/s   {mfu:<10}   {out['memory_gib']:6.1f} GiB"
+            took = f"({time.perf_counter() - started:.0f} s)"
+            print(f"{name:<5} {how:<5} {kind:<8} {side:<13} {text}   {took}", flush=True)
     print(json.dumps(result, default=str))
 
 

@@ -2,14 +2,15 @@
 
     python tests/bench/matmul.py
 
-Products of the shapes that training has, and a few that suit the machine better; forward only, in turn, the best of them
-counts. A product of [n, k] and [k, m] is 2 n k m operations. Prints a table and one line of JSON.
+Products of the shapes that training has, and a few that suit the machine better; forward only, in turn, the best of
+them counts. A product of [n, k] and [k, m] is 2 n k m operations. Prints a table and one line of JSON.
 """
 import json, statistics, time
 
 import torch
 
-SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1408, 512), (4096, 512, 2816), (4096, 2048, 512), (4096, 512, 2048), (1024, 512, 32_000)]
+SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (4096, 1408, 512), (4096, 512, 2816), (4096, 2048, 512),
+          (4096, 512, 2048), (1024, 512, 32_000)]
 
 
 def seconds(a, b, least=0.2):
@@ -32,7 +33,8 @@ def best(dtype, rounds=3):
                 seconds(a, b, 0.05)                                    # a kernel is prepared for a shape that is new
                 rates.setdefault((n, k, m), []).append(2 * n * k * m / seconds(a, b))
     medians = {shape: statistics.median(r) for shape, r in rates.items()}
-    return medians[top := max(medians, key=medians.get)], top, {shape: (min(r), max(r)) for shape, r in rates.items()}[top]
+    top = max(medians, key=medians.get)
+    return medians[top], top, (min(rates[top]), max(rates[top]))
 
 
 def main():
@@ -41,7 +43,8 @@ def main():
         rate, shape, (least, most) = best(dtype)
         name = str(dtype).removeprefix("torch.")
         result[name] = round(rate / 1e9)
-        print(f"{name:<9} {rate / 1e9:8.0f} GFLOP/s ({least / 1e9:.0f} to {most / 1e9:.0f})   at {' x '.join(map(str, shape))}   {torch.get_num_threads()} threads")
+        print(f"{name:<9} {rate / 1e9:8.0f} GFLOP/s ({least / 1e9:.0f} to {most / 1e9:.0f})   "
+              f"at {' x '.join(map(str, shape))}   {torch.get_num_threads()} threads")
     print(json.dumps(result))
 
 

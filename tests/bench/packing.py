@@ -2,11 +2,11 @@
 
     python tests/bench/packing.py --instructlab ../training --minitrainer ../mini_trainer
 
-100,000 lognormal lengths (median 300, at most 8,192), rows of 8,192 tokens, 3,840 documents a step, 8 and 64 ranks; and
-2,000 documents of three kinds. Before them, the order: step 10,000,000 of a billion documents, and every step of an epoch
-of ten million documents of uneven length. The peers' packers are taken from checkouts; where numba is not installed they run as plain
-Python, which changes their time and nothing else. Best fit is what TRL packs by: longest first, each into the fullest
-row it fits in, rows dealt to ranks in turn. Prints a table and one line of JSON.
+100,000 lognormal lengths (median 300, at most 8,192), rows of 8,192 tokens, 3,840 documents a step, 8 and 64 ranks;
+and 2,000 documents of three kinds. Before them, the order: step 10,000,000 of a billion documents, and every step of
+an epoch of ten million documents of uneven length. The peers' packers are taken from checkouts; where numba is not
+installed they run as plain Python, which changes their time and nothing else. Best fit is what TRL packs by: longest
+first, each into the fullest row it fits in, rows dealt to ranks in turn. Prints a table and one line of JSON.
 
     fill      tokens over the space of all rows on all ranks        balance   per row, the costliest rank over the mean
 """
@@ -45,7 +45,8 @@ def order():
         tokens += int(sampler.lengths_of(sampler.documents(step, cfg, {"a": many}), [source]).sum())
     seconds = time.perf_counter() - start
     assert tokens == source.values.sum()
-    print(f"order: step 10,000,000 of a billion documents in {late:.1f} ms and {peak:.1f} MB; {steps:,} steps of an epoch of ten million in {seconds:.1f} s")
+    print(f"order: step 10,000,000 of a billion documents in {late:.1f} ms and {peak:.1f} MB; "
+          f"{steps:,} steps of an epoch of ten million in {seconds:.1f} s")
     return {"late_ms": round(late, 1), "late_mb": round(peak, 1), "epoch_s": round(seconds, 1)}
 
 
@@ -59,7 +60,12 @@ def peer(path):
     spec = importlib.util.spec_from_file_location("packer", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda lengths, capacity, ranks: [[[i for i in row if i >= 0] for row in module.batch_lengths_to_minibatches_lpt(list(map(int, lengths)), capacity, ranks, rank)] for rank in range(ranks)]
+
+    def pack(lengths, capacity, ranks):
+        rows = (module.batch_lengths_to_minibatches_lpt(list(map(int, lengths)), capacity, ranks, rank)
+                for rank in range(ranks))
+        return [[[i for i in row if i >= 0] for row in packed] for packed in rows]
+    return pack
 
 
 def best_fit(lengths, capacity, ranks):
@@ -83,8 +89,10 @@ def judge(pack, lengths, capacity, ranks):
     rows = pack(lengths, capacity, ranks)
     seconds = time.perf_counter() - start
     count = max(map(len, rows))
-    costs = np.array([[sampler.cost(lengths[row]).sum() if len(row) else 0.0 for row in list(rank) + [[]] * (count - len(rank))] for rank in rows])
-    assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(lengths))) and all(lengths[row].sum() <= capacity for rank in rows for row in rank if len(row))
+    cost = lambda row: sampler.cost(lengths[row]).sum() if len(row) else 0.0
+    costs = np.array([[cost(row) for row in list(rank) + [[]] * (count - len(rank))] for rank in rows])
+    assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(lengths)))
+    assert all(lengths[row].sum() <= capacity for rank in rows for row in rank if len(row))
     return lengths.sum() / (ranks * count * capacity), costs.max(0).sum() / costs.mean(0).sum(), seconds
 
 
@@ -94,24 +102,31 @@ def main():
     parser.add_argument("--minitrainer", type=Path)
     args = parser.parse_args()
     packers = {"ours": sampler.pack, "best fit": best_fit}
-    packers |= {name: peer(path) for name, path in (("InstructLab", args.instructlab), ("mini_trainer", args.minitrainer)) if path}
+    peers = {"InstructLab": args.instructlab, "mini_trainer": args.minitrainer}
+    packers |= {name: peer(path) for name, path in peers.items() if path}
     rng, result = np.random.default_rng(0), {"order": order()}
     lengths = np.clip(rng.lognormal(np.log(300), 1.0, 100_000), 8, 8192).astype(np.int64)
     for ranks in (8, 64):
         for name, pack in packers.items():
-            steps = [judge(pack, lengths[at:at + 3840], 8192, ranks) for at in range(0, len(lengths) - 3840, 3840 * (1 if name in ("ours", "best fit") else 5))]
+            every = 3840 * (1 if name in ("ours", "best fit") else 5)
+            steps = [judge(pack, lengths[at:at + 3840], 8192, ranks) for at in range(0, len(lengths) - 3840, every)]
             fill, balance, seconds = (statistics.mean(s[n] for s in steps) for n in range(3))
             result[f"{name}, {ranks} ranks"] = {"fill": round(fill, 4), "balance": round(balance, 4), "n": len(steps)}
-            print(f"{ranks:>3} ranks  {name:<13} fill {fill:.4f}   max/mean {balance:.4f}   {seconds * 1e3:7.1f} ms a step   n {len(steps)}")
-    kinds = {"lognormal": np.clip(rng.lognormal(5.7, 0.9, 2000), 8, 8192), "bimodal": np.where(rng.random(2000) < 0.8, rng.integers(50, 300, 2000), rng.integers(2000, 4096, 2000)), "uniform": rng.integers(1, 2048, 2000)}
+            print(f"{ranks:>3} ranks  {name:<13} fill {fill:.4f}   max/mean {balance:.4f}   "
+                  f"{seconds * 1e3:7.1f} ms a step   n {len(steps)}")
+    kinds = {"lognormal": np.clip(rng.lognormal(5.7, 0.9, 2000), 8, 8192),
+             "bimodal": np.where(rng.random(2000) < 0.8, rng.integers(50, 300, 2000), rng.integers(2000, 4096, 2000)),
+             "uniform": rng.integers(1, 2048, 2000)}
     for capacity in (130_000, 8192):
         for kind, values in kinds.items():
             values = values.astype(np.int64)
             times = [judge(sampler.pack, values, capacity, 8) for _ in range(5)]
             bound = -(-int(values.sum()) // (capacity * 8))
             rows = len(sampler.pack(values, capacity, 8)[0])
-            result[f"{kind}, {capacity}"] = {"rows": rows, "bound": bound, "mean/max": round(1 / times[0][1], 4)}
-            print(f"2,000 {kind:<9} rows of {capacity:>7,}: {rows} rows, bound {bound}, mean/max {1 / times[0][1]:.4f}, {statistics.median(t[2] for t in times) / 2 * 1e3:.1f} ms per 1,000")
+            even, ms = 1 / times[0][1], statistics.median(t[2] for t in times) / 2 * 1e3
+            result[f"{kind}, {capacity}"] = {"rows": rows, "bound": bound, "mean/max": round(even, 4)}
+            print(f"2,000 {kind:<9} rows of {capacity:>7,}: {rows} rows, bound {bound}, mean/max {even:.4f}, "
+                  f"{ms:.1f} ms per 1,000")
     print(json.dumps(result))
 
 

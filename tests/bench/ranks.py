@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def speed(ranks, argv, steps):
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "train.py", *argv, f"max_steps={steps}", "epochs=0", "eval_every=0", "save_every=0",
-                   f"log_every={max(1, steps // 10)}", "checkpoint.export=false", f"out_dir={folder}/run"]
+        keys = [f"max_steps={steps}", "epochs=0", "eval_every=0", "save_every=0", f"log_every={max(1, steps // 10)}",
+                "checkpoint.export=false", f"out_dir={folder}/run"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, "train.py", *argv, *keys]
         done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ)
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
-        return statistics.median(json.loads(line)["tok_per_s"] for line in list(open(f"{folder}/run/metrics.jsonl"))[1:])
+        records = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+        return statistics.median(r["tok_per_s"] for r in records[1:])
 
 
 def main():
@@ -28,7 +30,8 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("argv", nargs="*", default=["configs/ft.yaml"])
     args = parser.parse_args()
-    sides = {"one process": (1, []), f"{args.ranks} replicated": (args.ranks, []), f"{args.ranks} in parts": (args.ranks, [f"shard.mesh.shard={args.ranks}"])}
+    sides = {"one process": (1, []), f"{args.ranks} replicated": (args.ranks, []),
+             f"{args.ranks} in parts": (args.ranks, [f"shard.mesh.shard={args.ranks}"])}
     got = {side: [] for side in sides}
     for _ in range(args.rounds):
         for side, (ranks, how) in sides.items():
@@ -36,8 +39,10 @@ def main():
     result = {}
     for side, speeds in got.items():
         ratio = statistics.median(a / b for a, b in zip(speeds, got["one process"]))
-        result[side] = {"tok_per_s": round(statistics.median(speeds)), "least": round(min(speeds)), "most": round(max(speeds)), "ratio": round(ratio, 3), "n": len(speeds)}
-        print(f"{side:<14} {result[side]['tok_per_s']:>9,} tok/s ({result[side]['least']:,} to {result[side]['most']:,})   {ratio:.2f} of one process   n {len(speeds)}")
+        row = result[side] = {"tok_per_s": round(statistics.median(speeds)), "least": round(min(speeds)),
+                              "most": round(max(speeds)), "ratio": round(ratio, 3), "n": len(speeds)}
+        print(f"{side:<14} {row['tok_per_s']:>9,} tok/s ({row['least']:,} to {row['most']:,})   "
+              f"{ratio:.2f} of one process   n {row['n']}")
     print(json.dumps({"argv": args.argv, "steps": args.steps} | result))
 
 

@@ -315,15 +315,13 @@ class LoRALinear(nn.Module):
         self.B = nn.ParameterList(nn.Parameter(B) for B in zeros)
 
     def forward(self, x):                                                                             # [T, in]
-        y = self.base(x)
         low = F.linear(x, self.A.to(x.dtype)) * self.scale                                            # [T, n r]
-        outs, at = [], 0
-        for (start, end), B, part in zip(self.spans, self.B, low.split(self.r, -1)):
-            if start > at:
-                outs.append(y[:, at:start])
-            outs.append(y[:, start:end] + F.linear(part, B.to(x.dtype)))
+        rows, at = [], 0                                       # all B in one matrix [out, n r], 0 where they are not:
+        for n, ((start, end), B) in enumerate(zip(self.spans, self.B)):    # what is wide is written once, not per part
+            rows += [B.new_zeros(start - at, low.shape[1]), F.pad(B, (n * self.r, low.shape[1] - (n + 1) * self.r))]
             at = end
-        return torch.cat([*outs, y[:, at:]], -1) if len(outs) > 1 or at < y.shape[-1] else outs[0]
+        rows.append(B.new_zeros(self.base.out_features - at, low.shape[1]))
+        return torch.addmm(self.base(x), low, torch.cat(rows).to(x.dtype).T)
 
     def delta(self):
         """What the adapters add to the base's weight. -> [out, in] in fp32"""

@@ -56,6 +56,7 @@ def batch_text(path, args):
     import tokenizers
     tok = tokenizers.Tokenizer.from_file(str(Path(args.tokenizer) / "tokenizer.json"))
     start, out = time.perf_counter(), []
+    os.putenv("TOKENIZERS_PARALLELISM", "true")                # datasets.map, forking, turns it off for good
     with open(path) as f:
         while lines := f.readlines(1 << 20):
             out += [e.ids for e in tok.encode_batch_fast([json.loads(line)["text"] for line in lines],

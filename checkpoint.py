@@ -394,7 +394,7 @@ def export(path, m, cfg, tok, folder, chats, adapter=None):
 
 
 def need_folder(folder, key):
-    """Raises ValueError, naming the key it stands in, where a folder is not and can't be made, or can't be written to."""
+    """Raises ValueError, naming the key, where a folder is not there and can't be made, or can't be written to."""
     above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not above.is_dir():
         raise ValueError(f"{key}: {above} is a file; {key}=NEW")

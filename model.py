@@ -85,7 +85,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        if not x.is_cuda:                                      # a kernel's statistics are fp32 there, here as its weights
+        if not x.is_cuda:                                      # statistics are fp32 there, here as the weights are
             weight, bias = (None if p is None else p.float() for p in (weight, bias))
         if bias is not None:
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -97,7 +97,7 @@ SCALINGS = {"default": (), "linear": ("factor",),
 
 
 def rope_scaling(m):
-    """-> (the kind of scaling a model section asks for, its section). Raises ValueError: not known, or lacks a number."""
+    """-> (the kind of scaling a model section asks for, its section). Raises ValueError: unknown, or lacks a number."""
     section = m["rope_scaling"] or {}
     if not isinstance(section, dict):
         raise ValueError(f"model.rope_scaling: expected null or a section as config.json's, got {section}")
@@ -460,9 +460,9 @@ LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 class ChunkedLoss(torch.autograd.Function):
     """Head and loss over chunks of tokens, so that the logits of all of them never stand in memory at once.
 
-    A chunk's gradient is taken right away, in the forward pass, while its logits are there, and takes their place, piece
-    by piece: only a piece is ever in fp32. The backward pass only scales what was gathered (the loss is one number, so
-    its gradient is one factor). x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight *
+    A chunk's gradient is taken right away, in the forward pass, while its logits are there, and takes their place,
+    piece by piece: only a piece is ever in fp32. The backward pass only scales what was gathered (the loss is one
+    number, so its gradient is one factor). x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight *
     loss, loss per token [N], which carries no gradient). Only the first V of the V' rows are tokens. In bf16 a chunk's
     products are rounded once; chunks add up in fp32.
     """

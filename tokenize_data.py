@@ -693,7 +693,7 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ messa
 PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # where a model's folder has its own
-OPEN, CLOSE, BEGIN, END, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))    # marks: no text spells them
+OPEN, CLOSE, BEGIN, END, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))   # marks: no text spells them
 MARKED, EXCHANGED = re.compile(f"{BEGIN}|{END}"), re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 

@@ -364,14 +364,14 @@ def where_to_start(cfg):
     checkpoint.need_folder(out, "out_dir")
     named = None if resume in ("auto", "never") else Path(resume)
     if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume = "auto"                                        # torchrun starts this run again, that wrote what is there
+        resume = "auto"                                        # torchrun starts again the run that wrote what is there
     if named:
         there = checkpoint.read_state(named)["dtype"]
         odd = [] if cfg["dtype"] in ("auto", there) else [f"dtype: {there} there, {cfg['dtype']} here"]
         odd += [d for d in checkpoint.differences(named.resolve().parents[1], cfg) if d.startswith("optimizer:")]
         if odd:
-            raise ValueError(f"resume: {named} does not fit ({'; '.join(odd)}); model.init_from starts from the weights "
-                             "that its run has exported")
+            raise ValueError(f"resume: {named} does not fit ({'; '.join(odd)}); model.init_from starts from the "
+                             "weights that its run has exported")
     if not (out / "config.yaml").is_file():
         return named
     if resume == "never":
@@ -454,7 +454,8 @@ def introduce(cfg, model, data, epoch, total, device):
         replicate, shards = shard.mesh_sizes(cfg, ranks)
         where = f"{ranks} ranks (replicate {replicate} x shard {shards}), each {where}"
     again = ", blocks computed again in the backward pass" if model.recompute else ""
-    lines.append(f"device    {where}, computing in {str(model.dtype).removeprefix('torch.')}, masters in float32{again}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines.append(f"device    {where}, computing in {dtype}, masters in float32{again}")
     return lines
 
 

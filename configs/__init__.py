@@ -376,15 +376,15 @@ def translate(theirs, path):
 CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda"),
            "data.train_on": ("all", "last", "everything"), "data.on_error": ("error", "skip")}
 AT_LEAST = {                                                         # {key: least value}
-    "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0, "batch_size": 1,
-    "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
+    "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0,
+    "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
     "save_every": 0, "log_every": 0, "patience": 0, "profile": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
     "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "data.processes": 0, "checkpoint.keep": 1,
     "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
     "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0, "model.sliding_window": 1,
     "model.pad_vocab_size_multiple": 1, "model.embd_pdrop": 0, "model.attn_pdrop": 0, "model.resid_pdrop": 0,
-    "model.partial_rotary_factor": 0, "model.init_std": 0, "model.rope_theta": 1, "model.attention_multiplier": 0, "shard.mesh.replicate": 1, "shard.mesh.shard": 1,
-    "shard.lora.r": 0, "shard.lora.alpha": 0}
+    "model.partial_rotary_factor": 0, "model.init_std": 0, "model.rope_theta": 1, "model.attention_multiplier": 0,
+    "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
 INTS = ("max_steps", "profile", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim",
         "model.vocab_size", "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
 SHAPES = ("auto", "chat", "text", "tokens")

@@ -377,7 +377,8 @@ CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "
            "data.train_on": ("all", "last", "everything"), "data.on_error": ("error", "skip")}
 AT_LEAST = {                                                         # {key: least value}
     "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0,
-    "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0, "eval_every": 0,
+    "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0,
+    "eval_every": 0,
     "save_every": 0, "log_every": 0, "patience": 0, "profile": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
     "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "data.processes": 0, "checkpoint.keep": 1,
     "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,

@@ -59,19 +59,19 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()                               # [T, 1]
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)                                 # [T, 1]
+        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x.float() * scale
-        grad = grad.float()
-        dweight = (grad * normed).sum(0) if ctx.needs_input_grad[1] else None
-        grad = grad * weight
-        along = (grad * normed).mean(-1, keepdim=True)               # the length of x changes nothing
-        return normed.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), dweight, None
+        normed, grad = x.float() * scale, grad.float()
+        dweight = grad * normed                                      # [T, C], of each token
+        along = (dweight @ weight).div_(-x.shape[-1]).unsqueeze(-1)  # x's length changes nothing: [T, 1]
+        dx = normed.mul_(along).addcmul_(grad, weight).mul_(scale).to(x.dtype)
+        return dx, dweight.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 class Norm(nn.Module):
@@ -462,9 +462,11 @@ class ChunkedLoss(torch.autograd.Function):
 
     A chunk's gradient is taken right away, in the forward pass, while its logits are there, and takes their place,
     piece by piece: only a piece is ever in fp32. The backward pass only scales what was gathered (the loss is one
-    number, so its gradient is one factor). x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight *
-    loss, loss per token [N], which carries no gradient). Only the first V of the V' rows are tokens. In bf16 a chunk's
-    products are rounded once; chunks add up in fp32.
+    number, so its gradient is one factor). Only the first V of the V' rows are tokens. In bf16 a chunk's products are
+    rounded once; chunks add up in fp32.
+
+    x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight * loss, loss per token [N],
+    which carries no gradient)
     """
     @staticmethod
     def forward(ctx, x, head, targets, weights, loss, bias=None, V=None):
@@ -475,7 +477,7 @@ class ChunkedLoss(torch.autograd.Function):
         w, rows, V = head.to(x.dtype), len(head), V or len(head)                                      # [V', C]
         b = None if bias is None else bias.to(x.dtype)
         dx = torch.empty_like(x) if want_x else None
-        dw = torch.zeros_like(head, dtype=torch.float32) if want_head else None
+        dw = torch.zeros_like(head, dtype=torch.float32) if want_head and not len(x) else None    # else by a chunk
         db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
         step, piece = chunk_rows(rows, x.element_size(), x.is_cuda)
@@ -497,7 +499,9 @@ class ChunkedLoss(torch.autograd.Function):
             chunk[:, V:] = 0                                   # d loss / d logits from here on
             if want_x:
                 torch.mm(chunk, w, out=dx[part])
-            if want_head and x.dtype == torch.float32:
+            if want_head and dw is None:
+                dw = (chunk.T @ x[part]).float()
+            elif want_head and x.dtype == torch.float32:
                 dw.addmm_(chunk.T, x[part])
             elif want_head:
                 dw += chunk.T @ x[part]

@@ -231,9 +231,10 @@ def train_step(model, optimizer, rows, weight, lr, grad_clip):
     loss, documents = gradient(model, rows, weight)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     norm = shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params]))
-    finite = bool(torch.isfinite(loss + norm))
-    if finite:
-        torch.nn.utils.clip_grads_with_norm_(params, grad_clip or math.inf, norm)
+    length = float(norm + 0 * loss)                                  # not a finite one where either isn't
+    if finite := math.isfinite(length):
+        if grad_clip and length > grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         optimizer.step()

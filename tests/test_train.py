@@ -1,10 +1,11 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, re, shutil, signal, subprocess, sys
+import json, math, os, re, shutil, signal, subprocess, sys, traceback
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, train
 
@@ -422,6 +423,32 @@ def test_a_step_is_looked_into_on_request(tiny, capsys):
     assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
     for data, save in records(loaded[0], "data_wait", "save_wait"):
         assert 0 <= data < 1 and 0 <= save < 1
+
+
+@pytest.mark.parametrize("more", [[], ["shard.lora.r=4", "dtype=bfloat16"], ["optimizer=muon", "shard.recompute=true"],
+                                  ["sampler.order=feedback", "model.resid_pdrop=0.1"]])
+def test_a_step_waits_for_its_device_once(tiny, monkeypatch, more):
+    """Numbers read from tensors while a step runs, by who reads them, however many rows and blocks it has."""
+    step, reads, here = train.train_step, [], Path(train.__file__).parent
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                ours = [f.name for f in traceback.extract_stack() if Path(f.filename).parent == here]
+                reads[-1].append(ours[-1])
+            return function(*args, **kwargs or {})
+
+    def watched(model, optimizer, rows, *args):
+        assert len(rows) > 1 and len(model.blocks) > 1
+        reads.append([])
+        with Watch():
+            return step(model, optimizer, rows, *args)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    run(tiny("max_steps=3", "eval_every=0", "micro_tokens=80", "data.seq_len=80", *more))
+    assert len(reads) == 3
+    for names in reads:                                                # how documents lie is asked on a CPU only
+        assert [name for name in names if name != "per_document"] == ["train_step"]
 
 
 def test_a_run_that_has_not_begun_to_end_can_end_later(tiny):

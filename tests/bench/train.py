@@ -45,7 +45,7 @@ def windows_ours(args, size):
     micro = args.micro or block * batch
     cfg = configs.load([
         "model.family=gpt2", "model.norm=layernorm", "model.positions=learned", "model.glu=false",
-        "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.activation=gelu_new",
+        "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.activation=gelu",
         "model.tie_embeddings=true", f"model.n_layers={layers}", f"model.d_model={width}", f"model.n_heads={heads}",
         f"model.max_len={block}", f"model.vocab_size={VOCAB[size]}", f"micro_tokens={micro}", f"batch_size={batch}"])[0]
     m = cfg["model"]

@@ -321,7 +321,7 @@ class LoRALinear(nn.Module):
             rows += [B.new_zeros(start - at, low.shape[1]), F.pad(B, (n * self.r, low.shape[1] - (n + 1) * self.r))]
             at = end
         rows.append(B.new_zeros(self.base.out_features - at, low.shape[1]))
-        return torch.addmm(self.base(x), low, torch.cat(rows).to(x.dtype).T)
+        return self.base(x).addmm_(low, torch.cat(rows).to(x.dtype).T)
 
     def delta(self):
         """What the adapters add to the base's weight. -> [out, in] in fp32"""

@@ -143,11 +143,16 @@ class Log:
 
 @contextlib.contextmanager
 def profiled(path, device, say):
-    """Around a step: writes a trace for chrome://tracing or Perfetto to `path`, and says what took longest."""
+    """Around a step: writes a trace for chrome://tracing or Perfetto to `path`, and says what took longest.
+
+    On a CPU the trace's own small allocations break up the places that large tensors had, which then get new pages
+    from the operating system: what first touches such a tensor (fill_, say) looks dearer than in other steps.
+    """
     from torch.profiler import ProfilerActivity, profile
-    cuda = device.type == "cuda"
+    cuda, before = device.type == "cuda", os.times().system
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as prof:
         yield
+        system = os.times().system - before                    # seconds, of all threads
     prof.export_chrome_trace(str(path))
     cost = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total     # microseconds
     events = [e for e in prof.key_averages() if cost(e) > 0 and (not cuda or e.device_type.name == "CUDA")]
@@ -156,6 +161,8 @@ def profiled(path, device, say):
     for event in sorted(events, key=cost, reverse=True)[:10]:
         say(f"{cost(event) / total:6.1%} {cost(event) / 1e3:10.2f} ms {event.count:6,} x  {event.key[:80]}")
     say(f"{1 - heavy / total:6.1%} of {total / 1e3:,.2f} ms outside matrix products and attention; all is in {path}")
+    if not cuda:
+        say(f"{system * 1e3:.0f} ms of processor time for new memory and the like, most of it because of the trace")
 
 
 HEAVY = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|cudnn"    # their kernels' names

@@ -420,6 +420,7 @@ def test_a_step_is_looked_into_on_request(tiny, capsys):
     assert run(loaded) == plain                                        # looking changes nothing
     said, trace = capsys.readouterr().out, json.loads(Path(loaded[0]["out_dir"], "trace.json").read_text())
     assert "outside matrix products and attention" in said and "aten::mm" in said
+    assert re.search(r"\d ms of processor time for new memory", said)
     assert any(e.get("name") == "aten::mm" for e in trace["traceEvents"])
     for data, save in records(loaded[0], "data_wait", "save_wait"):
         assert 0 <= data < 1 and 0 <= save < 1

@@ -364,8 +364,8 @@ def weights_of(path, m, cfg):
     saved = safe_open(Path(path) / "model.safetensors", framework="pt")
     if not cfg["shard"]["lora"]["r"]:
         return saved.get_tensor, None
-    base = transformer.stored_weights(m["init_from"], m) if m["init_from"] else transformer.new_weights(m, cfg["seed"])
-    model = transformer.on_meta(m)
+    base = transformer.pretrained_reader(m["init_from"], m) if m["init_from"] else transformer.init_reader(m, cfg["seed"])
+    model = transformer.build_on_meta(m)
     shard.add_lora(model, m, cfg["shard"]["lora"])
     model.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()}, strict=False, assign=True)
     return shard.merged(model, base), model
@@ -383,11 +383,11 @@ def export(path, m, cfg, tok, folder, chats, adapter=None):
     stop = [tok.special[tok.eos]] if tok.eos else []
     if chats:
         text = tokenize_data.template_text(tok, cfg)
-        stop = tokenize_data.turn_end(tok, tokenize_data.compile_template(text))
+        stop = tokenize_data.stop_token_ids(tok, tokenize_data.compile_template(text))
     read, adapted = weights_of(path, m, cfg)
     if adapter and adapted:
         shard.save_adapter(adapted, m, cfg["shard"]["lora"], adapter, m["init_from"])
-    transformer.save(read, m, building, m["init_from"], stop, tok.special.get(tok.bos))
+    transformer.save_pretrained(read, m, building, m["init_from"], stop, tok.special.get(tok.bos))
     tokenize_data.save_tokenizer(tok, building, text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(building, folder)
@@ -414,7 +414,7 @@ def export_checkpoint(path, folder):
         raise ValueError(f"{folder}: is not empty; name another folder")
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
     tok = tokenize_data.load_tokenizer(cfg)
-    m = transformer.with_vocabulary(cfg["model"], tok.n_vocab)
+    m = transformer.resolve_vocab_size(cfg["model"], tok.n_vocab)
     export(path, m, cfg, tok, folder, read_state(path)["chats"])
     print(f"{path} -> {folder}")
 

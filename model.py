@@ -11,7 +11,8 @@ Shapes, in all seven files:
 
 A row is a dict of tensors; the documents in it don't see each other:
 
-    tokens [T]  targets [T] (-100: not trained)  weights [T]  positions [T]  cu_seqlens [D+1]  max_len  doc_ids [D]
+    tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]  max_seqlen  doc_ids [D]
+    target_index [N]: where targets are not -100. Optional; counting them on a GPU would make the host wait for it
     noise (seed, step): without it there is no dropout and no other noise
 
     tokens      t h e _ c a t | a _ d o g | .           cu_seqlens  0 7 12 13
@@ -42,7 +43,7 @@ class Linear(nn.Linear):
     """x W^T + b, in x's dtype: masters stay in fp32, the bf16 copy lives as long as the backward pass needs it."""
 
     def reset_parameters(self):
-        """Nothing: weights come by fill(); and torch's own way, on a model without any, imports its compiler."""
+        """Nothing: weights come by load_weights(); and torch's own way, on a model without any, imports its compiler."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -275,7 +276,7 @@ def dropout(x, p, keys, codes):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention, document by document: attend(layer, qkv [T, H+2K, E], keys of its dropout or None) -> [T, H, E]
 
-LONG = 256                                                     # tokens
+FP32_ATTENTION_BELOW = 256                                                     # tokens
 
 
 class Gather(torch.autograd.Function):
@@ -309,7 +310,7 @@ def per_document(cu_seqlens, total, device):
         back     4 5 6  8 9  0 1 2 3          at which padded place each token of the row stands
         used     5 6 7 8  0 1 2 -1 3 4        like `there`, with -1 for padding
 
-    On a CPU documents below LONG are computed in fp32: bf16 takes five times as long for 64 tokens (LOG.md).
+    On a CPU documents below FP32_ATTENTION_BELOW are computed in fp32: bf16 takes five times as long for 64 tokens (LOG.md).
     """
     starts = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:])]
@@ -346,7 +347,7 @@ def per_document(cu_seqlens, total, device):
         out, sizes = [], [longest * len(docs) for longest, docs in groups]
         keys = [None] * len(groups) if keys is None else keys.split(sizes)
         for (longest, _), group, seeds in zip(groups, qkv.split(sizes), keys):
-            group = group.float() if longest < LONG and not qkv.is_cuda else group
+            group = group.float() if longest < FP32_ATTENTION_BELOW and not qkv.is_cuda else group
             q, k, v = layer.split(group.unflatten(0, (-1, longest)).transpose(1, 2), 1)               # [d, H, len, E]
             window = layer.window if layer.window and layer.window < longest else None
             if seeds is None:
@@ -406,7 +407,7 @@ def plain(model, batch):
 
 def scaled(model, batch):
     """sqrt(C) times the row (arXiv:1706.03762, 3.4)."""
-    return plain(model, batch) * math.sqrt(model.m["d_model"])
+    return plain(model, batch) * math.sqrt(model.cfg["d_model"])
 
 
 def neftune(model, batch, alpha):
@@ -480,7 +481,7 @@ class ChunkedLoss(torch.autograd.Function):
         dw = torch.zeros_like(head, dtype=torch.float32) if want_head and not len(x) else None    # else by a chunk
         db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        step, piece = chunk_rows(rows, x.element_size(), x.is_cuda)
+        step, piece = chunk_sizes(rows, x.element_size(), x.is_cuda)
         room = torch.empty(min(step, len(x)), rows, dtype=x.dtype, device=x.device)
         for at in range(0, len(x), step):
             part, chunk = slice(at, at + step), room[:len(x) - at]                                    # [n, V']
@@ -521,7 +522,7 @@ class ChunkedLoss(torch.autograd.Function):
 CHUNK, PIECE = 160 << 20, 8 << 20    # bytes: of logits in one matrix product; of those in fp32 at once (LOG.md)
 
 
-def chunk_rows(V, size, cuda):
+def chunk_sizes(V, size, cuda):
     """Tokens in a chunk, and in a piece of it, which stays in a CPU's cache; a logit in the chunk has `size` bytes. A
     GPU takes more of both: each chunk reads and writes the whole gradient of the head, in fp32."""
     rows = max(64, CHUNK // (V * size) // 64 * 64)
@@ -534,42 +535,49 @@ def chunk_rows(V, size, cuda):
 class Transformer(nn.Module):
     def __init__(self, m):
         super().__init__()
-        self.m = m
+        self.cfg = m
         rope_scaling(m)
-        self.rows = -(-m["vocab_size"] // m["pad_vocab_size_multiple"]) * m["pad_vocab_size_multiple"]
+        self.padded_vocab_size = -(-m["vocab_size"] // m["pad_vocab_size_multiple"]) * m["pad_vocab_size_multiple"]
         choices = {"loss": LOSSES, "embed": EMBEDDINGS, "norm": ("rmsnorm", "layernorm"), "activation": ACTIVATIONS,
                    "positions": ("rope", "learned"), "qk_norm": ("none", "head", "all")}
         for key, known in choices.items():
             if m[key] not in known:
                 raise ValueError(f"model.{key}: {m[key]} is none of {', '.join(known)}")
-        self.embed = Embedding(self.rows, m["d_model"])
+        self.embed = Embedding(self.padded_vocab_size, m["d_model"])
         self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
         self.norm = Norm(m, m["d_model"])
-        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.rows, bias=False)
-        self.head_bias = nn.Parameter(torch.empty(self.rows)) if m["head_bias"] else None
+        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.padded_vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.empty(self.padded_vocab_size)) if m["head_bias"] else None
         self.loss, self.embedded = with_options("loss", LOSSES, m), with_options("embed", EMBEDDINGS, m)
-        self.dtype, self.recompute = torch.float32, False            # of the computation; shard.py sets both …
-        self.gradient = None                                         # … and may lay all gradients into one tensor
+        self.dtype, self.recompute = torch.float32, False            # of the computation; shard.parallelize sets both
 
     def forward(self, batch):
-        """A row (see the top of the file) -> (sum of weight * nll, sum of weights, the same sum per document [D])."""
+        """A micro-batch (see the top of the file) -> (loss_sum, weight_sum, {"loss": [D]}).
+
+        loss_sum    sum of loss_weight * nll over its target tokens, the only one that carries a gradient
+        weight_sum  sum of |loss_weight| over the same tokens
+        {...}       statistics per document; "loss": the sum of loss_weight * nll over its target tokens
+        """
         total, cu = len(batch["tokens"]), batch["cu_seqlens"]
-        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.m["attn_pdrop"])
-        fast = fast and self.m["head_dim"] % 8 == 0 and self.m["head_dim"] <= 256    # what the kernel is made for
-        x = self.hidden(batch, varlen(cu, total, batch["max_len"]) if fast else per_document(cu, total, cu.device))
-        at = batch["trained"] if "trained" in batch else (batch["targets"] != IGNORED).nonzero().squeeze(1)  # [N]
-        weights = batch["weights"][at]
+        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.cfg["attn_pdrop"])
+        fast = fast and self.cfg["head_dim"] % 8 == 0 and self.cfg["head_dim"] <= 256    # what the kernel is made for
+        x = self.hidden(batch, varlen(cu, total, batch["max_seqlen"]) if fast else per_document(cu, total, cu.device))
+        index = batch.get("target_index")
+        if index is None:
+            index = (batch["targets"] != IGNORED).nonzero().squeeze(1)                                # [N]
+        loss_weights = batch["loss_weights"][index]
         head = self.head_weight()
         head = head if torch.is_grad_enabled() else head.detach()    # a Function is not told that no gradient is wanted
-        loss_sum, losses = ChunkedLoss.apply(x[at], head, batch["targets"][at], weights, self.loss,
-                                             self.head_bias, self.m["vocab_size"])
-        docs = torch.zeros(len(cu) - 1, device=x.device).index_add_(0, document_of(batch)[at], losses * weights)
-        return loss_sum, weights.sum(), docs
+        loss_sum, losses = ChunkedLoss.apply(x[index], head, batch["targets"][index], loss_weights, self.loss,
+                                             self.head_bias, self.cfg["vocab_size"])
+        document_losses = torch.zeros(len(cu) - 1, device=x.device)                                   # [D]
+        document_losses.index_add_(0, document_of(batch)[index], losses * loss_weights)
+        return loss_sum, loss_weights.abs().sum(), {"loss": document_losses}
 
     def hidden(self, batch, attend):
         """What the head reads. -> [T, C]"""
-        m, positions, keys = self.m, batch["positions"], None
+        m, positions, keys = self.cfg, batch["positions"], None
         x = self.embedded(self, batch)                                                                # [T, C]
         if m["embedding_multiplier"] != 1.0:
             x = x * m["embedding_multiplier"]
@@ -598,7 +606,7 @@ class Transformer(nn.Module):
         attend = attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device)
         x, bias = self.hidden(batch, attend), self.head_bias
         logits = F.linear(x, self.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return logits[:, :self.m["vocab_size"]].float()
+        return logits[:, :self.cfg["vocab_size"]].float()
 
 
 def with_options(key, functions, m):
@@ -615,20 +623,20 @@ def with_options(key, functions, m):
     return functools.partial(function, **options) if options else function
 
 
-def with_vocabulary(m, n):
+def resolve_vocab_size(m, n):
     """A model section for a tokenizer of n ids: a pretrained vocabulary grows where it is smaller, an open one is n."""
     return m | {"vocab_size": max(m["vocab_size"] or 0, n) if m["init_from"] else m["vocab_size"] or n}
 
 
 def build(m, seed=0, device="cpu"):
     """A model section, complete -> a model with new weights."""
-    return fill(on_meta(m).to_empty(device=device), new_weights(m, seed))
+    return load_weights(build_on_meta(m).to_empty(device=device), init_reader(m, seed))
 
 
-def fill(model, read, part=lambda p: (p, 0, len(p))):
+def load_weights(model, read, part=lambda p: (p, 0, len(p))):
     """Give a model its weights, in place, some MB at a time: besides them nothing large is in memory. -> the model
 
-    read  (name, first row, one behind the last) -> those rows of that tensor: new_weights() or stored_weights(), so
+    read  (name, first row, one behind the last) -> those rows of that tensor: init_reader() or pretrained_reader(), so
           that a process which holds a part of a tensor reads no more than that
     part  a parameter -> (what is held of it here, its first row, one behind its last)
     """
@@ -641,14 +649,14 @@ def fill(model, read, part=lambda p: (p, 0, len(p))):
     return model
 
 
-def new_weights(m, seed):
+def init_reader(m, seed):
     """-> read() of new weights.
 
     Matrices are normal with init_std; with init_by_depth those that write into the residual stream are narrower by
-    sqrt(2 L), as in GPT-2; norms are 1, biases and what only pads the vocabulary 0. Every thousand rows are seeded by
+    sqrt(2 L), as in GPT-2; norms are 1, biases and what only pads the vocabulary 0. Every thousand rows are make_generator by
     their tensor's name, so that they are the same whatever else the model has, and whoever reads them.
     """
-    shapes, each = {name: p.shape for name, p in on_meta(m).named_parameters()}, 1024
+    shapes, each = {name: p.shape for name, p in build_on_meta(m).named_parameters()}, 1024
 
     def read(name, start, end):
         if len(shapes[name]) < 2:
@@ -658,17 +666,17 @@ def new_weights(m, seed):
         drawn, out, begin = known_rows(name, shapes[name][0], m), [], start // each * each
         for first in range(begin, end, each):
             block = torch.zeros(min(each, shapes[name][0] - first), *shapes[name][1:])
-            block[:max(0, drawn - first)].normal_(0, std, generator=seeded(seed, f"{name} {first}" if first else name))
+            block[:max(0, drawn - first)].normal_(0, std, generator=make_generator(seed, f"{name} {first}" if first else name))
             out.append(block)
         return torch.cat(out)[start - begin:end - begin]
     return read
 
 
-def seeded(seed, name):
+def make_generator(seed, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-def on_meta(m):
+def build_on_meta(m):
     with torch.device("meta"):
         return Transformer(m)
 
@@ -676,7 +684,7 @@ def on_meta(m):
 # ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face's format, in and out
 
-def their_names(name, m):
+def hf_names(name, m):
     """A parameter's name -> [their names of what it is stacked of, along the outputs], by configs/families.yaml."""
     theirs = configs.families()[m["family"]]["weights"].get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
     if theirs is None:
@@ -685,12 +693,12 @@ def their_names(name, m):
     return [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
 
 
-def weight_names(model, m):
-    """{our name: their_names()} of all the model's parameters."""
-    return {name: their_names(name, m) for name, _ in model.named_parameters()}
+def hf_weight_names(model, m):
+    """{our name: hf_names()} of all the model's parameters."""
+    return {name: hf_names(name, m) for name, _ in model.named_parameters()}
 
 
-def part_sizes(name, m):
+def fused_sizes(name, m):
     """Outputs of each part of a stacked weight: q, k and v; gate and up."""
     if ".attn.qkv." in name:
         return [m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]]
@@ -704,14 +712,14 @@ def known_rows(name, rows, m):
 
 def pieces(name, rows, m):
     """Where a parameter's `rows` rows stand in their files, in our order -> [(their name, first row, rows)]"""
-    names = their_names(name, m)
+    names = hf_names(name, m)
     if name.endswith(tuple(configs.families()[m["family"]].get("by_head", ["-"]))):    # theirs: q, k, v of head 0, …
         E = m["head_dim"]
         return [(names[0], (3 * head + part) * E, E) for part in range(3) for head in range(m["n_heads"])]
-    return [(key, 0, n) for key, n in zip(names, part_sizes(name, m) if len(names) > 1 else [rows])]
+    return [(key, 0, n) for key, n in zip(names, fused_sizes(name, m) if len(names) > 1 else [rows])]
 
 
-def as_stored(name, t, m):
+def to_hf(name, t, m):
     """A tensor with our rows of a parameter -> {their name: their rows}"""
     out, where = {}, pieces(name, len(t), m)
     for (key, first, _), part in zip(where, t.split([rows for *_, rows in where])):
@@ -720,15 +728,15 @@ def as_stored(name, t, m):
     return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in in_order.items()}
 
 
-def matrices(name, p, m):
+def matrix_rows(name, p, m):
     """The outputs of each matrix that a block's weight consists of; [] for whatever is no matrix of a block."""
     if p.dim() < 2 or not name.startswith("blocks.") or not name.endswith(".weight"):
         return []
     stacked = name.endswith("attn.qkv.weight") or m["glu"] and name.endswith("mlp.up.weight")
-    return part_sizes(name, m) if stacked else [len(p)]
+    return fused_sizes(name, m) if stacked else [len(p)]
 
 
-def find_model(path):
+def resolve_model_dir(path):
     """A folder with config.json, or a run's, or a hub id -> the folder with config.json. Raises ValueError."""
     path = configs.pretrained(str(path))
     for folder in (Path(path), Path(path) / "hf"):
@@ -743,24 +751,24 @@ def load(path, m=None, device="cpu"):
 
     m  the section to go by, where the caller has one; else config.json's
 
-    Raises ValueError as stored_weights() does.
+    Raises ValueError as pretrained_reader() does.
     """
-    folder = find_model(path)
+    folder = resolve_model_dir(path)
     m = m or configs.load([f"model.init_from={folder}"])[0]["model"]
-    return fill(on_meta(m).to_empty(device=device), stored_weights(folder, m)), m
+    return load_weights(build_on_meta(m).to_empty(device=device), pretrained_reader(folder, m)), m
 
 
-def stored_weights(path, m):
+def pretrained_reader(path, m):
     """A pretrained folder (or a run's) -> read() of its weights, in the dtype they are stored in.
 
     Only safetensors are read, memory-mapped, and of them only what read() is asked for. Where the vocabulary has grown
     beyond theirs, new tokens start at the mean of the old. Raises ValueError naming all that is missing, unknown or
     misshapen at once, and the keys that contradict config.json.
     """
-    folder = find_model(path)
+    folder = resolve_model_dir(path)
     family, theirs, where = configs.families()[m["family"]], configs.read_model(folder), open_weights(folder)
     known, turned = min(m["vocab_size"], theirs["vocab_size"]), tuple(family.get("transposed", ()))
-    model, places, wrong = on_meta(m), {}, []                  # places: our name -> [(their key, first row, rows)]
+    model, places, wrong = build_on_meta(m), {}, []                  # places: our name -> [(their key, first row, rows)]
     for name, p in model.named_parameters():
         places[name], sizes = [], {}
         for key, first, rows in pieces(name, known_rows(name, len(p), m | {"vocab_size": known}), m):
@@ -779,7 +787,7 @@ def stored_weights(path, m):
     ignored = (*family.get("ignore", ()), *[family["weights"]["head.weight"]] * theirs["tie_embeddings"])
     wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
     if wrong:
-        shapes = lambda m: [(name, p.shape) for name, p in on_meta(m | {"rope_layers": None}).named_parameters()]
+        shapes = lambda m: [(name, p.shape) for name, p in build_on_meta(m | {"rope_layers": None}).named_parameters()]
         said = [f"model.{key} = {m[key]}, where config.json says {value}" for key, value in theirs.items()
                 if value is not None and m[key] != value and shapes(m | {key: value}) != shapes(m)]
         raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
@@ -832,7 +840,7 @@ def listed(wrong, most=8):
     return "; ".join([*wrong[:most], *([f"and {len(wrong) - most} more"] if len(wrong) > most else [])])
 
 
-def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
+def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
 
     read    name -> that tensor, whole: a model's get_parameter, or anything like it. A part is in memory at a time
@@ -845,7 +853,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         read = lambda name: (table(name) * scale if name == "embed.weight" else
                              table("embed.weight" if tied and name == "head.weight" else name))
         m = m | {"embed": "plain", "tie_embeddings": False}
-    folder, family, model = Path(folder), configs.families()[m["family"]], on_meta(m)
+    folder, family, model = Path(folder), configs.families()[m["family"]], build_on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
     original = Path(configs.pretrained(str(source)) or "/nowhere") / "config.json"
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
@@ -876,7 +884,7 @@ def save(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
         tensors = {}
         for name in ours:
             whole = read(name).detach()[:known_rows(name, None, m)].to("cpu", dtype)
-            for key, t in as_stored(name, whole, m).items():
+            for key, t in to_hf(name, whole, m).items():
                 tensors[key] = (t.T if name.endswith(turned) else t).contiguous()
         label = "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
         save_file(tensors, folder / label, metadata={"format": "pt"})
@@ -899,7 +907,7 @@ def as_batch(documents, device="cpu"):
     cu = torch.tensor([0, *lengths]).cumsum(0)
     positions = torch.cat([torch.arange(n) for n in lengths])
     batch = {"tokens": torch.tensor([i for d in documents for i in d]), "positions": positions, "cu_seqlens": cu.int()}
-    return {key: t.to(device) for key, t in batch.items()} | {"max_len": max(lengths)}
+    return {key: t.to(device) for key, t in batch.items()} | {"max_seqlen": max(lengths)}
 
 
 @torch.no_grad()
@@ -909,7 +917,7 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
     going  (is each prompt alive?) -> go on? A model in parts runs only where all who hold one run it: any of theirs
     """
-    m, device, B = model.m, model.embed.weight.device, len(prompts)
+    m, device, B = model.cfg, model.embed.weight.device, len(prompts)
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
         raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1; "
                          f"got {temperature}, {top_p}, {top_k}, {max_tokens}")
@@ -971,7 +979,7 @@ def pick(logits, temperature, top_k, top_p, random):
     return order.gather(-1, drawn)[:, 0]
 
 
-def answer(model, prompts, max_tokens, stop, **sampling):
+def generate_all(model, prompts, max_tokens, stop, **sampling):
     """generate(), collected: lists of ids, without what ended them."""
     out = [[] for _ in prompts]
     for ids in generate(model, prompts, max_tokens, stop, **sampling):
@@ -991,7 +999,7 @@ def flops(model, lengths, n_targets):
     tokens that have a loss; attention causal and per document, so that packing earns nothing it doesn't do.
     """
     each = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in model.blocks.named_parameters() if p.dim() == 2)
-    m, head = model.m, 6 if model.head_weight().requires_grad else 4
+    m, head = model.cfg, 6 if model.head_weight().requires_grad else 4
     seen = lambda n: n ** 2 - max(0, n - (m["sliding_window"] or n)) ** 2    # pairs of tokens, times 2
     attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * sum(seen(int(n)) for n in lengths)
     return each * int(sum(lengths)) + m["vocab_size"] * m["d_model"] * head * int(n_targets) + attention
@@ -1027,12 +1035,12 @@ def main(argv):
     options, words = configs.take(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
     if not words:
         raise ValueError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
-    folder = find_model(words[0])
+    folder = resolve_model_dir(words[0])
     if len(words) < 2:                                               # no weight is read for that
         m = configs.load([f"model.init_from={folder}"])[0]["model"]
-        stored_weights(folder, m)
+        pretrained_reader(folder, m)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        print(f"{summary(on_meta(m), m)}, {size / 1e6:,.1f} MB as it is stored")
+        print(f"{summary(build_on_meta(m), m)}, {size / 1e6:,.1f} MB as it is stored")
         return
     model, m = load(folder)
     tok = tokenize_data.huggingface_tokenizer(folder)
@@ -1040,7 +1048,7 @@ def main(argv):
     if tok.template:
         template = tokenize_data.compile_template(tok.template)
         prompt = tokenize_data.encode_prompt(tok, template, [{"role": "user", "content": question}])
-        stop = tokenize_data.turn_end(tok, template)
+        stop = tokenize_data.stop_token_ids(tok, template)
     else:                                                            # no chat model: it goes on with the text
         prompt = [*([tok.special[tok.bos]] if tok.bos else []), *tok.encode(tok.clean(question)).tolist()]
         print(question, end="")

@@ -291,7 +291,7 @@ def collate(indices, sources, pad_to=1):
     targets[:n] = np.where(mask[at + 1], ids[at + 1].astype(np.int64), -100)
     positions[:n] = np.arange(n) - np.repeat(cu[:-1], lengths - 1)
     longest = max(int(np.diff(cu).max(initial=0)), total - int(cu[-1]))      # padding is a document to the kernel
-    return {"tokens": tokens, "targets": targets, "weights": weights, "positions": positions, "max_len": longest,
+    return {"tokens": tokens, "targets": targets, "loss_weights": weights, "positions": positions, "max_seqlen": longest,
             "cu_seqlens": cu.astype(np.int32), "doc_ids": np.asarray(indices, np.int64),
             "trained": np.flatnonzero(targets >= 0)}
 
@@ -326,7 +326,7 @@ def main(argv):
     if options["ranks"] < 1:
         raise ValueError(f"ranks: expected at least 1, got {options['ranks']}")
     cfg, _, _ = configs.load(argv)
-    sources = tokenize_data.prepare(cfg)["train"]
+    sources = tokenize_data.load_datasets(cfg)["train"]
     sizes, ranks = {name: len(tokens) for name, tokens in sources.items()}, options["ranks"]
     names, n, take = quotas(cfg, sizes)
     for name, have, used in zip(names, n, take):

@@ -337,11 +337,11 @@ def add_lora(model, m, lora):
     Their values come by with_adapters().
     """
     model.requires_grad_(False)
-    names, known = transformer.weight_names(model, m), set()
+    names, known = transformer.hf_weight_names(model, m), set()
     linear = [name for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)]
     for layer in linear:
         base, theirs = model.get_submodule(layer), [t.removesuffix(".weight") for t in names[f"{layer}.weight"]]
-        rows = transformer.part_sizes(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
+        rows = transformer.fused_sizes(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
         ends = [sum(rows[:n + 1]) for n in range(len(rows))]
         known |= {t.split(".")[-1] for t in theirs}
         parts = [(t, start, end) for t, start, end in zip(theirs, [0, *ends], ends)
@@ -364,7 +364,7 @@ def with_adapters(model, read, seed):
         module = model.get_submodule(layer)
         bound = 1 / math.sqrt(module.base.in_features)         # kaiming_uniform with a = sqrt(5)
         drawn = (torch.empty(module.r, module.base.in_features).uniform_(-bound, bound, generator=generator)
-                 for generator in (transformer.seeded(seed, their) for their, _, _ in module.parts))
+                 for generator in (transformer.make_generator(seed, their) for their, _, _ in module.parts))
         return torch.cat(list(drawn))[start:end]
     return read_all
 
@@ -389,7 +389,7 @@ def save_adapter(model, m, lora, folder, base):
     for name, module in layers.items():
         for (their, start, end), A, B in zip(module.parts, module.A.split(module.r), module.B):
             if end - start == module.base.out_features:        # one layer of theirs, maybe in another order
-                B = transformer.as_stored(f"{name}.weight", B, m)[f"{their}.weight"]
+                B = transformer.to_hf(f"{name}.weight", B, m)[f"{their}.weight"]
             for letter, tensor in (("A", A), ("B", B)):
                 tensors[f"base_model.model.{their}.lora_{letter}.weight"] = tensor.detach().float().cpu().contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -489,7 +489,7 @@ def prepare(model, m, cfg, read):
     replicate, shards = mesh_sizes(cfg, ranks())
     if shards > 1:
         split(model, cfg, device, dtype)
-    transformer.fill(model.to_empty(device=device), read, part)    # every rank reads its own rows and no others
+    transformer.load_weights(model.to_empty(device=device), read, part)    # every rank reads its own rows and no others
     if device.type == "cuda" if cfg["shard"]["compile"] is None else cfg["shard"]["compile"]:
         for block in model.blocks:                             # equal halves share what is compiled for one
             block.before, block.behind = torch.compile(block.before), torch.compile(block.behind)
@@ -558,7 +558,7 @@ def kept_by_block(m, size, cuda, length):
     long.
     """
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
-    fp32 = 4 if not cuda and length < transformer.LONG else size    # of attention
+    fp32 = 4 if not cuda and length < transformer.FP32_ATTENTION_BELOW else size    # of attention
     norms = size * ((2 if m["shared_norm"] else 4) * C + (m["qk_norm"] != "none") * (H + K) * E)
     attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)
     drops = (2 * C if m["resid_pdrop"] else 0) + (H * length * (5 + fp32) if m["attn_pdrop"] else 0)
@@ -576,10 +576,10 @@ def plan(m, cfg, gpus=1):
     narrow = cuda or has_bf16(torch.device("cpu")) if cfg["dtype"] == "auto" else cfg["dtype"] == "bfloat16"
     size = 2 if narrow else 4
     replicate, shards = mesh_sizes(cfg, gpus)
-    model = transformer.on_meta(m)
+    model = transformer.build_on_meta(m)
     if lora["r"]:
         add_lora(model, m, lora)
-    L, C, V = m["n_layers"], m["d_model"], model.rows
+    L, C, V = m["n_layers"], m["d_model"], model.padded_vocab_size
     n = lambda keep, module=model: sum(p.numel() for p in module.parameters() if keep(p))
     trained, frozen = n(lambda p: p.requires_grad), n(lambda p: not p.requires_grad)
     block, learning = n(lambda p: True, model.blocks[0]), n(lambda p: p.requires_grad, model.blocks[0])
@@ -589,7 +589,7 @@ def plan(m, cfg, gpus=1):
 
     learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
     turned = sum(p.numel() for name, p in model.named_parameters()
-                 if p.requires_grad and transformer.matrices(name, p, m))
+                 if p.requires_grad and transformer.matrix_rows(name, p, m))
     moments = {"adamw": 8 * trained, "muon": 8 * trained - 4 * turned, "sgd": 4 * trained * (cfg["momentum"] > 0)}
     moments = moments.get(cfg["optimizer"], 8 * trained)       # one of the user's own
     state = {"weights": (4 * trained + size * frozen) // shards, "moments": moments // shards}
@@ -604,7 +604,7 @@ def plan(m, cfg, gpus=1):
     kept = kept_by_block(m, size, cuda, cfg["data"]["seq_len"])
     input_only = size * C                                      # of a block that is computed again
     activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
-    chunk, piece = (min(T, n) for n in transformer.chunk_rows(V, size, cuda))
+    chunk, piece = (min(T, n) for n in transformer.chunk_sizes(V, size, cuda))
     plain = m["loss"] == "cross_entropy" and not m["loss_options"]
     logits = V * (chunk * size + piece * (8 if plain else 16))       # a piece's in fp32, and the gradient of each
     head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
@@ -630,7 +630,7 @@ def main(argv):
     m, gpus = cfg["model"], options["gpus"]
     if m["vocab_size"] is None:
         import tokenize_data
-        m = transformer.with_vocabulary(m, tokenize_data.load_tokenizer(cfg).n_vocab)
+        m = transformer.resolve_vocab_size(m, tokenize_data.load_tokenizer(cfg).n_vocab)
     moments = plan(m, cfg, gpus)
     replicate, shards = mesh_sizes(cfg, gpus)
     moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))

@@ -895,7 +895,7 @@ def encode_prompt(tok, template, messages):
     return tok.spans("".join(pieces), held)[0].tolist()
 
 
-def turn_end(tok, template):
+def stop_token_ids(tok, template):
     """The ids that end an assistant's turn: what generation stops at."""
     ids, mask = encode_chat(tok, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     last = int(ids[np.flatnonzero(mask)[-1]]) if mask.any() else -1
@@ -1086,19 +1086,19 @@ class Tokens:
         return self.tokens[where], self.mask[where]
 
 
-def need_sources(cfg):
+def require_train_data(cfg):
     """The first thing to say where nothing is said. Raises ValueError."""
     if not cfg["data"]["train"]:
         raise ValueError("data.train: no source is named; data.train.NAME.path=FILE names one")
 
 
-def prepare(cfg, tok=None, quiet=False):
+def load_datasets(cfg, tok=None, quiet=False):
     """cfg -> {"train": {name: Tokens}, "validation": {name: Tokens}}, tokenizing what is not there yet.
 
     data.validation_split takes the last documents of each training source. Raises ValueError, with file and line, for
     what can't be read.
     """
-    need_sources(cfg)
+    require_train_data(cfg)
     tok = tok or load_tokenizer(cfg)
     data, out = cfg["data"], {"train": {}, "validation": {}}
     for kind in out:
@@ -1156,10 +1156,10 @@ def shown(tok, ids, mask, colour):
 def main(argv):
     asked, argv = configs.take(argv, show=0, ids=False)
     cfg, _, _ = configs.load(argv)
-    need_sources(cfg)
+    require_train_data(cfg)
     tok = load_tokenizer(cfg)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for kind, sources in prepare(cfg, tok).items():
+    for kind, sources in load_datasets(cfg, tok).items():
         for name, tokens in sources.items():
             print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens), sep="\n")
             for i in range(min(asked["show"], len(tokens))):

@@ -189,7 +189,7 @@ def make_optimizer(model, cfg):
         decay = said.get("weight_decay", cfg["weight_decay"] if p.dim() >= 2 else 0.0)
         group = groups.setdefault((said.get("lr", 1.0), decay), {"params": [], "parts": []})
         group["params"].append(p)
-        group["parts"].append(transformer.matrices(name, p, model.m))
+        group["parts"].append(transformer.matrix_rows(name, p, model.cfg))
     if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
         raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
     groups = [group | {"scale": scale, "weight_decay": decay} | {key: cfg[key] for key in HYPERPARAMETERS}
@@ -255,7 +255,7 @@ def as_tensors(row, device):
     if device.type == "cuda":
         with torch.cuda.device(device):                        # a thread of its own would wake the first GPU
             out = {key: t.pin_memory() for key, t in out.items()}
-    return out | {"max_len": row["max_len"]}
+    return out | {"max_len": row["max_seqlen"]}
 
 
 def to_device(row, device):
@@ -317,7 +317,7 @@ def ask(model, asked, stop, cfg, tok):
         part = asked[start:start + 64 * ranks]
         mine = part[rank::ranks]
         prompts = [prompt for prompt, _ in mine] or [asked[0][0]]    # asked along with the others, and not counted
-        answers = transformer.answer(model, prompts, cfg["eval_tokens"], stop, going=going)
+        answers = transformer.generate_all(model, prompts, cfg["eval_tokens"], stop, going=going)
         texts = [tuple(map(tok.decode, (prompt, ids, reference))) for (prompt, reference), ids in zip(mine, answers)]
         shares = shard.gathered(texts)
         out += [shares[i % ranks][i // ranks] for i in range(len(part))]
@@ -394,15 +394,15 @@ def choose_dtype(cfg, start_from):
 
 def find_weights(cfg, tok):
     """-> (complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
-    m, seq_len = transformer.with_vocabulary(cfg["model"], tok.n_vocab), cfg["data"]["seq_len"]
+    m, seq_len = transformer.resolve_vocab_size(cfg["model"], tok.n_vocab), cfg["data"]["seq_len"]
     if tok.n_vocab > m["vocab_size"]:
         raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
                          "another data.tokenizer, or a model made for it")
     if m["positions"] == "learned" and seq_len > m["max_len"]:
         raise ValueError(f"data.seq_len: {seq_len} is more than the {m['max_len']} positions the model has learned "
                          f"(model.max_len); data.seq_len={m['max_len']}")
-    transformer.weight_names(transformer.on_meta(m), m)        # a model that could not be exported ends here
-    read = transformer.stored_weights(m["init_from"], m) if m["init_from"] else transformer.new_weights(m, cfg["seed"])
+    transformer.hf_weight_names(transformer.build_on_meta(m), m)        # a model that could not be exported ends here
+    read = transformer.pretrained_reader(m["init_from"], m) if m["init_from"] else transformer.init_reader(m, cfg["seed"])
     return m, read
 
 
@@ -436,10 +436,10 @@ def introduce(cfg, model, data, epoch, total, device):
              for kind, sources in data.items() for name, tokens in sources.items()]
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    new = model.m["vocab_size"] - (cfg["model"]["vocab_size"] or model.m["vocab_size"])
-    lines.append(f"model     {model.m['family']} {model.m['n_layers']} x {model.m['d_model']}, {every:,} parameters, "
+    new = model.cfg["vocab_size"] - (cfg["model"]["vocab_size"] or model.cfg["vocab_size"])
+    lines.append(f"model     {model.cfg['family']} {model.cfg['n_layers']} x {model.cfg['d_model']}, {every:,} parameters, "
                  f"{trained:,} trained{f' (LoRA of rank {lora})' if lora else ''}, "
-                 f"from {model.m['init_from'] or 'scratch'}{f', with {new:,} new tokens' if new else ''}")
+                 f"from {model.cfg['init_from'] or 'scratch'}{f', with {new:,} new tokens' if new else ''}")
     documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
     inputs = sum(int(t.offsets[-1] - t.offsets[0]) - len(t) for t in train.values())
     mean = inputs / sum(map(len, train.values()))
@@ -469,17 +469,17 @@ def main(cfg, source=None, explicit=None):
     for key, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
         if cfg[key] not in known:
             raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
-    tokenize_data.need_sources(cfg)
+    tokenize_data.require_train_data(cfg)
     shard.mesh_sizes(cfg, ranks)
     shard.set_threads()
     out, start_from = Path(cfg["out_dir"]), shard.on_first(where_to_start, cfg)
     tok = tokenize_data.load_tokenizer(cfg)
-    data = shard.in_turn(tokenize_data.prepare, cfg, tok, rank > 0, doing="tokenizing")
+    data = shard.in_turn(tokenize_data.load_datasets, cfg, tok, rank > 0, doing="tokenizing")
     epoch, total = length_of_run(cfg, data)
 
     m, read = find_weights(cfg, tok)
     cfg = cfg | {"dtype": shard.on_first(choose_dtype, cfg, start_from)}
-    model = shard.prepare(transformer.on_meta(m), m, cfg, read)
+    model = shard.prepare(transformer.build_on_meta(m), m, cfg, read)
     device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
     seen = sampler.Seen(cfg, data["train"]) if cfg["sampler"]["order"] == "feedback" else None
     if start_from:
@@ -507,7 +507,7 @@ def main(cfg, source=None, explicit=None):
 
     labels, stop = by_label(cfg, data["validation"]), []
     if chats:
-        stop = tokenize_data.turn_end(tok, tokenize_data.load_template(tok, cfg))
+        stop = tokenize_data.stop_token_ids(tok, tokenize_data.load_template(tok, cfg))
     asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
     texts = {}                                                 # of the last evaluation, by label
     check_best(cfg, asked)

@@ -152,7 +152,7 @@ def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state)
     saver = checkpoint.Saver(tmp_path, 1, print)
     saver.save(3, model, optimizer, {}, {"total_steps": 3})
     assert saver.wait()
-    fresh = M.build(model.m, seed=1)
+    fresh = M.build(model.cfg, seed=1)
     again = Odd(fresh.parameters(), lr=0.1)
     assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)[0]["step"] == 3
     for p, q in zip(model.parameters(), fresh.parameters()):

@@ -22,7 +22,7 @@ def row(docs, masked=0):
     batch = M.as_batch([d[:-1] for d in docs])
     targets = [t if i >= masked else M.IGNORED for d in docs for i, t in enumerate(d[1:])]
     weights = torch.tensor([float(t != M.IGNORED) for t in targets])
-    return batch | {"targets": torch.tensor(targets), "weights": weights, "doc_ids": torch.arange(len(docs))}
+    return batch | {"targets": torch.tensor(targets), "loss_weights": weights, "doc_ids": torch.arange(len(docs))}
 
 
 def documents(vocab, *lengths, seed=0):
@@ -132,7 +132,7 @@ def loss_and_gradients(ours, m, theirs, folder):
     assert weight == sum(len(d) - 1 for d in docs) and close(per_document, torch.stack(wants), 1e-5)
     got, turned, wanted = grads(ours), tuple(configs.families()[m["family"]].get("transposed", ())), grads(theirs)
     got = {their: t.T if name.endswith(turned) else t
-           for name, g in got.items() for their, t in M.as_stored(name, g, m).items()}
+           for name, g in got.items() for their, t in M.to_hf(name, g, m).items()}
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()
@@ -158,7 +158,7 @@ def greedy(ours, m, theirs, folder):
     """Of 64 tokens behind each of three prompts, generated together, those that differ."""
     prompts = documents(m["vocab_size"], 1, 17, 5, seed=3)
     wrong = 0
-    for prompt, ids in zip(prompts, M.answer(ours, prompts, 64, ())):
+    for prompt, ids in zip(prompts, M.generate_all(ours, prompts, 64, ())):
         want = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
                                do_sample=False, eos_token_id=None, pad_token_id=0)
         wrong += sum(a != b for a, b in zip(ids, want[0, len(prompt):].tolist(), strict=True))
@@ -169,7 +169,7 @@ def export(ours, m, theirs, folder):
     """Saved in parts, loaded by them without a warning: numbers of weights and logits that differ; and ours again."""
     transformers = pytest.importorskip("transformers")
     out, said = folder.with_name("out"), logging.handlers.BufferingHandler(10 ** 6)
-    M.save(ours.get_parameter, m, out, folder, stop=[1, 2], bos=3, shard_bytes=40_000)
+    M.save_pretrained(ours.get_parameter, m, out, folder, stop=[1, 2], bos=3, shard_bytes=40_000)
     assert (out / "model.safetensors.index.json").is_file()
     transformers.logging.get_logger().addHandler(said)
     with warnings.catch_warnings(record=True) as warned:
@@ -242,7 +242,7 @@ def test_new_weights_export_too(tmp_path):
         m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", f"model.family={family}",
                           *needed.get(family, [])])[0]["model"]
         ours = noisy(M.build(m))
-        M.save(ours.get_parameter, m, tmp_path / family)
+        M.save_pretrained(ours.get_parameter, m, tmp_path / family)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
         ids = documents(64, 30)
         assert close(ours.logits(M.as_batch(ids)), theirs(torch.tensor(ids)).logits[0], 1e-5), family
@@ -268,7 +268,7 @@ def test_packed_documents_do_not_see_each_other():
 def test_padding_is_outside_every_document():
     model, batch = noisy(M.build(M_TINY)), row(documents(101, 9, 33))
     padded = dict(batch)
-    for key in ("tokens", "targets", "weights", "positions"):
+    for key in ("tokens", "targets", "loss_weights", "positions"):
         value = M.IGNORED if key == "targets" else 0
         padded[key] = torch.nn.functional.pad(batch[key], (0, 7), value=value)
     model(batch)[0].backward()
@@ -281,7 +281,7 @@ def test_padding_is_outside_every_document():
 def test_an_idle_row_counts_nothing():
     model = M.build(M_TINY)
     row_of_none = {key: torch.zeros(0, dtype=torch.long) for key in ("tokens", "targets", "positions", "doc_ids")}
-    row_of_none |= {"weights": torch.zeros(0), "cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_len": 0}
+    row_of_none |= {"loss_weights": torch.zeros(0), "cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_seqlen": 0}
     loss_sum, weight, per_document = model(row_of_none)
     loss_sum.backward()
     assert loss_sum == 0 and weight == 0 and len(per_document) == 0
@@ -303,10 +303,10 @@ def test_an_untrained_target_has_no_loss_and_no_gradient_of_its_own():
 
 def test_weights_weigh(monkeypatch):
     model, batch = noisy(M.build(M_TINY)), row(documents(101, 12, 9))
-    batch["weights"] = torch.rand(len(batch["weights"]), generator=torch.Generator().manual_seed(0))
+    batch["loss_weights"] = torch.rand(len(batch["loss_weights"]), generator=torch.Generator().manual_seed(0))
     nll = torch.nn.functional.cross_entropy(model.logits(batch), batch["targets"], reduction="none")
     loss_sum, weight, _ = model(batch)
-    assert close(loss_sum, (nll * batch["weights"]).sum(), 1e-5) and close(weight, batch["weights"].sum(), 1e-6)
+    assert close(loss_sum, (nll * batch["loss_weights"]).sum(), 1e-5) and close(weight, batch["loss_weights"].sum(), 1e-6)
 
 
 def test_chunks_of_the_loss_change_rounding_only(monkeypatch):
@@ -387,7 +387,7 @@ def test_losses_are_their_formulas():
 def test_every_loss_goes_through_the_chunks(loss, options, monkeypatch):
     monkeypatch.setattr(M, "CHUNK", 1)
     model, batch = noisy(M.build(M_TINY | {"loss": loss, "loss_options": options})), row(documents(101, 90, 70))
-    (M.LOSSES[loss](model.logits(batch), batch["targets"], **options) * batch["weights"]).sum().backward()
+    (M.LOSSES[loss](model.logits(batch), batch["targets"], **options) * batch["loss_weights"]).sum().backward()
     want = grads(model)
     model(batch)[0].backward()
     assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
@@ -495,20 +495,20 @@ def test_rows_that_pad_the_vocabulary_are_not_seen(more, tmp_path):
     assert close(loss_sum, plain(batch)[0], 1e-6) and close(padded.logits(batch), plain.logits(batch), 1e-6)
     for name, g in grads(padded).items():
         assert close(g[:len(want[name])], want[name], 1e-5) and not g[len(want[name]):].any(), name
-    assert M.answer(padded, [[1, 2]], 9, ()) == M.answer(plain, [[1, 2]], 9, ())
+    assert M.generate_all(padded, [[1, 2]], 9, ()) == M.generate_all(plain, [[1, 2]], 9, ())
     if not more:
-        M.save(padded.get_parameter, padded.m, tmp_path)
-        again = M.load(tmp_path, padded.m)[0]
+        M.save_pretrained(padded.get_parameter, padded.cfg, tmp_path)
+        again = M.load(tmp_path, padded.cfg)[0]
         assert torch.equal(again.embed.weight[:101], plain.embed.weight) and not again.embed.weight[101:].any()
 
 
 def test_a_vocabulary_grows_from_the_mean_of_the_old(tmp_path):
     for tied in (True, False):
         old = noisy(M.build(M_TINY | {"tie_embeddings": tied}))
-        M.save(old.get_parameter, old.m, tmp_path / str(tied))
+        M.save_pretrained(old.get_parameter, old.cfg, tmp_path / str(tied))
         m = configs.load([f"model.init_from={tmp_path / str(tied)}", "model.pad_vocab_size_multiple=8"])[0]["model"]
-        assert M.with_vocabulary(m, 90)["vocab_size"] == 101
-        new, _ = M.load(tmp_path / str(tied), M.with_vocabulary(m, 109))
+        assert M.resolve_vocab_size(m, 90)["vocab_size"] == 101
+        new, _ = M.load(tmp_path / str(tied), M.resolve_vocab_size(m, 109))
         for name in ["embed.weight"] + ["head.weight"] * (not tied):
             a, b = old.get_parameter(name), new.get_parameter(name)
             assert len(b) == 112 and torch.equal(b[:101], a) and not b[109:].any()
@@ -519,7 +519,7 @@ def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     import train
     base = M.build(M_TINY | {"vocab_size": 200})
-    M.save(base.get_parameter, base.m, tmp_path / "base")
+    M.save_pretrained(base.get_parameter, base.cfg, tmp_path / "base")
     _, _, explicit = tiny("max_steps=3", "checkpoint.export=true", "eval_every=0")
     argv = [f"{key}={value}" for key, value in configs.flat(explicit).items() if not key.startswith("model.")]
     train.main(*configs.load([*argv, f"model.init_from={tmp_path / 'base'}"]))
@@ -533,12 +533,12 @@ def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["GPT-NeoX, Pythia", "GPT-2", "Qwen3", "Phi-1, 1.5, 2"])
 def test_any_rows_of_any_weight_are_read_by_themselves(name):
     ours, m, _, folder = pair(name)
-    read, fresh = M.stored_weights(folder, m | {"pad_vocab_size_multiple": 64}), M.new_weights(m, 0)
+    read, fresh = M.pretrained_reader(folder, m | {"pad_vocab_size_multiple": 64}), M.init_reader(m, 0)
     for key, p in ours.named_parameters():
         for start, end in ((0, 1), (len(p) // 3, len(p) - 2), (len(p) - 1, len(p))):
             assert torch.equal(read(key, start, end), p[start:end])
             assert torch.equal(fresh(key, start, end), fresh(key, 0, len(p))[start:end])
-        if rows := M.matrices(key, p, m):
+        if rows := M.matrix_rows(key, p, m):
             assert sum(rows) == len(p)
 
 
@@ -566,7 +566,7 @@ print(json.dumps([sum(p.nbytes for p in model.parameters()), before, seen]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory in /proc")
 def test_loading_takes_no_more_than_the_model(tmp_path, script):
     m = M_TINY | {"vocab_size": 80_000, "d_model": 512, "head_dim": 64, "n_kv_heads": 4}
-    M.save(M.build(m).get_parameter, m, tmp_path)
+    M.save_pretrained(M.build(m).get_parameter, m, tmp_path)
     held, before, seen = json.loads(script("-c", LOADING, tmp_path).stdout)    # in a process that keeps no freed memory
     assert held > 160e6 and len(seen) > 10 and held * 0.9 < max(seen) - before < held * 1.1
 
@@ -578,7 +578,7 @@ def test_a_bf16_checkpoint_in_parts_comes_back_bitwise(tmp_path):
     copy.load_state_dict({name: t.bfloat16() for name, t in theirs.state_dict().items()})
     copy.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     model, m = M.load(tmp_path / "in")
-    M.save(model.get_parameter, m, tmp_path / "out", tmp_path / "in")
+    M.save_pretrained(model.get_parameter, m, tmp_path / "out", tmp_path / "in")
     parts = {name: t for f in (tmp_path / "in").glob("*.safetensors") for name, t in load_file(f).items()}
     again = load_file(tmp_path / "out" / "model.safetensors")
     assert again.keys() == parts.keys()
@@ -593,9 +593,9 @@ def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
     transformers = pytest.importorskip("transformers")
     import shard
     ours, m, _, folder = pair("GPT-NeoX, Pythia")
-    lora, model = {"r": 3, "alpha": 6.0, "targets": ["query_key_value", "dense_h_to_4h"]}, M.on_meta(m)
+    lora, model = {"r": 3, "alpha": 6.0, "targets": ["query_key_value", "dense_h_to_4h"]}, M.build_on_meta(m)
     shard.add_lora(model, m, lora)
-    M.fill(model.to_empty(device="cpu"), shard.with_adapters(model, M.stored_weights(folder, m), 0))
+    M.load_weights(model.to_empty(device="cpu"), shard.with_adapters(model, M.pretrained_reader(folder, m), 0))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".B." in name:
@@ -611,7 +611,7 @@ def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
 def test_scaled_embeddings_are_exported_in_the_weights(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     ours = noisy(M.build(M_TINY | {"embed": "scaled"}))
-    M.save(ours.get_parameter, ours.m, tmp_path)
+    M.save_pretrained(ours.get_parameter, ours.cfg, tmp_path)
     ids = documents(101, 30)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert apart(ours.logits(M.as_batch(ids)), theirs(torch.tensor(ids)).logits[0]) < 1e-5
@@ -655,7 +655,7 @@ loaded, m = model.load("someone/tiny")
 assert cfg["model"]["init_from"] == explicit["model"]["init_from"] == "someone/tiny"
 assert source["model.d_model"] == "imported"
 assert tokenize_data.load_tokenizer(cfg).n_vocab == m["vocab_size"]
-assert model.stored_weights("someone/tiny", cfg["model"])
+assert model.pretrained_reader("someone/tiny", cfg["model"])
 model.save(loaded.get_parameter, m, sys.argv[2], "someone/tiny")
 print(m["init_from"], sorted(asked), sep="|")
 """
@@ -684,7 +684,7 @@ def test_what_the_user_says_beats_the_model_even_where_it_is_the_default(tmp_pat
     saved = M_TINY | {"family": "granite", "head_dim": 12, "norm_eps": 1e-3, "rope_theta": 5e5, "attn_pdrop": 0.3,
                       "attention_multiplier": 0.3, "logits_scaling": 4.0,
                       "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
-    M.save(M.build(saved).get_parameter, saved, tmp_path)
+    M.save_pretrained(M.build(saved).get_parameter, saved, tmp_path)
     said = {"norm_eps": "1e-5", "rope_theta": "10000.0", "attn_pdrop": "0.0", "logits_scaling": "1.0",
             "rope_scaling": "null", "loss": "cross_entropy"}
     argv = [f"model.{key}={value}" for key, value in said.items()]
@@ -698,7 +698,7 @@ def test_what_the_user_says_beats_the_model_even_where_it_is_the_default(tmp_pat
 
 
 def test_a_key_that_contradicts_a_weight_is_named_with_it(tmp_path):
-    M.save(M.build(M_TINY).get_parameter, M_TINY, tmp_path)
+    M.save_pretrained(M.build(M_TINY).get_parameter, M_TINY, tmp_path)
     for key, value, words in (
             ("d_ff", 96, "model.layers.0.mlp.gate_proj.weight is [80, 48], and the config makes it [96, 48]"),
             ("n_layers", 3, "model.layers.2.mlp.down_proj.weight is missing"),
@@ -737,7 +737,7 @@ def test_recompute_changes_nothing():
 def test_another_loss_and_another_embedding_are_one_function_each(monkeypatch):
     monkeypatch.setitem(M.LOSSES, "halved", lambda logits, targets: M.cross_entropy(logits, targets) / 2)
     monkeypatch.setitem(M.EMBEDDINGS, "scaled",
-                        lambda model, batch: M.plain(model, batch) * math.sqrt(model.m["d_model"]))
+                        lambda model, batch: M.plain(model, batch) * math.sqrt(model.cfg["d_model"]))
     batch = row(documents(101, 30, 12))
     plain, halved, scaled = (noisy(M.build(M_TINY | more)) for more in ({}, {"loss": "halved"}, {"embed": "scaled"}))
     assert close(halved(batch)[0] * 2, plain(batch)[0], 1e-6) and not close(scaled(batch)[0], plain(batch)[0], 1e-3)
@@ -778,11 +778,11 @@ def test_rope_keeps_its_angles_alone_for_the_backward_pass():
 
 def test_sampling_is_seeded_and_cut_off():
     model = noisy(M.build(M_TINY))
-    draw = lambda **kw: M.answer(model, [[1, 2, 3]], 30, (), **kw)[0]
+    draw = lambda **kw: M.generate_all(model, [[1, 2, 3]], 30, (), **kw)[0]
     assert draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1) != draw(temperature=1.0, seed=2)
     assert draw(temperature=1.0, top_k=1) == draw() == draw(temperature=1.0, top_p=1e-6)
     stop = draw()[3]
-    assert M.answer(model, [[1, 2, 3]], 30, [stop])[0] == draw()[:draw().index(stop)]
+    assert M.generate_all(model, [[1, 2, 3]], 30, [stop])[0] == draw()[:draw().index(stop)]
 
 
 def test_flops_are_counted_by_hand():
@@ -790,17 +790,17 @@ def test_flops_are_counted_by_hand():
     each = 2 * ((4 + 2 * 2) * 16 * 48 + 64 * 48 + 2 * 80 * 48 + 80 * 48)
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
     # 1 + 2 + 3 + 3 + ...: 27 pairs of 10 tokens, 57 of 20; a half of each token's own is not counted
-    model.m = M_TINY | {"sliding_window": 3}
+    model.cfg = M_TINY | {"sliding_window": 3}
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 - 49 + 400 - 289)
     model.requires_grad_(False)
-    model.m = M_TINY
+    model.cfg = M_TINY
     assert M.flops(model, [10, 20], 12) == 4 * each * 30 + 4 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Phi-1, 1.5, 2", "Qwen3", "GPT-NeoX, Pythia"])
 def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
     ours, m, _, folder = pair(name)
-    lines = M.summary(M.on_meta(m), m).splitlines()
+    lines = M.summary(M.build_on_meta(m), m).splitlines()
     rows = [line.split() for line in lines if line.strip()]
     parts = ("embedding", "attention", "mlp", "norms", "head", "parameters")
     n = {words[0]: int(words[1].replace(",", "")) for words in rows if words[0] in parts}
@@ -816,7 +816,7 @@ def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
 def test_weights_that_dont_fit_are_all_named_at_once(tmp_path):
     from safetensors.torch import load_file, save_file
     model = M.build(M_TINY)
-    M.save(model.get_parameter, M_TINY, tmp_path)
+    M.save_pretrained(model.get_parameter, M_TINY, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] = torch.zeros(3, 4)
     tensors["extra"] = tensors.pop("model.norm.weight")
@@ -853,7 +853,7 @@ def test_the_real_checkpoint_loads(realdata):
                         "data.special_tokens={<s>: 1, </s>: 2}", "data.bos_token=<s>", "data.eos_token=</s>"])[0]
     tok = tokenize_data.load_tokenizer(cfg)
     assert [1, *tok.encode(" " + want["text"]).tolist()][:256] == want["ids"]
-    ids = M.answer(model, [[1]], 200, [1, 2])[0]
+    ids = M.generate_all(model, [[1]], 200, [1, 2])[0]
     got, greedy = tok.decode(ids).strip(), (folder / "greedy200.txt").read_text().strip()
     assert len(got) > 300 and (got.startswith(greedy) or greedy.startswith(got))
 

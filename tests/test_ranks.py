@@ -30,7 +30,7 @@ def ready(argv):
     """A model of a run's config, on this rank's mesh, and its optimizer."""
     cfg = configs.load(argv)[0]
     m, read = train.find_weights(cfg, tokenize_data.load_tokenizer(cfg))
-    model = shard.prepare(M.on_meta(m), m, cfg, read)
+    model = shard.prepare(M.build_on_meta(m), m, cfg, read)
     return cfg, model, train.make_optimizer(model, cfg)
 
 
@@ -53,7 +53,7 @@ def measure(argv, out):
         for _ in range(cfg["batch_size"] * length // capacity // shard.ranks()):
             ids = torch.arange(capacity) % cfg["model"]["vocab_size"]
             row = M.as_batch([ids[:length].tolist()] * (capacity // length))
-            rows.append(row | {"targets": ids, "weights": torch.ones(capacity),
+            rows.append(row | {"targets": ids, "loss_weights": torch.ones(capacity),
                                "doc_ids": torch.arange(capacity // length), "noise": (0, 0)})
         for _ in range(3):
             with record_function("one step"):
@@ -214,7 +214,7 @@ def test_a_step_is_the_same_on_any_mesh(ten_steps, cell):
 
 def test_a_steps_documents_do_not_depend_on_the_ranks(ten_steps):
     cfg = configs.load(ten_steps[1]("full", "x"))[0]
-    sources = tokenize_data.prepare(cfg)["train"]
+    sources = tokenize_data.load_datasets(cfg)["train"]
     for step in (0, 7):
         whole = sampler.documents(step, cfg, {k: len(t) for k, t in sources.items()})
         for ranks in (1, 2, 4, 9):

@@ -122,12 +122,12 @@ def test_edges_of_packing():
 
 def test_a_row_holds_what_its_documents_say(tiny):
     c = tiny()[0]
-    train = tokenize_data.prepare(c, quiet=True)["train"]
+    train = tokenize_data.load_datasets(c, quiet=True)["train"]
     rows, info = S.step_rows(3, c, train)
     wanted = S.documents(3, c, {name: len(t) for name, t in train.items()})
     assert sorted(i for row in rows for i in row["doc_ids"]) == sorted(wanted) and info["documents"] == 4
     assert info["tokens"] == sum(row["cu_seqlens"][-1] for row in rows)
-    assert info["weight"] == sum(row["weights"].sum() for row in rows) == info["target_tokens"]
+    assert info["weight"] == sum(row["loss_weights"].sum() for row in rows) == info["target_tokens"]
     for row in rows:
         assert row["cu_seqlens"][-1] <= c["micro_tokens"]
         for doc, start, end in zip(row["doc_ids"], row["cu_seqlens"], row["cu_seqlens"][1:]):
@@ -143,7 +143,7 @@ def test_a_row_holds_what_its_documents_say(tiny):
 
 def test_ranks_read_the_same_documents_however_many_they_are(tiny):
     c = tiny("batch_size=13")[0]
-    train = tokenize_data.prepare(c, quiet=True)["train"]
+    train = tokenize_data.load_datasets(c, quiet=True)["train"]
     for ranks in (1, 2, 4, 32):
         parts = [S.step_rows(1, c, train, ranks, rank) for rank in range(ranks)]
         drawn = sorted(i for rows, _ in parts for row in rows for i in row["doc_ids"])
@@ -153,7 +153,7 @@ def test_ranks_read_the_same_documents_however_many_they_are(tiny):
 
 def test_feedback_draws_in_proportion_to_the_loss_that_was_seen(tiny):
     cfg = tiny("sampler.order=feedback", "batch_size=6")[0]
-    sources = tokenize_data.prepare(cfg, quiet=True)["train"]
+    sources = tokenize_data.load_datasets(cfg, quiet=True)["train"]
     n, sizes = len(sources["chats"]), {"chats": len(sources["chats"])}
     seen = S.Seen(cfg, sources)
 

@@ -12,19 +12,19 @@ M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4"
 
 def batch():
     b = M.as_batch([list(range(20)), list(range(30, 70))])
-    return b | {"targets": b["tokens"].roll(1), "weights": torch.ones(60), "doc_ids": torch.arange(2)}
+    return b | {"targets": b["tokens"].roll(1), "loss_weights": torch.ones(60), "doc_ids": torch.arange(2)}
 
 
 def adapted(targets, r=4):
-    model = M.on_meta(M_TINY)
+    model = M.build_on_meta(M_TINY)
     shard.add_lora(model, M_TINY, {"r": r, "alpha": 8.0, "targets": targets})
-    return M.fill(model.to_empty(device="cpu"), shard.with_adapters(model, M.new_weights(M_TINY, 0), 0))
+    return M.load_weights(model.to_empty(device="cpu"), shard.with_adapters(model, M.init_reader(M_TINY, 0), 0))
 
 
 def prepared(*more):
     """-> (cfg, its model, new, as training takes it)"""
     c = configs.load(["model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32", *more])[0]
-    return c, shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+    return c, shard.prepare(M.build_on_meta(c["model"]), c["model"], c, M.init_reader(c["model"], 0))
 
 
 def test_new_adapters_change_nothing_and_learn_alone():
@@ -45,8 +45,8 @@ def test_merged_adapters_are_the_adapted_model():
             for name, p in model.named_parameters():
                 if ".B." in name:
                     p.normal_(0, 0.1)
-        merged, read = M.build(M_TINY, seed=1), shard.merged(model, M.new_weights(M_TINY, 0))
-        M.fill(merged, lambda name, start, end: read(name))
+        merged, read = M.build(M_TINY, seed=1), shard.merged(model, M.init_reader(M_TINY, 0))
+        M.load_weights(merged, lambda name, start, end: read(name))
         assert torch.allclose(merged.logits(batch()), model.logits(batch()), atol=1e-5)
         assert not torch.allclose(merged.logits(batch()), M.build(M_TINY).logits(batch()), atol=1e-3)
 
@@ -74,7 +74,7 @@ def test_compiled_halves_are_the_blocks():
         optimizer, out = train.make_optimizer(model, c), []
         for n in (20, 24, 33, 41):
             row = M.as_batch([list(range(n)), [1, 2, 3]])
-            row |= {"targets": row["tokens"].flip(0), "weights": torch.ones(n + 3), "doc_ids": torch.arange(2)}
+            row |= {"targets": row["tokens"].flip(0), "loss_weights": torch.ones(n + 3), "doc_ids": torch.arange(2)}
             out.append([float(x) for x in train.train_step(model, optimizer, [row], float(n), 1e-2, 1.0)[:2]])
         return torch.tensor(out)
     torch._dynamo.reset()
@@ -96,7 +96,7 @@ def test_equal_layers_share_what_is_compiled_also_under_lora():
 
 def test_blocks_are_computed_again_where_a_step_would_not_fit(monkeypatch):
     c = configs.load(["model.vocab_size=50", "model.d_model=32", "model.n_heads=4", "device=cpu"])[0]
-    prepare = lambda: shard.prepare(M.on_meta(c["model"]), c["model"], c, M.new_weights(c["model"], 0))
+    prepare = lambda: shard.prepare(M.build_on_meta(c["model"]), c["model"], c, M.init_reader(c["model"], 0))
     assert not prepare().recompute
     monkeypatch.setattr(shard, "room", lambda device: 1 << 20)
     assert prepare().recompute
@@ -106,7 +106,7 @@ def test_blocks_are_computed_again_where_a_step_would_not_fit(monkeypatch):
 
 def test_the_plan_adds_up():
     c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
-    total = sum(p.numel() for p in M.on_meta(c["model"]).parameters())
+    total = sum(p.numel() for p in M.build_on_meta(c["model"]).parameters())
     def moment(name, gpus=1, **shards):
         c["shard"]["mesh"] |= shards
         return shard.plan(c["model"], c, gpus)[name]
@@ -116,7 +116,7 @@ def test_the_plan_adds_up():
     some, all_ = moment("at the loss", 8, shard=1), moment("at the loss", 8, shard=8)
     assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"]
     assert "gathered weights" in all_.keys() - some.keys()
-    matrices = total - sum(p.numel() for name, p in M.on_meta(c["model"]).named_parameters()
+    matrices = total - sum(p.numel() for name, p in M.build_on_meta(c["model"]).named_parameters()
                            if p.dim() < 2 or not name.startswith("blocks"))
     for optimizer, bytes_ in (("muon", 8 * total - 4 * matrices), ("sgd", 4 * total)):
         c["optimizer"] = optimizer

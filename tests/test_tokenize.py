@@ -103,7 +103,7 @@ def test_shapes_found_by_looking(record, roles):
 
 def test_text_is_bos_ids_eos_in_windows_that_lose_no_target(tmp_path):
     text = "abcdefghij" * 5
-    data = T.prepare(cfg_for(tmp_path, write(tmp_path, [{"text": text}, {"text": "xy"}, {"text": ""}]),
+    data = T.load_datasets(cfg_for(tmp_path, write(tmp_path, [{"text": text}, {"text": "xy"}, {"text": ""}]),
                              "data.seq_len=16"), quiet=True)["train"]["x"]
     docs = [data.document(i) for i in range(len(data))]
     first = np.concatenate([docs[0][0], *[d[0][1:] for d in docs[1:4]]])
@@ -116,16 +116,16 @@ def test_text_is_bos_ids_eos_in_windows_that_lose_no_target(tmp_path):
 def test_chats_are_cut_and_what_has_nothing_left_to_train_on_is_counted_and_dropped(tmp_path):
     records = [{"messages": chat("a", "b")}, {"messages": chat("a" * 200, "b")}, {"messages": chat("a", "b" * 200)},
                {"messages": [{"role": "user", "content": "alone"}]}]
-    data = T.prepare(cfg_for(tmp_path, write(tmp_path, records), "data.seq_len=64"), quiet=True)["train"]["x"]
+    data = T.load_datasets(cfg_for(tmp_path, write(tmp_path, records), "data.seq_len=64"), quiet=True)["train"]["x"]
     assert len(data) == 2 and data.header["dropped"] == 2 and data.header["truncated"] == 2
     assert data.header["records"] == 4
     with pytest.raises(ValueError, match="data.train.x.*nothing to train on"):
-        T.prepare(cfg_for(tmp_path, write(tmp_path, records[1:2], "y.jsonl"), "data.seq_len=64"), quiet=True)
+        T.load_datasets(cfg_for(tmp_path, write(tmp_path, records[1:2], "y.jsonl"), "data.seq_len=64"), quiet=True)
 
 
 def test_a_match_costs_nothing_and_any_change_tokenizes_anew(tmp_path):
     path = write(tmp_path, [{"text": "hello"}])
-    folder = lambda *more: T.prepare(cfg_for(tmp_path, path, *more), quiet=True)["train"]["x"].folder
+    folder = lambda *more: T.load_datasets(cfg_for(tmp_path, path, *more), quiet=True)["train"]["x"].folder
     first = folder()
     made = (first / "header.json").stat().st_mtime_ns
     assert folder() == first and (first / "header.json").stat().st_mtime_ns == made
@@ -145,17 +145,17 @@ def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
     with gzip.open(tmp_path / "d" / "b.json.gz", "wt") as f:
         json.dump([r["text"] for r in records[4000:]], f)
     assert whole.stat().st_size > 4 << 20                            # enough for several processes
-    one = T.prepare(cfg_for(tmp_path, whole, "data.processes=1"), quiet=True)["train"]["x"]
-    for other in (T.prepare(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y",
+    one = T.load_datasets(cfg_for(tmp_path, whole, "data.processes=1"), quiet=True)["train"]["x"]
+    for other in (T.load_datasets(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y",
                                     f"data.cache_dir={tmp_path / 'two'}"), quiet=True)["train"]["x"],
-                  T.prepare(cfg_for(tmp_path, tmp_path / "d"), quiet=True)["train"]["x"],
-                  T.prepare(cfg_for(tmp_path, tmp_path / "d" / "*.js*"), quiet=True)["train"]["x"]):
+                  T.load_datasets(cfg_for(tmp_path, tmp_path / "d"), quiet=True)["train"]["x"],
+                  T.load_datasets(cfg_for(tmp_path, tmp_path / "d" / "*.js*"), quiet=True)["train"]["x"]):
         assert (one.tokens == other.tokens).all() and (one.offsets == other.offsets).all()
 
 
 def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n\n\n\nfour")
-    count = lambda *more: len(T.prepare(cfg_for(tmp_path, tmp_path / "a.txt", *more), quiet=True)["train"]["x"])
+    count = lambda *more: len(T.load_datasets(cfg_for(tmp_path, tmp_path / "a.txt", *more), quiet=True)["train"]["x"])
     assert count() == 1 and count("data.train.x.separator=\n\n") == 3
 
 
@@ -171,7 +171,7 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
 def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError) as e:
-        T.prepare(cfg_for(tmp_path, tmp_path / "bad.jsonl"), quiet=True)
+        T.load_datasets(cfg_for(tmp_path, tmp_path / "bad.jsonl"), quiet=True)
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in ["bad.jsonl", *words]), str(e.value)
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -194,7 +194,7 @@ def test_bad_files_and_tokenizers_are_named(tmp_path):
                               (text, ("data.chat_template=nope.jinja",), ["nope.jinja"]),
                               (text, ("data.validation_split=1.0",), ["validation_split"])):
         with pytest.raises(ValueError) as e:
-            T.prepare(cfg_for(tmp_path, path, *more), quiet=True)
+            T.load_datasets(cfg_for(tmp_path, path, *more), quiet=True)
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
 
@@ -232,7 +232,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "b.json").write_bytes("\ufeff[\"ab\"]".encode())
     (tmp_path / "c.jsonl").write_bytes("\ufeff{\"text\": \"ab\"}".encode())
     for name in ("a.txt", "b.json", "c.jsonl"):
-        data = T.prepare(cfg_for(tmp_path, tmp_path / name), quiet=True)["train"]["x"]
+        data = T.load_datasets(cfg_for(tmp_path, tmp_path / name), quiet=True)["train"]["x"]
         assert BYTES.decode(data.tokens) == "<|endoftext|>ab<|endoftext|>"
 
 
@@ -276,7 +276,7 @@ def test_whatever_a_template_raises_is_one_line_with_the_record(tmp_path):
 @pytest.mark.parametrize("on_error", ["error", "skip"])
 def test_a_broken_template_is_named_by_its_file_and_never_a_skipped_record(tmp_path, on_error):
     path, broken = write(tmp_path, [{"messages": chat("a", "b")}] * 3), "\n{% for m in messages %}{{ m.content }}"
-    load = lambda *more: T.prepare(cfg_for(tmp_path, path, f"data.on_error={on_error}", *more), quiet=True)
+    load = lambda *more: T.load_datasets(cfg_for(tmp_path, path, f"data.on_error={on_error}", *more), quiet=True)
     (tmp_path / "t.jinja").write_text(broken)
     wrong(["t.jinja: the chat template's line 2: ", "endfor"], load, f"data.chat_template={tmp_path / 't.jinja'}")
     folder = tmp_path / "model"                                      # the model's own, in either of two files
@@ -366,15 +366,15 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path):
     except ImportError:
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
         with pytest.raises(ValueError, match="x.parquet.*pip install pyarrow"):
-            T.prepare(cfg_for(tmp_path, tmp_path / "x.parquet"), quiet=True)
+            T.load_datasets(cfg_for(tmp_path, tmp_path / "x.parquet"), quiet=True)
         return
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
-    a, b = (T.prepare(cfg_for(tmp_path, path), quiet=True)["train"]["x"]
+    a, b = (T.load_datasets(cfg_for(tmp_path, path), quiet=True)["train"]["x"]
             for path in (tmp_path / "x.parquet", write(tmp_path, records)))
     assert (a.tokens == b.tokens).all() and len(a) == 700
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.parquet"):
-        T.prepare(cfg_for(tmp_path, tmp_path / "bad.parquet"), quiet=True)
+        T.load_datasets(cfg_for(tmp_path, tmp_path / "bad.parquet"), quiet=True)
 
 
 def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
@@ -408,7 +408,7 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
     monkeypatch.setattr(T, "BLOCK", 50_000)
     for more in (["data.processes=1"], ["data.processes=2"]):
         cfg = cfg_for(tmp_path, tmp_path / "a.txt", "data.seq_len=100", f"data.cache_dir={tmp_path / more[0]}", *more)
-        data = T.prepare(cfg, tok, quiet=True)["train"]["x"]
+        data = T.load_datasets(cfg, tok, quiet=True)["train"]["x"]
         docs = [ids for ids, _ in documents(data)]
         assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256]
         assert data.header["records"] == 1
@@ -426,7 +426,7 @@ def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
         (tmp_path / "a.json").write_text(text)
         assert [json.loads(r) for job, _ in T.chunks(str(tmp_path / "a.json"), "") for r in job[2]] == json.loads(text)
     (tmp_path / "a.json").write_text('{"text": "a"}\n{"text": "b"}')       # lines, whatever the name says
-    assert len(T.prepare(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
+    assert len(T.load_datasets(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
     for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):
         (tmp_path / "a.json").write_text(text)
         wrong(["a.json", "not valid JSON"], T.prepare, cfg_for(tmp_path, tmp_path / "a.json"))
@@ -445,7 +445,7 @@ def test_a_big_file_needs_little_memory(tmp_path, script, name):
         "import resource, sys, configs, tokenize_data, tqdm\n"
         "used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize() + (100 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (used, used))\n"
-        "data = tokenize_data.prepare(configs.load(sys.argv[1:])[0], quiet=True)['train']['x']\n"
+        "data = tokenize_data.load_datasets(configs.load(sys.argv[1:])[0], quiet=True)['train']['x']\n"
         "print(data.header['tokens'])\n")
     out = script(tmp_path / "limited.py", f"data.train.x.path={tmp_path / name}", "data.tokenizer=bytes",
                  "data.processes=1", f"data.cache_dir={tmp_path / 'c'}", PYTHONPATH=str(configs.HERE.parent))
@@ -455,7 +455,7 @@ def test_a_big_file_needs_little_memory(tmp_path, script, name):
 def test_ready_token_files_are_taken_as_they_are(tmp_path):
     ids = np.random.default_rng(0).integers(0, 259, 1000).astype(np.uint16)
     np.save(tmp_path / "train.npy", ids)
-    load = lambda *more: T.prepare(cfg_for(tmp_path, tmp_path / "train.npy", "data.seq_len=64", *more),
+    load = lambda *more: T.load_datasets(cfg_for(tmp_path, tmp_path / "train.npy", "data.seq_len=64", *more),
                                    quiet=True)["train"]["x"]
     docs = documents(load())
     assert docs[0][0] + [i for d, _ in docs[1:] for i in d[1:]] == ids.tolist() and all(min(m) for _, m in docs)
@@ -475,7 +475,7 @@ def test_ready_token_files_are_taken_as_they_are(tmp_path):
 
 def test_tokens_that_are_never_targets(tmp_path):
     path = write(tmp_path, [{"text": "abcabc"}, {"text": "aa"}, {"text": "xyz"}])
-    data = T.prepare(cfg_for(tmp_path, path, "data.ignore_token_ids=[256]", "data.ignore_token_id_range=[97, 98]"),
+    data = T.load_datasets(cfg_for(tmp_path, path, "data.ignore_token_ids=[256]", "data.ignore_token_id_range=[97, 98]"),
                      quiet=True)["train"]["x"]
     trained = ["".join(BYTES.decode([i]) for i, m in zip(*d) if m) for d in documents(data)]
     assert trained == ["cc", "xyz"] and data.header["dropped"] == 1
@@ -489,7 +489,7 @@ def test_tokens_that_are_never_targets(tmp_path):
 def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
                                       '{"text": "c"}\n' + "[" * 100_000 + "\n")
-    data = T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
+    data = T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
     assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7
     assert "line 2: not valid JSON" in data.header["problems"][0]
     assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
@@ -501,7 +501,7 @@ def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path
 
 def test_validation_split_1_is_not_1_0(tmp_path):
     path = write(tmp_path, [{"text": str(i)} for i in range(10)])
-    load = lambda split: T.prepare(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True)
+    load = lambda split: T.load_datasets(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True)
     sizes = lambda split: [len(part["x"]) for part in load(split).values()]
     assert sizes("1") == [9, 1] and sizes("0.3") == [7, 3]
     wrong(["validation_split", "1.0"], sizes, "1.0")
@@ -538,5 +538,5 @@ def test_real_chats_are_read_without_configuration(realdata, tmp_path):
     for name, count in (("gsm8k_train.jsonl", 7473), ("fastchat_dummy_conversation.json", 500),
                         ("rasbt_instruction_1100.json", 1100), ("alpaca_zh_demo.json", 1000),
                         ("glaive_toolcall_en_demo.json", 300), ("v1_sft_demo.jsonl", 500)):
-        data = T.prepare(cfg_for(tmp_path, realdata / "chat" / name, "data.seq_len=100000"), quiet=True)["train"]["x"]
+        data = T.load_datasets(cfg_for(tmp_path, realdata / "chat" / name, "data.seq_len=100000"), quiet=True)["train"]["x"]
         assert data.header["records"] == count and 0 < data.header["trained"] < data.header["tokens"], name

@@ -323,7 +323,7 @@ def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
     def load(name, cache, on_error="error"):
         source = cfg["data"]["train"]["x"] | {"path": str(tmp_path / name)}
         data = cfg["data"] | {"train": {"x": source}, "cache_dir": str(tmp_path / cache), "on_error": on_error}
-        return T.prepare(cfg | {"data": data}, BYTES, quiet=True)["train"]["x"]
+        return T.load_datasets(cfg | {"data": data}, BYTES, quiet=True)["train"]["x"]
 
     for k in range(700):
         rng.shuffle(records)
@@ -360,5 +360,5 @@ def test_damaged_tokenizers_and_templates_give_one_clear_line(tmp_path):
     for k in range(150):
         (tmp_path / "t.jinja").write_bytes(damaged(rng, QWEN3.encode()))
         (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat("hi", "yo")}))
-        one_clear_line(lambda: T.prepare(cfg_for(tmp_path, tmp_path / "x.jsonl",
+        one_clear_line(lambda: T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl",
                                                  f"data.chat_template={tmp_path / 't.jinja'}"), quiet=True), "")

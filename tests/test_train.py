@@ -38,7 +38,7 @@ def test_the_logged_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     c = tiny("max_steps=1", "eval_every=0")[0]
     rows = run(tiny("max_steps=1", "eval_every=0"))
     tok = tokenize_data.load_tokenizer(c)
-    data = tokenize_data.prepare(c, tok, quiet=True)["train"]["chats"]
+    data = tokenize_data.load_datasets(c, tok, quiet=True)["train"]["chats"]
     model = M.build(train.find_weights(c, tok)[0], c["seed"])
     nll = []
     for i in sampler.documents(0, c, {"chats": len(data)}):
@@ -243,7 +243,7 @@ def test_muon_is_torchs_on_every_matrix_and_adamw_elsewhere(tiny):
     optimizer = train.make_optimizer(model, c)
     random = lambda shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     grads = [{name: random(p.shape, n) for name, p in start.items()} for n in range(3)]
-    parts = {name: p.split(rows) for name, p in start.items() if (rows := M.matrices(name, p, model.m))}
+    parts = {name: p.split(rows) for name, p in start.items() if (rows := M.matrix_rows(name, p, model.cfg))}
     assert {len(p) for p in parts.values()} == {1, 2, 3} and len(parts) == 4 * c["model"]["n_layers"]
     alone = {name: [torch.nn.Parameter(part.clone()) for part in part_list] for name, part_list in parts.items()}
     theirs = torch.optim.Muon([p for ps in alone.values() for p in ps], lr=1e-2, weight_decay=0.1,
@@ -314,7 +314,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_documents_named(tiny, mon
                   "checkpoint.keep=99")
     run(loaded)
     rows, said = records(loaded[0], "step", "loss", "skipped"), capsys.readouterr().out
-    tokens = tokenize_data.prepare(loaded[0], quiet=True)["train"]["chats"]
+    tokens = tokenize_data.load_datasets(loaded[0], quiet=True)["train"]["chats"]
     count = 0
     for step, loss, skipped in rows:
         index = int(sampler.documents(step - 1, loaded[0], {"chats": len(tokens)})[0])
@@ -495,7 +495,7 @@ def test_the_run_leaves_the_folder_the_readme_draws(tiny):
     got = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
                           pad_token_id=0)[0, len(prompt):].tolist()
     stop = theirs.generation_config.eos_token_id
-    assert sorted(stop) == [256, 258] and M.answer(ours, [prompt], 20, stop)[0] == [i for i in got if i not in stop]
+    assert sorted(stop) == [256, 258] and M.generate_all(ours, [prompt], 20, stop)[0] == [i for i in got if i not in stop]
 
 
 def test_lora_trains_adapters_alone_and_exports_what_peft_loads(tiny):

@@ -45,7 +45,7 @@ def ours(keys):
     """-> (cfg, model with random weights on the device, its optimizer)"""
     cfg = configs.load([*keys, "model.max_len=4096", f"device={DEVICE.type}"])[0]
     m = cfg["model"]
-    shapes = {name: p.shape for name, p in M.on_meta(m).named_parameters()}
+    shapes = {name: p.shape for name, p in M.build_on_meta(m).named_parameters()}
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def random(name, start, end):
@@ -53,7 +53,7 @@ def ours(keys):
             return torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
         rows = torch.empty(end - start, *shapes[name][1:], device=DEVICE)
         return rows.normal_(0, 0.02, generator=generator)
-    model = shard.prepare(M.on_meta(m), m, cfg, random)
+    model = shard.prepare(M.build_on_meta(m), m, cfg, random)
     return cfg, model, train.make_optimizer(model, cfg)
 
 
@@ -67,7 +67,7 @@ def row(lengths, vocab, rng, pad_to):
     fill = -total % pad_to
     pad = lambda t, value: torch.nn.functional.pad(t, (0, fill), value=value)
     out |= {"tokens": pad(out["tokens"], 0), "positions": pad(out["positions"], 0), "targets": pad(targets, -100),
-            "weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_len": max([fill, *lengths])}
+            "loss_weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_seqlen": max([fill, *lengths])}
     out["trained"] = (out["targets"] >= 0).nonzero().squeeze(1)
     return {key: t.to(DEVICE) if torch.is_tensor(t) else t for key, t in out.items()}
 
@@ -90,7 +90,7 @@ def right():
 
     def numbers(dtype, device, more=()):
         cfg = configs.load([*keys, *more, "model.max_len=4096", f"device={device.type}", f"dtype={dtype}"])[0]
-        model = shard.prepare(M.on_meta(cfg["model"]), cfg["model"], cfg, M.new_weights(cfg["model"], 0))
+        model = shard.prepare(M.build_on_meta(cfg["model"]), cfg["model"], cfg, M.init_reader(cfg["model"], 0))
         batch = row(lengths, 999, np.random.default_rng(1), 256)
         batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
         with torch.no_grad():

@@ -36,7 +36,7 @@ def ours(path, folder, args, seq_len):
     tok = tokenize_data.load_tokenizer(cfg)
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
-    data = tokenize_data.prepare(cfg, tok, quiet=True)["train"]["x"]
+    data = tokenize_data.load_datasets(cfg, tok, quiet=True)["train"]["x"]
     return time.perf_counter() - start, lambda: [[part.tolist() for part in data.document(i)] for i in range(len(data))]
 
 

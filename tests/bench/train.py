@@ -50,7 +50,7 @@ def windows_ours(args, size):
         "model.tie_embeddings=true", f"model.n_layers={layers}", f"model.d_model={width}", f"model.n_heads={heads}",
         f"model.max_len={block}", f"model.vocab_size={VOCAB[size]}", f"micro_tokens={micro}", f"batch_size={batch}"])[0]
     m = cfg["model"]
-    model = shard.prepare(M.on_meta(m), m, cfg, M.new_weights(m, 0))
+    model = shard.prepare(M.build_on_meta(m), m, cfg, M.init_reader(m, 0))
     optimizer, times, per_row = train.make_optimizer(model, cfg), [], max(1, micro // block)
     for _ in range(args.skip + args.steps):
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def windows_ours(args, size):
             docs = x[at:at + per_row]
             row = M.as_batch(docs[:, :-1].tolist())
             n = row["tokens"].numel()
-            rows.append(row | {"targets": docs[:, 1:].flatten(), "weights": torch.ones(n),
+            rows.append(row | {"targets": docs[:, 1:].flatten(), "loss_weights": torch.ones(n),
                                "doc_ids": torch.arange(len(docs)), "trained": torch.arange(n)})
         loss, *_ = train.train_step(model, optimizer, rows, float(batch * block), 3e-4, 1.0)
         float(loss)
@@ -132,7 +132,7 @@ def chats_theirs(args, trl, best):
     sys.path.insert(0, str(ROOT))
     import configs, tokenize_data
     cfg = configs.load(chats_args(args))[0]
-    tokens = tokenize_data.prepare(cfg, quiet=True)["train"]["chats"]
+    tokens = tokenize_data.load_datasets(cfg, quiet=True)["train"]["chats"]
     documents = [tokens.document(i) for i in range(len(tokens))]
     sys.path.remove(str(ROOT))
     for name in ("model", "train", "log", "shard"):                    # theirs may have modules of these names

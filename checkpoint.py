@@ -1,43 +1,268 @@
-"""Save, resume, export: a checkpoint exists whole or not at all.
+"""Save, resume, export. A checkpoint exists complete or not at all.
 
-    python checkpoint.py ls out/ft                 what can be resumed
-    python checkpoint.py export out/ft DIR         the newest (or out/ft/checkpoints/00000100) as a Hugging Face model
+    python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
+    python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
+    python checkpoint.py export out/ft/checkpoints/00000100 DIR
 
-    out/ft/checkpoints/00000100/model.safetensors         what is trained, in fp32: all weights, or the adapters alone
-                                optimizer.safetensors     NAME/exp_avg, … for each of them
-                                sampler.safetensors       what order=feedback has seen, if it has
-                                state.json                step, config, versions, fingerprints, checksums
-    out/ft/checkpoints/latest -> 00000100                 the newest; and best, where `best` names a number
+    out/ft/checkpoints/00000100/model.safetensors        trained parameters in fp32 (LoRA: the adapters)
+                                optimizer.safetensors    PARAMETER/exp_avg, ... for each of them
+                                sampler.safetensors      what a sampler with feedback has learned
+                                state.json               step, config, code and data, checksums
+    out/ft/checkpoints/latest -> 00000100                the newest; best: the best by cfg["best"]
 
-A checkpoint is written under another name, synced and renamed: whatever ends the process, and whenever, `latest` is
-whole. The loop waits only for the copy into memory, the rest is a thread's. Nothing that is read back can run code.
+A checkpoint is written under a temporary name, fsynced and renamed. Whenever the process is killed,
+`latest` is complete. The loop waits only for the copy into host memory; a thread writes it to disk.
+Nothing is unpickled, so loading a checkpoint cannot run code.
 
-Many ranks write the same files as one: a part of a tensor is some rows of it, those lie together in a safetensors file,
-and each rank puts its own where they belong. Any other number of ranks reads them, again each its own rows.
+Any number of ranks writes the same files. A local shard is a range of rows, and the rows of a tensor
+are contiguous in a safetensors file, so each rank writes its rows at their offset. Any other number
+of ranks reads them, each rank its own rows.
 """
-import itertools, json, math, os, shutil, struct, sys, threading, zlib
-from pathlib import Path
+import sys
 
 import configs
 
-if __name__ == "__main__" and len(sys.argv) < 2:
-    sys.exit(__doc__)
+if __name__ == "__main__":    # before torch is imported
+    configs.exit_with_help(__doc__, sys.argv[1:])
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sysconfig
+import threading
+import zlib
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 import model as transformer
 import shard
 import tokenize_data
 
-FORMAT = 2
+FORMAT = 3
+PROJECT = configs.HERE.parent
+DTYPE_NAMES = {                                          # as safetensors spells them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# out
+# --------------------------------------------------------------------------------------------------
+# what a checkpoint contains
 
-def sync(path):
-    """Have the disk hold what was written to a file or a folder."""
+def trained_parameters(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_tensors(model, optimizer):
+    """{"PARAMETER/KEY": tensor} of an optimizer's state. Python numbers become scalar tensors."""
+    tensors = {}
+    for name, p in trained_parameters(model).items():
+        for key, value in sorted(optimizer.state[p].items()):
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def check_optimizer_state(optimizer, model):
+    """Raise UserError for optimizer state that a checkpoint could not restore.
+
+    State is saved by its own layout: a plain tensor is the same on all ranks, a DTensor is sharded
+    by rows or replicated. Its shape may differ from its parameter's. Values that an optimizer keeps
+    elsewhere, in its param_groups or attributes, are not saved.
+    """
+    params = trained_parameters(model)
+    known = set(params.values())
+    if any(p not in known for p in optimizer.state):
+        raise configs.UserError("optimizer: its state has a key that is no trained parameter, which"
+                                " cannot be saved; keep state in self.state[p]")
+    for name, p in params.items():
+        for key, value in optimizer.state[p].items():
+            problem = layout_problem(value, p)
+            if problem:
+                raise configs.UserError(f"optimizer: state {key!r} of {name} {problem}")
+
+
+def layout_problem(value, p):
+    """Why an optimizer's value for parameter p could not be restored, or ""."""
+    if not torch.is_tensor(value):
+        is_number = isinstance(value, (bool, int, float))
+        return "" if is_number else f"is a {type(value).__name__}; use a tensor or a number"
+    if value.dtype not in DTYPE_NAMES:
+        return f"has dtype {value.dtype}, which safetensors cannot store; use another dtype"
+    if hasattr(value, "placements"):
+        if all(q.is_replicate() or q.is_shard(0) for q in value.placements):
+            return ""
+        return f"has placements {value.placements}; redistribute it to Shard(0) or Replicate()"
+    if value.numel() > 1 and shard.local_shard(p)[0].shape != p.shape:
+        return (f"is a plain tensor of shape {list(value.shape)}, but its parameter is sharded over "
+                "ranks; make it a DTensor (torch.zeros_like(p)), or shard.mesh.shard=1")
+    return ""
+
+
+@dataclasses.dataclass
+class Entry:
+    """A tensor of a safetensors file, with the rows of it that this rank writes."""
+    dtype: torch.dtype
+    shape: list
+    first_row: int
+    rows: torch.Tensor | None     # a copy in host memory; None if another rank writes them
+
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def snapshot(model, optimizer, sampler_state, buffers):
+    """Copy all that a resumed run needs to host memory: {file name: {tensor name: Entry}}.
+
+    The loop waits for this and for nothing else.
+
+    sampler_state  {name: numpy array}, the same on all ranks
+    buffers        {} in which the copies are kept for the next snapshot; allocating them anew takes
+                   several times as long as copying
+    """
+    files = {
+        "model.safetensors": trained_parameters(model),
+        "optimizer.safetensors": optimizer_tensors(model, optimizer),
+        "sampler.safetensors": {name: torch.as_tensor(a) for name, a in sampler_state.items()},
+    }
+    entries = {}
+    for file, tensors in files.items():
+        entries[file] = {name: copy_to_host(t, f"{file}/{name}", buffers)
+                         for name, t in tensors.items()}
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return entries
+
+
+def copy_to_host(t, key, buffers):
+    """Start the copy of this rank's rows of t, if it is the rank that writes them."""
+    local, first_row, end_row = local_rows(t)
+    if first_row == end_row or not shard.is_writer(t):
+        return Entry(t.dtype, list(t.shape), first_row, None)
+    buffer = buffers.get(key)
+    if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+        buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        buffers[key] = buffer
+    buffer.copy_(local, non_blocking=True)
+    return Entry(t.dtype, list(t.shape), first_row, buffer)
+
+
+def local_rows(t):
+    """shard.local_shard, also of a scalar: it counts as one row."""
+    if t.dim():
+        return shard.local_shard(t)
+    t = t.detach()
+    return (t.to_local() if hasattr(t, "to_local") else t), 0, 1
+
+
+# --------------------------------------------------------------------------------------------------
+# write
+
+@dataclasses.dataclass
+class Layout:
+    """Where a safetensors file has what: 8 bytes of length, a JSON header, then the tensors."""
+    header: bytes
+    offsets: dict                 # {tensor name: its first byte in the file}
+    size: int
+
+
+def safetensors_layout(entries):
+    header = {}
+    offset = 0
+    for name, entry in entries.items():
+        end = offset + entry.nbytes()
+        header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape,
+                        "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first_bytes = struct.pack("<Q", len(text)) + text
+    offsets = {name: len(first_bytes) + item["data_offsets"][0] for name, item in header.items()}
+    return Layout(first_bytes, offsets, len(first_bytes) + offset)
+
+
+def create_files(building, files):
+    """Create a checkpoint's files in their final sizes, without the tensors."""
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    for name, entries in files.items():
+        layout = safetensors_layout(entries)
+        with open(building / name, "wb") as f:
+            f.write(layout.header)
+            f.truncate(layout.size)
+
+
+def write_shards(building, files):
+    """Write this rank's rows of every tensor, and fsync them."""
+    for name, entries in files.items():
+        mine = {key: entry for key, entry in entries.items() if entry.rows is not None}
+        if not mine:
+            continue
+        layout = safetensors_layout(entries)
+        # Not opened for reading: a network file system would read blocks around our rows, and write
+        # them back over those of other ranks.
+        with os.fdopen(os.open(building / name, os.O_WRONLY), "wb") as f:
+            for key, entry in mine.items():
+                row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+                f.seek(layout.offsets[key] + entry.first_row * row_bytes)
+                f.write(entry.rows.contiguous().flatten().view(torch.uint8).numpy())
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def commit(building, folder, files, state, keep):
+    """Add state.json, fsync, rename, point `latest` to it, delete old checkpoints."""
+    checksums = {name: file_checksum(building / name) for name in files}
+    for name in files:                                   # no rank has synced one without tensors
+        fsync(building / name)
+    state = state | {"format": FORMAT, "checksums": checksums}
+    state = json.loads(json.dumps(state))                # as read_state will see it
+    state["checksum"] = state_checksum(state)
+    (building / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    fsync(building / "state.json")
+    fsync(building)
+    remove_checkpoint(folder)
+    os.replace(building, folder)
+    fsync(folder.parent)
+    set_symlink(folder.parent / "latest", folder)
+    delete_old_checkpoints(folder, keep)
+
+
+def delete_old_checkpoints(newest, keep):
+    """Keep the `keep` newest checkpoints, and the best.
+
+    Checkpoints of later steps than the newest were left by a run that was resumed before them.
+    """
+    best = (newest.parent / "best").resolve()
+    checkpoints = list_checkpoints(newest.parent.parent)
+    later = [p for p in checkpoints if p.name > newest.name]
+    others = [p for p in checkpoints if p.name <= newest.name]
+    old = [p for p in others[:-keep] if p.resolve() != best]
+    for folder in later + old:
+        remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder):
+    """Delete a checkpoint. It is renamed first, so that half of one is never taken for a whole."""
+    if folder.exists():
+        deleting = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(deleting, ignore_errors=True)
+        os.replace(folder, deleting)
+        shutil.rmtree(deleting)
+
+
+def fsync(path):
+    """Wait until a file or a folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,402 +270,567 @@ def sync(path):
         os.close(handle)
 
 
-def checksum(path):
-    value = 0
+def file_checksum(path):
+    checksum = 0
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
+            checksum = zlib.crc32(block, checksum)
+    return f"{checksum:08x}"
 
 
-def own_checksum(state):
-    """Of what state.json says besides."""
+def state_checksum(state):
+    """Checksum of state.json without its own entry "checksum"."""
     rest = {key: value for key, value in state.items() if key != "checksum"}
-    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+    text = json.dumps(rest, sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
-def remove(folder):
-    """Delete a checkpoint: it loses its name first, so that half of one is never taken for a whole."""
-    gone = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(folder, gone)
-        shutil.rmtree(gone)
-
-
-def snapshot(model, optimizer, more, buffers):
-    """A copy of what a resumed run needs, in main memory -> {file: {name: (dtype, shape, first row, rows)}}.
-
-    more     {name: tensor} besides, the same on all ranks
-    buffers  {} that keeps the memory the copies lie in: the first time it costs several times as long to get it
-    rows     what this rank saves of the tensor, or None where another does. The loop waits for no more than this
-    """
-    def copy(name, t):
-        if name not in buffers or buffers[name].shape != t.shape:
-            buffers[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-        return buffers[name].copy_(t, non_blocking=True)
-
-    def piece(name, t):
-        if not t.dim():                                        # the optimizer's own count of steps
-            return t.dtype, [], 0, copy(name, t) if shard.rank() == 0 else None
-        mine, start, end = shard.part(t)
-        return t.dtype, list(t.shape), start, copy(name, mine) if start < end and shard.saves(t) else None
-
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moments = {f"{name}/{key}": t for name, p in weights.items() for key, t in optimizer.state[p].items()}
-    files = {"model": weights, "optimizer": dict(sorted(moments.items())), "sampler": more}
-    out = {f"{file}.safetensors": {name: piece(f"{file} {name}", t) for name, t in tensors.items()}
-           for file, tensors in files.items()}
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return out
-
-
-TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-         torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-
-
-def layout(tensors):
-    """A file of a snapshot -> (its first bytes, {name: where the tensor begins}, the file's size).
-
-    A safetensors file: a length in 8 bytes, so much JSON ({name: {dtype, shape, data_offsets}}), the tensors.
-    """
-    header, at = {}, 0
-    for name, (dtype, shape, *_) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    first = struct.pack("<Q", len(text)) + text
-    return first, {name: len(first) + entry["data_offsets"][0] for name, entry in header.items()}, len(first) + at
-
-
-def lay_out(building, files):
-    """Create a checkpoint's files in their sizes, empty but for their first bytes."""
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    for name, tensors in files.items():
-        first, _, size = layout(tensors)
-        with open(building / name, "wb") as f:
-            f.write(first)
-            f.truncate(size)
-
-
-def put(building, files):
-    """Write this rank's rows of every tensor, and have the disk hold them."""
-    for name, tensors in files.items():
-        _, begins, _ = layout(tensors)
-        mine = {key: piece for key, piece in tensors.items() if piece[-1] is not None}
-        if not mine:
-            continue
-        # not opened for reading: a network file system would read, and write back, others' bytes around ours
-        with os.fdopen(os.open(building / name, os.O_WRONLY), "wb") as f:
-            for key, (dtype, shape, start, rows) in mine.items():
-                f.seek(begins[key] + start * math.prod(shape[1:]) * dtype.itemsize)
-                f.write(rows.contiguous().flatten().view(torch.uint8).numpy())
-            f.flush()
-            os.fsync(f.fileno())
-
-
-def finish(building, folder, files, state, keep):
-    """Name a written checkpoint: check, sync, rename, point `latest` at it, delete all but the newest `keep`."""
-    parent, sums = folder.parent, {name: checksum(building / name) for name in files}
-    for name in files:                                         # of some no rank has written a row: nobody has synced it
-        sync(building / name)
-    state = json.loads(json.dumps(state | {"format": FORMAT, "checksums": sums}))
-    (building / "state.json").write_text(json.dumps(state | {"checksum": own_checksum(state)}, indent=1) + "\n")
-    sync(building / "state.json")
-    sync(building)
-    remove(folder)
-    os.replace(building, folder)
-    sync(parent)
-    point(parent / "latest", folder)
-    whole, best = found(parent.parent), os.path.basename(os.path.realpath(parent / "best"))
-    ahead = [p for p in whole if p.name > folder.name]         # left by a run that went on from an older one
-    for old in ahead + [p for p in whole if p not in ahead][:-keep]:
-        if old in ahead or old.name != best:
-            remove(old)
-
-
-def point(link, folder):
-    """Let `link`, beside a checkpoint, lead to it: at once, whatever it led to before."""
+def set_symlink(link, folder):
+    """Point `link`, which is beside a checkpoint, to it. Atomic."""
     new = link.with_name(f".{link.name}")
     new.unlink(missing_ok=True)
     new.symlink_to(folder.name)
     os.replace(new, link)
-    sync(link.parent)
+    fsync(link.parent)
 
 
-def mark(out_dir, steps):
-    """Let `best` lead to the first of the steps that has a checkpoint, or to none: best is kept, and exported."""
+def set_best(out_dir, steps):
+    """Point `best` to the first of `steps` that has a checkpoint; without one, remove the link."""
     folder = Path(out_dir) / "checkpoints"
-    there = [folder / f"{step:08}" for step in steps if (folder / f"{step:08}").is_dir()]
-    if there:
-        point(folder / "best", there[0])
+    candidates = [folder / f"{step:08}" for step in steps]
+    existing = [path for path in candidates if path.is_dir()]
+    if existing:
+        set_symlink(folder / "best", existing[0])
     else:
         (folder / "best").unlink(missing_ok=True)
 
 
 class Saver:
-    """Writes snapshots in the background, one at a time: rank 0 lays out files, all fill them, rank 0 names them."""
+    """Writes checkpoints in a background thread of every rank, one at a time.
 
-    saves = itertools.count()                                  # of this process; every rank counts the same
+    All ranks create it together. A failed write does not end the run: warn(text) is called once, and
+    older checkpoints stay complete.
+    """
 
     def __init__(self, out_dir, keep, warn):
-        self.folder, self.keep, self.warn = Path(out_dir) / "checkpoints", keep, warn
-        self.buffers, self.thread, self.error = {}, None, None
+        self.folder = Path(out_dir) / "checkpoints"
+        self.keep = keep
+        self.warn = warn
+        self.group = shard.new_gloo_group()    # threads must not share the main thread's group
+        self.buffers = {}
+        self.thread = None
+        self.error = ""                        # of the last save
         if shard.rank() == 0:
-            for left in self.folder.glob(".*.*"):              # of a process that was killed while it wrote or deleted
-                shutil.rmtree(left, ignore_errors=True)
+            for path in self.folder.glob(".*.*"):    # left by a process that was killed
+                shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step, model, optimizer, more, state):
-        """Step's checkpoint: returns when the copy is made. wait() tells of a failed write, which leaves the others."""
+    def save(self, model, optimizer, sampler_state, state):
+        """Start to write the checkpoint of state["step"]. Returns when the copy is made.
+
+        state  a dict for state.json, complete but for format and checksums
+        """
         self.wait()
-        self.error = None
-        files, folder = snapshot(model, optimizer, more, self.buffers), self.folder / f"{step:08}"
-        args = files, folder, state | {"step": step}, next(self.saves)
-        self.thread = threading.Thread(target=self.work, args=args, daemon=True)
+        files = snapshot(model, optimizer, sampler_state, self.buffers)
+        self.error = "it was interrupted"
+        self.thread = threading.Thread(target=self.write, args=(files, state), daemon=True)
         self.thread.start()
 
-    def work(self, files, folder, state, n):
-        """The thread of a rank. What goes wrong on any of them every rank learns, and rank 0 tells."""
-        def tried(what, *args):
-            try:
-                what(*args)
-            except Exception as e:                             # whatever it is, the others must not wait for ever
-                return f"{type(e).__name__}: {e}"
-            return ""
-        rank, building = shard.rank(), folder.with_name(f".{folder.name}.building")
-        if rank:
-            problem = shard.wait_for(f"save{n}/laid out") or tried(put, building, files)
-            shard.post(f"save{n}/rank{rank}", problem)
-            problem = shard.wait_for(f"save{n}/named")
-        else:
-            problem = tried(lay_out, building, files)
-            shard.post(f"save{n}/laid out", problem)
-            problem = problem or tried(put, building, files)
-            for other in range(1, shard.ranks()):
-                problem = shard.wait_for(f"save{n}/rank{other}") or problem
-            problem = problem or tried(finish, building, folder, files, state, self.keep)
-            if problem:
-                shutil.rmtree(building, ignore_errors=True)        # what is left of it would keep a full disk full
-            shard.post(f"save{n}/named", problem)
-        if problem:
-            self.error = f"checkpoint {folder} was not written ({problem}); the run goes on, the older ones are whole"
-
     def wait(self):
-        """Until the last save is on disk, from all ranks. -> did it get there? If not, that is told once."""
-        if self.thread:
+        """Wait for the last save. Returns True if it was written by all ranks."""
+        if self.thread is not None:
             self.thread.join()
             self.thread = None
             if self.error:
-                self.warn(self.error)
+                self.warn(f"checkpoint {self.folder} was not written ({self.error}); the run "
+                          "continues, older checkpoints are complete")
         return not self.error
 
+    def write(self, files, state):
+        """Runs in the thread: three stages, which end on all ranks at the first error of any."""
+        folder = self.folder / f"{state['step']:08}"
+        building = folder.with_name(f".{folder.name}.building")
+        is_rank0 = shard.rank() == 0
+        error = self.run_stage(is_rank0, create_files, building, files)
+        if not error:
+            error = self.run_stage(True, write_shards, building, files)
+        if not error:
+            error = self.run_stage(is_rank0, commit, building, folder, files, state, self.keep)
+        if error and is_rank0:
+            shutil.rmtree(building, ignore_errors=True)    # it would keep a full disk full
+        self.error = error
 
-# ---------------------------------------------------------------------------------------------------------------------
-# in
+    def run_stage(self, takes_part, function, *args):
+        """Call function(*args) on the ranks that take part. Returns the first error of any rank."""
+        error = ""
+        if takes_part:
+            try:
+                function(*args)
+            except Exception as e:             # of any kind: the other ranks wait for this one
+                error = f"{type(e).__name__}: {e}"
+        if self.group is None:
+            return error
+        errors = [None] * shard.world_size()
+        dist.all_gather_object(errors, error, group=self.group)
+        return next((e for e in errors if e), "")
 
-def found(out_dir):
-    """A run's whole checkpoints, oldest first. Whole is what bears its final name."""
+
+# --------------------------------------------------------------------------------------------------
+# read
+
+def list_checkpoints(out_dir):
+    """The complete checkpoints of a run, oldest first. Complete is what has its final name."""
     return sorted(p.parent for p in Path(out_dir, "checkpoints").glob("[0-9]*/state.json"))
 
 
 def read_state(folder):
-    """A checkpoint's state.json -> dict, verified. Raises ValueError."""
+    """The dict in a checkpoint's state.json. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "state.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no checkpoint there (no state.json); python checkpoint.py ls RUN lists a run's")
+        raise configs.UserError(f"{folder}: no checkpoint here (no state.json); python checkpoint.py"
+                                " ls RUN lists those of a run")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        whole = state["checksum"] == own_checksum(state)
+        is_intact = state["checksum"] == state_checksum(state)
     except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: this checkpoint is damaged{another(folder)}")
+        is_intact = False
+    if not is_intact:
+        raise configs.UserError(f"{path}: this checkpoint is damaged{suggest_other(folder)}")
     if state["format"] != FORMAT:
-        raise ValueError(f"{path}: format {state['format']}; this version reads {FORMAT}, use the one that wrote it")
+        raise configs.UserError(f"{path}: checkpoint format {state['format']}, but this version "
+                                f"reads {FORMAT}; use the version that wrote it")
     return state
 
 
-def another(folder):
-    """What to do about a damaged checkpoint, where there is something."""
+def verify(folder):
+    """Read all of a checkpoint and return its state. Raises UserError that names a damaged file."""
+    folder = Path(folder)
+    state = read_state(folder)
+    for name, expected in state["checksums"].items():
+        path = folder / name
+        if not path.is_file():
+            raise configs.UserError(f"{path}: missing, this checkpoint is damaged"
+                                    f"{suggest_other(folder)}")
+        checksum = file_checksum(path)
+        if checksum != expected:
+            raise configs.UserError(f"{path}: checksum {checksum} instead of {expected}, this "
+                                    f"checkpoint is damaged{suggest_other(folder)}")
+    return state
+
+
+def suggest_other(folder):
+    """What to do about a damaged checkpoint: "; resume=..." with the newest other one, if any."""
     folder = Path(folder).resolve()
-    others = [str(p) for p in found(folder.parents[1]) if p.resolve() != folder]
-    return f"; resume={others[-1]} goes on from another" if others else ""
+    others = [p for p in list_checkpoints(folder.parents[1]) if p.resolve() != folder]
+    return f"; resume={others[-1]} resumes from another" if others else ""
 
 
-def verified(folder):
-    """A checkpoint's state.json, once its files are what it says. Raises ValueError naming a damaged one."""
-    folder, state = Path(folder), read_state(folder)
-    for name, want in state["checksums"].items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: is missing, this checkpoint is damaged{another(folder)}")
-        if (got := checksum(folder / name)) != want:
-            raise ValueError(f"{folder / name}: checksum {got}, not {want}: checkpoint is damaged{another(folder)}")
-    return state
+def load_checkpoint(folder, model, optimizer):
+    """Load a checkpoint into a model and its optimizer, in place. On all ranks.
 
-
-def restore(folder, model, optimizer):
-    """A checkpoint into a model and its optimizer, in place -> (state, {name: tensor} of what was saved besides).
-
-    Raises ValueError, naming what doesn't fit.
+    Returns (state, {name: numpy array} of the sampler). Raises UserError for a damaged checkpoint
+    and for one that does not fit, before anything is changed.
     """
-    state = shard.on_first(verified, folder)
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved, moments, more = (safe_open(Path(folder) / f"{name}.safetensors", framework="pt")
-                            for name in ("model", "optimizer", "sampler"))
-    shapes = {name: saved.get_slice(name).get_shape() for name in saved.keys()}
-    wrong = [f"{name} is missing" for name in wanted if name not in shapes]
-    wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
-    wrong += [f"{name} is {shapes[name]}, and the model's is {list(p.shape)}"
-              for name, p in wanted.items() if name in shapes and shapes[name] != list(p.shape)]
-    if wrong:
-        raise ValueError(f"{folder}: doesn't fit the model: {transformer.listed(wrong)}")
-
-    dtypes = {label: dtype for dtype, label in TYPES.items()}
-
-    def give(t, file, key):
-        mine, start, end = shard.part(t)
-        if start < end:
-            mine.copy_(file.get_slice(key)[start:end])
-    with torch.no_grad():
-        for name, p in wanted.items():
-            give(p, saved, name)
-            optimizer.state[p].clear()
-        for key in moments.keys():
-            name, _, what = key.rpartition("/")
-            p, stored = wanted[name], moments.get_slice(key)
-            if stored.get_shape() == list(p.shape):
-                optimizer.state[p][what] = torch.zeros_like(p, dtype=dtypes[stored.get_dtype()])
-                give(optimizer.state[p][what], moments, key)
-            elif shard.part(p)[0].shape == p.shape or not stored.get_shape():    # a count of steps, a row's mean
-                optimizer.state[p][what] = moments.get_tensor(key).to(p.device)
-            else:
-                raise ValueError(f"{folder}: {key} is {stored.get_shape()}, which can't be laid over ranks as its "
-                                 "weight is; shard.mesh.shard=1")
-    return state, {name: more.get_tensor(name) for name in more.keys()}
+    folder = Path(folder)
+    state = shard.rank0_only(verify, folder)
+    weights = trained_parameters(model)
+    moments = optimizer_tensors(model, optimizer)
+    with safe_open(folder / "model.safetensors", framework="pt") as saved_weights, \
+            safe_open(folder / "optimizer.safetensors", framework="pt") as saved_moments:
+        check_tensors_fit(saved_weights, weights, folder, "model")
+        check_tensors_fit(saved_moments, moments, folder, "optimizer")
+        copy_rows(saved_weights, weights)
+        copy_rows(saved_moments, moments)
+    for name, p in weights.items():
+        for key, value in optimizer.state[p].items():
+            if not torch.is_tensor(value):
+                number = moments[f"{name}/{key}"].item()
+                optimizer.state[p][key] = type(value)(number)
+    with safe_open(folder / "sampler.safetensors", framework="np") as saved_sampler:
+        sampler_state = {name: saved_sampler.get_tensor(name) for name in saved_sampler.keys()}
+    return state, sampler_state
 
 
-# may change in a run that goes on: its past stays what it was
-FREE = ("log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "micro_tokens", "resume",
-        "best", "patience", "max_seconds", "bad_steps", "profile", "out_dir", "device", "shard.mesh.",
-        "shard.reshard_after_forward", "shard.recompute", "shard.compile", "data.cache_dir", "data.processes",
-        "data.validation", "data.validation.", "checkpoint.", "log.")
+def check_tensors_fit(saved, tensors, folder, owner):
+    """Raise UserError unless a safetensors file has these tensors, in shape and dtype."""
+    found = {}
+    for name in saved.keys():
+        entry = saved.get_slice(name)
+        found[name] = f"{entry.get_dtype()} {entry.get_shape()}"
+    expected = {name: f"{DTYPE_NAMES[t.dtype]} {list(t.shape)}" for name, t in tensors.items()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [f"{name} is {found[name]} here, {expected[name]} in the {owner}"
+                 for name in expected if found.get(name, expected[name]) != expected[name]]
+    if problems:
+        raise configs.UserError(f"{folder}: does not fit the {owner}: "
+                                f"{transformer.listed(problems)}")
 
 
-def differences(out_dir, cfg):
-    """The keys in which a run's saved config differs from cfg, the FREE ones aside -> ["lr: 0.1 there, 0.2 here"]"""
-    saved = Path(out_dir) / "config.yaml"
-    if not saved.is_file():
+@torch.no_grad()
+def copy_rows(saved, tensors):
+    """Copy this rank's rows of each tensor from a safetensors file, in place."""
+    for name, t in tensors.items():
+        local, first_row, end_row = local_rows(t)
+        if not t.dim():
+            local.copy_(saved.get_tensor(name))
+        elif first_row < end_row:
+            local.copy_(saved.get_slice(name)[first_row:end_row])
+
+
+# --------------------------------------------------------------------------------------------------
+# the resume point
+
+# Keys and sections that may change when a run is resumed: they do not affect what it has done.
+MAY_CHANGE = (
+    "log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "log",
+    "best", "patience", "max_seconds", "bad_steps", "profile", "checkpoint", "resume",
+    "data_root", "output_root", "out_dir", "data.cache_dir", "data.processes", "data.validation",
+    "micro_tokens", "device", "shard.mesh", "shard.reshard_after_forward", "shard.recompute",
+    "shard.compile",
+)
+
+
+def find_resume_point(cfg):
+    """The checkpoint that cfg["resume"] means, or None: start at step 0. On rank 0.
+
+    auto    the newest of out_dir, if it is the same run: same config, code and data
+    latest  the newest of out_dir, also with changed code or data
+    never   none; train.py then calls start_over
+    PATH    this one. In another out_dir it starts a new run, whose config and code may differ; when
+            that run is started again, its own newest checkpoint is the resume point
+
+    Raises UserError if resuming would mix two runs.
+    """
+    out_dir = Path(cfg["out_dir"])
+    resume = cfg["resume"]
+    need_folder(out_dir, "out_dir")
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if resume == "never" and is_restart:
+        resume = "auto"                                  # the folder has this command's own run
+    if resume == "never":
+        return None
+
+    named = None
+    if resume not in ("auto", "latest"):
+        named = Path(resume)
+        check_named_checkpoint(named, cfg)
+    if not (out_dir / "config.yaml").is_file():
+        return named
+    check_same_config(cfg)
+    if starts_new_run(cfg):
+        return named
+    checkpoints = list_checkpoints(out_dir)
+    if not checkpoints:
+        return None
+    resume_point = checkpoints[-1]
+    if named and is_inside(named, out_dir):
+        resume_point = named
+    if resume != "latest":
+        check_same_code(resume_point, cfg)
+    return resume_point
+
+
+def starts_new_run(cfg):
+    """Does resume=PATH start a run in a new out_dir from a checkpoint of another run?"""
+    resume = cfg["resume"]
+    if resume in ("auto", "latest", "never") or is_inside(resume, cfg["out_dir"]):
+        return False
+    return not list_checkpoints(cfg["out_dir"])
+
+
+def is_inside(path, folder):
+    return Path(folder).resolve() in Path(path).resolve().parents
+
+
+def check_named_checkpoint(folder, cfg):
+    """Raise UserError if a run with cfg cannot start from this checkpoint."""
+    dtype = read_state(folder)["dtype"]
+    problems = [line for line in config_diff(folder.resolve().parents[1], cfg)
+                if line.startswith("optimizer:")]
+    if cfg["dtype"] not in ("auto", dtype):
+        problems.insert(0, f"dtype: {dtype} there, {cfg['dtype']} here")
+    if problems:
+        raise configs.UserError(f"resume: {folder} does not fit ({'; '.join(problems)}); "
+                                "model.init_from=RUN/hf starts from the weights that its run "
+                                "has exported")
+
+
+def check_same_config(cfg):
+    """Raise UserError if out_dir has a run with another config."""
+    out_dir = cfg["out_dir"]
+    differences = config_diff(out_dir, cfg)
+    if differences:
+        raise configs.UserError(
+            f"out_dir: {out_dir} has a run with other settings ({'; '.join(differences)}); "
+            "out_dir=NEW starts another run, resume=never starts over in this folder, "
+            f"resume={out_dir}/checkpoints/latest out_dir=NEW continues this run with the new "
+            "settings in another folder")
+
+
+def check_same_code(folder, cfg):
+    """Raise UserError if the code has changed since a checkpoint of this run."""
+    changed = changed_files(read_state(folder)["code"], code_hashes())
+    if changed:
+        raise configs.UserError(f"out_dir: the code of the run in {cfg['out_dir']} has changed "
+                                f"({', '.join(changed)}); {ways_on('code')}")
+
+
+def check_same_data(state, fingerprints, cfg):
+    """Raise UserError if training data has changed since a checkpoint.
+
+    state         the checkpoint's
+    fingerprints  of the data now, {source: {what: hash}}
+    """
+    if cfg["resume"] == "latest" or starts_new_run(cfg):
+        return
+    changed = []
+    for name in sorted(state["data"].keys() | fingerprints.keys()):
+        saved = state["data"].get(name, {})
+        current = fingerprints.get(name, {})
+        parts = [key for key in sorted(saved | current) if saved.get(key) != current.get(key)]
+        if parts:
+            changed.append(f"data.train.{name}: {', '.join(parts)}")
+    if changed:
+        raise configs.UserError(f"out_dir: the data of the run in {cfg['out_dir']} has changed "
+                                f"({'; '.join(changed)}); {ways_on('data')}")
+
+
+def ways_on(what):
+    return ("out_dir=NEW starts another run, resume=never starts this run over, "
+            f"resume=latest continues it with the new {what} and records the change")
+
+
+def config_diff(out_dir, cfg):
+    """The keys in which a run's config differs from cfg, except MAY_CHANGE.
+
+    Returns lines such as "lr: 0.1 there, 0.2 here".
+    """
+    path = Path(out_dir) / "config.yaml"
+    if not path.is_file():
         return []
-    there = configs.load([str(saved)])[0]
-    free = FREE + (("max_steps", "epochs") if endless(out_dir, there) and endless(out_dir, cfg) else ())
-    here, there = configs.flat(cfg), configs.flat(there)
-    kept = lambda key: any(key == f or f.endswith(".") and key.startswith(f) for f in free)
-    return [f"{key}: {configs.show(there.get(key))} there, {configs.show(here.get(key))} here"
-            for key in sorted(here | there) if here.get(key) != there.get(key) and not kept(key)]
+    roots = [f"{key}={cfg[key]}" for key in ("data_root", "output_root")]    # they may have moved
+    saved_cfg, _, _ = configs.load([str(path), *roots])
+    may_change = list(MAY_CHANGE)
+    if can_be_extended(out_dir, saved_cfg) and can_be_extended(out_dir, cfg):
+        may_change += ["max_steps", "epochs"]
+    there = configs.flat(saved_cfg)
+    here = configs.flat(cfg)
+    lines = []
+    for key in sorted(here | there):
+        is_free = any(f"{key}.".startswith(f"{free}.") for free in may_change)
+        if here.get(key) != there.get(key) and not is_free:
+            there_text = configs.show(there.get(key))
+            lines.append(f"{key}: {there_text} there, {configs.show(here.get(key))} here")
+    return lines
 
 
-def endless(out_dir, cfg):
-    """Is what a run has done the same wherever it ends? Its warm-up counts steps, and its rate has not begun to go."""
-    if cfg["schedule"] == "constant":
-        return type(cfg["warmup"]) is int
-    if cfg["schedule"] != "wsd" or not type(cfg["warmup"]) is type(cfg["decay"]) is int:
-        return False
-    if not cfg["max_steps"] or cfg["epochs"]:                  # which of the two ends it is not known here
-        return False
-    done = max((int(folder.name) for folder in found(out_dir)), default=0)
-    return done <= cfg["max_steps"] - cfg["decay"]
+def can_be_extended(out_dir, cfg):
+    """May a run's length change, because its steps so far would have been the same?
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# export
-
-def weights_of(path, m, cfg):
-    """A checkpoint -> (read(name) of the plain model's tensors, the model with its adapters or None)."""
-    verified(path)
-    saved = safe_open(Path(path) / "model.safetensors", framework="pt")
-    if not cfg["shard"]["lora"]["r"]:
-        return saved.get_tensor, None
-    base = transformer.pretrained_reader(m["init_from"], m) if m["init_from"] else transformer.init_reader(m, cfg["seed"])
-    model = transformer.build_on_meta(m)
-    shard.add_lora(model, m, cfg["shard"]["lora"])
-    model.load_state_dict({name: saved.get_tensor(name) for name in saved.keys()}, strict=False, assign=True)
-    return shard.merged(model, base), model
-
-
-def export(path, m, cfg, tok, folder, chats, adapter=None):
-    """A checkpoint as a Hugging Face folder, with its tokenizer, that is there whole or not at all.
-
-    chats    was it trained on any? Then their template goes along, and what ends a turn ends a generation
-    adapter  under LoRA, whose adapters are merged: a folder for them alone
+    constant  if its warm-up is a number of steps, not a fraction of the run
+    wsd       also if its decay is a number of steps and has not begun. When it begins is only known
+              here if max_steps alone ends the run
     """
-    folder, text = Path(folder), None
-    building = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    stop = [tok.special[tok.eos]] if tok.eos else []
-    if chats:
-        text = tokenize_data.template_text(tok, cfg)
-        stop = tokenize_data.stop_token_ids(tok, tokenize_data.compile_template(text))
-    read, adapted = weights_of(path, m, cfg)
-    if adapter and adapted:
-        shard.save_adapter(adapted, m, cfg["shard"]["lora"], adapter, m["init_from"])
-    transformer.save_pretrained(read, m, building, m["init_from"], stop, tok.special.get(tok.bos))
-    tokenize_data.save_tokenizer(tok, building, text)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(building, folder)
+    counts_warmup = type(cfg["warmup_steps"]) is int
+    if cfg["schedule"] == "constant":
+        return counts_warmup
+    if cfg["schedule"] != "wsd" or not counts_warmup or type(cfg["decay_steps"]) is not int:
+        return False
+    if not cfg["max_steps"] or cfg["epochs"]:
+        return False
+    steps_done = max((int(folder.name) for folder in list_checkpoints(out_dir)), default=0)
+    return steps_done <= cfg["max_steps"] - cfg["decay_steps"]
+
+
+def start_over(out_dir):
+    """Delete what a run has left in out_dir, for resume=never."""
+    out_dir = Path(out_dir)
+    for name in ("checkpoints", "hf", "adapter", "code"):
+        shutil.rmtree(out_dir / name, ignore_errors=True)
+    for path in out_dir.glob("code-at-*"):
+        shutil.rmtree(path)
+    (out_dir / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def need_folder(folder, key):
-    """Raises ValueError, naming the key, where a folder is not there and can't be made, or can't be written to."""
-    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not above.is_dir():
-        raise ValueError(f"{key}: {above} is a file; {key}=NEW")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}: {above} can't be written to; {key}=NEW")
+    """Raise UserError that names the key if a folder cannot be created or written to."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise configs.UserError(f"{key}: {existing} is a file; {key}=NEW")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise configs.UserError(f"{key}: {existing} is not writable; {key}=NEW")
 
+
+# --------------------------------------------------------------------------------------------------
+# the code of a run
+
+def source_files():
+    """The files that decide what a run computes: {name relative to the project: Path}.
+
+    These are the main script, the project's modules that are loaded, and the yaml files with
+    defaults and families. Not included are installed packages and tests, which only call the code.
+    """
+    paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        is_main = module is sys.modules["__main__"]
+        if file and (is_main or is_inside(file, PROJECT)):
+            paths.append(Path(file).resolve())
+    installed = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "scripts")]
+    excluded = [PROJECT / "tests", *installed]
+    files = {}
+    for path in paths:
+        if path.is_file() and not any(is_inside(path, folder) for folder in excluded):
+            name = path.relative_to(PROJECT) if is_inside(path, PROJECT) else path.name
+            files[str(name)] = path
+    return dict(sorted(files.items()))
+
+
+@functools.cache
+def code_hashes():
+    """{file: first 16 digits of its sha256} of source_files() at the first call."""
+    return hash_files(source_files())
+
+
+def hash_files(files):
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for name, path in files.items()}
+
+
+def changed_files(saved, current):
+    """The names of files that differ between two results of code_hashes, or exist in only one."""
+    return [name for name in sorted(saved | current) if saved.get(name) != current.get(name)]
+
+
+def save_code(out_dir, step):
+    """Copy the source files to out_dir/code, or to out_dir/code-at-STEP if they have changed."""
+    out_dir = Path(out_dir)
+    folder = out_dir / "code"
+    if step > 0 and folder.is_dir():
+        newest = max(out_dir.glob("code-at-*"), default=folder)
+        copies = {str(p.relative_to(newest)): p for p in newest.rglob("*") if p.is_file()}
+        if hash_files(copies) == code_hashes():
+            return
+        folder = out_dir / f"code-at-{step:08}"
+    building = out_dir / ".code.building"
+    shutil.rmtree(building, ignore_errors=True)
+    for name, path in source_files().items():
+        copy = building / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    replace_folder(building, folder)
+
+
+def replace_folder(new, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+
+
+def git_describe():
+    """`git describe --always --dirty` of the project, or None without git or a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# --------------------------------------------------------------------------------------------------
+# export
+
+def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
+    """Write a checkpoint as a Hugging Face folder with its tokenizer. Atomic.
+
+    has_chats       was the model trained on chats? Then the chat template is written too, and the
+                    tokens that end a turn also end a generation
+    adapter_folder  under LoRA, also write the adapters alone; `folder` has them merged
+    """
+    folder = Path(folder)
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    template = None
+    stop_ids = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+    if has_chats:
+        template = tokenize_data.template_text(tokenizer, cfg)
+        compiled = tokenize_data.compile_template(template)
+        stop_ids = tokenize_data.stop_token_ids(tokenizer, compiled)
+
+    verify(path)
+    init_from = model_cfg["init_from"]
+    saved = safe_open(Path(path) / "model.safetensors", framework="pt")
+    read = saved.get_tensor
+    lora_cfg = cfg["shard"]["lora"]
+    if lora_cfg["r"]:
+        adapted = transformer.build_on_meta(model_cfg)
+        shard.add_lora(adapted, lora_cfg)
+        adapters = {name: saved.get_tensor(name) for name in saved.keys()}
+        adapted.load_state_dict(adapters, strict=False, assign=True)
+        if adapter_folder:
+            shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
+        read_base = transformer.init_reader(model_cfg, cfg["seed"])
+        if init_from:
+            read_base = transformer.pretrained_reader(init_from, model_cfg)
+        read = shard.merge_lora(adapted, read_base)
+
+    bos_id = tokenizer.special.get(tokenizer.bos)
+    transformer.save_pretrained(read, model_cfg, building, init_from, stop_ids, bos_id)
+    tokenize_data.save_tokenizer(tokenizer, building, template)
+    replace_folder(building, folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# command line
 
 def export_checkpoint(path, folder):
-    """A run's (newest) checkpoint as a Hugging Face folder. Raises ValueError: none there, or a folder in use."""
-    path, folder = Path(path), Path(folder)
+    """Export a checkpoint, or the newest of a run. Raises UserError if `folder` is in use."""
+    path = Path(path)
+    folder = Path(folder)
     if not (path / "state.json").is_file():
-        if not (whole := found(path)):
-            raise ValueError(f"{path}: no checkpoint there; a run's folder has them in checkpoints/")
-        path = whole[-1]
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise configs.UserError(f"{path}: no checkpoint here; name a run's folder or one of its "
+                                    "checkpoints/")
+        path = checkpoints[-1]
     need_folder(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty; name another folder")
+        raise configs.UserError(f"{folder}: is not empty; name another folder")
     cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
-    tok = tokenize_data.load_tokenizer(cfg)
-    m = transformer.resolve_vocab_size(cfg["model"], tok.n_vocab)
-    export(path, m, cfg, tok, folder, read_state(path)["chats"])
+    tokenizer = tokenize_data.load_tokenizer(cfg)
+    # The weights do not depend on the loss, which an experiment may have registered.
+    section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}
+    model_cfg = transformer.resolve_vocab_size(section, tokenizer.n_vocab)
+    export(path, model_cfg, cfg, tokenizer, folder, read_state(path)["has_chats"])
     print(f"{path} -> {folder}")
 
 
 def ls(out_dir):
     """Print a run's checkpoints, oldest first."""
-    whole = found(out_dir)
-    for folder in whole:
+    checkpoints = list_checkpoints(out_dir)
+    for folder in checkpoints:
         try:
             state = read_state(folder)
-        except ValueError as e:
+        except configs.UserError as e:
             print(e)
             continue
         size = sum(f.stat().st_size for f in folder.iterdir())
-        names = [n for n in ("latest", "best") if (folder.with_name(n)).resolve() == folder.resolve()]
-        print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   {size / 1e6:,.1f} MB   "
-              f"torch {state['versions']['torch']}{''.join(f'   {n}' for n in names)}")
-    if not whole:
-        raise ValueError(f"{out_dir}: no checkpoints there")
+        links = [name for name in ("latest", "best")
+                 if folder.with_name(name).resolve() == folder.resolve()]
+        print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   "
+              f"{size / 1e6:,.1f} MB   torch {state['versions']['torch']}", *links, sep="   ")
+    if not checkpoints:
+        raise configs.UserError(f"{out_dir}: no checkpoints here")
 
 
 def main(argv):
-    commands = {"ls": (ls, "ls RUN"), "export": (export_checkpoint, "export RUN|CHECKPOINT DIR")}
-    if argv[0] not in commands or len(argv) != len(commands[argv[0]][1].split()):
-        raise ValueError("; ".join(f"python checkpoint.py {usage}" for _, usage in commands.values()))
-    commands[argv[0]][0](*argv[1:])
+    command, *args = argv
+    if command == "ls" and len(args) == 1:
+        ls(*args)
+    elif command == "export" and len(args) == 2:
+        export_checkpoint(*args)
+    else:
+        raise configs.UserError("python checkpoint.py ls RUN; "
+                                "python checkpoint.py export RUN|CHECKPOINT DIR")
 
 
 if __name__ == "__main__":

@@ -1,277 +1,706 @@
-"""What a run tells: an aligned line on the console and a record in metrics.jsonl for each logged step.
+"""What a run reports: a console line and a record in metrics.jsonl for each logged step.
 
-    python log.py out/ft out/lora          compare runs: a table, and their curves in out/ft/curves.svg
+    python log.py out/ft out/lora    compare runs: a table, and their curves in out/ft/curves.svg
 
-Also wandb, mlflow or tensorboard, where log.to names them and they are installed. A number is null where it is not
-known; the README's table says what each one is. Values that live on a device are read when the next record comes, so
-that logging never makes the device wait.
+A record is a flat dict of numbers. README.md defines them; null is a value that is not known. With
+log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records are sent there.
+
+Logging never makes the device wait: the tensors of a record are read when the next record arrives,
+and by then they have been computed.
+
+The file follows a run: backends, the logger, the profile of one step, the reports before the first
+step and after the last one, and the comparison of finished runs.
 """
-import contextlib, html, json, math, os, re, sys
+import contextlib
+import html
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import shlex
+import statistics
+import sys
 from pathlib import Path
 
 import configs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# other places to tell: name -> a function of (cfg, folder) that returns a function of a record
+# --------------------------------------------------------------------------------------------------
+# backends: other places for the records
+#
+# A backend is created with (cfg, folder of the run); log() gets the known numbers of one record.
+# An experiment can register another one in BACKENDS.
 
-def to_wandb(cfg, folder):
-    import wandb
-    run = wandb.init(project=cfg["log"]["project"], name=Path(folder).name, dir=str(folder), config=cfg, resume="allow")
-    return lambda record: run.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+class WandbBackend:
+    def __init__(self, cfg, folder):
+        import wandb
+        self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
+                              config=cfg, resume="allow")
+
+    def log(self, record):
+        self.run.log(record, step=record["step"])
+
+    def close(self):
+        self.run.finish()
 
 
-def to_mlflow(cfg, folder):
-    import mlflow
-    mlflow.set_experiment(cfg["log"]["project"])
-    mlflow.start_run(run_name=Path(folder).name)
-    return lambda record: mlflow.log_metrics({k: v for k, v in record.items() if v is not None}, step=record["step"])
+class MlflowBackend:
+    def __init__(self, cfg, folder):
+        import mlflow
+        self.mlflow = mlflow
+        mlflow.set_experiment(cfg["log"]["project"])
+        mlflow.start_run(run_name=folder.name)
+
+    def log(self, record):
+        self.mlflow.log_metrics(record, step=record["step"])
+
+    def close(self):
+        self.mlflow.end_run()
 
 
-def to_tensorboard(cfg, folder):
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(folder))
+class TensorboardBackend:
+    def __init__(self, cfg, folder):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(folder))
 
-    def write(record):
+    def log(self, record):
         for key, value in record.items():
-            if value is not None:
-                writer.add_scalar(key, value, record["step"])
-        writer.flush()
-    return write
+            self.writer.add_scalar(key, value, record["step"])
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
 
 
-PLACES = {"wandb": to_wandb, "mlflow": to_mlflow, "tensorboard": to_tensorboard}
+BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": TensorboardBackend}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# while a run is on
-
-def number(value):
-    """A tensor, a number or None -> what JSON can hold: NaN and infinity are null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if value is None or isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace(path, text):
-    """Write a file whole or not at all, and not where it holds that already."""
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def open_backends(cfg, folder):
+    """The backends that log.to names. Raises UserError if one is unknown or not installed."""
+    backends = []
+    for name in cfg["log"]["to"]:
+        if name not in BACKENDS:
+            known = ", ".join(BACKENDS)
+            raise configs.UserError(f"log.to: must be one of {known}; got {name}")
+        try:
+            backends.append(BACKENDS[name](cfg, folder))
+        except ImportError:
+            message = f"log.to: {name} is not installed; pip install {name}"
+            raise configs.UserError(message) from None
+    return backends
 
 
-def clock(seconds):
-    """83 -> 1:23, 3683 -> 1:01:23"""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+# --------------------------------------------------------------------------------------------------
+# the logger
 
+class Logger:
+    """The console, metrics.jsonl and the backends of a run. Creating one opens all three.
 
-class Log:
-    """A run's console and metrics.jsonl.
+    total_steps     steps of the whole run
+    resumed_step    the step that the run resumes from; 0 for a new run
+    seconds_before  seconds of training up to that step
 
-    resumed, before  the step a run goes on from, and its seconds until then. Records of later steps are dropped.
+    Raises UserError if the folder cannot be created, or for a backend (see open_backends).
     """
 
-    def __init__(self, cfg, total_steps, resumed=0, before=0.0):
-        self.path, self.total, self.pending = Path(cfg["out_dir"]) / "metrics.jsonl", total_steps, None
-        self.resumed, self.before, self.width = resumed, before, len(f"{total_steps:,}")
-        if strange := [name for name in cfg["log"]["to"] if name not in PLACES]:
-            raise ValueError(f"log.to: {strange[0]} is none of {', '.join(PLACES)}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ValueError(f"out_dir: {self.path.parent} can't be made: {e.strerror}") from None
-        old = [r for r in read(self.path.parent) if r["step"] <= resumed] if resumed else []
-        replace(self.path, "".join(json.dumps(r) + "\n" for r in old))
-        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
-        self.places = []
-        for name in cfg["log"]["to"]:
-            try:
-                self.places.append(PLACES[name](cfg, self.path.parent))
-            except ImportError:
-                raise ValueError(f"log.to: {name} is not installed; pip install {name}") from None
+    def __init__(self, cfg, total_steps, resumed_step=0, seconds_before=0.0):
+        folder = Path(cfg["out_dir"])
+        self.total_steps = total_steps
+        self.resumed_step = resumed_step
+        self.seconds_before = seconds_before
+        self.pending = None                      # the record of a step that is not written yet
+        self.unwritten = b""                     # lines for which the disk had no room
+        make_folder(folder)
+        self.backends = open_backends(cfg, folder)
+        self.path = folder / "metrics.jsonl"
+        self.file = open_metrics(self.path, resumed_step)
 
-    def say(self, text=""):
-        """A line for people only."""
+    def print(self, text=""):
+        """Print a line that is not a record."""
         self.flush()
         print(text, flush=True)
 
     def step(self, record):
-        """A training step's record. It is written when the next one comes: its tensors are then long computed."""
+        """Log a training step. It is written when the next record arrives (see the top)."""
         self.flush()
         self.pending = record
 
     def flush(self):
-        record, self.pending = self.pending, None
-        if not record:
-            return
-        record = self.write(record)
-        step = record["step"]
-        left = (record["seconds"] - self.before) / (step - self.resumed) * (self.total - step)
-        show = lambda key, form: "-" if record[key] is None else format(record[key], form)
-        parts = [f"step {step:>{self.width},}/{self.total:,}", f"loss {show('loss', '7.4f')}",
-                 f"lr {show('lr', '.2e')}", f"norm {show('grad_norm', '6.3f')}", f"{show('tok_per_s', '9,.0f')} tok/s",
-                 f"mfu {show('mfu', '.1%')}", f"{step / self.total:4.0%}", f"{clock(left)} left"]
-        print("  ".join(part for part in parts if part != "mfu -"), flush=True)
+        """Write and print the pending record, if there is one. Waits for its tensors."""
+        record = self.pending
+        self.pending = None
+        if record is not None:
+            record = self.write(record)
+            print(self.format_step(record), flush=True)
 
     def validation(self, record):
-        """{"step", "val/LABEL/loss", "val/LABEL/exact_match"}: written, and shown."""
+        """Log {"step", "val/LABEL/loss", "val/LABEL/<metric>", ...}."""
         self.flush()
         record = self.write(record)
-        parts = [f"{key.removeprefix('val/').replace('/', ' ')} {'-' if value is None else format(value, '.4f')}"
-                 for key, value in record.items() if key.startswith("val/")]
-        print(f"step {record['step']:>{self.width},}/{self.total:,}  validation: {'   '.join(parts)}", flush=True)
+        step = record.pop("step")
+        fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
+                  for key, value in record.items()]
+        print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
 
     def write(self, record):
-        record = {key: number(value) for key, value in record.items()}
-        self.unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        """Append a record to metrics.jsonl, pass it to the backends, return its plain numbers.
+
+        If the disk is full, the run continues, and the line is written with a later one.
+        """
+        record = {key: to_json(value) for key, value in record.items()}
+        line = json.dumps(record, allow_nan=False) + "\n"
+        self.unwritten += line.encode()
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
-        except OSError as e:                                   # a full disk, say: these lines wait for the next
-            print(f"{self.path} can't be written ({e.strerror}); the run goes on", flush=True)
-        for place in self.places:
-            place(record)
+                n_bytes = self.file.write(self.unwritten)
+                self.unwritten = self.unwritten[n_bytes:]
+        except OSError as e:
+            print(f"{self.path} cannot be written ({e.strerror}); the run continues", flush=True)
+        known = {key: value for key, value in record.items() if value is not None}
+        for backend in self.backends:
+            backend.log(known)
         return record
 
     def close(self):
         self.flush()
         self.file.close()
+        for backend in self.backends:
+            backend.close()
+
+    def format_step(self, record):
+        step = record["step"]
+        # the time left is estimated from the steps of this process
+        seconds = record["seconds"] - self.seconds_before
+        seconds_per_step = seconds / (step - self.resumed_step)
+        seconds_left = seconds_per_step * (self.total_steps - step)
+        fields = [
+            self.format_progress(step),
+            f"loss {format_number(record['loss'], '.4f'):>7}",
+            f"lr {format_number(record['lr'], '.2e'):>8}",
+            f"norm {format_number(record['grad_norm'], '.3f'):>6}",
+            f"{format_number(record['tok_per_s'], ',.0f'):>9} tok/s",
+        ]
+        if record["mfu"] is not None:
+            fields.append(f"mfu {record['mfu']:.1%}")
+        fields.append(f"{step / self.total_steps:4.0%}")
+        fields.append(f"{format_duration(seconds_left)} left")
+        return "  ".join(fields)
+
+    def format_progress(self, step):
+        total = f"{self.total_steps:,}"
+        return f"step {step:>{len(total)},}/{total}"
+
+
+class NullLogger:
+    """The logger of all ranks but rank 0: it does nothing."""
+
+    def print(self, text=""):
+        pass
+
+    def step(self, record):
+        pass
+
+    def flush(self):
+        pass
+
+    def validation(self, record):
+        pass
+
+    def close(self):
+        pass
+
+
+def make_folder(folder):
+    """Create out_dir. Raises UserError if that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        message = f"out_dir: {folder} cannot be created ({e.strerror}); choose another out_dir"
+        raise configs.UserError(message) from None
+
+
+def open_metrics(path, resumed_step):
+    """Open metrics.jsonl to append to, without its records of steps after `resumed_step`.
+
+    The run computes these steps again. A new run (resumed_step 0) starts with an empty file.
+    """
+    records = read(path.parent) if resumed_step else []
+    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= resumed_step]
+    write_atomic(path, "".join(kept))
+    return open(path, "ab", buffering=0)
+
+
+def write_atomic(path, text):
+    """Write a text file completely or not at all. A file with the same text is left as it is."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def to_json(value):
+    """A number, None, or a tensor with one element -> what strict JSON can hold.
+
+    NaN and infinity become None.
+    """
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def format_number(value, spec):
+    return "-" if value is None else format(value, spec)
+
+
+def format_duration(seconds):
+    """83 -> 1:23, 3683 -> 1:01:23"""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# the profile of one step
+
+# names of kernels for matrix products and attention
+MATMUL_KERNELS = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|cudnn"
 
 
 @contextlib.contextmanager
-def profiled(path, device, say):
-    """Around a step: writes a trace for chrome://tracing or Perfetto to `path`, and says what took longest.
+def profile_step(path, device, print_line):
+    """Profile the enclosed step: write a trace to `path` and print the most expensive kernels.
 
-    On a CPU the trace's own small allocations break up the places that large tensors had, which then get new pages
-    from the operating system: what first touches such a tensor (fill_, say) looks dearer than in other steps.
+    chrome://tracing and Perfetto show the trace. On a CPU, the profiler's own small allocations
+    fragment the memory that large tensors were in, so that they get new pages from the kernel.
+    Operations that touch a tensor first (fill_) therefore look slower than they are without it.
     """
-    from torch.profiler import ProfilerActivity, profile
-    cuda, before = device.type == "cuda", os.times().system
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as prof:
+    from torch.profiler import profile
+    system_before = os.times().system
+    with profile() as profiler:
         yield
-        system = os.times().system - before                    # seconds, of all threads
-    prof.export_chrome_trace(str(path))
-    cost = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total     # microseconds
-    events = [e for e in prof.key_averages() if cost(e) > 0 and (not cuda or e.device_type.name == "CUDA")]
-    total = sum(map(cost, events)) or 1
-    heavy = sum(cost(e) for e in events if re.search(HEAVY, e.key, re.IGNORECASE))
-    for event in sorted(events, key=cost, reverse=True)[:10]:
-        say(f"{cost(event) / total:6.1%} {cost(event) / 1e3:10.2f} ms {event.count:6,} x  {event.key[:80]}")
-    say(f"{1 - heavy / total:6.1%} of {total / 1e3:,.2f} ms outside matrix products and attention; all is in {path}")
-    if not cuda:
-        say(f"{system * 1e3:.0f} ms of processor time for new memory and the like, most of it because of the trace")
+        system_ms = (os.times().system - system_before) * 1e3
+    profiler.export_chrome_trace(str(path))
+    for line in describe_kernels(profiler.key_averages(), device):
+        print_line(line)
+    print_line(f"the trace is in {path}")
+    if device.type != "cuda":
+        print_line(f"{system_ms:.0f} ms of processor time for new memory and the like, most of it "
+                   "caused by the profiler")
 
 
-HEAVY = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|cudnn"    # their kernels' names
+def describe_kernels(events, device):
+    """The ten most expensive kernels, and the share of matrix products and attention -> lines."""
+    on_cuda = device.type == "cuda"
+    self_time = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    kernels = [(getattr(event, self_time) / 1e3, event.count, event.key) for event in events
+               if not on_cuda or event.device_type.name == "CUDA"]    # (ms, calls, name)
+    kernels.sort(reverse=True)
+    total = sum(ms for ms, _, _ in kernels) or 1
+    matmul = sum(ms for ms, _, name in kernels if re.search(MATMUL_KERNELS, name, re.IGNORECASE))
+    lines = [f"{ms / total:6.1%} {ms:10.2f} ms {calls:6,} x  {name[:80]}"
+             for ms, calls, name in kernels[:10]]
+    lines.append(f"{1 - matmul / total:6.1%} of {total:,.2f} ms is outside matrix products and "
+                 "attention")
+    return lines
 
 
-class Silent:
-    """What the other ranks have for a Log: the console speaks once."""
+# --------------------------------------------------------------------------------------------------
+# what the loop asks for: the hardware, and the best checkpoint
 
-    def __getattr__(self, name):
-        return lambda *args: None
+# dense bf16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# afterwards
+def peak_flops(device, dtype):
+    """The peak FLOP/s of a device in the dtype of the computation; None if it is not known."""
+    import torch
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    device_name = torch.cuda.get_device_name(device)
+    if "PCIe" in device_name:                    # slower than the SXM card of the same name
+        return None
+    for name, flops in PEAK_FLOPS.items():
+        if name in device_name:
+            return flops
+    return None
+
+
+def peak_memory(device):
+    """The most bytes held so far, by CUDA's allocator or by this process."""
+    if device.type == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    max_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max_rss if sys.platform == "darwin" else max_rss * 1024    # elsewhere in KiB
+
+
+def is_eval_record(record):
+    return any(key.startswith("val/") for key in record)
+
+
+def was_evaluated(records, step):
+    """Is there a record of an evaluation after `step`?"""
+    return any(record["step"] == step and is_eval_record(record) for record in records)
+
+
+def parse_best(best):
+    """cfg["best"] -> (key of a record, is larger better?): "KEY" or "max KEY"."""
+    return best.removeprefix("max "), best.startswith("max ")
+
+
+def rank_checkpoints(records, best):
+    """Return (steps from best to worst, number of evaluations since the best).
+
+    best: see parse_best. Of equal values the earlier step is better. Step 0 has no checkpoint.
+    """
+    key, is_maximized = parse_best(best)
+    points = [point for point in series(records, key) if point[0] > 0]
+    points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
+    steps = [step for step, _ in points]
+    evaluated = {record["step"] for record in records if is_eval_record(record)}
+    since_best = [step for step in evaluated if steps and step > steps[0]]
+    return steps, len(since_best)
+
+
+def check_best(cfg, labels, metric_names):
+    """Raise UserError unless cfg["best"] is empty or names a number that this run logs.
+
+    labels        of the validation sets
+    metric_names  {label: names of the metrics of its answers}
+    """
+    if not cfg["best"]:
+        return
+    if not labels or not cfg["eval_every"]:
+        raise configs.UserError(f"best: {cfg['best']} needs evaluations, and this run has none; "
+                                "set data.validation or data.validation_split, and eval_every")
+    names = ["loss", "grad_norm"] if cfg["log_every"] else []
+    for label in labels:
+        names += [f"val/{label}/{metric}" for metric in ["loss", *metric_names[label]]]
+    key, _ = parse_best(cfg["best"])
+    if key not in names:
+        raise configs.UserError(f"best: must be one of {', '.join(names)}, or max and one of "
+                                f"them; got {cfg['best']}")
+
+
+# --------------------------------------------------------------------------------------------------
+# the reports before the first step and after the last one (run: train.Run)
+#
+# Other scripts are imported inside the functions, so that `python log.py` starts without torch.
+
+def describe_run(run):
+    """What is about to be trained, on what and for how long, as arithmetic -> lines."""
+    import tokenize_data
+    lines = []
+    for kind, sources in run.data.items():
+        for name, tokens in sources.items():
+            lines.append("data      " + tokenize_data.summary(f"{kind}.{name}", tokens))
+    lines.append("model     " + describe_model(run))
+    lines += describe_length(run)
+    lines.append("device    " + describe_device(run))
+    if run.resume_path:
+        lines.append(f"resume    {run.resume_path}: {run.resumed_step:,} of "
+                     f"{run.state.total_steps:,} steps are done")
+        for change in run.state.code_changes:
+            if change["step"] == run.resumed_step:
+                lines.append(f"warning   changed since then: {', '.join(change['files'])}")
+    return lines
+
+
+def describe_model(run):
+    model_cfg = run.model.cfg
+    params = list(run.model.parameters())
+    n_params = sum(p.numel() for p in params)
+    n_trained = sum(p.numel() for p in params if p.requires_grad)
+    text = (f"{model_cfg['family']} {model_cfg['n_layers']} x {model_cfg['d_model']}, "
+            f"{n_params:,} parameters, {n_trained:,} trained")
+    lora_rank = run.cfg["shard"]["lora"]["r"]
+    if lora_rank:
+        text += f" (LoRA of rank {lora_rank})"
+    text += f", from {model_cfg['init_from'] or 'scratch'}"
+    # a pretrained model grows if the tokenizer has more tokens than its config says
+    old_vocab_size = run.cfg["model"]["vocab_size"]
+    if old_vocab_size and old_vocab_size < model_cfg["vocab_size"]:
+        text += f", with {model_cfg['vocab_size'] - old_vocab_size:,} new tokens"
+    return text
+
+
+def describe_length(run):
+    """The tokens of a step, and the steps and epochs of the run -> two lines."""
+    import sampler
+    import shard
+    cfg = run.cfg
+    sources = run.data["train"]
+    sizes = {name: len(tokens) for name, tokens in sources.items()}
+    # a document of n tokens has n - 1 inputs
+    n_tokens = sum(int(tokens.offsets[-1] - tokens.offsets[0]) for tokens in sources.values())
+    length = n_tokens / sum(sizes.values()) - 1
+    per_step = cfg["batch_size"] * length
+    world_size = shard.world_size()
+    n_micro_batches = math.ceil(per_step / cfg["micro_tokens"] / world_size)
+    micro_batches = plural(n_micro_batches, "micro-batch", "micro-batches")
+    each = " on each rank" if world_size > 1 else ""
+    n_documents = int(sampler.documents_per_epoch(cfg, sizes)[2].sum())
+    total_steps = run.state.total_steps
+    return [
+        f"step      {cfg['batch_size']:,} documents x ~{length:,.0f} tokens = {per_step:,.0f} "
+        f"tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} tokens{each}",
+        f"run       {n_documents:,} documents / {cfg['batch_size']:,} = {run.steps_per_epoch:,} "
+        f"steps per epoch; {total_steps:,} steps = {total_steps / run.steps_per_epoch:.2f} epochs "
+        f"= {total_steps * per_step:,.0f} tokens",
+    ]
+
+
+def describe_device(run):
+    import shard
+    import torch
+    if run.device.type == "cuda":
+        text = torch.cuda.get_device_name(run.device)
+    else:
+        text = "cpu, " + plural(torch.get_num_threads(), "thread", "threads")
+    world_size = shard.world_size()
+    if world_size > 1:
+        replicate, shards = shard.mesh_sizes(run.cfg, world_size)
+        text = f"{world_size} ranks (replicate {replicate} x shard {shards}), each {text}"
+    dtype = str(run.model.dtype).removeprefix("torch.")
+    text += f", computing in {dtype}, master weights in float32"
+    if run.model.recompute:
+        text += ", blocks recomputed in the backward pass"
+    return text
+
+
+def plural(n, one, many):
+    return f"{n:,} {one if n == 1 else many}"
+
+
+def final_summary(run):
+    """Sample answers, each metric from first to last, time, and how to chat -> lines.
+
+    If this process trained nothing, the first line says so.
+    """
+    cfg = run.cfg
+    state = run.state
+    out_dir = cfg["out_dir"]
+    records = read(out_dir)
+    metrics = format_metrics(records)
+    answers = format_answers(run.answers, cfg["samples"])
+    if state.step > run.resumed_step:
+        duration = format_duration(last_value(records, "seconds") or 0)
+        lines = ["", *answers, *metrics]
+        lines.append(f"{state.step:,} steps in {duration}; results are in {out_dir}")
+    else:
+        lines = [f"{out_dir} is finished: all {state.step:,} steps are done; nothing was trained"]
+        if state.step < state.total_steps:    # ended by max_seconds or patience
+            lines = [f"{out_dir} ended after step {state.step:,} earlier; nothing was trained"]
+        lines += answers
+        if metrics:
+            lines += ["recorded when it was trained:", *metrics]
+        lines.append("out_dir=NEW starts another run; resume=never starts this one over")
+    if cfg["checkpoint"]["export"]:
+        lines.append(f'chat with it: python model.py {shlex.quote(str(out_dir))} "..."')
+    return lines
+
+
+def format_answers(answers, n_samples):
+    """{label: [(prompt, answer, reference)]} -> lines, for the first `n_samples` of each label."""
+    lines = []
+    for texts in answers.values():
+        for prompt, answer, reference in texts[:n_samples]:
+            verdict = f"expected: {reference}"
+            if answer.strip() == reference.strip():
+                verdict = "matches the reference"
+            lines += [f"{prompt}{answer}", f"    {verdict}", ""]
+    return lines
+
+
+def format_metrics(records):
+    """The first and the last value of each validation metric -> lines."""
+    lines = []
+    for key in validation_keys(records):
+        values = [value for _, value in series(records, key)]
+        if values:
+            name = key.removeprefix("val/")
+            lines.append(f"{name:<24} {values[0]:.3f} -> {values[-1]:.3f}")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# reading and comparing runs
 
 def read(folder):
-    """A run's records; a last line that was cut off by the end of the process is left out."""
-    path, records = Path(folder) / "metrics.jsonl", []
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for n, line in enumerate(lines, 1):
+    """The records of a run, [] if it has none.
+
+    An incomplete last line, which a killed process leaves, is ignored. Raises UserError for any
+    other line that is not a record.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
-            if n == len(lines):
+            if i == len(lines):
                 break
             record = None
         if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}, line {n}: no record of a step")
+            raise configs.UserError(f"{path}, line {i}: not the record of a step; remove the line")
         records.append(record)
     return records
 
 
+def series(records, key):
+    """The known values of a key -> [(step, value)]"""
+    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
+
+
+def last_value(records, key):
+    points = series(records, key)
+    return points[-1][1] if points else None
+
+
+def validation_keys(records):
+    return sorted({key for record in records for key in record if key.startswith("val/")})
+
+
 def table(runs):
-    """{name: records} -> text: a row per run with its last figures."""
-    vals = sorted({key for records in runs.values() for r in records for key in r if key.startswith("val/")})
-    last = lambda records, key: next((r[key] for r in reversed(records) if r.get(key) is not None), None)
-    short = [v.removeprefix("val/") for v in vals]
-    rows = [["run", "step", "loss", *short, "tok/s", "time", "loss, from first to last"]]
+    """{name: records} -> text with the last values of each run in a row."""
+    val_keys = sorted({key for records in runs.values() for key in validation_keys(records)})
+    names = [key.removeprefix("val/") for key in val_keys]
+    rows = [["run", "step", "loss", *names, "tok/s", "time", "loss, from first to last"]]
     for name, records in runs.items():
-        figures = [last(records, key) for key in ["loss", *vals]]
-        speeds = sorted(r["tok_per_s"] for r in records if r.get("tok_per_s"))
-        rows.append([name, f"{last(records, 'step') or 0:,}", *["-" if f is None else f"{f:.4f}" for f in figures],
-                     f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-", clock(last(records, "seconds") or 0),
-                     spark([r["loss"] for r in records if r.get("loss") is not None])])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    sides = ["<", *[">"] * (len(widths) - 2), "<"]
-    aligned = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+        values = [last_value(records, key) for key in ["loss", *val_keys]]
+        speeds = [speed for _, speed in series(records, "tok_per_s")]
+        median = statistics.median(speeds) if speeds else None
+        rows.append([
+            name,
+            f"{last_value(records, 'step') or 0:,}",
+            *[format_number(value, ".4f") for value in values],
+            format_number(median, ",.0f"),
+            format_duration(last_value(records, "seconds") or 0),
+            sparkline([loss for _, loss in series(records, "loss")]),
+        ])
+    return align(rows)
 
 
-def spark(values, width=32):
-    """Numbers as a line of at most `width` bars; a bar is the mean of its share."""
-    n = min(width, len(values))
-    shares = [values[i * len(values) // n:(i + 1) * len(values) // n] for i in range(n)]
-    means = [sum(share) / len(share) for share in shares]
-    low, span = min(means, default=0), max(means, default=0) - min(means, default=0)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span) if span else 0] for mean in means)
+def align(rows):
+    """Rows of cells -> text. The first and the last column are left-aligned, the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for first, *middle, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells, last]).rstrip())
+    return "\n".join(lines)
 
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+BARS = "▁▂▃▄▅▆▇█"
 
 
-def curves(runs, width=860, height=420):
-    """{name: records} -> an SVG picture: training loss as thin lines, validation loss thick and dotted, by step."""
-    lines = []                                                 # (colour, label, points, is it validation)
-    for colour, (name, records) in zip(COLOURS * len(runs), runs.items()):
-        for key in ["loss", *sorted({k for r in records for k in r if k.startswith("val/") and k.endswith("/loss")})]:
-            label = name if key == "loss" else f"{name} {key.removesuffix('/loss')}"
-            if points := [(r["step"], r[key]) for r in records if r.get(key) is not None]:
-                lines.append((colour, label, points, key != "loss"))
-    xs, ys = ([point[i] for _, _, points, _ in lines for point in points] or [0] for i in (0, 1))
-    left, top, right, bottom = 60, 20, width - 20, height - 40 - 16 * ((len(lines) + 1) // 2)
-    x1, y1 = max(*xs, 1), max(*ys, min(ys) + 1e-9)
-    y0 = 0 if 0 <= min(ys) < y1 / 4 else min(ys)
-    px = lambda x: round(left + (right - left) * x / x1, 1)
-    py = lambda y: round(bottom - (bottom - top) * (y - y0) / (y1 - y0), 1)
+def sparkline(values, width=32):
+    """Numbers -> a line of at most `width` bars, each the mean of consecutive values."""
+    size = math.ceil(len(values) / width) or 1
+    means = [statistics.fmean(values[i:i + size]) for i in range(0, len(values), size)]
+    low = min(means, default=0)
+    span = max(means, default=0) - low or 1
+    levels = [round((mean - low) / span * (len(BARS) - 1)) for mean in means]
+    return "".join(BARS[level] for level in levels)
 
-    def tag(name, text=None, **attributes):
-        inside = " ".join(f'{key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-        return f"<{name} {inside}/>" if text is None else f"<{name} {inside}>{html.escape(text)}</{name}>"
 
-    out = [tag("rect", width=width, height=height, fill="white"), tag("text", "loss, by step", x=left, y=14)]
-    for i in range(5):                                         # the grid
-        x, y = x1 * i / 4, y0 + (y1 - y0) * i / 4
-        out.append(tag("line", x1=left, x2=right, y1=py(y), y2=py(y), stroke="#ddd"))
-        out.append(tag("text", f"{y:.3g}", x=left - 6, y=py(y) + 4, text_anchor="end"))
-        out.append(tag("text", f"{x:,.0f}", x=px(x), y=bottom + 18, text_anchor="middle"))
-    for i, (colour, label, points, val) in enumerate(lines):
-        stroke = {"stroke": colour, "stroke_width": 2.5 if val else 1}
-        out.append(tag("polyline", points=" ".join(f"{px(x)},{py(y)}" for x, y in points), fill="none", **stroke))
-        out += [tag("circle", cx=px(x), cy=py(y), r=3.5, fill=colour) for x, y in points if val]
-        x, y = left + i % 2 * (right - left) // 2, bottom + 40 + 16 * (i // 2)       # the legend, in two columns
-        out += [tag("line", x1=x, x2=x + 22, y1=y - 4, y2=y - 4, **stroke), tag("text", label, x=x + 28, y=y)]
-    return tag("svg", "@", xmlns="http://www.w3.org/2000/svg", width=width, height=height, font_family="sans-serif",
-               font_size=12).replace("@", "\n".join(["", *out, ""])) + "\n"
+# --------------------------------------------------------------------------------------------------
+# curves as an SVG picture
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
+
+# borders of the plot in pixels; the legend is below it
+LEFT = 60
+RIGHT = 840
+TOP = 20
+BOTTOM = 340
+
+
+def curves(runs):
+    """{name: records} -> an SVG picture of the losses by step.
+
+    Training losses are thin lines, validation losses thick ones with a dot for each value.
+    """
+    found = []                                                # (run, key, color, [(step, loss)])
+    for (name, records), color in zip(runs.items(), itertools.cycle(COLORS)):
+        for key in ["loss", *validation_keys(records)]:
+            if key == "loss" or key.endswith("/loss"):
+                found.append((name, key, color, series(records, key)))
+    steps = [step for *_, points in found for step, _ in points]
+    losses = [loss for *_, points in found for _, loss in points]
+    last_step = max(steps, default=1)
+    low = min(losses, default=0)
+    high = max(losses, default=1)
+    height = BOTTOM + 40 + 16 * len(found)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{RIGHT + 20}" height="{height}" '
+             'font-family="sans-serif" font-size="12">', *svg_grid(last_step, low, high)]
+    for i, (name, key, color, points) in enumerate(found):
+        pixels = [(rescale(step, 0, last_step, LEFT, RIGHT), rescale(loss, low, high, BOTTOM, TOP))
+                  for step, loss in points]
+        parts += svg_curve(f"{name} {key}", color, pixels, key != "loss", BOTTOM + 40 + 16 * i)
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def rescale(value, low, high, start, end):
+    """Map the range from low to high linearly to the pixels from start to end."""
+    share = (value - low) / ((high - low) or 1)
+    return round(start + share * (end - start), 1)
+
+
+def svg_grid(last_step, low, high):
+    """Background, title, and at each quarter of the axes a horizontal line, its loss and a step."""
+    parts = ['<rect width="100%" height="100%" fill="white"/>',
+             f'<text x="{LEFT}" y="14">loss, by step</text>']
+    for i in range(5):
+        x = rescale(i, 0, 4, LEFT, RIGHT)
+        y = rescale(i, 0, 4, BOTTOM, TOP)
+        loss = low + (high - low) * i / 4
+        parts += [
+            f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>',
+            f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{loss:.3g}</text>',
+            f'<text x="{x}" y="{BOTTOM + 18}" text-anchor="middle">{last_step * i / 4:,.0f}</text>',
+        ]
+    return parts
+
+
+def svg_curve(label, color, pixels, is_validation, legend_y):
+    """A curve and its entry in the legend."""
+    width = 2.5 if is_validation else 1
+    stroke = f'stroke="{color}" stroke-width="{width}"'
+    points = " ".join(f"{x},{y}" for x, y in pixels)
+    parts = [
+        f'<polyline points="{points}" fill="none" {stroke}/>',
+        f'<line x1="{LEFT}" x2="{LEFT + 22}" y1="{legend_y - 4}" y2="{legend_y - 4}" {stroke}/>',
+        f'<text x="{LEFT + 28}" y="{legend_y}">{html.escape(label)}</text>',
+    ]
+    if is_validation:
+        parts += [f'<circle cx="{x}" cy="{y}" r="3.5" fill="{color}"/>' for x, y in pixels]
+    return parts
 
 
 def main(argv):
     runs = {folder.rstrip("/"): read(folder) for folder in argv}
     for folder, records in runs.items():
         if not records:
-            raise ValueError(f"{folder}: no metrics.jsonl there, or nothing in it")
+            raise configs.UserError(f"{folder}: metrics.jsonl is missing or empty; name the "
+                                    "out_dir of a run that has logged")
     print(table(runs))
-    picture = Path(argv[0]) / "curves.svg"
-    picture.write_text(curves(runs))
-    print(f"\ncurves: {picture}")
+    path = Path(argv[0]) / "curves.svg"
+    path.write_text(curves(runs), encoding="utf-8")
+    print(f"\ncurves: {path}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    configs.exit_with_help(__doc__, sys.argv[1:])
     configs.run(main, sys.argv[1:])

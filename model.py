@@ -29,6 +29,7 @@ import configs
 if __name__ == "__main__" and len(sys.argv) < 2:
     sys.exit(__doc__)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -911,11 +912,11 @@ def as_batch(documents, device="cpu"):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0, going=any):
+def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0, keep_going=any):
     """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for one that has ended.
 
     It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
-    going  (is each prompt alive?) -> go on? A model in parts runs only where all who hold one run it: any of theirs
+    keep_going  ([is each prompt unfinished?]) -> generate another token? The ranks of a sharded model decide it together
     """
     m, device, B = model.cfg, model.embed.weight.device, len(prompts)
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
@@ -958,7 +959,7 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
         chosen = ids.tolist()
         yield [i if live else None for i, live in zip(chosen, alive)]
         alive = [live and i not in stop and len(p) + n + 1 < m["max_len"] for i, live, p in zip(chosen, alive, prompts)]
-        if n + 1 == max_tokens or not going(alive):
+        if n + 1 == max_tokens or not keep_going(alive):
             return
         new = {"tokens": ids, "positions": length.clamp(max=room - 1)}
         length = new["positions"]
@@ -987,6 +988,32 @@ def generate_all(model, prompts, max_tokens, stop, **sampling):
             if i is not None and i not in stop:
                 text.append(i)
     return out
+
+
+def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
+    """Questions from held-out chats, with their answers: [(prompt ids, answer ids without the stop token)].
+
+    A chat is cut before its last trained span. At most `limit` chats are taken, in order: those that end in a complete
+    answer and whose prompt is shorter than max_prompt_tokens.
+
+    dataset  a sampler.Dataset
+    """
+    prompts = []
+    for source in dataset.sources.values():
+        documents = len(source) if source.header["chats"] else 0
+        for i in range(documents):
+            if len(prompts) == limit:
+                return prompts
+            ids, mask = source.document(i)
+            last = np.flatnonzero(mask)[-1]
+            untrained = np.flatnonzero(mask[:last] == 0)
+            if not len(untrained):
+                continue
+            start = int(untrained[-1]) + 1
+            answer = ids[start:last + 1].tolist()
+            if start < max_prompt_tokens and answer[-1] in stop_ids:
+                prompts.append((ids[:start].tolist(), answer[:-1]))
+    return prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

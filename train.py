@@ -1,692 +1,968 @@
-"""The loop: pretraining and fine-tuning of language models, on one device or many.
+"""The training loop: pretraining and fine-tuning of language models on one device or many.
 
-    torchrun train.py configs/ft.yaml lr=1e-4                        fine-tune the embedded base on the embedded chats
-    torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     the same run on two devices
-    torchrun train.py configs/pretrain.yaml                          train from scratch on text
+    torchrun train.py configs/ft.yaml lr=1e-4                  fine-tune the embedded base on chats
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     on two devices
+    torchrun train.py configs/pretrain.yaml                    train from scratch on text
     torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/lora        adapters only
-    python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu     a laptop without torchrun
+    python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu         a laptop
 
 The loss of a step is
 
-    sum of weight * nll over the target tokens of all its documents  /  the sum of those weights
+    sum(loss_weight * nll) over the target tokens of all its documents  /  sum(|loss_weight|)
 
-Both sums are over the whole step. Nothing is averaged per row, per document or per rank first: an average of averages
-weights a token by the company it happens to be in. So every row's summed loss is divided by the step's total weight,
-known beforehand from the token files, and its gradient added to what is there: how a step is cut into rows, and rows
-are dealt to ranks, changes rounding, and nothing else.
+Both sums run over the global batch. Nothing is averaged per micro-batch, per document or per rank
+first, because a mean of means weights a token by the size of the group it happens to be in. The
+summed loss of each micro-batch is divided by the global sum of weights before its backward pass,
+so that gradients only have to be added: over micro-batches by autograd, over ranks by all-reduce.
+The layout (micro-batch size, packing, number of ranks) changes rounding and nothing else.
 """
+import os
 import sys
 
 import configs
 
-if __name__ == "__main__":
-    CONFIG = configs.load_or_exit(sys.argv[1:])      # before torch: a wrong key costs a moment, not a start-up
+if __name__ == "__main__":    # before torch is imported: a wrong key is reported at once
+    configs.exit_with_help(__doc__, sys.argv[1:])
+    configs.load_or_exit(sys.argv[1:], builtin_names=True)
 
-import os
+# OpenMP threads that wait go to sleep soon: 10 times faster beside a busy process (LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # waiting threads soon sleep: 10 times faster beside a busy process
-
-import collections, concurrent.futures, contextlib, math, platform, re, signal, time
+import contextlib
+import dataclasses
+import math
+import platform
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import checkpoint, log, model as transformer, sampler, shard, tokenize_data
+import checkpoint
+import log
+import model as transformer
+import sampler
+import shard
+import tokenize_data
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# schedules: step (from 0) -> learning rate
+# --------------------------------------------------------------------------------------------------
+# schedules: progress from 0 to 1 -> learning rate
 
-def constant(done, lr, least):
+def constant(progress, lr, min_lr):
     return lr
 
 
-def linear(done, lr, least):
-    return lr + (least - lr) * done
+def linear(progress, lr, min_lr):
+    return lr + (min_lr - lr) * progress
 
 
-def cosine(done, lr, least):
+def cosine(progress, lr, min_lr):
     """arXiv:1608.03983"""
-    return least + (lr - least) * (1 + math.cos(math.pi * done)) / 2
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": linear}    # wsd: at the end only
+SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": linear}
 
 
-def lr_at(step, total, cfg):
-    """The learning rate of the update that step makes: warm-up, then the schedule. The first is not 0, the last min_lr.
+def lr_at(step, total_steps, cfg):
+    """Learning rate of update `step` (from 0). The first is above 0, the last is min_lr."""
+    warmup_steps = min(to_steps(cfg["warmup_steps"], total_steps), total_steps)
+    # 1) linear warm-up
+    if step < warmup_steps:
+        return cfg["lr"] * (step + 1) / warmup_steps
+    # 2) wsd (warm-up, stable, decay; arXiv:2404.06395) keeps lr until its last decay_steps
+    start = warmup_steps
+    if cfg["schedule"] == "wsd":
+        start = max(warmup_steps, total_steps - to_steps(cfg["decay_steps"], total_steps))
+    # 3) the schedule, from `start` to the last step
+    progress = max(0, step + 1 - start) / max(1, total_steps - start)
+    return SCHEDULES[cfg["schedule"]](progress, cfg["lr"], cfg["min_lr"])
 
-    Warm-up, stable, decay (wsd, arXiv:2404.06395) keeps lr until its last `decay` steps, so that the steps before don't
-    depend on how long the run is.
+
+def to_steps(value, total_steps):
+    """A count (int) or a fraction of the run (float) as a number of steps; 0.001 is at least 1."""
+    if type(value) is int or value == 0:
+        return int(value)
+    return max(1, round(value * total_steps))
+
+
+def every_n_steps(step, every, total_steps):
+    """Is something due after `step` steps? `every`: a count, a fraction of the run, or 0: never.
+
+    With 0.25 it is due four times per run. The start (step 0) and the last step are always due.
     """
-    warmup = min(count(cfg["warmup"], total), total)
-    start = max(warmup, total - count(cfg["decay"], total)) if cfg["schedule"] == "wsd" else warmup
-    if step < warmup:
-        return cfg["lr"] * (step + 1) / warmup
-    done = max(0, step + 1 - start) / max(1, total - start)    # of the schedule, 1 at the last step
-    return SCHEDULES[cfg["schedule"]](done, cfg["lr"], cfg["min_lr"])
+    if not every:
+        return False
+    period = every if type(every) is int else every * total_steps
+    epsilon = 1e-9                                           # 0.1 * 30 is a little more than 3
+    times_now = math.floor(step / period + epsilon)
+    times_before = math.floor((step - 1) / period + epsilon)
+    return times_now > times_before or step == total_steps
 
 
-def count(value, total):
-    """A count, or a fraction of `total` -> a count; a fraction above 0 is at least 1."""
-    return value if type(value) is int else max(1, round(value * total)) if value else 0
+# --------------------------------------------------------------------------------------------------
+# optimizers: (param_groups, cfg, **optimizer_options) -> a torch.optim.Optimizer
+
+class WithoutDynamo:
+    """torch.optim without its import of torch._dynamo, which takes as long as importing torch.
+
+    torch.optim imports it to exclude an optimizer's methods from compilation; ours is not compiled.
+    """
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
 
 
-def due(step, every, total):
-    """Is it time, after `step` steps? At the start and the end always, unless every is 0. 0.25: four times a run."""
-    period = every if type(every) is int else every * total
-    times = lambda n: math.floor(n / period + 1e-9)            # up to step n; 1e-9: 0.1 * 30 is a little more than 3
-    return bool(period) and (times(step) > times(step - 1) or step == total)
+class AdamW(WithoutDynamo, torch.optim.AdamW):
+    """torch.optim.AdamW (arXiv:1711.05101) whose state exists from the start."""
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+
+    def __init__(self, param_groups, **options):
+        super().__init__(param_groups, fused=True, **options)
+        for p in trained_parameters(self):
+            self.state[p] = {"step": torch.zeros((), device=p.device),
+                             "exp_avg": torch.zeros_like(p),
+                             "exp_avg_sq": torch.zeros_like(p)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the optimizer
+class SGD(WithoutDynamo, torch.optim.SGD):
+    """torch.optim.SGD whose momentum buffers exist from the start."""
+    step = torch.no_grad()(torch.optim.SGD.step.__wrapped__)
 
-class AdamW:
-    """arXiv:1711.05101, in one kernel over all tensors. To make torch's own class takes as long as to import torch.
+    def __init__(self, param_groups, momentum, **options):
+        super().__init__(param_groups, momentum=momentum, **options)
+        for p in trained_parameters(self):
+            if momentum:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
-    Used as theirs is: param_groups, state, step(), zero_grad(). Moments lie over ranks as their parameters do; each
-    rank's step is that of its own rows.
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices along their orthogonalized momentum, and everything else with AdamW.
+
+    https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of AdamW's
+    (arXiv:2502.16982), so that one learning rate serves both. torch.optim.Muon takes neither
+    several matrices fused into one parameter (q, k and v) nor a parameter sharded over ranks.
+
+    muon_groups   param_groups of matrices, with "matrix_rows": for each parameter, the rows of
+                  the matrices it is fused of
+    adamw_groups  param_groups of everything else
     """
 
-    def __init__(self, groups):
-        self.param_groups, self.state = groups, collections.defaultdict(dict)
+    def __init__(self, muon_groups, adamw_groups, momentum, **adamw_options):
+        self.adamw = AdamW(adamw_groups, **adamw_options)
+        self.muon_groups = muon_groups
+        self.momentum = momentum
+        self.param_groups = [*muon_groups, *self.adamw.param_groups]
+        self.state = self.adamw.state
+        for group in muon_groups:
+            for p in group["params"]:
+                self.state[p] = {"momentum": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                      "exp_avg_sq": torch.zeros_like(p)}
-            params = [p for p in params if len(shard.part(p)[0])]    # of some a rank may have no row
-            mine = lambda tensors: [shard.part(t)[0] for t in tensors]
-            moment = lambda key: mine(self.state[p][key] for p in params)
-            steps = [self.state[p]["step"] for p in params]
-            if params:
-                torch._foreach_add_(steps, 1)
-                torch._fused_adamw_(mine(params), mine(p.grad for p in params), moment("exp_avg"), moment("exp_avg_sq"),
-                                    [], steps, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-                                    eps=group["eps"], weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
+        self.adamw.step()
+        for group in self.muon_groups:
+            for p, matrix_rows in zip(group["params"], group["matrix_rows"]):
+                if p.grad is not None:
+                    self.muon_update(p, matrix_rows, group["lr"], group["weight_decay"])
+
+    def muon_update(self, p, matrix_rows, lr, weight_decay):
+        momentum = self.state[p]["momentum"]
+        momentum.lerp_(p.grad, 1 - self.momentum)
+        update = torch.lerp(p.grad, momentum, self.momentum)            # Nesterov momentum
+        update = shard.full_tensor(update)    # every rank computes the whole update, uses its rows
+        matrices = [0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix)
+                    for matrix in update.split(matrix_rows)]
+        rows, start, end = shard.local_shard(p)
+        rows.mul_(1 - lr * weight_decay).sub_(torch.cat(matrices)[start:end], alpha=lr)
 
     def zero_grad(self, set_to_none=True):
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            p.grad = None if set_to_none else p.grad.zero_()
+        for p in trained_parameters(self):
+            p.grad = None
 
 
-def adamw(groups, cfg):
-    return AdamW(groups)
+def newton_schulz(g):
+    """Approximates U V^T of the singular value decomposition g = U S V^T, in bf16.
 
-
-def sgd(groups, cfg):
-    """Stochastic gradient descent with Nesterov's momentum, as deep learning writes it (Sutskever et al. 2013)."""
-    return torch.optim.SGD(groups, lr=cfg["lr"], momentum=cfg["momentum"], nesterov=cfg["momentum"] > 0)
-
-
-def orthogonal(g):
-    """A matrix -> about U V^T of its U S V^T, by five rounds of a polynomial on its singular values, in bf16."""
-    x = g.bfloat16() if g.shape[0] <= g.shape[1] else g.bfloat16().T
+    Five iterations of an odd polynomial that drives all singular values towards 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = g.shape[0] <= g.shape[1]
+    x = g.bfloat16() if wide else g.bfloat16().T
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         xx = x @ x.T
-        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.to(g.dtype) if g.shape[0] <= g.shape[1] else x.T.to(g.dtype)
+        polynomial = torch.addmm(xx, xx, xx, beta=b, alpha=c)           # b xx + c xx^2
+        x = torch.addmm(x, polynomial, x, beta=a)                       # a x + (b xx + c xx^2) x
+    return (x if wide else x.T).to(g.dtype)
 
 
-class Muon(AdamW):
-    """Matrices of the blocks move along their momentum's nearest orthogonal matrix, the rest by AdamW.
-
-    https://kellerjordan.github.io/posts/muon; steps as large as AdamW's (arXiv:2502.16982), so that one lr serves both.
-    What is several matrices in one (q, k and v; gate and up) is taken apart: group["parts"] has the rows of each. A
-    matrix that lies over ranks is gathered, and every rank takes the same step with its own rows.
-    """
-    @torch.no_grad()
-    def step(self):
-        done = []
-        for group in self.param_groups:
-            for p, rows in zip(group["params"], group["parts"]):
-                if rows:
-                    self.turn(p, rows, group)
-                    done.append((p, p.grad))
-                    p.grad = None                                    # AdamW passes over what has none
-        super().step()
-        for p, grad in done:
-            p.grad = grad
-
-    def turn(self, p, rows, group):
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        whole = shard.whole(torch.lerp(p.grad, state["momentum"], group["momentum"]))
-        moves = [orthogonal(part) * 0.2 * math.sqrt(max(part.shape)) for part in whole.split(rows)]
-        mine, start, end = shard.part(p)
-        mine.mul_(1 - group["lr"] * group["weight_decay"]).sub_(torch.cat(moves)[start:end], alpha=group["lr"])
+def adamw(param_groups, cfg):
+    return AdamW(param_groups, betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
-def muon(groups, cfg):
-    return Muon(groups)
+def sgd(param_groups, cfg):
+    momentum = cfg["momentum"]
+    return SGD(param_groups, lr=cfg["lr"], momentum=momentum, nesterov=momentum > 0)
+
+
+def muon(param_groups, cfg):
+    muon_groups, adamw_groups = split_matrices(param_groups)
+    if not muon_groups:
+        raise configs.UserError("optimizer: muon needs matrices of the blocks, and none is trained;"
+                                " optimizer=adamw")
+    return Muon(muon_groups, adamw_groups, cfg["momentum"],
+                betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": sgd}
-HYPERPARAMETERS = ("lr", "betas", "eps", "momentum")                # each group's own; lr is set anew for every step
 
 
-def make_optimizer(model, cfg):
-    """Groups of parameters, by cfg["groups"] and by their dimensions: matrices decay, vectors (norms, biases) don't.
+def split_matrices(param_groups):
+    """Split each group into one of the blocks' matrices and one of everything else."""
+    muon_groups = []
+    adamw_groups = []
+    for group in param_groups:
+        pairs = list(zip(group["params"], group["matrix_rows"]))
+        matrices = [(p, rows) for p, rows in pairs if rows]
+        others = [(p, rows) for p, rows in pairs if not rows]
+        for part, groups in ((matrices, muon_groups), (others, adamw_groups)):
+            if part:
+                params, matrix_rows = map(list, zip(*part))
+                groups.append(group | {"params": params, "matrix_rows": matrix_rows})
+    return muon_groups, adamw_groups
 
-    A group has, besides its parameters, the factor `scale` of the learning rate, and `parts`: the rows of each matrix
-    of the blocks, [] for all else. Raises ValueError for a pattern that no parameter's name matches.
+
+def trained_parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def make_param_groups(model, cfg):
+    """Group parameters by cfg["param_groups"] and by shape: matrices decay, vectors don't.
+
+    Each group holds "params", "lr", "weight_decay", "lr_scale" (a factor of the scheduled learning
+    rate) and "matrix_rows" (for each parameter the rows of the block's matrices it consists of, []
+    if it is not a matrix of a block). Raises UserError for a pattern that matches no parameter.
     """
-    groups, used = {}, set()
+    groups = {}
+    used_patterns = set()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        said = next((said for said in cfg["groups"] if re.search(said["match"], name)), {"match": None})
-        used.add(said["match"])
-        decay = said.get("weight_decay", cfg["weight_decay"] if p.dim() >= 2 else 0.0)
-        group = groups.setdefault((said.get("lr", 1.0), decay), {"params": [], "parts": []})
+        spec = next((s for s in cfg["param_groups"] if re.search(s["match"], name)), {})
+        used_patterns.add(spec.get("match"))
+        default_decay = cfg["weight_decay"] if p.dim() >= 2 else 0.0
+        weight_decay = spec.get("weight_decay", default_decay)
+        lr_scale = spec.get("lr", 1.0)
+        group = groups.setdefault((lr_scale, weight_decay), {"params": [], "matrix_rows": []})
         group["params"].append(p)
-        group["parts"].append(transformer.matrix_rows(name, p, model.cfg))
-    if idle := [said["match"] for said in cfg["groups"] if said["match"] not in used]:
-        raise ValueError(f"groups: {idle[0]} matches the name of nothing that is trained, or others match it before")
-    groups = [group | {"scale": scale, "weight_decay": decay} | {key: cfg[key] for key in HYPERPARAMETERS}
-              for (scale, decay), group in groups.items()]
-    if cfg["optimizer"] == "muon" and not any(rows for group in groups for rows in group["parts"]):
-        raise ValueError("optimizer: muon turns the matrices of the blocks, and none is trained; optimizer=adamw")
-    return OPTIMIZERS[cfg["optimizer"]](groups, cfg)
+        group["matrix_rows"].append(transformer.matrix_rows(name, p, model.cfg))
+    for spec in cfg["param_groups"]:
+        if spec["match"] not in used_patterns:
+            raise configs.UserError(f"param_groups: no trained parameter matches {spec['match']!r} "
+                                    "(or an earlier group already took them)")
+    return [group | {"lr": cfg["lr"], "lr_scale": lr_scale, "weight_decay": weight_decay}
+            for (lr_scale, weight_decay), group in groups.items()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the step
-
-def gradient(model, rows, weight):
-    """The step's gradient, left in .grad: the sum over all rows of all ranks, and no mean. -> (loss, by document)
-
-    rows    this rank's rows of the step (model.py says what one is), as many as every other rank has
-    weight  the summed weight of the targets of all rows of all ranks, known to each
-
-    A row's loss is divided by the whole step's weight before its backward pass, so what comes after are sums: autograd
-    adds a row's gradient to what is in .grad, and ranks are added behind the last row. To put rows and ranks together
-    in another way, replace this function; the README has one that does. By document: [(doc_ids, losses)] of the rows.
-    """
-    loss, documents = torch.zeros((), device=model.embed.weight.device), []
-    for n, row in enumerate(rows, 1):
-        shard.before_row(model, last=n == len(rows))                 # a model in parts adds up ranks as it goes back
-        loss_sum, _, losses = model(row)
-        (loss_sum / weight).backward()
-        loss += loss_sum.detach() / weight
-        documents.append((row["doc_ids"], losses))
-    shard.sum_gradients(model)
-    return shard.add_up(loss), documents
-
-
-def train_step(model, optimizer, rows, weight, lr, grad_clip):
-    """Forward, backward, clip, update. -> (loss, the gradient's norm before clipping, are both finite?, by document)
-
-    Where they are not there is no update. To know is the one time in a step that the device is waited for.
-    """
-    loss, documents = gradient(model, rows, weight)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = shard.whole(torch.nn.utils.get_total_norm([p.grad for p in params]))
-    length = float(norm + 0 * loss)                                  # not a finite one where either isn't
-    if finite := math.isfinite(length):
-        if grad_clip and length > grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=model.gradient is None)          # views of one tensor stay where they are
-    return loss, norm, finite, documents
-
-
-def by_document(documents):
-    """What gradient() gives by document, of all ranks -> (indices, summed losses), as lists."""
-    mine = [(ids.tolist(), losses.tolist()) for ids, losses in documents]
-    every = [row for rows in shard.gathered(mine) for row in rows]
-    return [i for ids, _ in every for i in ids], [x for _, losses in every for x in losses]
-
-
-def as_tensors(row, device):
-    """A row of numpy arrays -> of tensors, in memory that a GPU can copy from while it computes."""
-    out = {key: torch.from_numpy(value) for key, value in row.items() if isinstance(value, np.ndarray)}
-    if device.type == "cuda":
-        with torch.cuda.device(device):                        # a thread of its own would wake the first GPU
-            out = {key: t.pin_memory() for key, t in out.items()}
-    return out | {"max_len": row["max_seqlen"]}
-
-
-def to_device(row, device):
-    return {key: t.to(device, non_blocking=True) if torch.is_tensor(t) else t for key, t in row.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-
-def by_label(cfg, sources):
-    """{name: Tokens} of validation -> {label: [Tokens]}; a part held out of a training source has that one's label."""
-    out = {}
-    for name, tokens in sources.items():
-        kind = "validation" if name in cfg["data"]["validation"] else "train"
-        out.setdefault(cfg["data"][kind][name]["label"] or name, []).append(tokens)
-    return out
-
-
-def validation_loss(model, sources, cfg, device):
-    """Sum of weight * nll over all targets of the sources, divided by their weight: as in training."""
-    total = weight = 0.0
-    n, pad_to = sum(map(len, sources)), shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
-    for start in range(0, n, 1024):                            # documents packed together
-        documents = np.arange(start, min(start + 1024, n))
-        rows, info = sampler.rows_of(documents, cfg, sources, shard.ranks(), shard.rank(), pad_to)
-        for row in rows:
-            total += model(to_device(as_tensors(row, device), device))[0].double()
-        weight += info["weight"]
-    return shard.summed([float(total)])[0] / weight
-
-
-def questions(sources, stop, most, room):
-    """The first chats, at most `most`, that end in a whole answer and whose prompts are shorter than `room` tokens.
-
-    -> [(prompt's ids, answer's ids without its end)]
-    """
-    out = []
-    for tokens in sources:
-        for i in range(len(tokens) if tokens.header["chats"] else 0):
-            if len(out) == most:
-                return out
-            ids, mask = tokens.document(i)
-            untrained, trained = np.flatnonzero(mask == 0), np.flatnonzero(mask)
-            start = untrained[untrained < trained[-1]].max(initial=-1) + 1    # where the last trained span begins
-            answer = ids[start:trained[-1] + 1].tolist()
-            if 0 < start < room and answer[-1] in stop:
-                out.append((ids[:start].tolist(), answer[:-1]))
-    return out
-
-
-def ask(model, asked, stop, cfg, tok):
-    """[(prompt, reference)] as ids -> [(prompt, answer, reference)] as texts; answers are greedy. Ranks share the work.
-
-    A model in parts is run by all its ranks at once: they ask equally many times and go on while anyone's answer does.
-    """
-    out, rank, ranks = [], shard.rank(), shard.ranks()
-    going = any if model.gradient is not None else lambda alive: shard.largest(int(any(alive)))
-    for start in range(0, len(asked), 64 * ranks):
-        part = asked[start:start + 64 * ranks]
-        mine = part[rank::ranks]
-        prompts = [prompt for prompt, _ in mine] or [asked[0][0]]    # asked along with the others, and not counted
-        answers = transformer.generate_all(model, prompts, cfg["eval_tokens"], stop, going=going)
-        texts = [tuple(map(tok.decode, (prompt, ids, reference))) for (prompt, reference), ids in zip(mine, answers)]
-        shares = shard.gathered(texts)
-        out += [shares[i % ranks][i // ranks] for i in range(len(part))]
-    return out
+def make_optimizer(model, cfg):
+    """The optimizer that the config names, with its state, so that a checkpoint can be loaded."""
+    make = configs.bind_options("optimizer", OPTIMIZERS[cfg["optimizer"]], 2,
+                                cfg["optimizer_options"])
+    optimizer = make(make_param_groups(model, cfg), cfg)
+    if not any(optimizer.state.values()):
+        create_state(optimizer)
+    checkpoint.check_optimizer_state(optimizer, model)
+    return optimizer
 
 
 @torch.no_grad()
-def evaluate(model, labels, asked, stop, cfg, tok, device):
-    """-> ({"val/LABEL/loss", "val/LABEL/exact_match"}, {label: [(prompt, answer, reference)]})"""
-    record, texts = {}, {}
-    for label, sources in labels.items():
-        record[f"val/{label}/loss"] = validation_loss(model, sources, cfg, device)
-        if asked[label]:
-            texts[label] = ask(model, asked[label], stop, cfg, tok)
-            right = sum(reply.strip() == reference.strip() for _, reply, reference in texts[label])
-            record[f"val/{label}/exact_match"] = right / len(texts[label])
-    shard.settle(model)
-    return record, texts
+def create_state(optimizer):
+    """Create the state of an optimizer that does so in its first step: take one that has no effect.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a run starts from
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}    # dense bf16, NVIDIA's data sheets; no MFU on any other
-
-
-def peak_flops(device, dtype):
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name and "PCIe" not in name), None)
-
-
-def memory(device):
-    """Most bytes held so far: by the device's allocator, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def where_to_start(cfg):
-    """resume -> the checkpoint to go on from, or None. Raises ValueError where that would mix two runs, or lose one."""
-    out, resume = Path(cfg["out_dir"]), cfg["resume"]
-    checkpoint.need_folder(out, "out_dir")
-    named = None if resume in ("auto", "never") else Path(resume)
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        resume = "auto"                                        # torchrun starts again the run that wrote what is there
-    if named:
-        there = checkpoint.read_state(named)["dtype"]
-        odd = [] if cfg["dtype"] in ("auto", there) else [f"dtype: {there} there, {cfg['dtype']} here"]
-        odd += [d for d in checkpoint.differences(named.resolve().parents[1], cfg) if d.startswith("optimizer:")]
-        if odd:
-            raise ValueError(f"resume: {named} does not fit ({'; '.join(odd)}); model.init_from starts from the "
-                             "weights that its run has exported")
-    if not (out / "config.yaml").is_file():
-        return named
-    if resume == "never":
-        raise ValueError(f"out_dir: {out} holds a run that resume=never would overwrite; out_dir=NEW, or delete {out}")
-    if different := checkpoint.differences(out, cfg):
-        raise ValueError(f"out_dir: {out} holds a different run ({'; '.join(different)}); out_dir=NEW starts another, "
-                         f"with model.init_from={out}/hf from its weights; the old keys go on with it; deleting {out} "
-                         "gives it up")
-    whole = checkpoint.found(out)
-    if named and (not whole or out.resolve() in named.resolve().parents):
-        return named                                           # else this run began there, and has gone on since
-    return whole[-1] if whole else None
-
-
-def choose_dtype(cfg, start_from):
-    """What is chosen by looking at a machine is chosen once: by the rank, and at the start, that came first."""
-    return checkpoint.read_state(start_from)["dtype"] if start_from else str(shard.pick_device(cfg)[1]).split(".")[1]
-
-
-def find_weights(cfg, tok):
-    """-> (complete model section, read() of its weights). Raises ValueError where tokenizer or lengths don't fit."""
-    m, seq_len = transformer.resolve_vocab_size(cfg["model"], tok.n_vocab), cfg["data"]["seq_len"]
-    if tok.n_vocab > m["vocab_size"]:
-        raise ValueError(f"model.vocab_size: {m['vocab_size']} rows are too few for the tokenizer's {tok.n_vocab} ids; "
-                         "another data.tokenizer, or a model made for it")
-    if m["positions"] == "learned" and seq_len > m["max_len"]:
-        raise ValueError(f"data.seq_len: {seq_len} is more than the {m['max_len']} positions the model has learned "
-                         f"(model.max_len); data.seq_len={m['max_len']}")
-    transformer.hf_weight_names(transformer.build_on_meta(m), m)        # a model that could not be exported ends here
-    read = transformer.pretrained_reader(m["init_from"], m) if m["init_from"] else transformer.init_reader(m, cfg["seed"])
-    return m, read
-
-
-def length_of_run(cfg, data):
-    """-> (steps in an epoch, steps in all). Raises ValueError where rows are too short or nothing says when to end."""
-    epoch = sampler.steps_per_epoch(cfg, {name: len(t) for name, t in data["train"].items()})
-    longest = max(t.header["longest"] for group in data.values() for t in group.values()) - 1    # inputs of a document
-    if longest > cfg["micro_tokens"]:
-        raise ValueError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest document's {longest} tokens; "
-                         f"micro_tokens={longest}, or data.seq_len={cfg['micro_tokens']}")
-    limits = [n for n in (cfg["max_steps"], math.ceil(cfg["epochs"] * epoch)) if n]
-    if not limits:
-        raise ValueError("max_steps: neither it nor epochs says when to end")
-    return epoch, min(limits)
-
-
-def check_best(cfg, asked):
-    """Raises ValueError where `best` names what no evaluation of this run logs. asked: {label: its questions}"""
-    numbers = ["loss", "grad_norm"] * (cfg["log_every"] > 0) + [f"val/{label}/loss" for label in asked]
-    numbers += [f"val/{label}/exact_match" for label in asked if asked[label]]
-    evaluated = asked and cfg["eval_every"]
-    if cfg["best"] and (cfg["best"].removeprefix("max ") not in numbers or not evaluated):
-        raise ValueError(f"best: {cfg['best']} is no number that is logged when this run is evaluated: "
-                         f"{', '.join(numbers) if evaluated else 'nothing is'}")
-
-
-def introduce(cfg, model, data, epoch, total, device):
-    """What is about to be done, as arithmetic -> lines."""
-    train, batch, lora, ranks = data["train"], cfg["batch_size"], cfg["shard"]["lora"]["r"], shard.ranks()
-    lines = [f"data      {tokenize_data.summary(f'{kind}.{name}', tokens)}"
-             for kind, sources in data.items() for name, tokens in sources.items()]
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    new = model.cfg["vocab_size"] - (cfg["model"]["vocab_size"] or model.cfg["vocab_size"])
-    lines.append(f"model     {model.cfg['family']} {model.cfg['n_layers']} x {model.cfg['d_model']}, {every:,} parameters, "
-                 f"{trained:,} trained{f' (LoRA of rank {lora})' if lora else ''}, "
-                 f"from {model.cfg['init_from'] or 'scratch'}{f', with {new:,} new tokens' if new else ''}")
-    documents = int(sampler.quotas(cfg, {name: len(t) for name, t in train.items()})[2].sum())
-    inputs = sum(int(t.offsets[-1] - t.offsets[0]) - len(t) for t in train.values())
-    mean = inputs / sum(map(len, train.values()))
-    rows = math.ceil(batch * mean / cfg["micro_tokens"] / ranks)
-    lines.append(f"step      {batch} documents x {mean:,.0f} tokens = {batch * mean:,.0f} tokens, "
-                 f"in {rows} row{'s' * (rows > 1)} of at most {cfg['micro_tokens']:,}{' on each rank' * (ranks > 1)}")
-    lines.append(f"run       {documents:,} documents / {batch} = {epoch:,} steps an epoch; {total:,} steps = "
-                 f"{total / epoch:.2f} epochs = {total * batch * mean:,.0f} tokens")
-    threads = torch.get_num_threads()
-    cpu = f"cpu, {threads} thread{'s' * (threads > 1)}"
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    if ranks > 1:
-        replicate, shards = shard.mesh_sizes(cfg, ranks)
-        where = f"{ranks} ranks (replicate {replicate} x shard {shards}), each {where}"
-    again = ", blocks computed again in the backward pass" if model.recompute else ""
-    dtype = str(model.dtype).removeprefix("torch.")
-    lines.append(f"device    {where}, computing in {dtype}, masters in float32{again}")
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the run
-
-def main(cfg, source=None, explicit=None):
-    """One run, from cfg to OUT_DIR, on every rank. Raises ValueError for what the user can mend."""
-    rank, ranks = shard.rank(), shard.ranks()
-    for key, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
-        if cfg[key] not in known:
-            raise ValueError(f"{key}: {cfg[key]} is none of {', '.join(known)}")
-    tokenize_data.require_train_data(cfg)
-    shard.mesh_sizes(cfg, ranks)
-    shard.set_threads()
-    out, start_from = Path(cfg["out_dir"]), shard.on_first(where_to_start, cfg)
-    tok = tokenize_data.load_tokenizer(cfg)
-    data = shard.in_turn(tokenize_data.load_datasets, cfg, tok, rank > 0, doing="tokenizing")
-    epoch, total = length_of_run(cfg, data)
-
-    m, read = find_weights(cfg, tok)
-    cfg = cfg | {"dtype": shard.on_first(choose_dtype, cfg, start_from)}
-    model = shard.prepare(transformer.build_on_meta(m), m, cfg, read)
-    device, optimizer, step, before = model.embed.weight.device, make_optimizer(model, cfg), 0, 0.0
-    seen = sampler.Seen(cfg, data["train"]) if cfg["sampler"]["order"] == "feedback" else None
-    if start_from:
-        saved, more = checkpoint.restore(start_from, model, optimizer)
-        step, before = saved["step"], saved["seconds"]
-        if seen and more:
-            seen.load({name: tensor.numpy() for name, tensor in more.items()})
-    skipped, in_a_row = (saved["skipped"], saved["in_a_row"]) if start_from else (0, 0)    # without an update
-
-    report = log.Log(cfg, total, step, before) if rank == 0 else log.Silent()
-    if rank == 0:
-        asks = explicit or {}                                  # "never" has been said; from now on the folder goes on
-        log.replace(out / "config.yaml", configs.dump({key: asks[key] for key in asks if asks[key] != "never"}))
-    saver = checkpoint.Saver(out, cfg["checkpoint"]["keep"], report.say)
-    chats = any(t.header["chats"] for group in data.values() for t in group.values())
-    state = {"dtype": str(model.dtype).removeprefix("torch."), "total_steps": total, "config": explicit or {},
-             "data": {name: t.header["fingerprints"] for name, t in data["train"].items()}, "chats": chats,
-             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
-    for line in introduce(cfg, model, data, epoch, total, device):
-        report.say(line)
-    if start_from:
-        report.say(f"resume    {start_from}: {step:,} of {total:,} steps are done")
-        if touched := [name for name in state["data"] if saved["data"].get(name) != state["data"][name]]:
-            report.say(f"note      data.train.{touched[0]} has changed since: other documents may follow")
-
-    labels, stop = by_label(cfg, data["validation"]), []
-    if chats:
-        stop = tokenize_data.stop_token_ids(tok, tokenize_data.load_template(tok, cfg))
-    asked = {label: questions(group, stop, cfg["eval_prompts"], m["max_len"]) for label, group in labels.items()}
-    texts = {}                                                 # of the last evaluation, by label
-    check_best(cfg, asked)
-
-    def mark_best():
-        if cfg["best"] and rank == 0:
-            saver.wait()
-            checkpoint.mark(out, standing(log.read(out), cfg["best"])[0])
-
-    def validate():
-        record, found = evaluate(model, labels, asked, stop, cfg, tok, device)
-        report.validation({"step": step} | record)
-        texts.update(found)
-        mark_best()
-
-    mark_best()                                                # `best` may be new, or a run ended before it got here
-
-    ended = []                                                 # a signal asks for an end: finish the step, save, exit
-    handlers = {s: signal.signal(s, lambda number, _: ended.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
-    peak, clock = (peak_flops(device, model.dtype) or 0) * ranks, time.perf_counter()
-    seconds = lambda: before + time.perf_counter() - clock
-    since, tokens, on_disk = seconds(), 0, step                # since, tokens: of the last logged step
-    waited = {"data_wait": 0.0, "save_wait": 0.0}              # seconds since then in which nothing was computed
-
-    def asked_to_end(timed=True):
-        """0, TIME_IS_UP or a signal's number, the same on all ranks."""
-        return shard.largest(max(ended, default=int(timed and seconds() >= (cfg["max_seconds"] or math.inf))))
-
-    def stale():
-        """Has nothing become better for long? On rank 0 alone."""
-        return bool(cfg["patience"]) and standing(log.read(out), cfg["best"])[1] >= cfg["patience"]
-
-    def save():
-        report.flush()                                         # a step that is saved is logged
-        start = time.perf_counter()
-        more = {name: torch.from_numpy(array) for name, array in seen.state().items()} if seen else {}
-        now = {"seconds": seconds(), "skipped": skipped, "in_a_row": in_a_row}
-        saver.save(step, model, optimizer, more, state | now)
-        waited["save_wait"] += time.perf_counter() - start
-        return step
-
-    multiple = shard.row_multiple(device, model.dtype, cfg["micro_tokens"])
-
-    def lay_out(step):
-        """A step's rows and what they hold, on the host. Nothing behind the last step."""
-        if step < total:
-            rows, info = sampler.step_rows(step, cfg, data["train"], ranks, rank, multiple, seen)
-            return [as_tensors(row, device) for row in rows], info
-
-    end = asked_to_end()
-    over = step >= total or end == TIME_IS_UP
-    known = lambda: any(r["step"] == step for r in log.read(out) if evaluated(r))
-    if labels and not shard.on_first(known) and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"]):
-        validate()                                             # at the start; or a run ended before it got here
-    over = over or shard.on_first(stale)
-    with concurrent.futures.ThreadPoolExecutor(1) as ahead:    # the next step's rows are laid out beside this step
-        coming = ahead.submit(lay_out, step)
-        while not over and not end:
-            start = time.perf_counter()
-            rows, info = coming.result()
-            waited["data_wait"] += time.perf_counter() - start
-            if seen:
-                seen.take_in()
-            coming, lr = ahead.submit(lay_out, step + 1), lr_at(step, total, cfg)
-            noise = {"noise": (cfg["seed"], step)}             # of dropout and NEFTune; evaluation has none
-            step += 1
-            look = rank == 0 and step == cfg["profile"]
-            with log.profiled(out / "trace.json", device, report.say) if look else contextlib.nullcontext():
-                rows = [to_device(row, device) | noise for row in rows]
-                loss, norm, finite, losses = train_step(model, optimizer, rows, info["weight"], lr, cfg["grad_clip"])
-            if seen:
-                seen.tell(*by_document(losses))
-            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
-            if not finite:
-                strange = [i for i, loss_sum in zip(*by_document(losses)) if not math.isfinite(loss_sum)]
-                report.say(f"step {step:,}: loss {float(loss):g}, gradient norm {float(norm):g}, so no update; "
-                           f"{named(strange, data['train'])}")
-            if cfg["bad_steps"] and in_a_row >= cfg["bad_steps"]:
-                report.close()
-                saver.wait()
-                raise ValueError(f"bad_steps: {in_a_row} steps in a row, up to {step:,}, without a finite loss and "
-                                 "gradient; a smaller lr or another dtype, or look at the documents named above")
-            end = asked_to_end()
-            over = step == total or end == TIME_IS_UP          # the run's last step, however it came to be
-
-            tokens += info["tokens"]
-            if due(step, cfg["log_every"], total) or over and cfg["log_every"]:
-                now = seconds()
-                speed = tokens / (now - since)
-                used = transformer.flops(model, info["lengths"], info["target_tokens"]) / info["tokens"] * speed
-                report.step({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": info["tokens"],
-                             "target_tokens": info["target_tokens"], "documents": info["documents"], "tok_per_s": speed,
-                             "mfu": used / peak if peak else None, "packing": info["packing"], "memory": memory(device),
-                             "seconds": now, "skipped": skipped, "compiled": shard.graphs()}
-                            | {what: t / (now - since) for what, t in waited.items()})
-                since, tokens, waited = now, 0, dict.fromkeys(waited, 0.0)
-            evaluating = labels and (due(step, cfg["eval_every"], total) or over and cfg["eval_every"])
-            if due(step, cfg["save_every"], total) or over or evaluating and cfg["best"]:
-                on_disk = save()
-            if evaluating:
-                validate()
-                over = over or shard.on_first(stale)
-                since, tokens, waited = seconds(), 0, dict.fromkeys(waited, 0.0)    # speed is training's
-                end = max(end, asked_to_end(timed=False))
-    end = max(end, asked_to_end(timed=False))
-    if not saver.wait() or end > TIME_IS_UP and on_disk < step:    # a full disk may have been emptied
-        save()
-    written = saver.wait()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-    if end > TIME_IS_UP:
-        report.say(f"stopped by signal {end} after step {step:,}, {'saved' if written else 'not saved'}; "
-                   "the same command goes on from the newest checkpoint")
-        report.close()
-        sys.exit(128 + end)
-    if step < total:
-        why = "max_seconds are over" if end else f"nothing better in {cfg['best']} for {cfg['patience']} evaluations"
-        report.say(f"ended after step {step:,} of {total:,}: {why}")
-
-    if not written:
-        report.close()
-        raise ValueError(f"{saver.folder}: the last steps were not saved, see above; the same command does them again")
-    if cfg["checkpoint"]["export"]:
-        adapter = out / "adapter" if cfg["shard"]["lora"]["r"] else None
-        folder = saver.folder / ("best" if (saver.folder / "best").is_dir() and cfg["best"] else "latest")
-        shard.on_first(checkpoint.export, folder, m, cfg, tok, out / "hf", chats, adapter)
-    if rank == 0:
-        for line in outcome(cfg, step, texts):
-            report.say(line)
-    report.close()
-
-
-TIME_IS_UP = 1                                                 # no signal that is handled here
-
-
-def evaluated(record):
-    return any(key.startswith("val/") for key in record)
-
-
-def standing(records, best):
-    """Records, and the number that says which is best -> (steps, the best first; evaluations since the best of them).
-
-    best  val/LABEL/loss, say: the least; or max val/LABEL/exact_match: the largest. Of equals, the first
+    Gradients and learning rate are 0, and parameters and step counters are set back afterwards.
     """
-    way, _, key = best.rpartition(" ")
-    records = [r for r in records if r["step"]]
-    figures = [(-r[key] if way == "max" else r[key], r["step"]) for r in records if r.get(key) is not None]
-    steps = [step for _, step in sorted(figures)]
-    return steps, len({r["step"] for r in records if evaluated(r) and steps and r["step"] > steps[0]})
+    params = trained_parameters(optimizer)
+    saved_params = [p.clone() for p in params]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, saved in zip(params, saved_params):
+        p.copy_(saved)
+        p.grad = None
+        step = optimizer.state[p].get("step")
+        if torch.is_tensor(step):
+            step.zero_()
 
 
-def named(documents, sources):
-    """Indices through all sources -> text for people."""
-    out = []
-    for index in documents[:8]:
-        for name, tokens in sources.items():
-            if index < len(tokens):
-                out.append(f"{name} {index}")
-                break
-            index -= len(tokens)
-    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
-    return f"not finite: document {', '.join(out)}{more}" if out else "each document's own loss is finite"
+# --------------------------------------------------------------------------------------------------
+# one step
+
+def forward_backward(model, micro_batches, global_loss_weight, cfg):
+    """Compute the gradient of the global batch, and leave it in .grad on every rank.
+
+    micro_batches       this rank's micro-batches (model.py describes them); every rank has the
+                        same number of them
+    global_loss_weight  sum of |loss_weight| over the micro-batches of all ranks
+
+    Returns the loss of the global batch as a tensor, and the statistics of this rank's documents:
+    [(doc_ids [D], {"loss": [D]})], one pair per micro-batch.
+
+    To aggregate gradients in another way, replace this function: see experiments/majority_vote.py.
+    """
+    loss = torch.zeros((), device=model.embed.weight.device)
+    documents = []
+    for i, micro_batch in enumerate(micro_batches):
+        # FSDP sums gradients over ranks in the last backward pass only
+        shard.set_gradient_sync(model, i == len(micro_batches) - 1)
+        loss_sum, _, document_stats = model(micro_batch)
+        micro_loss = loss_sum / global_loss_weight
+        micro_loss.backward()
+        loss += micro_loss.detach()
+        documents.append((micro_batch["doc_ids"], document_stats))
+    shard.all_reduce_gradients(model)                    # replicated parameters: one all-reduce
+    return shard.all_reduce_(loss), documents
 
 
-def outcome(cfg, total, texts):
-    """What the run has come to, from its last answers and its records -> lines."""
-    records, lines = log.read(cfg["out_dir"]), [""]
-    for prompt, reply, reference in (text for group in texts.values() for text in group[:cfg["samples"]]):
-        right = reply.strip() == reference.strip()
-        lines += [f"{prompt}{reply}", f"    {'as expected' if right else f'expected: {reference}'}", ""]
-    for key in sorted({key for r in records for key in r if key.startswith("val/")}):
-        figures = [r[key] for r in records if r.get(key) is not None]
-        lines += [f"{key.removeprefix('val/'):<24} {figures[0]:.3f} -> {figures[-1]:.3f}"] if figures else []
-    seconds = next((r["seconds"] for r in reversed(records) if r.get("seconds")), 0)
-    lines.append(f"{total:,} steps in {log.clock(seconds)}; all is in {cfg['out_dir']}")
+def micro_batch_gradients(model, micro_batches, global_loss_weight):
+    """Yield (loss, documents, gradients) for each of this rank's micro-batches.
+
+    gradients is a list, one tensor per trained parameter: the gradient of this micro-batch on this
+    rank alone. Aggregate them, assign the result to each p.grad, and call
+    shard.all_reduce_gradients(model), which sums .grad over ranks.
+
+    Works on one rank and on replicated ranks. With shard.mesh.shard > 1 no rank ever holds the
+    gradient of its own micro-batch, because the backward pass reduces it over ranks: UserError.
+    """
+    if shard.is_sharded(model):
+        raise configs.UserError("shard.mesh.shard: gradients per micro-batch exist only where each "
+                                "rank holds the whole model; shard.mesh.shard=1")
+    params = [p for p in model.parameters() if p.requires_grad]
+    for micro_batch in micro_batches:
+        model.zero_grad()
+        loss_sum, _, document_stats = model(micro_batch)
+        micro_loss = loss_sum / global_loss_weight
+        micro_loss.backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        yield micro_loss.detach(), (micro_batch["doc_ids"], document_stats), gradients
+
+
+def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
+    """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, documents).
+
+    grad_norm is the norm before clipping. If the loss or the norm is not finite, the update is
+    skipped. This check is the only device-to-host sync of a step.
+    """
+    loss, documents = forward_backward(model, micro_batches, global_loss_weight, cfg)
+    params = trained_parameters(optimizer)
+    gradients = [p.grad for p in params if p.grad is not None]
+    grad_norm = shard.full_tensor(torch.nn.utils.get_total_norm(gradients))
+    norm_on_host = float(grad_norm + 0 * loss)           # not finite if either is not
+    is_finite = math.isfinite(norm_on_host)
+    if is_finite:
+        if 0 < cfg["grad_clip"] < norm_on_host:
+            torch.nn.utils.clip_grads_with_norm_(params, cfg["grad_clip"], grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm, is_finite, documents
+
+
+def gather_document_stats(documents):
+    """forward_backward's documents of all ranks -> (doc_ids [n], {"loss": [n], ...}) in numpy."""
+    local = [(doc_ids.cpu().numpy(), {name: values.cpu().numpy() for name, values in stats.items()})
+             for doc_ids, stats in documents]
+    pairs = [pair for of_rank in shard.all_gather_object(local) for pair in of_rank]
+    doc_ids = np.concatenate([ids for ids, _ in pairs])
+    stats = {name: np.concatenate([stats[name] for _, stats in pairs]) for name in pairs[0][1]}
+    return doc_ids, stats
+
+
+# --------------------------------------------------------------------------------------------------
+# micro-batches on their way to the device
+
+def load_step(run, step):
+    """This rank's micro-batches of a step, in host memory, and what the global batch holds.
+
+    Runs in a thread while the step before is computed. Returns None after the last step.
+    """
+    if step >= run.state.total_steps:
+        return None
+    indices = run.sampler.documents(step)
+    pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
+    micro_batches, info = sampler.load_micro_batches(
+        indices, run.cfg, run.dataset, shard.world_size(), shard.rank(), pad_to)
+    info["loss_weight"] = sampler.loss_weight(micro_batches)          # of this rank
+    return [pin_tensors(micro_batch, run.device) for micro_batch in micro_batches], info
+
+
+def pin_tensors(micro_batch, device):
+    """numpy -> torch, in pinned memory, from which a GPU copies while it computes.
+
+    Adds target_index, so that the model does not have to wait for a GPU to count the targets.
+    """
+    arrays = micro_batch | {"target_index": np.flatnonzero(micro_batch["targets"] != -100)}
+    out = {}
+    for key, value in arrays.items():
+        out[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    if device.type == "cuda":
+        with torch.cuda.device(device):                  # a new thread would initialize GPU 0
+            out = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in out.items()}
+    return out
+
+
+def to_device(micro_batch, device):
+    return {key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in micro_batch.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation
+
+def exact_match(answer, reference):
+    return answer.strip() == reference.strip()
+
+
+METRICS = {"exact_match": exact_match}    # (answer, reference) -> bool or number; logged as means
+
+
+def group_by_label(cfg, data):
+    """Validation sources by label: {label: Dataset}. A held-out split has its source's label."""
+    sources_by_label = {}
+    for name, tokens in data["validation"].items():
+        kind = "validation" if name in cfg["data"]["validation"] else "train"
+        label = cfg["data"][kind][name]["label"] or name
+        sources_by_label.setdefault(label, {})[name] = tokens
+    return {label: sampler.Dataset(sources) for label, sources in sources_by_label.items()}
+
+
+@torch.no_grad()
+def evaluate(run):
+    """Log the loss and the answers' metrics of every label; leave the answers in run.answers."""
+    record = {"step": run.state.step}
+    for label, dataset in run.labels.items():
+        record[f"val/{label}/loss"] = validation_loss(run, dataset)
+        if run.prompts[label]:
+            answers = generate_answers(run, run.prompts[label])
+            for name, metric in METRICS.items():
+                scores = [float(metric(answer, reference)) for _, answer, reference in answers]
+                record[f"val/{label}/{name}"] = sum(scores) / len(scores)
+            run.answers[label] = answers
+    shard.reshard(run.model)
+    run.logger.validation(record)
+    mark_best(run)
+
+
+def validation_loss(run, dataset):
+    """sum(loss_weight * nll) / sum(|loss_weight|) over all documents, as in training."""
+    pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
+    loss_sum = 0.0
+    loss_weight = 0.0
+    for start in range(0, len(dataset), 1024):           # so many documents are packed together
+        indices = np.arange(start, min(start + 1024, len(dataset)))
+        micro_batches, _ = sampler.load_micro_batches(
+            indices, run.cfg, dataset, shard.world_size(), shard.rank(), pad_to)
+        loss_weight += sampler.loss_weight(micro_batches)
+        for micro_batch in micro_batches:
+            batch = to_device(pin_tensors(micro_batch, run.device), run.device)
+            loss_sum += run.model(batch)[0].double()
+    total_loss, total_weight = shard.all_reduce_sum([float(loss_sum), loss_weight])
+    return total_loss / total_weight
+
+
+def generate_answers(run, prompts):
+    """Greedy answers to [(prompt ids, reference ids)] -> [(prompt, answer, reference)] as text.
+
+    Ranks share the prompts. The ranks of a sharded model have to run it together: all generate
+    equally often, and until the answers of all of them are finished.
+    """
+    rank, world_size = shard.rank(), shard.world_size()
+    keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
+    answers = []
+    for start in range(0, len(prompts), 64 * world_size):
+        chunk = prompts[start:start + 64 * world_size]
+        local = chunk[rank::world_size]
+        prompt_ids = [prompt for prompt, _ in local] or [prompts[0][0]]    # discarded below
+        answer_ids = transformer.generate_all(run.model, prompt_ids, run.cfg["eval_tokens"],
+                                              run.stop_ids, keep_going=keep_going)
+        decode = run.tokenizer.decode
+        texts = [(decode(prompt), decode(answer), decode(reference))
+                 for (prompt, reference), answer in zip(local, answer_ids)]
+        texts_by_rank = shard.all_gather_object(texts)
+        answers += [texts_by_rank[i % world_size][i // world_size] for i in range(len(chunk))]
+    return answers
+
+
+def any_rank_unfinished(unfinished):
+    return shard.all_reduce_max(int(any(unfinished))) > 0
+
+
+def mark_best(run):
+    """Point checkpoints/best to the checkpoint with the best value of cfg["best"]."""
+    if run.cfg["best"] and shard.rank() == 0:
+        run.saver.wait()
+        steps, _ = log.rank_checkpoints(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        checkpoint.set_best(run.cfg["out_dir"], steps)
+
+
+def is_out_of_patience(cfg):
+    """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
+    if not cfg["patience"]:
+        return False
+    _, evaluations_since_best = log.rank_checkpoints(log.read(cfg["out_dir"]), cfg["best"])
+    return evaluations_since_best >= cfg["patience"]
+
+
+# --------------------------------------------------------------------------------------------------
+# setup
+
+@dataclasses.dataclass
+class TrainState:
+    """What state.json holds: everything a resumed run needs besides tensors."""
+    step: int                     # updates done, skipped ones included
+    total_steps: int
+    seconds: float                # of training, over all processes of the run
+    skipped_steps: int            # steps without an update: loss or gradient was not finite
+    consecutive_skips: int
+    dtype: str                    # of the computation, chosen at the first start
+    has_chats: bool               # the export gets the chat template
+    config: dict                  # the explicit keys
+    data: dict                    # {source: fingerprints of its files, tokenizer and template}
+    code: dict                    # {file: hash} of the scripts that run
+    git: str | None               # git describe
+    code_changes: list            # [{"step", "files"}]: resumed with other scripts
+    versions: dict
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything the loop works with. Only `state` is saved."""
+    cfg: dict
+    explicit: dict
+    state: TrainState
+    device: torch.device
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    tokenizer: object
+    data: dict                    # {"train": {source: Tokens}, "validation": {source: Tokens}}
+    dataset: sampler.Dataset      # all training sources
+    sampler: sampler.Sampler
+    labels: dict                  # {label: Dataset} of validation
+    prompts: dict                 # {label: [(prompt ids, reference ids)]}
+    stop_ids: list                # tokens that end an answer
+    steps_per_epoch: int
+    resume_path: Path | None
+    logger: object
+    saver: checkpoint.Saver
+    # what changes while the run is on
+    resumed_step: int = 0
+    seconds_before: float = 0.0   # of earlier processes
+    start_time: float = 0.0
+    last_log_time: float = 0.0    # run.seconds() at the last logged step
+    tokens_since_log: int = 0
+    data_wait: float = 0.0        # seconds since the last logged step spent waiting for micro-batches
+    save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
+    saved_step: int = 0
+    stop: int = 0                 # 0, TIME_IS_UP, or the number of a signal
+    out_of_patience: bool = False
+    answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
+
+    def seconds(self):
+        """Seconds of training so far, over all processes of the run."""
+        return self.seconds_before + time.perf_counter() - self.start_time
+
+    def is_last_step(self):
+        """Has the run reached its end (and not merely been interrupted by a signal)?"""
+        return (self.state.step >= self.state.total_steps or self.stop == TIME_IS_UP
+                or self.out_of_patience)
+
+
+def setup(cfg, explicit):
+    """Load data and model, find the resume point. Raises UserError for mistakes in the config."""
+    rank, world_size = shard.rank(), shard.world_size()
+    check_registered_names(cfg)
+    tokenize_data.require_train_data(cfg)
+    shard.mesh_sizes(cfg, world_size)
+    shard.set_threads()
+    resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
+    saved = checkpoint.read_state(resume_path) if resume_path else None
+
+    # data
+    tokenizer = tokenize_data.load_tokenizer(cfg)
+    data = shard.main_process_first(tokenize_data.load_datasets, cfg, tokenizer, rank > 0)
+    dataset = sampler.Dataset(data["train"])
+    steps_per_epoch, total_steps = count_steps(cfg, data)
+    labels = group_by_label(cfg, data)
+
+    # model and optimizer
+    model_cfg, read_slice = resolve_model(cfg, tokenizer)
+    cfg = cfg | {"dtype": saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)}
+    model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
+    optimizer = make_optimizer(model, cfg)
+    train_sampler = sampler.make_sampler(cfg, dataset)
+
+    # evaluation
+    state = new_state(explicit, cfg, data, total_steps)
+    stop_ids = []
+    if state.has_chats:
+        template = tokenize_data.load_template(tokenizer, cfg)
+        stop_ids = tokenize_data.stop_token_ids(tokenizer, template)
+    prompts = {label: transformer.build_eval_prompts(of_label, stop_ids, cfg["eval_prompts"],
+                                                     model_cfg["max_len"])
+               for label, of_label in labels.items()}
+    metric_names = {label: list(METRICS) if prompts[label] else [] for label in labels}
+    log.check_best(cfg, list(labels), metric_names)
+
+    # resume
+    if resume_path:
+        checkpoint.check_same_data(saved, state.data, cfg)
+        _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
+        train_sampler.load_state_dict(sampler_state)
+        continue_state(state, saved)
+    elif rank == 0 and cfg["resume"] == "never":
+        checkpoint.start_over(cfg["out_dir"])
+
+    # the run's folder
+    logger = log.NullLogger()
+    if rank == 0:
+        logger = log.Logger(cfg, total_steps, state.step, state.seconds)
+        write_run_folder(cfg, explicit, state)
+    saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
+    return Run(cfg, explicit, state, model.embed.weight.device, model, optimizer, tokenizer, data,
+               dataset, train_sampler, labels, prompts, stop_ids, steps_per_epoch, resume_path,
+               logger, saver, resumed_step=state.step, seconds_before=state.seconds,
+               saved_step=state.step)
+
+
+def check_registered_names(cfg):
+    """Raise UserError for a name that is not in its dict; experiments may have added names."""
+    for key, registered in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS),
+                            ("sampler.order", sampler.SAMPLERS), ("model.loss", transformer.LOSSES),
+                            ("model.embed", transformer.EMBEDDINGS)):
+        name = configs.get(cfg, key)
+        if name not in registered:
+            raise configs.UserError(f"{key}: must be one of {', '.join(registered)}; got {name}")
+
+
+def choose_dtype(cfg):
+    """`dtype: auto` is resolved once, on rank 0 of the first start; resumed runs keep it."""
+    _, dtype = shard.pick_device(cfg)
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_model(cfg, tokenizer):
+    """Return (the complete model section, a reader of its weights' rows).
+
+    Raises UserError if tokenizer or lengths don't fit the model.
+    """
+    model_cfg = transformer.resolve_vocab_size(cfg["model"], tokenizer.n_vocab)
+    seq_len = cfg["data"]["seq_len"]
+    if tokenizer.n_vocab > model_cfg["vocab_size"]:
+        raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
+                                f"the tokenizer's {tokenizer.n_vocab} ids; another data.tokenizer, "
+                                "or a model made for it")
+    if model_cfg["positions"] == "learned" and seq_len > model_cfg["max_len"]:
+        raise configs.UserError(f"data.seq_len: {seq_len} is more than the model's "
+                                f"{model_cfg['max_len']} learned positions (model.max_len); "
+                                f"data.seq_len={model_cfg['max_len']}")
+    # a model that could not be exported is refused here, not after training
+    transformer.hf_weight_names(transformer.build_on_meta(model_cfg), model_cfg)
+    if model_cfg["init_from"]:
+        return model_cfg, transformer.pretrained_reader(model_cfg["init_from"], model_cfg)
+    return model_cfg, transformer.init_reader(model_cfg, cfg["seed"])
+
+
+def count_steps(cfg, data):
+    """Return (steps per epoch, steps of the run). Raises UserError if nothing limits the run."""
+    sizes = {name: len(tokens) for name, tokens in data["train"].items()}
+    steps_per_epoch = sampler.steps_per_epoch(cfg, sizes)
+    all_sources = [*data["train"].values(), *data["validation"].values()]
+    longest = max(tokens.header["longest"] for tokens in all_sources) - 1    # in inputs
+    if longest > cfg["micro_tokens"]:
+        raise configs.UserError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest "
+                                f"document's {longest} tokens; micro_tokens={longest}, or "
+                                f"data.seq_len={cfg['micro_tokens']}")
+    limits = [cfg["max_steps"], math.ceil(cfg["epochs"] * steps_per_epoch)]
+    if not any(limits):
+        raise configs.UserError("max_steps: neither max_steps nor epochs limits the run; "
+                                "max_steps=1000 or epochs=1")
+    return steps_per_epoch, min(limit for limit in limits if limit)
+
+
+def new_state(explicit, cfg, data, total_steps):
+    """The state of a run before its first step."""
+    all_sources = [*data["train"].values(), *data["validation"].values()]
+    return TrainState(
+        step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
+        config=explicit,
+        data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
+        code=checkpoint.code_hashes(), git=checkpoint.git_describe(), code_changes=[],
+        versions={"torch": torch.__version__, "python": platform.python_version()})
+
+
+def continue_state(state, saved):
+    """Take over from a checkpoint's state what has happened so far."""
+    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "code_changes"):
+        setattr(state, key, saved[key])
+    changed = checkpoint.changed_files(saved["code"], state.code)
+    if changed:
+        state.code_changes = [*saved["code_changes"], {"step": state.step, "files": changed}]
+
+
+def write_run_folder(cfg, explicit, state):
+    """Write config.yaml and code/. resume=never and resume=latest are for one start only."""
+    out_dir = Path(cfg["out_dir"])
+    kept = {key: value for key, value in explicit.items()
+            if not (key == "resume" and value in ("never", "latest"))}
+    log.write_atomic(out_dir / "config.yaml", configs.dump(kept))
+    checkpoint.save_code(out_dir, state.step)
+
+
+# --------------------------------------------------------------------------------------------------
+# the loop
+
+TIME_IS_UP = 1                    # a value of run.stop that is no signal handled here
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def train(run):
+    """Train until the last step, max_seconds, patience, or a signal."""
+    cfg, state = run.cfg, run.state
+    received = []                                        # signals; the loop finishes its step
+    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in SIGNALS}
+    run.start_time = time.perf_counter()
+    reset_meters(run)
+    run.stop = poll_stop(run, received)
+    mark_best(run)                                       # cfg["best"] may be new
+    if is_evaluation_missing(run):
+        evaluate(run)
+    run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
+
+    with ThreadPoolExecutor(1) as loader:
+        next_batch = loader.submit(load_step, run, state.step)
+        while not run.is_last_step() and not run.stop:
+            # the step's micro-batches, loaded in the background; load those of the next step
+            wait_start = time.perf_counter()
+            micro_batches, info = next_batch.result()
+            run.data_wait += time.perf_counter() - wait_start
+            if not run.sampler.uses_feedback:
+                next_batch = loader.submit(load_step, run, state.step + 1)
+
+            # forward, backward, update
+            lr = lr_at(state.step, state.total_steps, cfg)
+            noise_seed = {"noise": (cfg["seed"], state.step)}       # of dropout and NEFTune
+            state.step += 1
+            with profiler(run):
+                micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
+                global_loss_weight, = shard.all_reduce_sum([info["loss_weight"]])
+                loss, grad_norm, is_finite, documents = train_step(
+                    run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
+            if run.sampler.uses_feedback:
+                run.sampler.update(*gather_document_stats(documents))
+                next_batch = loader.submit(load_step, run, state.step)
+
+            # a non-finite step made no update
+            state.consecutive_skips = 0 if is_finite else state.consecutive_skips + 1
+            if not is_finite:
+                state.skipped_steps += 1
+                report_non_finite(run, loss, grad_norm, documents)
+
+            # log
+            run.stop = poll_stop(run, received)
+            run.tokens_since_log += info["tokens"]
+            if is_due(run, "log_every"):
+                log_step(run, info, loss, lr, grad_norm)
+                reset_meters(run)
+
+            # save, before an evaluation that may fail or be interrupted
+            evaluating = bool(run.labels) and is_due(run, "eval_every")
+            saving = is_due(run, "save_every") or run.is_last_step()
+            if saving or (evaluating and cfg["best"]):
+                save(run)
+
+            # evaluate
+            if evaluating:
+                evaluate(run)
+                run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
+                run.stop = max(run.stop, poll_signals(received))
+                reset_meters(run)                        # throughput is that of training
+
+    run.stop = max(run.stop, poll_signals(received))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def poll_stop(run, received):
+    """0, TIME_IS_UP or a signal's number, the same on all ranks."""
+    max_seconds = run.cfg["max_seconds"]
+    time_is_up = bool(max_seconds) and run.seconds() >= max_seconds
+    stop = max(received, default=TIME_IS_UP if time_is_up else 0)
+    return shard.all_reduce_max(stop)
+
+
+def poll_signals(received):
+    """0 or a signal's number, the same on all ranks."""
+    return shard.all_reduce_max(max(received, default=0))
+
+
+def is_due(run, key):
+    """Is logging, evaluation or saving due after this step? The last step is always due."""
+    every = run.cfg[key]
+    due = every_n_steps(run.state.step, every, run.state.total_steps)
+    return due or (bool(every) and run.is_last_step())
+
+
+def is_evaluation_missing(run):
+    """Is an evaluation due that was not logged? At the start, or after a kill before it."""
+    is_logged = shard.rank0_only(was_evaluated, run.cfg, run.state.step)
+    return bool(run.labels) and is_due(run, "eval_every") and not is_logged
+
+
+def was_evaluated(cfg, step):
+    return log.was_evaluated(log.read(cfg["out_dir"]), step)
+
+
+def profiler(run):
+    """log.profile_step around the step that cfg["profile"] names, on rank 0."""
+    if shard.rank() == 0 and run.state.step == run.cfg["profile"]:
+        path = Path(run.cfg["out_dir"]) / "trace.json"
+        return log.profile_step(path, run.device, run.logger.print)
+    return contextlib.nullcontext()
+
+
+def report_non_finite(run, loss, grad_norm, documents):
+    """Name the documents of a step that made no update. Too many in a row end the run."""
+    step = run.state.step
+    doc_ids, stats = gather_document_stats(documents)
+    bad = doc_ids[~np.isfinite(stats["loss"])]
+    which = "the loss of each document is finite"
+    if len(bad):
+        which = f"not finite: document {run.dataset.describe(bad)}"
+    run.logger.print(f"step {step:,}: loss {float(loss):g}, gradient norm {float(grad_norm):g}, "
+                     f"so no update; {which}")
+    limit = run.cfg["bad_steps"]
+    if limit and run.state.consecutive_skips >= limit:
+        run.logger.close()
+        run.saver.wait()
+        raise configs.UserError(f"bad_steps: {limit} steps in a row, up to step {step:,}, had no "
+                                "finite loss and gradient; try a smaller lr or another dtype, or "
+                                "look at the documents named above")
+
+
+def log_step(run, info, loss, lr, grad_norm):
+    """Hand the record of a step to the logger. Tensors are read later, when they are computed."""
+    state = run.state
+    elapsed = run.seconds() - run.last_log_time
+    tokens_per_second = run.tokens_since_log / elapsed
+    flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
+    flops_per_second = flops / info["tokens"] * tokens_per_second
+    peak = log.peak_flops(run.device, run.model.dtype)
+    run.logger.step({
+        "step": state.step,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": info["tokens"],
+        "target_tokens": info["target_tokens"],
+        "documents": info["documents"],
+        "tok_per_s": tokens_per_second,
+        "mfu": flops_per_second / (peak * shard.world_size()) if peak else None,
+        "packing": info["packing"],
+        "memory": log.peak_memory(run.device),
+        "seconds": run.seconds(),
+        "skipped": state.skipped_steps,
+        "compiled": shard.num_graphs(),
+        "data_wait": run.data_wait / elapsed,
+        "save_wait": run.save_wait / elapsed,
+    })
+
+
+def reset_meters(run):
+    """Start to measure throughput and waiting anew."""
+    run.last_log_time = run.seconds()
+    run.tokens_since_log = 0
+    run.data_wait = 0.0
+    run.save_wait = 0.0
+
+
+def save(run):
+    """Start to write a checkpoint. Returns when its copy is made."""
+    shard.check_replicas(run.model)
+    run.logger.flush()                                   # a step that is saved is also logged
+    start = time.perf_counter()
+    run.state.seconds = run.seconds()
+    run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
+                   dataclasses.asdict(run.state))
+    run.saved_step = run.state.step
+    run.save_wait += time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------------
+# the end of a run
+
+def finish(run):
+    """Write the last checkpoint and the export, print the summary."""
+    cfg, step = run.cfg, run.state.step
+    interrupted = run.stop > TIME_IS_UP
+    written = run.saver.wait()
+    if not written or (interrupted and run.saved_step < step):    # a full disk may have been emptied
+        save(run)
+        written = run.saver.wait()
+    if interrupted:
+        saved = "saved" if written else "not saved"
+        run.logger.print(f"stopped by signal {run.stop} after step {step:,}, {saved}; the same "
+                         "command resumes from the newest checkpoint")
+        run.logger.close()
+        sys.exit(128 + run.stop)
+    if not written:
+        run.logger.close()
+        raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
+                                "the same command repeats them")
+    if step < run.state.total_steps:
+        reason = f"no new best {cfg['best']} in {cfg['patience']} evaluations"
+        if run.stop == TIME_IS_UP:
+            reason = "max_seconds is reached"
+        run.logger.print(f"ended after step {step:,} of {run.state.total_steps:,}: {reason}")
     if cfg["checkpoint"]["export"]:
-        lines.append(f'talk to it: python model.py {cfg["out_dir"]} "..."')
-    return lines
+        shard.rank0_only(export, run)
+    for line in log.final_summary(run) if shard.rank() == 0 else []:
+        run.logger.print(line)
+    run.logger.close()
+
+
+def export(run):
+    """Export the best checkpoint, or the newest, to out_dir/hf; adapters to out_dir/adapter."""
+    out_dir = Path(run.cfg["out_dir"])
+    best = run.saver.folder / "best"
+    path = best if run.cfg["best"] and best.is_dir() else run.saver.folder / "latest"
+    adapter = out_dir / "adapter" if run.cfg["shard"]["lora"]["r"] else None
+    checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf",
+                      run.state.has_chats, adapter)
+
+
+def main(cfg, explicit):
+    """One run, on every rank."""
+    run = setup(cfg, explicit)
+    for line in log.describe_run(run) if shard.rank() == 0 else []:
+        run.logger.print(line)
+    train(run)
+    finish(run)
+
+
+def cli(argv=None):
+    """Run the command line. experiments/*.py call this after they have changed something."""
+    argv = sys.argv[1:] if argv is None else argv
+    configs.exit_with_help(__doc__, argv)
+    cfg, _, explicit = configs.load_or_exit(argv)
+    shard.run_distributed(main, cfg, explicit)
 
 
 if __name__ == "__main__":
-    shard.together(main, *CONFIG)
+    cli()

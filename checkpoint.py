@@ -4,19 +4,19 @@
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
     python checkpoint.py export out/ft/checkpoints/00000100 DIR
 
-    out/ft/checkpoints/00000100/model.safetensors        trained parameters in fp32 (LoRA: the adapters)
-                                optimizer.safetensors    PARAMETER/exp_avg, ... for each of them
-                                sampler.safetensors      what a sampler with feedback has learned
-                                state.json               step, config, code and data, checksums
-    out/ft/checkpoints/latest -> 00000100                the newest; best: the best by cfg["best"]
+    out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
+                                optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
+                                sampler.safetensors     the state of a sampler with feedback
+                                state.json              step, config, code, data, checksums
+    out/ft/checkpoints/latest -> 00000100               the newest; best: the best by cfg["best"]
 
 A checkpoint is written under a temporary name, fsynced and renamed. Whenever the process is killed,
 `latest` is complete. The loop waits only for the copy into host memory; a thread writes it to disk.
 Nothing is unpickled, so loading a checkpoint cannot run code.
 
-Any number of ranks writes the same files. A local shard is a range of rows, and the rows of a tensor
-are contiguous in a safetensors file, so each rank writes its rows at their offset. Any other number
-of ranks reads them, each rank its own rows.
+Any number of ranks writes the same files. A local shard is a range of rows, and the rows of a
+tensor are contiguous in a safetensors file, so each rank writes its rows at their offset. Any other
+number of ranks reads them, each rank its own rows.
 """
 import sys
 
@@ -34,7 +34,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sysconfig
 import threading
 import zlib
 from pathlib import Path
@@ -52,8 +51,7 @@ PROJECT = configs.HERE.parent
 DTYPE_NAMES = {                                          # as safetensors spells them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint8: "U8", torch.bool: "BOOL",
 }
 
 
@@ -80,16 +78,15 @@ def check_optimizer_state(optimizer, model):
     by rows or replicated. Its shape may differ from its parameter's. Values that an optimizer keeps
     elsewhere, in its param_groups or attributes, are not saved.
     """
-    params = trained_parameters(model)
-    known = set(params.values())
-    if any(p not in known for p in optimizer.state):
-        raise configs.UserError("optimizer: its state has a key that is no trained parameter, which"
-                                " cannot be saved; keep state in self.state[p]")
-    for name, p in params.items():
-        for key, value in optimizer.state[p].items():
+    names = {p: name for name, p in trained_parameters(model).items()}
+    for p, values in optimizer.state.items():
+        if p not in names:
+            raise configs.UserError("optimizer: its state has a key that is not a trained "
+                                    "parameter; keep everything in self.state[p]")
+        for key, value in values.items():
             problem = layout_problem(value, p)
             if problem:
-                raise configs.UserError(f"optimizer: state {key!r} of {name} {problem}")
+                raise configs.UserError(f"optimizer: state {key!r} of {names[p]} {problem}")
 
 
 def layout_problem(value, p):
@@ -104,25 +101,21 @@ def layout_problem(value, p):
             return ""
         return f"has placements {value.placements}; redistribute it to Shard(0) or Replicate()"
     if value.numel() > 1 and shard.local_shard(p)[0].shape != p.shape:
-        return (f"is a plain tensor of shape {list(value.shape)}, but its parameter is sharded over "
-                "ranks; make it a DTensor (torch.zeros_like(p)), or shard.mesh.shard=1")
+        return (f"is a plain tensor of shape {list(value.shape)}, but its parameter is sharded "
+                "over ranks; make it a DTensor (torch.zeros_like(p)), or shard.mesh.shard=1")
     return ""
 
 
 @dataclasses.dataclass
-class Entry:
-    """A tensor of a safetensors file, with the rows of it that this rank writes."""
-    dtype: torch.dtype
-    shape: list
-    first_row: int
-    rows: torch.Tensor | None     # a copy in host memory; None if another rank writes them
-
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
+class TensorFile:
+    """A safetensors file, with what this rank writes into it."""
+    header: bytes
+    size: int
+    rows: list                    # [(offset in the file, tensor in host memory)]
 
 
 def snapshot(model, optimizer, sampler_state, buffers):
-    """Copy all that a resumed run needs to host memory: {file name: {tensor name: Entry}}.
+    """Copy all that a resumed run needs to host memory: {file name: TensorFile}.
 
     The loop waits for this and for nothing else.
 
@@ -135,26 +128,47 @@ def snapshot(model, optimizer, sampler_state, buffers):
         "optimizer.safetensors": optimizer_tensors(model, optimizer),
         "sampler.safetensors": {name: torch.as_tensor(a) for name, a in sampler_state.items()},
     }
-    entries = {}
     for file, tensors in files.items():
-        entries[file] = {name: copy_to_host(t, f"{file}/{name}", buffers)
-                         for name, t in tensors.items()}
+        header, offsets, size = safetensors_layout(tensors)
+        rows = []
+        for name, t in tensors.items():
+            local, first_row, end_row = local_rows(t)
+            if first_row < end_row and shard.is_writer(t):
+                row_bytes = t.dtype.itemsize * math.prod(t.shape[1:])
+                copy = copy_to_host(local, f"{file}/{name}", buffers)
+                rows.append((offsets[name] + first_row * row_bytes, copy))
+        files[file] = TensorFile(header, size, rows)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return entries
+    return files
+
+
+def safetensors_layout(tensors):
+    """Return (the first bytes of a safetensors file, {name: offset of the tensor}, file size).
+
+    The format is: the length of the header in 8 bytes, the header as JSON, the tensors.
+    """
+    header = {}
+    begin = 0
+    for name, t in tensors.items():
+        end = begin + t.numel() * t.dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first_bytes = struct.pack("<Q", len(text)) + text
+    offsets = {name: len(first_bytes) + entry["data_offsets"][0] for name, entry in header.items()}
+    return first_bytes, offsets, len(first_bytes) + begin
 
 
 def copy_to_host(t, key, buffers):
-    """Start the copy of this rank's rows of t, if it is the rank that writes them."""
-    local, first_row, end_row = local_rows(t)
-    if first_row == end_row or not shard.is_writer(t):
-        return Entry(t.dtype, list(t.shape), first_row, None)
+    """Start to copy a tensor into its buffer in host memory; return the buffer."""
     buffer = buffers.get(key)
-    if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
-        buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+    if buffer is None or buffer.shape != t.shape or buffer.dtype != t.dtype:
+        buffer = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         buffers[key] = buffer
-    buffer.copy_(local, non_blocking=True)
-    return Entry(t.dtype, list(t.shape), first_row, buffer)
+    return buffer.copy_(t, non_blocking=True)
 
 
 def local_rows(t):
@@ -168,54 +182,27 @@ def local_rows(t):
 # --------------------------------------------------------------------------------------------------
 # write
 
-@dataclasses.dataclass
-class Layout:
-    """Where a safetensors file has what: 8 bytes of length, a JSON header, then the tensors."""
-    header: bytes
-    offsets: dict                 # {tensor name: its first byte in the file}
-    size: int
-
-
-def safetensors_layout(entries):
-    header = {}
-    offset = 0
-    for name, entry in entries.items():
-        end = offset + entry.nbytes()
-        header[name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape,
-                        "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    first_bytes = struct.pack("<Q", len(text)) + text
-    offsets = {name: len(first_bytes) + item["data_offsets"][0] for name, item in header.items()}
-    return Layout(first_bytes, offsets, len(first_bytes) + offset)
-
-
 def create_files(building, files):
     """Create a checkpoint's files in their final sizes, without the tensors."""
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    for name, entries in files.items():
-        layout = safetensors_layout(entries)
+    for name, file in files.items():
         with open(building / name, "wb") as f:
-            f.write(layout.header)
-            f.truncate(layout.size)
+            f.write(file.header)
+            f.truncate(file.size)
 
 
 def write_shards(building, files):
     """Write this rank's rows of every tensor, and fsync them."""
-    for name, entries in files.items():
-        mine = {key: entry for key, entry in entries.items() if entry.rows is not None}
-        if not mine:
+    for name, file in files.items():
+        if not file.rows:
             continue
-        layout = safetensors_layout(entries)
         # Not opened for reading: a network file system would read blocks around our rows, and write
         # them back over those of other ranks.
         with os.fdopen(os.open(building / name, os.O_WRONLY), "wb") as f:
-            for key, entry in mine.items():
-                row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-                f.seek(layout.offsets[key] + entry.first_row * row_bytes)
-                f.write(entry.rows.contiguous().flatten().view(torch.uint8).numpy())
+            for offset, rows in file.rows:
+                f.seek(offset)
+                f.write(rows.flatten().view(torch.uint8).numpy())
             f.flush()
             os.fsync(f.fileno())
 
@@ -243,12 +230,11 @@ def delete_old_checkpoints(newest, keep):
 
     Checkpoints of later steps than the newest were left by a run that was resumed before them.
     """
-    best = (newest.parent / "best").resolve()
+    best = (newest.parent / "best").resolve().name
     checkpoints = list_checkpoints(newest.parent.parent)
     later = [p for p in checkpoints if p.name > newest.name]
-    others = [p for p in checkpoints if p.name <= newest.name]
-    old = [p for p in others[:-keep] if p.resolve() != best]
-    for folder in later + old:
+    older = [p for p in checkpoints if p.name <= newest.name][:-keep]
+    for folder in later + [p for p in older if p.name != best]:
         remove_checkpoint(folder)
 
 
@@ -296,20 +282,20 @@ def set_symlink(link, folder):
 
 def set_best(out_dir, steps):
     """Point `best` to the first of `steps` that has a checkpoint; without one, remove the link."""
-    folder = Path(out_dir) / "checkpoints"
-    candidates = [folder / f"{step:08}" for step in steps]
-    existing = [path for path in candidates if path.is_dir()]
-    if existing:
-        set_symlink(folder / "best", existing[0])
-    else:
-        (folder / "best").unlink(missing_ok=True)
+    link = Path(out_dir) / "checkpoints" / "best"
+    for step in steps:
+        folder = link.with_name(f"{step:08}")
+        if folder.is_dir():
+            set_symlink(link, folder)
+            return
+    link.unlink(missing_ok=True)
 
 
 class Saver:
     """Writes checkpoints in a background thread of every rank, one at a time.
 
-    All ranks create it together. A failed write does not end the run: warn(text) is called once, and
-    older checkpoints stay complete.
+    All ranks create it together. A failed write does not end the run: warn(text) is called once,
+    and older checkpoints stay complete.
     """
 
     def __init__(self, out_dir, keep, warn):
@@ -386,8 +372,8 @@ def read_state(folder):
     """The dict in a checkpoint's state.json. Raises UserError if it is missing or damaged."""
     path = Path(folder) / "state.json"
     if not path.is_file():
-        raise configs.UserError(f"{folder}: no checkpoint here (no state.json); python checkpoint.py"
-                                " ls RUN lists those of a run")
+        raise configs.UserError(f"{folder}: no checkpoint here (no state.json); "
+                                "python checkpoint.py ls RUN lists those of a run")
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         is_intact = state["checksum"] == state_checksum(state)
@@ -407,13 +393,10 @@ def verify(folder):
     state = read_state(folder)
     for name, expected in state["checksums"].items():
         path = folder / name
-        if not path.is_file():
-            raise configs.UserError(f"{path}: missing, this checkpoint is damaged"
-                                    f"{suggest_other(folder)}")
-        checksum = file_checksum(path)
+        checksum = file_checksum(path) if path.is_file() else "missing"
         if checksum != expected:
-            raise configs.UserError(f"{path}: checksum {checksum} instead of {expected}, this "
-                                    f"checkpoint is damaged{suggest_other(folder)}")
+            raise configs.UserError(f"{path}: this checkpoint is damaged (checksum {expected} in "
+                                    f"state.json, {checksum} here){suggest_other(folder)}")
     return state
 
 
@@ -451,16 +434,18 @@ def load_checkpoint(folder, model, optimizer):
 
 
 def check_tensors_fit(saved, tensors, folder, owner):
-    """Raise UserError unless a safetensors file has these tensors, in shape and dtype."""
+    """Raise UserError unless a safetensors file has exactly these names, dtypes and shapes."""
     found = {}
     for name in saved.keys():
         entry = saved.get_slice(name)
         found[name] = f"{entry.get_dtype()} {entry.get_shape()}"
     expected = {name: f"{DTYPE_NAMES[t.dtype]} {list(t.shape)}" for name, t in tensors.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [f"{name} is {found[name]} here, {expected[name]} in the {owner}"
-                 for name in expected if found.get(name, expected[name]) != expected[name]]
+    problems = []
+    for name in sorted(found | expected):
+        in_file = found.get(name, "missing")
+        in_owner = expected.get(name, "missing")
+        if in_file != in_owner:
+            problems.append(f"{name}: {in_file} in the checkpoint, {in_owner} in the {owner}")
     if problems:
         raise configs.UserError(f"{folder}: does not fit the {owner}: "
                                 f"{transformer.listed(problems)}")
@@ -645,10 +630,9 @@ def can_be_extended(out_dir, cfg):
 def start_over(out_dir):
     """Delete what a run has left in out_dir, for resume=never."""
     out_dir = Path(out_dir)
-    for name in ("checkpoints", "hf", "adapter", "code"):
-        shutil.rmtree(out_dir / name, ignore_errors=True)
-    for path in out_dir.glob("code-at-*"):
-        shutil.rmtree(path)
+    for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
+        for folder in out_dir.glob(pattern):
+            shutil.rmtree(folder)
     (out_dir / "metrics.jsonl").unlink(missing_ok=True)
 
 
@@ -667,23 +651,23 @@ def need_folder(folder, key):
 def source_files():
     """The files that decide what a run computes: {name relative to the project: Path}.
 
-    These are the main script, the project's modules that are loaded, and the yaml files with
-    defaults and families. Not included are installed packages and tests, which only call the code.
+    These are the main script, the loaded modules of the project, and the yaml files with defaults
+    and families. Installed packages are not included, nor tests, which only call the code.
     """
-    paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
+    paths = [configs.HERE / "defaults.yaml", configs.HERE / "families.yaml"]
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
+        path = Path(getattr(module, "__file__", None) or "")
         is_main = module is sys.modules["__main__"]
-        if file and (is_main or is_inside(file, PROJECT)):
-            paths.append(Path(file).resolve())
-    installed = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "scripts")]
-    excluded = [PROJECT / "tests", *installed]
+        if path.suffix == ".py" and (is_main or is_inside(path, PROJECT)):
+            paths.append(path.resolve())
+    standard_library = Path(os.__file__).parent
+    installed = Path(torch.__file__).parents[1]
     files = {}
     for path in paths:
-        if path.is_file() and not any(is_inside(path, folder) for folder in excluded):
+        if not any(is_inside(path, p) for p in (standard_library, installed, PROJECT / "tests")):
             name = path.relative_to(PROJECT) if is_inside(path, PROJECT) else path.name
             files[str(name)] = path
-    return dict(sorted(files.items()))
+    return files
 
 
 @functools.cache
@@ -789,8 +773,8 @@ def export_checkpoint(path, folder):
     if not (path / "state.json").is_file():
         checkpoints = list_checkpoints(path)
         if not checkpoints:
-            raise configs.UserError(f"{path}: no checkpoint here; name a run's folder or one of its "
-                                    "checkpoints/")
+            raise configs.UserError(f"{path}: no checkpoint here; name a run's folder or one of "
+                                    "its checkpoints")
         path = checkpoints[-1]
     need_folder(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):

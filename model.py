@@ -102,13 +102,13 @@ def rope_scaling(m):
     """-> (the kind of scaling a model section asks for, its section). Raises ValueError: unknown, or lacks a number."""
     section = m["rope_scaling"] or {}
     if not isinstance(section, dict):
-        raise ValueError(f"model.rope_scaling: expected null or a section as config.json's, got {section}")
+        raise configs.UserError(f"model.rope_scaling: expected null or a section as config.json's, got {section}")
     kind = section.get("rope_type", section.get("type", "default"))
     if kind not in SCALINGS:
-        raise ValueError(f"model.rope_scaling.rope_type: {kind} is none of {', '.join(SCALINGS)}")
+        raise configs.UserError(f"model.rope_scaling.rope_type: {kind} is none of {', '.join(SCALINGS)}")
     for key in SCALINGS[kind]:
         if type(section.get(key)) not in (int, float) or section[key] <= 0:
-            raise ValueError(f"model.rope_scaling.{key}: {kind} needs it, a number above 0; got {section.get(key)}")
+            raise configs.UserError(f"model.rope_scaling.{key}: {kind} needs it, a number above 0; got {section.get(key)}")
     return kind, section
 
 
@@ -386,7 +386,7 @@ def varlen(cu_seqlens, total, max_len):
         said = {"is_causal": True} if "is_causal" in takes else {"window_size": ((layer.window or 0) - 1, 0)}
         said |= {"scale": layer.scale} if layer.scale else {}
         if said.keys() - takes.keys() or layer.window and "is_causal" in said:
-            raise ValueError("model.sliding_window, model.attention_multiplier: need torch 2.12 and its attention")
+            raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch 2.12 and its attention")
         q, k, v = layer.split(qkv, 1)
         if layer.heads != layer.kv_heads and "enable_gqa" in takes:
             said["enable_gqa"] = True
@@ -543,7 +543,7 @@ class Transformer(nn.Module):
                    "positions": ("rope", "learned"), "qk_norm": ("none", "head", "all")}
         for key, known in choices.items():
             if m[key] not in known:
-                raise ValueError(f"model.{key}: {m[key]} is none of {', '.join(known)}")
+                raise configs.UserError(f"model.{key}: {m[key]} is none of {', '.join(known)}")
         self.embed = Embedding(self.padded_vocab_size, m["d_model"])
         self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
@@ -616,11 +616,11 @@ def with_options(key, functions, m):
     takes = list(inspect.signature(function).parameters.values())[2:]    # besides the two that it always gets
     names = [p.name for p in takes]
     if odd := [name for name, value in options.items() if type(value) not in (int, float)]:
-        raise ValueError(f"model.{key}_options.{odd[0]}: expected a number, got {options[odd[0]]}")
+        raise configs.UserError(f"model.{key}_options.{odd[0]}: expected a number, got {options[odd[0]]}")
     if strange := [name for name in options if name not in names]:
-        raise ValueError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
+        raise configs.UserError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
     if lacking := [p.name for p in takes if p.default is p.empty and p.name not in options]:
-        raise ValueError(f"model.{key}_options.{lacking[0]}: {m[key]} needs it, a number")
+        raise configs.UserError(f"model.{key}_options.{lacking[0]}: {m[key]} needs it, a number")
     return functools.partial(function, **options) if options else function
 
 
@@ -689,7 +689,7 @@ def hf_names(name, m):
     """A parameter's name -> [their names of what it is stacked of, along the outputs], by configs/families.yaml."""
     theirs = configs.families()[m["family"]]["weights"].get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
     if theirs is None:
-        raise ValueError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
+        raise configs.UserError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
     i = name.split(".")[1] if name.startswith("blocks.") else ""
     return [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
 
@@ -744,7 +744,7 @@ def resolve_model_dir(path):
         if (folder / "config.json").is_file():
             return folder
     hint = f"; python checkpoint.py export {path} DIR makes one" if (Path(path) / "checkpoints").is_dir() else ""
-    raise ValueError(f"{path}: no model in Hugging Face format there (config.json){hint}")
+    raise configs.UserError(f"{path}: no model in Hugging Face format there (config.json){hint}")
 
 
 def load(path, m=None, device="cpu"):
@@ -791,7 +791,7 @@ def pretrained_reader(path, m):
         shapes = lambda m: [(name, p.shape) for name, p in build_on_meta(m | {"rope_layers": None}).named_parameters()]
         said = [f"model.{key} = {m[key]}, where config.json says {value}" for key, value in theirs.items()
                 if value is not None and m[key] != value and shapes(m | {key: value}) != shapes(m)]
-        raise ValueError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
+        raise configs.UserError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
 
     @functools.cache
     def mean(key):
@@ -827,10 +827,10 @@ def open_weights(folder):
             files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         opened = [safe_open(at := f, framework="pt") for f in files]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{at}: a damaged or missing safetensors file: {e}") from None
+        raise configs.UserError(f"{at}: a damaged or missing safetensors file: {e}") from None
     if not files:
         pickles = ", ".join(sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")))
-        raise ValueError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run "
+        raise configs.UserError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run "
                          "code and are not read; this converts one: python -c \"from transformers import "
                          f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
     return {key: f for f in opened for key in f.keys()}
@@ -920,11 +920,11 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     """
     m, device, B = model.cfg, model.embed.weight.device, len(prompts)
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
-        raise ValueError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1; "
+        raise configs.UserError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1; "
                          f"got {temperature}, {top_p}, {top_k}, {max_tokens}")
     if not prompts or not all(prompts) or max(map(len, prompts)) > m["max_len"]:
         lengths = sorted({len(p) for p in prompts})
-        raise ValueError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")
+        raise configs.UserError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")
     room = min(max(map(len, prompts)) + max_tokens, m["max_len"])
     batch, cache = as_batch(prompts, device), {}
     inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
@@ -1061,7 +1061,7 @@ def main(argv):
     import tokenize_data
     options, words = configs.take(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
     if not words:
-        raise ValueError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
+        raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
     folder = resolve_model_dir(words[0])
     if len(words) < 2:                                               # no weight is read for that
         m = configs.load([f"model.init_from={folder}"])[0]["model"]

@@ -1,41 +1,55 @@
-"""One model over many devices: ranks, mesh, adapters, precision, recompute; and what it will cost.
+"""One model on many devices: ranks, FSDP2, LoRA, precision, and the memory that a run will need.
 
-    torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     two processes, the same run
-    torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/halves     each holds a half
-    python shard.py configs/ft.yaml gpus=64 shard.mesh.shard=8     predicted memory per device, and what fills it
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml out_dir=out/two        two replicated ranks
+    torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/sharded
+    python shard.py configs/ft.yaml gpus=64 shard.mesh.shard=8       predicted memory per device
 
-Ranks stand in a mesh of replicate x shard. Here 2 x 4:
+Ranks form a mesh of replicate x shard. Here 2 x 4:
 
                             shard  ->
-    replicate    rank 0   rank 1   rank 2   rank 3      a row holds the whole state (weights, gradients, moments),
-        |        rank 4   rank 5   rank 6   rank 7      a quarter on each; a column holds the same quarter
-        v
+    replicate    rank 0   rank 1   rank 2   rank 3      A row holds one copy of the training state
+        |        rank 4   rank 5   rank 6   rank 7      (weights, gradients, optimizer), a quarter
+        v                                               per rank. A column holds the same quarter.
 
-    n x 1  every rank has all of it: the fastest where it fits            1 x n  ZeRO-3, the least memory (FSDP2);
-    m x n  both: sharded in a node, say, replicated over nodes (HSDP)            ZeRO-2 with reshard_after_forward=false
+    n x 1    replicated: every rank holds everything (data parallel). The fastest, if it fits.
+    1 x n    sharded: ZeRO-3 by FSDP2, the least memory; ZeRO-2 with reshard_after_forward=false
+    m x n    both (HSDP): sharded within a node, for example, and replicated over nodes
 
-What the ranks tell each other in a step, everything else being arithmetic that all of them can do:
+Communication in one step:
 
-    all-gather      along a row: a block's parts become its whole weights, in the computation's dtype, before it runs
-                    forward, and, ZeRO-3 having freed them, again before it runs backward
-    reduce-scatter  along a row, backward only: the ranks' gradients of a block are summed in fp32, each keeps its part
-    all-reduce      along a column, backward only: those sums are summed; under n x 1 it is all there is, once a step,
-                    over one tensor that holds every gradient. Forward there is nothing: a loss is a number each rank
-                    adds its share to
+    all-gather      along a row: a block's shards become its whole weights, before its forward pass
+                    and, if they were freed in between (ZeRO-3), before its backward pass
+    reduce-scatter  along a row, backward only: a block's gradients are summed in fp32, and each
+                    rank keeps the rows of its shard
+    all-reduce      along a column, backward only: sums these gradients over the replicas. On a
+                    mesh of n x 1 it is the only communication, once per step.
 
-The model file knows of none of these: a model that comes out of prepare() is called as before.
+model.py knows nothing of this: the model that parallelize() returns is called as before.
 
-    masters     fp32, what the optimizer changes and a checkpoint keeps
-    compute     bf16 or fp32; each matmul casts its weight, so gradients arrive in fp32 and add up in fp32
-    LoRA        y = W x + (alpha / r) B A x: W stays as it is, A [r, in] and B [out, r] learn       (arXiv:2106.09685)
+    precision   parameters, gradients and optimizer state are fp32. The computation is bf16 or fp32:
+                each matmul casts its weight.
+    LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
+                (arXiv:2106.09685)
 """
-import atexit, ctypes, itertools, json, math, os, sys, threading, time, traceback, uuid, warnings
+import atexit
+import ctypes
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
 from pathlib import Path
 
 import configs
 
-if __name__ == "__main__" and len(sys.argv) < 2:
-    sys.exit(__doc__)
+if __name__ == "__main__":    # before torch is imported
+    configs.exit_with_help(__doc__, sys.argv[1:])
 
 import torch
 import torch.distributed as dist
@@ -46,601 +60,929 @@ from torch.distributed.rendezvous import rendezvous
 import model as transformer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ranks: one process each, started by torchrun. Without it there is one, and nobody to tell
+# --------------------------------------------------------------------------------------------------
+# ranks: one process per device, started, supervised and restarted by torchrun. Without torchrun
+# there is one rank, and the functions of this section and the next do nothing
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def ranks():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def together(main, *args):
-    """main(*args) on every rank. When one fails, all end, and the one error that matters is told, once and last."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        configs.run(main, *args)
-        return
-    try:
-        join(*args)
-        main(*args)
-        dist.barrier()
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    except Exception as e:
-        mistake, text = configs.ours(e), traceback.format_exc().rstrip()
-        if mistake:
-            text = f"error: {e}"
-        elif any(sign in str(e) for sign in GONE):             # a consequence; the rank that failed says why, if it can
-            text = f"rank {rank()} has lost another, whose last words or signal are the reason: {e}"
-            time.sleep(1)
-        try:
-            first = STORE[0].add("failed", 1) == 1
-        except IndexError:                                     # nothing to agree by yet: a mistake is everybody's
-            first = not mistake or os.environ.get("LOCAL_RANK", "0") == "0"
-        except RuntimeError:                                   # it went with its node
-            first = False
-        if first:
-            tell(text)
-        os._exit(1)                                            # nothing of what is under way waits for the others
-    leave()
-    atexit._run_exitfuncs()                                    # as an exit does. But gloo's threads hold tensors, and
-    sys.stdout.flush()                                         # abort, at times, an interpreter that winds up
-    os._exit(code)                                             # (pytorch/pytorch#179291)
+def local_rank():
+    """Number of this rank on its node. It is also the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "communicator was aborted")
+def local_world_size():
+    """Number of ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def tell(text):
-    """An error, on standard error and to torchrun, whose last words it then is."""
-    print(text, file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
-
-
-def join(cfg, *_):
-    """Meet the other ranks, by what torchrun has put into the environment."""
-    device = pick_device(cfg)[0]
-    here, gpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), device.type == "cuda"
-    if gpu and torch.cuda.device_count() < here:
-        raise ValueError(f"torchrun: {here} processes on a node of {torch.cuda.device_count()} GPUs; "
-                         f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
-    if gpu:
+def init_distributed(cfg):
+    """Join the process group of all ranks. Raises UserError if the launch command can't work."""
+    device, _ = pick_device(cfg)
+    backend = "gloo"
+    if device.type == "cuda":
+        if torch.cuda.device_count() < local_world_size():
+            raise configs.UserError(
+                f"torchrun: {local_world_size()} processes on a node with "
+                f"{torch.cuda.device_count()} GPUs; "
+                f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
         torch.cuda.set_device(device)
-    store, rank, ranks = next(rendezvous("env://"))
-    store = dist.PrefixStore(this_start(store, rank, ranks), store)
-    STORE.append(store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=ranks,
-                            device_id=device if gpu else None)
-    if rank:
-        warnings.simplefilter("ignore")                        # the console speaks once
-    WATCH.start()
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world_size = next(rendezvous("env://"))
+    store = store_of_this_start(store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            device_id=device if device.type == "cuda" else None)
+    if rank > 0:
+        warnings.simplefilter("ignore")    # rank 0 prints the same warnings
 
 
-def this_start(store, rank, ranks):
-    """A word that the ranks of this start share and no earlier one had. torchrun's restarts leave the old keys there.
+def store_of_this_start(store):
+    """Separate the keys of this start from those that earlier starts left in torchrun's store.
 
-    Rank 0 posts a new word. The others answer it with a word of their own, until it answers that: what an earlier
-    rank 0 has posted never does.
+    torchrun keeps one store over its restarts. On one node all ranks know the number of the
+    restart. Nodes count restarts differently, so there each start needs a store of its own.
     """
-    mine = uuid.uuid4().hex
-    if rank == 0:
-        store.set("start", mine)
-        for other in range(1, ranks):
-            store.set(f"{mine}/{wait_for(f'{mine}/{other}', store)}", "")
-        return mine
-    while True:
-        start = store.get("start").decode()
-        store.set(f"{start}/{rank}", mine)
-        if store.check([f"{start}/{mine}"]):
-            return start
-        time.sleep(0.1)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if may_restart and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        raise configs.UserError(
+            "torchrun: --max-restarts on several nodes needs --rdzv_backend c10d and, in the "
+            "environment of torchrun on every node, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return dist.PrefixStore("start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-def leave():
-    """Part from the others, at the end."""
-    LEAVING.set()
-    if WATCH.ident:
-        WATCH.join()
-        dist.destroy_process_group()
+def run_distributed(main, cfg, *args):
+    """Call main(cfg, *args) on every rank that torchrun started.
 
-
-STORE = []                                                     # what all ranks write keys to and read them from
-
-
-def watch():
-    """End this rank soon after another has failed, wherever it is stuck: in a kernel that waits for the dead, say."""
+    If a rank fails, torchrun ends the others and prints the error of the failed rank last. A
+    UserError is printed as one line, every other exception with its traceback.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        configs.run(run_alone, main, cfg, *args)
+        return
+    exit_code = 0
     try:
-        while not STORE[0].check(["failed"]):
-            if LEAVING.wait(1):
-                return
-    except RuntimeError:                                       # the store's node is gone
-        pass
-    if not LEAVING.wait(5):
-        os._exit(1)
+        init_distributed(cfg)
+        main(cfg, *args)
+        dist.barrier()
+    except SystemExit as error:
+        exit_code = error.code or 0
+    except Exception as error:
+        wait_for_termination(error)
+        print(error_text(error), file=sys.stderr, flush=True)
+        write_error_file(error)
+        os._exit(1)    # don't wait for communication that can't complete any more
+    dist.destroy_process_group()
+    # End without winding up the interpreter: gloo's threads may still hold tensors, and then abort
+    # the process (pytorch/pytorch#179291).
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
-WATCH, LEAVING = threading.Thread(target=watch, daemon=True), threading.Event()
+def run_alone(main, cfg, *args):
+    try:
+        main(cfg, *args)
+    except Exception as error:
+        write_error_file(error)
+        raise
 
 
-def post(key, text=""):
-    """Leave a message for wait_for()."""
-    if ranks() > 1:
-        STORE[0].set(key, text)
+def wait_for_termination(error):
+    """Let the rank whose error is the cause report it first: torchrun then ends this rank.
 
-
-def wait_for(key, store=None):
-    """Until some rank posts `key`, however long that takes: a collective would give up -> its text."""
-    store = store or STORE[0]
-    while not store.check([key]):
-        time.sleep(0.05)
-    return store.get(key).decode()
-
-
-TURNS = itertools.count()                                      # every rank counts the same
-
-
-def on_first(function, *args):
-    """function(*args), called on rank 0 alone, however long it takes -> what it returned there, on every rank."""
-    if ranks() == 1:
-        return function(*args)
-    out, key = [None], f"turn{next(TURNS)}"
-    if rank() == 0:
-        out = [function(*args)]
-        post(key)
-    else:
-        wait_for(key)
-    dist.broadcast_object_list(out)
-    return out[0]
-
-
-def in_turn(function, *args, doing):
-    """function(*args), which fills a folder: rank 0 first, then one rank of each other node, then the rest.
-
-    A node's folder may be its own, or all nodes'; whoever comes later finds it filled.
-    doing  what rank 0 does meanwhile, for those who wait
+    torchrun shows the error of the rank that exits first. A rank that only lost its connection to
+    a failed rank waits. If all ranks fail alike, local rank 0 reports, and the others wait.
     """
-    if ranks() == 1:
-        return function(*args)
-    turn, node, first = next(TURNS), os.environ.get("GROUP_RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
-    mine, told, started = f"turn{turn}/node{node}", rank() != 1, time.monotonic()
-    while rank() and not STORE[0].check([f"turn{turn}/node0" if first else mine]):
-        time.sleep(0.05)
-        if not told and time.monotonic() - started > 3:
-            print(f"rank 0 is {doing}, the others wait", flush=True)
-            told = True
-    out = function(*args)
-    if first:
-        post(mine)
-    return out
-
-
-def summed(values):
-    """A list of numbers on each rank -> their sums over ranks, in fp64."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if ranks() > 1:
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def largest(n):
-    """An int on each rank -> the largest of them."""
-    n = torch.tensor(n)
-    if ranks() > 1:
-        dist.all_reduce(n, dist.ReduceOp.MAX)
-    return int(n)
-
-
-def gathered(value):
-    """Any value on each rank -> [every rank's]"""
-    out = [value]
-    if ranks() > 1:
-        out = [None] * ranks()
-        dist.all_gather_object(out, value)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# device and precision
-
-def pick_device(cfg):
-    """cfg -> (torch.device, compute dtype). Raises ValueError where the device isn't there."""
-    name = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda is not available here; device=cpu or auto")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    dtype = cfg["dtype"] if cfg["dtype"] != "auto" else "bfloat16" if has_bf16(device) else "float32"
-    return device, getattr(torch, dtype)
-
-
-def has_bf16(device):
-    """Does the hardware multiply bf16 matrices faster than fp32 ones?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
-
-
-def row_multiple(device, dtype, micro_tokens):
-    """What a row's length is a multiple of: kernels are prepared, and kept, for every new shape, so there are few.
-
-    A row is no longer than its step needs: on CUDA there are sixteen lengths, or fewer.
-    """
-    if device.type == "cuda":
-        return max(256, -(-micro_tokens // 16))
-    return 64 if dtype == torch.bfloat16 else 1
-
-
-def set_threads():
-    """Share the machine's cores among its processes, unless OMP_NUM_THREADS says more than torchrun's own 1."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // here))
-
-
-def keep_memory():
-    """Let freed memory stay with the process: a page that the kernel gives anew costs more than what is done with it.
-
-    glibc's malloc asks the kernel for every large block and gives it back at once; mallopt(3) has the options. Where
-    the C library is another, nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for option, value in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # no mappings, no trimming, the heap grows by 64 MB
-        if mallopt:
-            mallopt(option, value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer with an adapter for each of its parts (q, k, v: one matmul inside, three layers outside).
-
-    parts  [(their name of the layer, first output, one behind the last)] of those that are adapted
-
-    The adapters' A stand in one matrix [n r, in], so that x is read once for all of them.
-    """
-
-    def __init__(self, base, parts, r, alpha):
-        super().__init__()
-        self.base, self.parts, self.r, self.scale = base.requires_grad_(False), parts, r, alpha / r
-        self.spans = [(start, end) for _, start, end in parts]     # without names, so that equal layers share a graph
-        self.A = nn.Parameter(torch.empty(len(parts) * r, base.in_features, device=base.weight.device))
-        zeros = (torch.zeros(end - start, r, device=base.weight.device) for _, start, end in parts)
-        self.B = nn.ParameterList(nn.Parameter(B) for B in zeros)
-
-    def forward(self, x):                                                                             # [T, in]
-        low = F.linear(x, self.A.to(x.dtype)) * self.scale                                            # [T, n r]
-        rows, at = [], 0                                       # all B in one matrix [out, n r], 0 where they are not:
-        for n, ((start, end), B) in enumerate(zip(self.spans, self.B)):    # what is wide is written once, not per part
-            rows += [B.new_zeros(start - at, low.shape[1]), F.pad(B, (n * self.r, low.shape[1] - (n + 1) * self.r))]
-            at = end
-        rows.append(B.new_zeros(self.base.out_features - at, low.shape[1]))
-        return self.base(x).addmm_(low, torch.cat(rows).to(x.dtype).T)
-
-    def delta(self):
-        """What the adapters add to the base's weight. -> [out, in] in fp32"""
-        out = torch.zeros(self.base.weight.shape, device=self.A.device)
-        for (_, start, end), A, B in zip(self.parts, self.A.split(self.r), self.B):
-            out[start:end] = B @ A * self.scale
-        return out
-
-
-def add_lora(model, m, lora):
-    """Freeze the model and put adapters on its linear layers, in place. Raises ValueError for a target no layer has.
-
-    Their values come by with_adapters().
-    """
-    model.requires_grad_(False)
-    names, known = transformer.hf_weight_names(model, m), set()
-    linear = [name for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, nn.Linear)]
-    for layer in linear:
-        base, theirs = model.get_submodule(layer), [t.removesuffix(".weight") for t in names[f"{layer}.weight"]]
-        rows = transformer.fused_sizes(f"{layer}.weight", m) if len(theirs) > 1 else [base.out_features]
-        ends = [sum(rows[:n + 1]) for n in range(len(rows))]
-        known |= {t.split(".")[-1] for t in theirs}
-        parts = [(t, start, end) for t, start, end in zip(theirs, [0, *ends], ends)
-                 if not lora["targets"] or t.split(".")[-1] in lora["targets"]]
-        if parts:
-            parent, _, child = layer.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(base, parts, lora["r"], lora["alpha"]))
-    if strange := [t for t in lora["targets"] if t not in known]:
-        raise ValueError(f"shard.lora.targets: {strange[0]} is none of {', '.join(sorted(known))}")
-
-
-def with_adapters(model, read, seed):
-    """read() of a base's weights -> read() for the model with adapters: A starts as PEFT starts it, B at 0."""
-    def read_all(name, start, end):
-        if not model.get_parameter(name).requires_grad:
-            return read(name.replace(".base.", "."), start, end)
-        layer, _, kind = name.rpartition(".")
-        if kind != "A":
-            return torch.zeros(end - start, *model.get_parameter(name).shape[1:])
-        module = model.get_submodule(layer)
-        bound = 1 / math.sqrt(module.base.in_features)         # kaiming_uniform with a = sqrt(5)
-        drawn = (torch.empty(module.r, module.base.in_features).uniform_(-bound, bound, generator=generator)
-                 for generator in (transformer.make_generator(seed, their) for their, _, _ in module.parts))
-        return torch.cat(list(drawn))[start:end]
-    return read_all
-
-
-def merged(model, read):
-    """read(name) of a plain model's tensors: the base's as read() has them, and on top what the adapters learned."""
-    plain = {name.replace(".base.", "."): p for name, p in model.named_parameters() if not p.requires_grad}
-
-    def read_whole(name):
-        layer, _, kind = name.rpartition(".")
-        out, module = read(name, 0, len(plain[name])), model.get_submodule(layer)
-        return out + module.delta() if isinstance(module, LoRALinear) and kind == "weight" else out
-    return read_whole
-
-
-def save_adapter(model, m, lora, folder, base):
-    """The adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json."""
-    from safetensors.torch import save_file
-    folder, tensors = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    for name, module in layers.items():
-        for (their, start, end), A, B in zip(module.parts, module.A.split(module.r), module.B):
-            if end - start == module.base.out_features:        # one layer of theirs, maybe in another order
-                B = transformer.to_hf(f"{name}.weight", B, m)[f"{their}.weight"]
-            for letter, tensor in (("A", A), ("B", B)):
-                tensors[f"base_model.model.{their}.lora_{letter}.weight"] = tensor.detach().float().cpu().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = {their.split(".")[-1] for module in layers.values() for their, _, _ in module.parts}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": lora["r"],
-              "lora_alpha": lora["alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-              "fan_in_fan_out": bool(configs.families()[m["family"]].get("transposed")),
-              "target_modules": sorted(targets)}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a model in parts
-
-def mesh_sizes(cfg, ranks):
-    """-> (replicate, shard), whose product is `ranks`. Raises ValueError where that can't be."""
-    replicate, shards = cfg["shard"]["mesh"]["replicate"], cfg["shard"]["mesh"]["shard"]
-    shards = shards or (ranks // replicate if replicate else 1)
-    replicate = replicate or ranks // shards
-    if replicate * shards != ranks:
-        raise ValueError(f"shard.mesh: replicate {replicate} x shard {shards} is not {ranks} ranks; "
-                         "null stands for what the other leaves")
-    return replicate, shards
-
-
-def split(model, cfg, device, dtype):
-    """Lay a model's parameters over the mesh's rows, in place: by blocks, and one more part for what is around them.
-
-    What is around them (embedding, last norm, head) is gathered in fp32: the sum of an embedding's gradient over a
-    row's tokens would suffer in bf16.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-    replicate, shards = mesh_sizes(cfg, ranks())
-    sizes, names = ((replicate, shards), ("replicate", "shard")) if replicate > 1 else ((shards,), ("shard",))
-    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    policy = lambda dtype: MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy(dtype),
-                    reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mesh=mesh, mp_policy=policy(None))
-    for module in sharded(model):
-        module.set_gradient_divide_factor(1.0)                 # a sum: the loss is divided by the whole step's weight
-        module.set_force_sum_reduction_for_comms(True)         # gloo knows no other way not to divide
-    register_fsdp_forward_method(model, "logits")
-
-
-def sharded(model):
-    """The modules whose parameters lie over ranks, if any. By what they can do: importing their type takes time."""
-    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
-
-
-def one_gradient(model):
-    """Let the gradients of all trained parameters be views of one tensor, which one all-reduce can sum. -> it"""
-    params = [p for p in model.parameters() if p.requires_grad]
-    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = grad.view_as(p)
-    return flat
-
-
-def part(p):
-    """A parameter, or what an optimizer keeps for it -> (what this rank holds of it, first row, one behind the last)"""
-    if not hasattr(p, "device_mesh"):
-        return p.detach(), 0, len(p)
-    n, mesh = len(p), p.device_mesh
-    each = -(-n // mesh.size(-1))                              # the last ranks may hold fewer rows, or none
-    start = min(n, each * mesh.get_local_rank(mesh.ndim - 1))
-    return p.detach().to_local(), start, min(n, start + each)
-
-
-def saves(p):
-    """Is it this rank that saves its part of p? One of those that hold the same is enough."""
-    if not hasattr(p, "device_mesh"):
-        return rank() == 0
-    return p.device_mesh.ndim == 1 or p.device_mesh.get_local_rank(0) == 0
-
-
-def prepare(model, m, cfg, read):
-    """A model without weights (on "meta") and read() of them -> ready to train on this run's devices, in place."""
-    device, dtype = pick_device(cfg)
-    if device.type == "cpu":
-        keep_memory()
-    else:                                                      # else a kernel may add in whatever order its parts end
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if cfg["shard"]["lora"]["r"]:
-        add_lora(model, m, cfg["shard"]["lora"])
-        read = with_adapters(model, read, cfg["seed"])
-        if dtype == torch.bfloat16:                            # frozen weights need no fp32 master: half the memory
-            for name, p in model.named_parameters():
-                if not p.requires_grad and p.dim() == 2:
-                    p.data = p.data.to(dtype)
-    model.dtype, model.recompute = dtype, cfg["shard"]["recompute"]
-    if model.recompute is None:                                # by formula: the same wherever the run goes on
-        model.recompute = max(sum(held.values()) for held in plan(m, cfg, ranks()).values()) > room(device)
-    replicate, shards = mesh_sizes(cfg, ranks())
-    if shards > 1:
-        split(model, cfg, device, dtype)
-    transformer.load_weights(model.to_empty(device=device), read, part)    # every rank reads its own rows and no others
-    if device.type == "cuda" if cfg["shard"]["compile"] is None else cfg["shard"]["compile"]:
-        for block in model.blocks:                             # equal halves share what is compiled for one
-            block.before, block.behind = torch.compile(block.before), torch.compile(block.behind)
-    if replicate == ranks() > 1:
-        model.gradient = one_gradient(model)
-    return model
-
-
-def room(device):
-    """Bytes that a rank may fill on its device: most of it, or its share of the machine's."""
-    if device.type == "cuda":
-        return 0.9 * torch.cuda.get_device_properties(device).total_memory
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    return 0.9 * whole / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def graphs():
-    """How often something was compiled so far."""
-    compiler = sys.modules.get("torch._dynamo.utils")
-    return compiler.counters["stats"]["unique_graphs"] if compiler else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a step's words between ranks
-
-def before_row(model, last):
-    """Parts: sum gradients over ranks in the last row's backward pass; before it each rank adds up its own."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
-
-
-def sum_gradients(model):
-    """Behind the last row: the gradient becomes the sum of all ranks'."""
-    if model.gradient is not None:
-        dist.all_reduce(model.gradient)
-
-
-def add_up(t):
-    """A tensor on each rank's device -> their sum, in place, without waiting for it."""
-    if ranks() > 1:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)    # the training loop's handler would not exit
+    if is_connection_loss(error):
+        error.add_note("This rank lost its connection to another rank. If that rank runs on "
+                       "another node, the cause is printed there.")
+        time.sleep(10)
+    elif local_rank() > 0:
+        time.sleep(2)
+
+
+def is_connection_loss(error):
+    """Does communication fail because another rank has ended? By the words of gloo and NCCL."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "remote process exit", "communicator was aborted")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
+
+
+def error_text(error):
+    if isinstance(error, configs.UserError):
+        return f"error: {error}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def write_error_file(error):
+    """Hand an error to torchrun (torch.distributed.elastic.multiprocessing.errors: the format)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"py_callstack": error_text(error), "timestamp": str(int(time.time()))}
+        message = {"message": str(error), "extraInfo": details}
+        Path(path).write_text(json.dumps({"message": message}))
+
+
+# --------------------------------------------------------------------------------------------------
+# collectives: every rank has to call them, in the same order
+
+def all_reduce_(t):
+    """Replace a tensor by its sum over ranks, in place. On a GPU the host does not wait for it."""
+    if world_size() > 1:
         dist.all_reduce(t)
     return t
 
 
-def whole(t):
-    """A number that may lie over ranks -> it, as a tensor."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+def all_reduce_sum(numbers):
+    """A list of numbers per rank -> their sums over ranks, computed in fp64."""
+    return all_reduce_(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
-def settle(model):
-    """Give back what an evaluation gathered: without a backward pass nothing else would."""
-    for module in sharded(model):
+def all_reduce_max(number):
+    """An int per rank -> the largest."""
+    t = torch.tensor(number)
+    if world_size() > 1:
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return int(t)
+
+
+def all_gather_object(value):
+    """A picklable value per rank -> the list of all ranks' values."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def new_gloo_group():
+    """A process group of all ranks whose collectives may wait for a week; None for one rank.
+
+    A thread that communicates in the background needs a group of its own.
+    """
+    if world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+@functools.cache
+def waiting_group():
+    """The group in which ranks wait while rank 0 tokenizes, for example, which may take hours."""
+    return new_gloo_group()
+
+
+def rank0_only(function, *args):
+    """Call function(*args) on rank 0 alone, however long it takes. Every rank gets its result."""
+    result = [function(*args) if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, group=waiting_group())
+    return result[0]
+
+
+def main_process_first(function, *args):
+    """Call function(*args), which fills a folder: later ranks find it filled.
+
+    Three phases: rank 0; one rank of each other node, whose disk may be its own; all other ranks.
+    """
+    phase = 2
+    if local_rank() == 0:
+        phase = 0 if rank() == 0 else 1
+    for current_phase in range(3):
+        if current_phase == phase:
+            result = function(*args)
+        if world_size() > 1:
+            dist.barrier(group=waiting_group())
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# device and precision
+
+def pick_device(cfg):
+    """Return (torch.device, dtype of the computation). Raises UserError for a missing device."""
+    device_type = resolve_device_type(cfg)
+    if device_type == "cuda" and not torch.cuda.is_available():
+        raise configs.UserError("device: cuda is not available; device=cpu or device=auto")
+    index = local_rank() if device_type == "cuda" else None
+    return torch.device(device_type, index), resolve_dtype(cfg, device_type)
+
+
+def resolve_device_type(cfg):
+    if cfg["device"] != "auto":
+        return cfg["device"]
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(cfg, device_type):
+    if cfg["dtype"] != "auto":
+        return getattr(torch, cfg["dtype"])
+    return torch.bfloat16 if has_fast_bf16(device_type) else torch.float32
+
+
+def has_fast_bf16(device_type):
+    """Does the hardware multiply bf16 matrices faster than fp32 ones?"""
+    if device_type == "cuda":
+        if not torch.cuda.is_available():    # plans for a GPU elsewhere assume a recent one
+            return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def pad_multiple(device, dtype, micro_tokens):
+    """Micro-batches are padded to a multiple of this, because every new length costs time.
+
+    On CUDA there are at most sixteen lengths: kernels are chosen and memory is cached per shape.
+    """
+    if device.type == "cuda":
+        return max(256, math.ceil(micro_tokens / 16))
+    return 64 if dtype == torch.bfloat16 else 1
+
+
+def set_threads():
+    """Divide the cores among the ranks of a node, if OMP_NUM_THREADS is not set by the user.
+
+    torchrun sets it to 1.
+    """
+    ranks_here = local_world_size()
+    if ranks_here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks_here))
+
+
+def configure_device(device, cfg):
+    """Settings of the process: memory on a CPU, determinism on a GPU."""
+    if device.type == "cpu":
+        configure_malloc()
+        return
+    # Without determinism a kernel may add its partial sums in the order in which they finish.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+# options of glibc's mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
+
+
+def configure_malloc():
+    """Keep freed memory in the process: page faults cost more than the work on the pages.
+
+    By default glibc maps every large block anew and unmaps it at once. Here it maps no blocks,
+    never shrinks the heap, and grows it by 64 MB. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_TOP_PAD, 64 << 20)
+
+
+def num_graphs():
+    """Number of graphs that torch.compile has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+# --------------------------------------------------------------------------------------------------
+# LoRA
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with adapters.
+
+    The layer may be a fused one (q, k and v in one matmul). Each of the layers that it consists of
+    in the Hugging Face checkpoint is a target of its own, with its own A and B.
+
+    targets  [(Hugging Face name, first output, end output)] of the adapted layers
+    """
+
+    def __init__(self, base, targets, r, alpha):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.targets = targets
+        # Without names, which differ between blocks: equal blocks share one compiled graph.
+        self.output_ranges = [(start, end) for _, start, end in targets]
+        self.r = r
+        self.scale = alpha / r
+        device = base.weight.device
+        # All A are one matrix, so that x is read once.
+        self.A = nn.Parameter(torch.empty(len(targets) * r, base.in_features, device=device))
+        self.B = nn.ParameterList(nn.Parameter(torch.zeros(end - start, r, device=device))
+                                  for start, end in self.output_ranges)
+
+    def forward(self, x):                                                # [T, in]
+        low_rank = F.linear(x, self.A.to(x.dtype)) * self.scale          # [T, n r]
+        B = self.block_diagonal_B().to(x.dtype)                          # [out, n r]
+        return self.base(x).addmm_(low_rank, B.T)                        # [T, out]
+
+    def block_diagonal_B(self):
+        """All B as one matrix [out, n r], so that the wide output is written once.
+
+        Target i fills the rows of its outputs and its own r columns. Everything else is 0.
+        """
+        columns = len(self.output_ranges) * self.r
+        blocks = []
+        row = 0
+        for i, ((start, end), B) in enumerate(zip(self.output_ranges, self.B)):
+            blocks.append(B.new_zeros(start - row, columns))    # outputs without an adapter
+            blocks.append(F.pad(B, (i * self.r, columns - (i + 1) * self.r)))
+            row = end
+        blocks.append(B.new_zeros(self.base.out_features - row, columns))
+        return torch.cat(blocks)
+
+    def delta(self):
+        """What the adapters add to the base's weight: [out, in] in fp32."""
+        delta = torch.zeros(self.base.weight.shape, device=self.A.device)
+        for (start, end), A, B in zip(self.output_ranges, self.A.split(self.r), self.B):
+            delta[start:end] = B @ A * self.scale
+        return delta
+
+
+def add_lora(model, lora_cfg):
+    """Freeze the model and replace its blocks' linear layers by LoRALinear, in place.
+
+    lora_reader() gives the adapters their values. Raises UserError for a target that no layer has.
+    """
+    model.requires_grad_(False)
+    wanted = lora_cfg["targets"]
+    known = set()
+    for name, module in list(model.blocks.named_modules(prefix="blocks")):
+        if not isinstance(module, nn.Linear):
+            continue
+        targets = lora_targets(model, name, module)
+        known |= {short_name(target) for target, _, _ in targets}
+        if wanted:
+            targets = [target for target in targets if short_name(target[0]) in wanted]
+        if targets:
+            layer = LoRALinear(module, targets, lora_cfg["r"], lora_cfg["alpha"])
+            model.set_submodule(name, layer)
+    for target in wanted:
+        if target not in known:
+            raise configs.UserError(f"shard.lora.targets: must be some of "
+                                    f"{', '.join(sorted(known))}; got {target}")
+
+
+def lora_targets(model, name, linear):
+    """A linear layer -> [(Hugging Face name, first output, end output)] of what it consists of."""
+    hf_names = transformer.hf_names(f"{name}.weight", model.cfg)
+    sizes = [linear.out_features]
+    if len(hf_names) > 1:
+        sizes = transformer.fused_sizes(f"{name}.weight", model.cfg)
+    targets = []
+    start = 0
+    for hf_name, size in zip(hf_names, sizes):
+        targets.append((hf_name.removesuffix(".weight"), start, start + size))
+        start += size
+    return targets
+
+
+def short_name(hf_name):
+    """model.layers.0.self_attn.q_proj -> q_proj"""
+    return hf_name.split(".")[-1]
+
+
+def lora_reader(model, read_base, seed):
+    """The reader of a model with adapters, given the reader of its base (see model.load_weights).
+
+    A starts as in PEFT, B at 0, so that the adapters change nothing at first.
+    """
+    return functools.partial(read_with_lora, model, read_base, seed)
+
+
+def read_with_lora(model, read_base, seed, name, start, end):
+    p = model.get_parameter(name)
+    if not p.requires_grad:
+        return read_base(name.replace(".base.", "."), start, end)
+    layer, _, kind = name.rpartition(".")
+    if kind != "A":    # blocks.0.attn.qkv.B.0
+        return torch.zeros(end - start, *p.shape[1:])
+    module = model.get_submodule(layer)
+    shape = module.r, module.base.in_features
+    bound = 1 / math.sqrt(module.base.in_features)    # kaiming_uniform_ with a = sqrt(5)
+    drawn = []
+    for hf_name, _, _ in module.targets:    # seeded by name: the same whatever else is adapted
+        generator = transformer.make_generator(seed, hf_name)
+        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
+    return torch.cat(drawn)[start:end]
+
+
+def merge_lora(model, read_base):
+    """Return a function: name of a plain model's tensor -> that tensor, adapters merged.
+
+    read_base  the reader of the base
+    """
+    return functools.partial(read_merged, model, read_base)
+
+
+def read_merged(model, read_base, name):
+    layer, _, kind = name.rpartition(".")
+    module = model.get_submodule(layer)
+    if isinstance(module, LoRALinear):
+        base = read_base(name, 0, len(getattr(module.base, kind)))
+        return base + module.delta() if kind == "weight" else base
+    return read_base(name, 0, len(getattr(module, kind)))
+
+
+def save_adapter(model, lora_cfg, folder, base):
+    """Save the adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json.
+
+    base  the folder or hub id of the pretrained model, which PEFT loads first
+    """
+    from safetensors.torch import save_file
+    family = configs.families()[model.cfg["family"]]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    target_modules = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            tensors |= peft_tensors(name, module, model.cfg)
+            target_modules |= {short_name(hf_name) for hf_name, _, _ in module.targets}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapter_config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": lora_cfg["r"], "lora_alpha": lora_cfg["alpha"], "lora_dropout": 0.0, "bias": "none",
+        "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
+        "target_modules": sorted(target_modules)}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n")
+
+
+def peft_tensors(name, module, model_cfg):
+    """The adapters of one layer -> {PEFT's name: tensor}."""
+    tensors = {}
+    for (hf_name, start, end), A, B in zip(module.targets, module.A.split(module.r), module.B):
+        if end - start == module.base.out_features:
+            # one layer of theirs, whose outputs may have another order
+            B = transformer.to_hf(f"{name}.weight", B, model_cfg)[f"{hf_name}.weight"]
+        prefix = f"base_model.model.{hf_name}"
+        tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+    return tensors
+
+
+# --------------------------------------------------------------------------------------------------
+# parallelize a model
+
+def parallelize(model, cfg, read_slice):
+    """Make a model without weights (on the meta device) ready for training, in place.
+
+    Sets model.dtype and model.recompute, which model.py reads. Returns the model.
+
+    read_slice  (name, first row, end row) -> these rows of the plain model's tensor
+    """
+    # 1) device, precision, determinism
+    device, dtype = pick_device(cfg)
+    configure_device(device, cfg)
+    model.dtype = dtype
+    # 2) LoRA
+    lora_cfg = cfg["shard"]["lora"]
+    if lora_cfg["r"]:
+        add_lora(model, lora_cfg)
+        read_slice = lora_reader(model, read_slice, cfg["seed"])
+        cast_frozen_weights(model, dtype)
+    # 3) recompute activations in the backward pass
+    model.recompute = choose_recompute(model.cfg, cfg, device)
+    # 4) shard
+    _, shards = mesh_sizes(cfg, world_size())
+    if shards > 1:
+        apply_fsdp(model, cfg, device, dtype)
+    # 5) load weights: each rank reads the rows of its shard only
+    transformer.load_weights(model.to_empty(device=device), read_slice, local_shard)
+    # 6) compile
+    if should_compile(cfg, device):
+        compile_blocks(model)
+    return model
+
+
+def cast_frozen_weights(model, dtype):
+    """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
+    for p in model.parameters():
+        if not p.requires_grad and p.dim() == 2:
+            p.data = p.data.to(dtype)
+
+
+def choose_recompute(model_cfg, cfg, device):
+    """shard.recompute, or, if that is null: would the step not fit without it?"""
+    if cfg["shard"]["recompute"] is not None:
+        return cfg["shard"]["recompute"]
+    _, held = peak_moment(predict_memory(model_cfg, cfg, world_size()))
+    return sum(held.values()) > memory_budget(device)
+
+
+def memory_budget(device):
+    """Bytes that a rank may use: 90% of its GPU, or of its share of the machine's memory."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0.9 * total / local_world_size()
+
+
+def should_compile(cfg, device):
+    if cfg["shard"]["compile"] is None:
+        return device.type == "cuda"
+    return cfg["shard"]["compile"]
+
+
+def compile_blocks(model):
+    """Compile what comes before and after attention. Equal blocks share the compiled code."""
+    for block in model.blocks:
+        block.before = torch.compile(block.before)
+        block.behind = torch.compile(block.behind)
+
+
+def mesh_sizes(cfg, world_size):
+    """Return (replicate, shard), whose product is world_size. Raises UserError if it can't be."""
+    replicate = cfg["shard"]["mesh"]["replicate"]
+    shards = cfg["shard"]["mesh"]["shard"]
+    if shards is None:
+        shards = world_size // replicate if replicate else 1
+    if replicate is None:
+        replicate = world_size // shards
+    if replicate * shards != world_size:
+        raise configs.UserError(f"shard.mesh: replicate {replicate} x shard {shards} is not "
+                                f"{world_size} ranks; leave one of them null")
+    return replicate, shards
+
+
+def apply_fsdp(model, cfg, device, dtype):
+    """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
+
+    The rest (embedding, last norm, head) is gathered in fp32: the gradient of an embedding is a
+    sum over all tokens, for which bf16 is too coarse.
+    """
+    # imported here: it takes longer than half of torch's own import
+    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                        register_fsdp_forward_method)
+    replicate, shards = mesh_sizes(cfg, world_size())
+    if replicate > 1:
+        mesh = dist.init_device_mesh(device.type, (replicate, shards),
+                                     mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = dist.init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
+    block_precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                           cast_forward_inputs=False)
+    rest_precision = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32,
+                                          cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=block_precision,
+                    reshard_after_forward=cfg["shard"]["reshard_after_forward"])
+    fully_shard(model, mesh=mesh, mp_policy=rest_precision)
+    for module in fsdp_modules(model):
+        # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)    # gloo would average nevertheless
+    register_fsdp_forward_method(model, "logits")
+
+
+def fsdp_modules(model):
+    """The modules that fully_shard() was applied to, known by a method that it adds.
+
+    isinstance() would need an import that takes half a second, also in runs without FSDP.
+    """
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+
+
+def is_sharded(model):
+    """Are the parameters sharded over ranks by FSDP?"""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def reshard(model):
+    """Free the weights gathered in an evaluation. FSDP itself does it in the backward pass only."""
+    for module in fsdp_modules(model):
         module.reshard()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what it will cost
+# --------------------------------------------------------------------------------------------------
+# sharded tensors: parameters, gradients and optimizer state are DTensors under FSDP
 
-def kept_by_block(m, size, cuda, length):
-    """Bytes per token that a block's forward pass keeps for its backward pass; `size` of a number in the computation.
+def is_dtensor(t):
+    return hasattr(t, "placements")    # see fsdp_modules
 
-    A norm keeps its input, and its output for the matmul that reads it; not q's and k's, for rope keeps nothing but its
-    angles. Attention keeps q, k, v, its output and a sum per head (of short documents on a CPU in fp32), and there the
-    output once more, for the matmul. The MLP keeps what goes into its activation, what comes out, and, gated, their
-    product. Dropout keeps what it drops, and attention's its probabilities, for each token as many as its document is
-    long.
+
+def local_shard(t):
+    """Return (the rows that this rank holds, first row, end row).
+
+    A plain or replicated tensor is whole on every rank. Of a sharded one each rank holds
+    ceil(rows / ranks) rows, and the last ranks may hold fewer or none.
     """
+    t = t.detach()
+    if not is_dtensor(t):
+        return t, 0, len(t)
+    local = t.to_local()
+    start = 0
+    for mesh_dim, placement in enumerate(t.placements):
+        if placement.is_replicate():
+            continue
+        assert placement.is_shard(0), f"rows of {t.placements} are not on one rank each"
+        rows_per_rank = math.ceil(len(t) / t.device_mesh.size(mesh_dim))
+        start = min(len(t), rows_per_rank * t.device_mesh.get_local_rank(mesh_dim))
+    return local, start, start + len(local)
+
+
+def is_writer(t):
+    """Does this rank write its local shard to a checkpoint? One rank per shard does."""
+    if not is_dtensor(t):
+        return rank() == 0
+    return all(placement.is_shard() or t.device_mesh.get_local_rank(mesh_dim) == 0
+               for mesh_dim, placement in enumerate(t.placements))
+
+
+def full_tensor(t):
+    """The whole tensor, on every rank. Gathers the shards of a DTensor."""
+    return t.full_tensor() if is_dtensor(t) else t
+
+
+# --------------------------------------------------------------------------------------------------
+# gradients
+
+def set_gradient_sync(model, last):
+    """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
+
+    Before that, each rank accumulates its own gradients. Replicated models need nothing here.
+    """
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+
+
+def all_reduce_gradients(model):
+    """Replace .grad of each trained parameter by its sum over replicated ranks.
+
+    Takes whatever is in .grad; None counts as zero. All gradients go through one flat tensor, of
+    which the new .grad are views, so that there is one all-reduce per step. Under FSDP the
+    backward pass has already summed them.
+    """
+    if world_size() == 1 or is_sharded(model):
+        return
+    params = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    del gradients
+    dist.all_reduce(flat)
+    for p, summed in zip(params, flat.split([p.numel() for p in params])):
+        p.grad = summed.view_as(p)
+
+
+def check_replicas(model):
+    """Raise RuntimeError if ranks that hold the same parameters differ in any bit of them."""
+    if world_size() == 1:
+        return
+    checksum = 0
+    rows = []
+    for p in model.parameters():
+        if p.requires_grad:
+            shard, start, end = local_shard(p)
+            bits = shard.view(torch.int32)
+            checksum = checksum + bits.sum(dtype=torch.int64)    # stays on the device
+            rows.append((start, end))
+    holdings = all_gather_object((tuple(rows), int(checksum)))
+    different = []
+    first_replicas = {}    # {rows: (rank, checksum)} of the first rank that holds these rows
+    for other, (rows, checksum) in enumerate(holdings):
+        first, expected = first_replicas.setdefault(rows, (other, checksum))
+        if checksum != expected:
+            different.append(f"rank {other} from rank {first}")
+    if different:
+        raise RuntimeError(
+            f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "
+            "same update. Look for gradients that are set after shard.all_reduce_gradients, and "
+            "for updates that depend on the rank, its data or unseeded random numbers.")
+
+
+# --------------------------------------------------------------------------------------------------
+# predicted memory, from formulas
+
+@dataclasses.dataclass
+class StepSize:
+    """The quantities from which the memory of a training step follows."""
+    is_cuda: bool
+    element: int          # bytes of a number in the computation: 4, or 2 in bf16
+    world_size: int
+    shards: int
+    tokens: int           # of the largest micro-batch
+    micro_batches: int    # per rank and step
+    is_lora: bool
+    recompute: bool
+    # numbers of parameters
+    trained: int
+    frozen: int
+    block: int            # of one block
+    block_trained: int
+    rest: int             # outside of the blocks: embedding, last norm, head
+    head: int             # V' C
+    muon_matrices: int    # trained ones for which Muon keeps one number instead of two
+
+
+def step_size(model_cfg, cfg, world_size):
+    """Documents are assumed to be as long as seq_len, and all their tokens to be targets."""
+    model = transformer.build_on_meta(model_cfg)
+    is_lora = bool(cfg["shard"]["lora"]["r"])
+    if is_lora:
+        add_lora(model, cfg["shard"]["lora"])
+    device_type = resolve_device_type(cfg)
+    dtype = resolve_dtype(cfg, device_type)
+    _, shards = mesh_sizes(cfg, world_size)
+    documents = math.ceil(cfg["batch_size"] / world_size)
+    tokens = documents * cfg["data"]["seq_len"]
+    block = model.blocks[0]
+    return StepSize(
+        is_cuda=device_type == "cuda",
+        element=dtype.itemsize,
+        world_size=world_size,
+        shards=shards,
+        tokens=min(tokens, cfg["micro_tokens"]),
+        micro_batches=math.ceil(tokens / cfg["micro_tokens"]),
+        is_lora=is_lora,
+        recompute=bool(cfg["shard"]["recompute"]),
+        trained=count_parameters(model, trained=True),
+        frozen=count_parameters(model, trained=False),
+        block=count_parameters(block),
+        block_trained=count_parameters(block, trained=True),
+        rest=count_parameters(model) - model_cfg["n_layers"] * count_parameters(block),
+        head=model.padded_vocab_size * model_cfg["d_model"],
+        muon_matrices=sum(p.numel() for name, p in model.named_parameters()
+                          if p.requires_grad and transformer.matrix_rows(name, p, model_cfg)))
+
+
+def count_parameters(module, trained=None):
+    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+
+
+def predict_memory(model_cfg, cfg, world_size=1):
+    """Predict what each of world_size devices holds at the moments when a step may hold most.
+
+    Returns {moment: {what: bytes}}. Works for any number of devices of either type, on any machine.
+    """
+    s = step_size(model_cfg, cfg, world_size)
+    state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
+             "optimizer": optimizer_bytes(s, cfg) // s.shards}
+    in_use = state | {"gathered weights": gathered_weight_bytes(s, model_cfg, cfg),
+                      "weight copies": weight_copy_bytes(s, model_cfg)}
+    # of the micro-batches before this one; FSDP keeps them unsharded until the last one
+    accumulated = 4 * s.trained if s.micro_batches > 1 else 0
+    head_gradient = 0 if s.is_lora else 4 * s.head
+    activations = activation_bytes(s, model_cfg, cfg)
+    moments = {
+        # the last micro-batch's forward pass has kept all activations
+        "at the loss": in_use | {
+            "gradients": accumulated,
+            "activations": activations,
+            "logits": logits_bytes(s, model_cfg),
+            "head": head_bytes(s, model_cfg)},
+        # the last block's, in which nearly all activations are still there
+        "in the backward pass": in_use | {
+            "gradients": max(accumulated, head_gradient),
+            "activations": activations,
+            "block backward": block_backward_bytes(s, model_cfg, cfg)},
+        "at the update": state | {"gradients": 4 * s.trained // s.shards}}
+    if s.shards == 1 and s.world_size > 1:
+        # see all_reduce_gradients
+        moments["at the all-reduce"] = state | {"gradients": 4 * s.trained,
+                                                "flat gradients": 4 * s.trained}
+    return {moment: {what: n for what, n in held.items() if n} for moment, held in moments.items()}
+
+
+def peak_moment(moments):
+    """Of predict_memory's moments the one that holds most: (moment, {what: bytes})."""
+    return max(moments.items(), key=lambda item: sum(item[1].values()))
+
+
+def optimizer_bytes(s, cfg):
+    """Two fp32 numbers per parameter for AdamW and for unknown optimizers, one for momentum."""
+    numbers = 2 * s.trained
+    if cfg["optimizer"] == "muon":
+        numbers -= s.muon_matrices
+    elif cfg["optimizer"] == "sgd":
+        numbers = s.trained if cfg["momentum"] > 0 else 0
+    return 4 * numbers
+
+
+def gathered_weight_bytes(s, model_cfg, cfg):
+    """Under FSDP: the rest in fp32, and one block (or, without resharding, all) in s.element."""
+    if s.shards == 1:
+        return 0
+    blocks = 1 if cfg["shard"]["reshard_after_forward"] else model_cfg["n_layers"]
+    rest_element = s.element if s.is_lora else 4
+    return rest_element * s.rest + s.element * s.block * blocks
+
+
+def weight_copy_bytes(s, model_cfg):
+    """Without FSDP: bf16 copies of the blocks' weights, which the backward pass needs."""
+    if s.shards > 1 or s.element == 4 or s.is_lora or s.recompute:
+        return 0
+    return s.element * s.block * model_cfg["n_layers"]
+
+
+def activation_bytes(s, model_cfg, cfg):
+    """What the forward pass keeps for the backward pass: in all blocks, before and after them."""
+    C = model_cfg["d_model"]
+    per_block = s.element * C if s.recompute else block_activation_bytes(s, model_cfg, cfg)
+    outside = 8 * C + 2 * s.element * C
+    return s.tokens * (model_cfg["n_layers"] * per_block + outside)
+
+
+def block_activation_bytes(s, model_cfg, cfg):
+    """What a block keeps per token for its backward pass."""
+    m = model_cfg
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
-    fp32 = 4 if not cuda and length < transformer.FP32_ATTENTION_BELOW else size    # of attention
-    norms = size * ((2 if m["shared_norm"] else 4) * C + (m["qk_norm"] != "none") * (H + K) * E)
-    attention = fp32 * (H + 2 * K) * E + fp32 * H * E + 4 * H + (0 if cuda else size * H * E)
-    drops = (2 * C if m["resid_pdrop"] else 0) + (H * length * (5 + fp32) if m["attn_pdrop"] else 0)
-    return norms + attention + drops + size * F * (4 if m["glu"] else 2)
+    length = cfg["data"]["seq_len"]
+    # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
+    norms = s.element * (2 if m["shared_norm"] else 4) * C
+    if m["qk_norm"] != "none":
+        norms += s.element * (H + K) * E
+    # Attention: q, k, v, the output, an fp32 number per head (the logarithm of the softmax's sum).
+    # On a CPU short documents are computed in fp32, and the output is kept in s.element as well.
+    attention_element = s.element
+    if not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW:
+        attention_element = 4
+    attention = attention_element * (H + 2 * K) * E + attention_element * H * E + 4 * H
+    if not s.is_cuda:
+        attention += s.element * H * E
+    # Dropout: a mask of one byte per number; in attention also the probabilities.
+    dropout = 2 * C if m["resid_pdrop"] else 0
+    if m["attn_pdrop"]:
+        dropout += H * length * (5 + attention_element)
+    # MLP: input and output of the activation function; if gated, the gate's factor and the product.
+    mlp = s.element * F * (4 if m["glu"] else 2)
+    return norms + attention + dropout + mlp
 
 
-def plan(m, cfg, gpus=1):
-    """Predicted bytes on each of `gpus` devices -> {moment of a step: {what: bytes}}, from formulas, without a device.
+def logits_bytes(s, model_cfg):
+    """A chunk of logits in s.element, and a piece of it in fp32, with its gradient (ChunkedLoss)."""
+    V = s.head // model_cfg["d_model"]
+    chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
+    is_plain = model_cfg["loss"] == "cross_entropy" and not model_cfg["loss_options"]
+    piece_bytes = 8 if is_plain else 16
+    return V * (min(chunk, s.tokens) * s.element + min(piece, s.tokens) * piece_bytes)
 
-    The moments that can be the most: the loss, when every block's activations are kept; the last block's backward
-    pass; the update. A row has as many tokens as batch_size and micro_tokens allow, all of them trained.
-    """
-    device = cfg["device"] if cfg["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    cuda, lora = device == "cuda", cfg["shard"]["lora"]
-    narrow = cuda or has_bf16(torch.device("cpu")) if cfg["dtype"] == "auto" else cfg["dtype"] == "bfloat16"
-    size = 2 if narrow else 4
-    replicate, shards = mesh_sizes(cfg, gpus)
-    model = transformer.build_on_meta(m)
-    if lora["r"]:
-        add_lora(model, m, lora)
-    L, C, V = m["n_layers"], m["d_model"], model.padded_vocab_size
-    n = lambda keep, module=model: sum(p.numel() for p in module.parameters() if keep(p))
-    trained, frozen = n(lambda p: p.requires_grad), n(lambda p: not p.requires_grad)
-    block, learning = n(lambda p: True, model.blocks[0]), n(lambda p: p.requires_grad, model.blocks[0])
-    around = trained + frozen - L * block                      # embedding, last norm, head
-    T = -(-cfg["batch_size"] // gpus) * cfg["data"]["seq_len"]
-    rows, T = -(-T // cfg["micro_tokens"]), min(T, cfg["micro_tokens"])
 
-    learns = 0 if lora["r"] else 4                             # of the head's gradient: bytes per weight
-    turned = sum(p.numel() for name, p in model.named_parameters()
-                 if p.requires_grad and transformer.matrix_rows(name, p, m))
-    moments = {"adamw": 8 * trained, "muon": 8 * trained - 4 * turned, "sgd": 4 * trained * (cfg["momentum"] > 0)}
-    moments = moments.get(cfg["optimizer"], 8 * trained)       # one of the user's own
-    state = {"weights": (4 * trained + size * frozen) // shards, "moments": moments // shards}
-    if shards > 1:                                             # gathered: what is around the blocks, and one or all
-        blocks = 1 if cfg["shard"]["reshard_after_forward"] else L
-        state["gathered weights"] = (size if lora["r"] else 4) * around + size * block * blocks
-        gradients = 4 * trained if rows > 1 else 0
-    else:                                                      # bf16 copies live as long as what needs them
-        state["copies"] = size * block * L if size < 4 and not lora["r"] and not cfg["shard"]["recompute"] else 0
-        gradients = 4 * trained if rows > 1 or gpus > 1 else 0
+def head_bytes(s, model_cfg):
+    """At the loss: the gradient of the head's input, and of the head, if it is trained."""
+    input_gradient = s.tokens * model_cfg["d_model"] * s.element
+    if s.is_lora:
+        return input_gradient
+    gradient = 4 * s.head
+    chunk_gradient = s.element * s.head
+    bf16_copy = s.element * s.head if s.element < 4 else 0
+    return input_gradient + gradient + chunk_gradient + bf16_copy
 
-    kept = kept_by_block(m, size, cuda, cfg["data"]["seq_len"])
-    input_only = size * C                                      # of a block that is computed again
-    activations = T * (L * (input_only if cfg["shard"]["recompute"] else kept) + 8 * C + 2 * size * C)
-    chunk, piece = (min(T, n) for n in transformer.chunk_sizes(V, size, cuda))
-    plain = m["loss"] == "cross_entropy" and not m["loss_options"]
-    logits = V * (chunk * size + piece * (8 if plain else 16))       # a piece's in fp32, and the gradient of each
-    head = V * C * (learns + (learns and size) + (size if size < 4 and learns else 0)) + T * C * size
-    backward = T * size * m["d_ff"] * (3 if m["glu"] else 2)   # gradients inside the MLP
-    if cfg["shard"]["recompute"]:                              # two of them in the place of what was computed again
-        backward -= 2 * T * size * m["d_ff"]
-        backward += T * kept + (size * block if size < 4 else 0)
-    if shards > 1:                                             # the next block's weights; gradients, as they are and in
-        backward += size * block + (size + 4) * learning       # fp32, to be summed
-    return {
-        "at the loss": state | {"gradients": gradients, "activations": activations, "logits": logits, "head": head},
-        "in the backward pass": state | {"gradients": max(gradients, V * C * learns), "activations": activations,
-                                         "this block's": backward},
-        "at the update": {"weights": state["weights"], "moments": state["moments"],
-                          "gradients": 4 * trained // shards}}
+
+def block_backward_bytes(s, model_cfg, cfg):
+    """What the backward pass of one block needs besides its activations."""
+    per_hidden_unit = s.tokens * s.element * model_cfg["d_ff"]
+    if s.recompute:
+        # its activations, computed again; two of the MLP's gradients take the place of some
+        total = s.tokens * block_activation_bytes(s, model_cfg, cfg)
+        total += per_hidden_unit if model_cfg["glu"] else 0
+        total += s.element * s.block if s.element < 4 else 0
+    else:
+        total = per_hidden_unit * (3 if model_cfg["glu"] else 2)
+    if s.shards > 1:
+        next_block = s.element * s.block                     # gathered ahead of time
+        gradients = (s.element + 4) * s.block_trained        # and in fp32, for the reduce-scatter
+        total += next_block + gradients
+    return total
 
 
 def main(argv):
-    options, argv = configs.take(argv, gpus=1)
-    if options["gpus"] < 1:
-        raise ValueError(f"gpus: expected at least 1, got {options['gpus']}")
+    """python shard.py CONFIG... [key=value ...] [gpus=N]"""
+    options, argv = configs.pop_options(argv, gpus=1)
+    gpus = options["gpus"]
+    if gpus < 1:
+        raise configs.UserError(f"gpus: expected at least 1, got {gpus}")
     cfg, _, _ = configs.load(argv)
-    m, gpus = cfg["model"], options["gpus"]
-    if m["vocab_size"] is None:
+    model_cfg = cfg["model"]
+    if model_cfg["vocab_size"] is None:
         import tokenize_data
-        m = transformer.resolve_vocab_size(m, tokenize_data.load_tokenizer(cfg).n_vocab)
-    moments = plan(m, cfg, gpus)
+        tokenizer = tokenize_data.load_tokenizer(cfg)
+        model_cfg = transformer.resolve_vocab_size(model_cfg, tokenizer.n_vocab)
     replicate, shards = mesh_sizes(cfg, gpus)
-    moment, held = max(moments.items(), key=lambda item: sum(item[1].values()))
+    moment, held = peak_moment(predict_memory(model_cfg, cfg, gpus))
     total = sum(held.values())
-    print(f"predicted on each of {gpus} device{'s' * (gpus > 1)} (replicate {replicate} x shard {shards}), "
-          f"at most, which is {moment}:")
-    for name, n in held.items():
-        if n:
-            print(f"  {name:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {'#' * round(40 * n / total)}".rstrip())
-    print(f"  {'together':<16} {total / 2**20:>12,.1f} MiB")
+    print(f"predicted peak on each of {gpus} device{'s' if gpus > 1 else ''} "
+          f"(replicate {replicate} x shard {shards}), {moment}:")
+    for what, n in held.items():
+        bar = "#" * round(40 * n / total)
+        print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())
+    print(f"  {'total':<16} {total / 2**20:>12,.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ FORMAT = 2
 
 
 class naming:
-    """with naming(place): such an error inside becomes a ValueError of one line that begins with the place."""
+    """with naming(place): such an error inside becomes a UserError of one line that begins with the place."""
 
-    def __init__(self, place, errors=(ValueError, RecursionError), what=""):
+    def __init__(self, place, errors=(configs.UserError, RecursionError), what=""):
         self.place, self.errors, self.what = place, errors, what
 
     def __enter__(self):
@@ -46,7 +46,7 @@ class naming:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, self.errors):
-            raise ValueError(f"{self.place}: {self.what}{one_line(error)}") from None
+            raise configs.UserError(f"{self.place}: {self.what}{one_line(error)}") from None
 
 
 def one_line(error):
@@ -63,10 +63,10 @@ def read_text(path):
 def read_json(path):
     """A file that holds one JSON object -> dict. Raises ValueError."""
     text = read_text(path)
-    with naming(path, what="not a JSON object: "):
+    with naming(path, (ValueError, RecursionError), "not a JSON object: "):
         d = json.loads(text)
         if not isinstance(d, dict):
-            raise ValueError(f"it is a {type(d).__name__}")
+            raise configs.UserError(f"it is a {type(d).__name__}")
     return d
 
 
@@ -99,13 +99,13 @@ def normal(record, where, shape="auto"):
     with naming(where):
         if isinstance(record, bytes):
             if not record.strip():
-                raise ValueError("is empty; a .jsonl file has one JSON object on each line")
-            with naming("not valid JSON"):
+                raise configs.UserError("is empty; a .jsonl file has one JSON object on each line")
+            with naming("not valid JSON", (ValueError, RecursionError)):
                 record = json.loads(record)
         if isinstance(record, str):
             record = {"text": record}
         if not isinstance(record, dict):
-            raise ValueError(f"expected an object or a string, got {type(record).__name__}; known shapes are {KNOWN}")
+            raise configs.UserError(f"expected an object or a string, got {type(record).__name__}; known shapes are {KNOWN}")
         is_text = lambda key: isinstance(record.get(key), str)
         if is_text("text") and (shape == "text" or shape == "auto" and not any(key in record for key in TURNS)):
             return {"text": record["text"]}
@@ -113,37 +113,37 @@ def normal(record, where, shape="auto"):
         if turns is None:
             pair = next((pair for pair in ASKED if all(map(is_text, pair))), None)
             if pair is None and is_text("text"):
-                raise ValueError("data shape is chat, and this is text")
+                raise configs.UserError("data shape is chat, and this is text")
             if pair is None:
-                raise ValueError(f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN}")
+                raise configs.UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN}")
             asked, answer = (record[key] for key in pair)
             asked += f"\n\n{record['input']}" if is_text("input") and record["input"] else ""
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         if shape == "text":
-            raise ValueError("data shape is text, and this is a chat")
+            raise configs.UserError("data shape is text, and this is a chat")
         if is_text("system") and record["system"]:
             turns = [{"role": "system", "content": record["system"]}, *turns]
         if not turns:
-            raise ValueError("a chat without messages")
+            raise configs.UserError("a chat without messages")
         messages, tools = [], record.get("tools")
         for n, turn in enumerate(turns, 1):
             with naming(f"message {n}"):
                 messages.append(message(turn, n))
         if isinstance(tools, str):
-            with naming("tools is no JSON"):
+            with naming("tools is no JSON", (ValueError, RecursionError)):
                 tools = json.loads(tools.strip() or "[]")
         if tools and not isinstance(tools, list):
-            raise ValueError(f"tools must be a list, got {type(tools).__name__}")
+            raise configs.UserError(f"tools must be a list, got {type(tools).__name__}")
         return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
 def message(turn, n):
     """Message n, whatever its keys -> {"role": a role of the templates, "content": str, "weight": 0 or 1, …}."""
     if not isinstance(turn, dict):
-        raise ValueError(f"expected an object, got {type(turn).__name__}")
+        raise configs.UserError(f"expected an object, got {type(turn).__name__}")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"role {role!r} is none of {', '.join(ROLES)}")
+        raise configs.UserError(f"role {role!r} is none of {', '.join(ROLES)}")
     rest = {key: v for key, v in turn.items() if key not in MESSAGE and (v if key in MORE else v is not None)}
     if role == "function_call":                                      # its content is one call, or a list of them
         with naming("a function_call must be JSON with a name and arguments", (ValueError, KeyError, TypeError)):
@@ -159,12 +159,12 @@ def message(turn, n):
     rest["content"] = "" if content is None and rest.get("tool_calls") else content
     for key, (kind, called) in KINDS.items():
         if key in rest and not isinstance(rest[key], kind):
-            raise ValueError(f"{key} must be {called}, got {type(rest[key]).__name__}")
+            raise configs.UserError(f"{key} must be {called}, got {type(rest[key]).__name__}")
     if "tool_calls" in rest and not all(isinstance(call, dict) for call in rest["tool_calls"]):
-        raise ValueError("tool_calls must be a list of objects")
+        raise configs.UserError("tool_calls must be a list of objects")
     weight = next((turn[key] for key in WEIGHTS if turn.get(key) is not None), 1)
     if weight not in (0, 1):
-        raise ValueError(f"a weight of {weight!r}: a message is trained (1) or not (0)")
+        raise configs.UserError(f"a weight of {weight!r}: a message is trained (1) or not (0)")
     return rest | {"role": ROLES[role], "weight": int(weight)}
 
 
@@ -176,9 +176,9 @@ def find_files(path, key):
         found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
     found = sorted(f for f in found if Path(f).is_file() and not f.endswith("_labels.npy"))
     if not found:
-        raise ValueError(f"{key}: no file at {path} (a file, a folder or a glob of {', '.join(ENDINGS)})")
+        raise configs.UserError(f"{key}: no file at {path} (a file, a folder or a glob of {', '.join(ENDINGS)})")
     if odd := [f for f in found if not f.endswith(ENDINGS)]:
-        raise ValueError(f"{key}: {odd[0]} ends in none of {', '.join(ENDINGS)}")
+        raise configs.UserError(f"{key}: {odd[0]} ends in none of {', '.join(ENDINGS)}")
     return found
 
 
@@ -223,13 +223,13 @@ def values(f, file):
             yield from lines(f, file)
             return
         while begin := gap.match(text, at):
-            with naming(f"{file}, record {n + 1}", what="not valid JSON: "):
+            with naming(f"{file}, record {n + 1}", (ValueError, RecursionError), "not valid JSON: "):
                 try:
                     end = json.JSONDecoder().raw_decode(text, begin.end())[1]
                 except json.JSONDecodeError as e:                    # an error, or the rest of the item is to come
                     why = e.msg
                     if e.pos < len(text) - BLOCK and "Unterminated" not in why:
-                        raise ValueError(why) from None
+                        raise configs.UserError(why) from None
                     break
             found.append(text[begin.end():end].encode())
             at, n, gap = end, n + 1, re.compile(r"\s*,\s*")
@@ -238,7 +238,7 @@ def values(f, file):
             yield found, None
     if not re.fullmatch(r"\s*\]\s*" if n else r"\s*\[\s*\]\s*", text):
         why = why if begin else "a comma or the end is expected" if n else "a list is expected"
-        raise ValueError(f"{file}, record {n + 1}: not valid JSON: {why}")
+        raise configs.UserError(f"{file}, record {n + 1}: not valid JSON: {why}")
 
 
 def texts(separator, f, file):
@@ -287,12 +287,12 @@ def ids_of(f, file):
         ids, labels = (np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
                        for path in (file, beside if os.path.isfile(beside) else file))
         if ids.dtype.kind not in "iu" or len(labels) != len(ids):
-            raise ValueError(f"expected ints, as many as labels; got {len(ids)} {ids.dtype}, {len(labels)} labels")
+            raise configs.UserError(f"expected ints, as many as labels; got {len(ids)} {ids.dtype}, {len(labels)} labels")
         for at in range(0, len(ids), BLOCK):
             part, said = ids[at:at + BLOCK], labels[at:at + BLOCK]
             mask = (said != ignore_index).astype(np.uint8)
             if not 0 <= part.min() <= part.max() < size or (said != part)[mask > 0].any():
-                raise ValueError(f"near token {at}: an id that the tokenizer ({size} tokens) lacks, or a label that is "
+                raise configs.UserError(f"near token {at}: an id that the tokenizer ({size} tokens) lacks, or a label that is "
                                  "neither data.ignore_index nor the token")
             f.seek(at * ids.itemsize)
             yield [(np.array(part), mask)], (at == 0, at + BLOCK >= len(ids))
@@ -322,11 +322,11 @@ class Tokenizer:
     def __post_init__(self):
         missing = [b for b in range(256) if bytes([b]) not in self.ranks]
         if missing:                                                  # such a byte would take tiktoken's process down
-            raise ValueError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
+            raise configs.UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
                              f"(the first is {missing[0]})")
         ids, lengths = list(self.ranks.values()), list(map(len, self.ranks))
         if len(set(ids)) < len(ids):                                 # so would this
-            raise ValueError("tokenizer: two of its vocabulary's tokens have the same id")
+            raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
         assert all(text is None or text in self.special for text in (self.bos, self.eos)), (self.bos, self.eos)
         self.every = every = self.special | self.added
         self.enc = tiktoken.Encoding("ours", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=every)
@@ -480,7 +480,7 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.pretrained(cfg["model"]["init_from"])
     if not name:
-        raise ValueError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
+        raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
                          "bytes always works")
     if name == "bytes":
         tok = bytes_tokenizer()
@@ -494,12 +494,12 @@ def load_tokenizer(cfg):
             enc = tiktoken.get_encoding(name)
         tok = Tokenizer(enc._mergeable_ranks, enc._pat_str, enc._special_tokens, eos="<|endoftext|>")
     else:
-        raise ValueError(f"data.tokenizer: {name} is no file or folder, and none of bytes, "
+        raise configs.UserError(f"data.tokenizer: {name} is no file or folder, and none of bytes, "
                          f"{', '.join(tiktoken.list_encoding_names())}")
     for key in ("bos_token", "eos_token"):
         text = data[key]
         if text not in (None, "", *tok.special):
-            raise ValueError(f"data.{key}: {text!r} is no special token of {name}; "
+            raise configs.UserError(f"data.{key}: {text!r} is no special token of {name}; "
                              f"it has {', '.join(tok.special) or 'none'}")
         if text is not None:
             setattr(tok, key[:3], text or None)
@@ -515,15 +515,15 @@ def bytes_tokenizer():
 def tiktoken_file(path, pattern, special):
     """A file of `base64(token) rank` lines -> Tokenizer. It needs its pattern said: the file doesn't hold one."""
     if not pattern:
-        raise ValueError(f"data.tokenizer_pattern: {path} needs the regular expression its tokenizer splits text with")
+        raise configs.UserError(f"data.tokenizer_pattern: {path} needs the regular expression its tokenizer splits text with")
     with naming(path, (OSError, ValueError), "not a .tiktoken file: "):      # tiktoken's own reader keeps old ones
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     taken = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or taken.count(i) > 1:
-            raise ValueError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
-    with naming(f"{path} with data.tokenizer_pattern {pattern!r}"):          # tiktoken's words on a pattern, or ours
+            raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
+    with naming(f"{path} with data.tokenizer_pattern {pattern!r}", (ValueError, RecursionError)):          # tiktoken's words on a pattern, or ours
         return Tokenizer(ranks, pattern, special)
 
 
@@ -531,7 +531,7 @@ def huggingface_tokenizer(path):
     """A byte-level BPE tokenizer.json (or its folder) -> Tokenizer; what isn't one exactly is Borrowed, or refused."""
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
+        raise configs.UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
     spec, template_file, config_file = read_json(path), *map(path.with_name, TEMPLATE_FILES)
     config = read_json(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
@@ -540,7 +540,7 @@ def huggingface_tokenizer(path):
         if isinstance(template, list):                               # several, by name
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         if template is not None and not isinstance(template, str):
-            raise ValueError(f"{config_file}: chat_template must be text, got {type(template).__name__}")
+            raise configs.UserError(f"{config_file}: chat_template must be text, got {type(template).__name__}")
         if template_file.is_file():
             template = read_text(template_file)
         tokens = spec.get("added_tokens") or []
@@ -607,7 +607,7 @@ def byte_level(spec, tokens, special, added, **more):
 
 
 def refuse(what):
-    raise ValueError(f"{what} cannot be carried over exactly; "
+    raise configs.UserError(f"{what} cannot be carried over exactly; "
                      "supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
@@ -708,10 +708,10 @@ def template_text(tok, cfg):
     if "<|im_end|>" in tok.special:
         return CHATML
     if name:
-        raise ValueError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
+        raise configs.UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
                          "leave it empty for a plain one that ends turns with EOS")
     if not tok.eos:
-        raise ValueError("data.eos_token: chats need a token that ends a turn; "
+        raise configs.UserError("data.eos_token: chats need a token that ends a turn; "
                          "this tokenizer has neither <|im_end|> nor an EOS")
     return PLAIN
 
@@ -719,7 +719,8 @@ def template_text(tok, cfg):
 def load_template(tok, cfg):
     """template_text(), compiled; an error names the file it is from."""
     text, own = template_text(tok, cfg), [tok.folder / name for name in TEMPLATE_FILES] if tok.folder else []
-    with naming(cfg["data"]["chat_template"] or next(filter(Path.is_file, own), "built in")):
+    with naming(cfg["data"]["chat_template"] or next(filter(Path.is_file, own), "built in"),
+                (ValueError, RecursionError)):                       # jinja raises both for damaged text
         return compile_template(text)
 
 
@@ -753,7 +754,7 @@ def compile_template(text):
     try:
         template = env.from_string(text)
     except jinja2.TemplateSyntaxError as e:
-        raise ValueError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
+        raise configs.UserError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
     template.globals = dict(template.globals)                        # a ChainMap, which every rendering copies
     return template
 
@@ -797,7 +798,7 @@ def prepared(tok, template, messages, prompt=False, **more):
     marked = render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more))
     parts = "".join(marked).split(BREAK)
     if "".join(parts) != "".join(pieces):
-        raise ValueError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
+        raise configs.UserError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
                          "text and no control token; reasoning goes into reasoning_content")
     return messages, pieces, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
 
@@ -928,7 +929,7 @@ def encode_chunk(job):
                 STATE["template"] = load_template(tok, STATE["cfg"])
             with naming(where):
                 ids, mask = encode_chat(tok, STATE["template"], train_on=data["train_on"], **record)
-        except ValueError as e:
+        except configs.UserError as e:
             if data["on_error"] != "skip" or not str(e).startswith(where):   # what names no record is no record's fault
                 raise
             counts["skipped"] += 1
@@ -996,11 +997,8 @@ def encoded(jobs, size, processes, quiet, name):
             if not ahead:
                 return
             done, n = ahead.popleft()
-            e = done.exception()
-            if isinstance(e, concurrent.futures.BrokenExecutor):
-                e = ValueError("data.processes: one was killed, for want of memory perhaps; fewer take less")
-            if isinstance(e, ValueError):                            # from here, configs.run knows it for ours
-                raise ValueError(str(e)) from e
+            if isinstance(done.exception(), concurrent.futures.BrokenExecutor):
+                raise configs.UserError("data.processes: one was killed, for want of memory perhaps; fewer take less")
             yield done.result()
             bar.update(n)
 
@@ -1010,7 +1008,7 @@ def tokenize(cfg, name, source, tok, quiet=False):
     data = cfg["data"]
     files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
     if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
-        raise ValueError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
+        raise configs.UserError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
     beside = filter(os.path.isfile, (f"{file[:-4]}_labels.npy" for file in files))
     stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
     template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
@@ -1046,7 +1044,7 @@ def tokenize(cfg, name, source, tok, quiet=False):
                 counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
                 problems = (problems + bad)[:3]
         if not counts["documents"]:
-            raise ValueError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
+            raise configs.UserError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
                              f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
                              f"{': ' + problems[0] if problems else ''})")
         header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
@@ -1055,7 +1053,7 @@ def tokenize(cfg, name, source, tok, quiet=False):
         os.replace(building, folder)
     except OSError as e:
         if not (folder / "header.json").is_file():                   # else another process was faster: the same result
-            raise ValueError(f"{folder}: cannot write token files ({e.strerror}); "
+            raise configs.UserError(f"{folder}: cannot write token files ({e.strerror}); "
                              "data.cache_dir says where they go") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -1089,7 +1087,7 @@ class Tokens:
 def require_train_data(cfg):
     """The first thing to say where nothing is said. Raises ValueError."""
     if not cfg["data"]["train"]:
-        raise ValueError("data.train: no source is named; data.train.NAME.path=FILE names one")
+        raise configs.UserError("data.train: no source is named; data.train.NAME.path=FILE names one")
 
 
 def load_datasets(cfg, tok=None, quiet=False):
@@ -1110,10 +1108,10 @@ def load_datasets(cfg, tok=None, quiet=False):
     for name, tokens in out["train"].items():
         held = split if type(split) is int else round(split * len(tokens))
         if not 0 < held < len(tokens):
-            raise ValueError(f"data.validation_split: {split} of {name}'s {len(tokens)} documents leaves nothing "
+            raise configs.UserError(f"data.validation_split: {split} of {name}'s {len(tokens)} documents leaves nothing "
                              f"to {'validate' if held < 1 else 'train'} on")
         if name in out["validation"]:
-            raise ValueError(f"data.validation_split: data.validation.{name} is there already; give one of the two")
+            raise configs.UserError(f"data.validation_split: data.validation.{name} is there already; give one of the two")
         kept = len(tokens) - held
         out["train"][name], out["validation"][name] = Tokens(tokens.folder, 0, kept), Tokens(tokens.folder, kept)
     return out

@@ -22,6 +22,10 @@ import yaml
 HERE = Path(__file__).resolve().parent
 
 
+class UserError(ValueError):
+    """A mistake of the user: shown as one line, without a traceback."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # text -> values: one reading of plain scalars, the same in files and on the command line
 

@@ -127,9 +127,9 @@ def loss_and_gradients(ours, m, theirs, folder):
     nll = torch.nn.functional.cross_entropy
     wants = [nll(theirs(torch.tensor([d[:-1]])).logits[0], torch.tensor(d[1:]), reduction="sum") for d in docs]
     sum(wants).backward()
-    loss_sum, weight, per_document = ours(row(docs))
+    loss_sum, weight, stats = ours(row(docs))
     loss_sum.backward()
-    assert weight == sum(len(d) - 1 for d in docs) and close(per_document, torch.stack(wants), 1e-5)
+    assert weight == sum(len(d) - 1 for d in docs) and close(stats["loss"], torch.stack(wants), 1e-5)
     got, turned, wanted = grads(ours), tuple(configs.families()[m["family"]].get("transposed", ())), grads(theirs)
     got = {their: t.T if name.endswith(turned) else t
            for name, g in got.items() for their, t in M.to_hf(name, g, m).items()}
@@ -256,13 +256,13 @@ def test_packed_documents_do_not_see_each_other():
     alone = [model(row([d])) for d in docs]
     sum(a[0] for a in alone).backward()
     want = grads(model)
-    loss_sum, weight, per_document = model(row(docs))
+    loss_sum, weight, stats = model(row(docs))
     loss_sum.backward()
-    assert close(per_document, torch.cat([a[2] for a in alone]), 1e-5) and weight == sum(len(d) - 1 for d in docs)
+    assert close(stats["loss"], torch.cat([a[2]["loss"] for a in alone]), 1e-5) and weight == sum(len(d) - 1 for d in docs)
     assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
     changed = docs[:1] + documents(101, 33, seed=9) + docs[2:]
-    again = model(row(changed))[2]
-    assert torch.equal(again[2:], per_document[2:]) and torch.equal(again[:1], per_document[:1])
+    before, again = stats["loss"], model(row(changed))[2]["loss"]
+    assert torch.equal(again[2:], before[2:]) and torch.equal(again[:1], before[:1])
 
 
 def test_padding_is_outside_every_document():
@@ -282,9 +282,9 @@ def test_an_idle_row_counts_nothing():
     model = M.build(M_TINY)
     row_of_none = {key: torch.zeros(0, dtype=torch.long) for key in ("tokens", "targets", "positions", "doc_ids")}
     row_of_none |= {"loss_weights": torch.zeros(0), "cu_seqlens": torch.zeros(1, dtype=torch.int32), "max_seqlen": 0}
-    loss_sum, weight, per_document = model(row_of_none)
+    loss_sum, weight, stats = model(row_of_none)
     loss_sum.backward()
-    assert loss_sum == 0 and weight == 0 and len(per_document) == 0
+    assert loss_sum == 0 and weight == 0 and len(stats["loss"]) == 0
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -402,7 +402,9 @@ NOISY = dict(embd_pdrop=0.2, attn_pdrop=0.3, resid_pdrop=0.1, embed="neftune", e
 def test_noise_is_the_same_in_any_layout():
     model, docs = noisy(M.build(M_TINY | NOISY)), documents(101, 9, 33, 2, 70)
     run = lambda docs, ids, step=3: model(row(docs) | {"doc_ids": torch.tensor(ids), "noise": (0, step)})
-    loss_sum, _, together = run(docs, [5, 6, 7, 8])
+    of_documents = lambda *args, **kwargs: run(*args, **kwargs)[2]["loss"]
+    loss_sum, _, stats = run(docs, [5, 6, 7, 8])
+    together = stats["loss"]
     loss_sum.backward()
     want = grads(model)
     alone = [run([docs[n]], [n + 5])[0] for n in (3, 1, 0, 2)]
@@ -410,11 +412,11 @@ def test_noise_is_the_same_in_any_layout():
     assert close(together[[3, 1, 0, 2]], torch.stack(alone), 1e-5)
     assert all(close(g, want[name], 1e-4) for name, g in grads(model).items())
     model.recompute = True
-    assert torch.equal(run(docs, [5, 6, 7, 8])[2], together)
-    for other in (run(docs, [5, 6, 7, 8], step=4)[2], run(docs, [15, 16, 17, 18])[2], model(row(docs))[2]):
+    assert torch.equal(of_documents(docs, [5, 6, 7, 8]), together)
+    for other in (of_documents(docs, [5, 6, 7, 8], step=4), of_documents(docs, [15, 16, 17, 18]), model(row(docs))[2]["loss"]):
         assert not any(close(a, b, 1e-4) for a, b in zip(other, together))
     # without a seed there is none: evaluation, generation
-    assert torch.equal(model(row(docs))[2], model(row(docs))[2])
+    assert torch.equal(model(row(docs))[2]["loss"], model(row(docs))[2]["loss"])
 
 
 def test_no_two_places_of_a_model_share_their_noise(monkeypatch):
@@ -442,7 +444,7 @@ def test_attention_without_dropout_is_the_kernels():
     plain, batch = noisy(M.build(M_TINY | {"sliding_window": 7})), row(documents(101, 40, 25))
     slow = M.build(M_TINY | {"sliding_window": 7, "attn_pdrop": 1e-12})
     slow.load_state_dict(plain.state_dict())
-    assert close(slow(batch | {"noise": 0})[2], plain(batch)[2], 1e-5)
+    assert close(slow(batch | {"noise": 0})[2]["loss"], plain(batch)[2]["loss"], 1e-5)
 
 
 def test_neftune_adds_what_its_paper_says():
@@ -656,7 +658,7 @@ assert cfg["model"]["init_from"] == explicit["model"]["init_from"] == "someone/t
 assert source["model.d_model"] == "imported"
 assert tokenize_data.load_tokenizer(cfg).n_vocab == m["vocab_size"]
 assert model.pretrained_reader("someone/tiny", cfg["model"])
-model.save(loaded.get_parameter, m, sys.argv[2], "someone/tiny")
+model.save_pretrained(loaded.get_parameter, m, sys.argv[2], "someone/tiny")
 print(m["init_from"], sorted(asked), sep="|")
 """
 

@@ -199,7 +199,7 @@ def test_bad_files_and_tokenizers_are_named(tmp_path):
 
 
 def wrong(words, call, *args):
-    """The call ends in a ValueError of one line that has all the words."""
+    """The call ends in a UserError of one line that has all the words."""
     with pytest.raises(ValueError) as e:
         call(*args)
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
@@ -211,19 +211,19 @@ def test_damaged_files_and_folders_are_named(tmp_path):
     for name, content in (("plain.json.gz", b'[{"text": "a"}]'), ("cut.json.gz", whole[:-9]),
                           ("flip.jsonl.gz", whole[:20] + b"\xff" * 20 + whole[40:])):
         (tmp_path / name).write_bytes(content)
-        wrong([name, "cannot be read"], T.prepare, cfg_for(tmp_path, tmp_path / name))
+        wrong([name, "cannot be read"], T.load_datasets, cfg_for(tmp_path, tmp_path / name))
     (tmp_path / "d" / "folder.json").mkdir(parents=True)
-    wrong(["data.train.x.path", "no file"], T.prepare, cfg_for(tmp_path, tmp_path / "d"))
+    wrong(["data.train.x.path", "no file"], T.load_datasets, cfg_for(tmp_path, tmp_path / "d"))
     (tmp_path / "empty.txt").write_text("")
-    wrong(["empty.txt", "nothing to train on"], T.prepare, cfg_for(tmp_path, tmp_path / "empty.txt"))
+    wrong(["empty.txt", "nothing to train on"], T.load_datasets, cfg_for(tmp_path, tmp_path / "empty.txt"))
     (tmp_path / "cache_file").write_text("")
     text = write(tmp_path, [{"text": "a"}])
-    wrong(["cache_file", "data.cache_dir"], T.prepare,
+    wrong(["cache_file", "data.cache_dir"], T.load_datasets,
           cfg_for(tmp_path, text, f"data.cache_dir={tmp_path / 'cache_file'}"))
     (tmp_path / "latin.jinja").write_bytes(b"\xff")
-    wrong(["latin.jinja", "UTF-8"], T.prepare,
+    wrong(["latin.jinja", "UTF-8"], T.load_datasets,
           cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
-    wrong(["data.bos_token", "['a']"], T.prepare, cfg_for(tmp_path, text, "data.bos_token=[a]"))
+    wrong(["data.bos_token", "['a']"], T.load_datasets, cfg_for(tmp_path, text, "data.bos_token=[a]"))
     wrong(["missing.json", "cannot be read", "No such file"], T.read_json, tmp_path / "missing.json")
 
 
@@ -269,7 +269,7 @@ def test_whatever_a_template_raises_is_one_line_with_the_record(tmp_path):
     for body in ("{{ messages[0].nope.nope }}", "{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ {}.pop('x') }}",
                  "{{ raise_exception('a\nb') }}"):
         (tmp_path / "t.jinja").write_text(body)
-        wrong(["x.jsonl, line 1", "refuses"], T.prepare,
+        wrong(["x.jsonl, line 1", "refuses"], T.load_datasets,
               cfg_for(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}"))
 
 
@@ -429,7 +429,7 @@ def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
     assert len(T.load_datasets(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
     for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):
         (tmp_path / "a.json").write_text(text)
-        wrong(["a.json", "not valid JSON"], T.prepare, cfg_for(tmp_path, tmp_path / "a.json"))
+        wrong(["a.json", "not valid JSON"], T.load_datasets, cfg_for(tmp_path, tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize("name", ["big.json", "big.txt"])
@@ -495,7 +495,7 @@ def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path
     assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
-    wrong(["nothing to train on", "1 skipped", "line 1"], T.prepare,
+    wrong(["nothing to train on", "1 skipped", "line 1"], T.load_datasets,
           cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
 
 

@@ -304,11 +304,11 @@ def damaged(rng, raw):
 
 
 def one_clear_line(call, name):
-    """What call() gives, or None where it ends in a ValueError of one line that names the file."""
+    """What call() gives, or None where it ends in a UserError of one line that names the file."""
     try:
         return call()
     except ValueError as e:
-        assert configs.ours(e) and "\n" not in str(e) and len(str(e)) < 3000 and name in str(e), repr(e)
+        assert isinstance(e, configs.UserError) and "\n" not in str(e) and len(str(e)) < 3000 and name in str(e), repr(e)
 
 
 def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-import configs, model as M, shard, train
+import configs, log, model as M, shard, train
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -68,7 +68,7 @@ def row(lengths, vocab, rng, pad_to):
     pad = lambda t, value: torch.nn.functional.pad(t, (0, fill), value=value)
     out |= {"tokens": pad(out["tokens"], 0), "positions": pad(out["positions"], 0), "targets": pad(targets, -100),
             "loss_weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_seqlen": max([fill, *lengths])}
-    out["trained"] = (out["targets"] >= 0).nonzero().squeeze(1)
+    out["target_index"] = (out["targets"] >= 0).nonzero().squeeze(1)
     return {key: t.to(DEVICE) if torch.is_tensor(t) else t for key, t in out.items()}
 
 
@@ -117,7 +117,7 @@ def right():
         chats = chat_lengths(np.random.default_rng(2), 2048)
         rows = [row(chats, 1000, np.random.default_rng(3), 256) for _ in range(2)]
         for _ in range(3):
-            train.train_step(model, optimizer, rows, 1000.0, 1e-3, 1.0)
+            train.train_step(model, optimizer, rows, 1000.0, 1e-3, cfg)
         runs.append({name: p.detach().clone() for name, p in model.named_parameters()})
     results["bitwise repeat"] = all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     if CUDA:
@@ -125,7 +125,7 @@ def right():
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            train.train_step(model, optimizer, rows, 1000.0, 1e-3, 1.0)
+            train.train_step(model, optimizer, rows, 1000.0, 1e-3, cfg)
         torch.cuda.set_sync_debug_mode("default")
         waits = [w for w in caught if "synchroniz" in str(w.message).lower()]
         results["waits in a step"] = [str(w.filename).rsplit("/", 1)[-1] + f":{w.lineno}" for w in waits]
@@ -177,11 +177,11 @@ def measure_ours(keys, kind, count, look=False):
     def step():
         turn[0] += 1
         one = rows[turn[0] % len(rows)]
-        train.train_step(model, optimizer, [one], float(len(one["trained"])), 1e-5, 1.0)
+        train.train_step(model, optimizer, [one], float(len(one["target_index"])), 1e-5, cfg)
     seconds = timed(step, count, skip=6)
     tokens = statistics.mean(map(sum, lengths))
-    work = statistics.mean(M.flops(model, n, len(r["trained"])) for n, r in zip(lengths, rows))
-    peak = train.peak_flops(DEVICE, model.dtype)
+    work = statistics.mean(M.flops(model, n, len(r["target_index"])) for n, r in zip(lengths, rows))
+    peak = log.peak_flops(DEVICE, model.dtype)
     out = {"tok_per_s": tokens / seconds, "mfu": work / seconds / peak if peak else None,
            "memory_gib": memory() / 2**30}
     if look and CUDA:

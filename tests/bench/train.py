@@ -9,7 +9,7 @@ few, and the most memory it held. Real tokens: padding is not counted.
 
 --size    nanoGPT's model and step (its model.py, configure_optimizers, clipping) on windows of random tokens, as its
           README runs it on a CPU (fp32, no compile), and at its best (bf16 autocast, compile); ours is its layout, with
-          biases, through shard.prepare() and train_step()
+          biases, through shard.parallelize() and train_step()
 --chats   2,000 chats of lognormal length (median 180, at most 1,024), half of each trained, on a Llama of width 512, 8
           layers, 8 heads, 4 of keys and values, 1,408 in the MLP, 32,000 tokens; 8 chats a step. Theirs are given token
           ids and labels. As shipped: what their config's defaults are. Best: no recompute, grouped by length, bf16. They
@@ -50,7 +50,7 @@ def windows_ours(args, size):
         "model.tie_embeddings=true", f"model.n_layers={layers}", f"model.d_model={width}", f"model.n_heads={heads}",
         f"model.max_len={block}", f"model.vocab_size={VOCAB[size]}", f"micro_tokens={micro}", f"batch_size={batch}"])[0]
     m = cfg["model"]
-    model = shard.prepare(M.build_on_meta(m), m, cfg, M.init_reader(m, 0))
+    model = shard.parallelize(M.build_on_meta(m), cfg, M.init_reader(m, 0))
     optimizer, times, per_row = train.make_optimizer(model, cfg), [], max(1, micro // block)
     for _ in range(args.skip + args.steps):
         start = time.perf_counter()
@@ -61,8 +61,8 @@ def windows_ours(args, size):
             row = M.as_batch(docs[:, :-1].tolist())
             n = row["tokens"].numel()
             rows.append(row | {"targets": docs[:, 1:].flatten(), "loss_weights": torch.ones(n),
-                               "doc_ids": torch.arange(len(docs)), "trained": torch.arange(n)})
-        loss, *_ = train.train_step(model, optimizer, rows, float(batch * block), 3e-4, 1.0)
+                               "doc_ids": torch.arange(len(docs)), "target_index": torch.arange(n)})
+        loss, *_ = train.train_step(model, optimizer, rows, float(batch * block), 3e-4, cfg)
         float(loss)
         times.append(time.perf_counter() - start)
     say(times, [batch * block] * len(times), args.skip)

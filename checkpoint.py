@@ -47,7 +47,7 @@ import shard
 import tokenize_data
 
 FORMAT = 3
-PROJECT = configs.HERE.parent
+PROJECT = Path(__file__).absolute().parent
 DTYPE_NAMES = {                                          # as safetensors spells them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -67,6 +67,8 @@ def optimizer_tensors(model, optimizer):
     tensors = {}
     for name, p in trained_parameters(model).items():
         for key, value in sorted(optimizer.state[p].items()):
+            if isinstance(value, float):
+                value = torch.tensor(value, dtype=torch.float64)
             tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
@@ -96,11 +98,11 @@ def layout_problem(value, p):
         return "" if is_number else f"is a {type(value).__name__}; use a tensor or a number"
     if value.dtype not in DTYPE_NAMES:
         return f"has dtype {value.dtype}, which safetensors cannot store; use another dtype"
-    if hasattr(value, "placements"):
+    if shard.is_dtensor(value):
         if all(q.is_replicate() or q.is_shard(0) for q in value.placements):
             return ""
         return f"has placements {value.placements}; redistribute it to Shard(0) or Replicate()"
-    if value.numel() > 1 and shard.local_shard(p)[0].shape != p.shape:
+    if value.numel() > 1 and shard.is_dtensor(p):
         return (f"is a plain tensor of shape {list(value.shape)}, but its parameter is sharded "
                 "over ranks; make it a DTensor (torch.zeros_like(p)), or shard.mesh.shard=1")
     return ""
@@ -176,7 +178,7 @@ def local_rows(t):
     if t.dim():
         return shard.local_shard(t)
     t = t.detach()
-    return (t.to_local() if hasattr(t, "to_local") else t), 0, 1
+    return (t.to_local() if shard.is_dtensor(t) else t), 0, 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,8 +329,8 @@ class Saver:
             self.thread.join()
             self.thread = None
             if self.error:
-                self.warn(f"checkpoint {self.folder} was not written ({self.error}); the run "
-                          "continues, older checkpoints are complete")
+                self.warn(f"checkpoint not written: {self.error}; the run continues, older "
+                          "checkpoints are complete")
         return not self.error
 
     def write(self, files, state):
@@ -352,7 +354,7 @@ class Saver:
             try:
                 function(*args)
             except Exception as e:             # of any kind: the other ranks wait for this one
-                error = f"{type(e).__name__}: {e}"
+                error = f"rank {shard.rank()}, {type(e).__name__}: {e}"
         if self.group is None:
             return error
         errors = [None] * shard.world_size()
@@ -654,18 +656,19 @@ def source_files():
     These are the main script, the loaded modules of the project, and the yaml files with defaults
     and families. Installed packages are not included, nor tests, which only call the code.
     """
-    paths = [configs.HERE / "defaults.yaml", configs.HERE / "families.yaml"]
+    paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
     for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or "")
-        is_main = module is sys.modules["__main__"]
-        if path.suffix == ".py" and (is_main or is_inside(path, PROJECT)):
-            paths.append(path.resolve())
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(str(PROJECT)) or module is sys.modules["__main__"]:
+            paths.append(Path(file).absolute())
     standard_library = Path(os.__file__).parent
     installed = Path(torch.__file__).parents[1]
+    excluded = (standard_library, installed, PROJECT / "tests")
     files = {}
     for path in paths:
-        if not any(is_inside(path, p) for p in (standard_library, installed, PROJECT / "tests")):
-            name = path.relative_to(PROJECT) if is_inside(path, PROJECT) else path.name
+        is_source = path.suffix in (".py", ".yaml") and path.is_file()
+        if is_source and not any(path.is_relative_to(folder) for folder in excluded):
+            name = path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path.name
             files[str(name)] = path
     return files
 

@@ -439,22 +439,24 @@ def describe_length(run):
     cfg = run.cfg
     sources = run.data["train"]
     sizes = {name: len(tokens) for name, tokens in sources.items()}
-    # a document of n tokens has n - 1 inputs
-    n_tokens = sum(int(tokens.offsets[-1] - tokens.offsets[0]) for tokens in sources.values())
-    length = n_tokens / sum(sizes.values()) - 1
+    n_documents = sampler.documents_per_epoch(cfg, sizes)     # of each source
+    # the mean length of a document; n tokens are n - 1 inputs
+    lengths = [(tokens.offsets[-1] - tokens.offsets[0]) / max(len(tokens), 1) - 1
+               for tokens in sources.values()]
+    length = n_documents @ lengths / n_documents.sum()
     per_step = cfg["batch_size"] * length
     world_size = shard.world_size()
     n_micro_batches = math.ceil(per_step / cfg["micro_tokens"] / world_size)
     micro_batches = plural(n_micro_batches, "micro-batch", "micro-batches")
     each = " on each rank" if world_size > 1 else ""
-    n_documents = int(sampler.documents_per_epoch(cfg, sizes)[2].sum())
     total_steps = run.state.total_steps
+    epochs = total_steps / run.steps_per_epoch
     return [
         f"step      {cfg['batch_size']:,} documents x ~{length:,.0f} tokens = {per_step:,.0f} "
         f"tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} tokens{each}",
-        f"run       {n_documents:,} documents / {cfg['batch_size']:,} = {run.steps_per_epoch:,} "
-        f"steps per epoch; {total_steps:,} steps = {total_steps / run.steps_per_epoch:.2f} epochs "
-        f"= {total_steps * per_step:,.0f} tokens",
+        f"run       {n_documents.sum():,} documents / {cfg['batch_size']:,} = "
+        f"{run.steps_per_epoch:,} steps per epoch; {total_steps:,} steps = {epochs:.2f} epochs = "
+        f"{total_steps * per_step:,.0f} tokens",
     ]
 
 

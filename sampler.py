@@ -1,353 +1,500 @@
-"""Which documents make which step, and which rank reads them.
+"""Which documents make which step, and how they are packed into micro-batches.
 
-    python sampler.py configs/ft.yaml          steps in an epoch, how full the rows are, how even the ranks
+    python sampler.py configs/ft.yaml              steps per epoch, packing efficiency, balance
+    python sampler.py configs/ft.yaml ranks=64     the same for 64 ranks
 
-A step's documents are arithmetic: a function of (seed, step, how many documents each source has), with no state and no
-list that grows with the data. An epoch's N documents are numbered; a keyed permutation of 0 … N-1, computed number by
-number, gives their order. With 7 documents and batch_size 3:
+The order is a function of (seed, step, number of documents): there is no iterator state, and no
+list that grows with the data. An epoch's N documents are numbered, and a pseudorandom permutation
+of 0 ... N-1, evaluated one number at a time, shuffles them. With 7 documents and batch_size 3:
 
-    epoch 0    numbers  0 1 2 | 3 4 5 | 6        steps 0 1 2
-    permuted            4 0 6 | 2 5 1 | 3        the documents of each
-    epoch 1             1 6 3 | 0 4 2 | 5        steps 3 4 5: another key, another order
+    epoch 0    numbers   0 1 2 | 3 4 5 | 6        steps 0, 1, 2
+               permuted  4 0 6 | 2 5 1 | 3        the documents of each step
+    epoch 1    permuted  1 6 3 | 0 4 2 | 5        steps 3, 4, 5: another key, another order
 
-Then the documents of a step are laid into rows of at most micro_tokens, as many rows on every rank, row k about equally
-costly on all of them: ranks wait for each other row by row.
+The documents of a step are then packed into micro-batches of at most micro_tokens tokens. Every
+rank gets the same number of them, and micro-batch k costs about the same on all ranks, because
+ranks wait for each other after each micro-batch:
 
-    lengths 5 4 3 3 2 1, capacity 6, 2 ranks      rank 0: 5 | 4      rank 1: 3 2 | 3 1
+    lengths 5 4 3 3 2 1, micro_tokens 6, 2 ranks      rank 0: 5 | 4      rank 1: 3 2 | 3 1
 """
-import heapq, sys
+import heapq
+import itertools
+import math
+import sys
 
 import numpy as np
 
 import configs
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# order
-
-def mix(x):
-    """uint64 -> uint64 that look random (the finalizer of splitmix64, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+IGNORE_INDEX = -100          # the target of a token without a loss
 
 
-def key(*numbers):
-    """A few ints -> one uint64 key."""
-    out = np.array([0], np.uint64)
-    for n in numbers:
-        out = mix(out + np.uint64(n % 2**63) + np.uint64(0x9E3779B97F4A7C15))
-    return out[0]
+# --------------------------------------------------------------------------------------------------
+# order: a permutation that needs no list
+
+def splitmix64(x):
+    """Scramble an array of uint64 (the finalizer of splitmix64, Steele et al. 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
-def permuted(i, n, k):
-    """Where the permutation of 0 … n-1 with key k sends each i [any] -> int64, in O(1) memory for any n.
+def hash_key(*numbers):
+    """Hash a few ints, such as (seed, epoch), to one np.uint64."""
+    key = np.zeros(1, np.uint64)         # an array, because numpy warns when a scalar overflows
+    for number in numbers:
+        key = splitmix64(key + number % 2**63 + 0x9E3779B97F4A7C15)
+    return key[0]
 
-    A Feistel network over the fewest bits that hold n; what lands at n or beyond walks on until it is below
-    (Black and Rogaway 2002).
+
+def permute(numbers, n, key):
+    """Return where the permutation of 0 ... n-1 that belongs to `key` sends each number [any].
+
+    int64. It takes O(1) memory for any n: a Feistel network permutes 0 ... 2^bits - 1, where 2^bits
+    is at least n, and a result of n or more is permuted again until it is less than n (cycle
+    walking, Black and Rogaway 2002).
     """
-    bits = max(int(n - 1).bit_length(), 2)
-    low, high = np.uint64(bits // 2), np.uint64(bits - bits // 2)
-    low_mask, high_mask = (np.uint64(1) << low) - np.uint64(1), (np.uint64(1) << high) - np.uint64(1)
-
-    def once(x):
-        a, b = x >> low, x & low_mask                                # high bits, low bits
-        for round in range(4):
-            a ^= mix(b + k + np.uint64(2 * round)) & high_mask
-            b ^= mix(a + k + np.uint64(2 * round + 1)) & low_mask
-        return a << low | b
-
-    with np.errstate(over="ignore"):
-        x = once(np.asarray(i, np.uint64))
-        while (out := x >= n).any():
-            x[out] = once(x[out])
-    return x.astype(np.int64)
+    n = int(n)
+    bits = max((n - 1).bit_length(), 2)
+    out = _feistel(np.asarray(numbers, np.uint64), bits, key)
+    too_large = out >= n
+    while too_large.any():
+        out[too_large] = _feistel(out[too_large], bits, key)
+        too_large = out >= n
+    return out.astype(np.int64)
 
 
-ORDERS = ("random", "sequential", "weighted", "feedback")
+def _feistel(x, bits, key):
+    """Permute 0 ... 2^bits - 1: each half of the bits is scrambled by the other, four times."""
+    n_low = bits // 2
+    low_mask = 2**n_low - 1
+    high_mask = 2**(bits - n_low) - 1
+    low = x & low_mask
+    high = x >> n_low
+    for i in range(4):
+        high = high ^ (splitmix64(low + key + 2 * i) & high_mask)
+        low = low ^ (splitmix64(high + key + 2 * i + 1) & low_mask)
+    return (high << n_low) | low
 
 
-def quotas(cfg, sizes):
-    """Per source: its number of documents, and how many of them an epoch takes. -> names, n [S], take [S]"""
-    if cfg["sampler"]["order"] not in ORDERS:
-        raise ValueError(f"sampler.order: {cfg['sampler']['order']} is none of {', '.join(ORDERS)}")
-    if not isinstance(sizes, dict):                                  # a list in the sources' order
-        sources = list(cfg["data"]["train"])
-        sizes = dict(zip(sources if len(sources) == len(sizes) else range(len(sizes)), sizes))
-    names = list(sizes)
-    n = np.array([sizes[name] for name in names], np.int64)
-    said = [cfg["data"]["train"][name] if name in cfg["data"]["train"] else cfg["data"]["source"] for name in names]
-    weights = np.array([source["weight"] for source in said])
-    if cfg["sampler"]["order"] == "weighted":                  # as many documents as there are, in these proportions
-        weights = weights / weights.sum() * n.sum() / np.maximum(n, 1)
-    return names, n, np.maximum(np.rint(n * weights).astype(np.int64), (n > 0).astype(np.int64))
+# --------------------------------------------------------------------------------------------------
+# order: the documents of a step
+
+def documents_per_epoch(cfg, sizes):
+    """Return how many documents of each source an epoch takes: int64 [S].
+
+    random, sequential    weight * size: a weight of 2 is two passes over a source per epoch
+    weighted              as many documents as there are in all, drawn in proportion to the weights
+
+    sizes  {source: its number of documents}, or a list in the order of data.train
+    """
+    sizes = _with_names(cfg, sizes)
+    counts = np.array(list(sizes.values()), np.int64)
+    data = cfg["data"]
+    sections = [data["train"].get(name, data["source"]) for name in sizes]
+    weights = np.array([section["weight"] for section in sections])
+    if cfg["sampler"]["order"] == "weighted":
+        weights = weights / weights.sum() * counts.sum() / np.maximum(counts, 1)
+    at_least = np.minimum(counts, 1)                     # one document of every source
+    return np.maximum(np.rint(counts * weights).astype(np.int64), at_least)
+
+
+def _with_names(cfg, sizes):
+    if isinstance(sizes, dict):
+        return sizes
+    names = list(cfg["data"]["train"])
+    if len(names) != len(sizes):
+        names = range(len(sizes))                        # not in data.train: the default weight
+    return dict(zip(names, sizes))
 
 
 def steps_per_epoch(cfg, sizes):
-    total, batch = int(quotas(cfg, sizes)[2].sum()), cfg["batch_size"]
-    steps = total // batch if cfg["sampler"]["drop_last"] else -(-total // batch)
-    if not steps:
-        raise ValueError(f"sampler.drop_last: an epoch's {total} documents do not fill one batch_size of {batch}")
+    """Return the number of steps of an epoch. Raises UserError if there would be none."""
+    total = int(documents_per_epoch(cfg, sizes).sum())
+    batch_size = cfg["batch_size"]
+    steps = math.ceil(total / batch_size)
+    if cfg["sampler"]["drop_last"]:
+        steps = total // batch_size
+    if steps == 0:
+        raise configs.UserError(f"sampler.drop_last: the {total} documents of an epoch do not fill "
+                                f"one step; sampler.drop_last=false or batch_size={total}")
     return steps
 
 
-def documents(step, cfg, sizes, seen=None):
-    """Step (from 0), sizes {source: its number of documents} -> indices [<= batch_size] int64, counted through all.
+def documents(step, cfg, sizes):
+    """Return the documents of a step (counted from 0): int64 indices [<= batch_size].
 
-    A source is read pass after pass, each in a new order; an epoch takes weight * size of it, the next goes on there.
-    seen  a Seen, by which order=feedback draws instead
+    An index counts through all sources: with sizes {"a": 4, "b": 3}, documents 0-3 are those of a
+    and 4-6 those of b. Each source is read pass after pass, every pass in a new order. An epoch
+    takes documents_per_epoch of a source, and the next epoch continues where it stopped:
+
+        weight 0.5 for b    epoch 0: 2 of b's 3 documents (first pass)
+                            epoch 1: the third, and 1 of the second pass
+
+    sizes  {source: its number of documents}, or a list in the order of data.train
     """
-    names, n, take = quotas(cfg, sizes)
-    if seen is not None:
-        return seen.draw(cfg["batch_size"], key(cfg["seed"], 3, step))
-    epoch, inside = divmod(int(step), steps_per_epoch(cfg, sizes))
-    total, seed, random = int(take.sum()), cfg["seed"], cfg["sampler"]["order"] != "sequential"
-    i = np.arange(inside * cfg["batch_size"], min((inside + 1) * cfg["batch_size"], total))
-    if random:
-        i = permuted(i, total, key(seed, 1, epoch))
-    ends = np.cumsum(take)
-    source = np.searchsorted(ends, i, "right")
-    at = i - (ends - take)[source] + epoch * take[source]            # how far into the source's endless passes
-    out, starts = np.empty(len(i), np.int64), np.cumsum(n) - n
-    for s, turn in {(int(s), int(t)) for s, t in zip(source, at // n[source])}:
-        here = (source == s) & (at // n[source] == turn)
-        within = at[here] % n[s]
-        out[here] = starts[s] + (permuted(within, int(n[s]), key(seed, 2, s, turn)) if random else within)
-    return out
+    seed = cfg["seed"]
+    batch_size = cfg["batch_size"]
+    shuffle = cfg["sampler"]["order"] != "sequential"
+    counts = np.array(list(_with_names(cfg, sizes).values()), np.int64)
+    per_epoch = documents_per_epoch(cfg, sizes)
+    total = int(per_epoch.sum())
+
+    # the step's part of the epoch's numbers 0 ... total - 1
+    epoch, step_in_epoch = divmod(int(step), steps_per_epoch(cfg, sizes))
+    start = step_in_epoch * batch_size
+    numbers = np.arange(start, min(start + batch_size, total))
+    if shuffle:
+        numbers = permute(numbers, total, hash_key(seed, 1, epoch))
+
+    # a number -> its source: the first per_epoch[0] numbers belong to source 0, and so on
+    ends = np.cumsum(per_epoch)
+    sources = np.searchsorted(ends, numbers, side="right")
+    numbers_in_source = numbers - (ends - per_epoch)[sources]
+
+    # -> the pass over that source, and the position in the pass
+    documents_read = epoch * per_epoch[sources] + numbers_in_source
+    passes = documents_read // counts[sources]
+    positions = documents_read % counts[sources]
+    if shuffle:
+        for source, source_pass in set(zip(sources.tolist(), passes.tolist())):
+            chosen = (sources == source) & (passes == source_pass)
+            key = hash_key(seed, 2, source, source_pass)
+            positions[chosen] = permute(positions[chosen], counts[source], key)
+
+    first_index = np.cumsum(counts) - counts
+    return first_index[sources] + positions
 
 
-class Seen:
-    """order=feedback: documents are drawn in proportion to the loss that training last saw of them, by source weights.
+# --------------------------------------------------------------------------------------------------
+# samplers: subclass Sampler and add it to SAMPLERS for another order (experiments/feedback.py)
 
-    The exception to "order is arithmetic": it has a state, which a checkpoint keeps, and a draw reads all of it. The
-    next step's documents are laid out while this one is computed, so what is told of step s counts from step s + 2 on.
-    Another way to draw by what was seen is another draw(), or something else than a loss in tell().
-    """
+class Sampler:
+    """Chooses the documents of each step. This one has no state: see documents()."""
 
-    def __init__(self, cfg, sources):
-        _, n, take = quotas(cfg, {name: len(tokens) for name, tokens in sources.items()})
-        self.sources, self.rate = list(sources.values()), np.repeat(take / np.maximum(n, 1), n)
-        self.loss = np.full(len(self.rate), np.nan, np.float32)      # of each document, per target; nan: not seen yet
-        self.documents, self.losses = np.zeros(0, np.int64), np.zeros(0, np.float32)    # told, and not taken in yet
+    # True: update() is called for a step before documents() is called for the next one.
+    # False: documents(step + 1) may be called, from another thread, while step is computed.
+    uses_feedback = False
 
-    def tell(self, documents, losses):
-        """A step's documents and their summed losses, from all ranks, in any order."""
-        order = np.argsort(documents)
-        self.documents = np.asarray(documents, np.int64)[order]
-        targets = targets_of(self.documents, self.sources)
-        self.losses = (np.asarray(losses, np.float64)[order] / targets).astype(np.float32)
+    def __init__(self, cfg, dataset):
+        self.cfg = cfg
+        self.dataset = dataset
 
-    def take_in(self):
-        """Let what was told count, once the step behind it is laid out."""
-        good = np.isfinite(self.losses)
-        self.loss[self.documents[good]] = self.losses[good]
-        self.documents, self.losses = self.documents[:0], self.losses[:0]
+    def documents(self, step):
+        """Return the documents of a step (counted from 0): int64 indices, the same on all ranks."""
+        return documents(step, self.cfg, self.dataset.sizes)
 
-    def draw(self, count, k):
-        """-> indices [count]. Documents in a new order stand end to end, each as long as its weight; equal steps over
-        them, from a random start, hit each in proportion. Sums and quotients only: every machine gets the same.
+    def update(self, doc_ids, stats):
+        """Receive what training saw of a step's documents, those of all ranks.
+
+        doc_ids  int64 [D]
+        stats    {"loss": [D]}: one number per document, the sum of its target tokens' losses
         """
-        known = self.loss[np.isfinite(self.loss)]
-        usual = np.cumsum(known, dtype=np.float64)[-1] / len(known) if len(known) else 1.0    # for what is not seen yet
-        weight = np.where(np.isfinite(self.loss), self.loss, usual).clip(0).astype(np.float64) * self.rate + 1e-6
-        order, count = permuted(np.arange(len(weight)), len(weight), k), min(count, len(weight))
-        ends = np.cumsum(weight[order])
-        start = float(key(int(k)) >> np.uint64(11)) / 2**53
-        hit = np.searchsorted(ends, (start + np.arange(count)) * (ends[-1] / count), "right").clip(max=len(order) - 1)
-        hit = np.unique(hit)                                         # one that was hit twice leaves room …
-        rest = np.setdiff1d(np.arange(len(order)), hit)[:count - len(hit)]    # … for the first that were not
-        return order[np.concatenate([hit, rest])]
 
-    def state(self):
-        """What a checkpoint keeps."""
-        return {"loss": self.loss, "documents": self.documents, "losses": self.losses}
+    def state_dict(self):
+        """Return {name: numpy array}, which a checkpoint stores."""
+        return {}
 
-    def load(self, state):
-        """Raises ValueError where it is that of other documents."""
-        if len(state["loss"]) != len(self.loss):
-            raise ValueError(f"sampler.order: feedback was kept of {len(state['loss'])} documents, and there are "
-                             f"{len(self.loss)}; the same data.train, or a new run")
-        self.loss, self.documents, self.losses = (np.array(state[name]) for name in ("loss", "documents", "losses"))
+    def load_state_dict(self, state):
+        """Restore what state_dict() returned."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows
+SAMPLERS = {"random": Sampler, "sequential": Sampler, "weighted": Sampler}    # sampler.order
+
+
+def make_sampler(cfg, dataset):
+    """Return the sampler that sampler.order names. Raises UserError for an unknown name."""
+    order = cfg["sampler"]["order"]
+    if order not in SAMPLERS:
+        raise configs.UserError(f"sampler.order: must be one of {', '.join(SAMPLERS)}; got {order}")
+    return SAMPLERS[order](cfg, dataset)
+
+
+# --------------------------------------------------------------------------------------------------
+# packing
 
 def cost(lengths, width=24_576):
-    """What documents cost, in tokens of a model whose matmuls equal attention at 24,576 tokens: len + len^2 / width."""
+    """Return what documents of these lengths cost, in tokens: length + length^2 / width.
+
+    The second term is attention. In a model of this width, attention over `width` tokens costs as
+    much as the matmuls do.
+    """
     lengths = np.asarray(lengths, np.float64)
     return lengths + lengths ** 2 / width
 
 
-def pack(lengths, capacity, ranks=1):
-    """Documents into rows -> rows[rank][row] = [indices].
+def pack(lengths, capacity, world_size=1):
+    """Pack documents into micro-batches: [rank][micro-batch] -> list of indices into `lengths`.
 
-    Every index once, no row above `capacity` tokens, equally many rows on every rank (an idle one is []), row k about
-    equally costly everywhere. Few rows: longest first, each into the cheapest row it fits in; if that strands one, into
-    the fullest it fits in; if that does, too, one more row for every rank. A document that alone costs more than a row
-    does on average makes row 0 costly on one rank, so row 0 is given more on all. ValueError: a document longer than a
-    row.
+    Each document is packed once, and no micro-batch exceeds `capacity` tokens. All ranks get the
+    same number of micro-batches ([] is an idle one), as few as possible, and micro-batch k costs
+    about the same on all ranks. Raises UserError for a document longer than the capacity.
     """
-    lengths = [int(n) for n in lengths]
-    if not lengths:
-        return [[] for _ in range(ranks)]
-    if max(lengths) > capacity:
-        raise ValueError(f"micro_tokens: a row of {capacity} tokens is too short for a document of {max(lengths)}; "
-                         f"micro_tokens={max(lengths)} or a smaller data.seq_len")
-    order, costs = sorted(range(len(lengths)), key=lambda i: -lengths[i]), cost(lengths)
+    lengths = np.asarray(lengths, np.int64)
+    if not len(lengths):
+        return [[] for _ in range(world_size)]
+    longest = int(lengths.max())
+    if longest > capacity:
+        raise configs.UserError(f"micro_tokens: {capacity} tokens are too few for a document of "
+                                f"{longest}; micro_tokens={longest} or a smaller data.seq_len")
 
-    def head_starts(rows):
-        """How much costlier than the last each row is to be: at least as its longest document, the others level."""
-        least, left = [costs[i] for i in order[:rows:ranks]], costs.sum() / ranks
-        level, at = left / (rows // ranks), 0
-        while at < len(least) - 1 and least[at] > level:
-            left, at = left - least[at], at + 1
-            level = left / (rows // ranks - at)
-        return [max(0.0, b - level) for b in least] + [0.0] * (rows // ranks - len(least))
+    costs = cost(lengths)
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    fewest = max(1, math.ceil(lengths.sum() / (capacity * world_size)))
+    for per_rank in itertools.count(fewest):
+        head_starts = _head_starts(costs, longest_first, per_rank, world_size)
+        packed = _pack_balanced(lengths, costs, longest_first, capacity, head_starts)
+        if packed is None:
+            packed = _pack_best_fit(lengths, longest_first, capacity, per_rank * world_size)
+        if packed is not None:
+            break
 
-    def evenly(rows):
-        starts = head_starts(rows)
-        heap = [(-starts[r // ranks], r, capacity) for r in range(rows)]
-        out, full = [[] for _ in range(rows)], []                    # full: too full for this one, maybe not for others
-        for i in order:
-            while full and -full[0][0] >= lengths[i]:
-                room, c, r = heapq.heappop(full)
-                heapq.heappush(heap, (c, r, -room))
-            while heap and heap[0][2] < lengths[i]:
-                c, r, room = heapq.heappop(heap)
-                heapq.heappush(full, (-room, c, r))
-            if not heap:
-                return None
-            c, r, room = heapq.heappop(heap)
-            out[r].append(i)
-            heapq.heappush(heap, (c + costs[i], r, room - lengths[i]))
+    # costliest first: micro-batches of about the same cost follow each other, and are dealt out
+    by_cost = sorted((-sum(costs[i] for i in members), members) for members in packed)
+    return [[sorted(members) for _, members in by_cost[rank::world_size]]
+            for rank in range(world_size)]
+
+
+def _pack_balanced(lengths, costs, longest_first, capacity, head_starts):
+    """Put each document into the cheapest micro-batch that has room; None if one fits nowhere.
+
+    head_starts  [micro-batches]: how much costlier than others each one is meant to become
+    """
+    packed = [[] for _ in head_starts]
+    room = [capacity] * len(packed)
+    heap = [(-start, k) for k, start in enumerate(head_starts)]    # (cost so far, micro-batch)
+    heapq.heapify(heap)
+    for i in longest_first:
+        too_full = []
+        while heap and room[heap[0][1]] < lengths[i]:
+            too_full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost_so_far, k = heap[0]
+        packed[k].append(i)
+        room[k] -= lengths[i]
+        heapq.heapreplace(heap, (cost_so_far + costs[i], k))
+        for entry in too_full:                           # a shorter document may fit
+            heapq.heappush(heap, entry)
+    return packed
+
+
+def _pack_best_fit(lengths, longest_first, capacity, count):
+    """Put each document into the fullest micro-batch that has room; None if one fits nowhere."""
+    packed = [[] for _ in range(count)]
+    room = np.full(count, capacity)
+    for i in longest_first:
+        room_if_fits = np.where(room >= lengths[i], room, capacity + 1)
+        fullest = room_if_fits.argmin()
+        if room[fullest] < lengths[i]:
+            return None
+        packed[fullest].append(i)
+        room[fullest] -= lengths[i]
+    return packed
+
+
+def _head_starts(costs, longest_first, per_rank, world_size):
+    """Return how much costlier than others each micro-batch is meant to be: [micro-batches].
+
+    One document can cost more than an average micro-batch. Then micro-batch 0 of its rank costs at
+    least that much, and micro-batch 0 of the other ranks may cost as much:
+
+        costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each      a rank costs 24 / 2 = 12
+        micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      head starts 6 6 0 0
+    """
+    at_least = costs[longest_first[:per_rank * world_size:world_size]]
+    left = costs.sum() / world_size
+    level = left / per_rank
+    for k, longest_cost in enumerate(at_least[:-1], 1):
+        if longest_cost <= level:
+            break
+        left -= longest_cost
+        level = left / (per_rank - k)
+    head_starts = np.zeros(per_rank)
+    head_starts[:len(at_least)] = np.maximum(at_least - level, 0)
+    return np.repeat(head_starts, world_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# a step's micro-batches
+
+class Dataset:
+    """Several sources under one index: documents 0-3 are those of a, 4-6 those of b.
+
+    sources  {name: tokenize_data.Tokens}
+    """
+
+    def __init__(self, sources):
+        self.sources = sources
+        self.sizes = {name: len(tokens) for name, tokens in sources.items()}
+        sizes = np.array(list(self.sizes.values()), np.int64)
+        self.ends = np.cumsum(sizes)                     # one past each source's last index [S]
+        self.starts = self.ends - sizes
+
+    def __len__(self):
+        return sum(self.sizes.values())
+
+    def locate(self, indices):
+        """Return (number of the source [n], index within that source [n])."""
+        indices = np.asarray(indices, np.int64)
+        source = self.ends.searchsorted(indices, side="right")
+        return source, indices - self.starts[source]
+
+    def lengths(self, indices):
+        """Return the number of inputs of each document (one less than its tokens): int64 [n]."""
+        out = np.zeros(len(indices), np.int64)
+        for tokens, chosen, within in self._by_source(indices):
+            out[chosen] = tokens.lengths(within)
         return out
 
-    def tightly(rows):
-        out, room = [[] for _ in range(rows)], np.full(rows, capacity)
-        for i in order:
-            fits = np.flatnonzero(room >= lengths[i])
-            if not len(fits):
-                return None
-            r = fits[room[fits].argmin()]
-            out[r].append(i)
-            room[r] -= lengths[i]
+    def n_targets(self, indices):
+        """Return the number of target tokens of each document: int64 [n]."""
+        out = np.zeros(len(indices), np.int64)
+        for tokens, chosen, within in self._by_source(indices):
+            out[chosen] = tokens.n_targets[within]
         return out
 
-    rows = -(-sum(lengths) // capacity)
-    rows = max(-(-rows // ranks), 1) * ranks
-    while not (bins := evenly(rows) or tightly(rows)):
-        rows += ranks
-    bins.sort(key=lambda b: (-sum(costs[i] for i in b), b))    # neighbours in cost stand side by side on the ranks
-    return [[sorted(bins[k * ranks + rank]) for k in range(rows // ranks)] for rank in range(ranks)]
+    def _by_source(self, indices):
+        """Yield (a source's Tokens, which of the indices are its documents, indices within it)."""
+        source, within = self.locate(indices)
+        for number, tokens in enumerate(self.sources.values()):
+            chosen = source == number
+            yield tokens, chosen, within[chosen]
+
+    def document(self, index):
+        """Return (token ids [n], mask [n]: 1 if a token is trained)."""
+        source, within = self.locate(index)
+        return list(self.sources.values())[source].document(within)
+
+    def describe(self, indices, limit=8):
+        """Return documents as text: "chats 17, chats 3 and 5 more"."""
+        names = list(self.sources)
+        source, within = self.locate(indices[:limit])
+        text = ", ".join(f"{names[s]} {i}" for s, i in zip(source, within))
+        more = len(indices) - limit
+        return f"{text} and {more} more" if more > 0 else text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a step's rows, as arrays
+def collate(indices, dataset, pad_to=1):
+    """Return documents as one micro-batch of numpy arrays, padded to a multiple of pad_to tokens.
 
-def source_of(index, sources):
-    """Index through all sources -> (the source's Tokens, document in it)."""
-    for tokens in sources:
-        if index < len(tokens):
-            return tokens, index
-        index -= len(tokens)
-    raise IndexError(index)
+    A document of n tokens has n - 1 inputs. The target of each is the next token:
 
+        tokens        token ids, int64 [T]
+        targets       int64 [T]; -100: no loss
+        loss_weights  float32 [T]; the weight of each target's loss, 0 if it has none
+        positions     int64 [T]; within the document
+        cu_seqlens    int32 [D+1]; document d is tokens[cu_seqlens[d]:cu_seqlens[d + 1]]
+        max_seqlen    int, at least the longest document and the padding
+        doc_ids       int64 [D], the indices
 
-def lengths_of(indices, sources):
-    """Targets (and inputs) of documents, by their indices through all sources. -> [n] int64"""
-    starts, out = 0, np.zeros(len(indices), np.int64)
-    indices = np.asarray(indices)
-    for tokens in sources:
-        here = (indices >= starts) & (indices < starts + len(tokens))
-        out[here] = tokens.lengths(indices[here] - starts)
-        starts += len(tokens)
-    return out
-
-
-def targets_of(indices, sources):
-    """Target tokens of documents, by their indices through all sources. -> [n]"""
-    found = (source_of(int(index), sources) for index in indices)
-    return np.array([source.document(i)[1][1:].sum() for source, i in found], np.int64)
-
-
-def collate(indices, sources, pad_to=1):
-    """Documents -> a row as numpy arrays (model.py says what they are), filled up to a multiple of pad_to.
-
-    A document of n tokens is n - 1 inputs, each with the next token as its target; the last token is no input.
+    Tokens after the last document are padding and belong to no document. Other loss weights can be
+    set here, negative ones too: loss_weight(), the loss's denominator, reads the same array.
     """
-    found = [source.document(i) for source, i in (source_of(int(index), sources) for index in indices)]
-    lengths = np.array([len(ids) for ids, _ in found], np.int64)
-    ids = np.concatenate([ids for ids, _ in found] or [np.zeros(0, np.uint16)])
-    mask = np.concatenate([mask for _, mask in found] or [np.zeros(0, np.uint8)])
-    inputs = np.ones(len(ids), bool)
-    inputs[np.cumsum(lengths) - 1] = False                           # each document's last token
-    at = np.flatnonzero(inputs)
-    cu = np.concatenate([[0], np.cumsum(lengths - 1)])
-    total, n = -(-len(at) // pad_to) * pad_to, len(at)
-    tokens, targets = np.zeros(total, np.int64), np.full(total, -100, np.int64)
-    weights, positions = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    tokens[:n], weights[:n] = ids[at], mask[at + 1]
-    targets[:n] = np.where(mask[at + 1], ids[at + 1].astype(np.int64), -100)
-    positions[:n] = np.arange(n) - np.repeat(cu[:-1], lengths - 1)
-    longest = max(int(np.diff(cu).max(initial=0)), total - int(cu[-1]))      # padding is a document to the kernel
-    return {"tokens": tokens, "targets": targets, "loss_weights": weights, "positions": positions, "max_seqlen": longest,
-            "cu_seqlens": cu.astype(np.int32), "doc_ids": np.asarray(indices, np.int64),
-            "trained": np.flatnonzero(targets >= 0)}
+    cu_seqlens = np.cumsum([0, *dataset.lengths(indices)])
+    n_tokens = int(cu_seqlens[-1])
+    padded = math.ceil(n_tokens / pad_to) * pad_to
+    tokens = np.zeros(padded, np.int64)
+    targets = np.zeros(padded, np.int64)
+    loss_weights = np.zeros(padded, np.float32)
+    positions = np.zeros(padded, np.int64)
+    for index, start, end in zip(indices, cu_seqlens, cu_seqlens[1:]):
+        ids, mask = dataset.document(index)
+        tokens[start:end] = ids[:-1]
+        targets[start:end] = ids[1:]
+        loss_weights[start:end] = mask[1:]
+        positions[start:end] = np.arange(end - start)
+    targets[loss_weights == 0] = IGNORE_INDEX
+
+    longest = int(np.diff(cu_seqlens).max(initial=0))
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": loss_weights,
+        "positions": positions,
+        "cu_seqlens": cu_seqlens.astype(np.int32),
+        "max_seqlen": max(longest, padded - n_tokens),   # attention treats padding as a document
+        "doc_ids": np.asarray(indices, np.int64),
+    }
 
 
-def step_rows(step, cfg, sources, ranks=1, rank=0, pad_to=1, seen=None):
-    """Everything one rank needs for a step -> (its rows, what all ranks' rows hold together).
+def load_micro_batches(indices, cfg, dataset, world_size=1, rank=0, pad_to=1):
+    """Return (the micro-batches of one rank, info about those of all ranks).
 
-    The latter is {"documents", "tokens", "target_tokens", "weight", "packing", "lengths" [n]}: every rank knows all of
-    it without asking the others.
+    info  {"documents", "tokens", "target_tokens": counts; "lengths": of each document, int64 [n];
+          "packing": tokens as a fraction of the space that the micro-batches of all ranks take}
     """
-    sizes = {name: len(tokens) for name, tokens in sources.items()}
-    return rows_of(documents(step, cfg, sizes, seen), cfg, list(sources.values()), ranks, rank, pad_to)
+    indices = np.asarray(indices, np.int64)
+    lengths = dataset.lengths(indices)
+    packed = pack(lengths, cfg["micro_tokens"], world_size)
+    micro_batches = [collate(indices[members], dataset, pad_to) for members in packed[rank]]
+
+    # a rank with a shorter micro-batch waits for the longest one
+    sizes = [[lengths[members].sum() for members in of_rank] for of_rank in packed]
+    longest = np.max(sizes, axis=0)
+    space = world_size * pad_to * np.ceil(longest / pad_to).sum()
+    n_tokens = int(lengths.sum())
+    info = {
+        "documents": len(indices),
+        "tokens": n_tokens,
+        "target_tokens": int(dataset.n_targets(indices).sum()),
+        "packing": float(n_tokens / max(1, space)),
+        "lengths": lengths,
+    }
+    return micro_batches, info
 
 
-def rows_of(indices, cfg, sources, ranks=1, rank=0, pad_to=1):
-    """The same for a list of documents, whatever chose them."""
-    lengths = lengths_of(indices, sources)
-    rows = pack(lengths, cfg["micro_tokens"], ranks)
-    targets = int(targets_of(indices, sources).sum())
-    mine = [collate(np.asarray(indices)[row], sources, pad_to) for row in rows[rank]]
-    longest = [max(sum(lengths[i] for i in rows[r][k]) for r in range(ranks)) for k in range(len(rows[0]))]
-    packing = float(lengths.sum() / max(1, ranks * sum(-(-n // pad_to) * pad_to for n in longest)))
-    return mine, {"documents": len(indices), "tokens": int(lengths.sum()), "target_tokens": targets,
-                  "weight": float(targets), "packing": packing, "lengths": lengths}
+def loss_weight(micro_batches):
+    """Return the sum of |loss_weights| over all targets: this rank's part of the denominator."""
+    total = 0.0
+    for micro_batch in micro_batches:
+        is_target = micro_batch["targets"] != IGNORE_INDEX
+        weights = micro_batch["loss_weights"][is_target]
+        total += float(np.abs(weights).sum(dtype=np.float64))
+    return total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# python sampler.py
+
+def packing_report(sampler, n_steps, world_size):
+    """Pack 50 steps of an epoch and return a line about micro-batches, packing and balance."""
+    capacity = sampler.cfg["micro_tokens"]
+    figures = []
+    for step in np.unique(np.linspace(0, n_steps - 1, 50).astype(int)):
+        lengths = sampler.dataset.lengths(sampler.documents(step))
+        packed = pack(lengths, capacity, world_size)
+        costs = [[cost(lengths[members]).sum() for members in of_rank] for of_rank in packed]
+        count = len(packed[0])
+        efficiency = lengths.sum() / (world_size * count * capacity)
+        balance = np.mean(costs, axis=0).sum() / np.max(costs, axis=0).sum()
+        figures.append((count, efficiency, balance))
+    count, efficiency, balance = np.mean(figures, axis=0)
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    return (f"{ranks}: {count:.1f} micro-batches of {capacity:,} tokens per step and rank, "
+            f"{efficiency:.0%} full; ranks wait for the slowest {1 - balance:.1%} of the time")
+
 
 def main(argv):
     import tokenize_data
-    options, argv = configs.take(argv, ranks=8)
-    if options["ranks"] < 1:
-        raise ValueError(f"ranks: expected at least 1, got {options['ranks']}")
+    options, argv = configs.pop_options(argv, ranks=8)
+    world_size = options["ranks"]
+    if world_size < 1:
+        raise configs.UserError(f"ranks: must be at least 1; got {world_size}")
     cfg, _, _ = configs.load(argv)
-    sources = tokenize_data.load_datasets(cfg)["train"]
-    sizes, ranks = {name: len(tokens) for name, tokens in sources.items()}, options["ranks"]
-    names, n, take = quotas(cfg, sizes)
-    for name, have, used in zip(names, n, take):
-        print(f"{name}: {have:,} documents, {used:,} in an epoch")
-    steps = steps_per_epoch(cfg, sizes)
-    print(f"{int(take.sum()):,} documents / batch_size {cfg['batch_size']} = {steps:,} steps in an epoch")
-    seen = Seen(cfg, sources) if cfg["sampler"]["order"] == "feedback" else None
-    for ranks in sorted({1, ranks}):
-        fill, even, counts = [], [], []
-        for step in np.unique(np.linspace(0, steps - 1, 50).astype(int)):
-            lengths = lengths_of(documents(step, cfg, sizes, seen), list(sources.values()))
-            rows = pack(lengths, cfg["micro_tokens"], ranks)
-            costs = np.array([[cost([lengths[i] for i in row]).sum() for row in rank] for rank in rows])  # [R, rows]
-            counts.append(len(rows[0]))
-            fill.append(lengths.sum() / (ranks * len(rows[0]) * cfg["micro_tokens"]))
-            even.append(costs.mean(0).sum() / costs.max(0).sum())
-        print(f"{ranks} rank{'s' * (ranks > 1)}: {np.mean(counts):.1f} rows of {cfg['micro_tokens']:,} tokens a step, "
-              f"{np.mean(fill):.0%} full, ranks wait {1 - np.mean(even):.1%} of the time for the slowest")
+    dataset = Dataset(tokenize_data.load_datasets(cfg)["train"])
+    sampler = make_sampler(cfg, dataset)
+    per_epoch = documents_per_epoch(cfg, dataset.sizes)
+    for (name, size), used in zip(dataset.sizes.items(), per_epoch):
+        print(f"{name}: {size:,} documents, {used:,} per epoch")
+    n_steps = steps_per_epoch(cfg, dataset.sizes)
+    print(f"{per_epoch.sum():,} documents / batch_size {cfg['batch_size']} = {n_steps:,} steps "
+          "per epoch")
+    print(packing_report(sampler, n_steps, 1))
+    if world_size > 1:
+        print(packing_report(sampler, n_steps, world_size))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    configs.exit_with_help(__doc__, sys.argv[1:])
     configs.run(main, sys.argv[1:])

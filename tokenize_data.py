@@ -20,6 +20,7 @@ A source becomes a folder in data.cache_dir, named by a fingerprint of everythin
     tokens.bin     uint16 or uint32, one document after the other
     mask.bin       uint8 per token, 1 where it is trained
     offsets.bin    int64, where document i begins; one more than there are documents
+    targets.bin    uint32, how many tokens of document i have a loss: those that are trained, but not a first token
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64, codecs, collections, concurrent.futures, contextlib, dataclasses, functools, glob, gzip, hashlib
@@ -32,7 +33,7 @@ import tiktoken
 
 import configs
 
-FORMAT = 2
+FORMAT = 3
 
 
 class naming:
@@ -977,6 +978,13 @@ def whole(results, seq_len):
         yield ids, mask, lengths, counts, problems
 
 
+def count_targets(mask, lengths):
+    """Documents end to end -> how many targets each of them has, uint32 [documents]."""
+    starts = np.cumsum(lengths) - lengths
+    trained = np.add.reduceat(mask, starts, dtype=np.int64)
+    return (trained - mask[starts]).astype(np.uint32)                # a first token is nobody's target
+
+
 def encoded(jobs, size, processes, quiet, name):
     """Jobs, done, in order: on every core where there is much to do, two for each core ahead."""
     from tqdm import tqdm
@@ -1031,7 +1039,8 @@ def tokenize(cfg, name, source, tok, quiet=False):
     try:
         building.mkdir(parents=True)
         create = lambda name: open(building / name, "wb")
-        with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets:
+        with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets, \
+                create("targets.bin") as targets:
             offsets.write(np.zeros(1, np.int64).tobytes())
             jobs = (job for file in files for job in chunks(file, source["separator"]))
             results = encoded(jobs, sum(size for _, size, _ in stats), data["processes"], quiet, name)
@@ -1039,6 +1048,7 @@ def tokenize(cfg, name, source, tok, quiet=False):
                 tokens.write(ids)
                 masks.write(mask)
                 offsets.write(offset + np.cumsum(lengths))
+                targets.write(count_targets(mask, lengths))
                 offset += len(ids)
                 counts.update(more, documents=len(lengths), trained=int(mask.sum()))
                 counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
@@ -1070,6 +1080,7 @@ class Tokens:
         read = lambda name, dtype: np.asarray(np.memmap(self.folder / name, dtype, "r"))    # its slices are cheaper
         self.tokens, self.mask = read("tokens.bin", self.header["dtype"]), read("mask.bin", np.uint8)
         self.offsets = read("offsets.bin", np.int64)[first:last + 1]
+        self.n_targets = read("targets.bin", np.uint32)[first:last]  # of each document
 
     def __len__(self):
         return len(self.offsets) - 1

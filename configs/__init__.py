@@ -1,127 +1,160 @@
-"""One plain dict says everything about a run.
+"""The configuration of a run: one plain dict, merged from layers.
 
     cfg, source, explicit = configs.load(["configs/ft.yaml", "lr=1e-4"])
-    python -m configs configs/ft.yaml lr=1e-4         every value, and where it came from
+    python -m configs configs/ft.yaml lr=1e-4         print every value and the layer it comes from
 
-Layers, each a plain dict laid over the one before:
+Layers, each merged over the ones before:
 
-    default    configs/defaults.yaml: the schema, and the only place that states a default
-    imported   the pretrained model's config.json, in our words (configs/families.yaml)
-    files      the yaml files named on the command line, left to right
+    default    configs/defaults.yaml, which is also the schema: type, range and meaning of every key
+    imported   the config.json of the pretrained model, translated by configs/families.yaml
+    files      the yaml files on the command line, left to right
     cli        key.subkey=value on the command line, left to right
-    derived    fills what is still null and follows from the rest; never saved
+    derived    values that are still null and follow from others; never saved
 
-What files and command line set is kept apart as `explicit`: it is what a run saves as its config.yaml. This package
-imports neither torch nor numpy, so that a wrong key is found in a tenth of a second.
+`explicit` is what files and command line set; a run saves it as its config.yaml. This package
+imports neither torch nor numpy, so a mistyped key is reported in a tenth of a second.
+docs/config.md explains the config with examples.
 """
-import copy, difflib, functools, json, os, re, sys
+import copy
+import difflib
+import functools
+import inspect
+import json
+import math
+import operator
+import os
+import re
+import sys
 from pathlib import Path
 
 import yaml
 
 HERE = Path(__file__).resolve().parent
+MISSING = object()                                 # returned by get() for a missing key
+DEFAULT_SEQ_LEN = 1024                             # upper limit of a data.seq_len that nobody sets
+
+# Model keys that a family's config.json need not have: they don't change what a saved model
+# computes, or save_pretrained() stores their effect in the weights.
+NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
+                    "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+                    "pad_vocab_size_multiple")
 
 
 class UserError(ValueError):
-    """A mistake of the user: shown as one line, without a traceback."""
+    """A mistake of the user. It is shown as one line; every other exception keeps its traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# text -> values: one reading of plain scalars, the same in files and on the command line
+# --------------------------------------------------------------------------------------------------
+# YAML, with one reading of unquoted words in files and on the command line
+#
+# YAML 1.1, which PyYAML implements, reads 1e-4 as a string, no as false, 010 as 8 and 1:30 as 90.
+# Here 1e-4 is a float and the others are strings.
 
-INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")                            # 010 is a string: nobody agrees on what it means
-FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan")
-TYPES = {str: "a string", bool: "true or false", int: "an int", float: "a float", list: "a list", dict: "a section"}
-FLOAT_ANCHORED = re.compile(f"^(?:{FLOAT.pattern}|{INT.pattern})$")
+INT = r"[-+]?(0|[1-9][0-9]*)"
+FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan"
 WORDS = {"true": True, "True": True, "false": False, "False": False,
          "null": None, "Null": None, "None": None, "~": None}
 
 
-def scalar(text):
-    """A plain word's meaning: true/false, null/None/~, int, a float (1e-4 too), else a string (no, on, 010, 1:30)."""
+def parse_scalar(text):
+    """The value of an unquoted word: true/false, null/None/~, int, float, or else the string."""
     if text in WORDS:
         return WORDS[text]
-    if INT.fullmatch(text):
+    if re.fullmatch(INT, text):
         return int(text)
-    if FLOAT.fullmatch(text):
+    if re.fullmatch(FLOAT, text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
-def parse(text, name):
-    """YAML text -> values. Only the syntax is PyYAML's: plain words go through scalar(), no key stands twice."""
-    def value(node):
-        if isinstance(node, yaml.ScalarNode):
-            if node.style:                                           # quoted, or a block of text
-                return node.value
-            return scalar(node.value) if node.value else None        # `key:` with nothing behind it is null
-        if isinstance(node, yaml.SequenceNode):
-            return [value(item) for item in node.value]
-        out = {}
-        for key, item in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in out:
-                said = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or a section"
-                raise ValueError(f"{name}, line {key.start_mark.line + 1}: {said} stands twice or is no key")
-            out[key.value] = value(item)
-        return out
+def compose(text, name):
+    """The tree of YAML nodes of a text, or None if it is empty. `name` is for error messages."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(e, "problem", None) or " ".join(str(e).split())
-        raise ValueError(f"{name}{line}: not valid YAML: {problem}") from None
-    return None if node is None else value(node)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{name}{line}: not valid YAML: {problem}") from None
+
+
+def construct(node, name):
+    """The value of a YAML node. Raises UserError for a key that occurs twice or is not a word."""
+    if node is None:
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        if node.style:                             # quoted, or a block of text
+            return node.value
+        return parse_scalar(node.value) if node.value else None
+    if isinstance(node, yaml.SequenceNode):
+        return [construct(item, name) for item in node.value]
+    section = {}
+    for key_node, value_node in node.value:
+        line = f"{name}, line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{line}: a key must be a word, not a list or a section")
+        if key_node.value in section:
+            raise UserError(f"{line}: the key {key_node.value!r} occurs twice")
+        section[key_node.value] = construct(value_node, name)
+    return section
+
+
+def read_text(path):
+    """The text of a config file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path}: cannot read this config file ({reason})") from None
 
 
 def read_file(path):
-    """A config file -> dict. An empty file is an empty dict."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "not UTF-8 text"
-        raise ValueError(f"{path}: cannot read this config file ({reason})") from None
-    d = parse(text, str(path))
-    if not isinstance(d, dict | None):
-        raise ValueError(f"{path}: expected sections of key: value, got {show(d)}")
-    return d or {}
+    """A config file as a dict. An empty file is an empty dict."""
+    value = construct(compose(read_text(path), path), path)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be sections of key: value; got {show(value)}")
+    return value
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes the strings "1e-4" and "None", which load() would read as a float and as null."""
+    ignore_aliases = staticmethod(lambda data: True)
+
+
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{FLOAT}|{INT})$"), None)
+Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), None)
 
 
 def dump(d):
-    """dict -> YAML text that load() reads back as the same values and types (plain YAML readers do, too)."""
-    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
-    dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_ANCHORED, None)   # quotes the string "1e-4" …
-    dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), None)  # … and the string "None"
-    return yaml.dump(d, Dumper=dumper, sort_keys=False, width=120)
+    """A dict as YAML text, which load() and other YAML readers read as the same values."""
+    return yaml.dump(d, Dumper=Dumper, sort_keys=False, width=120)
 
 
 def show(value):
+    """A value in an error message."""
     if isinstance(value, dict):
         return f"a section ({', '.join(value) or 'empty'})"
     return "null" if value is None else repr(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # dicts with dotted keys
 
 def flat(d, prefix=""):
-    """{"a": {"b": 1}} -> {"a.b": 1}. An empty section is a leaf: it has nothing below it to stand for it."""
-    out = {}
+    """{"a": {"b": 1}} -> {"a.b": 1}. An empty section is a value."""
+    leaves = {}
     for key, value in d.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return out
-
-
-def merged(layers):
-    """[(name, dict)] -> (one dict, {dotted key: name of the layer it came from})"""
-    out, source = {}, {}
-    for name, d in layers:
-        update(out, d, name, source)
-    return out, source
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
 
 
 def get(d, key, default=None):
-    """get({"a": {"b": 1}}, "a.b") -> 1; `default` where a part of the way is missing."""
+    """get({"a": {"b": 1}}, "a.b") -> 1. `default` if the key or one of its sections is missing."""
     for part in key.split("."):
         if not isinstance(d, dict) or part not in d:
             return default
@@ -136,457 +169,782 @@ def nested(key, value):
     return value
 
 
-def update(base, new, layer, source, prefix=""):
-    """Lay `new` over `base`, in place: sections recursively, all else whole, null too. Notes the layer in `source`."""
+def overlay(base, new, layer, prefix=""):
+    """Merge `new` into `base` in place: sections recursively, all other values are replaced."""
     for key, value in new.items():
-        dotted, old = f"{prefix}{key}", base.get(key)
+        old = base.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            update(old, value, layer, source, f"{dotted}.")
+            overlay(old, value, layer, f"{prefix}{key}.")
             continue
-        refers = isinstance(value, str) and "${" in value
-        if old is not None and value is not None and not refers and isinstance(value, dict) != isinstance(old, dict):
-            want = "a section" if isinstance(old, dict) else "a value, not a section"
-            raise ValueError(f"{dotted}: expected {want}, got {show(value)} (from {layer})")
+        is_reference = isinstance(value, str) and "${" in value
+        if old is not None and value is not None and not is_reference:
+            if isinstance(old, dict) != isinstance(value, dict):
+                want = "a section" if isinstance(old, dict) else "a value, not a section"
+                raise UserError(f"{prefix}{key}: must be {want}; got {show(value)} (from {layer})")
         base[key] = copy.deepcopy(value)
-        for gone in [k for k in source if k == dotted or k.startswith(f"{dotted}.")]:
-            del source[gone]
-        source.update({k: layer for k in flat({key: value}, prefix)})
-    if base:                                                         # an empty section, once filled, is no leaf
-        source.pop(prefix[:-1], None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the schema is the defaults
-
-def schema_of(defaults, key):
-    """(is it a key, its default). Below an empty section and below a null any key goes; sources share one template."""
-    d, template = defaults, get(defaults, "data.source")
-    parts = key.split(".")
-    if template and len(parts) > 2 and parts[:2] in (["data", "train"], ["data", "validation"]):
-        d, parts = template, parts[3:]
-    for i, part in enumerate(parts):
-        if d is None or d == {} and i:
-            return True, None
-        if not isinstance(d, dict) or part not in d:
-            return False, None
-        d = d[part]
-    return True, None if isinstance(d, str) and "${" in d else d     # a default that refers has no type of its own
+def merged(layers):
+    """Merge [(layer name, dict)]. Returns the dict and {dotted key: name of its layer}."""
+    cfg = {}
+    last_layer = {}
+    for name, layer in layers:
+        overlay(cfg, layer, name)
+        last_layer |= dict.fromkeys(flat(layer), name)
+    return cfg, {key: layer_of(last_layer, key) for key in flat(cfg)}
 
 
-def nearest(key, defaults):
-    """The known key that looks most like `key`: alike as a whole, or in its last part (optimizer.lr -> lr)."""
-    def alike(known):
-        ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-        return ratio(known, key) + ratio(known.split(".")[-1], key.split(".")[-1])
-    names = [k.replace("data.source.", "data.train.NAME.") for k in flat(defaults)]
-    return max(names, key=alike, default="")
+def layer_of(source, key):
+    """The layer of a dotted key; if it is not in `source`, that of the section it is in."""
+    while key and key not in source:
+        key = key.rpartition(".")[0]
+    return source.get(key, "cfg")
 
 
-def count_or_fraction(key, own):
-    """Does the key keep both: 1 is one, 1.0 is all? `own`: it is of this project's schema, not of another."""
-    return key.endswith(("_every", "validation_split")) or own and key in ("warmup", "decay", "epochs")
+# --------------------------------------------------------------------------------------------------
+# the schema: {dotted key: constraint}. The top of defaults.yaml describes constraints
+
+TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
+         "section": dict, "null": type(None)}
+COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+ABBREVIATIONS = {"count": "int >= 0", "fraction": "float >= 0 and <= 1"}
 
 
-def typed(key, value, defaults, layer):
-    """`value` as its default's type. int -> float is the only conversion; a count or a fraction keeps what it is."""
-    default = schema_of(defaults, key)[1]
-    if default is None or isinstance(value, str) and "${" in value:  # ${...} is checked once it is resolved
-        return value
-    want = (type(default),)
-    if type(default) in (int, float) and count_or_fraction(key, own="micro_tokens" in defaults):
-        want = (int, float)
-    if type(value) is int and want == (float,):
+@functools.cache
+def read_defaults():
+    """configs/defaults.yaml -> (the default values, the schema)."""
+    text = read_text(HERE / "defaults.yaml")
+    root = compose(text, "defaults.yaml")
+    schema = {}
+    add_constraints(root, text.splitlines(), schema)
+    return construct(root, "defaults.yaml"), schema
+
+
+def add_constraints(node, lines, schema, prefix=""):
+    """Add the constraints of a section of defaults.yaml, from the comments after its values."""
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        if isinstance(value_node, yaml.MappingNode) and value_node.value:
+            schema[key] = "section"
+            add_constraints(value_node, lines, schema, f"{key}.")
+            continue
+        end = value_node.end_mark
+        comment = lines[end.line][end.column:].strip(" #")
+        constraint = comment.removesuffix(".").partition(". ")[0]
+        kinds = [ABBREVIATIONS.get(kind, kind) for kind in constraint.split(" or ")]
+        schema[key] = " or ".join(kinds)
+
+
+def schema_of(defaults, prefix=""):
+    """The schema of another dict of defaults: the types of its values. null allows any value."""
+    schema = {}
+    for key, value in defaults.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            schema[dotted] = "section"
+            schema |= schema_of(value, f"{dotted}.")
+        elif value is None or isinstance(value, str) and "${" in value:
+            schema[dotted] = "any"
+        elif dotted.endswith("_every"):
+            schema[dotted] = "int or float"        # a count, or a fraction of the run
+        else:
+            schema[dotted] = next(name for name in TYPES if type(value) is TYPES[name])
+    return schema
+
+
+def constraint_of(key, schema):
+    """The constraint of a dotted key, or None if the key is unknown."""
+    if "data.source" in schema:                    # every named source has the keys of data.source
+        key = re.sub(r"^data\.(train|validation)\.[^.]+", "data.source", key)
+    if key in schema:
+        return schema[key]
+    section = key.rpartition(".")[0]
+    return item_constraint(constraint_of(section, schema)) if section else None
+
+
+def item_constraint(constraint):
+    """The constraint of what is in a map or list; None if nothing can be in it, or not any key."""
+    for kind in (constraint or "").split(" or "):
+        if kind in ("any", "map", "list"):
+            return "any"
+        if kind.startswith(("map of ", "list of ")):
+            return kind.partition(" of ")[2]
+    return None
+
+
+def fits(value, constraint):
+    """Does a value fulfil a constraint, e.g. "int >= 1 or null"?"""
+    if " or " in constraint:
+        return any(fits(value, kind) for kind in constraint.split(" or "))
+    if constraint == "any":
+        return True
+    if constraint.startswith("one of "):
+        return value in constraint.removeprefix("one of ").split(", ")
+    kind, _, rest = constraint.partition(" ")
+    if kind == "name":
+        return isinstance(value, str)
+    if kind == "names":
+        return fits(value, "list of str")
+    if type(value) is not TYPES[kind]:
+        return False
+    if kind == "list" and rest:
+        return all(fits(item, rest.removeprefix("of ")) for item in value)
+    if kind in ("int", "float") and rest:
+        return math.isfinite(value) and in_range(value, rest)
+    return True
+
+
+def in_range(value, bounds):
+    """in_range(0.5, ">= 0 and < 1") -> True"""
+    for bound in bounds.split(" and "):
+        comparison, limit = bound.split()
+        if not COMPARISONS[comparison](value, float(limit)):
+            return False
+    return True
+
+
+def coerce(value, constraint):
+    """The value after the conversions that a constraint allows: int to float, a name to a list."""
+    if isinstance(value, str) and constraint.startswith("names in "):
+        return [value]
+    if isinstance(value, list) and item_constraint(constraint):
+        return [coerce(item, item_constraint(constraint)) for item in value]
+    if type(value) is int and not fits(value, constraint) and fits(float(value), constraint):
         return float(value)
-    if type(value) not in want:
-        names = " or ".join(TYPES[t] for t in want)
-        raise ValueError(f"{key}: expected {names}, got {show(value)} (from {layer})")
     return value
 
 
-def checked(d, defaults, layer, prefix=""):
-    """A layer, held against the schema: every key known, every value of its default's type. Returns a new dict."""
-    out = {}
-    for key, value in d.items():
+def checked_value(key, value, constraint, layer):
+    """The value, converted. Raises UserError if it does not fulfil the constraint."""
+    is_reference = isinstance(value, str) and "${" in value
+    if is_reference and constraint not in ("section", "map of data.source"):
+        return value                               # checked when it is resolved
+    value = coerce(value, constraint)
+    if not fits(value, constraint):
+        raise UserError(f"{key}: must be {constraint}; got {show(value)} (from {layer})")
+    return value
+
+
+def validate(section, schema, source, prefix=""):
+    """A copy of a section (of cfg or of a layer) whose keys are known and whose values are valid.
+
+    source  {dotted key: layer}; {"": layer} for a dict that comes from one layer
+    Raises UserError otherwise.
+    """
+    checked = {}
+    for key, value in section.items():
         dotted = f"{prefix}{key}"
-        known, default = schema_of(defaults, dotted)
-        if not known:
-            full = next(iter(flat({dotted: value})))                 # an unknown section is named by what stands in it
-            raise ValueError(f"{full}: unknown key (from {layer}); the nearest is {nearest(full, defaults)}")
-        named = prefix in ("data.train.", "data.validation.")
-        if "." in key and (named or not schema_of(defaults, f"{prefix}*")[0]):
-            section, _, rest = key.partition(".")                    # it would lie beside the section, unread
-            raise ValueError(f"{dotted}: no dots in a file's keys (from {layer}); write {section}: {{{rest}: ...}}")
-        if isinstance(value, dict):
-            if default is not None and not isinstance(default, dict):
-                raise ValueError(f"{dotted}: expected a value, not a section, got {show(value)} (from {layer})")
-            out[key] = checked(value, defaults, layer, f"{dotted}.")
+        layer = layer_of(source, dotted)
+        constraint = constraint_of(dotted, schema)
+        if constraint is None:
+            raise unknown_key(next(iter(flat({dotted: value}))), schema, layer)
+        if "." in key and not takes_any_key(prefix.removesuffix("."), schema):
+            first, _, rest = key.partition(".")
+            raise UserError(f"{dotted}: a key in a file must not contain a dot (from {layer}); "
+                            f"write {first}: {{{rest}: ...}}")
+        if isinstance(value, dict) and (constraint == "section" or takes_any_key(dotted, schema)):
+            checked[key] = validate(value, schema, source, f"{dotted}.")
         else:
-            out[key] = typed(dotted, value, defaults, layer)
-    return out
+            checked[key] = checked_value(dotted, value, constraint, layer)
+    return checked
 
 
-def from_cli(text, defaults):
-    """`key=value` -> a nested dict. Where the default is a string the value is taken as it stands."""
-    key, value = text.split("=", 1)
-    default = schema_of(defaults, key)[1]
-    if isinstance(default, str):
-        return nested(key, value)
-    value = parse(value, f"{key} (from cli)") if value[:1] in ("[", "{") else scalar(value)
+def takes_any_key(section, schema):
+    """May a section hold keys that the schema does not name, with or without dots?"""
+    kinds = (constraint_of(section, schema) or "").split(" or ")
+    return any(kind == "any" or kind.startswith("map") for kind in kinds)
+
+
+# --------------------------------------------------------------------------------------------------
+# unknown keys: names from other trainers, and the nearest key
+
+def unknown_key(key, schema, layer):
+    """The error for a key that is not in the schema."""
+    return UserError(f"{key}: unknown key (from {layer}); {suggestion(key, schema)}")
+
+
+def suggestion(key, schema):
+    """How to write an unknown key: its name here, a sentence from synonyms.yaml, a near key."""
+    synonym = find_synonym(key, schema)
+    if synonym:
+        return synonym if " " in synonym else f"it is {synonym} here"
+    names = list(schema)
+    source = re.match(r"data\.(train|validation)\.[^.]+\.", key)
+    if source:
+        names = [name.replace("data.source.", source[0]) for name in names]
+    near = nearest(key, names)
+    if near:
+        return f"the nearest is {near}"
+    return "configs/defaults.yaml lists all keys"
+
+
+def find_synonym(key, schema):
+    """The entry of synonyms.yaml for a key of another trainer, or None."""
+    table = read_file(HERE / "synonyms.yaml")
+    for name in (key, key.rpartition(".")[2]):
+        synonym = table.get(name, "")
+        if re.match(r"[\w.]*", synonym)[0] in schema:
+            return synonym
+    return None
+
+
+def nearest(key, names):
+    """The name that is spelled most like a key, as a whole or in its last part, or None."""
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
+    if near:
+        return near[0]
+    last_parts = [name.rpartition(".")[2] for name in names]
+    near = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.75)
+    return names[last_parts.index(near[0])] if near else None
+
+
+# --------------------------------------------------------------------------------------------------
+# the command line
+
+def split_argv(argv, schema):
+    """Command line -> (config files, key=value arguments)."""
+    files = []
+    overrides = []
+    for arg in argv:
+        if arg.startswith("-"):
+            raise UserError(f"{arg}: arguments are key=value without dashes; "
+                            f"{dashless(arg, schema)}")
+        if re.match(r"[A-Za-z_][\w.-]*=", arg):
+            overrides.append(arg)
+        else:
+            files.append(arg)
+    return files, overrides
+
+
+def dashless(option, schema):
+    """How to write an --option."""
+    key = option.lstrip("-").partition("=")[0].replace("-", "_")
+    name = key if key in schema else find_synonym(key, schema) or ""
+    if not name or " " in name:
+        return suggestion(key, schema)
+    return f"write {name}" if "=" in name else f"write {name}=..."
+
+
+def parse_value(text, key, constraint):
+    """The value of key=TEXT. A key that holds a string takes the text as it is."""
+    kinds = constraint.split(" or ")
+    is_text = [kind.startswith(("str", "one of ", "name in ")) for kind in kinds]
+    if all(is_text):
+        return text
+    value = parse_scalar(text)
+    if any(is_text) and value is not None:
+        return text
+    if text.startswith(("[", "{")):
+        return construct(compose(text, f"{key} (from cli)"), f"{key} (from cli)")
+    return value
+
+
+def parse_override(arg, schema, layers):
+    """key=value -> a nested dict. `layers` are those before it, for an index into a list."""
+    key, _, text = arg.partition("=")
+    parts = key.split(".")
+    for n in range(1, len(parts)):
+        list_key = ".".join(parts[:n])
+        kind = (constraint_of(list_key, schema) or "").partition(" ")[0]
+        if kind in ("list", "names") and parts[n].isdigit():
+            return nested(list_key, changed_list(list_key, parts[n:], text, schema, layers))
+    value = parse_value(text, key, constraint_of(key, schema) or "any")
     return nested(key, value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def changed_list(key, path, text, schema, layers):
+    """The list that the layers set for a key, with one item changed: path is [index, *keys]."""
+    items = copy.deepcopy(get(merged(layers)[0], key))
+    dotted = ".".join([key, *path])
+    index = int(path[0])
+    if not isinstance(items, list):
+        raise UserError(f"{dotted}: {key} is {show(items)}, which has no items (from cli)")
+    if index >= len(items):
+        raise UserError(f"{dotted}: index out of range; {key} has {len(items)} items, "
+                        "counted from 0 (from cli)")
+    value = parse_value(text, dotted, constraint_of(dotted, schema) or "any")
+    item = {path[0]: items[index]}
+    overlay(item, nested(".".join(path), value), "cli", f"{key}.")
+    items[index] = item[path[0]]
+    return items
+
+
+# --------------------------------------------------------------------------------------------------
 # ${a.b} and ${oc.env:NAME,default}
 
-def first_reference(text, key):
-    """"a${b}c" -> ("a", "b", "c"): what stands before, inside and behind the first ${...}; they may nest."""
-    start, depth = text.index("${"), 0
-    for end in range(start, len(text)):
-        depth += text.startswith("${", end) - (text[end] == "}" and depth > 0)
-        if not depth:
-            return text[:start], text[start + 2:end], text[end + 1:]
-    raise ValueError(f"{key}: {text!r} lacks the brace that ends its ${{")
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")         # the innermost one, if they are nested
 
 
-def resolve(cfg, defaults, source, env):
-    """A copy of cfg with every ${...} replaced, once. A value that is one ${...} and nothing else keeps its type."""
-    def look_up(name, key, trail):
-        layer = f"(from {source.get(key, 'cfg')})"
-        if name.startswith("oc.env:"):
-            name, comma, fallback = name.removeprefix("oc.env:").partition(",")
-            if name not in env and not comma:
-                raise ValueError(f"{key}: no variable {name} is set {layer}; ${{oc.env:{name},VALUE}} has a default")
-            text = env.get(name, fallback)
-            return text if isinstance(schema_of(defaults, key)[1], str) else scalar(text)
-        value = get(cfg, name, missing)
-        if value is missing:
-            raise ValueError(f"{key}: ${{{name}}} is no key {layer}; the nearest is {nearest(name, cfg)}")
-        return walk(value, name, trail)
-
-    def expand(text, key, trail):
-        if "${" not in text:
-            return text
-        before, name, after = first_reference(text, key)
-        value = look_up(str(expand(name, key, trail)).strip(), key, trail)
-        if not before and not after:
-            return value
-        return before + str(value) + str(expand(after, key, trail))
-
-    def walk(value, key, trail):
-        if isinstance(value, dict):
-            return {k: walk(v, f"{key}.{k}" if key else k, trail) for k, v in value.items()}
-        if isinstance(value, list):
-            return [walk(v, key, trail) for v in value]
-        if not isinstance(value, str) or "${" not in value:
-            return value
-        if key in trail:
-            way = " -> ".join([*trail, key])
-            raise ValueError(f"{key}: ${{...}} goes round in a circle: {way} (from {source.get(key, 'cfg')})")
-        return expand(value, key, [*trail, key])
-
-    missing = object()
-    return walk(cfg, "", [])
+def resolve(cfg, schema, source, env):
+    """A copy of cfg with every ${...} replaced."""
+    context = {"cfg": cfg, "schema": schema, "source": source, "env": env}
+    return expand(cfg, "", [], context)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the imported layer: a pretrained model's config.json in our words
+def expand(value, key, trail, context):
+    """A copy of the value of a key with every ${...} replaced, in sections and lists too.
+
+    trail  the keys whose values are being expanded, to find references in a circle
+    """
+    if isinstance(value, dict):
+        prefix = f"{key}." if key else ""
+        return {name: expand(item, prefix + name, trail, context) for name, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, key, trail, context) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    layer = layer_of(context["source"], key)
+    if key in trail:
+        circle = " -> ".join([*trail, key])
+        raise UserError(f"{key}: ${{...}} refers to itself in a circle: {circle} (from {layer})")
+    text = value
+    while match := REFERENCE.search(text):
+        inserted = look_up(match[1].strip(), key, [*trail, key], context)
+        if match[0] == text:                       # nothing else in the text: keep the type
+            return inserted
+        text = text[:match.start()] + str(inserted) + text[match.end():]
+    if "${" in text:
+        raise UserError(f"{key}: {value!r} has a ${{ without its closing brace (from {layer})")
+    return text
+
+
+def look_up(name, key, trail, context):
+    """The value of ${name}, which is used in the value of `key`."""
+    layer = layer_of(context["source"], key)
+    if name.startswith("oc.env:"):
+        variable, has_default, default = name.removeprefix("oc.env:").partition(",")
+        if variable not in context["env"] and not has_default:
+            raise UserError(f"{key}: the environment variable {variable} is not set (from {layer}); "
+                            f"${{oc.env:{variable},VALUE}} states a default")
+        text = context["env"].get(variable, default)
+        if "${" in text:
+            raise UserError(f"{key}: the environment variable {variable} contains ${{...}}, "
+                            f"which is not supported (from {layer})")
+        return parse_value(text, key, constraint_of(key, context["schema"]) or "any")
+    value = get(context["cfg"], name, MISSING)
+    if value is MISSING:
+        near = nearest(name, list(flat(context["cfg"])))
+        hint = f"; the nearest is {near}" if near else ""
+        raise UserError(f"{key}: ${{{name}}} is not a key (from {layer}){hint}")
+    return expand(value, name, trail, context)
+
+
+# --------------------------------------------------------------------------------------------------
+# the imported layer: a pretrained model's config.json, translated to our model section
 
 @functools.cache
 def families():
-    """families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}; the file says what each means."""
+    """configs/families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}."""
     table = read_file(HERE / "families.yaml")
-    for name, own in table.items():
-        base = table[own["like"]] if "like" in own else {}
-        table[name] = {key: value for key, value in base.items() if key not in ("new", "refuse")} | own
+    for name, family in table.items():
+        base = table[family["like"]] if "like" in family else {}
+        inherited = {key: base[key] for key in base if key not in ("new", "refuse")}
+        table[name] = inherited | family
         for key in ("keys", "fixed", "weights"):
-            both = base.get(key, {}) | own.get(key, {})
-            table[name][key] = {ours: theirs for ours, theirs in both.items() if theirs is not None}
+            items = base.get(key, {}) | family.get(key, {})
+            table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
     return table
 
 
-def imported_model(cfg):
-    """{"model": ...} as model.init_from's config.json says it; without one, what is so in every model of the family."""
-    folder, family = cfg["model"]["init_from"], families().get(cfg["model"]["family"], {})
-    if not folder:
-        return {"model": family.get("new", {}) | family.get("fixed", {})}
-    return {"model": read_model(pretrained(folder))}
+def import_model(cfg):
+    """The imported layer: from model.init_from, or what all new models of the family share."""
+    model_cfg = cfg["model"]
+    if model_cfg["init_from"]:
+        return {"model": read_model(resolve_pretrained(model_cfg["init_from"]))}
+    family = families().get(model_cfg["family"], {})
+    return {"model": family.get("new", {}) | family.get("fixed", {})}
 
 
 @functools.cache
-def pretrained(name):
-    """A folder, or a hub id (owner/name) -> the folder: the id's files, by huggingface_hub's own cache and settings.
+def resolve_pretrained(name):
+    """A folder, or the folder of a hub id (owner/name), downloaded if it is not in hub's cache.
 
-    Raises ValueError where it is no folder and the hub has not given it.
+    Raises UserError if huggingface_hub is not installed or cannot download it.
     """
-    if Path(name).parent.is_dir() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    if Path(name).parent.is_dir() or not is_hub_id:
         return name
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"model.init_from: {name} is no folder; to have it from the hub, pip install huggingface_hub")
-    try:                                                             # no pickles, nothing that would be run
-        wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-        return snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"])
-    except Exception as e:
-        reason = next((line for line in str(e).splitlines() if line), type(e).__name__)
-        raise ValueError(f"model.init_from: {name} is no folder, and the hub has not given it: {reason}") from None
+        raise UserError(f"model.init_from: {name} is not a folder; to download it from the hub, "
+                        "pip install huggingface_hub") from None
+    # No pickles, nothing that would be executed, and no subfolders.
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except Exception as error:
+        lines = str(error).split("\n")
+        reason = next((line for line in lines if line), type(error).__name__)
+        raise UserError(f"model.init_from: {name} is not a folder, and downloading it from the hub "
+                        f"failed: {reason}") from None
 
 
 def read_model(folder):
-    """A pretrained folder -> its config.json in our words. Raises ValueError."""
+    """The config.json of a pretrained folder as a dict like our model section."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        hint = f"{folder}/hf does" if (Path(folder) / "hf").is_dir() else "give a model folder in Hugging Face format"
-        raise ValueError(f"model.init_from: {folder} holds no config.json; {hint}")
+        hint = "give a model folder in Hugging Face format"
+        if (Path(folder) / "hf").is_dir():
+            hint = f"{folder}/hf has one"
+        raise UserError(f"model.init_from: {folder} has no config.json; {hint}")
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: not valid JSON: {getattr(e, 'strerror', None) or e}") from None
-    if not isinstance(theirs, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(theirs).__name__}")
-    return translate(theirs, path)
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(hf_config, dict):
+        raise UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
+    return translate(hf_config, path)
 
 
-def translate(theirs, path):
-    """A config.json's dict -> our model section. `path` names the file in errors."""
-    table, missing = families(), object()
-    known = {family["model_type"]: name for name, family in table.items()}
-    name = known.get(str(theirs.get("model_type")))
-    if name is None:
-        raise ValueError(f"{path}: model_type {theirs.get('model_type')!r} is none of {', '.join(known)}; "
-                         "a family is a few lines in configs/families.yaml")
-    family, ours = table[name], {"family": name}
-    for key, ways in family["keys"].items():                         # places to look, then the value where all lack it
-        ways = ways if isinstance(ways, list) else [ways]
-        found = [v for way in ways if isinstance(way, str) and (v := get(theirs, way, missing)) is not missing]
-        if not found and isinstance(ways[-1], str):
-            raise ValueError(f"{path}: lacks {ways[0]}, which a {name} model needs")
-        ours[key] = found[0] if found else ways[-1]
-    if isinstance(scaling := ours.get("rope_scaling"), dict):        # newer files say all of rope in this section
-        scaling = {k: v for k, v in scaling.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        plain = scaling.get("rope_type", scaling.get("type", "default")) == "default"
-        ours["rope_scaling"] = None if plain else scaling
-    elif scaling:
-        raise ValueError(f"{path}: rope_scaling is {scaling!r}, and no section")
+def translate(hf_config, path):
+    """A config.json's dict -> a dict like our model section. `path` is for error messages."""
+    model_type = str(hf_config.get("model_type"))
+    names = {family["model_type"]: name for name, family in families().items()}
+    if model_type not in names:
+        raise UserError(f"{path}: model_type must be one of {', '.join(names)}; got {model_type}; "
+                        "a new family is a few lines in configs/families.yaml")
+    name = names[model_type]
+    family = families()[name]
     for key, value in family.get("refuse", {}).items():
-        if theirs.get(key, value) != value:
-            raise ValueError(f"{path}: {key} = {theirs[key]!r} is not supported, only {value!r}")
-    return family["fixed"] | ours
+        if hf_config.get(key, value) != value:
+            raise UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
+                            "which is not supported")
+    model_cfg = {"family": name} | family["fixed"]
+    for key, places in family["keys"].items():
+        value = find_in_hf_config(hf_config, places)
+        if value is MISSING:
+            raise UserError(f"{path}: {key} is missing (as {places}); a {name} model needs it")
+        model_cfg[key] = value
+    if "rope_scaling" in model_cfg:
+        model_cfg["rope_scaling"] = clean_rope_scaling(model_cfg["rope_scaling"], path)
+    return model_cfg
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what follows from the rest, and what must hold
+def find_in_hf_config(hf_config, places):
+    """The value at the first of several dotted keys that exists. A last item that is not a string
+    is the value if none does; without it the result is MISSING."""
+    places = places if isinstance(places, list) else [places]
+    for place in places:
+        if not isinstance(place, str):
+            return place
+        value = get(hf_config, place, MISSING)
+        if value is not MISSING:
+            return value
+    return MISSING
 
-CHOICES = {"dtype": ("auto", "bfloat16", "float32"), "device": ("auto", "cpu", "cuda"),
-           "data.train_on": ("all", "last", "everything"), "data.on_error": ("error", "skip")}
-AT_LEAST = {                                                         # {key: least value}
-    "lr": 0, "min_lr": 0, "eps": 0, "momentum": 0, "weight_decay": 0, "grad_clip": 0, "bad_steps": 0,
-    "batch_size": 1, "micro_tokens": 1, "max_steps": 0, "max_seconds": 0, "epochs": 0, "warmup": 0, "decay": 0,
-    "eval_every": 0,
-    "save_every": 0, "log_every": 0, "patience": 0, "profile": 0, "eval_prompts": 0, "eval_tokens": 1, "samples": 0,
-    "seed": 0, "data.seq_len": 1, "data.validation_split": 0, "data.processes": 0, "checkpoint.keep": 1,
-    "model.n_layers": 1, "model.n_heads": 1, "model.n_kv_heads": 1, "model.d_model": 1, "model.d_ff": 1,
-    "model.head_dim": 2, "model.vocab_size": 1, "model.max_len": 1, "model.norm_eps": 0, "model.sliding_window": 1,
-    "model.pad_vocab_size_multiple": 1, "model.embd_pdrop": 0, "model.attn_pdrop": 0, "model.resid_pdrop": 0,
-    "model.partial_rotary_factor": 0, "model.init_std": 0, "model.rope_theta": 1, "model.attention_multiplier": 0,
-    "shard.mesh.replicate": 1, "shard.mesh.shard": 1, "shard.lora.r": 0, "shard.lora.alpha": 0}
-INTS = ("max_steps", "profile", "data.seq_len", "model.n_kv_heads", "model.d_ff", "model.head_dim",
-        "model.vocab_size", "model.sliding_window", "shard.mesh.replicate", "shard.mesh.shard")  # or null
-SHAPES = ("auto", "chat", "text", "tokens")
-OWN = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options", "embed", "embed_options",
-       "embd_pdrop", "attn_pdrop", "resid_pdrop", "pad_vocab_size_multiple")    # no config.json need say them
-LONGEST = 1024                                                       # data.seq_len where nobody says, or model.max_len
+
+def clean_rope_scaling(scaling, path):
+    """A config.json's rope_scaling or rope_parameters without what other keys hold, or None."""
+    if not scaling:
+        return None
+    if not isinstance(scaling, dict):
+        raise UserError(f"{path}: rope_scaling must be a section; got {scaling!r}")
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type == "default":
+        return None
+    other_keys = ("rope_theta", "partial_rotary_factor")
+    return {key: value for key, value in scaling.items() if key not in other_keys}
+
+
+# --------------------------------------------------------------------------------------------------
+# derived values, and checks that involve several keys
+
+def fill(cfg, source, key, value):
+    """Set a key that is null."""
+    section, _, name = key.rpartition(".")
+    parent = get(cfg, section) if section else cfg
+    if parent[name] is None:
+        parent[name] = value
+        source[key] = "derived"
+
+
+def fill_sources(cfg, source):
+    """Give every named source the keys of data.source that it does not set itself."""
+    for kind in ("train", "validation"):
+        for name, own in cfg["data"][kind].items():
+            for key, value in cfg["data"]["source"].items():
+                if key not in own:
+                    own[key] = value
+                    source[f"data.{kind}.{name}.{key}"] = layer_of(source, f"data.source.{key}")
+            source.pop(f"data.{kind}.{name}", None)
 
 
 def derive(cfg, source):
-    """Fill what is null and follows from the rest, in place."""
-    def fill(section, key, value, prefix=""):
-        if section[key] is None:
-            section[key], source[f"{prefix}{key}"] = value, "derived"
-    m, lora = cfg["model"], cfg["shard"]["lora"]
-    fill(cfg, "min_lr", cfg["lr"] / 10)
-    fill(cfg["data"], "seq_len", min(m["max_len"], LONGEST), "data.")
-    fill(m, "n_kv_heads", m["n_heads"], "model.")
-    fill(m, "head_dim", m["d_model"] // max(m["n_heads"], 1), "model.")  # no heads: check() says so
-    gated = (m["d_model"] * 8 // 3 + 63) // 64 * 64                  # 3 matrices, not 2, of about the same size in all
-    fill(m, "d_ff", gated if m["glu"] else 4 * m["d_model"], "model.")
-    said = families().get(m["family"], {}).get("keys", {})           # null means nothing in their config.json
-    if "rope_layers" in said:
-        fill(m, "rope_layers", [1] * m["n_layers"], "model.")
-    if "attention_multiplier" in said:
-        fill(m, "attention_multiplier", max(m["head_dim"], 1) ** -0.5, "model.")
-    fill(lora, "alpha", 2.0 * lora["r"], "shard.lora.")
+    """Fill values that are null and follow from others, and join paths, in place."""
+    model_cfg = cfg["model"]
+    d_model = model_cfg["d_model"]
+    n_heads = model_cfg["n_heads"]
+    fill(cfg, source, "min_lr", cfg["lr"] / 10)
+    fill(cfg, source, "data.seq_len", min(model_cfg["max_len"], DEFAULT_SEQ_LEN))
+    fill(cfg, source, "shard.lora.alpha", 2.0 * cfg["shard"]["lora"]["r"])
+    fill(cfg, source, "model.n_kv_heads", n_heads)
+    fill(cfg, source, "model.head_dim", d_model // n_heads)
+    # A gated MLP has 3 matrices instead of 2, so 2/3 of the width gives about the same size.
+    gated_d_ff = math.ceil(d_model * 8 // 3 / 64) * 64
+    fill(cfg, source, "model.d_ff", gated_d_ff if model_cfg["glu"] else 4 * d_model)
+    # Families whose config.json has these keys need a value. For others it is null.
+    family_keys = families().get(model_cfg["family"], {}).get("keys", {})
+    if "rope_layers" in family_keys:
+        fill(cfg, source, "model.rope_layers", [1] * model_cfg["n_layers"])
+    if "attention_multiplier" in family_keys:
+        fill(cfg, source, "model.attention_multiplier", max(model_cfg["head_dim"], 1) ** -0.5)
+    cfg["out_dir"] = join_root(cfg["output_root"], cfg["out_dir"])
+    cfg["data"]["cache_dir"] = join_root(cfg["output_root"], cfg["data"]["cache_dir"])
+    for kind in ("train", "validation"):
+        for data_source in cfg["data"][kind].values():
+            data_source["path"] = join_root(cfg["data_root"], data_source["path"])
+
+
+def join_root(root, path):
+    """A path below a root folder. Absolute and empty paths stay as they are; ~ is expanded."""
+    root = os.path.expanduser(root)
+    path = os.path.expanduser(path)
+    return path if root in ("", ".") or not path else os.path.join(root, path)
+
+
+def require(condition, key, want, cfg, source):
+    """Raise UserError that a key must be `want`, unless the condition holds."""
+    if not condition:
+        got = show(get(cfg, key))
+        raise UserError(f"{key}: must be {want}; got {got} (from {layer_of(source, key)})")
 
 
 def check(cfg, source, defaults):
-    """Ranges and choices of this project's keys. Changes nothing; raises ValueError."""
-    def wrong(key, want):
-        raise ValueError(f"{key}: expected {want}, got {show(get(cfg, key))} (from {source.get(key, 'cfg')})")
-    for key, choices in CHOICES.items():
-        if get(cfg, key) not in choices:
-            wrong(key, f"one of {', '.join(choices)}")
-    for key, least in AT_LEAST.items():
-        value, types = get(cfg, key), (int,) if key in INTS else (int, float)
-        if value is not None and not (type(value) in types and least <= value < float("inf")):
-            wrong(key, f"{'an int' if key in INTS else 'a number'}, at least {least}")
-    for key in source:
-        value = get(cfg, key)
-        if count_or_fraction(key, own=True) and key != "epochs" and type(value) is float and value > 1:
-            wrong(key, "a count (an int) or a fraction (at most 1.0)")
-    if len(cfg["betas"]) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in cfg["betas"]):
-        wrong("betas", "two numbers, at least 0 and below 1")
-    if cfg["momentum"] >= 1:
-        wrong("momentum", "a number, at least 0 and below 1")
-    for key in ("compile", "recompute"):
-        if not isinstance(cfg["shard"][key], (bool, type(None))):
-            wrong(f"shard.{key}", "true, false or null")
-    if cfg["patience"] and not cfg["best"]:
-        wrong("patience", "0 where `best` names no number")
-    for group in cfg["groups"]:
-        known = {"match": (str,), "lr": (int, float), "weight_decay": (int, float)}
-        try:
-            good = all(type(value) in known[key] and (key == "match" or 0 <= value < float("inf"))
-                       for key, value in group.items()) and re.compile(group["match"])
-        except (AttributeError, KeyError, re.error):
-            good = False
-        if not good:
-            wrong("groups", "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, "
-                            "none below 0")
-    ids, ends = cfg["data"]["ignore_token_ids"], cfg["data"]["ignore_token_id_range"]
-    if not all(type(i) is int for i in ids):
-        wrong("data.ignore_token_ids", "a list of ints")
-    if ends is not None and not (isinstance(ends, list) and [*map(type, ends)] == [int, int] and ends[0] <= ends[1]):
-        wrong("data.ignore_token_id_range", "null or [first, last]")
-    if cfg["resume"] == "":
-        wrong("resume", "auto, never or a checkpoint's path")
+    """Check what one key's constraint cannot express. Raises UserError."""
+    require(len(cfg["betas"]) == 2, "betas", "two numbers", cfg, source)
+    require(cfg["best"] or not cfg["patience"], "patience", "0 without a number in `best`",
+            cfg, source)
+    require(cfg["resume"], "resume", "auto, never, latest or a checkpoint's path", cfg, source)
+    require(cfg["out_dir"], "out_dir", "the path of a folder", cfg, source)
+    require(all(is_param_group(group) for group in cfg["param_groups"]), "param_groups",
+            "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, "
+            "none below 0", cfg, source)
+    id_range = cfg["data"]["ignore_token_id_range"]
+    require(id_range is None or len(id_range) == 2 and id_range[0] <= id_range[1],
+            "data.ignore_token_id_range", "null or [first, last]", cfg, source)
     for kind in ("train", "validation"):
-        for name, s in cfg["data"][kind].items():
-            if not s["path"]:
-                wrong(f"data.{kind}.{name}.path", "a file, a folder or a glob")
-            if s["shape"] not in SHAPES:
-                wrong(f"data.{kind}.{name}.shape", f"one of {', '.join(SHAPES)}")
-            if s["weight"] <= 0:
-                wrong(f"data.{kind}.{name}.weight", "a number above 0")
-    m, table = cfg["model"], families()
-    if m["n_heads"] % m["n_kv_heads"]:
-        wrong("model.n_kv_heads", f"a divisor of model.n_heads ({m['n_heads']})")
-    if m["positions"] == "rope" and int(m["head_dim"] * m["partial_rotary_factor"]) % 2:
-        wrong("model.head_dim", "an even number (times model.partial_rotary_factor): rope turns pairs")
-    for key in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        if m[key] >= 1:
-            wrong(f"model.{key}", "a number below 1")
-    if m["rope_layers"] is not None and (type(m["rope_layers"]) is not list or len(m["rope_layers"]) != m["n_layers"]):
-        wrong("model.rope_layers", f"a list of {m['n_layers']} (model.n_layers), 1: with rope, 0: without")
-    if m["family"] not in table:
-        wrong("model.family", f"one of {', '.join(table)}")
-    family, said = table[m["family"]], {}                            # what its config.json can't say, it can't be
-    alone = {"n_kv_heads": m["n_heads"], "head_dim": m["d_model"] // m["n_heads"]} | family["fixed"]
-    for key, value in m.items():
-        want = alone.get(key, defaults["model"][key])
-        if key not in OWN and key not in family["keys"] and value != want:
-            wrong(f"model.{key}", f"{show(want)}, as a {m['family']} model has it")
-    for key, ways in family["keys"].items():
-        name = ways[0] if isinstance(ways, list) else ways
-        if said.setdefault(name, m[key]) != m[key] and key not in OWN:
-            wrong(f"model.{key}", f"{show(said[name])}: a {m['family']} model has one {name} for both")
+        for name, data_source in cfg["data"][kind].items():
+            require(data_source["path"], f"data.{kind}.{name}.path", "a file, a folder or a glob",
+                    cfg, source)
+    check_model(cfg, source)
+    check_family(cfg, source, defaults)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def is_param_group(group):
+    """Is it {match: a valid regular expression, lr: a number, weight_decay: a number}?"""
+    constraints = {"match": "str", "lr": "int or float >= 0", "weight_decay": "int or float >= 0"}
+    if "match" not in group or not set(group) <= set(constraints):
+        return False
+    for key, value in group.items():
+        if not fits(coerce(value, constraints[key]), constraints[key]):
+            return False
+    try:
+        re.compile(group["match"])
+    except re.error:
+        return False
+    return True
+
+
+def check_model(cfg, source):
+    """Check that the sizes of the model section fit each other."""
+    model_cfg = cfg["model"]
+    n_heads = model_cfg["n_heads"]
+    n_layers = model_cfg["n_layers"]
+    rope_layers = model_cfg["rope_layers"]
+    rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
+    require(n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
+            f"a divisor of model.n_heads ({n_heads})", cfg, source)
+    require(model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
+            "even after multiplication by model.partial_rotary_factor: rope rotates pairs",
+            cfg, source)
+    require(rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
+            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without", cfg, source)
+    require(model_cfg["family"] in families(), "model.family", f"one of {', '.join(families())}",
+            cfg, source)
+
+
+def check_family(cfg, source, defaults):
+    """Check that the family's config.json can express the model, or the export would be wrong."""
+    model_cfg = cfg["model"]
+    name = model_cfg["family"]
+    family = families()[name]
+    n_heads = model_cfg["n_heads"]
+    plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
+    required = defaults["model"] | plain_heads | family["fixed"]
+    hf_values = {}                                 # several of our keys may be one of config.json
+    for key, value in model_cfg.items():
+        if key in NOT_IN_HF_CONFIG:
+            continue
+        if key not in family["keys"]:
+            require(value == required[key], f"model.{key}",
+                    f"{show(required[key])} in a {name} model (configs/families.yaml)", cfg, source)
+            continue
+        places = family["keys"][key]
+        hf_key = places[0] if isinstance(places, list) else places
+        shared = hf_values.setdefault(hf_key, value)
+        require(value == shared, f"model.{key}",
+                f"{show(shared)}: a {name} model has one {hf_key} for both", cfg, source)
+
+
+# --------------------------------------------------------------------------------------------------
 # load
 
 def load(argv, imported=None, defaults=None, env=os.environ):
-    """argv, e.g. ["configs/ft.yaml", "lr=1e-4"] -> (cfg, source, explicit).
+    """Load the config of a command line, e.g. ["configs/ft.yaml", "lr=1e-4"].
 
-    cfg       the merged plain dict
-    source    {dotted key: "default" | "imported" | file name | "cli" | "derived"}
-    explicit  the sparse dict of what files and command line set
-    imported  a dict, or a callable that is given a resolved copy of what is merged so far and returns one;
-              left out, the pretrained model's config.json is found through model.init_from
-    defaults  another schema; this project's own checks and derived values then don't apply
-    Raises ValueError: one line with the key, what was expected, what came, and from which layer.
+    imported  a dict, or a function that receives a resolved copy of the other layers and returns
+              one. Default: the config.json of model.init_from
+    defaults  another schema, by example. The checks and derived values of this project don't apply
+
+    Returns
+        cfg       the merged dict
+        source    {dotted key: "default" | "imported" | file name | "cli" | "derived"}
+        explicit  a dict of only what files and command line set
+    Raises UserError: one line with the key, what it must be, the value, and the layer.
     """
-    own = defaults is None
-    defaults = read_file(HERE / "defaults.yaml") if own else copy.deepcopy(defaults)
-    if strange := [a for a in argv if a.startswith("-")]:
-        raise ValueError(f"{strange[0]}: options have no dashes: {strange[0].lstrip('-').partition('=')[0]}=...")
-    is_pair = lambda a: re.match(r"[A-Za-z_][\w.-]*=", a)
-    layers = [(a, checked(read_file(a), defaults, a)) for a in argv if not is_pair(a)]
-    layers += [("cli", checked(from_cli(a, defaults), defaults, "cli")) for a in argv if is_pair(a)]
+    is_own_schema = defaults is None
+    if is_own_schema:
+        defaults, schema = read_defaults()
+        imported = import_model if imported is None else imported
+    else:
+        schema = schema_of(defaults)
 
-    if imported is None and own:
-        imported = imported_model
-    if callable(imported):
-        so_far, source = merged([("default", defaults), *layers])
-        if own:
-            fill_sources(so_far, source)
-        imported = imported(resolve(so_far, defaults, source, env))
+    default_layer = ("default", defaults)
+    layers = user_layers(argv, default_layer, schema)
     explicit, _ = merged(layers)
-    imported = checked(imported or {}, defaults, "imported")
-    cfg, source = merged([("default", defaults), ("imported", imported), *layers])
-    if own:
+    if callable(imported):
+        cfg, source = merged([default_layer, *layers])
+        imported = imported(resolve(cfg, schema, source, env))
+    imported_layer = ("imported", validate(imported or {}, schema, {"": "imported"}))
+    cfg, source = merged([default_layer, imported_layer, *layers])
+    if is_own_schema:
         fill_sources(cfg, source)
-    raw, cfg = flat(cfg), resolve(cfg, defaults, source, env)
-    for key in [k for k, v in raw.items() if isinstance(v, str) and "${" in v]:
-        value = typed(key, get(cfg, key), defaults, source[key])
-        update(cfg, nested(key, value), source[key], source)
-    if own:
+
+    cfg = resolve(cfg, schema, source, env)
+    cfg = validate(cfg, schema, source)
+    source = {key: layer_of(source, key) for key in flat(cfg)}
+    if is_own_schema:
         derive(cfg, source)
+        cfg = validate(cfg, schema, source)        # derived values have ranges, too
         check(cfg, source, defaults)
     return cfg, source, explicit
 
 
-def fill_sources(cfg, source):
-    """Give every named source the keys of data.source that it doesn't set itself, in place."""
-    for kind in ("train", "validation"):
-        for name, given in cfg["data"][kind].items():
-            for key, value in cfg["data"]["source"].items():
-                if key not in given:
-                    given[key] = copy.deepcopy(value)
-                    source[f"data.{kind}.{name}.{key}"] = source.get(f"data.source.{key}", "default")
-            source.pop(f"data.{kind}.{name}", None)                  # no longer empty
+def user_layers(argv, default_layer, schema):
+    """The layers of a command line: its files, then its key=value arguments."""
+    files, overrides = split_argv(argv, schema)
+    layers = []
+    for path in files:
+        layers.append((path, validate(read_file(path), schema, {"": path})))
+    for arg in overrides:
+        layer = parse_override(arg, schema, [default_layer, *layers])
+        layers.append(("cli", validate(layer, schema, {"": "cli"})))
+    return layers
 
 
-def take(argv, **wanted):
-    """A script's own key=value arguments, apart: take(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])."""
-    out, rest = dict(wanted), []
+def check_builtin_names(cfg, source):
+    """Raise UserError for a loss, optimizer, ... that is not built in.
+
+    Only a script that no experiment has changed may call this. load() accepts all names, because
+    experiments register more; train.py checks them when it uses them.
+    """
+    _, schema = read_defaults()
+    for key, constraint in schema.items():
+        kind, _, builtin = constraint.partition(": ")
+        if not kind.startswith(("name in ", "names in ")):
+            continue
+        value = get(cfg, key)
+        for name in value if isinstance(value, list) else [value]:
+            if name not in builtin.split(", "):
+                raise UserError(f"{key}: must be one of {builtin}; got {name} "
+                                f"(from {layer_of(source, key)}); an experiment may add others to "
+                                f"{kind.split(' in ')[1]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# for scripts
+
+def pop_options(argv, **options):
+    """Take a script's own key=value options out of its command line; `options` are their defaults.
+
+    pop_options(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])
+    """
+    values = dict(options)
+    rest = []
     for arg in argv:
         key, equals, text = arg.partition("=")
-        if not equals or key not in wanted:
+        if not equals or key not in options:
             rest.append(arg)
-        else:
-            out[key] = typed(key, scalar(text), wanted, "cli")
-    return out, rest
+            continue
+        constraint = schema_of(options)[key]
+        values[key] = checked_value(key, parse_value(text, key, constraint), constraint, "cli")
+    return values, rest
 
 
-def load_or_exit(argv):
-    """load(), for a script's first lines: a mistake is one line on standard error, once, and exit status 2."""
+def bind_options(key, function, given, options):
+    """Bind a section of options, key_options, to the function that `key` names.
+
+    given  the number of leading parameters that the function receives when it is called
+    Returns the function, or a functools.partial of it. Raises UserError for an option that the
+    function does not have, one that it needs and that is missing, or one that is not a scalar.
+    """
+    name = getattr(function, "__name__", str(function))
+    parameters = list(inspect.signature(function).parameters.values())[given:]
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    for option, value in options.items():
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise UserError(f"{key}_options.{option}: must be a number, a string, true, false or "
+                            f"null; got {show(value)}")
+        if option not in named and not takes_any:
+            raise UserError(f"{key}_options.{option}: {name} has no such option; "
+                            f"it has {', '.join(named) or 'none'}")
+    for option, parameter in named.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise UserError(f"{key}_options.{option}: is missing; {name} needs a value")
+    return functools.partial(function, **options) if options else function
+
+
+def exit_with_help(doc, argv):
+    """Print how to start a script and exit, if it has no arguments or one is --help or -h."""
+    if not argv or "--help" in argv or "-h" in argv:
+        if is_local_rank0():
+            print(doc.strip())
+        sys.exit(0)
+
+
+def load_or_exit(argv, builtin_names=False):
+    """load(), for the first lines of a script: a UserError is one line, and exit status 2.
+
+    builtin_names  also check_builtin_names()
+    """
+    if "--help" in argv or "-h" in argv:
+        exit_with_help(sys.modules["__main__"].__doc__ or __doc__, argv)
     try:
-        return load(argv)
-    except ValueError as e:
-        stop(e)
+        cfg, source, explicit = load(argv)
+        if builtin_names:
+            check_builtin_names(cfg, source)
+    except UserError as error:
+        die(error)
+    return cfg, source, explicit
 
 
-def stop(error, status=2):
-    """Say what is wrong, in one line, from the node's first rank only; exit."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def run(main, *args):
+    """Call main(*args). A UserError is one line, and exit status 1."""
+    try:
+        main(*args)
+    except UserError as error:
+        die(error, 1)
+
+
+def die(error, status=2):
+    """Print an error in one line, on local rank 0 only, and exit."""
+    if is_local_rank0():
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def run(main, *args):
-    """Call main(*args). A user's mistake is one line; other errors keep their traceback."""
-    try:
-        main(*args)
-    except ValueError as e:
-        if not ours(e):
-            raise
-        stop(e, 1)
-
-
-def ours(error):
-    """Was it raised by this project's own lines, as a ValueError: a user's mistake, and one line?"""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    here = Path(frame.tb_frame.f_code.co_filename).resolve().parent in (HERE, HERE.parent)
-    return isinstance(error, ValueError) and here
+def is_local_rank0():
+    """Is this the first process on its machine? torchrun sets LOCAL_RANK."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

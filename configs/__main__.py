@@ -1,18 +1,29 @@
-"""python -m configs configs/ft.yaml lr=1e-4: every value of the merged config, and the layer it came from."""
+"""Print every value of a config and the layer it comes from.
+
+    python -m configs configs/ft.yaml lr=1e-4
+    python -m configs configs/defaults.yaml           the defaults
+
+Layers: default, imported (the pretrained model's config.json), a file, cli, derived.
+configs/defaults.yaml explains all keys, docs/config.md the layers and errors.
+"""
 import sys
 
 import configs
 
 
-def written(value):
-    """A value as it would stand in a file."""
-    if value is None or isinstance(value, list):
-        return "null" if value is None else str(value)
+def as_yaml(value):
+    """A value as it is written in a config file, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return str(value)
     return configs.dump(value).removesuffix("...\n").strip()
 
 
-cfg, source, explicit = configs.load_or_exit(sys.argv[1:])
-rows = [(key, source.get(key, ""), written(value)) for key, value in configs.flat(cfg).items()]
-key_width, layer_width = (max(len(row[i]) for row in rows) for i in (0, 1))
-for key, layer, value in rows:
-    print(f"{key:<{key_width}}  {layer:<{layer_width}}  {value}")
+configs.exit_with_help(__doc__, sys.argv[1:])
+cfg, source, _ = configs.load_or_exit(sys.argv[1:])
+values = configs.flat(cfg)
+key_width = max(len(key) for key in values)
+layer_width = max(len(source[key]) for key in values)
+for key, value in values.items():
+    print(f"{key:<{key_width}}  {source[key]:<{layer_width}}  {as_yaml(value)}")

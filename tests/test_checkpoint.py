@@ -1,23 +1,154 @@
-"""checkpoint.py: a checkpoint exists whole or not at all (law 4)."""
-import json, os, pickle, random, signal, subprocess, sys, time
+"""checkpoint.py: a checkpoint exists complete or not at all (guarantee 4); runs are not mixed (8).
+
+This file is also what the ranks of its tests run: torchrun tests/test_checkpoint.py JOB FOLDER
+"""
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint, configs, model as M, train
+import checkpoint
+import configs
+import model as M
+import shard
 
+ROOT = configs.HERE.parent
+STATE = {"step": 3, "total_steps": 6, "dtype": "float32", "code": {"model.py": "1"}, "data": {},
+         "has_chats": True, "versions": {"torch": "", "python": ""}}
+
+
+# --------------------------------------------------------------------------------------------------
+# what a rank runs
+
+class Factored(torch.optim.SGD):
+    """Keeps one number per row of a matrix, a full moment in bf16, and two kinds of counters."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            rows = p.detach().square()
+            self.state[p] = {"step": 7, "ratio": 0.1, "rows": rows,
+                             "scale": torch.full((), 0.5), "moment": p.detach().to(torch.bfloat16)}
+            if p.dim() == 2:
+                self.state[p]["rows"] = rows.mean(1, keepdim=True)
+
+
+def small_model(shards=1):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    if shards > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        fully_shard(model, mesh=init_device_mesh("cpu", (shards,)))
+    return model
+
+
+def save(out_dir, model, optimizer, step=3, sampler_state={}, **state):
+    saver = checkpoint.Saver(out_dir, 9, print)
+    saver.save(model, optimizer, sampler_state, STATE | {"step": step} | state)
+    return saver.wait()
+
+
+def save_sharded(folder):
+    """Save a factored optimizer's state from two shards."""
+    model = small_model(shards=2)
+    optimizer = Factored(model.parameters())
+    checkpoint.check_optimizer_state(optimizer, model)
+    assert save(folder, model, optimizer)
+    weight = model.get_parameter("0.weight")
+    optimizer.state[weight]["rows"] = torch.ones(3, 1)    # this rank's rows, which nothing says
+    with pytest.raises(configs.UserError, match="'rows' of 0.weight .*sharded.*shard.mesh.shard=1"):
+        checkpoint.check_optimizer_state(optimizer, model)
+
+
+def load_sharded(folder):
+    """Load into two shards what one rank or two shards have saved."""
+    model = small_model(shards=2)
+    optimizer = Factored(model.parameters())
+    expected = {name: shard.full_tensor(p).clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            for t in (p, optimizer.state[p]["rows"], optimizer.state[p]["scale"]):
+                t.zero_()
+    checkpoint.load_checkpoint(Path(folder) / "checkpoints" / "latest", model, optimizer)
+    for name, p in model.named_parameters():
+        rows = shard.full_tensor(optimizer.state[p]["rows"])
+        squares = expected[name].square()
+        assert torch.equal(shard.full_tensor(p), expected[name])
+        assert torch.equal(rows, squares.mean(1, keepdim=True) if p.dim() == 2 else squares)
+        assert optimizer.state[p]["scale"] == 0.5
+
+
+def fail_on_rank_1(folder):
+    """In each stage of a save in turn; the error must reach rank 0, and the next save works."""
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    warnings = []
+    saver = checkpoint.Saver(folder, 9, warnings.append)
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+    for step, (stage, failing_rank) in enumerate(
+            [("write_shards", 1), ("create_files", 0), ("commit", 0)], 1):
+        real = getattr(checkpoint, stage)
+        if shard.rank() == failing_rank:
+            setattr(checkpoint, stage, full_disk)
+        saver.save(model, optimizer, {}, STATE | {"step": step})
+        assert not saver.wait()
+        assert len(warnings) == step and f"rank {failing_rank}, OSError" in warnings[-1]
+        setattr(checkpoint, stage, real)
+    saver.save(model, optimizer, {}, STATE | {"step": 4})
+    assert saver.wait() and len(warnings) == 3
+    assert [p.name for p in checkpoint.list_checkpoints(folder)] == ["00000004"]
+
+
+if __name__ == "__main__":
+    shard.run_distributed(lambda cfg, job, folder: globals()[job](folder),
+                          {"device": "cpu", "dtype": "float32"}, *sys.argv[1:])
+
+
+def on_two_ranks(script, job, folder):
+    done = script("torchrun", "--nproc_per_node", 2, "tests/test_checkpoint.py", job, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# write
 
 @pytest.fixture
 def finished(tiny):
+    """A finished run of six steps with checkpoints at 2, 4 and 6: (out_dir, loaded config)."""
     loaded = tiny("max_steps=6", "save_every=2", "checkpoint.keep=9", "eval_every=0")
-    train.main(*loaded)
+    run(loaded)
     return Path(loaded[0]["out_dir"]), loaded
 
 
-def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
-    """A process that does nothing but save is killed at random moments; what bears a final name must verify."""
+def run(loaded):
+    import train
+    cfg, _, explicit = loaded
+    train.main(cfg, explicit)
+
+
+def again(loaded, *more):
+    """A loaded config once more, with other keys."""
+    return configs.load([*(f"{k}={v}" for k, v in configs.flat(loaded[2]).items()), *more])
+
+
+def test_saver_killed_at_any_moment_leaves_complete_checkpoints(tmp_path):
+    """A process that does nothing but save is killed at random moments; what has a final name verifies."""
     code = ("import sys, torch, checkpoint\n"
             "model = torch.nn.Linear(300_000, 1, bias=False)\n"
             "torch.nn.init.ones_(model.weight)\n"
@@ -25,167 +156,522 @@ def test_kill_9_at_any_moment_leaves_whole_checkpoints(tmp_path):
             "model(torch.ones(300_000)).backward()\n"
             "optimizer.step()\n"
             "print('go', flush=True)\n"
-            "step, saver = int(sys.argv[2]), checkpoint.Saver(sys.argv[1], 2, print)\n"
+            "step = int(sys.argv[2])\n"
+            "saver = checkpoint.Saver(sys.argv[1], 2, print)\n"
             "while True:\n"
             "    step += 1\n"
-            "    saver.save(step, model, optimizer, {}, {'total_steps': 0, 'versions': {'torch': ''}})\n")
-    rng, step = random.Random(0), 0
+            "    saver.save(model, optimizer, {}, {'step': step})\n")
+    rng = random.Random(0)
+    step = 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=configs.HERE.parent,
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=ROOT,
                                    stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(rng.uniform(0.01, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        whole = checkpoint.found(tmp_path)
-        for folder in whole:
-            state = checkpoint.verified(folder)
-            assert len(state["checksums"]) == 3 and load_file(folder / "model.safetensors")["weight"].sum() == 300_000
-        if whole:
-            assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file() and state["step"] >= step
+        checkpoints = checkpoint.list_checkpoints(tmp_path)
+        for folder in checkpoints:
+            state = checkpoint.verify(folder)
+            weights = load_file(folder / "model.safetensors")
+            assert len(state["checksums"]) == 3 and weights["weight"].sum() == 300_000
+        if checkpoints:
+            assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file()
+            assert state["step"] >= step
             step = state["step"]
     assert step > 0
 
 
+def test_saver_removes_what_a_killed_process_left(finished):
+    """Half-written and half-deleted folders are no checkpoints, and the next start removes them."""
+    out_dir, loaded = finished
+    for name in (".00000007.building", ".00000002.old"):
+        (out_dir / "checkpoints" / name).mkdir()
+        (out_dir / "checkpoints" / name / "state.json").write_text("{}")
+    names = [p.name for p in checkpoint.list_checkpoints(out_dir)]
+    assert names == ["00000002", "00000004", "00000006"]
+    run(loaded)
+    assert not list((out_dir / "checkpoints").glob(".*"))
+
+
+def test_saver_on_a_full_disk_keeps_the_run_and_older_checkpoints(tiny, monkeypatch, capsys):
+    loaded = tiny("max_steps=6", "save_every=2", "eval_every=0", out="full")
+    real = checkpoint.write_shards
+    calls = []
+    free_space_after = 99
+
+    def full_disk(*args):
+        calls.append(args)
+        if 1 < len(calls) < free_space_after:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+    monkeypatch.setattr(checkpoint, "write_shards", full_disk)
+    with pytest.raises(configs.UserError, match="last steps were not saved"):
+        run(loaded)
+    out_dir = Path(loaded[0]["out_dir"])
+    assert [p.name for p in checkpoint.list_checkpoints(out_dir)] == ["00000002"]
+    assert "No space left" in capsys.readouterr().out
+    assert not list((out_dir / "checkpoints").glob(".*.building"))    # would keep the disk full
+    # the same command: steps 4 and 6 fail again, then there is space for the last attempt
+    calls = [None]
+    free_space_after = 4
+    run(loaded)
+    assert [p.name for p in checkpoint.list_checkpoints(out_dir)] == ["00000002", "00000006"]
+
+
+def test_saver_reports_an_error_in_the_thread(tmp_path, capsys):
+    model = small_model()
+    (tmp_path / "checkpoints").write_text("a file, where a folder should be")
+    assert not save(tmp_path, model, Factored(model.parameters()))
+    assert "rank 0, NotADirectoryError" in capsys.readouterr().out
+
+
+def test_saver_exchanges_errors_between_ranks(script, tmp_path):
+    """An error of any rank in any stage ends the save on all ranks; the next one succeeds."""
+    on_two_ranks(script, "fail_on_rank_1", tmp_path)
+
+
+def test_commit_fsyncs_every_file_before_the_rename(tmp_path, monkeypatch):
+    synced = set()
+    real_fsync = checkpoint.fsync
+    real_replace = os.replace
+
+    def fsync(path):
+        synced.add(Path(path).name)
+        real_fsync(path)
+
+    def replace(source, target):
+        if str(source).endswith(".building"):
+            assert {p.name for p in Path(source).iterdir()} | {Path(source).name} <= synced
+            synced.add("renamed")
+        real_replace(source, target)
+    monkeypatch.setattr(checkpoint, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    model = small_model()
+    assert save(tmp_path, model, Factored(model.parameters()))
+    assert "renamed" in synced
+
+
+def test_commit_keeps_the_newest_and_the_best(tmp_path):
+    """Checkpoints of later steps belong to a run that was resumed before them, and go."""
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    saver = checkpoint.Saver(tmp_path, 2, print)
+
+    def names_after(step):
+        saver.save(model, optimizer, {}, STATE | {"step": step})
+        assert saver.wait()
+        return [int(p.name) for p in checkpoint.list_checkpoints(tmp_path)]
+    assert names_after(1) == [1] and names_after(2) == [1, 2]
+    checkpoint.set_best(tmp_path, [9, 1])
+    assert names_after(3) == [1, 2, 3] and names_after(4) == [1, 3, 4]
+    assert names_after(2) == [1, 2]
+    checkpoint.set_best(tmp_path, [])
+    assert names_after(3) == [2, 3]
+    assert not (tmp_path / "checkpoints" / "best").is_symlink()
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "00000003"
+
+
+# --------------------------------------------------------------------------------------------------
+# read
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_named_and_never_half_loaded(finished, damage):
-    out, loaded = finished
-    path = out / "checkpoints" / "00000006" / "optimizer.safetensors"
+def test_verify_names_a_damaged_file_and_another_checkpoint(finished, damage):
+    """It is never half loaded, and the run resumes from the checkpoint that the message names."""
+    out_dir, loaded = finished
+    path = out_dir / "checkpoints" / "00000006" / "optimizer.safetensors"
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    do = {"flip": lambda: path.write_bytes(content), "truncate": lambda: path.write_bytes(content[:1000]),
-          "remove": path.unlink}
-    do[damage]()
-    with pytest.raises(ValueError) as e:
-        train.main(*loaded)
-    said = str(e.value)
-    assert str(path) in said and "damaged" in said and "resume=" in said and "\n" not in said
-    mend = said.split("resume=")[1].split(" ")[0]
-    assert mend.endswith("00000004")
-    train.main(*configs.load([*(f"{k}={v}" for k, v in configs.flat(loaded[2]).items()), f"resume={mend}"]))
-    assert checkpoint.verified(out / "checkpoints" / "00000006")["step"] == 6
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif damage == "truncate":
+        path.write_bytes(content[:1000])
+    else:
+        path.unlink()
+    with pytest.raises(configs.UserError) as e:
+        run(loaded)
+    text = str(e.value)
+    assert str(path) in text and "damaged" in text and "resume=" in text and "\n" not in text
+    other = text.split("resume=")[1].split(" ")[0]
+    assert other.endswith("00000004")
+    run(again(loaded, f"resume={other}"))
+    assert checkpoint.verify(out_dir / "checkpoints" / "00000006")["step"] == 6
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "", '{"step": 6}', None])
-def test_a_damaged_state_is_named_too(finished, script, text):
-    out, loaded = finished
-    path = out / "checkpoints" / "00000006" / "state.json"
-    path.write_text(path.read_text().replace('"step": 6', '"step": 7') if text is None else text)
-    with pytest.raises(ValueError, match="state.json.*damaged.*resume=.*00000004"):
-        train.main(*loaded)
-    listing = script("checkpoint.py", "ls", out)
-    assert listing.returncode == 0 and "damaged" in listing.stdout and "step 4 of 6" in listing.stdout
+def test_read_state_names_a_damaged_state(finished, script, text):
+    out_dir, loaded = finished
+    path = out_dir / "checkpoints" / "00000006" / "state.json"
+    if text is None:
+        text = path.read_text().replace('"step": 6', '"step": 7')
+    path.write_text(text)
+    with pytest.raises(configs.UserError, match="state.json.*damaged.*resume=.*00000004"):
+        run(loaded)
+    listing = script("checkpoint.py", "ls", out_dir)
+    assert listing.returncode == 0
+    assert "damaged" in listing.stdout and "step 4 of 6" in listing.stdout
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_goes(finished):
-    out, loaded = finished
-    for left in (".00000007.building", ".00000002.old"):
-        (out / "checkpoints" / left).mkdir()
-        (out / "checkpoints" / left / "state.json").write_text("{}")
-    assert [p.name for p in checkpoint.found(out)] == ["00000002", "00000004", "00000006"]
-    train.main(*loaded)
-    assert not list((out / "checkpoints").glob(".*"))
+def test_read_state_refuses_another_format(tmp_path, monkeypatch):
+    model = small_model()
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    save(tmp_path, model, Factored(model.parameters()))
+    monkeypatch.undo()
+    with pytest.raises(configs.UserError, match="format 1, but this version reads"):
+        checkpoint.read_state(tmp_path / "checkpoints" / "latest")
+    with pytest.raises(configs.UserError, match="no checkpoint here"):
+        checkpoint.read_state(tmp_path)
 
 
-def test_a_checkpoint_whose_shapes_dont_fit_is_refused(finished, tiny):
-    out, loaded = finished
-    other = tiny("max_steps=6", "eval_every=0", "model.d_ff=192", f"resume={out}/checkpoints/00000004", out="other")
-    with pytest.raises(ValueError) as e:
-        train.main(*other)
-    for words in ("doesn't fit", "blocks.0.mlp.up.weight is [256, 32]", "[384, 32]"):
-        assert words in str(e.value)
+def test_load_checkpoint_refuses_shapes_that_do_not_fit(tmp_path):
+    """The message names each tensor with both shapes, and neither model nor optimizer change."""
+    model = small_model()
+    save(tmp_path, model, Factored(model.parameters()))
+    torch.manual_seed(1)
+    other = torch.nn.Sequential(torch.nn.Linear(7, 4), torch.nn.Linear(5, 3))
+    before = [p.clone() for p in other.parameters()]
+    latest = tmp_path / "checkpoints" / "latest"
+    with pytest.raises(configs.UserError) as e:
+        checkpoint.load_checkpoint(latest, other, Factored(other.parameters()))
+    assert "does not fit the model" in str(e.value) and "\n" not in str(e.value)
+    assert "0.weight: F32 [5, 7] in the checkpoint, F32 [4, 7] in the model" in str(e.value)
+    # an optimizer that lacks state: the model, which would fit, does not change either
+    same = small_model()
+    torch.nn.init.zeros_(same[0].weight)
+    with pytest.raises(configs.UserError, match="optimizer: 0.bias/moment: .*missing in the optim"):
+        checkpoint.load_checkpoint(latest, same, torch.optim.SGD(same.parameters(), lr=0.1))
+    assert not same[0].weight.any()
+    assert all(torch.equal(p, old) for p, old in zip(other.parameters(), before))
 
 
-def test_a_planted_pickle_is_not_run(finished):
-    out, _ = finished
+def test_load_checkpoint_does_not_unpickle(tmp_path):
     class Bomb:
         def __reduce__(self):
-            return os.system, (f"touch {out}/boom",)
-    path = out / "checkpoints" / "00000006" / "model.safetensors"
+            return os.system, (f"touch {tmp_path}/boom",)
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    save(tmp_path, model, optimizer)
+    path = tmp_path / "checkpoints" / "00000003" / "model.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="damaged"):
-        checkpoint.verified(path.parent)
-    assert not (out / "boom").exists()
+    with pytest.raises(configs.UserError, match="damaged"):
+        checkpoint.load_checkpoint(path.parent, model, optimizer)
+    assert not (tmp_path / "boom").exists()
 
 
-def test_a_full_disk_keeps_the_run_and_the_older_checkpoints(finished, tiny, monkeypatch, capsys):
-    loaded = tiny("max_steps=6", "save_every=2", "eval_every=0", out="full")
-    real, calls = checkpoint.put, []
-    def full(*args):
-        calls.append(args)
-        if len(calls) > 1:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-    monkeypatch.setattr(checkpoint, "put", full)
-    with pytest.raises(ValueError, match="last steps were not saved"):
-        train.main(*loaded)
-    out = Path(loaded[0]["out_dir"])
-    assert [p.name for p in checkpoint.found(out)] == ["00000002"] and "No space left" in capsys.readouterr().out
-    assert not list((out / "checkpoints").glob(".*.building"))       # what is left of one would keep the disk full
-    monkeypatch.setattr(checkpoint, "put", lambda *args: full(*args) if len(calls) < 9 else real(*args))
-    del calls[1:]
-    calls += [None] * 6                                              # steps 4 and 6 again, and only then is there room
-    train.main(*loaded)
-    assert [p.name for p in checkpoint.found(out)] == ["00000002", "00000006"]
-
-
-def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_bears_its_name(tiny, monkeypatch):
-    loaded, synced, real = tiny("max_steps=2", "eval_every=0", out="synced"), set(), checkpoint.sync
-    monkeypatch.setattr(checkpoint, "sync", lambda path: (synced.add(Path(path).name), real(path)))
-    train.main(*loaded)
-    assert {p.name for p in checkpoint.found(loaded[0]["out_dir"])[-1].iterdir()} <= synced
-
-
-@pytest.mark.parametrize("state", [
-    lambda p: torch.ones(p.shape[:1]),
-    lambda p: torch.full(p.shape, 7, dtype=torch.int32),
-    lambda p: torch.ones(p.shape, dtype=torch.bfloat16)])
-def test_whatever_an_optimizer_keeps_comes_back_as_it_was(tiny, tmp_path, state):
-    class Odd(torch.optim.SGD):
-        def step(self):
-            super().step()
-            for p in (p for group in self.param_groups for p in group["params"]):
-                self.state[p]["kept"] = state(p)
-    model = M.build(tiny()[0]["model"] | {"vocab_size": 50})
-    optimizer = Odd(model.parameters(), lr=0.1)
-    optimizer.step()
-    saver = checkpoint.Saver(tmp_path, 1, print)
-    saver.save(3, model, optimizer, {}, {"total_steps": 3})
-    assert saver.wait()
-    fresh = M.build(model.cfg, seed=1)
-    again = Odd(fresh.parameters(), lr=0.1)
-    assert checkpoint.restore(tmp_path / "checkpoints" / "latest", fresh, again)[0]["step"] == 3
+def test_load_checkpoint_restores_any_optimizer_state_in_place(tmp_path):
+    """Factored moments, bf16, scalars and Python numbers, into the tensors that exist."""
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    assert save(tmp_path, model, optimizer)
+    fresh = small_model()
+    torch.nn.init.zeros_(fresh[1].weight)
+    loaded = Factored(fresh.parameters())
+    tensors = {p: dict(loaded.state[p]) for p in fresh.parameters()}
+    for p in fresh.parameters():
+        loaded.state[p] |= {"step": 0, "ratio": 0.0}
+        for key in ("scale", "rows", "moment"):
+            loaded.state[p][key].fill_(3)
+    state, sampler_state = checkpoint.load_checkpoint(tmp_path / "checkpoints" / "latest", fresh, loaded)
+    assert state["step"] == 3 and sampler_state == {}
     for p, q in zip(model.parameters(), fresh.parameters()):
-        kept, back = optimizer.state[p]["kept"], again.state[q]["kept"]
-        assert torch.equal(p, q) and torch.equal(kept, back) and kept.dtype == back.dtype
+        assert torch.equal(p, q)
+        assert loaded.state[q]["ratio"] == 0.1 and loaded.state[q]["step"] == 7
+        assert type(loaded.state[q]["step"]) is int
+        for key in ("scale", "rows", "moment"):
+            value = loaded.state[q][key]
+            assert value is tensors[q][key]
+            assert torch.equal(value, optimizer.state[p][key])
 
 
-def test_an_error_in_the_background_is_told_and_not_called_saved(tmp_path, capsys):
-    model = M.build(configs.load(["model.n_layers=1", "model.vocab_size=9"])[0]["model"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.state[model.embed.weight]["odd"] = torch.ones(2, dtype=torch.complex64)
-    saver = checkpoint.Saver(tmp_path, 1, print)
-    saver.save(1, model, optimizer, {}, {})
-    assert not saver.wait() and "complex64" in capsys.readouterr().out and not checkpoint.found(tmp_path)
+def test_load_checkpoint_returns_the_sampler_state(tmp_path):
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    arrays = {"loss": np.random.default_rng(0).random(9), "seen": np.zeros((0, 3), np.int32),
+              "bits": np.arange(4, dtype=np.uint64), "on": np.array(True)}
+    assert save(tmp_path, model, optimizer, sampler_state=arrays)
+    _, loaded = checkpoint.load_checkpoint(tmp_path / "checkpoints" / "latest", model, optimizer)
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
 
 
-def test_ls_and_export(finished, script, tmp_path):
-    out, _ = finished
-    lines = script("checkpoint.py", "ls", out).stdout.splitlines()
-    assert [line.split()[2] for line in lines] == ["2", "4", "6"] and lines[-1].endswith("latest")
-    for what, folder in ((out, "newest"), (out / "checkpoints" / "00000002", "early")):
-        assert script("checkpoint.py", "export", what, tmp_path / folder).returncode == 0
-        assert (tmp_path / folder / "model.safetensors").is_file() and (tmp_path / folder / "tokenizer.json").is_file()
-    again = script("checkpoint.py", "export", out, tmp_path / "early")
-    assert again.returncode == 1 and "not empty" in again.stderr and again.stderr.count("\n") == 1
+def test_load_checkpoint_moves_factored_state_between_layouts(script, tmp_path):
+    """2 shards -> 1 rank and 2 shards, 1 rank -> 2 shards; the files are the same bytes."""
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    assert save(tmp_path / "one", model, optimizer)
+    on_two_ranks(script, "save_sharded", tmp_path / "two")
+    for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
+        one, two = (tmp_path / n / "checkpoints" / "latest" / file for n in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+    expected = {p: optimizer.state[p]["rows"].clone() for p in model.parameters()}
+    for p in model.parameters():
+        optimizer.state[p]["rows"].zero_()
+    checkpoint.load_checkpoint(tmp_path / "two" / "checkpoints" / "latest", model, optimizer)
+    assert all(torch.equal(optimizer.state[p]["rows"], rows) for p, rows in expected.items())
+    on_two_ranks(script, "load_sharded", tmp_path / "one")
+    on_two_ranks(script, "load_sharded", tmp_path / "two")
+
+
+@pytest.mark.parametrize("value, words", [
+    (torch.ones(2, dtype=torch.complex64), "complex64.*use another dtype"),
+    (None, "is a NoneType; use a tensor or a number"), ([1, 2], "is a list")])
+def test_check_optimizer_state_refuses_what_could_not_be_restored(value, words):
+    """At the start of a run: sharded parameters are in save_sharded above."""
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    checkpoint.check_optimizer_state(optimizer, model)
+    optimizer.state[model[0].weight]["odd"] = value
+    with pytest.raises(configs.UserError, match=f"optimizer: state 'odd' of 0.weight .*{words}"):
+        checkpoint.check_optimizer_state(optimizer, model)
+
+
+def test_check_optimizer_state_refuses_state_of_no_parameter():
+    model = small_model()
+    optimizer = Factored(model.parameters())
+    optimizer.state["global"] = {"step": 1}
+    with pytest.raises(configs.UserError, match="not a trained parameter"):
+        checkpoint.check_optimizer_state(optimizer, model)
+
+
+# --------------------------------------------------------------------------------------------------
+# the resume point
+
+@pytest.fixture
+def stopped(tiny):
+    """stopped(*keys) -> config of a run whose folder has a config.yaml and checkpoints 3 and 5."""
+    def make(*keys, out="run"):
+        cfg, _, explicit = tiny(*keys, out=out)
+        out_dir = Path(cfg["out_dir"])
+        model = small_model()
+        optimizer = Factored(model.parameters())
+        for step in (3, 5):
+            assert save(out_dir, model, optimizer, step, code=checkpoint.code_hashes(),
+                        data={"chats": {"source": "a", "options": "b"}})
+        (out_dir / "config.yaml").write_text(configs.dump(explicit))
+        return cfg
+    return make
+
+
+def names_every_way_on(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return all(way in text for way in ("out_dir=NEW", "resume=never", "resume=latest"))
+
+
+def test_find_resume_point_is_the_newest_of_the_same_run(stopped, tiny):
+    cfg = stopped()
+    newest = Path(cfg["out_dir"]) / "checkpoints" / "00000005"
+    assert checkpoint.find_resume_point(cfg) == newest
+    assert checkpoint.find_resume_point(tiny("resume=latest", "log_every=3")[0]) == newest
+    older = newest.with_name("00000003")
+    assert checkpoint.find_resume_point(tiny(f"resume={older}")[0]) == older
+    assert checkpoint.find_resume_point(tiny("resume=never", "lr=1")[0]) is None
+    assert checkpoint.find_resume_point(tiny("lr=1", out="new")[0]) is None
+    assert checkpoint.find_resume_point(tiny("resume=latest", out="new")[0]) is None
+
+
+def test_find_resume_point_refuses_another_config_by_name(stopped, tiny):
+    """resume=OUT/checkpoints/latest out_dir=NEW, which the message names, continues with it."""
+    cfg = stopped()
+    out_dir = cfg["out_dir"]
+    for resume in ("auto", "latest"):
+        with pytest.raises(configs.UserError, match="lr: 0.01 there, 0.005 here.*seed: 0 th") as e:
+            checkpoint.find_resume_point(tiny("lr=5e-3", "seed=2", f"resume={resume}")[0])
+        way = f"resume={out_dir}/checkpoints/latest out_dir=NEW"
+        assert way in str(e.value) and "resume=never" in str(e.value) and "\n" not in str(e.value)
+    path = f"{out_dir}/checkpoints/latest"
+    continued, _, explicit = tiny("lr=5e-3", "seed=2", f"resume={path}", out="new")
+    assert checkpoint.find_resume_point(continued) == Path(path)
+    # started again, with a checkpoint of its own: that one
+    shutil.copytree(out_dir, continued["out_dir"], symlinks=True)
+    (Path(continued["out_dir"]) / "config.yaml").write_text(configs.dump(explicit))
+    own = checkpoint.find_resume_point(continued)
+    assert own == Path(continued["out_dir"]) / "checkpoints" / "00000005"
+
+
+def test_find_resume_point_of_a_named_checkpoint_checks_dtype_and_optimizer(stopped, tiny):
+    path = Path(stopped()["out_dir"]) / "checkpoints" / "latest"
+    for key, words in (("dtype=bfloat16", "dtype: float32 there, bfloat16 here"),
+                       ("optimizer=sgd", "optimizer: .?adamw.? there, .?sgd.? here")):
+        with pytest.raises(configs.UserError, match=f"resume: .*does not fit .{words}"):
+            checkpoint.find_resume_point(tiny(f"resume={path}", key, out="new")[0])
+    with pytest.raises(configs.UserError, match="no checkpoint here"):
+        checkpoint.find_resume_point(tiny(f"resume={path.parent}", out="new")[0])
+
+
+def test_find_resume_point_refuses_changed_code_by_file_name(stopped, tiny, monkeypatch):
+    cfg = stopped()
+    out_dir = Path(cfg["out_dir"])
+    code = checkpoint.code_hashes() | {"model.py": "edited", "experiments/new.py": "added"}
+    monkeypatch.setattr(checkpoint, "code_hashes", lambda: code)
+    with pytest.raises(configs.UserError, match=r"\(experiments/new.py, model.py\)") as e:
+        checkpoint.find_resume_point(cfg)
+    assert names_every_way_on(e) and "sampler.py" not in str(e.value)
+    with pytest.raises(configs.UserError, match="model.py"):
+        checkpoint.find_resume_point(tiny(f"resume={out_dir}/checkpoints/00000003")[0])
+    # the ways on
+    newest = out_dir / "checkpoints" / "00000005"
+    assert checkpoint.find_resume_point(tiny("resume=latest")[0]) == newest
+    assert checkpoint.find_resume_point(tiny("resume=never")[0]) is None
+    assert checkpoint.find_resume_point(tiny(out="new")[0]) is None
+    # a new run from this checkpoint may have other code
+    assert checkpoint.find_resume_point(tiny(f"resume={newest}", out="new")[0]) == newest
+
+
+def test_find_resume_point_after_a_restart_is_the_newest(stopped, tiny, monkeypatch):
+    """torchrun --max-restarts starts the same command again, also with resume=never."""
+    newest = Path(stopped()["out_dir"]) / "checkpoints" / "00000005"
+    for restarts, point in (("0", None), ("2", newest)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert checkpoint.find_resume_point(tiny("resume=never")[0]) == point
+        assert checkpoint.find_resume_point(tiny("resume=latest")[0]) == newest
+
+
+def test_find_resume_point_refuses_a_folder_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    for args in (["ls"], ["list", out], ["export", out], ["export", tmp_path, tmp_path / "x"],
-                 ["export", out, tmp_path / "file"]):
+    for out in ("file", "file/run"):
+        with pytest.raises(configs.UserError, match="out_dir: .*file is a file; out_dir=NEW"):
+            checkpoint.find_resume_point(tiny(out=out)[0])
+
+
+def test_check_same_data_names_changed_sources_and_the_ways_on(stopped, tiny):
+    cfg = stopped()
+    path = Path(cfg["out_dir"]) / "checkpoints" / "latest"
+    state = checkpoint.read_state(path)
+    checkpoint.check_same_data(state, state["data"], cfg)
+    changed = {"chats": {"source": "other", "options": "b"}, "more": {"source": "c"}}
+    with pytest.raises(configs.UserError, match="data.train.chats: source; data.train.more") as e:
+        checkpoint.check_same_data(state, changed, cfg)
+    assert names_every_way_on(e) and "options" not in str(e.value)
+    # resume=latest, or a new run from this checkpoint
+    checkpoint.check_same_data(state, changed, tiny("resume=latest")[0])
+    checkpoint.check_same_data(state, changed, tiny(f"resume={path}", out="new")[0])
+    with pytest.raises(configs.UserError):
+        checkpoint.check_same_data(state, changed, tiny(f"resume={path}")[0])
+
+
+def test_config_diff_allows_a_longer_run_if_its_past_is_the_same(stopped, tiny):
+    """Constant and wsd schedules that count steps can be extended until the decay has begun."""
+    wsd = ["schedule=wsd", "warmup_steps=2", "decay_steps=4", "max_steps=9"]
+    for n, (keys, more, allowed) in enumerate([
+            (["schedule=constant", "warmup_steps=2"], ["max_steps=99"], True),
+            (["schedule=constant", "warmup_steps=0.1"], ["max_steps=99"], False),
+            (["schedule=cosine", "warmup_steps=2"], ["max_steps=99"], False),
+            (wsd, ["max_steps=99"], True), (wsd, ["max_steps=8"], False),
+            ([*wsd, "decay_steps=0.1"], ["max_steps=99"], False)]):
+        cfg = stopped(*keys, out=f"run{n}")
+        changed = tiny(*keys, *more, out=f"run{n}")[0]
+        lines = checkpoint.config_diff(cfg["out_dir"], changed)
+        assert bool(lines) is not allowed, (keys, lines)
+
+
+def test_start_over_deletes_what_a_run_left(stopped):
+    out_dir = Path(stopped()["out_dir"])
+    checkpoint.save_code(out_dir, 0)
+    for name in ("hf", "adapter", "code-at-00000003", "notes"):
+        (out_dir / name).mkdir()
+    (out_dir / "metrics.jsonl").write_text("")
+    checkpoint.start_over(out_dir)
+    assert sorted(p.name for p in out_dir.iterdir()) == ["config.yaml", "notes"]
+    checkpoint.start_over(out_dir / "none")
+
+
+# --------------------------------------------------------------------------------------------------
+# the code of a run
+
+def test_source_files_are_the_scripts_and_the_experiment(script, tmp_path):
+    """Also a main script outside of the project. No tests, no installed packages."""
+    experiment = tmp_path / "mine.py"
+    experiment.write_text("import checkpoint, json, sys\n"
+                          "json.dump([sorted(checkpoint.source_files()),\n"
+                          "           checkpoint.code_hashes()], sys.stdout)\n")
+    done = script(experiment, PYTHONPATH=str(ROOT))
+    names, hashes = json.loads(done.stdout)
+    assert names == ["checkpoint.py", "configs/__init__.py", "configs/defaults.yaml",
+                     "configs/families.yaml", "mine.py", "model.py", "shard.py",
+                     "tokenize_data.py"]
+    assert set(hashes) == set(names) and all(len(h) == 16 for h in hashes.values())
+    here = checkpoint.source_files()
+    assert "checkpoint.py" in here and not any("test" in name for name in here)
+
+
+def test_save_code_keeps_the_scripts_of_each_change(tmp_path, monkeypatch):
+    scripts = {"a.py": tmp_path / "a.py", "sub/b.yaml": tmp_path / "b.yaml"}
+    monkeypatch.setattr(checkpoint, "source_files", lambda: scripts)
+    monkeypatch.setattr(checkpoint, "code_hashes", lambda: checkpoint.hash_files(scripts))
+    for path in scripts.values():
+        path.write_text("1")
+    run_dir = tmp_path / "run"
+
+    def saved():
+        return {p.parent.name: p.read_text() for p in run_dir.glob("code*/a.py")}
+    checkpoint.save_code(run_dir, 0)
+    assert (run_dir / "code" / "sub" / "b.yaml").read_text() == "1"
+    checkpoint.save_code(run_dir, 4)
+    assert saved() == {"code": "1"}
+    scripts["a.py"].write_text("2")
+    checkpoint.save_code(run_dir, 6)
+    checkpoint.save_code(run_dir, 8)
+    assert saved() == {"code": "1", "code-at-00000006": "2"}
+    checkpoint.save_code(tmp_path / "new", 6)
+    assert (tmp_path / "new" / "code" / "a.py").read_text() == "2"
+
+
+def test_git_describe_is_none_without_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PROJECT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert checkpoint.git_describe() is None
+    commit = ["-c", "user.name=a", "-c", "user.email=a", "commit", "--allow-empty", "-qm", "x"]
+    for command in (["init", "-q"], commit):
+        if not shutil.which("git"):
+            pytest.skip("needs git")
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert len(checkpoint.git_describe()) >= 7
+    monkeypatch.setenv("PATH", "")
+    assert checkpoint.git_describe() is None
+
+
+# --------------------------------------------------------------------------------------------------
+# export and command line
+
+def test_ls_and_export_checkpoint(finished, script, tmp_path):
+    out_dir, _ = finished
+    lines = script("checkpoint.py", "ls", out_dir).stdout.splitlines()
+    assert [line.split()[2] for line in lines] == ["2", "4", "6"] and lines[-1].endswith("latest")
+    for path, name in ((out_dir, "newest"), (out_dir / "checkpoints" / "00000002", "early")):
+        assert script("checkpoint.py", "export", path, tmp_path / name).returncode == 0
+        assert (tmp_path / name / "model.safetensors").is_file()
+        assert (tmp_path / name / "tokenizer.json").is_file()
+    (tmp_path / "file").write_text("")
+    for args, words in ((["export", out_dir, tmp_path / "early"], "not empty"),
+                        (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
+                        (["export", out_dir], ""), (["export", tmp_path, tmp_path / "x"], "no checkp"),
+                        (["export", out_dir, tmp_path / "file"], "is a file")):
         wrong = script("checkpoint.py", *args)
-        assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+        assert wrong.returncode == 1 and words in wrong.stderr
+        assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
 
-def test_killed_again_and_again_a_run_is_the_run_that_was_not(script):
+def test_export_checkpoint_does_not_need_the_loss(finished, script, tmp_path):
+    """A run whose experiment registers a loss can be exported without the experiment."""
+    out_dir, _ = finished
+    with open(out_dir / "config.yaml", "a") as f:
+        f.write("model.loss: focal\nmodel.loss_options: {gamma: 2.0}\n")
+    config = configs.load([str(out_dir / "config.yaml"), "model.loss=focal", "model.loss_options={gamma: 2.0}"])
+    (out_dir / "config.yaml").write_text(configs.dump(config[2]))
+    done = script("checkpoint.py", "export", out_dir, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_main_without_arguments_prints_how_to_start(script, args):
+    done = script("checkpoint.py", *args)
+    assert done.returncode == 0 and "python checkpoint.py ls out/ft" in done.stdout
+
+
+def test_saver_killed_again_and_again_gives_the_same_run(script):
     """tests/bench/crash.py, its quick form."""
     done = script("tests/bench/crash.py", "--kills", "6")
     result = json.loads(done.stdout.splitlines()[-1])

@@ -322,6 +322,22 @@ def test_describe_run_counts_micro_batches(start):
     assert step.endswith("= 452 tokens, in 2 micro-batches of at most 400 tokens")
 
 
+def test_describe_run_weights_the_sources(start, tmp_path):
+    """The mean length counts each source as often as an epoch takes it."""
+    path = tmp_path / "short.txt"
+    path.write_text("\n\n".join("ten bytes " for _ in range(100)))
+    run = start(f"data.train.short.path={path}", "data.train.short.separator=\n\n",
+                "data.train.short.weight=0.5")
+    lengths = {name: tokens.lengths(range(len(tokens)))
+               for name, tokens in run.data["train"].items()}
+    n_short = round(len(lengths["short"]) / 2)
+    n_documents = 36 + n_short
+    mean = (lengths["chats"].sum() + n_short * lengths["short"].mean()) / n_documents
+    step, length = [line for line in log.describe_run(run) if line.startswith(("step", "run"))]
+    assert f"4 documents x ~{mean:.0f} tokens = {4 * mean:,.0f} tokens" in step
+    assert f"{n_documents} documents / 4" in length
+
+
 def test_describe_run_of_a_resumed_run(start):
     """It names the checkpoint, and the scripts that were changed since it was written."""
     run = start(resumed_step=10)

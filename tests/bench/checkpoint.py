@@ -1,9 +1,10 @@
-"""How long a save holds up the loop: ours against a blocking torch.save of the same state, in turn.
+"""How long a save makes the loop wait: ours against a blocking torch.save of the same state, in turn.
 
     python tests/bench/checkpoint.py --millions 200 --rounds 3 --out /tmp/x
 
-A model of so many million weights with AdamW's moments (12 bytes a weight). Ours writes in the background; its time to
-the disk is shown as well, with checksums and fsync, which torch.save does without. Prints a table and one line of JSON.
+The model has so many million weights, and AdamW's moments (12 bytes per weight). Ours writes in the background; its
+time until the files are on disk is shown too, and includes checksums and fsync, which torch.save does not do. Prints a
+table and one line of JSON.
 """
 import argparse, json, shutil, statistics, sys, tempfile, time
 from pathlib import Path
@@ -31,7 +32,7 @@ def main():
         saver = checkpoint.Saver(folder, 1, print)
         for step in range(args.rounds + 1):
             start = time.perf_counter()
-            saver.save(step, model, optimizer, {}, {"total_steps": 0})
+            saver.save(model, optimizer, {}, {"step": step})
             stall = time.perf_counter() - start
             assert saver.wait()
             sides["ours, stall"].append(stall)

@@ -1,11 +1,11 @@
-"""A run that is killed with -9 again and again at random moments, also inside a save, is the run that was never killed.
+"""A run killed with SIGKILL many times at random moments, also during saves, ends like an uninterrupted one.
 
     python tests/bench/crash.py --kills 200
 
-A small model on the embedded chats, saving every third step. After each kill: every checkpoint that bears its name
-verifies, and the newest is no older than before. At the end: losses, gradient norms and learning rates of all steps,
-and the final weights, bitwise those of the run beside it. Each part is a fork of a process that has torch loaded
-already. Prints what was seen and one line of JSON; exits with 1 where something is not as it should be.
+A small model is trained on the embedded chats and saved at every third step. After each kill, every checkpoint with a
+final name must verify, and the newest must not be older than before. At the end, losses, gradient norms and learning
+rates of all steps and the final weights must be bitwise those of a run that was not killed. Each start is a fork of a
+process that has already loaded torch. Prints a summary and one line of JSON; exits with 1 if a check failed.
 """
 import argparse, json, os, random, signal, sys, tempfile, time
 from pathlib import Path
@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(argv):
-    """train.main in a fork, silent -> its pid"""
+    """Call train.main in a fork without its output; return the pid."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        train.main(*configs.load(argv))
+        cfg, _, explicit = configs.load(argv)
+        train.main(cfg, explicit)
     except BaseException as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr, flush=True)
         os._exit(1)
@@ -47,7 +48,7 @@ def main():
         begun = time.perf_counter()
         assert os.waitpid(start(argv("whole")), 0)[1] == 0
         took = time.perf_counter() - begun
-        assert os.waitpid(start(argv("whole")), 0)[1] == 0           # it has ended: all that this takes is starting up
+        assert os.waitpid(start(argv("whole")), 0)[1] == 0           # it is finished: this is only the start-up time
         up = time.perf_counter() - begun - took
         each = (took - up) / steps
         lost, newest, kills, inside, problems = 0, 0, 0, 0, []
@@ -55,7 +56,7 @@ def main():
         while kills < args.kills and not problems:
             pid, until, done = start(argv("killed")), newest + rng.randint(0, 9), False
             logged = lambda: max((r["step"] for r in log.read(out)), default=0)
-            # by what it has done, not by the clock: machines are busy
+            # wait for a number of logged steps, not for a time: other processes may slow it down
             while not done and logged() < until:
                 time.sleep(0.2 * each)
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -68,11 +69,11 @@ def main():
             kills += 1
             inside += bool(list((out / "checkpoints").glob(".*.building")))
             try:
-                found = [checkpoint.verified(path)["step"] for path in checkpoint.found(out)]
-            except ValueError as e:
+                steps_found = [checkpoint.verify(path)["step"] for path in checkpoint.list_checkpoints(out)]
+            except configs.UserError as e:
                 problems.append(str(e))
                 break
-            now = max(found, default=0)
+            now = max(steps_found, default=0)
             if now < newest:
                 problems.append(f"the newest checkpoint went from step {newest} back to {now}")
             lost, newest = max(lost, logged() - now), now
@@ -81,7 +82,7 @@ def main():
             problems.append("the run could not be ended")
         if not problems:
             of = lambda name: [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in log.read(Path(folder) / name)]
-            last = [checkpoint.found(Path(folder) / name)[-1] for name in ("whole", "killed")]
+            last = [checkpoint.list_checkpoints(Path(folder) / name)[-1] for name in ("whole", "killed")]
             weights = [(path / "model.safetensors").read_bytes() for path in last]
             problems += [] if of("whole") == of("killed") and len(of("whole")) == steps else ["the records differ"]
             problems += [] if weights[0] == weights[1] else ["the final weights differ"]

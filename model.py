@@ -26,8 +26,8 @@ from pathlib import Path
 
 import configs
 
-if __name__ == "__main__" and len(sys.argv) < 2:
-    sys.exit(__doc__)
+if __name__ == "__main__":    # before torch is imported
+    configs.exit_with_help(__doc__, sys.argv[1:])
 
 import numpy as np
 import torch
@@ -543,14 +543,15 @@ class Transformer(nn.Module):
                    "positions": ("rope", "learned"), "qk_norm": ("none", "head", "all")}
         for key, known in choices.items():
             if m[key] not in known:
-                raise configs.UserError(f"model.{key}: {m[key]} is none of {', '.join(known)}")
+                raise configs.UserError(f"model.{key}: must be one of {', '.join(known)}; got {m[key]}")
         self.embed = Embedding(self.padded_vocab_size, m["d_model"])
         self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
         self.norm = Norm(m, m["d_model"])
         self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.padded_vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(self.padded_vocab_size)) if m["head_bias"] else None
-        self.loss, self.embedded = with_options("loss", LOSSES, m), with_options("embed", EMBEDDINGS, m)
+        self.loss = configs.bind_options("model.loss", LOSSES[m["loss"]], 2, m["loss_options"])
+        self.embedded = configs.bind_options("model.embed", EMBEDDINGS[m["embed"]], 2, m["embed_options"])
         self.dtype, self.recompute = torch.float32, False            # of the computation; shard.parallelize sets both
 
     def forward(self, batch):
@@ -608,20 +609,6 @@ class Transformer(nn.Module):
         x, bias = self.hidden(batch, attend), self.head_bias
         logits = F.linear(x, self.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
         return logits[:, :self.cfg["vocab_size"]].float()
-
-
-def with_options(key, functions, m):
-    """A model section's loss or embedding, its options bound. Raises ValueError for one it doesn't take, or lacks."""
-    function, options = functions[m[key]], m[f"{key}_options"]
-    takes = list(inspect.signature(function).parameters.values())[2:]    # besides the two that it always gets
-    names = [p.name for p in takes]
-    if odd := [name for name, value in options.items() if type(value) not in (int, float)]:
-        raise configs.UserError(f"model.{key}_options.{odd[0]}: expected a number, got {options[odd[0]]}")
-    if strange := [name for name in options if name not in names]:
-        raise configs.UserError(f"model.{key}_options.{strange[0]}: {m[key]} takes {', '.join(names) or 'no options'}")
-    if lacking := [p.name for p in takes if p.default is p.empty and p.name not in options]:
-        raise configs.UserError(f"model.{key}_options.{lacking[0]}: {m[key]} needs it, a number")
-    return functools.partial(function, **options) if options else function
 
 
 def resolve_vocab_size(m, n):
@@ -739,7 +726,7 @@ def matrix_rows(name, p, m):
 
 def resolve_model_dir(path):
     """A folder with config.json, or a run's, or a hub id -> the folder with config.json. Raises ValueError."""
-    path = configs.pretrained(str(path))
+    path = configs.resolve_pretrained(str(path))
     for folder in (Path(path), Path(path) / "hf"):
         if (folder / "config.json").is_file():
             return folder
@@ -856,7 +843,7 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4
         m = m | {"embed": "plain", "tie_embeddings": False}
     folder, family, model = Path(folder), configs.families()[m["family"]], build_on_meta(m)
     folder.mkdir(parents=True, exist_ok=True)
-    original = Path(configs.pretrained(str(source)) or "/nowhere") / "config.json"
+    original = Path(configs.resolve_pretrained(str(source)) or "/nowhere") / "config.json"
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
     config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else dict.fromkeys(ids)
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -1059,7 +1046,7 @@ def summary(model, m):
 
 def main(argv):
     import tokenize_data
-    options, words = configs.take(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
+    options, words = configs.pop_options(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
     folder = resolve_model_dir(words[0])

@@ -479,7 +479,7 @@ BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 def load_tokenizer(cfg):
     """data.tokenizer, or model.init_from's where that is empty -> Tokenizer. Raises ValueError."""
     data = cfg["data"]
-    name = data["tokenizer"] or configs.pretrained(cfg["model"]["init_from"])
+    name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
         raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
                          "bytes always works")
@@ -1163,7 +1163,7 @@ def shown(tok, ids, mask, colour):
 
 
 def main(argv):
-    asked, argv = configs.take(argv, show=0, ids=False)
+    asked, argv = configs.pop_options(argv, show=0, ids=False)
     cfg, _, _ = configs.load(argv)
     require_train_data(cfg)
     tok = load_tokenizer(cfg)
@@ -1180,4 +1180,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    configs.exit_with_help(__doc__, sys.argv[1:])
     configs.run(main, sys.argv[1:])

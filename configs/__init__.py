@@ -99,23 +99,17 @@ def construct(node, name):
     return section
 
 
-def read_text(path):
-    """The text of a config file."""
+def read_file(path):
+    """A config file as a dict. An empty file is an empty dict."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: cannot read this config file ({reason})") from None
-
-
-def read_file(path):
-    """A config file as a dict. An empty file is an empty dict."""
-    value = construct(compose(read_text(path), path), path)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
+    value = construct(compose(text, path), path)
+    if not isinstance(value, dict | None):
         raise UserError(f"{path}: must be sections of key: value; got {show(value)}")
-    return value
+    return value or {}
 
 
 class Dumper(yaml.SafeDumper):
@@ -205,15 +199,15 @@ def layer_of(source, key):
 # the schema: {dotted key: constraint}. The top of defaults.yaml describes constraints
 
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
-         "section": dict, "null": type(None)}
+         "section": dict, "null": type(None), "name": str, "names": list}
+COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-ABBREVIATIONS = {"count": "int >= 0", "fraction": "float >= 0 and <= 1"}
 
 
 @functools.cache
 def read_defaults():
     """configs/defaults.yaml -> (the default values, the schema)."""
-    text = read_text(HERE / "defaults.yaml")
+    text = (HERE / "defaults.yaml").read_text(encoding="utf-8")
     root = compose(text, "defaults.yaml")
     schema = {}
     add_constraints(root, text.splitlines(), schema)
@@ -231,8 +225,7 @@ def add_constraints(node, lines, schema, prefix=""):
         end = value_node.end_mark
         comment = lines[end.line][end.column:].strip(" #")
         constraint = comment.removesuffix(".").partition(". ")[0]
-        kinds = [ABBREVIATIONS.get(kind, kind) for kind in constraint.split(" or ")]
-        schema[key] = " or ".join(kinds)
+        schema[key] = constraint.replace("count or fraction", COUNT_OR_FRACTION)
 
 
 def schema_of(defaults, prefix=""):
@@ -281,10 +274,6 @@ def fits(value, constraint):
     if constraint.startswith("one of "):
         return value in constraint.removeprefix("one of ").split(", ")
     kind, _, rest = constraint.partition(" ")
-    if kind == "name":
-        return isinstance(value, str)
-    if kind == "names":
-        return fits(value, "list of str")
     if type(value) is not TYPES[kind]:
         return False
     if kind == "list" and rest:
@@ -321,8 +310,12 @@ def checked_value(key, value, constraint, layer):
         return value                               # checked when it is resolved
     value = coerce(value, constraint)
     if not fits(value, constraint):
-        raise UserError(f"{key}: must be {constraint}; got {show(value)} (from {layer})")
+        raise invalid(key, constraint, value, layer)
     return value
+
+
+def invalid(key, want, value, layer):
+    return UserError(f"{key}: must be {want}; got {show(value)} (from {layer})")
 
 
 def validate(section, schema, source, prefix=""):
@@ -401,30 +394,6 @@ def nearest(key, names):
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-def split_argv(argv, schema):
-    """Command line -> (config files, key=value arguments)."""
-    files = []
-    overrides = []
-    for arg in argv:
-        if arg.startswith("-"):
-            raise UserError(f"{arg}: arguments are key=value without dashes; "
-                            f"{dashless(arg, schema)}")
-        if re.match(r"[A-Za-z_][\w.-]*=", arg):
-            overrides.append(arg)
-        else:
-            files.append(arg)
-    return files, overrides
-
-
-def dashless(option, schema):
-    """How to write an --option."""
-    key = option.lstrip("-").partition("=")[0].replace("-", "_")
-    name = key if key in schema else find_synonym(key, schema) or ""
-    if not name or " " in name:
-        return suggestion(key, schema)
-    return f"write {name}" if "=" in name else f"write {name}=..."
-
-
 def parse_value(text, key, constraint):
     """The value of key=TEXT. A key that holds a string takes the text as it is."""
     kinds = constraint.split(" or ")
@@ -440,32 +409,27 @@ def parse_value(text, key, constraint):
 
 
 def parse_override(arg, schema, layers):
-    """key=value -> a nested dict. `layers` are those before it, for an index into a list."""
+    """key=value -> a nested dict. `layers` are those before it, for LIST.INDEX=value."""
     key, _, text = arg.partition("=")
-    parts = key.split(".")
-    for n in range(1, len(parts)):
-        list_key = ".".join(parts[:n])
-        kind = (constraint_of(list_key, schema) or "").partition(" ")[0]
-        if kind in ("list", "names") and parts[n].isdigit():
-            return nested(list_key, changed_list(list_key, parts[n:], text, schema, layers))
     value = parse_value(text, key, constraint_of(key, schema) or "any")
+    item = re.match(r"(.+?)\.([0-9]+)(\.|$)", key)
+    if item and (constraint_of(item[1], schema) or "").startswith(("list", "names")):
+        list_key = item[1]
+        items = get(merged(layers)[0], list_key)
+        change = nested(key.removeprefix(f"{list_key}."), value)
+        return nested(list_key, change_item(items, item[2], change, list_key))
     return nested(key, value)
 
 
-def changed_list(key, path, text, schema, layers):
-    """The list that the layers set for a key, with one item changed: path is [index, *keys]."""
-    items = copy.deepcopy(get(merged(layers)[0], key))
-    dotted = ".".join([key, *path])
-    index = int(path[0])
-    if not isinstance(items, list):
-        raise UserError(f"{dotted}: {key} is {show(items)}, which has no items (from cli)")
-    if index >= len(items):
-        raise UserError(f"{dotted}: index out of range; {key} has {len(items)} items, "
-                        "counted from 0 (from cli)")
-    value = parse_value(text, dotted, constraint_of(dotted, schema) or "any")
-    item = {path[0]: items[index]}
-    overlay(item, nested(".".join(path), value), "cli", f"{key}.")
-    items[index] = item[path[0]]
+def change_item(items, index, change, key):
+    """A list with one item changed: change_item([{"a": 1}], "0", {"0": {"b": 2}}, key)."""
+    length = len(items or [])
+    if int(index) >= length:
+        raise UserError(f"{key}.{index}: out of range; {key} has {length} items, counted from 0 "
+                        "(from cli)")
+    item = {index: items[int(index)]}
+    overlay(item, change, "cli", f"{key}.")
+    items[int(index)] = item[index]
     return items
 
 
@@ -491,42 +455,41 @@ def expand(value, key, trail, context):
         return {name: expand(item, prefix + name, trail, context) for name, item in value.items()}
     if isinstance(value, list):
         return [expand(item, key, trail, context) for item in value]
-    if not isinstance(value, str) or "${" not in value:
+    if not isinstance(value, str):
         return value
-    layer = layer_of(context["source"], key)
-    if key in trail:
-        circle = " -> ".join([*trail, key])
-        raise UserError(f"{key}: ${{...}} refers to itself in a circle: {circle} (from {layer})")
     text = value
     while match := REFERENCE.search(text):
+        if key in trail:
+            circle = " -> ".join([*trail, key])
+            raise reference_error(key, f"${{...}} refers to itself in a circle: {circle}", context)
         inserted = look_up(match[1].strip(), key, [*trail, key], context)
         if match[0] == text:                       # nothing else in the text: keep the type
             return inserted
         text = text[:match.start()] + str(inserted) + text[match.end():]
     if "${" in text:
-        raise UserError(f"{key}: {value!r} has a ${{ without its closing brace (from {layer})")
+        raise reference_error(key, f"{value!r} has a ${{ without its closing brace", context)
     return text
 
 
 def look_up(name, key, trail, context):
     """The value of ${name}, which is used in the value of `key`."""
-    layer = layer_of(context["source"], key)
     if name.startswith("oc.env:"):
-        variable, has_default, default = name.removeprefix("oc.env:").partition(",")
-        if variable not in context["env"] and not has_default:
-            raise UserError(f"{key}: the environment variable {variable} is not set (from {layer}); "
-                            f"${{oc.env:{variable},VALUE}} states a default")
-        text = context["env"].get(variable, default)
-        if "${" in text:
-            raise UserError(f"{key}: the environment variable {variable} contains ${{...}}, "
-                            f"which is not supported (from {layer})")
+        variable, comma, default = name.removeprefix("oc.env:").partition(",")
+        text = context["env"].get(variable, default if comma else None)
+        if text is None:
+            raise reference_error(key, f"the environment variable {variable} is not set, and "
+                                  f"${{oc.env:{variable},VALUE}} would state a default", context)
         return parse_value(text, key, constraint_of(key, context["schema"]) or "any")
     value = get(context["cfg"], name, MISSING)
     if value is MISSING:
         near = nearest(name, list(flat(context["cfg"])))
         hint = f"; the nearest is {near}" if near else ""
-        raise UserError(f"{key}: ${{{name}}} is not a key (from {layer}){hint}")
+        raise reference_error(key, f"${{{name}}} is not a key{hint}", context)
     return expand(value, name, trail, context)
+
+
+def reference_error(key, problem, context):
+    return UserError(f"{key}: {problem} (from {layer_of(context['source'], key)})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -574,8 +537,7 @@ def resolve_pretrained(name):
     try:
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
     except Exception as error:
-        lines = str(error).split("\n")
-        reason = next((line for line in lines if line), type(error).__name__)
+        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
         raise UserError(f"model.init_from: {name} is not a folder, and downloading it from the hub "
                         f"failed: {reason}") from None
 
@@ -590,7 +552,7 @@ def read_model(folder):
         raise UserError(f"model.init_from: {folder} has no config.json; {hint}")
     try:
         hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(hf_config, dict):
         raise UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
@@ -650,50 +612,53 @@ def clean_rope_scaling(scaling, path):
 # --------------------------------------------------------------------------------------------------
 # derived values, and checks that involve several keys
 
-def fill(cfg, source, key, value):
-    """Set a key that is null."""
-    section, _, name = key.rpartition(".")
-    parent = get(cfg, section) if section else cfg
-    if parent[name] is None:
-        parent[name] = value
-        source[key] = "derived"
+def named_sources(cfg):
+    """{"data.train.NAME": its section}, also of data.validation."""
+    sources = {}
+    for kind in ("data.train", "data.validation"):
+        for name, section in get(cfg, kind).items():
+            sources[f"{kind}.{name}"] = section
+    return sources
 
 
 def fill_sources(cfg, source):
     """Give every named source the keys of data.source that it does not set itself."""
-    for kind in ("train", "validation"):
-        for name, own in cfg["data"][kind].items():
-            for key, value in cfg["data"]["source"].items():
-                if key not in own:
-                    own[key] = value
-                    source[f"data.{kind}.{name}.{key}"] = layer_of(source, f"data.source.{key}")
-            source.pop(f"data.{kind}.{name}", None)
+    for name, section in named_sources(cfg).items():
+        for key, value in cfg["data"]["source"].items():
+            if key not in section:
+                section[key] = value
+                source[f"{name}.{key}"] = layer_of(source, f"data.source.{key}")
+        source.pop(name, None)                     # a section without keys had a layer itself
 
 
 def derive(cfg, source):
     """Fill values that are null and follow from others, and join paths, in place."""
     model_cfg = cfg["model"]
     d_model = model_cfg["d_model"]
-    n_heads = model_cfg["n_heads"]
-    fill(cfg, source, "min_lr", cfg["lr"] / 10)
-    fill(cfg, source, "data.seq_len", min(model_cfg["max_len"], DEFAULT_SEQ_LEN))
-    fill(cfg, source, "shard.lora.alpha", 2.0 * cfg["shard"]["lora"]["r"])
-    fill(cfg, source, "model.n_kv_heads", n_heads)
-    fill(cfg, source, "model.head_dim", d_model // n_heads)
+    head_dim = model_cfg["head_dim"] or d_model // model_cfg["n_heads"]
     # A gated MLP has 3 matrices instead of 2, so 2/3 of the width gives about the same size.
     gated_d_ff = math.ceil(d_model * 8 // 3 / 64) * 64
-    fill(cfg, source, "model.d_ff", gated_d_ff if model_cfg["glu"] else 4 * d_model)
+    values = {"min_lr": cfg["lr"] / 10,
+              "data.seq_len": min(model_cfg["max_len"], DEFAULT_SEQ_LEN),
+              "shard.lora.alpha": 2.0 * cfg["shard"]["lora"]["r"],
+              "model.n_kv_heads": model_cfg["n_heads"],
+              "model.head_dim": head_dim,
+              "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
     # Families whose config.json has these keys need a value. For others it is null.
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
-        fill(cfg, source, "model.rope_layers", [1] * model_cfg["n_layers"])
+        values["model.rope_layers"] = [1] * model_cfg["n_layers"]
     if "attention_multiplier" in family_keys:
-        fill(cfg, source, "model.attention_multiplier", max(model_cfg["head_dim"], 1) ** -0.5)
+        values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
+    for key, value in values.items():
+        if get(cfg, key) is None:
+            overlay(cfg, nested(key, value), "derived")
+            source[key] = "derived"
+
     cfg["out_dir"] = join_root(cfg["output_root"], cfg["out_dir"])
     cfg["data"]["cache_dir"] = join_root(cfg["output_root"], cfg["data"]["cache_dir"])
-    for kind in ("train", "validation"):
-        for data_source in cfg["data"][kind].values():
-            data_source["path"] = join_root(cfg["data_root"], data_source["path"])
+    for data_source in named_sources(cfg).values():
+        data_source["path"] = join_root(cfg["data_root"], data_source["path"])
 
 
 def join_root(root, path):
@@ -703,88 +668,71 @@ def join_root(root, path):
     return path if root in ("", ".") or not path else os.path.join(root, path)
 
 
-def require(condition, key, want, cfg, source):
-    """Raise UserError that a key must be `want`, unless the condition holds."""
-    if not condition:
-        got = show(get(cfg, key))
-        raise UserError(f"{key}: must be {want}; got {got} (from {layer_of(source, key)})")
-
-
-def check(cfg, source, defaults):
-    """Check what one key's constraint cannot express. Raises UserError."""
-    require(len(cfg["betas"]) == 2, "betas", "two numbers", cfg, source)
-    require(cfg["best"] or not cfg["patience"], "patience", "0 without a number in `best`",
-            cfg, source)
-    require(cfg["resume"], "resume", "auto, never, latest or a checkpoint's path", cfg, source)
-    require(cfg["out_dir"], "out_dir", "the path of a folder", cfg, source)
-    require(all(is_param_group(group) for group in cfg["param_groups"]), "param_groups",
+def check(cfg, defaults):
+    """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
+    yield len(cfg["betas"]) == 2, "betas", "two numbers"
+    yield cfg["best"] or not cfg["patience"], "patience", "0 without a number in `best`"
+    yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
+    yield cfg["out_dir"], "out_dir", "the path of a folder"
+    for group in cfg["param_groups"]:
+        yield is_param_group(group), "param_groups", (
             "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, "
-            "none below 0", cfg, source)
-    id_range = cfg["data"]["ignore_token_id_range"]
-    require(id_range is None or len(id_range) == 2 and id_range[0] <= id_range[1],
-            "data.ignore_token_id_range", "null or [first, last]", cfg, source)
-    for kind in ("train", "validation"):
-        for name, data_source in cfg["data"][kind].items():
-            require(data_source["path"], f"data.{kind}.{name}.path", "a file, a folder or a glob",
-                    cfg, source)
-    check_model(cfg, source)
-    check_family(cfg, source, defaults)
+            "none below 0")
+    id_range = cfg["data"]["ignore_token_id_range"] or [0, 0]
+    yield (len(id_range) == 2 and id_range[0] <= id_range[1], "data.ignore_token_id_range",
+           "null or [first, last]")
+    for name, section in named_sources(cfg).items():
+        yield section["path"], f"{name}.path", "a file, a folder or a glob"
+    yield from check_model(cfg["model"])
+    yield from check_family(cfg["model"], defaults["model"])
 
 
 def is_param_group(group):
     """Is it {match: a valid regular expression, lr: a number, weight_decay: a number}?"""
-    constraints = {"match": "str", "lr": "int or float >= 0", "weight_decay": "int or float >= 0"}
-    if "match" not in group or not set(group) <= set(constraints):
-        return False
-    for key, value in group.items():
-        if not fits(coerce(value, constraints[key]), constraints[key]):
-            return False
+    factors = {"lr": 1.0, "weight_decay": 0.0} | group
+    match = factors.pop("match", None)
     try:
-        re.compile(group["match"])
-    except re.error:
+        re.compile(match)
+    except (TypeError, re.error):
         return False
-    return True
+    return len(factors) == 2 and fits(list(factors.values()), "list of int or float")
 
 
-def check_model(cfg, source):
-    """Check that the sizes of the model section fit each other."""
-    model_cfg = cfg["model"]
+def check_model(model_cfg):
+    """Do the sizes of the model section fit each other? Yields like check()."""
     n_heads = model_cfg["n_heads"]
     n_layers = model_cfg["n_layers"]
     rope_layers = model_cfg["rope_layers"]
     rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
-    require(n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
-            f"a divisor of model.n_heads ({n_heads})", cfg, source)
-    require(model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
-            "even after multiplication by model.partial_rotary_factor: rope rotates pairs",
-            cfg, source)
-    require(rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
-            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without", cfg, source)
-    require(model_cfg["family"] in families(), "model.family", f"one of {', '.join(families())}",
-            cfg, source)
+    yield (n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
+           f"a divisor of model.n_heads ({n_heads})")
+    yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
+           "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
+    yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
+           f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
+    yield model_cfg["family"] in families(), "model.family", f"one of {', '.join(families())}"
 
 
-def check_family(cfg, source, defaults):
-    """Check that the family's config.json can express the model, or the export would be wrong."""
-    model_cfg = cfg["model"]
+def check_family(model_cfg, defaults):
+    """Can the family's config.json express the model? If not, the export would be wrong."""
     name = model_cfg["family"]
     family = families()[name]
     n_heads = model_cfg["n_heads"]
     plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
-    required = defaults["model"] | plain_heads | family["fixed"]
+    fixed = defaults | plain_heads | family["fixed"]
     hf_values = {}                                 # several of our keys may be one of config.json
     for key, value in model_cfg.items():
         if key in NOT_IN_HF_CONFIG:
             continue
         if key not in family["keys"]:
-            require(value == required[key], f"model.{key}",
-                    f"{show(required[key])} in a {name} model (configs/families.yaml)", cfg, source)
+            yield (value == fixed[key], f"model.{key}",
+                   f"{show(fixed[key])} in a {name} model (configs/families.yaml)")
             continue
         places = family["keys"][key]
         hf_key = places[0] if isinstance(places, list) else places
         shared = hf_values.setdefault(hf_key, value)
-        require(value == shared, f"model.{key}",
-                f"{show(shared)}: a {name} model has one {hf_key} for both", cfg, source)
+        yield (value == shared, f"model.{key}",
+               f"{show(shared)}: a {name} model has one {hf_key} for both")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -827,16 +775,23 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     if is_own_schema:
         derive(cfg, source)
         cfg = validate(cfg, schema, source)        # derived values have ranges, too
-        check(cfg, source, defaults)
+        for is_valid, key, want in check(cfg, defaults):
+            if not is_valid:
+                raise invalid(key, want, get(cfg, key), layer_of(source, key))
     return cfg, source, explicit
 
 
 def user_layers(argv, default_layer, schema):
     """The layers of a command line: its files, then its key=value arguments."""
-    files, overrides = split_argv(argv, schema)
+    overrides = [arg for arg in argv if re.match(r"[A-Za-z_][\w.-]*=", arg)]
     layers = []
-    for path in files:
-        layers.append((path, validate(read_file(path), schema, {"": path})))
+    for arg in argv:
+        if arg.startswith("-"):
+            key = arg.lstrip("-").partition("=")[0].replace("-", "_")
+            hint = f"write {key}=..." if key in schema else suggestion(key, schema)
+            raise UserError(f"{arg}: arguments are key=value without dashes; {hint}")
+        if arg not in overrides:
+            layers.append((arg, validate(read_file(arg), schema, {"": arg})))
     for arg in overrides:
         layer = parse_override(arg, schema, [default_layer, *layers])
         layers.append(("cli", validate(layer, schema, {"": "cli"})))
@@ -870,16 +825,16 @@ def pop_options(argv, **options):
 
     pop_options(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])
     """
-    values = dict(options)
+    schema = schema_of(options)
     rest = []
     for arg in argv:
         key, equals, text = arg.partition("=")
-        if not equals or key not in options:
+        if equals and key in schema:
+            value = parse_value(text, key, schema[key])
+            options[key] = checked_value(key, value, schema[key], "cli")
+        else:
             rest.append(arg)
-            continue
-        constraint = schema_of(options)[key]
-        values[key] = checked_value(key, parse_value(text, key, constraint), constraint, "cli")
-    return values, rest
+    return options, rest
 
 
 def bind_options(key, function, given, options):
@@ -887,22 +842,24 @@ def bind_options(key, function, given, options):
 
     given  the number of leading parameters that the function receives when it is called
     Returns the function, or a functools.partial of it. Raises UserError for an option that the
-    function does not have, one that it needs and that is missing, or one that is not a scalar.
+    function does not have, one that it needs and that is missing, or one of another type.
     """
-    name = getattr(function, "__name__", str(function))
-    parameters = list(inspect.signature(function).parameters.values())[given:]
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    defaults = {}
+    takes_any = False
+    for parameter in list(inspect.signature(function).parameters.values())[given:]:
+        if parameter.kind == parameter.VAR_KEYWORD:
+            takes_any = True
+        else:
+            defaults[parameter.name] = parameter.default
     for option, value in options.items():
-        if not isinstance(value, (bool, int, float, str, type(None))):
-            raise UserError(f"{key}_options.{option}: must be a number, a string, true, false or "
-                            f"null; got {show(value)}")
-        if option not in named and not takes_any:
-            raise UserError(f"{key}_options.{option}: {name} has no such option; "
-                            f"it has {', '.join(named) or 'none'}")
-    for option, parameter in named.items():
-        if parameter.default is parameter.empty and option not in options:
-            raise UserError(f"{key}_options.{option}: is missing; {name} needs a value")
+        if option not in defaults and not takes_any:
+            names = ", ".join(defaults) or "no options"
+            raise UserError(f"{key}_options.{option}: unknown option; {key} takes {names} here")
+        if type(defaults.get(option)) in (int, float) and type(value) not in (int, float):
+            raise UserError(f"{key}_options.{option}: must be a number; got {show(value)}")
+    for option, default in defaults.items():
+        if default is inspect.Parameter.empty and option not in options:
+            raise UserError(f"{key}_options.{option}: is missing; this {key} needs it")
     return functools.partial(function, **options) if options else function
 
 

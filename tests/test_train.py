@@ -158,7 +158,7 @@ def test_resume_never_starts_over(tiny, monkeypatch):
     leftover = out_dir / "checkpoints" / "00000009"
     shutil.copytree(out_dir / "checkpoints" / "00000004", leftover)
     assert run(loaded) == first and not leftover.exists()
-    assert "resume" not in (out_dir / "config.yaml").read_text()
+    assert "\nresume:" not in (out_dir / "config.yaml").read_text()
     shutil.rmtree(out_dir / "checkpoints" / "00000004")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")            # torchrun starts the command again after a crash
     main(loaded)
@@ -179,10 +179,10 @@ def test_train_of_a_finished_run_trains_nothing(tiny, capsys):
 
 def test_resume_keeps_the_dtype_chosen_at_the_first_start(tiny, monkeypatch):
     loaded = tiny("dtype=auto", "max_steps=4", "save_every=2", "checkpoint.keep=9")
-    monkeypatch.setattr(shard, "has_bf16", lambda device: True)
+    monkeypatch.setattr(shard, "has_fast_bf16", lambda device_type: True)
     run(loaded)
     shutil.rmtree(checkpoint.list_checkpoints(loaded[0]["out_dir"])[-1])
-    monkeypatch.setattr(shard, "has_bf16", lambda device: False)
+    monkeypatch.setattr(shard, "has_fast_bf16", lambda device_type: False)
     run(loaded)
     assert checkpoint.read_state(checkpoint.list_checkpoints(loaded[0]["out_dir"])[-1])["dtype"] == "bfloat16"
 
@@ -329,7 +329,7 @@ def test_train_step_skips_a_non_finite_step_and_names_its_documents(tiny, monkey
 
 def test_bad_steps_ends_the_run(tiny, monkeypatch):
     monkeypatch.setitem(M.LOSSES, "none", lambda logits, targets: M.cross_entropy(logits, targets) * math.inf)
-    with pytest.raises(ValueError, match="bad_steps: 3 steps in a row, up to 3"):
+    with pytest.raises(ValueError, match="bad_steps: 3 steps in a row, up to step 3"):
         run(tiny("model.loss=none", "bad_steps=3", "eval_every=0"))
 
 

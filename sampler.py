@@ -7,15 +7,16 @@ The order is a function of (seed, step, number of documents): there is no iterat
 list that grows with the data. An epoch's N documents are numbered, and a pseudorandom permutation
 of 0 ... N-1, evaluated one number at a time, shuffles them. With 7 documents and batch_size 3:
 
-    epoch 0    numbers   0 1 2 | 3 4 5 | 6        steps 0, 1, 2
-               permuted  4 0 6 | 2 5 1 | 3        the documents of each step
-    epoch 1    permuted  1 6 3 | 0 4 2 | 5        steps 3, 4, 5: another key, another order
+    epoch 0    numbers    0 1 2 | 3 4 5 | 6       steps 0, 1, 2
+               documents  3 2 6 | 4 5 1 | 0
+    epoch 1    documents  3 5 0 | 2 6 1 | 4       steps 3, 4, 5: another key, another order
 
 The documents of a step are then packed into micro-batches of at most micro_tokens tokens. Every
 rank gets the same number of them, and micro-batch k costs about the same on all ranks, because
 ranks wait for each other after each micro-batch:
 
-    lengths 5 4 3 3 2 1, micro_tokens 6, 2 ranks      rank 0: 5 | 4      rank 1: 3 2 | 3 1
+    lengths 5 4 3 3 2 1, micro_tokens 6, 2 ranks      rank 0    4 2 | 3 1
+                                                      rank 1    5   | 3
 """
 import heapq
 import itertools

@@ -166,7 +166,7 @@ def wait_for_termination(error):
     if is_connection_loss(error):
         error.add_note("This rank lost its connection to another rank. If that rank runs on "
                        "another node, the cause is printed there.")
-        time.sleep(10)
+        time.sleep(5)
     elif local_rank() > 0:
         time.sleep(2)
 

@@ -139,12 +139,13 @@ class SGD(WithoutDynamo, torch.optim.SGD):
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Updates matrices along their orthogonalized momentum, and everything else with AdamW.
 
     https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of AdamW's
     (arXiv:2502.16982), so that one learning rate serves both. torch.optim.Muon takes neither
     several matrices fused into one parameter (q, k and v) nor a parameter sharded over ranks.
+    Has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
 
     muon_groups   param_groups of matrices, with "matrix_rows": for each parameter, the rows of
                   the matrices it is fused of
@@ -482,7 +483,8 @@ def generate_answers(run, prompts):
     Ranks share the prompts. The ranks of a sharded model have to run it together: all generate
     equally often, and until the answers of all of them are finished.
     """
-    rank, world_size = shard.rank(), shard.world_size()
+    rank = shard.rank()
+    world_size = shard.world_size()
     keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
     answers = []
     for start in range(0, len(prompts), 64 * world_size):
@@ -544,7 +546,6 @@ class TrainState:
 class Run:
     """Everything the loop works with. Only `state` is saved."""
     cfg: dict
-    explicit: dict
     state: TrainState
     device: torch.device
     model: torch.nn.Module
@@ -566,7 +567,7 @@ class Run:
     start_time: float = 0.0
     last_log_time: float = 0.0    # run.seconds() at the last logged step
     tokens_since_log: int = 0
-    data_wait: float = 0.0        # seconds since the last logged step spent waiting for micro-batches
+    data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last logged step
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
     saved_step: int = 0
     stop: int = 0                 # 0, TIME_IS_UP, or the number of a signal
@@ -585,20 +586,20 @@ class Run:
 
 def setup(cfg, explicit):
     """Load data and model, find the resume point. Raises UserError for mistakes in the config."""
-    rank, world_size = shard.rank(), shard.world_size()
+    is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
     tokenize_data.require_train_data(cfg)
-    shard.mesh_sizes(cfg, world_size)
+    shard.mesh_sizes(cfg, shard.world_size())
     shard.set_threads()
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
     saved = checkpoint.read_state(resume_path) if resume_path else None
 
     # data
     tokenizer = tokenize_data.load_tokenizer(cfg)
-    data = shard.main_process_first(tokenize_data.load_datasets, cfg, tokenizer, rank > 0)
+    quiet = not is_rank0
+    data = shard.main_process_first(tokenize_data.load_datasets, cfg, tokenizer, quiet)
     dataset = sampler.Dataset(data["train"])
     steps_per_epoch, total_steps = count_steps(cfg, data)
-    labels = group_by_label(cfg, data)
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
@@ -609,10 +610,8 @@ def setup(cfg, explicit):
 
     # evaluation
     state = new_state(explicit, cfg, data, total_steps)
-    stop_ids = []
-    if state.has_chats:
-        template = tokenize_data.load_template(tokenizer, cfg)
-        stop_ids = tokenize_data.stop_token_ids(tokenizer, template)
+    stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
+    labels = group_by_label(cfg, data)
     prompts = {label: transformer.build_eval_prompts(of_label, stop_ids, cfg["eval_prompts"],
                                                      model_cfg["max_len"])
                for label, of_label in labels.items()}
@@ -625,19 +624,23 @@ def setup(cfg, explicit):
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
         continue_state(state, saved)
-    elif rank == 0 and cfg["resume"] == "never":
+    elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
     logger = log.NullLogger()
-    if rank == 0:
+    if is_rank0:
         logger = log.Logger(cfg, total_steps, state.step, state.seconds)
         write_run_folder(cfg, explicit, state)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
-    return Run(cfg, explicit, state, model.embed.weight.device, model, optimizer, tokenizer, data,
-               dataset, train_sampler, labels, prompts, stop_ids, steps_per_epoch, resume_path,
-               logger, saver, resumed_step=state.step, seconds_before=state.seconds,
-               saved_step=state.step)
+    return Run(cfg, state, model.embed.weight.device, model, optimizer, tokenizer, data, dataset,
+               train_sampler, labels, prompts, stop_ids, steps_per_epoch, resume_path, logger,
+               saver, resumed_step=state.step, seconds_before=state.seconds, saved_step=state.step)
+
+
+def answer_stop_ids(cfg, tokenizer):
+    template = tokenize_data.load_template(tokenizer, cfg)
+    return tokenize_data.stop_token_ids(tokenizer, template)
 
 
 def check_registered_names(cfg):
@@ -734,7 +737,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def train(run):
     """Train until the last step, max_seconds, patience, or a signal."""
-    cfg, state = run.cfg, run.state
+    cfg = run.cfg
+    state = run.state
     received = []                                        # signals; the loop finishes its step
     handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in SIGNALS}
     run.start_time = time.perf_counter()
@@ -909,11 +913,12 @@ def save(run):
 
 def finish(run):
     """Write the last checkpoint and the export, print the summary."""
-    cfg, step = run.cfg, run.state.step
+    cfg = run.cfg
+    step = run.state.step
     interrupted = run.stop > TIME_IS_UP
     written = run.saver.wait()
-    if not written or (interrupted and run.saved_step < step):    # a full disk may have been emptied
-        save(run)
+    if not written or (interrupted and run.saved_step < step):
+        save(run)                                        # again: a full disk may have space now
         written = run.saver.wait()
     if interrupted:
         saved = "saved" if written else "not saved"

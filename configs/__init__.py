@@ -29,15 +29,12 @@ from pathlib import Path
 
 import yaml
 
+from configs import pretrained
+from configs.pretrained import families, read_model, resolve_pretrained
+
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key
 DEFAULT_SEQ_LEN = 1024                             # upper limit of a data.seq_len that nobody sets
-
-# Model keys that a family's config.json need not have: they don't change what a saved model
-# computes, or save_pretrained() stores their effect in the weights.
-NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
-                    "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
-                    "pad_vocab_size_multiple")
 
 
 class UserError(ValueError):
@@ -90,12 +87,11 @@ def construct(node, name):
         return [construct(item, name) for item in node.value]
     section = {}
     for key_node, value_node in node.value:
-        line = f"{name}, line {key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"{line}: a key must be a word, not a list or a section")
-        if key_node.value in section:
-            raise UserError(f"{line}: the key {key_node.value!r} occurs twice")
-        section[key_node.value] = construct(value_node, name)
+        key = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode) or key in section:
+            line = key_node.start_mark.line + 1
+            raise UserError(f"{name}, line {line}: the key {key!r} occurs twice or is not a word")
+        section[key] = construct(value_node, name)
     return section
 
 
@@ -306,7 +302,7 @@ def coerce(value, constraint):
 def checked_value(key, value, constraint, layer):
     """The value, converted. Raises UserError if it does not fulfil the constraint."""
     is_reference = isinstance(value, str) and "${" in value
-    if is_reference and constraint not in ("section", "map of data.source"):
+    if is_reference and not constraint.startswith("section"):
         return value                               # checked when it is resolved
     value = coerce(value, constraint)
     if not fits(value, constraint):
@@ -325,27 +321,22 @@ def validate(section, schema, source, prefix=""):
     Raises UserError otherwise.
     """
     checked = {}
+    in_map = item_constraint(constraint_of(prefix.removesuffix("."), schema))
     for key, value in section.items():
         dotted = f"{prefix}{key}"
         layer = layer_of(source, dotted)
-        constraint = constraint_of(dotted, schema)
+        constraint = in_map or constraint_of(dotted, schema)
         if constraint is None:
             raise unknown_key(next(iter(flat({dotted: value}))), schema, layer)
-        if "." in key and not takes_any_key(prefix.removesuffix("."), schema):
+        if "." in key and not in_map:
             first, _, rest = key.partition(".")
             raise UserError(f"{dotted}: a key in a file must not contain a dot (from {layer}); "
                             f"write {first}: {{{rest}: ...}}")
-        if isinstance(value, dict) and (constraint == "section" or takes_any_key(dotted, schema)):
+        if isinstance(value, dict) and fits({}, constraint):
             checked[key] = validate(value, schema, source, f"{dotted}.")
         else:
             checked[key] = checked_value(dotted, value, constraint, layer)
     return checked
-
-
-def takes_any_key(section, schema):
-    """May a section hold keys that the schema does not name, with or without dots?"""
-    kinds = (constraint_of(section, schema) or "").split(" or ")
-    return any(kind == "any" or kind.startswith("map") for kind in kinds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,12 +374,13 @@ def find_synonym(key, schema):
 
 def nearest(key, names):
     """The name that is spelled most like a key, as a whole or in its last part, or None."""
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-    if near:
-        return near[0]
-    last_parts = [name.rpartition(".")[2] for name in names]
-    near = difflib.get_close_matches(key.rpartition(".")[2], last_parts, n=1, cutoff=0.75)
-    return names[last_parts.index(near[0])] if near else None
+    spellings = {name.rpartition(".")[2]: name for name in names}
+    spellings |= {name: name for name in names}
+    for word in (key, key.rpartition(".")[2]):
+        near = difflib.get_close_matches(word, spellings, n=1, cutoff=0.8)
+        if near:
+            return spellings[near[0]]
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,13 +388,9 @@ def nearest(key, names):
 
 def parse_value(text, key, constraint):
     """The value of key=TEXT. A key that holds a string takes the text as it is."""
-    kinds = constraint.split(" or ")
-    is_text = [kind.startswith(("str", "one of ", "name in ")) for kind in kinds]
-    if all(is_text):
-        return text
     value = parse_scalar(text)
-    if any(is_text) and value is not None:
-        return text
+    if constraint != "any" and fits(text, constraint):
+        return None if value is None and fits(None, constraint) else text
     if text.startswith(("[", "{")):
         return construct(compose(text, f"{key} (from cli)"), f"{key} (from cli)")
     return value
@@ -493,123 +481,6 @@ def reference_error(key, problem, context):
 
 
 # --------------------------------------------------------------------------------------------------
-# the imported layer: a pretrained model's config.json, translated to our model section
-
-@functools.cache
-def families():
-    """configs/families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}."""
-    table = read_file(HERE / "families.yaml")
-    for name, family in table.items():
-        base = table[family["like"]] if "like" in family else {}
-        inherited = {key: base[key] for key in base if key not in ("new", "refuse")}
-        table[name] = inherited | family
-        for key in ("keys", "fixed", "weights"):
-            items = base.get(key, {}) | family.get(key, {})
-            table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
-    return table
-
-
-def import_model(cfg):
-    """The imported layer: from model.init_from, or what all new models of the family share."""
-    model_cfg = cfg["model"]
-    if model_cfg["init_from"]:
-        return {"model": read_model(resolve_pretrained(model_cfg["init_from"]))}
-    family = families().get(model_cfg["family"], {})
-    return {"model": family.get("new", {}) | family.get("fixed", {})}
-
-
-@functools.cache
-def resolve_pretrained(name):
-    """A folder, or the folder of a hub id (owner/name), downloaded if it is not in hub's cache.
-
-    Raises UserError if huggingface_hub is not installed or cannot download it.
-    """
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
-    if Path(name).parent.is_dir() or not is_hub_id:
-        return name
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"model.init_from: {name} is not a folder; to download it from the hub, "
-                        "pip install huggingface_hub") from None
-    # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-    try:
-        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-        raise UserError(f"model.init_from: {name} is not a folder, and downloading it from the hub "
-                        f"failed: {reason}") from None
-
-
-def read_model(folder):
-    """The config.json of a pretrained folder as a dict like our model section."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        hint = "give a model folder in Hugging Face format"
-        if (Path(folder) / "hf").is_dir():
-            hint = f"{folder}/hf has one"
-        raise UserError(f"model.init_from: {folder} has no config.json; {hint}")
-    try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(hf_config, dict):
-        raise UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
-    return translate(hf_config, path)
-
-
-def translate(hf_config, path):
-    """A config.json's dict -> a dict like our model section. `path` is for error messages."""
-    model_type = str(hf_config.get("model_type"))
-    names = {family["model_type"]: name for name, family in families().items()}
-    if model_type not in names:
-        raise UserError(f"{path}: model_type must be one of {', '.join(names)}; got {model_type}; "
-                        "a new family is a few lines in configs/families.yaml")
-    name = names[model_type]
-    family = families()[name]
-    for key, value in family.get("refuse", {}).items():
-        if hf_config.get(key, value) != value:
-            raise UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
-                            "which is not supported")
-    model_cfg = {"family": name} | family["fixed"]
-    for key, places in family["keys"].items():
-        value = find_in_hf_config(hf_config, places)
-        if value is MISSING:
-            raise UserError(f"{path}: {key} is missing (as {places}); a {name} model needs it")
-        model_cfg[key] = value
-    if "rope_scaling" in model_cfg:
-        model_cfg["rope_scaling"] = clean_rope_scaling(model_cfg["rope_scaling"], path)
-    return model_cfg
-
-
-def find_in_hf_config(hf_config, places):
-    """The value at the first of several dotted keys that exists. A last item that is not a string
-    is the value if none does; without it the result is MISSING."""
-    places = places if isinstance(places, list) else [places]
-    for place in places:
-        if not isinstance(place, str):
-            return place
-        value = get(hf_config, place, MISSING)
-        if value is not MISSING:
-            return value
-    return MISSING
-
-
-def clean_rope_scaling(scaling, path):
-    """A config.json's rope_scaling or rope_parameters without what other keys hold, or None."""
-    if not scaling:
-        return None
-    if not isinstance(scaling, dict):
-        raise UserError(f"{path}: rope_scaling must be a section; got {scaling!r}")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type == "default":
-        return None
-    other_keys = ("rope_theta", "partial_rotary_factor")
-    return {key: value for key, value in scaling.items() if key not in other_keys}
-
-
-# --------------------------------------------------------------------------------------------------
 # derived values, and checks that involve several keys
 
 def named_sources(cfg):
@@ -673,7 +544,6 @@ def check(cfg, defaults):
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 without a number in `best`"
     yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
-    yield cfg["out_dir"], "out_dir", "the path of a folder"
     for group in cfg["param_groups"]:
         yield is_param_group(group), "param_groups", (
             "a list of {match: a regular expression, lr: a factor, weight_decay: a number}, "
@@ -684,18 +554,19 @@ def check(cfg, defaults):
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
     yield from check_model(cfg["model"])
-    yield from check_family(cfg["model"], defaults["model"])
+    yield from pretrained.check_family(cfg["model"], defaults["model"])
 
 
 def is_param_group(group):
     """Is it {match: a valid regular expression, lr: a number, weight_decay: a number}?"""
-    factors = {"lr": 1.0, "weight_decay": 0.0} | group
+    factors = {"lr": 1, "weight_decay": 0} | group
     match = factors.pop("match", None)
     try:
         re.compile(match)
     except (TypeError, re.error):
         return False
-    return len(factors) == 2 and fits(list(factors.values()), "list of int or float")
+    constraint = "list of float >= 0"
+    return len(factors) == 2 and fits(coerce(list(factors.values()), constraint), constraint)
 
 
 def check_model(model_cfg):
@@ -710,29 +581,6 @@ def check_model(model_cfg):
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
     yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
-    yield model_cfg["family"] in families(), "model.family", f"one of {', '.join(families())}"
-
-
-def check_family(model_cfg, defaults):
-    """Can the family's config.json express the model? If not, the export would be wrong."""
-    name = model_cfg["family"]
-    family = families()[name]
-    n_heads = model_cfg["n_heads"]
-    plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
-    fixed = defaults | plain_heads | family["fixed"]
-    hf_values = {}                                 # several of our keys may be one of config.json
-    for key, value in model_cfg.items():
-        if key in NOT_IN_HF_CONFIG:
-            continue
-        if key not in family["keys"]:
-            yield (value == fixed[key], f"model.{key}",
-                   f"{show(fixed[key])} in a {name} model (configs/families.yaml)")
-            continue
-        places = family["keys"][key]
-        hf_key = places[0] if isinstance(places, list) else places
-        shared = hf_values.setdefault(hf_key, value)
-        yield (value == shared, f"model.{key}",
-               f"{show(shared)}: a {name} model has one {hf_key} for both")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -754,7 +602,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     is_own_schema = defaults is None
     if is_own_schema:
         defaults, schema = read_defaults()
-        imported = import_model if imported is None else imported
+        imported = pretrained.import_model if imported is None else imported
     else:
         schema = schema_of(defaults)
 

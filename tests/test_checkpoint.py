@@ -62,20 +62,21 @@ def save(out_dir, model, optimizer, step=3, sampler_state={}, **state):
     return saver.wait()
 
 
-def save_sharded(folder):
-    """Save a factored optimizer's state from two shards."""
+def move_sharded(folder):
+    """Save a factored optimizer's state from two shards; load it, and what one rank saved."""
     model = small_model(shards=2)
     optimizer = Factored(model.parameters())
     checkpoint.check_optimizer_state(optimizer, model)
-    assert save(folder, model, optimizer)
-    weight = model.get_parameter("0.weight")
-    optimizer.state[weight]["rows"] = torch.ones(3, 1)    # this rank's rows, which nothing says
+    assert save(f"{folder}/two", model, optimizer)
+    load_sharded(f"{folder}/one")
+    load_sharded(f"{folder}/two")
+    # a plain tensor of this rank's rows: that it is not the whole is not known
+    optimizer.state[model.get_parameter("0.weight")]["rows"] = torch.ones(3, 1)
     with pytest.raises(configs.UserError, match="'rows' of 0.weight .*sharded.*shard.mesh.shard=1"):
         checkpoint.check_optimizer_state(optimizer, model)
 
 
 def load_sharded(folder):
-    """Load into two shards what one rank or two shards have saved."""
     model = small_model(shards=2)
     optimizer = Factored(model.parameters())
     expected = {name: shard.full_tensor(p).clone() for name, p in model.named_parameters()}
@@ -400,7 +401,7 @@ def test_load_checkpoint_moves_factored_state_between_layouts(script, tmp_path):
     model = small_model()
     optimizer = Factored(model.parameters())
     assert save(tmp_path / "one", model, optimizer)
-    on_two_ranks(script, "save_sharded", tmp_path / "two")
+    on_two_ranks(script, "move_sharded", tmp_path)
     for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
         one, two = (tmp_path / n / "checkpoints" / "latest" / file for n in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
@@ -409,15 +410,13 @@ def test_load_checkpoint_moves_factored_state_between_layouts(script, tmp_path):
         optimizer.state[p]["rows"].zero_()
     checkpoint.load_checkpoint(tmp_path / "two" / "checkpoints" / "latest", model, optimizer)
     assert all(torch.equal(optimizer.state[p]["rows"], rows) for p, rows in expected.items())
-    on_two_ranks(script, "load_sharded", tmp_path / "one")
-    on_two_ranks(script, "load_sharded", tmp_path / "two")
 
 
 @pytest.mark.parametrize("value, words", [
     (torch.ones(2, dtype=torch.complex64), "complex64.*use another dtype"),
     (None, "is a NoneType; use a tensor or a number"), ([1, 2], "is a list")])
 def test_check_optimizer_state_refuses_what_could_not_be_restored(value, words):
-    """At the start of a run: sharded parameters are in save_sharded above."""
+    """At the start of a run: for sharded parameters see move_sharded."""
     model = small_model()
     optimizer = Factored(model.parameters())
     checkpoint.check_optimizer_state(optimizer, model)
@@ -656,10 +655,9 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
 def test_export_checkpoint_does_not_need_the_loss(finished, script, tmp_path):
     """A run whose experiment registers a loss can be exported without the experiment."""
     out_dir, _ = finished
-    with open(out_dir / "config.yaml", "a") as f:
-        f.write("model.loss: focal\nmodel.loss_options: {gamma: 2.0}\n")
-    config = configs.load([str(out_dir / "config.yaml"), "model.loss=focal", "model.loss_options={gamma: 2.0}"])
-    (out_dir / "config.yaml").write_text(configs.dump(config[2]))
+    path = out_dir / "config.yaml"
+    _, _, explicit = configs.load([str(path), "model.loss=focal", "model.loss_options={gamma: 2.0}"])
+    path.write_text(configs.dump(explicit))
     done = script("checkpoint.py", "export", out_dir, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf" / "model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""sampler.py: order is arithmetic (law 2), rows are full and even, a row holds what its documents say (law 5)."""
+"""sampler.py: the order is a function of (seed, step), micro-batches are full, balanced and hold what documents say."""
 import subprocess, sys, tracemalloc
 
 import numpy as np
@@ -17,62 +17,92 @@ def epoch(c, sizes, e):
     return np.concatenate([S.documents(e * n + s, c, sizes) for s in range(n)])
 
 
+# ---- order
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 256, 1000])
-def test_a_permutation_is_one(n):
+def test_permute_is_a_permutation(n):
     for k in range(5):
-        assert sorted(S.permuted(np.arange(n), n, S.key(k))) == list(range(n))
+        assert sorted(S.permute(np.arange(n), n, S.hash_key(k))) == list(range(n))
 
 
-def test_permutations_look_random():
+def test_permute_looks_random():
     n = 1000
-    first = np.array([S.permuted(np.array([0, 1]), n, S.key(k)) for k in range(2000)])
-    assert abs(first.mean() - (n - 1) / 2) < 25 and abs(np.corrcoef(first.T)[0, 1]) < 0.08
-    walk = S.permuted(np.arange(n), n, S.key(7))
+    first = np.array([S.permute(np.array([0, 1]), n, S.hash_key(k)) for k in range(2000)])
+    assert abs(first.mean() - (n - 1) / 2) < 25
+    assert abs(np.corrcoef(first.T)[0, 1]) < 0.08
+    walk = S.permute(np.arange(n), n, S.hash_key(7))
     assert abs(np.corrcoef(walk[:-1], walk[1:])[0, 1]) < 0.1
 
 
-def test_every_document_once_an_epoch_in_a_new_order_each_time():
+def test_permute_and_documents_stay_what_they_were():
+    """Golden values: a resumed run must draw the documents that the interrupted one would have drawn."""
+    assert list(S.permute(np.arange(7), 7, S.hash_key(0, 1, 0))) == [6, 2, 3, 1, 4, 5, 0]
+    c, sizes = cfg(batch=6, a=2, b=0.5), {"a": 5, "b": 8}
+    assert S.documents(0, c, sizes).tolist() == [11, 1, 0, 10, 4, 3]
+    assert S.documents(1, c, sizes).tolist() == [4, 1, 2, 3, 9, 12]
+    assert S.documents(1000, c, sizes).tolist() == [5, 9, 3, 10, 1, 3]
+
+
+def test_documents_and_pack_are_as_drawn_at_the_top_of_the_file():
+    steps = [S.documents(step, cfg(a=1), {"a": 7}).tolist() for step in range(6)]
+    assert steps == [[3, 2, 6], [4, 5, 1], [0], [3, 5, 0], [2, 6, 1], [4]]
+    n = [5, 4, 3, 3, 2, 1]
+    drawn = [[[n[i] for i in members] for members in of_rank] for of_rank in S.pack(n, 6, world_size=2)]
+    assert drawn == [[[4, 2], [3, 1]], [[5], [3]]]
+    assert "3 2 6 | 4 5 1 | 0" in S.__doc__ and "4 2 | 3 1" in S.__doc__
+
+
+def test_documents_come_once_per_epoch_in_a_new_order():
     c, sizes = cfg(a=1, b=1), {"a": 7, "b": 4}
     epochs = [epoch(c, sizes, e) for e in range(5)]
-    assert all(sorted(e) == list(range(11)) for e in epochs) and len({tuple(e) for e in epochs}) == 5
+    assert all(sorted(e) == list(range(11)) for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 5
     assert [len(S.documents(s, c, sizes)) for s in range(5)] == [3, 3, 3, 2, 3]
-    c["sampler"]["drop_last"] = True
-    assert [len(S.documents(s, c, sizes)) for s in range(4)] == [3, 3, 3, 3] and S.steps_per_epoch(c, sizes) == 3
 
 
-def test_another_seed_is_another_order_and_sequential_is_the_files():
+def test_documents_drop_last_leaves_out_the_incomplete_step():
+    c, sizes = cfg(drop_last="true", a=1, b=1), {"a": 7, "b": 4}
+    assert [len(S.documents(s, c, sizes)) for s in range(4)] == [3, 3, 3, 3]
+    assert S.steps_per_epoch(c, sizes) == 3
+    with pytest.raises(configs.UserError, match="sampler.drop_last.*batch_size=2"):
+        S.steps_per_epoch(c, {"a": 1, "b": 1})
+
+
+def test_documents_depend_on_the_seed():
     c, sizes = cfg(a=1), {"a": 50}
     assert list(epoch(c, sizes, 0)) != list(epoch(c | {"seed": 1}, sizes, 0))
+
+
+def test_documents_sequential_is_the_order_of_the_files():
     assert list(epoch(cfg(order="sequential", a=1, b=1), {"a": 5, "b": 4}, 1)) == list(range(9))
 
 
-def test_weights_are_passes_over_a_source():
+def test_documents_weights_are_passes_over_a_source():
+    """Weight 2: each document twice per epoch. Weight 0.5: half of them, and in the next epoch the other half."""
     c, sizes = cfg(batch=5, a=2, b=0.5), {"a": 6, "b": 8}
     for e in range(2):
         counts = np.bincount(epoch(c, sizes, e), minlength=14)
         assert (counts[:6] == 2).all() and counts[6:].sum() == 4 and counts.max() == 2
     both = np.bincount(np.concatenate([epoch(c, sizes, e) for e in range(2)]), minlength=14)
-    assert (both[6:] == 1).all()                                     # half of it, and then the other half
+    assert (both[6:] == 1).all()
+    assert S.documents_per_epoch(c, sizes).tolist() == S.documents_per_epoch(c, [6, 8]).tolist() == [12, 4]
 
 
-def test_weighted_draws_sources_in_proportion():
+def test_documents_weighted_draws_sources_in_proportion():
     c, sizes = cfg(batch=10, order="weighted", a=3, b=1), {"a": 100, "b": 900}
     counts = np.bincount(epoch(c, sizes, 0) >= 100)
     assert counts[0] == 750 and counts[1] == 250
 
 
-def test_a_step_is_a_function_of_the_step_alone():
+def test_documents_are_a_function_of_the_step_alone():
     c, sizes = cfg(a=1, b=2), {"a": 70, "b": 44}
     late = S.documents(1000, c, sizes)
     for s in range(5):
         S.documents(s, c, sizes)
     assert list(S.documents(1000, c, sizes)) == list(late)
-    code = "import sampler; print('torch' in __import__('sys').modules)"
-    out = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE.parent, capture_output=True, text=True)
-    assert out.stdout.strip() == "False", out.stderr
 
 
-def test_a_billion_documents_need_no_list():
+def test_documents_of_a_billion_need_no_list():
     c, sizes = cfg(batch=1000, a=1), {"a": 10**9}
     tracemalloc.start()
     assert len(np.unique(S.documents(10**7, c, sizes))) == 1000
@@ -80,7 +110,42 @@ def test_a_billion_documents_need_no_list():
     tracemalloc.stop()
 
 
-# ---- rows
+def test_sampler_imports_no_torch():
+    code = "import sampler; print('torch' in __import__('sys').modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=configs.HERE.parent, capture_output=True, text=True)
+    assert out.stdout.strip() == "False", out.stderr
+
+
+# ---- the Sampler interface
+
+@pytest.mark.parametrize("order", ["random", "sequential", "weighted"])
+def test_make_sampler_gives_a_stateless_sampler(tiny, order):
+    c = tiny(f"sampler.order={order}")[0]
+    dataset = S.Dataset(tokenize_data.load_datasets(c, quiet=True)["train"])
+    made = S.make_sampler(c, dataset)
+    before = [made.documents(step).tolist() for step in range(12)]
+    assert before == [S.documents(step, c, dataset.sizes).tolist() for step in range(12)]
+    made.update(np.arange(4), {"loss": np.ones(4)})
+    assert made.state_dict() == {} and not made.uses_feedback
+    made.load_state_dict({})
+    assert before == [made.documents(step).tolist() for step in range(12)]
+
+
+def test_make_sampler_takes_a_registered_class_and_refuses_an_unknown_name(monkeypatch):
+    class FirstDocuments(S.Sampler):
+        def documents(self, step):
+            return np.arange(self.cfg["batch_size"])
+
+    monkeypatch.setitem(S.SAMPLERS, "first", FirstDocuments)
+    c = cfg(a=1)
+    c["sampler"]["order"] = "first"
+    assert S.make_sampler(c, S.Dataset({})).documents(7).tolist() == [0, 1, 2]
+    c["sampler"]["order"] = "frist"
+    with pytest.raises(configs.UserError, match="sampler.order: must be one of random, sequential, weighted.*; got frist"):
+        S.make_sampler(c, S.Dataset({}))
+
+
+# ---- packing
 
 def lengths(kind, n=2000, most=8192):
     rng = np.random.default_rng(0)
@@ -90,101 +155,199 @@ def lengths(kind, n=2000, most=8192):
     return np.clip(draw, 1, most).astype(int)
 
 
+def check_packed(packed, n, capacity):
+    """Each document once, no micro-batch above the capacity, the same number of micro-batches on every rank."""
+    assert sorted(i for of_rank in packed for members in of_rank for i in members) == list(range(len(n)))
+    assert all(n[members].sum() <= capacity for of_rank in packed for members in of_rank)
+    assert len({len(of_rank) for of_rank in packed}) == 1
+
+
 @pytest.mark.parametrize("kind", ["lognormal", "bimodal", "uniform"])
 @pytest.mark.parametrize("capacity", [8192, 130_000])
-def test_rows_are_few_even_and_whole(kind, capacity):
-    n, ranks = lengths(kind), 8
-    rows = S.pack(n, capacity, ranks)
-    assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(n)))
-    assert {len(rank) for rank in rows} == {len(rows[0])}
-    assert max(n[row].sum() for rank in rows for row in rank) <= capacity
-    assert len(rows[0]) <= -(-n.sum() // (capacity * ranks)) + 1
-    costs = np.array([[S.cost(n[row]).sum() for row in rank] for rank in rows])
-    assert np.mean(costs.mean(0) / costs.max(0)) > 0.98 and S.pack(n, capacity, ranks) == rows
+def test_pack_fills_few_micro_batches_and_balances_ranks(kind, capacity):
+    n, world_size = lengths(kind), 8
+    packed = S.pack(n, capacity, world_size)
+    check_packed(packed, n, capacity)
+    assert len(packed[0]) <= -(-n.sum() // (capacity * world_size)) + 1
+    costs = np.array([[S.cost(n[members]).sum() for members in of_rank] for of_rank in packed])
+    assert np.mean(costs.mean(0) / costs.max(0)) > 0.98
+    assert S.pack(n, capacity, world_size) == packed
 
 
-def test_edges_of_packing():
+def test_pack_of_none_one_and_a_full_micro_batch():
     assert S.pack([], 10, 3) == [[], [], []]
     assert S.pack([4], 10, 3) == [[[0]], [[]], [[]]]
     assert S.pack([10], 10) == [[[0]]]
-    with pytest.raises(ValueError, match="micro_tokens.*11"):
+
+
+def test_pack_refuses_a_document_longer_than_the_capacity():
+    with pytest.raises(configs.UserError, match="micro_tokens.*11"):
         S.pack([3, 11], 10)
-    rows = S.pack([6, 6, 6, 4, 4, 4], 10, 1)
-    # cheapest-first would need no more here; tight packing must not, either
-    assert len(rows[0]) == 3
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        n, ranks = rng.integers(1, 33, rng.integers(1, 40)), int(rng.integers(1, 6))
-        rows = S.pack(n, 32, ranks)
-        assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(n)))
-        assert all(n[row].sum() <= 32 for rank in rows for row in rank) and len({len(rank) for rank in rows}) == 1
 
 
-def test_a_row_holds_what_its_documents_say(tiny):
-    c = tiny()[0]
-    train = tokenize_data.load_datasets(c, quiet=True)["train"]
-    rows, info = S.step_rows(3, c, train)
-    wanted = S.documents(3, c, {name: len(t) for name, t in train.items()})
-    assert sorted(i for row in rows for i in row["doc_ids"]) == sorted(wanted) and info["documents"] == 4
-    assert info["tokens"] == sum(row["cu_seqlens"][-1] for row in rows)
-    assert info["weight"] == sum(row["loss_weights"].sum() for row in rows) == info["target_tokens"]
-    for row in rows:
-        assert row["cu_seqlens"][-1] <= c["micro_tokens"]
-        for doc, start, end in zip(row["doc_ids"], row["cu_seqlens"], row["cu_seqlens"][1:]):
-            ids, mask = train["chats"].document(doc)
-            assert (row["tokens"][start:end] == ids[:-1]).all()
-            assert (row["positions"][start:end] == np.arange(end - start)).all()
-            assert (row["targets"][start:end] == np.where(mask[1:], ids[1:].astype(int), -100)).all()
-        assert (row["trained"] == np.flatnonzero(row["targets"] != -100)).all()
-    few, _ = S.step_rows(3, c, train, pad_to=256)
-    assert all(len(row["tokens"]) % 256 == 0 for row in few)
-    assert all((row["targets"][row["cu_seqlens"][-1]:] == -100).all() for row in few)
+def test_pack_falls_back_to_best_fit():
+    """9 | 6 4 | 5 3 2: the cheapest micro-batch first strands the last document, the fullest first does not."""
+    n = np.array([2, 9, 6, 5, 4, 3])
+    longest_first = [1, 2, 3, 4, 5, 0]
+    head_starts = S._head_starts(S.cost(n), longest_first, 3, 1)
+    assert S._pack_balanced(n, S.cost(n), longest_first, 10, head_starts) is None
+    check_packed(S.pack(n, 10), n, 10)
+    assert len(S.pack(n, 10)[0]) == 3
 
 
-def test_ranks_read_the_same_documents_however_many_they_are(tiny):
+@pytest.mark.parametrize("seed", range(20))
+def test_pack_packs_random_lengths(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        n, world_size = rng.integers(1, 33, rng.integers(1, 40)), int(rng.integers(1, 6))
+        check_packed(S.pack(n, 32, world_size), n, 32)
+
+
+# ---- Dataset
+
+@pytest.fixture
+def two_sources(tiny, chats):
+    """-> (cfg, Dataset of chats and of windows of text)"""
+    c = tiny(f"data.train.text.path={chats}.txt", "data.seq_len=100", "batch_size=13")
+    text = chats.with_name(chats.name + ".txt")
+    text.write_text(" ".join(f"word {i}" for i in range(400)))
+    return c[0], S.Dataset(tokenize_data.load_datasets(c[0], quiet=True)["train"])
+
+
+def test_dataset_counts_through_all_sources(two_sources):
+    _, dataset = two_sources
+    assert list(dataset.sizes) == ["chats", "text"]
+    assert len(dataset) == sum(dataset.sizes.values()) == sum(map(len, dataset.sources.values()))
+    first_text = dataset.sizes["chats"]
+    source, within = dataset.locate([0, first_text, first_text - 1, len(dataset) - 1])
+    assert source.tolist() == [0, 1, 0, 1]
+    assert within.tolist() == [0, 0, first_text - 1, dataset.sizes["text"] - 1]
+    with pytest.raises(IndexError):
+        dataset.locate([len(dataset)])
+
+
+def test_dataset_lengths_and_n_targets_are_those_of_its_documents(two_sources):
+    _, dataset = two_sources
+    order = np.random.default_rng(0).permutation(len(dataset))
+    documents = [dataset.document(i) for i in order]
+    assert dataset.lengths(order).tolist() == [len(ids) - 1 for ids, _ in documents]
+    assert dataset.n_targets(order).tolist() == [int(mask[1:].sum()) for _, mask in documents]
+    assert dataset.lengths([]).tolist() == dataset.n_targets([]).tolist() == []
+
+
+def test_dataset_n_targets_of_a_held_out_split(tiny):
+    """Training and held-out documents share token files: each Tokens has the counts of its own documents."""
+    data = tokenize_data.load_datasets(tiny()[0], quiet=True)
+    for kind in ("train", "validation"):
+        tokens = data[kind]["chats"]
+        assert len(tokens.n_targets) == len(tokens)
+        assert tokens.n_targets.tolist() == [int(tokens.document(i)[1][1:].sum()) for i in range(len(tokens))]
+
+
+def test_dataset_describe_names_source_and_document(two_sources):
+    _, dataset = two_sources
+    first_text = dataset.sizes["chats"]
+    assert dataset.describe(np.array([3, first_text + 2])) == "chats 3, text 2"
+    assert dataset.describe([17, 3, 1, 2, 4], limit=2) == "chats 17, chats 3 and 3 more"
+
+
+# ---- micro-batches
+
+def test_load_micro_batches_hold_what_their_documents_say(two_sources):
+    c, dataset = two_sources
+    indices = S.documents(3, c, dataset.sizes)
+    micro_batches, info = S.load_micro_batches(indices, c, dataset)
+    assert sorted(i for mb in micro_batches for i in mb["doc_ids"]) == sorted(indices)
+    assert info["documents"] == 13
+    assert info["tokens"] == sum(mb["cu_seqlens"][-1] for mb in micro_batches) == sum(info["lengths"])
+    assert info["target_tokens"] == S.loss_weight(micro_batches) == dataset.n_targets(indices).sum()
+    for mb in micro_batches:
+        assert mb["cu_seqlens"][-1] <= c["micro_tokens"]
+        assert mb["max_seqlen"] == np.diff(mb["cu_seqlens"]).max()
+        for index, start, end in zip(mb["doc_ids"], mb["cu_seqlens"], mb["cu_seqlens"][1:]):
+            ids, mask = dataset.document(index)
+            assert (mb["tokens"][start:end] == ids[:-1]).all()
+            assert (mb["positions"][start:end] == np.arange(end - start)).all()
+            assert (mb["targets"][start:end] == np.where(mask[1:], ids[1:].astype(int), -100)).all()
+            assert (mb["loss_weights"][start:end] == mask[1:]).all()
+
+
+def test_collate_has_one_encoding_of_what_is_trained(two_sources):
+    """Targets and loss_weights, of stated types, which agree about what has a loss."""
+    _, dataset = two_sources
+    mb = S.collate([1, 0, len(dataset) - 1], dataset)
+    dtypes = {"tokens": np.int64, "targets": np.int64, "loss_weights": np.float32, "positions": np.int64,
+              "cu_seqlens": np.int32, "doc_ids": np.int64}
+    assert {key: value.dtype for key, value in mb.items() if key != "max_seqlen"} == dtypes
+    assert ((mb["targets"] == -100) == (mb["loss_weights"] == 0)).all()
+
+
+def test_collate_pads_outside_every_document(two_sources):
+    _, dataset = two_sources
+    mb = S.collate([0, 1, 2], dataset, pad_to=256)
+    end = mb["cu_seqlens"][-1]
+    assert len(mb["tokens"]) % 256 == 0 and len(mb["tokens"]) - end < 256
+    assert (mb["targets"][end:] == -100).all() and (mb["loss_weights"][end:] == 0).all()
+    assert mb["max_seqlen"] >= len(mb["tokens"]) - end
+    assert S.loss_weight([mb]) == S.loss_weight([S.collate([0, 1, 2], dataset)])
+
+
+def test_collate_of_no_documents_is_an_idle_micro_batch(two_sources):
+    _, dataset = two_sources
+    mb = S.collate([], dataset, pad_to=128)
+    assert mb["cu_seqlens"].tolist() == [0] and len(mb["tokens"]) == len(mb["doc_ids"]) == mb["max_seqlen"] == 0
+    assert S.loss_weight([mb]) == 0
+
+
+def test_loss_weight_follows_an_edit_of_collate(two_sources, monkeypatch):
+    """The denominator is read from the arrays that the loss uses; only targets count, and negative weights by size."""
+    c, dataset = two_sources
+    plain = S.loss_weight(S.load_micro_batches(np.arange(8), c, dataset)[0])
+    collate = S.collate
+
+    def edited(indices, dataset, pad_to=1):
+        mb = collate(indices, dataset, pad_to)
+        mb["loss_weights"] *= -0.5
+        mb["loss_weights"][mb["targets"] == -100] = 7
+        return mb
+
+    monkeypatch.setattr(S, "collate", edited)
+    micro_batches, _ = S.load_micro_batches(np.arange(8), c, dataset)
+    assert S.loss_weight(micro_batches) == 0.5 * plain > 0
+    assert S.loss_weight([]) == 0
+
+
+def test_load_micro_batches_reads_the_same_documents_on_any_number_of_ranks(tiny):
     c = tiny("batch_size=13")[0]
-    train = tokenize_data.load_datasets(c, quiet=True)["train"]
-    for ranks in (1, 2, 4, 32):
-        parts = [S.step_rows(1, c, train, ranks, rank) for rank in range(ranks)]
-        drawn = sorted(i for rows, _ in parts for row in rows for i in row["doc_ids"])
-        assert drawn == sorted(S.documents(1, c, {"chats": 36}))
-        assert len({len(rows) for rows, _ in parts}) == 1 and len({info["weight"] for _, info in parts}) == 1
+    dataset = S.Dataset(tokenize_data.load_datasets(c, quiet=True)["train"])
+    indices = S.documents(1, c, dataset.sizes)
+    for world_size in (1, 2, 4, 32):
+        parts = [S.load_micro_batches(indices, c, dataset, world_size, rank) for rank in range(world_size)]
+        drawn = sorted(i for micro_batches, _ in parts for mb in micro_batches for i in mb["doc_ids"])
+        assert drawn == sorted(indices)
+        assert len({len(micro_batches) for micro_batches, _ in parts}) == 1
+        assert len({str(info) for _, info in parts}) == 1                # the same on every rank, without asking
+        weight = sum(S.loss_weight(micro_batches) for micro_batches, _ in parts)
+        assert weight == parts[0][1]["target_tokens"]
+        assert 0 < parts[0][1]["packing"] <= 1
 
 
-def test_feedback_draws_in_proportion_to_the_loss_that_was_seen(tiny):
-    cfg = tiny("sampler.order=feedback", "batch_size=6")[0]
-    sources = tokenize_data.load_datasets(cfg, quiet=True)["train"]
-    n, sizes = len(sources["chats"]), {"chats": len(sources["chats"])}
-    seen = S.Seen(cfg, sources)
+# ---- python sampler.py
 
-    def count(steps):
-        drawn = np.concatenate([S.documents(s, cfg, sizes, seen) for s in range(steps)])
-        return np.bincount(drawn, minlength=n) / steps
-    even = count(600)
-    assert abs(even - 6 / n).max() < 0.06                              # nothing seen: all alike
-    targets = S.targets_of(np.arange(n), list(sources.values()))
-    losses = np.where(np.arange(n) % 3 == 0, 3.0, 1.0)
-    before = S.documents(7, cfg, sizes, seen)
-    seen.tell(np.arange(n)[::-1], (losses * targets)[::-1])
-    assert (S.documents(7, cfg, sizes, seen) == before).all()    # told, and not taken in
-    seen.take_in()
-    drawn = count(600)
-    assert abs(drawn - 6 * losses / losses.sum()).max() < 0.08
-    again = S.Seen(cfg, sources)
-    again.load(seen.state())
-    for step in range(20):
-        got = S.documents(step, cfg, sizes, seen)
-        assert len(set(got)) == 6 and (S.documents(step, cfg, sizes, again) == got).all()
-    seen.tell([0, 1], [np.nan, np.inf])
-    seen.take_in()
-    assert np.isfinite(seen.loss).all() and len(seen.draw(1000, S.key(1))) == n
-    with pytest.raises(ValueError, match="sampler.order"):
-        again.load({"loss": np.zeros(3), "documents": np.zeros(0), "losses": np.zeros(0)})
+def test_script_prints_steps_packing_and_balance(script, tiny, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(configs.dump(tiny()[2]))
+    out = script("sampler.py", config, "ranks=3")
+    assert out.returncode == 0, out.stderr
+    assert "chats: 36 documents, 36 per epoch" in out.stdout and "= 9 steps per epoch" in out.stdout
+    assert "1 rank: " in out.stdout and "3 ranks: " in out.stdout and "% full" in out.stdout
+    refused = script("sampler.py", config, "ranks=0")
+    assert refused.returncode == 1 and refused.stderr == "error: ranks: must be at least 1; got 0\n"
+    refused = script("sampler.py", config, "sampler.order=rnd")
+    assert refused.returncode and "sampler.order: must be one of random, sequential, weighted" in refused.stderr
 
 
-def test_feedback_plans_a_million_documents_quickly_enough_to_hide():
-    seen = S.Seen.__new__(S.Seen)
-    seen.loss, seen.rate = np.random.default_rng(0).random(1_000_000).astype(np.float32), np.ones(1_000_000)
-    drawn = seen.draw(512, S.key(3))
-    # 2/3 where the loss is uniform, 1/2 without feedback
-    assert len(set(drawn)) == 512 and seen.loss[drawn].mean() > 0.6
+def test_script_without_arguments_prints_how_to_start(script):
+    for argv in ([], ["--help"]):
+        out = script("sampler.py", *argv)
+        assert out.returncode == 0 and "python sampler.py configs/ft.yaml" in out.stdout

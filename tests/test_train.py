@@ -732,11 +732,10 @@ def test_setup_refuses_an_out_dir_with_another_run(tiny):
 def test_setup_reports_mistakes_in_one_line(tiny, more, words):
     if "device=cuda" in more and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    loaded = tiny(*more)
-    with pytest.raises(ValueError) as e:
-        main(loaded)
+    with pytest.raises(configs.UserError) as e:
+        main(tiny(*more))
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-    assert not (Path(loaded[0]["out_dir"]) / "checkpoints").exists()
+    assert not (Path(tiny()[0]["out_dir"]) / "checkpoints").exists()
 
 
 def test_setup_reports_bad_data_with_file_and_line(tmp_path, script):

@@ -1,14 +1,15 @@
-"""Packing: rows filled and ranks balanced, at once, against the packers in use.
+"""Packing: micro-batches filled and ranks balanced, at once, against the packers in use.
 
     python tests/bench/packing.py --instructlab ../training --minitrainer ../mini_trainer
 
-100,000 lognormal lengths (median 300, at most 8,192), rows of 8,192 tokens, 3,840 documents a step, 8 and 64 ranks;
-and 2,000 documents of three kinds. Before them, the order: step 10,000,000 of a billion documents, and every step of
-an epoch of ten million documents of uneven length. The peers' packers are taken from checkouts; where numba is not
-installed they run as plain Python, which changes their time and nothing else. Best fit is what TRL packs by: longest
-first, each into the fullest row it fits in, rows dealt to ranks in turn. Prints a table and one line of JSON.
+100,000 lognormal lengths (median 300, at most 8,192), micro_tokens 8,192, 3,840 documents per step, 8 and 64 ranks; and
+2,000 documents of three kinds. Before them, the order: step 10,000,000 of a billion documents, and every step of an
+epoch of ten million documents of uneven length. The peers' packers are taken from checkouts; if numba is not installed
+they run as plain Python, which changes only their time. Best fit is what TRL packs by: longest first, each into the
+fullest micro-batch that has room, micro-batches dealt to ranks in turn. Prints a table and one line of JSON.
 
-    fill      tokens over the space of all rows on all ranks        balance   per row, the costliest rank over the mean
+    fill      tokens over the space of all micro-batches on all ranks
+    balance   per micro-batch, the costliest rank over the mean
 """
 import argparse, importlib.util, json, statistics, sys, time, tracemalloc, types
 from pathlib import Path
@@ -20,7 +21,7 @@ import configs, sampler
 
 
 class Lengths:
-    """As much of a source as its order needs."""
+    """The part of tokenize_data.Tokens that packing needs."""
 
     def __init__(self, values):
         self.values = values
@@ -40,9 +41,10 @@ def order():
     late, peak = (time.perf_counter() - start) * 1e3, tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     source = Lengths(np.clip(np.random.default_rng(0).lognormal(5.7, 1, many), 8, 8192).astype(np.int64))
-    start, tokens, steps = time.perf_counter(), 0, sampler.steps_per_epoch(cfg, {"a": many})
+    dataset = sampler.Dataset({"a": source})
+    start, tokens, steps = time.perf_counter(), 0, sampler.steps_per_epoch(cfg, dataset.sizes)
     for step in range(steps):
-        tokens += int(sampler.lengths_of(sampler.documents(step, cfg, {"a": many}), [source]).sum())
+        tokens += int(dataset.lengths(sampler.documents(step, cfg, dataset.sizes)).sum())
     seconds = time.perf_counter() - start
     assert tokens == source.values.sum()
     print(f"order: step 10,000,000 of a billion documents in {late:.1f} ms and {peak:.1f} MB; "
@@ -61,39 +63,43 @@ def peer(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def pack(lengths, capacity, ranks):
-        rows = (module.batch_lengths_to_minibatches_lpt(list(map(int, lengths)), capacity, ranks, rank)
-                for rank in range(ranks))
-        return [[[i for i in row if i >= 0] for row in packed] for packed in rows]
+    def pack(lengths, capacity, world_size):
+        packed = (module.batch_lengths_to_minibatches_lpt(list(map(int, lengths)), capacity, world_size, rank)
+                  for rank in range(world_size))
+        return [[[i for i in members if i >= 0] for members in of_rank] for of_rank in packed]
     return pack
 
 
-def best_fit(lengths, capacity, ranks):
-    rows, room = [], np.zeros(0, np.int64)
+def best_fit(lengths, capacity, world_size):
+    packed, room = [], np.zeros(0, np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         fits = np.flatnonzero(room >= lengths[i])
         if len(fits):
-            r = fits[room[fits].argmin()]
+            fullest = fits[room[fits].argmin()]
         else:
-            r, room = len(rows), np.append(room, capacity)
-            rows.append([])
-        rows[r].append(int(i))
-        room[r] -= lengths[i]
-    rows += [[]] * (-len(rows) % ranks)
-    return [rows[rank::ranks] for rank in range(ranks)]
+            fullest, room = len(packed), np.append(room, capacity)
+            packed.append([])
+        packed[fullest].append(int(i))
+        room[fullest] -= lengths[i]
+    packed += [[]] * (-len(packed) % world_size)
+    return [packed[rank::world_size] for rank in range(world_size)]
 
 
-def judge(pack, lengths, capacity, ranks):
+def cost(members, lengths):
+    return sampler.cost(lengths[members]).sum() if len(members) else 0.0
+
+
+def judge(pack, lengths, capacity, world_size):
     """-> fill, balance, seconds"""
     start = time.perf_counter()
-    rows = pack(lengths, capacity, ranks)
+    packed = pack(lengths, capacity, world_size)
     seconds = time.perf_counter() - start
-    count = max(map(len, rows))
-    cost = lambda row: sampler.cost(lengths[row]).sum() if len(row) else 0.0
-    costs = np.array([[cost(row) for row in list(rank) + [[]] * (count - len(rank))] for rank in rows])
-    assert sorted(i for rank in rows for row in rank for i in row) == list(range(len(lengths)))
-    assert all(lengths[row].sum() <= capacity for rank in rows for row in rank if len(row))
-    return lengths.sum() / (ranks * count * capacity), costs.max(0).sum() / costs.mean(0).sum(), seconds
+    count = max(map(len, packed))
+    costs = np.array([[cost(members, lengths) for members in list(of_rank) + [[]] * (count - len(of_rank))]
+                      for of_rank in packed])
+    assert sorted(i for of_rank in packed for members in of_rank for i in members) == list(range(len(lengths)))
+    assert all(lengths[members].sum() <= capacity for of_rank in packed for members in of_rank if len(members))
+    return lengths.sum() / (world_size * count * capacity), costs.max(0).sum() / costs.mean(0).sum(), seconds
 
 
 def main():
@@ -122,10 +128,10 @@ def main():
             values = values.astype(np.int64)
             times = [judge(sampler.pack, values, capacity, 8) for _ in range(5)]
             bound = -(-int(values.sum()) // (capacity * 8))
-            rows = len(sampler.pack(values, capacity, 8)[0])
+            count = len(sampler.pack(values, capacity, 8)[0])
             even, ms = 1 / times[0][1], statistics.median(t[2] for t in times) / 2 * 1e3
-            result[f"{kind}, {capacity}"] = {"rows": rows, "bound": bound, "mean/max": round(even, 4)}
-            print(f"2,000 {kind:<9} rows of {capacity:>7,}: {rows} rows, bound {bound}, mean/max {even:.4f}, "
+            result[f"{kind}, {capacity}"] = {"count": count, "bound": bound, "mean/max": round(even, 4)}
+            print(f"2,000 {kind:<9} micro_tokens {capacity:>7,}: {count} per rank, bound {bound}, mean/max {even:.4f}, "
                   f"{ms:.1f} ms per 1,000")
     print(json.dumps(result))
 

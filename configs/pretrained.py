@@ -1,0 +1,160 @@
+"""The imported layer of a config: a pretrained model's config.json, translated to our model section.
+
+configs/families.yaml describes the families of models; load() in configs/__init__.py uses this file.
+"""
+import functools
+import json
+import re
+from pathlib import Path
+
+import configs
+
+# Model keys that a family's config.json need not have: they don't change what a saved model
+# computes, or save_pretrained() stores their effect in the weights.
+NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
+                    "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
+                    "pad_vocab_size_multiple")
+
+
+@functools.cache
+def families():
+    """configs/families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}."""
+    table = configs.read_file(configs.HERE / "families.yaml")
+    for name, family in table.items():
+        base = table[family["like"]] if "like" in family else {}
+        inherited = {key: base[key] for key in base if key not in ("new", "refuse")}
+        table[name] = inherited | family
+        for key in ("keys", "fixed", "weights"):
+            items = base.get(key, {}) | family.get(key, {})
+            table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
+    return table
+
+
+def import_model(cfg):
+    """The imported layer: from model.init_from, or what all new models of the family share."""
+    model_cfg = cfg["model"]
+    if model_cfg["init_from"]:
+        return {"model": read_model(resolve_pretrained(model_cfg["init_from"]))}
+    family = families().get(model_cfg["family"], {})
+    return {"model": family.get("new", {}) | family.get("fixed", {})}
+
+
+@functools.cache
+def resolve_pretrained(name):
+    """A folder, or the folder of a hub id (owner/name), downloaded if it is not in hub's cache.
+
+    Raises configs.UserError if huggingface_hub is not installed or cannot download it.
+    """
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    if Path(name).parent.is_dir() or not is_hub_id:
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise configs.UserError(f"model.init_from: {name} is not a folder; to download it from the "
+                                "hub, pip install huggingface_hub") from None
+    # No pickles, nothing that would be executed, and no subfolders.
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    try:
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        raise configs.UserError(f"model.init_from: {name} is not a folder, and downloading it from "
+                                f"the hub failed: {reason}") from None
+
+
+def read_model(folder):
+    """The config.json of a pretrained folder as a dict like our model section."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        hint = "give a model folder in Hugging Face format"
+        if (Path(folder) / "hf").is_dir():
+            hint = f"{folder}/hf has one"
+        raise configs.UserError(f"model.init_from: {folder} has no config.json; {hint}")
+    try:
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise configs.UserError(f"{path}: cannot read this JSON file: {error}") from None
+    if not isinstance(hf_config, dict):
+        raise configs.UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
+    return translate(hf_config, path)
+
+
+def translate(hf_config, path):
+    """A config.json's dict -> a dict like our model section. `path` is for error messages."""
+    model_type = str(hf_config.get("model_type"))
+    names = {family["model_type"]: name for name, family in families().items()}
+    if model_type not in names:
+        raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
+                                f"{model_type}; a new family is a few lines in "
+                                "configs/families.yaml")
+    name = names[model_type]
+    family = families()[name]
+    for key, value in family.get("refuse", {}).items():
+        if hf_config.get(key, value) != value:
+            raise configs.UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
+                                    "which is not supported")
+    model_cfg = {"family": name} | family["fixed"]
+    for key, places in family["keys"].items():
+        value = find_in_hf_config(hf_config, places)
+        if value is configs.MISSING:
+            raise configs.UserError(f"{path}: {places} is missing, a {name} model's {key}")
+        model_cfg[key] = value
+    if "rope_scaling" in model_cfg:
+        model_cfg["rope_scaling"] = clean_rope_scaling(model_cfg["rope_scaling"], path)
+    return model_cfg
+
+
+def find_in_hf_config(hf_config, places):
+    """The value at the first of several dotted keys that exists, or configs.MISSING.
+
+    A last item that is not a string is the value if none of the keys exists.
+    """
+    places = places if isinstance(places, list) else [places]
+    for place in places:
+        if not isinstance(place, str):
+            return place
+        value = configs.get(hf_config, place, configs.MISSING)
+        if value is not configs.MISSING:
+            return value
+    return configs.MISSING
+
+
+def clean_rope_scaling(scaling, path):
+    """A config.json's rope_scaling or rope_parameters without what other keys hold, or None."""
+    if not scaling:
+        return None
+    if not isinstance(scaling, dict):
+        raise configs.UserError(f"{path}: rope_scaling must be a section; got {scaling!r}")
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type == "default":
+        return None
+    other_keys = ("rope_theta", "partial_rotary_factor")
+    return {key: value for key, value in scaling.items() if key not in other_keys}
+
+
+def check_family(model_cfg, defaults):
+    """Can the family's config.json express the model? If not, the export would be wrong.
+
+    Yields (is it valid, key, what it must be).
+    """
+    name = model_cfg["family"]
+    yield name in families(), "model.family", f"one of {', '.join(families())}"
+    family = families()[name]
+    n_heads = model_cfg["n_heads"]
+    plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
+    fixed = defaults | plain_heads | family["fixed"]
+    hf_values = {}                                 # several of our keys may be one of config.json
+    for key, value in model_cfg.items():
+        if key in NOT_IN_HF_CONFIG:
+            continue
+        if key not in family["keys"]:
+            yield (value == fixed[key], f"model.{key}",
+                   f"{configs.show(fixed[key])} in a {name} model, whose config.json has no other "
+                   "value (configs/families.yaml)")
+            continue
+        places = family["keys"][key]
+        hf_key = places[0] if isinstance(places, list) else places
+        shared = hf_values.setdefault(hf_key, value)
+        yield (value == shared, f"model.{key}",
+               f"{configs.show(shared)}: a {name} model has one {hf_key} for both")

@@ -408,9 +408,9 @@ def describe_run(run):
     if run.resume_path:
         lines.append(f"resume    {run.resume_path}: {run.resumed_step:,} of "
                      f"{run.state.total_steps:,} steps are done")
-        for change in run.state.code_changes:
+        for change in run.state.changes:
             if change["step"] == run.resumed_step:
-                lines.append(f"warning   changed since then: {', '.join(change['files'])}")
+                lines.append(f"warning   changed since then: {', '.join(change['what'])}")
     return lines
 
 

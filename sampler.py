@@ -263,20 +263,22 @@ def _pack_balanced(lengths, costs, longest_first, capacity, head_starts):
     """
     packed = [[] for _ in head_starts]
     room = [capacity] * len(packed)
-    heap = [(-start, k) for k, start in enumerate(head_starts)]    # (cost so far, micro-batch)
-    heapq.heapify(heap)
+    cheapest = [(-start, k) for k, start in enumerate(head_starts)]    # heap: cost, micro-batch
+    heapq.heapify(cheapest)
+    too_full = []                        # heap: -room, cost, micro-batch; for shorter documents
     for i in longest_first:
-        too_full = []
-        while heap and room[heap[0][1]] < lengths[i]:
-            too_full.append(heapq.heappop(heap))
-        if not heap:
+        while too_full and -too_full[0][0] >= lengths[i]:
+            _, cost_so_far, k = heapq.heappop(too_full)
+            heapq.heappush(cheapest, (cost_so_far, k))
+        while cheapest and room[cheapest[0][1]] < lengths[i]:
+            cost_so_far, k = heapq.heappop(cheapest)
+            heapq.heappush(too_full, (-room[k], cost_so_far, k))
+        if not cheapest:
             return None
-        cost_so_far, k = heap[0]
+        cost_so_far, k = heapq.heappop(cheapest)
         packed[k].append(i)
         room[k] -= lengths[i]
-        heapq.heapreplace(heap, (cost_so_far + costs[i], k))
-        for entry in too_full:                           # a shorter document may fit
-            heapq.heappush(heap, entry)
+        heapq.heappush(cheapest, (cost_so_far + costs[i], k))
     return packed
 
 

@@ -297,8 +297,8 @@ def create_state(optimizer):
         p.copy_(saved)
         p.grad = None
         step = optimizer.state[p].get("step")
-        if torch.is_tensor(step):
-            step.zero_()
+        if step is not None:
+            optimizer.state[p]["step"] = step * 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,7 +538,7 @@ class TrainState:
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
-    code_changes: list            # [{"step", "files"}]: resumed with other scripts
+    changes: list                 # [{"step", "what"}]: files and data that had changed at a resume
     versions: dict
 
 
@@ -567,7 +567,7 @@ class Run:
     start_time: float = 0.0
     last_log_time: float = 0.0    # run.seconds() at the last logged step
     tokens_since_log: int = 0
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last logged step
+    data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last log line
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
     saved_step: int = 0
     stop: int = 0                 # 0, TIME_IS_UP, or the number of a signal
@@ -706,17 +706,19 @@ def new_state(explicit, cfg, data, total_steps):
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
-        code=checkpoint.code_hashes(), git=checkpoint.git_describe(), code_changes=[],
+        code=checkpoint.code_hashes(), git=checkpoint.git_describe(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
 def continue_state(state, saved):
     """Take over from a checkpoint's state what has happened so far."""
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "code_changes"):
+    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "changes"):
         setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
+    changed += [f"data.train.{name}" for name in state.data
+                if saved["data"].get(name) != state.data[name]]
     if changed:
-        state.code_changes = [*saved["code_changes"], {"step": state.step, "files": changed}]
+        state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
 def write_run_folder(cfg, explicit, state):

@@ -1,6 +1,6 @@
-"""The imported layer of a config: a pretrained model's config.json, translated to our model section.
+"""The imported layer of a config: a pretrained model's config.json, translated to our keys.
 
-configs/families.yaml describes the families of models; load() in configs/__init__.py uses this file.
+configs/families.yaml describes the families of models. configs.load() uses this file.
 """
 import functools
 import json
@@ -150,8 +150,8 @@ def check_family(model_cfg, defaults):
             continue
         if key not in family["keys"]:
             yield (value == fixed[key], f"model.{key}",
-                   f"{configs.show(fixed[key])} in a {name} model, whose config.json has no other "
-                   "value (configs/families.yaml)")
+                   f"{configs.show(fixed[key])} in a {name} model, whose config.json has no "
+                   "other value (configs/families.yaml)")
             continue
         places = family["keys"][key]
         hf_key = places[0] if isinstance(places, list) else places

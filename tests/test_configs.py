@@ -1,10 +1,16 @@
-"""configs/: layers, origins, types, interpolation, and errors of one line."""
-import copy, subprocess, sys
+"""configs/: layers and their provenance, the schema, references, errors in one line, helpers of the scripts."""
+import ast
+import copy
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 import configs
+from conftest import ROOT
 
 SCHEMA = {"lr": 0.1, "steps": 10, "name": "x", "flag": False, "list": [1, 2], "any": None, "free": {},
           "eval_every": 100, "a": {"b": 1, "c": {"d": "deep"}, "e": 2.5}}
@@ -19,7 +25,21 @@ def file(tmp_path, text, name="x.yaml"):
     return str(tmp_path / name)
 
 
-def test_layers_in_order_and_where_each_value_came_from(tmp_path):
+def error_of(function, *args, **kw):
+    """The text of the UserError that a call raises; it is one line."""
+    with pytest.raises(configs.UserError) as e:
+        function(*args, **kw)
+    assert "\n" not in str(e.value), str(e.value)
+    return str(e.value)
+
+
+def assert_names(text, words):
+    assert all(word in text for word in words), text
+
+
+# ---- layers
+
+def test_load_merges_layers_in_order_and_names_the_layer_of_each_value(tmp_path):
     one = file(tmp_path, "lr: 1\na: {b: 2, c: {d: one}}", "one.yaml")
     two = file(tmp_path, "a: {c: {d: two}}\nlist: [3]", "two.yaml")
     imported = {"name": "imported", "steps": 5, "a": {"b": 99}}
@@ -32,28 +52,73 @@ def test_layers_in_order_and_where_each_value_came_from(tmp_path):
     assert explicit == {"lr": 1.0, "a": {"b": 2, "c": {"d": "two"}, "e": 7.0}, "list": [3], "name": "cli"}
 
 
-def test_a_users_value_wins_even_where_it_equals_the_default():
+def test_load_prefers_a_users_value_that_equals_the_default():
     cfg, source, explicit = load("steps=10", imported={"steps": 5})
     assert cfg["steps"] == 10 and source["steps"] == "cli" and explicit == {"steps": 10}
 
 
-def test_imported_may_be_a_callable_that_sees_a_resolved_copy():
+def test_load_calls_imported_with_a_resolved_copy():
     seen = []
     def imported(cfg):
         seen.append(copy.deepcopy(cfg))
-        cfg["lr"] = 77.0                                             # its own copy: this goes nowhere
+        cfg["lr"] = 77.0                                             # changes only the copy
         return {"steps": 3}
     cfg, source, _ = load("name=${a.c.d}", imported=imported)
     assert seen[0]["name"] == "deep" and cfg["lr"] == 0.1 and cfg["steps"] == 3 and source["steps"] == "imported"
 
 
-def test_null_is_a_value_lists_are_replaced_whole_and_free_sections_take_any_key():
+def test_load_replaces_lists_and_null_whole_and_accepts_any_key_in_open_sections():
     cfg, source, explicit = load("any={x: 1, y: [2]}", "free.k.j=3", "list=[]")
     assert cfg["any"] == {"x": 1, "y": [2]} and cfg["free"] == {"k": {"j": 3}} and cfg["list"] == []
     assert source["any.x"] == "cli" and source["free.k.j"] == "cli" and "free" not in source
     cfg, source, _ = load("any=null", imported={"any": {"x": 1}})
     assert cfg["any"] is None and source["any"] == "cli" and "any.x" not in source
+    cfg, source, _ = load("any={x: 1}", "any=null", "any={y: 2}", imported={"any": {"x": 3}})
+    assert cfg["any"] == {"y": 2} and source["any.y"] == "cli" and "any.x" not in source
 
+
+def test_load_twice_gives_the_same_and_changes_no_argument():
+    schema, imported, argv = copy.deepcopy(SCHEMA), {"a": {"b": 3}, "list": [9]}, ["free.x=[1]", "a.e=3"]
+    first = configs.load(argv, imported=imported, defaults=schema)
+    first[0]["list"].append(1)
+    first[0]["a"]["b"] = 77
+    first[2]["free"]["x"].append(2)
+    assert configs.load(argv, imported=imported, defaults=schema)[0]["list"] == [9]
+    assert schema == SCHEMA and imported == {"a": {"b": 3}, "list": [9]} and argv == ["free.x=[1]", "a.e=3"]
+    cfg = configs.load([])[0]
+    cfg["betas"].append(1)
+    cfg["data"]["train"]["a"] = {}
+    assert configs.load([])[0]["betas"] == [0.9, 0.95] and configs.load([])[0]["data"]["train"] == {}
+
+
+def test_load_derives_values_and_fills_sources():
+    cfg, source, explicit = configs.load(["lr=1e-3", "data.train.a.path=x", "data.source.weight=2",
+                                          "data.train.b.path=y", "data.train.b.weight=1"])
+    assert cfg["min_lr"] == pytest.approx(1e-4) and source["min_lr"] == "derived" and "min_lr" not in explicit
+    assert cfg["model"]["n_kv_heads"] == cfg["model"]["n_heads"]
+    assert cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
+    assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli"
+    assert source["data.train.a.label"] == "default" and "data.train.a" not in source
+    assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0},
+                                             "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
+    assert sorted(source) == sorted(configs.flat(cfg))
+
+
+def test_load_joins_relative_paths_to_their_roots(tmp_path):
+    argv = ["data.train.a.path=a.jsonl", "data.validation.b.path=/b.jsonl", "out_dir=~/run"]
+    cfg, source, explicit = configs.load(argv, env={})
+    assert cfg["data"]["train"]["a"]["path"] == "a.jsonl" and cfg["data"]["cache_dir"] == "out/tokens"
+    cfg, source, explicit = configs.load(argv, env={"DATA_ROOT": "/d", "OUTPUT_ROOT": "/o"})
+    assert cfg["data"]["train"]["a"]["path"] == "/d/a.jsonl" and cfg["data"]["validation"]["b"]["path"] == "/b.jsonl"
+    assert cfg["data"]["cache_dir"] == "/o/out/tokens" and cfg["out_dir"] == os.path.expanduser("~/run")
+    assert source["data_root"] == "default" and source["data.train.a.path"] == "cli"
+    assert explicit["data"]["train"]["a"]["path"] == "a.jsonl" and "data_root" not in explicit
+    again, _, _ = configs.load([file(tmp_path, configs.dump(explicit))], env={"DATA_ROOT": "/d", "OUTPUT_ROOT": "/o"})
+    assert again == cfg
+    assert configs.load(["output_root=/x", "out_dir=a"], env={"OUTPUT_ROOT": "/o"})[0]["out_dir"] == "/x/a"
+
+
+# ---- values
 
 @pytest.mark.parametrize("text, value", [
     ("true", True), ("false", False), ("null", None), ("None", None), ("~", None), ("3", 3), ("-3", -3), ("1e-4", 1e-4),
@@ -62,7 +127,7 @@ def test_null_is_a_value_lists_are_replaced_whole_and_free_sections_take_any_key
     ("yes", "yes"), ("010", "010"), ("1:30", "1:30"),
     ("2026-11-20", "2026-11-20"), ("0x10", "0x10"), ("1_000", "1_000"), ("", ""), ("a=b=c", "a=b=c"),
     ("'quoted'", "'quoted'")])
-def test_words_mean_the_same_on_the_command_line_and_in_files(tmp_path, text, value):
+def test_parse_scalar_reads_words_alike_on_the_command_line_and_in_files(tmp_path, text, value):
     cfg, _, _ = load(f"any={text}")
     assert cfg["any"] == value and type(cfg["any"]) is type(value)
     if text not in ("", "a=b=c", "'quoted'"):
@@ -70,97 +135,35 @@ def test_words_mean_the_same_on_the_command_line_and_in_files(tmp_path, text, va
         assert cfg["any"] == value and type(cfg["any"]) is type(value)
 
 
-def test_where_the_default_is_a_string_the_text_is_taken_as_it_stands():
+def test_parse_value_takes_the_text_of_a_string_key_as_it_is():
     for text in ("1e-4", "true", "null", "[1]", "{a: 1}", "", "a=b", "010"):
         assert load(f"name={text}")[0]["name"] == text
+    assert configs.load(["data.bos_token=null"])[0]["data"]["bos_token"] is None
+    assert configs.load(["data.bos_token=1"])[0]["data"]["bos_token"] == "1"
+    assert configs.load(["resume=1e3"])[0]["resume"] == "1e3"
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["stepz=1"], ["stepz", "cli", "steps"]),
-    (["a.c.dd=1"], ["a.c.dd", "a.c.d"]),
-    (["optimizer.lr=1"], ["optimizer", "lr"]),
-    (["steps=1.5"], ["steps", "an int", "1.5", "cli"]),
-    (["steps=true"], ["steps", "an int", "True"]),
-    (["lr=abc"], ["lr", "a float", "'abc'"]),
-    (["flag=1"], ["flag", "true or false", "1"]),
-    (["list=3"], ["list", "a list"]),
-    (["a=3"], ["a", "a section", "3"]),
-    (["a=null"], ["a", "a section", "null"]),
-    (["lr.x=3"], ["lr", "not a section"]),
-    (["steps=null"], ["steps", "null"]),
-    (["eval_every=x"], ["eval_every"]),
-    (["nothere.yaml"], ["nothere.yaml"]),
-    (["--lr=1"], ["--lr=1", "lr="]),
-    (["any={a: 1"], ["any"]),
-    (["any=3", "any.x=4"], ["any"])])
-def test_a_mistake_is_one_line_that_names_key_expectation_value_and_layer(argv, words):
-    with pytest.raises(ValueError) as e:
-        load(*argv)
-    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-
-
-def test_a_mistake_in_a_file_names_the_file(tmp_path):
-    for text, words in (("stepz: 1", ["stepz", "x.yaml", "steps"]), ("steps: '1'", ["steps", "'1'", "x.yaml"]),
-                        ("lr: [", ["x.yaml", "line"]), ("lr: 1\nlr: 2", ["x.yaml", "line 2", "twice"]),
-                        ("- 1", ["x.yaml"]), ("a:", ["a", "a section", "null"]),
-                        ("name: 3", ["name", "a string", "3"])):
-        with pytest.raises(ValueError) as e:
-            load(file(tmp_path, text))
-        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-
-
-def test_counts_and_fractions_keep_what_they_are():
+def test_load_keeps_a_count_an_int_and_a_fraction_a_float():
     assert type(load("eval_every=1")[0]["eval_every"]) is int and type(load("eval_every=1.0")[0]["eval_every"]) is float
-    cfg, _, _ = configs.load(["save_every=1.0", "warmup=1", "data.validation_split=0.5"])
-    assert (cfg["save_every"], type(cfg["save_every"])) == (1.0, float)
-    assert (cfg["warmup"], type(cfg["warmup"])) == (1, int) and cfg["data"]["validation_split"] == 0.5
+    cfg, _, _ = configs.load(["save_every=1.0", "warmup_steps=1", "data.validation_split=0.5", "epochs=2.5"])
+    assert (cfg["save_every"], type(cfg["save_every"])) == (1.0, float) and cfg["epochs"] == 2.5
+    assert (cfg["warmup_steps"], type(cfg["warmup_steps"])) == (1, int) and cfg["data"]["validation_split"] == 0.5
 
 
-def test_interpolation_resolves_once_after_the_last_merge(tmp_path):
-    one = file(tmp_path, "name: ${a.c.d}/${steps}\nlr: ${a.e}\nany: ${list}\na: {b: '${steps}'}\n"
-                         "free: {x: '${oc.env:NOPE,${a.c.d}}', y: '${oc.env:HOME}'}")
-    cfg, source, explicit = load(one, "steps=4", "a.e=0.5", "list=[7, '${steps}']", env={"HOME": "/h"})
-    assert cfg["name"] == "deep/4" and cfg["lr"] == 0.5 and cfg["any"] == [7, 4] and cfg["a"]["b"] == 4
-    assert cfg["free"] == {"x": "deep", "y": "/h"}
-    assert explicit["name"] == "${a.c.d}/${steps}" and source["lr"] == one
-    assert type(load("steps=${oc.env:N,4}", env={})[0]["steps"]) is int
-    assert load("steps=${oc.env:N,4}", env={"N": "9"})[0]["steps"] == 9
-    assert load("name=${oc.env:N}", env={"N": "1e-4"})[0]["name"] == "1e-4"
+def test_load_converts_ints_where_only_a_float_fits():
+    cfg, _, explicit = configs.load(["weight_decay=2", "min_lr=0", "betas=[0, 0.5]", "shard.lora.alpha=16",
+                                     "max_seconds=60", "data.special_tokens={a.b: 3}"])
+    values = [cfg["weight_decay"], cfg["min_lr"], *cfg["betas"], cfg["shard"]["lora"]["alpha"], cfg["max_seconds"]]
+    assert values == [2, 0, 0, 0.5, 16, 60] and {type(value) for value in values} == {float}
+    assert type(explicit["betas"][0]) is float
+    assert cfg["data"]["special_tokens"] == {"a.b": 3} and configs.load(["weight_decay=2.5"])[0]["weight_decay"] == 2.5
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["lr=${a.e}", "a.e=${lr}"], ["circle", "lr", "a.e"]), (["name=${name}"], ["circle"]),
-    (["name=${oc.env:NOPE}"], ["NOPE"]), (["name=${stepz}"], ["stepz", "steps"]),
-    (["steps=${name}"], ["steps", "an int", "'x'"]), (["name=${lr"], ["name", "brace"])])
-def test_interpolation_that_cannot_be(argv, words):
-    with pytest.raises(ValueError) as e:
-        load(*argv, env={})
-    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-
-
-@pytest.mark.parametrize("argv, words", [
-    (['groups=[{match: "a("}]'], ["groups", "regular expression"]), (["groups=[3]"], ["groups"]),
-    (["groups=[{lr: 1}]"], ["groups", "match"]), (["groups=[{match: embed, lr: x}]"], ["groups"]),
-    (["groups=[{match: embed, lr: -1}]"], ["groups", "below 0"]),
-    (["groups=[{match: embed, weight_decay: .nan}]"], ["groups"]), (["momentum=1.0"], ["momentum", "below 1"]),
-    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", "1"]),
-    (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "an int"]), (["max_seconds=-1"], ["max_seconds"]),
-    (["shard.compile=no"], ["shard.compile", "true"]), (["shard.compile=1"], ["shard.compile"]),
-    (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"])])
-def test_ranges_and_choices_are_checked(argv, words):
-    with pytest.raises(ValueError) as e:
-        configs.load(argv)
-    assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-
-
-def test_loading_twice_gives_the_same_and_changes_no_argument():
-    schema, imported, argv = copy.deepcopy(SCHEMA), {"a": {"b": 3}, "list": [9]}, ["free.x=[1]", "a.e=3"]
-    first = configs.load(argv, imported=imported, defaults=schema)
-    first[0]["list"].append(1)
-    first[0]["a"]["b"] = 77
-    first[2]["free"]["x"].append(2)
-    assert configs.load(argv, imported=imported, defaults=schema)[0]["list"] == [9]
-    assert schema == SCHEMA and imported == {"a": {"b": 3}, "list": [9]} and argv == ["free.x=[1]", "a.e=3"]
+def test_load_takes_one_name_as_a_list_of_one_only_where_the_schema_says_so(tmp_path):
+    assert configs.load(["log.to=wandb"])[0]["log"]["to"] == ["wandb"]
+    assert configs.load(["log.to=wandb"])[2] == {"log": {"to": ["wandb"]}}
+    assert configs.load([file(tmp_path, "log: {to: mlflow}")])[0]["log"]["to"] == ["mlflow"]
+    assert "list of str" in error_of(configs.load, ["shard.lora.targets=q_proj"])
 
 
 def test_dump_reloads_as_the_same_values_and_types(tmp_path):
@@ -175,33 +178,107 @@ def test_dump_reloads_as_the_same_values_and_types(tmp_path):
             return {k: types(v) for k, v in x.items()}
         return [types(v) for v in x] if isinstance(x, list) else type(x)
     assert again == d and types(again) == types(d) and yaml.safe_load(text) == d
+    strings.remove("${lr}")                                          # would be resolved
     assert configs.load([file(tmp_path, configs.dump({"any": d}))], defaults=SCHEMA)[2] == {"any": d}
 
 
-def test_this_projects_own_defaults():
-    cfg, source, explicit = configs.load(["lr=1e-3", "data.train.a.path=x", "data.source.weight=2",
-                                          "data.train.b.path=y", "data.train.b.weight=1"])
-    assert cfg["min_lr"] == pytest.approx(1e-4) and source["min_lr"] == "derived" and "min_lr" not in explicit
-    assert cfg["model"]["n_kv_heads"] == cfg["model"]["n_heads"]
-    assert cfg["model"]["head_dim"] * cfg["model"]["n_heads"] == cfg["model"]["d_model"]
-    assert cfg["data"]["train"]["a"]["weight"] == 2.0 and source["data.train.a.weight"] == "cli"
-    assert source["data.train.a.label"] == "default"
-    assert explicit == {"lr": 1e-3, "data": {"source": {"weight": 2.0},
-                                             "train": {"a": {"path": "x"}, "b": {"path": "y", "weight": 1.0}}}}
-    for argv, words in ((["dtype=fp8"], ["dtype", "bfloat16"]), (["batch_size=0"], ["batch_size", "at least 1"]),
-                        (["data.train.a.pth=x"], ["data.train.a.pth", "path"]),
-                        (["data.train.a.weight=2"], ["data.train.a.path"]),
-                        (["data.train.a=x"], ["data.train.a", "section"]), (["warmup=1.5"], ["warmup"]),
-                        (["max_steps=x"], ["max_steps"]),
-                        (["model.init_from=nowhere"], ["model.init_from", "nowhere"]), (["lr=-1"], ["lr"]),
-                        (["learning_rate=1"], ["learning_rate", "nearest"])):
-        with pytest.raises(ValueError) as e:
-            configs.load(argv)
-        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+def test_compose_needs_no_libyaml(tmp_path, monkeypatch):
+    """PyYAML may be built without its fast parser."""
+    _, schema = configs.read_defaults()
+    monkeypatch.setattr(configs, "YAML_PARSER", yaml.SafeLoader)
+    assert configs.read_defaults.__wrapped__()[1] == schema
+    assert_names(error_of(configs.read_file, file(tmp_path, "a: 1\nb: [")), ["x.yaml", "line", "not valid YAML"])
 
 
-def test_words_that_no_layer_may_say(tmp_path):
-    """Each of these once went unnoticed, or ended in a traceback."""
+# ---- one item of a list
+
+def test_parse_override_changes_one_item_of_a_list(tmp_path):
+    path = file(tmp_path, "param_groups:\n- {match: embed, lr: 0.5}\n- {match: norm, weight_decay: 0.0}")
+    cfg, source, explicit = configs.load([path, "param_groups.0.lr=2", "param_groups.1.match=bias|norm"])
+    want = [{"match": "embed", "lr": 2}, {"match": "bias|norm", "weight_decay": 0.0}]
+    assert cfg["param_groups"] == want and source["param_groups"] == "cli" and explicit == {"param_groups": want}
+    assert configs.load(["betas.1=0.99"])[0]["betas"] == [0.9, 0.99]
+    assert configs.load(["betas.1=0.99"])[2] == {"betas": [0.9, 0.99]}
+    assert load("list=[5, 6, 7]", "list.2=1e-3")[0]["list"] == [5, 6, 1e-3]
+    assert load("free.0=1", "any.0.x=2")[0]["free"] == {"0": 1}      # not lists: ordinary keys
+
+
+def test_parse_override_reports_a_wrong_index(tmp_path):
+    path = file(tmp_path, "param_groups: [{match: a}]\nbetas: ['${eps}', 0.5]")
+    text = error_of(configs.load, [path, "param_groups.1.lr=2"])
+    assert text == "param_groups.1: out of range; param_groups has 1 items, counted from 0 (from cli)"
+    assert "0 items" in error_of(configs.load, ["param_groups.0.lr=2"])
+    assert "0 items" in error_of(configs.load, ["model.rope_layers.0=1"])
+    assert_names(error_of(configs.load, ["betas.0.x=1"]), ["betas.0", "not a section"])
+    assert_names(error_of(configs.load, ["betas.0=x"]), ["betas", "list of float", "'x'"])
+    assert_names(error_of(configs.load, [file(tmp_path, "betas: {0: 0.5}", "y.yaml")]), ["betas", "list", "y.yaml"])
+
+
+# ---- errors
+
+@pytest.mark.parametrize("argv, words", [
+    (["stepz=1"], ["stepz", "cli", "the nearest is steps"]),
+    (["a.c.dd=1"], ["a.c.dd", "a.c.d"]),
+    (["optimizer.lr=1"], ["optimizer", "the nearest is lr"]),
+    (["steps=1.5"], ["steps", "must be int", "1.5", "cli"]),
+    (["steps=true"], ["steps", "int", "True"]),
+    (["lr=abc"], ["lr", "float", "'abc'"]),
+    (["flag=1"], ["flag", "bool", "1"]),
+    (["list=3"], ["list", "must be list"]),
+    (["a=3"], ["a:", "section", "3"]),
+    (["a=null"], ["a:", "section", "null"]),
+    (["lr.x=3"], ["lr", "float", "a section (x)"]),
+    (["steps=null"], ["steps", "null"]),
+    (["eval_every=x"], ["eval_every"]),
+    (["nothere.yaml"], ["nothere.yaml"]),
+    (["--lr=1"], ["--lr=1", "write lr=..."]),
+    (["any={a: 1"], ["any"]),
+    (["any=3", "any.x=4"], ["any"])])
+def test_load_reports_key_constraint_value_and_layer(argv, words):
+    assert_names(error_of(load, *argv), words)
+
+
+def test_load_reports_the_file_of_a_mistake(tmp_path):
+    for text, words in (("stepz: 1", ["stepz", "x.yaml", "steps"]), ("steps: '1'", ["steps", "'1'", "x.yaml"]),
+                        ("lr: [", ["x.yaml", "line"]), ("lr: 1\nlr: 2", ["x.yaml", "line 2", "twice"]),
+                        ("- 1", ["x.yaml"]), ("a:", ["a:", "section", "null"]),
+                        ("name: 3", ["name", "str", "3"])):
+        assert_names(error_of(load, file(tmp_path, text)), words)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (['param_groups=[{match: "a("}]'], ["param_groups", "regular expression"]),
+    (["param_groups=[3]"], ["param_groups", "list of map"]),
+    (["param_groups=[{lr: 1}]"], ["param_groups", "match"]),
+    (["param_groups=[{match: embed, lr: x}]"], ["param_groups.lr", "'x'"]),
+    (["param_groups=[{match: embed, lrr: 1}]"], ["param_groups.lrr", "param_groups.lr"]),
+    (["param_groups=[{match: embed, lr: -1}]"], ["param_groups.lr", ">= 0"]),
+    (["param_groups=[{match: embed, weight_decay: .nan}]"], ["param_groups.weight_decay", "nan"]),
+    (["momentum=1.0"], ["momentum", "< 1"]), (["betas=[0.9]"], ["betas", "two"]), (["betas=[0.9, 1]"], ["betas", "< 1"]),
+    (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", ">= 1"]),
+    (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "int"]), (["max_seconds=-1"], ["max_seconds"]),
+    (["shard.compile=no"], ["shard.compile", "bool or null"]), (["shard.compile=1"], ["shard.compile"]),
+    (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"]),
+    (["lr=.inf"], ["lr"]), (["lr=nan"], ["lr"]), (["lr=-1"], ["lr"]), (["resume="], ["resume", "latest"]),
+    (["dtype=fp8"], ["dtype: must be one of auto, bfloat16, float32; got 'fp8' (from cli)"]),
+    (["batch_size=0"], ["batch_size", ">= 1"]), (["max_steps=x"], ["max_steps", "int"]),
+    (["warmup_steps=1.5"], ["warmup_steps", "int", "<= 1"]), (["data.ignore_token_id_range=[3, 1]"], ["first, last"]),
+    (["data.ignore_token_ids=[x]"], ["data.ignore_token_ids", "list of int"]),
+    (["data.special_tokens.x=1.5"], ["data.special_tokens.x", "int"]),
+    (["model.rope_layers=[1]"], ["model.rope_layers", "4"]), (["model.n_kv_heads=3"], ["model.n_kv_heads", "divisor"]),
+    (["model.head_dim=33"], ["model.head_dim", "even"]), (["model.resid_pdrop=1"], ["model.resid_pdrop", "< 1"]),
+    (["model.n_heads=0"], ["model.n_heads", ">= 1"]), (["model.n_kv_heads=2.0"], ["model.n_kv_heads", "int"]),
+    (["model.n_heads=100"], ["model.head_dim", "derived"]), (["model.norm=nope"], ["rmsnorm, layernorm"]),
+    (["shard.lora.alpha=x"], ["shard.lora.alpha", "float"]),
+    (["data.train.a.pth=x"], ["data.train.a.pth", "the nearest is data.train.a.path"]),
+    (["data.train.a.weight=2"], ["data.train.a.path"]), (["data.train.a.shape=x"], ["data.train.a.shape", "chat"]),
+    (["data.train.a=x"], ["data.train.a", "section"]), (["data.train=x"], ["data.train", "section"]),
+    (["data=${lr}"], ["data", "section"]), (["model.init_from=nowhere"], ["model.init_from", "nowhere"])])
+def test_load_checks_ranges_choices_and_combinations(argv, words):
+    assert_names(error_of(configs.load, argv), words)
+
+
+def test_load_reports_what_used_to_pass_or_end_in_a_traceback(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     for argv, words in (
             ([file(tmp_path, "model.d_model: 64")], ["model.d_model", "x.yaml", "model: {d_model"]),
@@ -209,52 +286,140 @@ def test_words_that_no_layer_may_say(tmp_path):
             ([file(tmp_path, "lr: \x00", "z.yaml")], ["z.yaml", "YAML"]),
             ([file(tmp_path, "[1]: 2", "k.yaml")], ["k.yaml", "line 1", "key"]),
             ([str(tmp_path)], [str(tmp_path), "directory"]),
-            (["model.n_heads=0"], ["model.n_heads", "at least 1"]),
-            (["model.n_kv_heads=2.0"], ["model.n_kv_heads", "an int"]),
-            (["shard.lora.alpha=x"], ["shard.lora.alpha", "number"]),
             ([f"model.init_from={tmp_path}"], ["config.json", "object", "list"])):
-        with pytest.raises(ValueError) as e:
-            configs.load(argv)
-        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+        assert_names(error_of(configs.load, argv), words)
 
 
-def test_weight_decay_is_no_count_though_it_ends_like_one():
-    cfg, _, _ = configs.load(["weight_decay=2"])
-    assert cfg["weight_decay"] == 2.0 and type(cfg["weight_decay"]) is float
-    assert configs.load(["weight_decay=2.5", "data.special_tokens={a.b: 3}"])[0]["data"]["special_tokens"] == {"a.b": 3}
+# ---- unknown keys
+
+@pytest.mark.parametrize("key, hint", [
+    ("learning_rate", "it is lr here"), ("bf16", "it is dtype=bfloat16 here"), ("groups", "it is param_groups here"),
+    ("warmup", "it is warmup_steps here"), ("decay", "it is decay_steps here"), ("optimizer.learning_rate", "it is lr here"),
+    ("gradient_accumulation_steps", "batch_size counts the documents of a whole step; micro_tokens bounds memory"),
+    ("bach_size", "the nearest is batch_size"), ("n_layers", "the nearest is model.n_layers"),
+    ("modle.n_layers", "the nearest is model.n_layers"), ("shard.lora.rr", "the nearest is shard.lora.r")])
+def test_suggestion_names_our_key(key, hint):
+    assert error_of(configs.load, [f"{key}=1"]) == f"{key}: unknown key (from cli); {hint}"
 
 
-def test_a_users_mistake_is_one_line_also_where_the_folder_is_reached_through_a_link(tmp_path):
-    (tmp_path / "link").symlink_to(configs.HERE.parent)
-    out = subprocess.run([sys.executable, "tokenize_data.py", "lrr=1"], cwd=tmp_path / "link",
-                         env={"PYTHONPATH": str(tmp_path / "link")}, capture_output=True, text=True)
-    assert out.returncode == 1 and out.stderr.startswith("error: lrr") and out.stderr.count("\n") == 1, out.stderr
+@pytest.mark.parametrize("key", ["foo", "temperature", "model.foobar", "trainer", "hub_model_id", "chunk", "a.b.c"])
+def test_suggestion_names_no_key_for_a_far_word(key):
+    text = error_of(configs.load, [f"{key}=1"])
+    assert text == f"{key}: unknown key (from cli); configs/defaults.yaml lists all keys"
 
 
-def test_the_loader_starts_fast_and_imports_no_torch_or_numpy():
-    code = ("import sys, configs; configs.load(['configs/ft.yaml']); "
-            "print([m for m in ('torch', 'numpy') if m in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code],
-                         cwd=configs.HERE.parent, capture_output=True, text=True)
-    assert out.stdout.strip() == "[]", out.stderr
+def test_suggestion_of_an_option_with_dashes():
+    for argv, hint in ((["--learning_rate", "3e-4"], "it is lr here"), (["--lr", "1"], "write lr=..."),
+                       (["--gradient-accumulation-steps=4"], "batch_size counts"), (["-x"], "configs/defaults.yaml lists"),
+                       (["--model.d_model=3"], "write model.d_model=...")):
+        assert_names(error_of(configs.load, argv), [argv[0], "key=value without dashes; " + hint])
 
 
-def test_every_value_is_shown_with_its_source(script):
-    out = script("-m", "configs", "configs/ft.yaml", "lr=1e-4").stdout
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
-    assert rows["lr"] == ["cli", "0.0001"] and rows["model.d_model"][0] == "imported"
-    assert rows["batch_size"][0] == "configs/ft.yaml" and rows["shard.lora.alpha"][0] == "derived"
+def test_find_synonym_leads_to_keys_that_exist():
+    _, schema = configs.read_defaults()
+    table = configs.read_file(configs.HERE / "synonyms.yaml")
+    assert len(table) >= 60
+    for name, synonym in table.items():
+        assert name not in schema, name
+        assert configs.find_synonym(name, schema) == synonym, name
+        assert configs.find_synonym(name, configs.schema_of(SCHEMA)) in (None, synonym)
+        if "=" in synonym and " " not in synonym:
+            configs.load([synonym, "best=loss"])
+    assert configs.find_synonym("dropout", configs.schema_of(SCHEMA)) is None
 
 
-def test_a_wrong_key_ends_torchrun_before_torch_with_one_line_once(script):
-    out = script("torchrun", "train.py", "configs/ft.yaml", "lrr=1e-4")
-    assert out.returncode and out.stderr.count("lrr: unknown key (from cli); the nearest is lr") == 1
-    out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
-    assert out.returncode == 2 and "| torch" not in out.stderr
-    assert out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"
+# ---- the schema
+
+def test_read_defaults_states_a_constraint_for_every_key():
+    """Each constraint is readable: a value of the right kind fits, and the default itself does."""
+    defaults, schema = configs.read_defaults()
+    cfg = configs.load([], env={})[0]
+    kind = r"int|float|bool|str|map|null|one of .+|names? in [\w.]+: .+|section of .+"
+    bounds = r"( (>=|>|<=|<) [\d.]+( and (>=|>|<=|<) [\d.]+)*)?"
+    pattern = re.compile(rf"((list|map) of )?({kind}){bounds}")
+    for key in configs.flat(defaults):
+        for alternative in schema[key].split(" or "):
+            assert pattern.fullmatch(alternative), f"{key}: {schema[key]}"
+        if not schema[key].startswith("section"):
+            assert configs.fits(configs.get(cfg, key), schema[key]), key
+    assert schema["lr"] == "float >= 0" and schema["dtype"] == "one of auto, bfloat16, float32"
+    assert schema["model.loss"] == "name in model.LOSSES: cross_entropy, dft"
 
 
-def test_a_family_has_what_its_config_json_can_say():
+def test_read_defaults_keys_have_a_meaning():
+    """After the constraint, on the same line or the next, there is a sentence about the key."""
+    text = (configs.HERE / "defaults.yaml").read_text()
+    unexplained = re.findall(r"^ *(\w+): .*?# [^.]*(?:\.[^ ][^.]*)*\.$\n(?! {20,}#)", text, re.M)
+    assert unexplained in ([], ["norm"])                             # its choices say all
+
+
+def test_fits_and_coerce_follow_the_grammar():
+    for value, constraint, good in (
+            (1, "int >= 1", True), (0, "int >= 1", False), (True, "int >= 0", False), (None, "int >= 1 or null", True),
+            (0.5, "float >= 0 and < 1", True), (1.0, "float >= 0 and < 1", False), (float("inf"), "float >= 0", False),
+            (float("inf"), "float", True), ("a", "one of a, b", True), ("c", "one of a, b", False), (1, "one of a, b", False),
+            ("c", "name in X: a, b", True), (["c"], "names in X: a, b", True), ([1, 2], "list of int >= 1", True),
+            ([1, "x"], "list of int", False), ({}, "map", True), ([], "map", False), ("x", "any", True)):
+        assert configs.fits(value, constraint) is good, (value, constraint)
+    assert configs.coerce([1, 2.5], "list of float") == [1.0, 2.5] and configs.coerce("a", "names in X: b") == ["a"]
+    assert type(configs.coerce(1, "float or null")) is float and type(configs.coerce(1, "int or float")) is int
+
+
+def test_read_defaults_lists_the_names_that_the_scripts_register():
+    pytest.importorskip("torch")
+    import log, model, sampler, train                                # noqa: F401, for the dicts below
+    for constraint in configs.read_defaults()[1].values():
+        match = re.match(r"names? in (\w+)\.(\w+): (.*)", constraint)
+        if match:
+            registered = getattr(sys.modules[match[1]], match[2])
+            assert match[3].split(", ") == list(registered), match[2]
+
+
+def test_load_accepts_names_that_an_experiment_may_register():
+    cfg, source, _ = configs.load(["model.loss=focal", "log.to=[trackio]"])
+    text = error_of(configs.check_builtin_names, cfg, source)
+    assert_names(text, ["model.loss: must be one of cross_entropy, dft; got focal (from cli)", "model.LOSSES"])
+    assert_names(error_of(configs.check_builtin_names, *configs.load(["log.to=paper"])[:2]), ["log.to", "paper", "wandb"])
+    assert_names(error_of(configs.check_builtin_names, *configs.load(["sampler.order=feedback"])[:2]), ["weighted"])
+    configs.check_builtin_names(*configs.load(["configs/ft.yaml"])[:2])
+
+
+# ---- references
+
+def test_resolve_replaces_references_once_after_the_last_merge(tmp_path):
+    one = file(tmp_path, "name: ${a.c.d}/${steps}\nlr: ${a.e}\nany: ${list}\na: {b: '${steps}'}\n"
+                         "free: {x: '${oc.env:NOPE,${a.c.d}}', y: '${oc.env:HOME}'}")
+    cfg, source, explicit = load(one, "steps=4", "a.e=0.5", "list=[7, '${steps}']", env={"HOME": "/h"})
+    assert cfg["name"] == "deep/4" and cfg["lr"] == 0.5 and cfg["any"] == [7, 4] and cfg["a"]["b"] == 4
+    assert cfg["free"] == {"x": "deep", "y": "/h"}
+    assert explicit["name"] == "${a.c.d}/${steps}" and source["lr"] == one
+    assert type(load("steps=${oc.env:N,4}", env={})[0]["steps"]) is int
+    assert load("steps=${oc.env:N,4}", env={"N": "9"})[0]["steps"] == 9
+    assert load("name=${oc.env:N}", env={"N": "1e-4"})[0]["name"] == "1e-4"
+    assert load("name=<${oc.env:N,}>", env={})[0]["name"] == "<>"
+    assert configs.load(["data.ignore_token_ids=['${samples}']"])[0]["data"]["ignore_token_ids"] == [2]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["lr=${a.e}", "a.e=${lr}"], ["circle", "lr", "a.e"]), (["name=${name}"], ["circle"]),
+    (["name=${oc.env:NOPE}"], ["NOPE"]), (["name=${stepz}"], ["stepz", "steps"]),
+    (["steps=${name}"], ["steps", "int", "'x'"]), (["name=${lr"], ["name", "brace"]),
+    (["name=-${oc.env:ODD}"], ["ODD", "${"])])
+def test_resolve_reports_references_that_cannot_be(argv, words):
+    assert_names(error_of(load, *argv, env={"ODD": "${oc.env:ODD}"}), words)
+
+
+def test_resolve_defaults_that_refer_and_references_to_sections():
+    schema = {"lr": 0.1, "min_lr": "${lr}", "a": {"b": 1}, "free": {}}
+    assert configs.load(["lr=0.2"], defaults=schema)[0]["min_lr"] == 0.2
+    assert configs.load(["min_lr=0.5"], defaults=schema)[0]["min_lr"] == 0.5
+    cfg, source, _ = configs.load(["free=${a}"], defaults=schema)
+    assert cfg["free"] == {"b": 1} and source["free.b"] == "cli"
+
+
+# ---- the imported layer
+
+def test_check_family_allows_what_config_json_can_express():
     cfg, source, _ = configs.load(["model.family=gpt2", "model.activation=gelu_new"])
     assert cfg["model"]["norm"] == "layernorm" and cfg["model"]["qkv_bias"] and source["model.norm"] == "imported"
     for argv, words in ((["model.family=nope"], ["model.family", "gpt2"]),
@@ -262,13 +427,151 @@ def test_a_family_has_what_its_config_json_can_say():
                         (["model.qkv_bias=true"], ["attention_bias"]),
                         (["model.family=gpt2", "model.n_kv_heads=2"], ["model.n_kv_heads", "4"]),
                         (["model.family=gpt2", "model.head_dim=16"], ["model.head_dim"])):
-        with pytest.raises(ValueError) as e:
-            configs.load(argv)
-        assert all(w in str(e.value) for w in words), str(e.value)
+        assert_names(error_of(configs.load, argv), words)
 
 
-def test_a_default_may_refer_and_a_section_may_be_referred_to():
-    schema = {"lr": 0.1, "min_lr": "${lr}", "a": {"b": 1}, "free": {}}
-    assert configs.load(["lr=0.2"], defaults=schema)[0]["min_lr"] == 0.2
-    assert configs.load(["min_lr=0.5"], defaults=schema)[0]["min_lr"] == 0.5
-    assert configs.load(["free=${a}"], defaults=schema)[0]["free"] == {"b": 1}
+def test_translate_finds_keys_in_several_places_and_refuses_others():
+    small = {"model_type": "llama", "vocab_size": 8, "num_hidden_layers": 1, "hidden_size": 8,
+             "num_attention_heads": 2, "intermediate_size": 8}
+    translate = configs.pretrained.translate
+    assert translate(small, "f")["rope_theta"] == 10000.0 and translate(small, "f")["rope_scaling"] is None
+    newer = translate(small | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "f")
+    assert newer["rope_theta"] == 5.0 and newer["rope_scaling"] is None
+    scaled = translate(small | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}}, "f")
+    assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert_names(error_of(translate, {"model_type": "t5"}, "f"), ["f: model_type", "llama", "t5", "families.yaml"])
+    assert_names(error_of(translate, {**small, "hidden_size": 8, "vocab_size": 8, "model_type": "qwen2",
+                                      "use_sliding_window": True}, "f"), ["use_sliding_window", "False", "True"])
+    del small["hidden_size"]
+    assert_names(error_of(translate, small, "f"), ["hidden_size", "d_model"])
+
+
+# ---- helpers of the scripts
+
+def test_pop_options_separates_a_scripts_own_options():
+    argv = ["a.yaml", "show=3", "lr=1", "ids=true", "name=null"]
+    assert configs.pop_options(argv, show=0, ids=False, top_p=1.0, name="") == (
+        {"show": 3, "ids": True, "top_p": 1.0, "name": "null"}, ["a.yaml", "lr=1"])
+    assert configs.pop_options(["top_p=1"], top_p=0.5) == ({"top_p": 1.0}, [])
+    assert_names(error_of(configs.pop_options, ["show=x"], show=0), ["show", "int", "'x'"])
+
+
+def test_bind_options_checks_and_binds():
+    def loss(logits, targets, gamma, z_loss=0.0, kind="plain", flag=False):
+        return logits, targets, gamma, z_loss, kind, flag
+    bound = configs.bind_options("model.loss", loss, 2, {"gamma": None, "kind": "x", "flag": True, "z_loss": 1})
+    assert bound(1, 2) == (1, 2, None, 1, "x", True)
+    for options, words in (({"gama": 2}, ["model.loss_options.gama", "gamma"]), ({}, ["model.loss_options.gamma", "missing"]),
+                           ({"gamma": 1, "z_loss": "abc"}, ["model.loss_options.z_loss", "number", "abc"])):
+        assert_names(error_of(configs.bind_options, "model.loss", loss, 2, options), words)
+    def optimizer(params, cfg, **options):
+        return options
+    assert configs.bind_options("optimizer", optimizer, 2, {}) is optimizer
+    assert configs.bind_options("optimizer", optimizer, 2, {"any": 1})(0, 0) == {"any": 1}
+
+
+@pytest.mark.parametrize("argv, rank, printed", [
+    ([], "0", True), (["--help"], "0", True), (["x", "-h"], "0", True), (["--help"], "1", False)])
+def test_exit_with_help_prints_the_doc_once(argv, rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as e:
+        configs.exit_with_help("\nHow to start.\n", argv)
+    assert e.value.code == 0 and capsys.readouterr().out == ("How to start.\n" if printed else "")
+    configs.exit_with_help("doc", ["lr=1"])                          # returns
+
+
+def test_load_or_exit_reports_a_mistake_once_and_prints_help(monkeypatch, capsys):
+    for rank, text in (("0", "error: lrr: unknown key (from cli); the nearest is lr\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as e:
+            configs.load_or_exit(["lrr=1"])
+        assert e.value.code == 2 and capsys.readouterr().err == text
+    assert configs.load_or_exit(["model.loss=focal"])[0]["model"]["loss"] == "focal"
+    with pytest.raises(SystemExit):
+        configs.load_or_exit(["model.loss=focal"], builtin_names=True)
+    with pytest.raises(SystemExit) as e:
+        configs.load_or_exit(["--help"])
+    assert e.value.code == 0
+
+
+def test_run_shortens_only_a_user_error(capsys):
+    def user_mistake():
+        raise configs.UserError("lr: is odd")
+    def bug():
+        a, b = [1, 2, 3]
+    with pytest.raises(SystemExit) as e:
+        configs.run(user_mistake)
+    assert e.value.code == 1 and capsys.readouterr().err == "error: lr: is odd\n"
+    with pytest.raises(ValueError, match="unpack"):
+        configs.run(bug)
+
+
+def test_run_shortens_a_user_error_of_a_script_reached_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(configs.HERE.parent)
+    out = subprocess.run([sys.executable, "tokenize_data.py", "lrr=1"], cwd=tmp_path / "link",
+                         env={"PYTHONPATH": str(tmp_path / "link")}, capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.startswith("error: lrr") and out.stderr.count("\n") == 1, out.stderr
+
+
+def test_configs_import_neither_torch_nor_numpy():
+    code = ("import sys, configs; configs.load(['configs/ft.yaml']); "
+            "print([m for m in ('torch', 'numpy') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_main_prints_every_value_with_its_source(script):
+    out = script("-m", "configs", "configs/ft.yaml", "lr=1e-4").stdout
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert rows["lr"] == ["cli", "0.0001"] and rows["model.d_model"][0] == "imported"
+    assert rows["batch_size"][0] == "configs/ft.yaml" and rows["shard.lora.alpha"][0] == "derived"
+
+
+def test_main_prints_usage_without_arguments(script):
+    for argv in ([], ["--help"]):
+        out = script("-m", "configs", *argv)
+        assert out.returncode == 0 and "python -m configs configs/ft.yaml" in out.stdout and not out.stderr
+
+
+def test_main_accepts_the_configs_of_the_project(script):
+    for name in ("ft", "pretrain", "base", "defaults"):
+        assert script("-m", "configs", f"configs/{name}.yaml").returncode == 0
+
+
+def test_load_or_exit_ends_torchrun_before_torch_with_one_line(script):
+    out = script("torchrun", "train.py", "configs/ft.yaml", "lrr=1e-4")
+    assert out.returncode and out.stderr.count("lrr: unknown key (from cli); the nearest is lr") == 1
+    out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
+    assert out.returncode == 2 and "| torch" not in out.stderr
+    assert out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"
+
+
+# ---- docs/config.md
+
+def test_main_does_what_docs_config_md_shows(tmp_path):
+    """Files of the page are written; each command's shown lines are in its output, apart from spaces."""
+    for name in ("configs", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = {key: value for key, value in os.environ.items() if key not in ("DATA_ROOT", "OUTPUT_ROOT", "TAG")}
+    commands = 0
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/config.md").read_text(), re.M | re.S):
+        if language == "yaml" and block.startswith("# "):
+            file(tmp_path, block, block.split()[1])
+        for command, shown in re.findall(r"^\$ python (.*)\n((?:[^$].*\n)*)", block, re.M):
+            argv = re.findall(r"[^\s']+|'[^']*'", command)
+            out = subprocess.run([sys.executable, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+            printed = [line.split() for line in (out.stdout + out.stderr).splitlines()]
+            for line in shown.splitlines():
+                assert line.split() in printed, f"{command}: {line}\n{out.stdout}{out.stderr}"
+            commands += 1
+    assert commands >= 8
+
+
+def test_reading_figures_of_configs():
+    """No line over 100 columns, no function over 50 lines."""
+    for path in configs.HERE.glob("*.py"):
+        text = path.read_text()
+        assert max(map(len, text.splitlines())) <= 100, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50, (path, node.name)

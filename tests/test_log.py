@@ -289,7 +289,7 @@ def start(tiny):
             device=torch.device("cpu"), steps_per_epoch=sampler.steps_per_epoch(cfg, sizes),
             resumed_step=resumed_step, resume_path=None,
             state=types.SimpleNamespace(step=resumed_step, total_steps=cfg["max_steps"],
-                                        code_changes=[]))
+                                        changes=[]))
     return make
 
 
@@ -342,8 +342,8 @@ def test_describe_run_of_a_resumed_run(start):
     """It names the checkpoint, and the scripts that were changed since it was written."""
     run = start(resumed_step=10)
     run.resume_path = "out/run/checkpoints/00000010"
-    run.state.code_changes = [{"step": 5, "files": ["sampler.py"]},
-                              {"step": 10, "files": ["model.py", "train.py"]}]
+    run.state.changes = [{"step": 5, "what": ["sampler.py"]},
+                              {"step": 10, "what": ["model.py", "train.py"]}]
     resume, warning = log.describe_run(run)[-2:]
     assert resume == "resume    out/run/checkpoints/00000010: 10 of 25 steps are done"
     assert warning == "warning   changed since then: model.py, train.py"

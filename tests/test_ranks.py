@@ -1,435 +1,704 @@
-"""shard.py with real processes (torchrun, 2 and 4 ranks): laws 1 to 3 across ranks, failures, restarts, nodes.
+"""shard.py with real processes (torchrun, 2 and 4 ranks): layouts, failures, restarts, nodes.
 
 This file is also what those processes run: torchrun tests/test_ranks.py JOBS.json
 """
-import json, os, re, shutil, signal, subprocess, sys, time
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, train
+import checkpoint
+import configs
+import experiments.feedback    # registers sampler.order=feedback
+import log
+import model as M
+import sampler
+import shard
+import tokenize_data
+import train
 
-ROOT = Path(__file__).resolve().parents[1]
 
+# --------------------------------------------------------------------------------------------------
+# jobs: what a rank does
 
-# ---- what a rank does
+def run(argv):
+    cfg, _, explicit = configs.load(argv)
+    train.main(cfg, explicit)
+
 
 def forget(out, step):
-    """As if a run had ended behind `step`."""
-    for folder in checkpoint.found(out):
+    """Delete the checkpoints after `step`, as if the run had ended there."""
+    for folder in checkpoint.list_checkpoints(out):
         if int(folder.name) > step:
             shutil.rmtree(folder)
 
 
-def ready(argv):
-    """A model of a run's config, on this rank's mesh, and its optimizer."""
+def build(argv):
+    """Return (cfg, the model on this mesh, its optimizer)."""
     cfg = configs.load(argv)[0]
-    m, read = train.find_weights(cfg, tokenize_data.load_tokenizer(cfg))
-    model = shard.prepare(M.build_on_meta(m), m, cfg, read)
+    model_cfg, read_slice = train.resolve_model(cfg, tokenize_data.load_tokenizer(cfg))
+    model = shard.parallelize(M.build_on_meta(model_cfg), cfg, read_slice)
     return cfg, model, train.make_optimizer(model, cfg)
 
 
-def copy(argv, path, out):
-    """A checkpoint, loaded and saved again by however many ranks there are."""
-    _, model, optimizer = ready(argv)
-    state, more = checkpoint.restore(path, model, optimizer)
+def copy_checkpoint(argv, path, out):
+    """Load a checkpoint and save it again, by this number of ranks."""
+    _, model, optimizer = build(argv)
+    state, sampler_state = checkpoint.load_checkpoint(path, model, optimizer)
     saver = checkpoint.Saver(out, 1, print)
-    saver.save(state["step"], model, optimizer, more, state)
+    saver.save(model, optimizer, sampler_state, state)
     assert saver.wait()
 
 
-def measure(argv, out):
-    """The most bytes of torch's allocations in a step, on rank 0, and what plan() says they are."""
+def full_micro_batch(cfg):
+    """A micro-batch of micro_tokens tokens in documents of seq_len, all of them targets."""
+    length, capacity = cfg["data"]["seq_len"], cfg["micro_tokens"]
+    ids = torch.arange(capacity) % cfg["model"]["vocab_size"]
+    batch = M.as_batch([ids[:length].tolist()] * (capacity // length))
+    return batch | {"targets": ids, "loss_weights": torch.ones(capacity),
+                    "doc_ids": torch.arange(capacity // length), "noise": (0, 0)}
+
+
+def measure_memory(argv, out):
+    """Measure the peak of torch's allocations in a step on rank 0, and predict it."""
     from torch.profiler import ProfilerActivity, profile, record_function
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        cfg, model, optimizer = ready(argv)
-        length, capacity = cfg["data"]["seq_len"], cfg["micro_tokens"]
-        rows = []
-        for _ in range(cfg["batch_size"] * length // capacity // shard.ranks()):
-            ids = torch.arange(capacity) % cfg["model"]["vocab_size"]
-            row = M.as_batch([ids[:length].tolist()] * (capacity // length))
-            rows.append(row | {"targets": ids, "loss_weights": torch.ones(capacity),
-                               "doc_ids": torch.arange(capacity // length), "noise": (0, 0)})
+        cfg, model, optimizer = build(argv)
+        tokens = cfg["batch_size"] * cfg["data"]["seq_len"]
+        n_micro_batches = tokens // cfg["micro_tokens"] // shard.world_size()
+        micro_batches = [full_micro_batch(cfg) for _ in range(n_micro_batches)]
         for _ in range(3):
             with record_function("one step"):
-                train.train_step(model, optimizer, rows, 1000.0, 1e-4, 1.0)
-    if shard.rank() == 0:
-        events = prof.profiler.kineto_results.events()
-        begins, now, peaks = sorted(e.start_ns() for e in events if e.name() == "one step"), 0, [0] * 4
-        for at, n in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-            now += n
-            step = sum(at >= begin for begin in begins)
-            peaks[step] = max(peaks[step], now)
-        predicted = max(sum(held.values()) for held in shard.plan(cfg["model"], cfg, shard.ranks()).values())
-        largest = max(p.numel() for p in model.parameters()) * 4
-        held = sum(shard.part(p)[0].numel() for p in model.parameters()) * 4
-        Path(out).write_text(json.dumps({"step": sorted(peaks[1:])[1], "predicted": predicted, "load": peaks[0],
-                                         "largest": largest, "held": held}))
+                train.train_step(model, optimizer, micro_batches, 1000.0, 1e-4, cfg)
+    if shard.rank() != 0:
+        return
+    events = prof.profiler.kineto_results.events()
+    step_starts = sorted(e.start_ns() for e in events if e.name() == "one step")
+    allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = 0
+    peaks = [0] * 4                                      # while loading, and in each step
+    for at, n_bytes in allocations:
+        held += n_bytes
+        step = sum(at >= start for start in step_starts)
+        peaks[step] = max(peaks[step], held)
+    moment, predicted = shard.peak_moment(
+        shard.predict_memory(cfg["model"], cfg, shard.world_size()))
+    params = list(model.parameters())
+    Path(out).write_text(json.dumps({
+        "step": sorted(peaks[1:])[1], "predicted": sum(predicted.values()), "moment": moment,
+        "what": predicted, "load": peaks[0], "largest": 4 * max(p.numel() for p in params),
+        "parameters": 4 * sum(shard.local_shard(p)[0].numel() for p in params)}))
 
 
-def fail(which):
-    """One rank fails while the others wait for it."""
-    if shard.rank() == which:
-        time.sleep(1)
-        raise RuntimeError("the reason")
-    shard.summed([1.0])
+def check_gradient_sums(argv):
+    """all_reduce_gradients sums .grad, however it came there."""
+    _, model, _ = build(argv)
+    rank = shard.rank()
+    params = [p for p in model.parameters() if p.requires_grad]
+    for step in range(2):
+        if rank == 0:
+            model.zero_grad()                            # .grad is None here, and counts as 0
+        else:
+            for p in params:
+                p.grad = torch.full_like(p, 10.0 * rank)
+        params[0].grad = torch.ones_like(params[0])      # on all ranks
+        shard.all_reduce_gradients(model)
+        expected = 10.0 * sum(range(shard.world_size()))
+        assert all(bool((p.grad == expected).all()) for p in params[1:])
+        assert bool((params[0].grad == shard.world_size()).all())
+        params[1].grad.fill_(0)                          # a view of nothing else
+        assert bool((params[2].grad == expected).all())
 
 
-def mistake(which):
-    if shard.rank() == which:
-        shard.mesh_sizes({"shard": {"mesh": {"replicate": 2, "shard": 2}}}, 3)
-    shard.summed([1.0])
+def check_detects_difference(argv, changed_rank, expected):
+    """check_replicas is silent for equal replicas, and then names the rank that was changed."""
+    _, model, _ = build(argv)
+    shard.check_replicas(model)
+    last = [p for p in model.parameters() if p.requires_grad][-1]
+    if shard.rank() == changed_rank:
+        with torch.no_grad():
+            rows, _, _ = shard.local_shard(last)
+            rows.view(torch.int32).bitwise_xor_(1)       # the last bit of each number
+    with pytest.raises(RuntimeError, match=expected):
+        shard.check_replicas(model)
 
 
-def turns(folder):
-    """Who tokenizes when: rank 0 takes long, the others find it done."""
-    def look():
-        found = (Path(folder) / "done").exists()
+def check_local_shards(mesh_sizes):
+    """Writers together write every row of a DTensor once, whatever its shape and placements."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    mesh = dist.init_device_mesh("cpu", mesh_sizes)
+    outer = [Replicate()] * (len(mesh_sizes) - 1)
+    for shape in ((5, 3), (1, 4), (8,), (7, 1)):
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for placement in (Shard(0), Replicate()):
+            t = distribute_tensor(whole, mesh, [*outer, placement])
+            rows, start, end = shard.local_shard(t)
+            assert torch.equal(rows, whole[start:end])
+            assert torch.equal(shard.full_tensor(t), whole)
+            written = range(start, end) if shard.is_writer(t) else []
+            all_written = [row for rank in shard.all_gather_object(list(written)) for row in rank]
+            assert sorted(all_written) == list(range(len(whole)))
+    assert sum(shard.all_gather_object(shard.is_writer(whole))) == 1
+
+
+def check_order(folder):
+    """main_process_first and rank0_only: rank 0 takes long, the others find its work done."""
+    marker = Path(folder) / "done"
+
+    def fill():
+        found = marker.exists()
         if shard.rank() == 0:
-            time.sleep(4)
-            (Path(folder) / "done").touch()
+            time.sleep(2)
+            marker.touch()
         return found
-    seen = shard.gathered(shard.in_turn(look, doing="tokenizing"))
-    if shard.rank() == 0:
-        threads = [torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")]
-        (Path(folder) / "seen.json").write_text(json.dumps([seen, threads]))
+    found = shard.all_gather_object(shard.main_process_first(fill))
+    assert found == [False, *[True] * (shard.world_size() - 1)]
+    assert shard.rank0_only(shard.rank) == 0
+    assert shard.all_reduce_sum([1.5, shard.rank()]) == [3.0, 1.0]
+    assert shard.all_reduce_max(shard.rank() * 7) == 7
+    threads = shard.all_gather_object(torch.get_num_threads())
+    assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
+
+
+def fail(how, failing_rank):
+    """One rank fails while the others wait for it in a collective."""
+    if how == "hang":    # the other ranks neither communicate nor react to SIGTERM
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+    if shard.rank() == failing_rank:
+        time.sleep(0.5)
+        if how == "user error":
+            raise configs.UserError("lr: this is wrong; do it right")
+        if how == "exit":
+            os._exit(7)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "unpack":
+            a, b = [1, 2, 3]
+        raise RuntimeError("the reason")
+    if how == "hang":
+        time.sleep(1000)
+    shard.all_reduce_sum([1.0])
+
+
+def fail_everywhere():
+    raise configs.UserError("lr: this is wrong; do it right")
 
 
 def work(_, jobs):
     shard.set_threads()
-    for what, *args in json.loads(Path(jobs).read_text()):
-        if what == "run":
-            train.main(*configs.load(*args))
-        elif what == "forget":
-            shard.on_first(forget, *args)
-        elif what == "keep":
-            shard.on_first(shutil.copytree, *args)
+    for name, *args in json.loads(Path(jobs).read_text()):
+        if name in ("forget", "copytree"):
+            shard.rank0_only({"forget": forget, "copytree": shutil.copytree}[name], *args)
         else:
-            globals()[what](*args)
-        shard.on_first(lambda: None)
+            globals()[name](*args)
+        shard.rank0_only(lambda: None)                   # one job after the other
 
 
 if __name__ == "__main__":
-    shard.together(work, {"device": "cpu", "dtype": "auto"}, sys.argv[1])
+    shard.run_distributed(work, {"device": "cpu", "dtype": "auto"}, sys.argv[1])
 
 
-# ---- what is asked of them
+# --------------------------------------------------------------------------------------------------
+# starting them
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def torchrun(ranks, *args, timeout=200, **env):
+def torchrun(ranks, *args, timeout=200):
     command = [*LAUNCH, "--nproc_per_node", ranks, *args]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | env, capture_output=True, text=True,
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
                           timeout=timeout)
 
 
-def on(ranks, jobs, folder):
+def write_jobs(folder, jobs):
     path = Path(folder) / "jobs.json"
     path.write_text(json.dumps(jobs))
+    return path
+
+
+def run_jobs(ranks, jobs, folder):
+    """Run jobs one after the other on a number of ranks; they must succeed."""
+    path = write_jobs(folder, jobs)
     if ranks == 1:
-        work(None, path)
-        return
-    done = torchrun(ranks, "tests/test_ranks.py", path)
+        done = subprocess.run([sys.executable, "tests/test_ranks.py", path], cwd=ROOT,
+                              capture_output=True, text=True, timeout=200)
+    else:
+        done = torchrun(ranks, "tests/test_ranks.py", path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def argv(loaded, **more):
-    """A loaded config as a command line again."""
-    text = lambda v: f"[{', '.join(map(str, v))}]" if isinstance(v, list) else "null" if v is None else v
-    return [f"{k}={text(v)}" for k, v in (configs.flat(loaded[2]) | more).items()]
-
-
 def figures(out, *keys):
+    """{key: its values in metrics.jsonl}"""
     return {key: [r[key] for r in log.read(out) if r.get(key) is not None] for key in keys}
 
+
+# --------------------------------------------------------------------------------------------------
+# layouts: the same run on any mesh
 
 GPT2 = ["model.family=gpt2", "model.norm=layernorm", "model.positions=learned", "model.glu=false",
         "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.n_kv_heads=4",
         "model.activation=gelu_new", "data.seq_len=400"]
-NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4", "model.parallel_residual=true",
-        "model.qkv_bias=true", "model.out_bias=true", "model.partial_rotary_factor=0.5",
-        "model.tie_embeddings=false", "model.pad_vocab_size_multiple=64",
-        "model.resid_pdrop=0.1", "model.attn_pdrop=0.1", "model.embd_pdrop=0.1", "model.embed=neftune",
-        "model.embed_options.alpha=5"]
+NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
+        "model.parallel_residual=true", "model.qkv_bias=true", "model.out_bias=true",
+        "model.partial_rotary_factor=0.5", "model.tie_embeddings=false",
+        "model.pad_vocab_size_multiple=64", "model.resid_pdrop=0.1", "model.attn_pdrop=0.1",
+        "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
-HALVES, QUARTERS = ["shard.mesh.shard=2"], ["shard.mesh.shard=4"]
-BOTH = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
-MODELS = {                                                             # what is trained: keys, tolerance of the loss
-    "full": ([], 1e-5), "bf16": (["dtype=bfloat16"], 1e-3), "gpt-2": (GPT2, 1e-5), "lora": (["shard.lora.r=1"], 1e-5),
-    "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3), "muon": (["optimizer=muon"], 1e-3),
-    "feedback": (["sampler.order=feedback"], 1e-5), "sgd": (["optimizer=sgd"], 1e-5),
-    "neox, noise, padded rows": (NEOX, 1e-5), "olmo2": (OLMO2, 1e-3)}
-CELLS = [                                                              # (what, ranks, how)
-    ("full", 2, []), ("full", 2, HALVES), ("full", 2, [*HALVES, "shard.reshard_after_forward=false"]),
-    ("full", 2, [*HALVES, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, HALVES), ("lora", 2, []),
-    ("full", 4, []), ("full", 4, QUARTERS), ("full", 4, BOTH), ("bf16", 4, BOTH), ("gpt-2", 4, QUARTERS),
-    ("lora", 4, QUARTERS), ("lora, bf16", 4, BOTH), ("muon", 2, []), ("muon", 4, BOTH), ("sgd", 2, HALVES),
-    ("feedback", 2, HALVES), ("feedback", 4, []), ("neox, noise, padded rows", 2, []),
-    ("neox, noise, padded rows", 4, BOTH), ("olmo2", 2, HALVES)]
-GONE_ON = [                                                            # bitwise
-    ("full", 2, []), ("full", 2, HALVES), ("muon", 2, HALVES), ("bf16", 2, HALVES), ("feedback", 2, HALVES),
-    ("lora, bf16", 2, [])]
-name = lambda cell: f"{cell[0]}, {cell[1]} ranks, {' '.join(cell[2]) or 'replicated'}"
+MODELS = {    # name: (keys, relative tolerance of the loss)
+    "full": ([], 1e-5),
+    "bf16": (["dtype=bfloat16"], 1e-3),
+    "gpt-2": (GPT2, 1e-5),
+    "lora": (["shard.lora.r=1"], 1e-5),
+    "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
+    "muon": (["optimizer=muon"], 1e-3),
+    "feedback": (["sampler.order=feedback"], 1e-5),
+    "sgd": (["optimizer=sgd"], 1e-5),
+    "neox, noise, padded vocabulary": (NEOX, 1e-5),
+    "olmo2": (OLMO2, 1e-3)}
+SHARD2 = ["shard.mesh.shard=2"]
+SHARD4 = ["shard.mesh.shard=4"]
+HYBRID = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
+LAYOUTS = [    # (model, ranks, keys)
+    ("full", 2, []), ("full", 2, SHARD2),
+    ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
+    ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
+    ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("feedback", 2, SHARD2),
+    ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
+    ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
+    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
+    ("feedback", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
+RESUMED = [    # layouts whose resumed runs are compared bitwise
+    ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
+    ("feedback", 2, SHARD2), ("lora, bf16", 2, [])]
+
+
+def name_of(layout):
+    model, ranks, keys = layout
+    return f"{model}, {ranks} ranks, {' '.join(keys) or 'replicated'}"
 
 
 @pytest.fixture(scope="module")
 def ten_steps(tmp_path_factory, chats):
-    """Every cell's run, and that of one process for each model: ten steps of six chats in several rows, evaluated at
-    both ends."""
+    """Run all layouts, and each model on one rank: ten steps of six chats in several micro-batches,
+    evaluated at both ends. Returns (folder, function that makes the arguments of a run)."""
     folder = tmp_path_factory.mktemp("ten")
-    def args(what, out, *more):
-        return [f"data.train.chats.path={chats}", "data.validation_split=7", "data.tokenizer=bytes",
-                f"data.cache_dir={folder / 'tokens'}", "model.n_layers=2", "model.d_model=32", "model.n_heads=4",
-                "model.n_kv_heads=2", "batch_size=6", "micro_tokens=240", "max_steps=10", "epochs=0",
-                "log_every=1", "eval_every=10", "save_every=10", "eval_tokens=8", "eval_prompts=5", "lr=1e-3",
-                "dtype=float32", "samples=0", "checkpoint.export=false", f"out_dir={folder / out}",
-                *MODELS[what][0], *more]
+
+    def make_argv(model, out, *more):
+        return [f"data.train.chats.path={chats}", "data.validation_split=7",
+                "data.tokenizer=bytes", f"data.cache_dir={folder / 'tokens'}", "model.n_layers=2",
+                "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "batch_size=6",
+                "micro_tokens=240", "max_steps=10", "epochs=0", "log_every=1", "eval_every=10",
+                "save_every=10", "eval_tokens=8", "eval_prompts=5", "lr=1e-3", "dtype=float32",
+                "samples=0", "checkpoint.export=false", f"out_dir={folder / out}",
+                *MODELS[model][0], *more]
     for ranks in (1, 2, 4):
-        cells = [(what, 1, []) for what in MODELS] if ranks == 1 else [cell for cell in CELLS if cell[1] == ranks]
-        on(ranks, [("run", args(what, name((what, ranks, how)), *how)) for what, _, how in cells], folder)
-    return folder, args
+        layouts = [layout for layout in LAYOUTS if layout[1] == ranks]
+        if ranks == 1:
+            layouts = [(model, 1, []) for model in MODELS]
+        jobs = [("run", make_argv(layout[0], name_of(layout), *layout[2])) for layout in layouts]
+        run_jobs(ranks, jobs, folder)
+    return folder, make_argv
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=name)
-def test_a_step_is_the_same_on_any_mesh(ten_steps, cell):
-    folder, (what, _, _) = ten_steps[0], cell
-    cells = (what, 1, []), cell
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_train_step_is_the_same_on_any_mesh(ten_steps, layout):
+    folder, _ = ten_steps
+    model = layout[0]
+    out = folder / name_of(layout)
+    one_rank_out = folder / name_of((model, 1, []))
     keys = ("loss", "grad_norm", "documents", "tokens", "val/chats/loss", "val/chats/exact_match")
-    one, many = (figures(folder / name(c), *keys) for c in cells)
-    tolerance = MODELS[what][1]
+    one = figures(one_rank_out, *keys)
+    many = figures(out, *keys)
     assert len(one["loss"]) == 10 and len(one["val/chats/loss"]) == 2
     for key in ("documents", "tokens", "val/chats/exact_match"):
         assert one[key] == many[key], key
+    tolerance = MODELS[model][1]
     for key in ("loss", "val/chats/loss", "grad_norm"):
-        assert many[key] == pytest.approx(one[key], rel=tolerance * (20 if key == "grad_norm" else 1)), key
-    one, many = (load_file(folder / name(c) / "checkpoints" / "00000010" / "model.safetensors") for c in cells)
-    assert {key: t.shape for key, t in one.items()} == {key: t.shape for key, t in many.items()}
+        rel = 20 * tolerance if key == "grad_norm" else tolerance
+        assert many[key] == pytest.approx(one[key], rel=rel), key
+    file = Path("checkpoints", "00000010", "model.safetensors")
+    shapes = [{name: t.shape for name, t in load_file(folder / file).items()}
+              for folder in (one_rank_out, out)]
+    assert shapes[0] == shapes[1]
 
 
-def test_a_steps_documents_do_not_depend_on_the_ranks(ten_steps):
-    cfg = configs.load(ten_steps[1]("full", "x"))[0]
-    sources = tokenize_data.load_datasets(cfg)["train"]
+def test_load_micro_batches_of_all_ranks_hold_the_steps_documents(ten_steps):
+    _, make_argv = ten_steps
+    cfg = configs.load(make_argv("full", "x"))[0]
+    dataset = sampler.Dataset(tokenize_data.load_datasets(cfg)["train"])
     for step in (0, 7):
-        whole = sampler.documents(step, cfg, {k: len(t) for k, t in sources.items()})
+        expected = sampler.documents(step, cfg, dataset.sizes)
         for ranks in (1, 2, 4, 9):
-            rows = [sampler.step_rows(step, cfg, sources, ranks, rank)[0] for rank in range(ranks)]
-            drawn = sorted(int(d) for rank in rows for row in rank for d in row["doc_ids"])
-            assert len({len(r) for r in rows}) == 1 and drawn == sorted(whole)
+            loaded = [sampler.load_micro_batches(expected, cfg, dataset, ranks, rank)[0]
+                      for rank in range(ranks)]
+            drawn = [int(i) for of_rank in loaded for batch in of_rank for i in batch["doc_ids"]]
+            assert sorted(drawn) == sorted(expected)
+            assert len({len(of_rank) for of_rank in loaded}) == 1
 
 
-def test_a_run_goes_on_on_other_ranks_and_bitwise_on_the_same(ten_steps):
-    """1 -> 2 -> 4 -> 1 ranks, in parts and whole; and the same files whatever number of ranks wrote them."""
-    folder, args = ten_steps
-    whole, chain = "full, 1 ranks, replicated", "chain"
-    step = lambda out, n: folder / out / "checkpoints" / f"{n:08}"
-    more = ["save_every=2", "checkpoint.keep=9", "eval_every=0"]
-    run = lambda out, *how, what="full": ("run", args(what, out, *more, *how))
-    forget_behind = lambda out, n: ("forget", str(folder / out), n)
-    copied = lambda out, *how: ("copy", args("full", chain, *how), str(step(chain, 2)), str(folder / out))
-    on(1, [run(chain), forget_behind(chain, 2)], folder)
-    two = [run(chain, *HALVES), forget_behind(chain, 4), copied("copy2", *HALVES)]
-    for cell in GONE_ON:                                               # bitwise: stopped behind step 4 and gone on
-        (what, _, how), out = cell, f"gone on, {name(cell)}"
-        two += [run(out, *how, what=what), ("keep", str(folder / out), str(folder / f"{out} first")),
-                forget_behind(out, 4), run(out, *how, what=what)]
-    on(2, two, folder)
-    on(4, [run(chain, *BOTH), forget_behind(chain, 6), copied("copy4", *QUARTERS)], folder)
-    on(1, [run(chain)], folder)
-    assert figures(folder / chain, "loss")["loss"] == pytest.approx(figures(folder / whole, "loss")["loss"], rel=1e-5)
+def test_checkpoint_resumes_on_other_ranks_and_bitwise_on_the_same(ten_steps):
+    """A run goes from 1 to 2, 4 and 1 ranks; each number of ranks writes the same files."""
+    folder, make_argv = ten_steps
+    keys = ["save_every=2", "checkpoint.keep=9", "eval_every=0"]
+
+    def run_job(out, *more, model="full"):
+        return "run", make_argv(model, out, *keys, *more)
+
+    def forget_job(out, step):
+        return "forget", str(folder / out), step
+
+    def copy_job(out, *more):
+        argv = make_argv("full", "chain", *more)
+        return "copy_checkpoint", argv, str(checkpoint_of("chain", 2)), str(folder / out)
+
+    def checkpoint_of(out, step):
+        return folder / out / "checkpoints" / f"{step:08}"
+    run_jobs(1, [run_job("chain"), forget_job("chain", 2)], folder)
+    jobs = [run_job("chain", *SHARD2), forget_job("chain", 4), copy_job("copy2", *SHARD2)]
+    for layout in RESUMED:    # run to the end; again from step 4
+        out = f"resumed, {name_of(layout)}"
+        again = run_job(out, *layout[2], model=layout[0])
+        jobs += [again, ("copytree", str(folder / out), str(folder / f"{out} first")),
+                 forget_job(out, 4), again]
+    run_jobs(2, jobs, folder)
+    run_jobs(4, [run_job("chain", *HYBRID), forget_job("chain", 6), copy_job("copy4", *SHARD4)],
+             folder)
+    run_jobs(1, [run_job("chain")], folder)
+
+    one_rank = figures(folder / name_of(("full", 1, [])), "loss")["loss"]
+    assert figures(folder / "chain", "loss")["loss"] == pytest.approx(one_rank, rel=1e-5)
     for file in ("model.safetensors", "optimizer.safetensors"):
-        read = lambda path: (path / file).read_bytes()
-        assert read(step(chain, 2)) == read(step("copy2", 2)) == read(step("copy4", 2))
-    for cell in GONE_ON:
-        out, first = f"gone on, {name(cell)}", f"gone on, {name(cell)} first"
+        contents = {(checkpoint_of(out, 2) / file).read_bytes()
+                    for out in ("chain", "copy2", "copy4")}
+        assert len(contents) == 1
+    for layout in RESUMED:
+        out = f"resumed, {name_of(layout)}"
+        first = f"{out} first"
         for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
-            assert (step(out, 10) / file).read_bytes() == (step(first, 10) / file).read_bytes(), (out, file)
+            contents = [(checkpoint_of(o, 10) / file).read_bytes() for o in (out, first)]
+            assert contents[0] == contents[1], (out, file)
         keys = ("loss", "grad_norm", "lr")
         assert figures(folder / out, *keys) == figures(folder / first, *keys)
 
 
-def test_adapters_of_a_model_in_parts_load_in_peft(ten_steps, tmp_path):
+def test_save_adapter_of_a_sharded_model_loads_in_peft(ten_steps):
     peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
     transformers = pytest.importorskip("transformers")
-    folder, args = ten_steps
-    base = [a for a in args("full", "base", "checkpoint.export=true")]
-    on(1, [("run", base)], folder)
+    folder, make_argv = ten_steps
+    run_jobs(1, [("run", make_argv("full", "base", "checkpoint.export=true"))], folder)
     hf = folder / "base" / "hf"
-    lora = args("lora", "adapted", "checkpoint.export=true", "shard.lora.r=3", f"model.init_from={hf}",
-                f"data.tokenizer={hf}", *QUARTERS)
-    lora = [a for a in lora if not re.match(r"model\.(n_|d_)", a)]
-    on(4, [("run", lora)], folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf)
-    theirs = peft.PeftModel.from_pretrained(theirs, folder / "adapted" / "adapter").eval()
+    argv = make_argv("lora", "adapted", "checkpoint.export=true", "shard.lora.r=3",
+                     f"model.init_from={hf}", f"data.tokenizer={hf}", *SHARD4)
+    argv = [arg for arg in argv if not re.match(r"model\.(n_|d_)", arg)]
+    run_jobs(4, [("run", argv)], folder)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    reference = peft.PeftModel.from_pretrained(reference, folder / "adapted" / "adapter").eval()
     ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
-    merged, plain = (M.load(path)[0].logits(M.as_batch(ids.tolist())) for path in (folder / "adapted", hf))
-    assert torch.allclose(merged, theirs(ids).logits[0], atol=1e-4) and not torch.allclose(merged, plain, atol=1e-3)
+    merged, plain = (M.load(path)[0].logits(M.as_batch(ids.tolist()))
+                     for path in (folder / "adapted", hf))
+    assert torch.allclose(merged, reference(ids).logits[0], atol=1e-4)
+    assert not torch.allclose(merged, plain, atol=1e-3)
 
 
-# ---- memory
+# --------------------------------------------------------------------------------------------------
+# gradients, replicas, shards, waiting
 
-MEDIUM = ["model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024", "data.seq_len=128",
-          "batch_size=16"]
+SMALL = ["model.d_model=32", "model.n_layers=2", "model.n_heads=4", "model.vocab_size=259",
+         "data.tokenizer=bytes", "device=cpu", "dtype=float32"]
+
+
+def test_all_reduce_gradients_and_main_process_first_on_two_ranks(tmp_path):
+    """Foreign .grad (zero_grad, p.grad = x) is summed; a changed replica is detected."""
+    run_jobs(2, [("check_gradient_sums", SMALL),
+                 ("check_detects_difference", SMALL, 1, "rank 1 from rank 0"),
+                 ("check_local_shards", [2]),
+                 ("check_order", str(tmp_path))], tmp_path)
+
+
+def test_local_shard_and_check_replicas_on_a_mesh_of_four(tmp_path):
+    """Ranks 1 and 3 hold the same rows on a mesh of 2 x 2."""
+    run_jobs(4, [("check_local_shards", [4]), ("check_local_shards", [2, 2]),
+                 ("check_detects_difference", [*SMALL, *HYBRID], 3, "rank 3 from rank 1")],
+             tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+MEDIUM = ["model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
+          "data.seq_len=128", "batch_size=16"]
 SHAPES = {
-    "narrow, many tokens": ["model.d_model=128", "model.n_layers=4", "model.vocab_size=4096", "micro_tokens=2048",
-                            "data.seq_len=256", "batch_size=16"],
-    "wide, a small vocabulary": ["model.d_model=256", "model.n_layers=6", "model.n_heads=8", "model.n_kv_heads=2",
-                                 "model.vocab_size=320", "micro_tokens=1024", "data.seq_len=256", "batch_size=8"],
+    "narrow, many tokens": [
+        "model.d_model=128", "model.n_layers=4", "model.vocab_size=4096", "micro_tokens=2048",
+        "data.seq_len=256", "batch_size=16"],
+    "wide, a small vocabulary": [
+        "model.d_model=256", "model.n_layers=6", "model.n_heads=8", "model.n_kv_heads=2",
+        "model.vocab_size=320", "micro_tokens=1024", "data.seq_len=256", "batch_size=8"],
     "bf16": [*MEDIUM, "dtype=bfloat16"],
-    "dropout, another family": ["model.family=phi", "model.activation=gelu", "model.tie_embeddings=false",
-                                "model.d_model=128", "model.n_layers=8", "model.vocab_size=512", "micro_tokens=1024",
-                                "data.seq_len=256", "batch_size=8", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
-    "lora, computed again": [*MEDIUM, "shard.lora.r=8", "shard.recompute=true"]}
+    "dropout, another family": [
+        "model.family=phi", "model.activation=gelu", "model.tie_embeddings=false",
+        "model.d_model=128", "model.n_layers=8", "model.vocab_size=512", "micro_tokens=1024",
+        "data.seq_len=256", "batch_size=8", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
+    "lora, recompute": [*MEDIUM, "shard.lora.r=8", "shard.recompute=true"]}
 
 
-def test_predicted_memory_is_what_a_run_takes(tmp_path):
-    """Most bytes of torch's allocations in a step, within a tenth; loading takes what is held, and a tensor or two
-    more."""
+@pytest.mark.parametrize("ranks, mesh", [(1, []), (2, []), (2, SHARD2)],
+                         ids=["1 rank", "replicated", "sharded"])
+def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh):
+    """Loading takes the parameters and the size of two more; FSDP's first pass is not counted."""
+    outs = {what: tmp_path / f"{what}.json" for what in SHAPES}
     base = ["dtype=float32", "device=cpu", "data.tokenizer=bytes"]
-    for ranks, how in ((1, []), (2, []), (2, HALVES)):
-        places = {what: str(tmp_path / f"{what} {ranks} {len(how)}.json") for what in SHAPES}
-        jobs = [("measure", [*base, *more, *how], places[what]) for what, more in SHAPES.items()]
-        on(ranks, jobs, tmp_path)
-        for what, place in places.items():
-            got = json.loads(Path(place).read_text())
-            assert got["predicted"] == pytest.approx(got["step"], rel=0.1), (what, ranks, how, got)
-            assert ranks == 2 and not how or got["load"] <= got["held"] + 2.5 * got["largest"], (what, ranks, how, got)
+    run_jobs(ranks, [("measure_memory", [*base, *keys, *mesh], str(outs[what]))
+                     for what, keys in SHAPES.items()], tmp_path)
+    for what, out in outs.items():
+        measured = json.loads(out.read_text())
+        assert measured["predicted"] == pytest.approx(measured["step"], rel=0.1), (what, measured)
 
 
-def test_predicted_memory_is_shown_for_any_mesh(script):
-    one = ["configs/ft.yaml", "device=cpu"]
+# --------------------------------------------------------------------------------------------------
+# failures: all ranks end, and torchrun's output ends with the error of the rank that failed
 
-    def total(*more):
-        said = script("shard.py", *one, *more).stdout
-        return float(re.search(r"together +([\d,.]+) MiB", said)[1].replace(",", ""))
-    assert total("gpus=64", "shard.mesh.shard=64") < total("gpus=64", "shard.mesh.shard=8") < total("gpus=64")
-    wrong = script("shard.py", *one, "gpus=6", "shard.mesh.shard=4")
-    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
-    assert "shard.mesh" in wrong.stderr and "6" in wrong.stderr
-
-
-# ---- the others wait, the cores are shared, the console speaks once
-
-def test_others_wait_for_the_first_and_cores_are_shared(tmp_path):
-    (tmp_path / "jobs.json").write_text(json.dumps([("turns", str(tmp_path))]))
-    done = torchrun(2, "tests/test_ranks.py", tmp_path / "jobs.json")
-    seen, (threads, _) = json.loads((tmp_path / "seen.json").read_text())
-    assert seen == [False, True] and done.stdout == "rank 0 is tokenizing, the others wait\n"
-    assert threads == max(1, len(os.sched_getaffinity(0)) // 2)
-
-
-# ---- failures
-
-@pytest.mark.parametrize("what, words", [
-    ("fail", "RuntimeError: the reason"), ("mistake", "error: shard.mesh: replicate 2 x shard 2 is not 3 ranks")])
-def test_when_one_rank_fails_all_end_and_its_error_is_told(tmp_path, what, words):
-    (tmp_path / "jobs.json").write_text(json.dumps([(what, 1)]))
-    started = time.monotonic()
-    done = torchrun(2, "tests/test_ranks.py", tmp_path / "jobs.json")
-    assert done.returncode != 0 and time.monotonic() - started < 30
-    told, table = done.stderr.split("FAILED\n")
-    # once, and nobody else's consequences
-    assert told.count(words) == 1 and "has lost another" not in told and done.stdout == ""
-    assert words in table.split("Root Cause")[1] and "rank      : 1" in table.split("Root Cause")[1]
+@pytest.mark.parametrize("how, message", [
+    ("raise", "RuntimeError: the reason"),
+    ("user error", "error: lr: this is wrong; do it right"),
+    ("unpack", "ValueError: too many values to unpack (expected 2)"),
+    ("exit", "exitcode  : 7"),
+    ("kill", "Signal 9 (SIGKILL) received"),
+    ("hang", "RuntimeError: the reason")])
+def test_run_distributed_ends_all_ranks_and_reports_the_cause(tmp_path, how, message):
+    start = time.monotonic()
+    done = torchrun(2, "tests/test_ranks.py", write_jobs(tmp_path, [("fail", how, 1)]))
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    output, summary = done.stderr.split("FAILED\n")
+    root_cause = summary.split("Root Cause")[1]
+    assert message in root_cause and "rank      : 1" in root_cause
+    assert "Connection" not in output and done.stdout == ""    # nothing from the rank that waited
+    if how == "user error":
+        assert output.count(message) == 1 and "in fail" not in output + summary
+    elif how in ("raise", "unpack", "hang"):
+        assert output.count(message) == 1 and "in fail" in output and "in fail" in root_cause
 
 
-def test_a_mistake_is_told_once_and_a_mesh_that_is_none_at_once(tmp_path, chats):
-    args = [f"data.train.chats.path={chats}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}",
-            f"out_dir={tmp_path / 'o'}", "dtype=float32", "max_steps=2"]
-    done = torchrun(2, "train.py", *args, "shard.mesh.shard=3")
-    told = done.stderr.split("FAILED\n")[0]
-    assert done.returncode != 0 and told.count("error: shard.mesh: replicate 0 x shard 3 is not 2 ranks") == 1
-    assert "Traceback" not in told.split("error: ")[0] and not (tmp_path / "o").exists()
+def test_run_distributed_prints_an_error_of_all_ranks_once(tmp_path):
+    done = torchrun(2, "tests/test_ranks.py", write_jobs(tmp_path, [("fail_everywhere",)]))
+    output, summary = done.stderr.split("FAILED\n")
+    assert done.returncode != 0
+    assert output.count("error: lr: this is wrong; do it right") == 1
+    assert "error: lr: this is wrong" in summary.split("Root Cause")[1]
 
 
-def pids(parent):
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run"]],
+                         ids=["python", "torchrun"])
+def test_run_distributed_on_one_rank_keeps_the_traceback(tmp_path, launcher):
+    for how, message in (("unpack", "ValueError: too many values"), ("user error", "error: lr:")):
+        jobs = write_jobs(tmp_path, [("fail", how, 0)])
+        done = subprocess.run([sys.executable, *launcher, "tests/test_ranks.py", jobs], cwd=ROOT,
+                              capture_output=True, text=True, timeout=100)
+        output, _, summary = done.stderr.partition("FAILED\n")
+        assert done.returncode != 0 and output.count(message) == 1
+        assert ("a, b = [1, 2, 3]" in output) == (how == "unpack")
+        if launcher:
+            assert message in summary and ("in fail" in summary) == (how == "unpack")
+
+
+def test_train_reports_an_impossible_mesh_once(tmp_path, chats):
+    done = torchrun(2, "train.py", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
+                    f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / 'o'}",
+                    "dtype=float32", "max_steps=2", "shard.mesh.shard=3")
+    output = done.stderr.split("FAILED\n")[0]
+    assert done.returncode != 0
+    assert output.count("error: shard.mesh: replicate 0 x shard 3 is not 2 ranks") == 1
+    assert "Traceback" not in output.split("error: ")[0] and not (tmp_path / "o").exists()
+
+
+def test_init_distributed_refuses_restarts_on_several_nodes_with_torchruns_store(monkeypatch):
+    for key, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("GROUP_WORLD_SIZE", "2"),
+                       ("TORCHELASTIC_MAX_RESTARTS", "3")):
+        monkeypatch.setenv(key, value)
+    with pytest.raises(configs.UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        shard.store_of_this_start(dist.HashStore())
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    shard.store_of_this_start(dist.HashStore())
+
+
+# --------------------------------------------------------------------------------------------------
+# restarts and signals
+
+def child_pids(parent):
     return [int(p) for p in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a rank's process in /proc")
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_rank_killed_is_started_again_and_the_run_is_the_same(ten_steps, nodes):
-    folder, args = ten_steps
-    out, more = folder / f"killed{nodes}", ["max_steps=60", "save_every=5", "eval_every=0", *HALVES]
-    if not (folder / "unkilled").exists():
-        on(2, [("run", args("full", "unkilled", *more))], folder)
-    words = ["--nproc_per_node", "2"] if nodes == 1 else [
-        "--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29679", "--local_addr", "127.0.0.1"]
-    command = [*LAUNCH, *words, "--max-restarts", "2", "train.py", *args("full", out.name, *more)]
-    said = [(folder / f"{out.name}.{node}").open("w+") for node in range(nodes)]
-    agents = [subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) for file in said]
+class Nodes:
+    """Two network namespaces joined by a wire; without the right to make them, the loopback."""
+    names = ["seven0", "seven1"]
+    interfaces = ["seven-a", "seven-b"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+
+    def __enter__(self):
+        try:
+            self.__exit__()
+            for name in self.names:
+                self.ip("netns", "add", name)
+            self.ip("link", "add", self.interfaces[0], "type", "veth",
+                    "peer", "name", self.interfaces[1])
+            for name, interface, address in zip(self.names, self.interfaces, self.addresses):
+                self.ip("link", "set", interface, "netns", name)
+                self.ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+                self.ip("-n", name, "link", "set", interface, "up")
+                self.ip("-n", name, "link", "set", "lo", "up")
+            self.prefixes = [["ip", "netns", "exec", name] for name in self.names]
+        except (OSError, subprocess.CalledProcessError):
+            self.prefixes = [[], []]
+            self.addresses = ["127.0.0.1"] * 2
+            self.interfaces = ["lo"] * 2
+        return self
+
+    def __exit__(self, *_):
+        for name in self.names:
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    @staticmethod
+    def ip(*words):
+        subprocess.run(["ip", *words], capture_output=True, check=True)
+
+    def start(self, node, words, output, **env):
+        """Start torchrun on a node; its output goes to a file."""
+        command = [*self.prefixes[node], *LAUNCH, "--nnodes", "2",
+                   "--local_addr", self.addresses[node], *words]
+        env = os.environ | {"GLOO_SOCKET_IFNAME": self.interfaces[node]} | env
+        with open(output, "w") as f:
+            return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=f,
+                                    stderr=subprocess.STDOUT)
+
+    def start_elastic(self, node, words, output):
+        """As the README starts several nodes that may be restarted."""
+        rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{self.addresses[0]}:29679",
+                      "--rdzv_conf", f"is_host={int(node == 0)}"]
+        return self.start(node, [*rendezvous, *words], output,
+                          TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+
+def wait_for_steps(out, steps):
     deadline = time.monotonic() + 60
-    while len(log.read(out)) < 20 and time.monotonic() < deadline:
+    while len(log.read(out)) < steps and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(pids(agents[-1].pid)[-1], signal.SIGKILL)
-    codes = [agent.wait(timeout=60) for agent in agents]
-    for file in said:
-        file.seek(0)
-    text = "".join(file.read() for file in said)
-    assert codes == [0] * nodes and len(re.findall(r"^resume ", text, re.M)) == 1, text
+
+
+@pytest.fixture(scope="module")
+def sixty_steps(ten_steps):
+    """A run on 2 shards that is not interrupted. Returns a function that makes its arguments."""
+    folder, make_argv = ten_steps
+
+    def make(out):
+        return make_argv("full", out, "max_steps=60", "save_every=5", "eval_every=0", *SHARD2)
+    run_jobs(2, [("run", make("unkilled"))], folder)
+    return make
+
+
+def check_restarted_run(folder, out, outputs, codes):
+    """Started twice, resumed once, and the same figures as without the kill."""
+    text = "".join(Path(output).read_text() for output in outputs)
+    assert codes == [0] * len(codes), text
     assert len(re.findall(r"^device ", text, re.M)) == 2, text
-    assert figures(out, "step", "loss", "grad_norm") == figures(folder / "unkilled", "step", "loss", "grad_norm")
+    assert len(re.findall(r"^resum", text, re.M)) == 1, text
+    keys = ("step", "loss", "grad_norm")
+    assert figures(folder / out, *keys) == figures(folder / "unkilled", *keys)
 
 
-def test_a_signal_ends_all_ranks_behind_the_same_step(ten_steps):
-    folder, args = ten_steps
-    more = ["max_steps=400", "save_every=0", "eval_every=0", *HALVES]
-    command = [*LAUNCH, "--nproc_per_node", "2", "train.py", *args("full", "ended", *more)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(),
+                                reason="finds the process of a rank in /proc")
+
+
+@needs_proc
+def test_max_restarts_resumes_after_sigkill(ten_steps, sixty_steps):
+    folder, _ = ten_steps
+    command = [*LAUNCH, "--nproc_per_node", "2", "--max-restarts", "2", "train.py",
+               *sixty_steps("killed1")]
+    output = folder / "killed1.output"
+    with open(output, "w") as f:
+        agent = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT)
+    wait_for_steps(folder / "killed1", 20)
+    os.kill(child_pids(agent.pid)[-1], signal.SIGKILL)
+    check_restarted_run(folder, "killed1", [output], [agent.wait(timeout=100)])
+
+
+@needs_proc
+@pytest.mark.parametrize("killed_node", [0, 1])
+def test_max_restarts_resumes_after_sigkill_on_two_nodes(ten_steps, sixty_steps, killed_node):
+    folder, _ = ten_steps
+    out = f"killed2 {killed_node}"
+    outputs = [folder / f"{out}.output{node}" for node in range(2)]
+    words = ["--nproc_per_node", "1", "--max-restarts", "2", "train.py", *sixty_steps(out)]
+    with Nodes() as nodes:
+        agents = [nodes.start_elastic(node, words, outputs[node]) for node in range(2)]
+        wait_for_steps(folder / out, 20)
+        os.kill(child_pids(agents[killed_node].pid)[-1], signal.SIGKILL)
+        codes = [agent.wait(timeout=100) for agent in agents]
+    check_restarted_run(folder, out, outputs, codes)
+
+
+def test_run_distributed_ends_the_other_node_too(tmp_path):
+    """Without restarts. The other node says where the cause is printed."""
+    jobs = write_jobs(tmp_path, [("fail", "raise", 1)])
+    outputs = [tmp_path / f"output{node}" for node in range(2)]
+    words = ["--nproc_per_node", "1", "tests/test_ranks.py", jobs]
+    start = time.monotonic()
+    with Nodes() as nodes:
+        agents = [nodes.start_elastic(node, words, outputs[node]) for node in range(2)]
+        codes = [agent.wait(timeout=100) for agent in agents]
+    assert all(codes) and time.monotonic() - start < 60
+    root_causes = [output.read_text().split("Root Cause")[1] for output in outputs]
+    assert sum("RuntimeError: the reason" in text for text in root_causes) == 1
+    assert sum("If that rank runs on another node" in text for text in root_causes) == 1
+
+
+def test_train_stops_after_the_same_step_on_all_ranks_at_a_signal(ten_steps):
+    folder, make_argv = ten_steps
+    argv = make_argv("full", "ended", "max_steps=400", "save_every=0", "eval_every=0", *SHARD2)
+    process = subprocess.Popen([*LAUNCH, "--nproc_per_node", "2", "train.py", *argv], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if re.match(r"step +20/", line):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.communicate(timeout=60)[0]
     assert "stopped by signal 15 after step" in rest and "saved" in rest
-    saved = checkpoint.found(folder / "ended")
-    ended = int(re.search(r"after step (\d+)", rest)[1])
-    assert len(saved) == 1 and checkpoint.verified(saved[0])["step"] == ended >= 20
+    saved = checkpoint.list_checkpoints(folder / "ended")
+    last_step = int(re.search(r"after step (\d+)", rest)[1])
+    assert len(saved) == 1 and checkpoint.verify(saved[0])["step"] == last_step >= 20
 
 
-# ---- nodes
-
-def spaces():
-    """Two network namespaces joined by a wire -> ([command prefix of each], [address of each], undo), or on
-    loopback."""
-    names, ends, addresses = ["seven0", "seven1"], ["seven-a", "seven-b"], ["10.77.0.1", "10.77.0.2"]
-    ip = lambda *words: subprocess.run(["ip", *words], capture_output=True, check=True)
-    try:
-        for space in names:
-            subprocess.run(["ip", "netns", "del", space], capture_output=True)
-            ip("netns", "add", space)
-        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        for space, end, address in zip(names, ends, addresses):
-            ip("link", "set", end, "netns", space)
-            for words in (["addr", "add", f"{address}/24", "dev", end], ["link", "set", end, "up"],
-                          ["link", "set", "lo", "up"]):
-                ip("-n", space, *words)
-    except (OSError, subprocess.CalledProcessError):
-        return [[], []], ["127.0.0.1"] * 2, ["lo", "lo"], lambda: None
-    undo = lambda: [ip("netns", "del", space) for space in names]
-    return [["ip", "netns", "exec", space] for space in names], addresses, ends, undo
-
+# --------------------------------------------------------------------------------------------------
+# nodes
 
 def test_two_nodes_of_two_are_four_ranks(ten_steps):
-    folder, args = ten_steps
-    prefixes, addresses, ends, undo = spaces()
-    try:
-        nodes = []
-        for node, (prefix, address, end) in enumerate(zip(prefixes, addresses, ends)):
-            words = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "2",
-                     "--master_addr", addresses[0], "--master_port", "29677", "--local_addr", address]
-            command = [*prefix, *LAUNCH, *words, "train.py", *args("full", "nodes", *BOTH)]
-            nodes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"GLOO_SOCKET_IFNAME": end},
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        said = [node.communicate(timeout=120) for node in nodes]
-    finally:
-        undo()
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert "4 ranks (replicate 2 x shard 2)" in said[0][0] and said[1][0] == ""
+    folder, make_argv = ten_steps
+    outputs = [folder / f"nodes.output{node}" for node in range(2)]
+    with Nodes() as nodes:
+        agents = []
+        for node in range(2):
+            words = ["--node_rank", node, "--nproc_per_node", "2",
+                     "--master_addr", nodes.addresses[0], "--master_port", "29677",
+                     "train.py", *make_argv("full", "nodes", *HYBRID)]
+            agents.append(nodes.start(node, words, outputs[node]))
+        codes = [agent.wait(timeout=120) for agent in agents]
+    texts = [output.read_text() for output in outputs]
+    assert codes == [0, 0], texts
+    assert "4 ranks (replicate 2 x shard 2)" in texts[0] and "step" not in texts[1]
     keys = ("loss", "grad_norm", "val/chats/loss")
-    assert figures(folder / "nodes", *keys) == figures(folder / name(("full", 4, BOTH)), *keys)
+    assert figures(folder / "nodes", *keys) == figures(folder / name_of(("full", 4, HYBRID)), *keys)

@@ -1,4 +1,4 @@
-"""shard.py: adapters, precision, and what a run will need."""
+"""shard.py in one process: LoRA, precision, compilation, predicted memory."""
 import shutil
 
 import pytest
@@ -6,128 +6,211 @@ import torch
 
 import configs, model as M, shard, train
 
-M_TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4", "model.n_kv_heads=2",
-                       "model.vocab_size=101"])[0]["model"]
+TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4",
+                     "model.n_kv_heads=2", "model.vocab_size=101"])[0]["model"]
 
 
-def batch():
-    b = M.as_batch([list(range(20)), list(range(30, 70))])
-    return b | {"targets": b["tokens"].roll(1), "loss_weights": torch.ones(60), "doc_ids": torch.arange(2)}
+def micro_batch():
+    batch = M.as_batch([list(range(20)), list(range(30, 70))])
+    return batch | {"targets": batch["tokens"].roll(1), "loss_weights": torch.ones(60),
+                    "doc_ids": torch.arange(2)}
 
 
-def adapted(targets, r=4):
-    model = M.build_on_meta(M_TINY)
-    shard.add_lora(model, M_TINY, {"r": r, "alpha": 8.0, "targets": targets})
-    return M.load_weights(model.to_empty(device="cpu"), shard.with_adapters(model, M.init_reader(M_TINY, 0), 0))
+def model_with_lora(targets, r=4):
+    model = M.build_on_meta(TINY)
+    shard.add_lora(model, {"r": r, "alpha": 8.0, "targets": targets})
+    read_slice = shard.lora_reader(model, M.init_reader(TINY, 0), 0)
+    return M.load_weights(model.to_empty(device="cpu"), read_slice)
 
 
-def prepared(*more):
-    """-> (cfg, its model, new, as training takes it)"""
-    c = configs.load(["model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32", *more])[0]
-    return c, shard.prepare(M.build_on_meta(c["model"]), c["model"], c, M.init_reader(c["model"], 0))
+def parallelized(*more):
+    """Return (cfg, its model with new weights, ready for training)."""
+    cfg = configs.load(["model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32",
+                        *more])[0]
+    model = M.build_on_meta(cfg["model"])
+    return cfg, shard.parallelize(model, cfg, M.init_reader(cfg["model"], 0))
 
 
-def test_new_adapters_change_nothing_and_learn_alone():
-    plain, model = M.build(M_TINY), adapted([])
-    assert torch.equal(plain(batch())[0], model(batch())[0])
-    model(batch())[0].backward()
+# --------------------------------------------------------------------------------------------------
+# LoRA
+
+def test_add_lora_changes_nothing_at_first_and_trains_adapters_only():
+    plain = M.build(TINY)
+    model = model_with_lora([])
+    assert torch.equal(plain(micro_batch())[0], model(micro_batch())[0])
+    model(micro_batch())[0].backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained and all(".A" in name or ".B." in name for name in trained)
-    assert len(trained) == 2 * (2 + 2 + 3 + 4)                       # A of 4 layers, B of q k v, o, gate up, down
-    each = (48 + 48) + 2 * (48 + 24) + (48 + 48) + 2 * (48 + 128) + (128 + 48)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * each
+    # per block: A of 4 fused layers; B of q, k, v, o, gate, up, down
+    assert len(trained) == 2 * (4 + 7)
+    in_plus_out = (48 + 48) + 2 * (48 + 24) + (48 + 48) + 2 * (48 + 128) + (128 + 48)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert n_trained == 2 * 4 * in_plus_out
 
 
-def test_merged_adapters_are_the_adapted_model():
-    for targets in ([], ["q_proj", "v_proj"], ["k_proj", "gate_proj", "o_proj"]):
-        model = adapted(targets)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if ".B." in name:
-                    p.normal_(0, 0.1)
-        merged, read = M.build(M_TINY, seed=1), shard.merged(model, M.init_reader(M_TINY, 0))
-        M.load_weights(merged, lambda name, start, end: read(name))
-        assert torch.allclose(merged.logits(batch()), model.logits(batch()), atol=1e-5)
-        assert not torch.allclose(merged.logits(batch()), M.build(M_TINY).logits(batch()), atol=1e-3)
+def test_add_lora_refuses_a_target_that_no_layer_has():
+    with pytest.raises(configs.UserError, match="shard.lora.targets: .*q_proj.*; got q_prj"):
+        shard.add_lora(M.build_on_meta(TINY), {"r": 4, "alpha": 8.0, "targets": ["q_prj"]})
 
 
-def test_adapters_do_not_depend_on_which_others_there_are():
-    one, all_ = adapted(["v_proj"]), adapted([])
-    assert torch.equal(one.blocks[0].attn.qkv.A, all_.blocks[0].attn.qkv.A[8:12])
+@pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"], ["k_proj", "gate_proj", "o_proj"]])
+def test_merge_lora_gives_a_plain_model_with_the_same_logits(targets):
+    model = model_with_lora(targets)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".B." in name:
+                p.normal_(0, 0.1)
+    merged = M.build(TINY, seed=1)
+    read = shard.merge_lora(model, M.init_reader(TINY, 0))
+    M.load_weights(merged, lambda name, start, end: read(name)[start:end])
+    assert torch.allclose(merged.logits(micro_batch()), model.logits(micro_batch()), atol=1e-5)
+    plain = M.build(TINY)
+    assert not torch.allclose(merged.logits(micro_batch()), plain.logits(micro_batch()), atol=1e-3)
 
 
-def test_bf16_computes_in_bf16_with_gradients_in_fp32():
-    model = M.build(M_TINY)
-    exact = model(batch())[0]
-    model.dtype = torch.bfloat16
-    loss = model(batch())[0]
+def test_lora_reader_draws_an_adapter_whatever_else_is_adapted():
+    """The third r rows of the fused layer's A belong to v."""
+    only_v = model_with_lora(["v_proj"])
+    everything = model_with_lora([])
+    assert torch.equal(only_v.blocks[0].attn.qkv.A, everything.blocks[0].attn.qkv.A[8:12])
+
+
+# --------------------------------------------------------------------------------------------------
+# precision, compilation, recomputation
+
+def test_parallelize_in_bf16_keeps_parameters_and_gradients_in_fp32():
+    _, model = parallelized("model.vocab_size=101")
+    exact = model(micro_batch())[0]
+    _, model = parallelized("model.vocab_size=101", "dtype=bfloat16")
+    loss = model(micro_batch())[0]
     loss.backward()
-    assert abs(float(loss.detach() / exact.detach()) - 1) < 1e-2
+    assert 0 < abs(float(loss.detach() / exact.detach()) - 1) < 1e-2
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_parallelize_under_lora_in_bf16_stores_frozen_matrices_in_bf16():
+    _, model = parallelized("model.vocab_size=101", "dtype=bfloat16", "shard.lora.r=2")
+    for p in model.parameters():
+        is_frozen_matrix = not p.requires_grad and p.dim() == 2
+        assert p.dtype == (torch.bfloat16 if is_frozen_matrix else torch.float32)
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
-def test_compiled_halves_are_the_blocks():
-    """Compiled once for all blocks and once more for all lengths; the same step to rounding."""
+def test_compile_blocks_makes_the_same_steps():
+    """One graph for all blocks, one more for all lengths, of two halves; equal to rounding."""
     def steps(*more):
-        c, model = prepared("model.vocab_size=50", *more)
-        optimizer, out = train.make_optimizer(model, c), []
+        cfg, model = parallelized("model.vocab_size=50", "grad_clip=1.0", *more)
+        optimizer = train.make_optimizer(model, cfg)
+        figures = []
         for n in (20, 24, 33, 41):
-            row = M.as_batch([list(range(n)), [1, 2, 3]])
-            row |= {"targets": row["tokens"].flip(0), "loss_weights": torch.ones(n + 3), "doc_ids": torch.arange(2)}
-            out.append([float(x) for x in train.train_step(model, optimizer, [row], float(n), 1e-2, 1.0)[:2]])
-        return torch.tensor(out)
+            batch = M.as_batch([list(range(n)), [1, 2, 3]])
+            batch |= {"targets": batch["tokens"].flip(0), "loss_weights": torch.ones(n + 3),
+                      "doc_ids": torch.arange(2)}
+            loss, grad_norm, *_ = train.train_step(model, optimizer, [batch], float(n), 1e-2, cfg)
+            figures.append([float(loss), float(grad_norm)])
+        return torch.tensor(figures)
     torch._dynamo.reset()
-    before, plain, compiled = shard.graphs(), steps(), steps("shard.compile=true")
-    assert torch.allclose(plain, compiled, rtol=1e-4) and shard.graphs() - before == 4
+    graphs_before = shard.num_graphs()
+    plain = steps()
+    compiled = steps("shard.compile=true")
+    assert torch.allclose(plain, compiled, rtol=1e-4)
+    assert shard.num_graphs() - graphs_before == 4
 
 
-def test_equal_layers_share_what_is_compiled_also_under_lora():
-    def compiled(layers):
-        _, model = prepared("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2")
+def test_num_graphs_does_not_grow_with_the_layers_also_under_lora():
+    """Equal blocks share what is compiled."""
+    def graphs_of(layers):
+        _, model = parallelized("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2")
         torch._dynamo.reset()
-        for block in model.blocks:                                   # traced as by inductor, and then run as it stands
-            block.before, block.behind = (torch.compile(half, backend="eager") for half in (block.before, block.behind))
-        before = shard.graphs()
-        model(batch())[0].backward()
-        return shard.graphs() - before
-    assert compiled(2) == compiled(10)
+        for block in model.blocks:    # traced as by inductor, but then run as it is
+            block.before = torch.compile(block.before, backend="eager")
+            block.behind = torch.compile(block.behind, backend="eager")
+        graphs_before = shard.num_graphs()
+        model(micro_batch())[0].backward()
+        return shard.num_graphs() - graphs_before
+    assert graphs_of(2) == graphs_of(10)
 
 
-def test_blocks_are_computed_again_where_a_step_would_not_fit(monkeypatch):
-    c = configs.load(["model.vocab_size=50", "model.d_model=32", "model.n_heads=4", "device=cpu"])[0]
-    prepare = lambda: shard.prepare(M.build_on_meta(c["model"]), c["model"], c, M.init_reader(c["model"], 0))
-    assert not prepare().recompute
-    monkeypatch.setattr(shard, "room", lambda device: 1 << 20)
-    assert prepare().recompute
-    c["shard"]["recompute"] = False                                  # who says so means it
-    assert not prepare().recompute
+def test_choose_recompute_recomputes_if_a_step_would_not_fit(monkeypatch):
+    """shard.recompute=false is respected nevertheless."""
+    keys = ["model.vocab_size=50"]
+    assert not parallelized(*keys)[1].recompute
+    monkeypatch.setattr(shard, "memory_budget", lambda device: 1 << 20)
+    assert parallelized(*keys)[1].recompute
+    assert not parallelized(*keys, "shard.recompute=false")[1].recompute
 
 
-def test_the_plan_adds_up():
-    c = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
-    total = sum(p.numel() for p in M.build_on_meta(c["model"]).parameters())
-    def moment(name, gpus=1, **shards):
-        c["shard"]["mesh"] |= shards
-        return shard.plan(c["model"], c, gpus)[name]
-    one, many = moment("at the update"), moment("at the update", 64, shard=64)
-    assert one == {"weights": 4 * total, "moments": 8 * total, "gradients": 4 * total}
-    assert many["moments"] == 8 * total // 64
-    some, all_ = moment("at the loss", 8, shard=1), moment("at the loss", 8, shard=8)
-    assert some["moments"] == 8 * all_["moments"] and some["activations"] == all_["activations"]
-    assert "gathered weights" in all_.keys() - some.keys()
-    matrices = total - sum(p.numel() for name, p in M.build_on_meta(c["model"]).named_parameters()
-                           if p.dim() < 2 or not name.startswith("blocks"))
-    for optimizer, bytes_ in (("muon", 8 * total - 4 * matrices), ("sgd", 4 * total)):
-        c["optimizer"] = optimizer
-        assert moment("at the update", 8)["moments"] == bytes_ // 8
-    c["optimizer"] = "adamw"
-    c["shard"]["recompute"] = True
-    assert moment("at the loss", 8)["activations"] < some["activations"] / 2
-    c["shard"]["lora"]["r"] = 4
-    assert moment("at the loss", 8)["moments"] < all_["moments"] / 5
+# --------------------------------------------------------------------------------------------------
+# sharded tensors and gradients, as they are on one rank (several: test_ranks.py)
+
+def test_local_shard_of_a_plain_tensor_is_the_tensor():
+    t = torch.arange(6.0).view(3, 2)
+    local, start, end = shard.local_shard(t)
+    assert torch.equal(local, t) and (start, end) == (0, 3)
+    assert shard.is_writer(t) and shard.full_tensor(t) is t
 
 
-def test_the_plan_is_printed_without_a_device(script):
+def test_all_reduce_gradients_leaves_one_rank_alone():
+    _, model = parallelized("model.vocab_size=101")
+    shard.all_reduce_gradients(model)
+    shard.check_replicas(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# predicted memory
+
+def test_predict_memory_adds_up():
+    cfg = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
+    parameters = list(M.build_on_meta(cfg["model"]).named_parameters())
+    total = sum(p.numel() for _, p in parameters)
+
+    def held_at(moment, gpus=1, **mesh):
+        cfg["shard"]["mesh"] |= mesh
+        return shard.predict_memory(cfg["model"], cfg, gpus)[moment]
+    assert held_at("at the update") == {"weights": 4 * total, "optimizer": 8 * total,
+                                        "gradients": 4 * total}
+    assert held_at("at the update", 64, shard=64)["optimizer"] == 8 * total // 64
+    replicated = held_at("at the loss", 8, shard=1)
+    sharded = held_at("at the loss", 8, shard=8)
+    assert replicated["optimizer"] == 8 * sharded["optimizer"]
+    assert replicated["activations"] == sharded["activations"]
+    assert "gathered weights" in sharded and "gathered weights" not in replicated
+    both = held_at("at the all-reduce", 8, shard=1)
+    assert both["gradients"] == both["flat gradients"] == 4 * total
+
+    matrices = sum(p.numel() for name, p in parameters
+                   if p.dim() == 2 and name.startswith("blocks"))
+    for optimizer, expected in (("muon", 8 * total - 4 * matrices), ("sgd", 4 * total)):
+        cfg["optimizer"] = optimizer
+        assert held_at("at the update", 8, shard=8)["optimizer"] == expected // 8
+    cfg["optimizer"] = "adamw"
+    cfg["shard"]["recompute"] = True
+    assert held_at("at the loss", 8)["activations"] < sharded["activations"] / 2
+    cfg["shard"]["lora"] |= {"r": 4, "alpha": 8.0}
+    assert held_at("at the loss", 8)["optimizer"] < sharded["optimizer"] / 5
+
+
+def test_shard_script_prints_the_predicted_memory(script):
     out = script("shard.py", "configs/ft.yaml", "gpus=64")
-    assert out.returncode == 0 and "each of 64 devices" in out.stdout and "moments" in out.stdout, out.stderr
+    assert out.returncode == 0, out.stderr
+    assert "each of 64 devices" in out.stdout and "optimizer" in out.stdout
+
+
+def test_shard_script_predicts_less_for_more_shards(script):
+    def total(*keys):
+        out = script("shard.py", "configs/ft.yaml", "device=cpu", "gpus=64", *keys).stdout
+        return float(out.split("total")[1].split()[0].replace(",", ""))
+    assert total("shard.mesh.shard=64") < total("shard.mesh.shard=8") < total()
+
+
+def test_shard_script_refuses_an_impossible_mesh_in_one_line(script):
+    out = script("shard.py", "configs/ft.yaml", "device=cpu", "gpus=6", "shard.mesh.shard=4")
+    assert out.returncode == 1 and out.stderr.count("\n") == 1
+    assert out.stderr.startswith("error: shard.mesh: replicate 1 x shard 4 is not 6 ranks")
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["configs/ft.yaml", "-h"]])
+def test_shard_script_prints_how_to_start(script, args):
+    out = script("shard.py", *args)
+    assert out.returncode == 0 and "python shard.py configs/ft.yaml gpus=64" in out.stdout

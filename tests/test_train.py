@@ -448,7 +448,7 @@ def test_setup_refuses_changed_code_and_names_the_ways_on(copied):
     shutil.rmtree(run_folder / "checkpoints" / "00000004")
     assert copied("resume=latest").returncode == 0
     state = checkpoint.read_state(run_folder / "checkpoints" / "00000004")
-    assert state["code_changes"] == [{"step": 2, "files": ["model.py"]}]
+    assert state["changes"] == [{"step": 2, "what": ["model.py"]}]
     assert "EDITED" not in (run_folder / "code" / "model.py").read_text()
     assert "EDITED" in next(run_folder.glob("code-*/model.py")).read_text()
     assert copied().returncode == 0                                   # the new code is this run's code from now on
@@ -457,7 +457,7 @@ def test_setup_refuses_changed_code_and_names_the_ways_on(copied):
     assert "sampler.py" in copied().stderr
     again = copied("resume=never")
     assert again.returncode == 0 and "step 4/4" in again.stdout
-    assert checkpoint.read_state(run_folder / "checkpoints" / "00000004")["code_changes"] == []
+    assert checkpoint.read_state(run_folder / "checkpoints" / "00000004")["changes"] == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

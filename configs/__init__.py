@@ -28,8 +28,8 @@ from pathlib import Path
 
 import yaml
 
-from configs import pretrained
-from configs.pretrained import families, read_model, resolve_pretrained
+from configs import hf_config
+from configs.hf_config import families, read_model, resolve_pretrained
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key
@@ -353,11 +353,10 @@ def suggestion(key, schema):
     synonym = find_synonym(key, schema)
     if synonym:
         return synonym if " " in synonym else f"it is {synonym} here"
-    names = list(schema)
+    names = [name for name, kind in schema.items() if not kind.startswith("section")]
     source = re.match(r"data\.(train|validation)\.[^.]+\.", key)
-    if source:
-        names = [name.replace("data.source.", source[0]) for name in names]
-    near = nearest(key, names)
+    source_prefix = source[0] if source else "data.train.NAME."
+    near = nearest(key, [name.replace("data.source.", source_prefix) for name in names])
     if near:
         return f"the nearest is {near}"
     return "configs/defaults.yaml lists all keys"
@@ -558,7 +557,7 @@ def check(cfg, source, defaults):
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
     yield from check_model(cfg["model"])
-    yield from pretrained.check_family(cfg["model"], defaults["model"])
+    yield from hf_config.check_family(cfg["model"], defaults["model"])
 
 
 def is_pattern(text):
@@ -603,7 +602,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     is_own_schema = defaults is None
     if is_own_schema:
         defaults, schema = read_defaults()
-        imported = pretrained.import_model if imported is None else imported
+        imported = hf_config.import_model if imported is None else imported
     else:
         schema = schema_of(defaults)
 

@@ -1,18 +1,25 @@
 """experiments/: each one does what its first lines say, and runs on one rank and on two."""
-import json, shutil
+import importlib, json, shutil, sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import configs, sampler, tokenize_data
-from experiments import feedback
 
 
 # ---- feedback.py
 
 @pytest.fixture
-def feedback_sampler(tiny):
+def feedback(monkeypatch):
+    """The experiment's module, for one test: a run's code includes all modules that are loaded."""
+    monkeypatch.setattr(sampler, "SAMPLERS", dict(sampler.SAMPLERS))
+    yield importlib.import_module("experiments.feedback")
+    del sys.modules["experiments.feedback"]
+
+
+@pytest.fixture
+def feedback_sampler(tiny, feedback):
     """A FeedbackSampler of 36 chats, six of them per step."""
     cfg = tiny("sampler.order=feedback", "batch_size=6")[0]
     return sampler.make_sampler(cfg, sampler.Dataset(tokenize_data.load_datasets(cfg, quiet=True)["train"]))
@@ -24,7 +31,7 @@ def draws_per_step(made, steps=600):
     return np.bincount(drawn, minlength=len(made.dataset)) / steps
 
 
-def test_feedback_is_registered(feedback_sampler):
+def test_feedback_is_registered(feedback, feedback_sampler):
     assert isinstance(feedback_sampler, feedback.FeedbackSampler) and feedback_sampler.uses_feedback
 
 
@@ -43,7 +50,7 @@ def test_feedback_draws_in_proportion_to_the_last_loss_per_target(feedback_sampl
     assert abs(draws_per_step(feedback_sampler) - 6 * loss / loss.sum()).max() < 0.08
 
 
-def test_feedback_draws_in_proportion_to_the_weights_of_sources(tiny, chats):
+def test_feedback_draws_in_proportion_to_the_weights_of_sources(tiny, chats, feedback):
     cfg = tiny("sampler.order=feedback", "batch_size=6", f"data.train.more.path={chats}", "data.train.more.weight=3")[0]
     made = sampler.make_sampler(cfg, sampler.Dataset(tokenize_data.load_datasets(cfg, quiet=True)["train"]))
     drawn = draws_per_step(made)
@@ -58,7 +65,7 @@ def test_feedback_update_counts_from_the_next_step_on(feedback_sampler):
     assert 17 in feedback_sampler.documents(7) and len(before) == 6
 
 
-def test_feedback_documents_are_different_and_a_function_of_step_and_state(feedback_sampler):
+def test_feedback_documents_are_different_and_a_function_of_step_and_state(feedback, feedback_sampler):
     n = len(feedback_sampler.dataset)
     feedback_sampler.update(np.arange(n), {"loss": np.random.default_rng(0).random(n) * 100})
     again = feedback.FeedbackSampler(feedback_sampler.cfg, feedback_sampler.dataset)
@@ -80,7 +87,7 @@ def test_feedback_load_state_dict_refuses_other_documents(feedback_sampler):
         feedback_sampler.load_state_dict({"loss": np.zeros(3, np.float32)})
 
 
-def test_systematic_sample_is_as_drawn_in_its_docstring():
+def test_systematic_sample_is_as_drawn_in_its_docstring(feedback):
     """Weights 3 1 2 in the order 1 0 2: a start before 1 selects 1 and 0, a later one 0 and 2."""
     weights = np.array([3.0, 1.0, 2.0])
     keys = [sampler.hash_key(i) for i in range(200)]
@@ -89,7 +96,7 @@ def test_systematic_sample_is_as_drawn_in_its_docstring():
     assert drawn == {(1, 0), (0, 2)}
 
 
-def test_systematic_sample_fills_up_when_one_weight_is_selected_twice():
+def test_systematic_sample_fills_up_when_one_weight_is_selected_twice(feedback):
     weights = np.full(10, 1e-6)
     weights[4] = 1.0
     drawn = feedback.systematic_sample(weights, 3, sampler.hash_key(1))
@@ -97,7 +104,7 @@ def test_systematic_sample_fills_up_when_one_weight_is_selected_twice():
     assert sorted(feedback.systematic_sample(weights, 99, sampler.hash_key(1))) == list(range(10))
 
 
-def test_systematic_sample_of_a_million_documents_follows_their_weights():
+def test_systematic_sample_of_a_million_documents_follows_their_weights(feedback):
     weights = np.random.default_rng(0).random(1_000_000)
     drawn = feedback.systematic_sample(weights, 512, sampler.hash_key(3))
     assert len(set(drawn)) == 512
@@ -173,3 +180,35 @@ def test_feedback_run_resumes_bitwise(one_rank, two_ranks, start_feedback, tmp_p
 def test_feedback_without_arguments_prints_how_to_start(script):
     out = script("-m", "experiments.feedback")
     assert out.returncode == 0 and "torchrun -m experiments.feedback configs/ft.yaml" in out.stdout
+
+
+# ---- majority_vote.py
+
+def start_majority_vote(script, chats, folder, *more, ranks=1):
+    launcher = ["torchrun", "--nproc_per_node", ranks] if ranks > 1 else []
+    return script(*launcher, "-m", "experiments.majority_vote", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
+                  f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / f'ranks{ranks}'}", "model.n_layers=2",
+                  "model.d_model=32", "model.n_heads=4", "batch_size=4", "micro_tokens=240", "data.seq_len=240",
+                  "max_steps=20", "epochs=0", "save_every=20", "eval_every=0", "log_every=1", "optimizer=sgd",
+                  "momentum=0.0", "lr=2e-3", "grad_clip=0.0", "weight_decay=0.0", "dtype=float32",
+                  "checkpoint.export=false", *more, OMP_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_majority_vote_reduces_the_loss(script, chats, tmp_path, ranks):
+    """Every gradient is +1, -1 or 0, so its norm is at most the root of the number of parameters."""
+    out = start_majority_vote(script, chats, tmp_path, ranks=ranks)
+    assert out.returncode == 0, out.stderr
+    run = tmp_path / f"ranks{ranks}"
+    losses, norms = figures(run), figures(run, "grad_norm")
+    n_parameters = sum(t.size for t in load_file(run / "checkpoints" / "00000020" / "model.safetensors").values())
+    assert losses[20] < losses[1] - 0.2
+    for norm in norms.values():
+        squared = norm ** 2
+        assert squared <= n_parameters and abs(squared - round(squared)) < 0.1
+
+
+def test_majority_vote_refuses_a_sharded_model(script, chats, tmp_path):
+    """Under FSDP no rank has the gradient of its own micro-batch, so the vote would be another algorithm."""
+    out = start_majority_vote(script, chats, tmp_path, "shard.mesh.shard=2", ranks=2)
+    assert out.returncode != 0 and "error: shard.mesh.shard: gradients per micro-batch" in out.stderr

@@ -11,7 +11,8 @@
     out/ft/checkpoints/latest -> 00000100               the newest; best: the best by cfg["best"]
 
 A checkpoint is written under a temporary name, fsynced and renamed. Whenever the process is killed,
-`latest` is complete. The loop waits only for the copy into host memory; a thread writes it to disk.
+the newest checkpoint is complete. The loop waits for the copy into host memory, and for the write
+of the previous checkpoint if that is not finished; a thread writes the copy to disk.
 Nothing is unpickled, so loading a checkpoint cannot run code.
 
 Any number of ranks writes the same files. A local shard is a range of rows, and the rows of a
@@ -76,9 +77,9 @@ def optimizer_tensors(model, optimizer):
 def check_optimizer_state(optimizer, model):
     """Raise UserError for optimizer state that a checkpoint could not restore.
 
-    State is saved by its own layout: a plain tensor is the same on all ranks, a DTensor is sharded
-    by rows or replicated. Its shape may differ from its parameter's. Values that an optimizer keeps
-    elsewhere, in its param_groups or attributes, are not saved.
+    Each value is saved by its own layout, not by its parameter's: a plain tensor is the same on all
+    ranks, a DTensor is sharded by rows or replicated. Its shape may differ from its parameter's.
+    Values that an optimizer keeps elsewhere, in its param_groups or attributes, are not saved.
     """
     names = {p: name for name, p in trained_parameters(model).items()}
     for p, values in optimizer.state.items():
@@ -113,33 +114,32 @@ class TensorFile:
     """A safetensors file, with what this rank writes into it."""
     header: bytes
     size: int
-    rows: list                    # [(offset in the file, tensor in host memory)]
+    chunks: list                  # [(offset in the file, tensor in host memory)]
 
 
 def snapshot(model, optimizer, sampler_state, buffers):
     """Copy all that a resumed run needs to host memory: {file name: TensorFile}.
 
-    The loop waits for this and for nothing else.
-
     sampler_state  {name: numpy array}, the same on all ranks
     buffers        {} in which the copies are kept for the next snapshot; allocating them anew takes
                    several times as long as copying
     """
-    files = {
+    contents = {
         "model.safetensors": trained_parameters(model),
         "optimizer.safetensors": optimizer_tensors(model, optimizer),
         "sampler.safetensors": {name: torch.as_tensor(a) for name, a in sampler_state.items()},
     }
-    for file, tensors in files.items():
+    files = {}
+    for file, tensors in contents.items():
         header, offsets, size = safetensors_layout(tensors)
-        rows = []
+        chunks = []
         for name, t in tensors.items():
             local, first_row, end_row = local_rows(t)
             if first_row < end_row and shard.is_writer(t):
                 row_bytes = t.dtype.itemsize * math.prod(t.shape[1:])
                 copy = copy_to_host(local, f"{file}/{name}", buffers)
-                rows.append((offsets[name] + first_row * row_bytes, copy))
-        files[file] = TensorFile(header, size, rows)
+                chunks.append((offsets[name] + first_row * row_bytes, copy))
+        files[file] = TensorFile(header, size, chunks)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return files
@@ -197,12 +197,12 @@ def create_files(building, files):
 def write_shards(building, files):
     """Write this rank's rows of every tensor, and fsync them."""
     for name, file in files.items():
-        if not file.rows:
+        if not file.chunks:
             continue
-        # Not opened for reading: a network file system would read blocks around our rows, and write
-        # them back over those of other ranks.
+        # Not "r+b": a network file system would read blocks around our rows, and write them back
+        # over those of other ranks. os.fdopen does not truncate the file.
         with os.fdopen(os.open(building / name, os.O_WRONLY), "wb") as f:
-            for offset, rows in file.rows:
+            for offset, rows in file.chunks:
                 f.seek(offset)
                 f.write(rows.flatten().view(torch.uint8).numpy())
             f.flush()
@@ -230,7 +230,8 @@ def commit(building, folder, files, state, keep):
 def delete_old_checkpoints(newest, keep):
     """Keep the `keep` newest checkpoints, and the best.
 
-    Checkpoints of later steps than the newest were left by a run that was resumed before them.
+    Checkpoints of later steps are deleted: if a run is resumed from step 100, those of steps 150
+    and 200 belong to the continuation that it gives up.
     """
     best = (newest.parent / "best").resolve().name
     checkpoints = list_checkpoints(newest.parent.parent)
@@ -319,7 +320,7 @@ class Saver:
         """
         self.wait()
         files = snapshot(model, optimizer, sampler_state, self.buffers)
-        self.error = "it was interrupted"
+        self.error = "it was interrupted"    # until write() has finished
         self.thread = threading.Thread(target=self.write, args=(files, state), daemon=True)
         self.thread.start()
 
@@ -334,7 +335,7 @@ class Saver:
         return not self.error
 
     def write(self, files, state):
-        """Runs in the thread: three stages, which end on all ranks at the first error of any."""
+        """Runs in the thread, in three stages. If a rank fails in one, all ranks stop after it."""
         folder = self.folder / f"{state['step']:08}"
         building = folder.with_name(f".{folder.name}.building")
         is_rank0 = shard.rank() == 0
@@ -402,10 +403,15 @@ def verify(folder):
     return state
 
 
+def run_folder(folder):
+    """out/ft/checkpoints/00000100 -> out/ft"""
+    return Path(folder).resolve().parent.parent
+
+
 def suggest_other(folder):
     """What to do about a damaged checkpoint: "; resume=..." with the newest other one, if any."""
     folder = Path(folder).resolve()
-    others = [p for p in list_checkpoints(folder.parents[1]) if p.resolve() != folder]
+    others = [p for p in list_checkpoints(run_folder(folder)) if p.resolve() != folder]
     return f"; resume={others[-1]} resumes from another" if others else ""
 
 
@@ -423,8 +429,10 @@ def load_checkpoint(folder, model, optimizer):
             safe_open(folder / "optimizer.safetensors", framework="pt") as saved_moments:
         check_tensors_fit(saved_weights, weights, folder, "model")
         check_tensors_fit(saved_moments, moments, folder, "optimizer")
+        # in place: these are the tensors that the model and the optimizer hold
         copy_rows(saved_weights, weights)
         copy_rows(saved_moments, moments)
+    # numbers of the optimizer were read into temporary tensors: put them back
     for name, p in weights.items():
         for key, value in optimizer.state[p].items():
             if not torch.is_tensor(value):
@@ -467,7 +475,7 @@ def copy_rows(saved, tensors):
 # --------------------------------------------------------------------------------------------------
 # the resume point
 
-# Keys and sections that may change when a run is resumed: they do not affect what it has done.
+# Keys and sections that may change when a run is resumed: they do not change what it has computed.
 MAY_CHANGE = (
     "log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "log",
     "best", "patience", "max_seconds", "bad_steps", "profile", "checkpoint", "resume",
@@ -483,8 +491,11 @@ def find_resume_point(cfg):
     auto    the newest of out_dir, if it is the same run: same config, code and data
     latest  the newest of out_dir, also with changed code or data
     never   none; train.py then calls start_over
-    PATH    this one. In another out_dir it starts a new run, whose config and code may differ; when
-            that run is started again, its own newest checkpoint is the resume point
+    PATH    of this run: PATH
+    PATH    of another run, out_dir has no checkpoint yet: PATH. This starts a new run, whose config
+            and code may differ
+    PATH    of another run, out_dir has checkpoints: the newest of out_dir, because the new run has
+            been started before
 
     Raises UserError if resuming would mix two runs.
     """
@@ -500,7 +511,8 @@ def find_resume_point(cfg):
     named = None
     if resume not in ("auto", "latest"):
         named = Path(resume)
-        check_named_checkpoint(named, cfg)
+        if not was_started_from(out_dir, resume):
+            check_named_checkpoint(named, cfg)
     if not (out_dir / "config.yaml").is_file():
         return named
     check_same_config(cfg)
@@ -515,6 +527,14 @@ def find_resume_point(cfg):
     if resume != "latest":
         check_same_code(resume_point, cfg)
     return resume_point
+
+
+def was_started_from(out_dir, resume):
+    """Has out_dir a run that was started with this resume=PATH? PATH may be deleted by now."""
+    path = Path(out_dir) / "config.yaml"
+    if not path.is_file() or not list_checkpoints(out_dir):
+        return False
+    return configs.read_file(path).get("resume") == str(resume)
 
 
 def starts_new_run(cfg):
@@ -532,10 +552,12 @@ def is_inside(path, folder):
 def check_named_checkpoint(folder, cfg):
     """Raise UserError if a run with cfg cannot start from this checkpoint."""
     dtype = read_state(folder)["dtype"]
-    problems = [line for line in config_diff(folder.resolve().parents[1], cfg)
-                if line.startswith("optimizer:")]
+    problems = []
     if cfg["dtype"] not in ("auto", dtype):
-        problems.insert(0, f"dtype: {dtype} there, {cfg['dtype']} here")
+        problems.append(f"dtype: {dtype} there, {cfg['dtype']} here")
+    differences = config_diff(run_folder(folder), cfg)
+    if "optimizer" in differences:                       # its state would not fit
+        problems.append(differences["optimizer"])
     if problems:
         raise configs.UserError(f"resume: {folder} does not fit ({'; '.join(problems)}); "
                                 "model.init_from=RUN/hf starts from the weights that its run "
@@ -547,8 +569,9 @@ def check_same_config(cfg):
     out_dir = cfg["out_dir"]
     differences = config_diff(out_dir, cfg)
     if differences:
+        listed = "; ".join(differences.values())
         raise configs.UserError(
-            f"out_dir: {out_dir} has a run with other settings ({'; '.join(differences)}); "
+            f"out_dir: {out_dir} has a run with other settings ({listed}); "
             "out_dir=NEW starts another run, resume=never starts over in this folder, "
             f"resume={out_dir}/checkpoints/latest out_dir=NEW continues this run with the new "
             "settings in another folder")
@@ -559,7 +582,7 @@ def check_same_code(folder, cfg):
     changed = changed_files(read_state(folder)["code"], code_hashes())
     if changed:
         raise configs.UserError(f"out_dir: the code of the run in {cfg['out_dir']} has changed "
-                                f"({', '.join(changed)}); {ways_on('code')}")
+                                f"({', '.join(changed)}); {resume_choices('code')}")
 
 
 def check_same_data(state, fingerprints, cfg):
@@ -579,10 +602,10 @@ def check_same_data(state, fingerprints, cfg):
             changed.append(f"data.train.{name}: {', '.join(parts)}")
     if changed:
         raise configs.UserError(f"out_dir: the data of the run in {cfg['out_dir']} has changed "
-                                f"({'; '.join(changed)}); {ways_on('data')}")
+                                f"({'; '.join(changed)}); {resume_choices('data')}")
 
 
-def ways_on(what):
+def resume_choices(what):
     return ("out_dir=NEW starts another run, resume=never starts this run over, "
             f"resume=latest continues it with the new {what} and records the change")
 
@@ -590,11 +613,11 @@ def ways_on(what):
 def config_diff(out_dir, cfg):
     """The keys in which a run's config differs from cfg, except MAY_CHANGE.
 
-    Returns lines such as "lr: 0.1 there, 0.2 here".
+    Returns {key: text}, for example {"lr": "lr: 0.1 there, 0.2 here"}.
     """
     path = Path(out_dir) / "config.yaml"
     if not path.is_file():
-        return []
+        return {}
     roots = [f"{key}={cfg[key]}" for key in ("data_root", "output_root")]    # they may have moved
     saved_cfg, _, _ = configs.load([str(path), *roots])
     may_change = list(MAY_CHANGE)
@@ -602,23 +625,26 @@ def config_diff(out_dir, cfg):
         may_change += ["max_steps", "epochs"]
     there = configs.flat(saved_cfg)
     here = configs.flat(cfg)
-    lines = []
+    differences = {}
     for key in sorted(here | there):
-        is_free = any(f"{key}.".startswith(f"{free}.") for free in may_change)
+        # the key itself, or a section that it is in
+        is_free = any(key == free or key.startswith(f"{free}.") for free in may_change)
         if here.get(key) != there.get(key) and not is_free:
             there_text = configs.show(there.get(key))
-            lines.append(f"{key}: {there_text} there, {configs.show(here.get(key))} here")
-    return lines
+            differences[key] = f"{key}: {there_text} there, {configs.show(here.get(key))} here"
+    return differences
 
 
 def can_be_extended(out_dir, cfg):
     """May a run's length change, because its steps so far would have been the same?
 
     constant  if its warm-up is a number of steps, not a fraction of the run
-    wsd       also if its decay is a number of steps and has not begun. When it begins is only known
-              here if max_steps alone ends the run
+    wsd       also if its decay is a number of steps and has not begun. With `epochs` set, the step
+              at which it begins depends on the data, which is not loaded yet: False
     """
     counts_warmup = type(cfg["warmup_steps"]) is int
+    if counts_warmup and cfg["max_steps"] and cfg["warmup_steps"] > cfg["max_steps"]:
+        return False                                     # lr_at has shortened the warm-up
     if cfg["schedule"] == "constant":
         return counts_warmup
     if cfg["schedule"] != "wsd" or not counts_warmup or type(cfg["decay_steps"]) is not int:
@@ -642,9 +668,9 @@ def need_folder(folder, key):
     """Raise UserError that names the key if a folder cannot be created or written to."""
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
-        raise configs.UserError(f"{key}: {existing} is a file; {key}=NEW")
+        raise configs.UserError(f"{key}: {existing} is a file; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise configs.UserError(f"{key}: {existing} is not writable; {key}=NEW")
+        raise configs.UserError(f"{key}: {existing} is not writable; name another folder")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -659,7 +685,7 @@ def source_files():
     paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) or ""
-        if file.startswith(str(PROJECT)) or module is sys.modules["__main__"]:
+        if Path(file).is_relative_to(PROJECT) or module is sys.modules["__main__"]:
             paths.append(Path(file).absolute())
     standard_library = Path(os.__file__).parent
     installed = Path(torch.__file__).parents[1]
@@ -675,7 +701,11 @@ def source_files():
 
 @functools.cache
 def code_hashes():
-    """{file: first 16 digits of its sha256} of source_files() at the first call."""
+    """{file: first 16 digits of its sha256} of source_files().
+
+    Cached, because files may be edited while the run is on. First called in setup, when all modules
+    are imported.
+    """
     return hash_files(source_files())
 
 
@@ -727,7 +757,9 @@ def git_describe():
 # export
 
 def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
-    """Write a checkpoint as a Hugging Face folder with its tokenizer. Atomic.
+    """Write a checkpoint as a Hugging Face folder with its tokenizer.
+
+    A killed export leaves no partial folder.
 
     has_chats       was the model trained on chats? Then the chat template is written too, and the
                     tokens that end a turn also end a generation
@@ -746,22 +778,24 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
     verify(path)
     init_from = model_cfg["init_from"]
     saved = safe_open(Path(path) / "model.safetensors", framework="pt")
-    read = saved.get_tensor
+    read_tensor = saved.get_tensor
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
         adapted = transformer.build_on_meta(model_cfg)
         shard.add_lora(adapted, lora_cfg)
         adapters = {name: saved.get_tensor(name) for name in saved.keys()}
-        adapted.load_state_dict(adapters, strict=False, assign=True)
+        # strict=False: the base's weights stay on the meta device
+        loaded = adapted.load_state_dict(adapters, strict=False, assign=True)
+        assert not loaded.unexpected_keys, loaded.unexpected_keys
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
         read_base = transformer.init_reader(model_cfg, cfg["seed"])
         if init_from:
             read_base = transformer.pretrained_reader(init_from, model_cfg)
-        read = shard.merge_lora(adapted, read_base)
+        read_tensor = shard.merge_lora(adapted, read_base)
 
     bos_id = tokenizer.special.get(tokenizer.bos)
-    transformer.save_pretrained(read, model_cfg, building, init_from, stop_ids, bos_id)
+    transformer.save_pretrained(read_tensor, model_cfg, building, init_from, stop_ids, bos_id)
     tokenize_data.save_tokenizer(tokenizer, building, template)
     replace_folder(building, folder)
 

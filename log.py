@@ -277,21 +277,22 @@ MATMUL_KERNELS = "gemm|mm$|mkldnn|cutlass|nvjet|xmma|wgmma|flash|fmha|attention|
 def profile_step(path, device, print_line):
     """Profile the enclosed step: write a trace to `path` and print the most expensive kernels.
 
-    chrome://tracing and Perfetto show the trace. On a CPU, the profiler's own small allocations
-    fragment the memory that large tensors were in, so that they get new pages from the kernel.
-    Operations that touch a tensor first (fill_) therefore look slower than they are without it.
+    chrome://tracing and Perfetto show the trace. On a CPU the profiler's own allocations fragment
+    the heap. Large tensors then need new pages from the operating system, and the operation that
+    writes to them first (fill_) looks slower than it is without the profiler.
     """
     from torch.profiler import profile
     system_before = os.times().system
     with profile() as profiler:
         yield
+        # measured inside: the end of the profiler takes time, too
         system_ms = (os.times().system - system_before) * 1e3
     profiler.export_chrome_trace(str(path))
     for line in describe_kernels(profiler.key_averages(), device):
         print_line(line)
     print_line(f"the trace is in {path}")
     if device.type != "cuda":
-        print_line(f"{system_ms:.0f} ms of processor time for new memory and the like, most of it "
+        print_line(f"{system_ms:.0f} ms in the operating system (page faults, allocation), mostly "
                    "caused by the profiler")
 
 
@@ -312,7 +313,7 @@ def describe_kernels(events, device):
 
 
 # --------------------------------------------------------------------------------------------------
-# what the loop asks for: the hardware, and the best checkpoint
+# for the training loop: the hardware, and the best step
 
 # dense bf16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -324,7 +325,7 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     device_name = torch.cuda.get_device_name(device)
-    if "PCIe" in device_name:                    # slower than the SXM card of the same name
+    if "PCIe" in device_name or "NVL" in device_name:    # slower than the SXM card of that name
         return None
     for name, flops in PEAK_FLOPS.items():
         if name in device_name:
@@ -352,22 +353,24 @@ def was_evaluated(records, step):
 
 
 def parse_best(best):
-    """cfg["best"] -> (key of a record, is larger better?): "KEY" or "max KEY"."""
+    """"KEY" -> (KEY, False); "max KEY" -> (KEY, True): is a larger value better?"""
     return best.removeprefix("max "), best.startswith("max ")
 
 
-def rank_checkpoints(records, best):
-    """Return (steps from best to worst, number of evaluations since the best).
+def sort_steps_by(records, best):
+    """Sort the logged steps by a metric: (steps from best to worst, evaluations since the best).
 
-    best: see parse_best. Of equal values the earlier step is better. Step 0 has no checkpoint.
+    best: see parse_best. Of equal values the earlier step is better. Step 0 is left out, because it
+    has no checkpoint; other steps may have none either.
     """
     key, is_maximized = parse_best(best)
     points = [point for point in series(records, key) if point[0] > 0]
     points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
     steps = [step for step, _ in points]
     evaluated = {record["step"] for record in records if is_eval_record(record)}
-    since_best = [step for step in evaluated if steps and step > steps[0]]
-    return steps, len(since_best)
+    if not steps:
+        return [], 0
+    return steps, sum(step > steps[0] for step in evaluated)
 
 
 def check_best(cfg, labels, metric_names):
@@ -472,7 +475,7 @@ def describe_device(run):
         replicate, shards = shard.mesh_sizes(run.cfg, world_size)
         text = f"{world_size} ranks (replicate {replicate} x shard {shards}), each {text}"
     dtype = str(run.model.dtype).removeprefix("torch.")
-    text += f", computing in {dtype}, master weights in float32"
+    text += f", computing in {dtype}, trained weights in float32"
     if run.model.recompute:
         text += ", blocks recomputed in the backward pass"
     return text
@@ -494,13 +497,14 @@ def final_summary(run):
     metrics = format_metrics(records)
     answers = format_answers(run.answers, cfg["samples"])
     if state.step > run.resumed_step:
-        duration = format_duration(last_value(records, "seconds") or 0)
+        duration = format_duration(state.seconds)
         lines = ["", *answers, *metrics]
         lines.append(f"{state.step:,} steps in {duration}; results are in {out_dir}")
     else:
         lines = [f"{out_dir} is finished: all {state.step:,} steps are done; nothing was trained"]
         if state.step < state.total_steps:    # ended by max_seconds or patience
-            lines = [f"{out_dir} ended after step {state.step:,} earlier; nothing was trained"]
+            lines = [f"{out_dir} ended after step {state.step:,} in an earlier start; nothing was "
+                     "trained"]
         lines += answers
         if metrics:
             lines += ["recorded when it was trained:", *metrics]
@@ -612,7 +616,7 @@ def sparkline(values, width=32):
     size = math.ceil(len(values) / width) or 1
     means = [statistics.fmean(values[i:i + size]) for i in range(0, len(values), size)]
     low = min(means, default=0)
-    span = max(means, default=0) - low or 1
+    span = (max(means, default=0) - low) or 1    # a flat line
     levels = [round((mean - low) / span * (len(BARS) - 1)) for mean in means]
     return "".join(BARS[level] for level in levels)
 
@@ -650,7 +654,8 @@ def curves(runs):
     for i, (name, key, color, points) in enumerate(found):
         pixels = [(rescale(step, 0, last_step, LEFT, RIGHT), rescale(loss, low, high, BOTTOM, TOP))
                   for step, loss in points]
-        parts += svg_curve(f"{name} {key}", color, pixels, key != "loss", BOTTOM + 40 + 16 * i)
+        parts += svg_curve(f"{name} {key}", color, pixels, is_validation=key != "loss",
+                           legend_y=BOTTOM + 40 + 16 * i)
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -219,14 +219,14 @@ class Block(nn.Module):
         self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
 
     def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
-        h, qkv = self.before(x, rope)
-        return self.behind(x, h, attend(self.attn, qkv, keys), keys)
+        h, qkv = self.pre_attention(x, rope)
+        return self.post_attention(x, h, attend(self.attn, qkv, keys), keys)
 
-    def before(self, x, rope):
+    def pre_attention(self, x, rope):
         h = x if self.after else self.norm1(x)
         return h, self.attn.project(h, rope)
 
-    def behind(self, x, h, y, keys):                                                                  # y [T, H, E]
+    def post_attention(self, x, h, y, keys):                                                                  # y [T, H, E]
         y = self.attn.out(y.flatten(1))
         if self.parallel:
             h = h if self.norm2 is None else self.norm2(x)

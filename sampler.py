@@ -28,6 +28,8 @@ import numpy as np
 import configs
 
 IGNORE_INDEX = -100          # the target of a token without a loss
+EPOCH_ORDER = 1              # keys of the two kinds of permutation
+PASS_ORDER = 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,11 +51,11 @@ def hash_key(*numbers):
 
 
 def permute(numbers, n, key):
-    """Return where the permutation of 0 ... n-1 that belongs to `key` sends each number [any].
+    """Return permutation[numbers] for the pseudorandom permutation of 0 ... n-1 that `key` selects.
 
-    int64. It takes O(1) memory for any n: a Feistel network permutes 0 ... 2^bits - 1, where 2^bits
-    is at least n, and a result of n or more is permuted again until it is less than n (cycle
-    walking, Black and Rogaway 2002).
+    numbers is an int array of any shape; the result is int64. It takes O(1) memory for any n: a
+    Feistel network permutes 0 ... 2^bits - 1, where 2^bits is at least n, and a result of n or more
+    is permuted again until it is less than n (cycle walking, Black and Rogaway 2002).
     """
     n = int(n)
     bits = max((n - 1).bit_length(), 2)
@@ -91,16 +93,19 @@ def documents_per_epoch(cfg, sizes):
     """
     sizes = _with_names(cfg, sizes)
     counts = np.array(list(sizes.values()), np.int64)
-    data = cfg["data"]
+    data = cfg["data"]                                   # data.source has the default weight
     sections = [data["train"].get(name, data["source"]) for name in sizes]
     weights = np.array([section["weight"] for section in sections])
     if cfg["sampler"]["order"] == "weighted":
-        weights = weights / weights.sum() * counts.sum() / np.maximum(counts, 1)
+        per_epoch = counts.sum() * weights / weights.sum() * (counts > 0)
+    else:
+        per_epoch = counts * weights
     at_least = np.minimum(counts, 1)                     # one document of every source
-    return np.maximum(np.rint(counts * weights).astype(np.int64), at_least)
+    return np.maximum(np.rint(per_epoch).astype(np.int64), at_least)
 
 
 def _with_names(cfg, sizes):
+    """sizes as a dict, if it is a list."""
     if isinstance(sizes, dict):
         return sizes
     names = list(cfg["data"]["train"])
@@ -146,7 +151,7 @@ def documents(step, cfg, sizes):
     start = step_in_epoch * batch_size
     numbers = np.arange(start, min(start + batch_size, total))
     if shuffle:
-        numbers = permute(numbers, total, hash_key(seed, 1, epoch))
+        numbers = permute(numbers, total, hash_key(seed, EPOCH_ORDER, epoch))
 
     # a number -> its source: the first per_epoch[0] numbers belong to source 0, and so on
     ends = np.cumsum(per_epoch)
@@ -160,7 +165,7 @@ def documents(step, cfg, sizes):
     if shuffle:
         for source, source_pass in set(zip(sources.tolist(), passes.tolist())):
             chosen = (sources == source) & (passes == source_pass)
-            key = hash_key(seed, 2, source, source_pass)
+            key = hash_key(seed, PASS_ORDER, source, source_pass)
             positions[chosen] = permute(positions[chosen], counts[source], key)
 
     first_index = np.cumsum(counts) - counts
@@ -182,14 +187,17 @@ class Sampler:
         self.dataset = dataset
 
     def documents(self, step):
-        """Return the documents of a step (counted from 0): int64 indices, the same on all ranks."""
+        """Return the documents of a step (counted from 0): int64 indices, the same on all ranks.
+
+        Must not change the state: a checkpoint may be saved at the same time.
+        """
         return documents(step, self.cfg, self.dataset.sizes)
 
     def update(self, doc_ids, stats):
         """Receive what training saw of a step's documents, those of all ranks.
 
         doc_ids  int64 [D]
-        stats    {"loss": [D]}: one number per document, the sum of its target tokens' losses
+        stats    {"loss": [D]}: per document the sum of loss_weight * nll over its target tokens
         """
 
     def state_dict(self):
@@ -214,22 +222,24 @@ def make_sampler(cfg, dataset):
 # --------------------------------------------------------------------------------------------------
 # packing
 
-def cost(lengths, width=24_576):
-    """Return what documents of these lengths cost, in tokens: length + length^2 / width.
+def cost(lengths, crossover=24_576):
+    """Return what documents of these lengths cost, in tokens: length + length^2 / crossover.
 
-    The second term is attention. In a model of this width, attention over `width` tokens costs as
-    much as the matmuls do.
+    The second term is attention. In a document of `crossover` tokens it costs as much as the
+    matmuls of the blocks: that is at 12 times the model's width, here for a width of 2,048. The
+    cost only balances ranks, so it need not match the model.
     """
     lengths = np.asarray(lengths, np.float64)
-    return lengths + lengths ** 2 / width
+    return lengths + lengths ** 2 / crossover
 
 
 def pack(lengths, capacity, world_size=1):
     """Pack documents into micro-batches: [rank][micro-batch] -> list of indices into `lengths`.
 
     Each document is packed once, and no micro-batch exceeds `capacity` tokens. All ranks get the
-    same number of micro-batches ([] is an idle one), as few as possible, and micro-batch k costs
-    about the same on all ranks. Raises UserError for a document longer than the capacity.
+    same number of micro-batches ([] is an idle one), as few as one of two heuristics needs, and
+    micro-batch k costs about the same on all ranks. Raises UserError for a document longer than
+    the capacity.
     """
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths):
@@ -243,29 +253,34 @@ def pack(lengths, capacity, world_size=1):
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     fewest = max(1, math.ceil(lengths.sum() / (capacity * world_size)))
     for per_rank in itertools.count(fewest):
-        head_starts = _head_starts(costs, longest_first, per_rank, world_size)
-        packed = _pack_balanced(lengths, costs, longest_first, capacity, head_starts)
+        allowances = _allowances(costs, longest_first, per_rank, world_size)
+        packed = _pack_balanced(lengths, costs, longest_first, capacity, allowances)
         if packed is None:
             packed = _pack_best_fit(lengths, longest_first, capacity, per_rank * world_size)
         if packed is not None:
             break
 
-    # costliest first: micro-batches of about the same cost follow each other, and are dealt out
+    # Costliest first, dealt to the ranks in turn: micro-batch k of all ranks costs about the same.
     by_cost = sorted((-sum(costs[i] for i in members), members) for members in packed)
     return [[sorted(members) for _, members in by_cost[rank::world_size]]
             for rank in range(world_size)]
 
 
-def _pack_balanced(lengths, costs, longest_first, capacity, head_starts):
+def _pack_balanced(lengths, costs, longest_first, capacity, allowances):
     """Put each document into the cheapest micro-batch that has room; None if one fits nowhere.
 
-    head_starts  [micro-batches]: how much costlier than others each one is meant to become
+    allowances  [micro-batches]: by how much each one may cost more than others, see _allowances
+
+    Documents come longest first. A micro-batch without room for one moves to the heap `too_full`,
+    and returns to `cheapest` when the documents have become short enough. (Searching all
+    micro-batches for each document takes 5 times as long with many of them.)
     """
-    packed = [[] for _ in head_starts]
+    packed = [[] for _ in allowances]
     room = [capacity] * len(packed)
-    cheapest = [(-start, k) for k, start in enumerate(head_starts)]    # heap: cost, micro-batch
+    # heap of (cost so far - allowance, micro-batch)
+    cheapest = [(-allowance, k) for k, allowance in enumerate(allowances)]
     heapq.heapify(cheapest)
-    too_full = []                        # heap: -room, cost, micro-batch; for shorter documents
+    too_full = []                        # heap of (-room, cost so far - allowance, micro-batch)
     for i in longest_first:
         while too_full and -too_full[0][0] >= lengths[i]:
             _, cost_so_far, k = heapq.heappop(too_full)
@@ -296,26 +311,27 @@ def _pack_best_fit(lengths, longest_first, capacity, count):
     return packed
 
 
-def _head_starts(costs, longest_first, per_rank, world_size):
-    """Return how much costlier than others each micro-batch is meant to be: [micro-batches].
+def _allowances(costs, longest_first, per_rank, world_size):
+    """Return by how much each micro-batch may cost more than the cheapest: [micro-batches].
 
-    One document can cost more than an average micro-batch. Then micro-batch 0 of its rank costs at
-    least that much, and micro-batch 0 of the other ranks may cost as much:
+    A document may cost more than an average micro-batch. Then micro-batch 0 of its rank costs at
+    least that much, and micro-batch 0 of all other ranks may cost as much, because they wait:
 
         costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each      a rank costs 24 / 2 = 12
-        micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      head starts 6 6 0 0
+        micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      allowances 6 6 0 0
     """
+    # micro-batch k of some rank must hold a document that costs at_least[k]
     at_least = costs[longest_first[:per_rank * world_size:world_size]]
-    left = costs.sum() / world_size
-    level = left / per_rank
-    for k, longest_cost in enumerate(at_least[:-1], 1):
-        if longest_cost <= level:
+    remaining_cost = costs.sum() / world_size            # of micro-batches k, k + 1, ... of a rank
+    even_share = remaining_cost / per_rank
+    for k, longest_cost in enumerate(at_least[:-1]):
+        if longest_cost <= even_share:
             break
-        left -= longest_cost
-        level = left / (per_rank - k)
-    head_starts = np.zeros(per_rank)
-    head_starts[:len(at_least)] = np.maximum(at_least - level, 0)
-    return np.repeat(head_starts, world_size)
+        remaining_cost -= longest_cost
+        even_share = remaining_cost / (per_rank - k - 1)
+    allowances = np.zeros(per_rank)
+    allowances[:len(at_least)] = np.maximum(at_least - even_share, 0)
+    return np.repeat(allowances, world_size)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,14 +374,14 @@ class Dataset:
         return out
 
     def _by_source(self, indices):
-        """Yield (a source's Tokens, which of the indices are its documents, indices within it)."""
+        """Yield (Tokens of a source, chosen, within): indices[chosen] are documents `within` it."""
         source, within = self.locate(indices)
         for number, tokens in enumerate(self.sources.values()):
             chosen = source == number
             yield tokens, chosen, within[chosen]
 
     def document(self, index):
-        """Return (token ids [n], mask [n]: 1 if a token is trained)."""
+        """Return (token ids [n], mask [n]: 1 if the token is a target)."""
         source, within = self.locate(index)
         return list(self.sources.values())[source].document(within)
 
@@ -388,11 +404,13 @@ def collate(indices, dataset, pad_to=1):
         loss_weights  float32 [T]; the weight of each target's loss, 0 if it has none
         positions     int64 [T]; within the document
         cu_seqlens    int32 [D+1]; document d is tokens[cu_seqlens[d]:cu_seqlens[d + 1]]
-        max_seqlen    int, at least the longest document and the padding
+        max_seqlen    int; the longest document, or the padding if that is longer, because an
+                      attention kernel computes the padding as one more document
         doc_ids       int64 [D], the indices
 
-    Tokens after the last document are padding and belong to no document. Other loss weights can be
-    set here, negative ones too: loss_weight(), the loss's denominator, reads the same array.
+    Tokens after the last document are padding and belong to no document. To weight losses in
+    another way, change loss_weights here (negative weights are allowed): sum_loss_weights(), the
+    denominator of the loss, reads the same array. train.py adds target_index and noise.
     """
     cu_seqlens = np.cumsum([0, *dataset.lengths(indices)])
     n_tokens = int(cu_seqlens[-1])
@@ -416,7 +434,7 @@ def collate(indices, dataset, pad_to=1):
         "loss_weights": loss_weights,
         "positions": positions,
         "cu_seqlens": cu_seqlens.astype(np.int32),
-        "max_seqlen": max(longest, padded - n_tokens),   # attention treats padding as a document
+        "max_seqlen": max(longest, padded - n_tokens),
         "doc_ids": np.asarray(indices, np.int64),
     }
 
@@ -447,7 +465,7 @@ def load_micro_batches(indices, cfg, dataset, world_size=1, rank=0, pad_to=1):
     return micro_batches, info
 
 
-def loss_weight(micro_batches):
+def sum_loss_weights(micro_batches):
     """Return the sum of |loss_weights| over all targets: this rank's part of the denominator."""
     total = 0.0
     for micro_batch in micro_batches:

@@ -33,7 +33,6 @@ model.py knows nothing of this: the model that parallelize() returns is called a
 """
 import atexit
 import ctypes
-import dataclasses
 import datetime
 import functools
 import json
@@ -62,7 +61,7 @@ import model as transformer
 
 # --------------------------------------------------------------------------------------------------
 # ranks: one process per device, started, supervised and restarted by torchrun. Without torchrun
-# there is one rank, and the functions of this section and the next do nothing
+# there is one rank, and collectives return their argument
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -94,19 +93,20 @@ def init_distributed(cfg):
                 f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, world_size = next(rendezvous("env://"))
+    store, this_rank, n_ranks = next(rendezvous("env://"))
     store = store_of_this_start(store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+    dist.init_process_group(backend, store=store, rank=this_rank, world_size=n_ranks,
                             device_id=device if device.type == "cuda" else None)
-    if rank > 0:
+    if this_rank > 0:
         warnings.simplefilter("ignore")    # rank 0 prints the same warnings
 
 
 def store_of_this_start(store):
     """Separate the keys of this start from those that earlier starts left in torchrun's store.
 
-    torchrun keeps one store over its restarts. On one node all ranks know the number of the
-    restart. Nodes count restarts differently, so there each start needs a store of its own.
+    torchrun keeps one store over its restarts. On one node, the number of the restart serves as a
+    prefix. Several nodes may count restarts differently, so torchrun has to create a new store for
+    each restart; UserError if it does not.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
@@ -160,32 +160,40 @@ def wait_for_termination(error):
     """Let the rank whose error is the cause report it first: torchrun then ends this rank.
 
     torchrun shows the error of the rank that exits first. A rank that only lost its connection to
-    a failed rank waits. If all ranks fail alike, local rank 0 reports, and the others wait.
+    a failed rank waits 5 s. If all ranks fail alike, local rank 0 reports, and the others wait 2 s.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)    # the training loop's handler would not exit
     if is_connection_loss(error):
-        error.add_note("This rank lost its connection to another rank. If that rank runs on "
-                       "another node, the cause is printed there.")
         time.sleep(5)
     elif local_rank() > 0:
         time.sleep(2)
 
 
 def is_connection_loss(error):
-    """Does communication fail because another rank has ended? By the words of gloo and NCCL."""
+    """Did communication fail because another rank has ended?
+
+    Recognized by the message, because gloo and NCCL raise plain RuntimeErrors.
+    If this is wrong, the error is reported nevertheless, some seconds later.
+    """
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "remote process exit", "communicator was aborted")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
+    is_known = any(text in str(error) for text in texts)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_known)
 
 
 def error_text(error):
     if isinstance(error, configs.UserError):
         return f"error: {error}"
-    return "".join(traceback.format_exception(error)).rstrip()
+    text = "".join(traceback.format_exception(error)).rstrip()
+    if is_connection_loss(error):
+        text += ("\nThis rank lost its connection to another rank. If that rank runs on another "
+                 "node, the cause is printed there.")
+    return text
 
 
 def write_error_file(error):
-    """Hand an error to torchrun (torch.distributed.elastic.multiprocessing.errors: the format)."""
+    """Hand an error to torchrun, in the format of torch.distributed.elastic.multiprocessing.errors.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         details = {"py_callstack": error_text(error), "timestamp": str(int(time.time()))}
@@ -237,15 +245,20 @@ def new_gloo_group():
 
 @functools.cache
 def waiting_group():
-    """The group in which ranks wait while rank 0 tokenizes, for example, which may take hours."""
+    """The group in which ranks wait while rank 0 tokenizes, for example, which may take hours.
+
+    The first call creates it, so all ranks have to make that call together.
+    """
     return new_gloo_group()
 
 
 def rank0_only(function, *args):
     """Call function(*args) on rank 0 alone, however long it takes. Every rank gets its result."""
+    if world_size() == 1:
+        return function(*args)
+    group = waiting_group()
     result = [function(*args) if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, group=waiting_group())
+    dist.broadcast_object_list(result, group=group)
     return result[0]
 
 
@@ -292,7 +305,7 @@ def resolve_dtype(cfg, device_type):
 def has_fast_bf16(device_type):
     """Does the hardware multiply bf16 matrices faster than fp32 ones?"""
     if device_type == "cuda":
-        if not torch.cuda.is_available():    # plans for a GPU elsewhere assume a recent one
+        if not torch.cuda.is_available():    # `python shard.py` for other machines: recent GPUs
             return True
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if not hasattr(torch.cpu, "get_capabilities"):
@@ -302,9 +315,11 @@ def has_fast_bf16(device_type):
 
 
 def pad_multiple(device, dtype, micro_tokens):
-    """Micro-batches are padded to a multiple of this, because every new length costs time.
+    """The multiple of tokens that micro-batches are padded to.
 
-    On CUDA there are at most sixteen lengths: kernels are chosen and memory is cached per shape.
+    With few different shapes, kernels are selected and memory blocks are allocated less often. On
+    CUDA there are at most sixteen. In bf16 on a CPU, oneDNN prepares and keeps a kernel per shape
+    (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 padding only costs.
     """
     if device.type == "cuda":
         return max(256, math.ceil(micro_tokens / 16))
@@ -369,7 +384,7 @@ class LoRALinear(nn.Module):
     The layer may be a fused one (q, k and v in one matmul). Each of the layers that it consists of
     in the Hugging Face checkpoint is a target of its own, with its own A and B.
 
-    targets  [(Hugging Face name, first output, end output)] of the adapted layers
+    targets  [(Hugging Face name, first output, end output)] of the n adapted layers
     """
 
     def __init__(self, base, targets, r, alpha):
@@ -386,7 +401,7 @@ class LoRALinear(nn.Module):
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(end - start, r, device=device))
                                   for start, end in self.output_ranges)
 
-    def forward(self, x):                                                # [T, in]
+    def forward(self, x):                                                # [T, in]; n targets
         low_rank = F.linear(x, self.A.to(x.dtype)) * self.scale          # [T, n r]
         B = self.block_diagonal_B().to(x.dtype)                          # [out, n r]
         return self.base(x).addmm_(low_rank, B.T)                        # [T, out]
@@ -394,17 +409,16 @@ class LoRALinear(nn.Module):
     def block_diagonal_B(self):
         """All B as one matrix [out, n r], so that the wide output is written once.
 
-        Target i fills the rows of its outputs and its own r columns. Everything else is 0.
+        Target i fills the rows of its outputs and its own r columns. Everything else is 0, also
+        the rows of outputs without an adapter.
         """
-        columns = len(self.output_ranges) * self.r
         blocks = []
         row = 0
-        for i, ((start, end), B) in enumerate(zip(self.output_ranges, self.B)):
-            blocks.append(B.new_zeros(start - row, columns))    # outputs without an adapter
-            blocks.append(F.pad(B, (i * self.r, columns - (i + 1) * self.r)))
+        for (start, end), B in zip(self.output_ranges, self.B):
+            blocks += [B.new_zeros(start - row, 0), B]
             row = end
-        blocks.append(B.new_zeros(self.base.out_features - row, columns))
-        return torch.cat(blocks)
+        blocks.append(B.new_zeros(self.base.out_features - row, 0))
+        return torch.block_diag(*blocks)
 
     def delta(self):
         """What the adapters add to the base's weight: [out, in] in fp32."""
@@ -466,11 +480,12 @@ def lora_reader(model, read_base, seed):
 
 
 def read_with_lora(model, read_base, seed, name, start, end):
+    """Rows start to end of a parameter: of the base, of A (drawn anew), or of B (zeros)."""
     p = model.get_parameter(name)
     if not p.requires_grad:
         return read_base(name.replace(".base.", "."), start, end)
-    layer, _, kind = name.rpartition(".")
-    if kind != "A":    # blocks.0.attn.qkv.B.0
+    layer = name.rpartition(".")[0]
+    if not name.endswith(".A"):
         return torch.zeros(end - start, *p.shape[1:])
     module = model.get_submodule(layer)
     shape = module.r, module.base.in_features
@@ -483,7 +498,7 @@ def read_with_lora(model, read_base, seed, name, start, end):
 
 
 def merge_lora(model, read_base):
-    """Return a function: name of a plain model's tensor -> that tensor, adapters merged.
+    """Return a function that reads a plain model's tensor by its name, with the adapters merged.
 
     read_base  the reader of the base
     """
@@ -491,12 +506,14 @@ def merge_lora(model, read_base):
 
 
 def read_merged(model, read_base, name):
-    layer, _, kind = name.rpartition(".")
+    layer, _, attribute = name.rpartition(".")                           # "weight" or "bias"
     module = model.get_submodule(layer)
-    if isinstance(module, LoRALinear):
-        base = read_base(name, 0, len(getattr(module.base, kind)))
-        return base + module.delta() if kind == "weight" else base
-    return read_base(name, 0, len(getattr(module, kind)))
+    is_adapted = isinstance(module, LoRALinear)
+    p = getattr(module.base if is_adapted else module, attribute)
+    tensor = read_base(name, 0, len(p))
+    if is_adapted and attribute == "weight":
+        tensor = tensor + module.delta()
+    return tensor
 
 
 def save_adapter(model, lora_cfg, folder, base):
@@ -528,7 +545,9 @@ def peft_tensors(name, module, model_cfg):
     tensors = {}
     for (hf_name, start, end), A, B in zip(module.targets, module.A.split(module.r), module.B):
         if end - start == module.base.out_features:
-            # one layer of theirs, whose outputs may have another order
+            # Not one of several fused layers. Hugging Face may store its outputs in another order
+            # (GPT-NeoX: q, k, v of head 0, q, k, v of head 1, ...): B's rows follow. The outputs of
+            # a layer that is fused here only are in Hugging Face's order already.
             B = transformer.to_hf(f"{name}.weight", B, model_cfg)[f"{hf_name}.weight"]
         prefix = f"base_model.model.{hf_name}"
         tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
@@ -578,10 +597,10 @@ def cast_frozen_weights(model, dtype):
 
 
 def choose_recompute(model_cfg, cfg, device):
-    """shard.recompute, or, if that is null: would the step not fit without it?"""
+    """shard.recompute; if it is null, does the predicted memory exceed the budget without it?"""
     if cfg["shard"]["recompute"] is not None:
         return cfg["shard"]["recompute"]
-    _, held = peak_moment(predict_memory(model_cfg, cfg, world_size()))
+    _, held = peak_phase(predict_memory(model_cfg, cfg, world_size()))
     return sum(held.values()) > memory_budget(device)
 
 
@@ -604,8 +623,8 @@ def should_compile(cfg, device):
 def compile_blocks(model):
     """Compile what comes before and after attention. Equal blocks share the compiled code."""
     for block in model.blocks:
-        block.before = torch.compile(block.before)
-        block.behind = torch.compile(block.behind)
+        block.pre_attention = torch.compile(block.pre_attention)
+        block.post_attention = torch.compile(block.post_attention)
 
 
 def mesh_sizes(cfg, world_size):
@@ -631,25 +650,21 @@ def apply_fsdp(model, cfg, device, dtype):
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                         register_fsdp_forward_method)
-    replicate, shards = mesh_sizes(cfg, world_size())
-    if replicate > 1:
-        mesh = dist.init_device_mesh(device.type, (replicate, shards),
-                                     mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = dist.init_device_mesh(device.type, (shards,), mesh_dim_names=("shard",))
-    block_precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                           cast_forward_inputs=False)
-    rest_precision = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32,
-                                          cast_forward_inputs=False)
+    sizes = mesh_sizes(cfg, world_size())
+    mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    if sizes[0] == 1:
+        mesh = mesh["shard"]
+    precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=block_precision,
+        fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=dtype),
                     reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mesh=mesh, mp_policy=rest_precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision(param_dtype=None))
     for module in fsdp_modules(model):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)    # gloo would average nevertheless
-    register_fsdp_forward_method(model, "logits")
+    register_fsdp_forward_method(model, "logits")    # called by generation instead of forward()
 
 
 def fsdp_modules(model):
@@ -666,7 +681,10 @@ def is_sharded(model):
 
 
 def reshard(model):
-    """Free the weights gathered in an evaluation. FSDP itself does it in the backward pass only."""
+    """Free the weights gathered in an evaluation.
+
+    The root, and without reshard_after_forward every block, stays gathered until a backward pass.
+    """
     for module in fsdp_modules(model):
         module.reshard()
 
@@ -679,7 +697,7 @@ def is_dtensor(t):
 
 
 def local_shard(t):
-    """Return (the rows that this rank holds, first row, end row).
+    """Return (the rows that this rank holds, first row, end row). They share memory with t.
 
     A plain or replicated tensor is whole on every rank. Of a sharded one each rank holds
     ceil(rows / ranks) rows, and the last ranks may hold fewer or none.
@@ -702,6 +720,7 @@ def is_writer(t):
     """Does this rank write its local shard to a checkpoint? One rank per shard does."""
     if not is_dtensor(t):
         return rank() == 0
+    # the first one along every dimension of the mesh over which t is replicated
     return all(placement.is_shard() or t.device_mesh.get_local_rank(mesh_dim) == 0
                for mesh_dim, placement in enumerate(t.placements))
 
@@ -742,24 +761,27 @@ def all_reduce_gradients(model):
 
 
 def check_replicas(model):
-    """Raise RuntimeError if ranks that hold the same parameters differ in any bit of them."""
+    """Raise RuntimeError if ranks that hold the same parameters differ in any bit of them.
+
+    Compares the sums of the bits as integers, which is faster than to copy the parameters.
+    """
     if world_size() == 1:
         return
-    checksum = 0
     rows = []
+    checksums = []
     for p in model.parameters():
         if p.requires_grad:
-            shard, start, end = local_shard(p)
-            bits = shard.view(torch.int32)
-            checksum = checksum + bits.sum(dtype=torch.int64)    # stays on the device
+            local, start, end = local_shard(p)
+            bits = local.view(torch.int32)
+            checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
             rows.append((start, end))
-    holdings = all_gather_object((tuple(rows), int(checksum)))
+    checksums = torch.stack(checksums).tolist()
     different = []
-    first_replicas = {}    # {rows: (rank, checksum)} of the first rank that holds these rows
-    for other, (rows, checksum) in enumerate(holdings):
-        first, expected = first_replicas.setdefault(rows, (other, checksum))
-        if checksum != expected:
-            different.append(f"rank {other} from rank {first}")
+    first_holders = {}    # {rows: (first rank that holds them, its checksums)}
+    for i, (rows, checksums) in enumerate(all_gather_object((tuple(rows), checksums))):
+        first, expected = first_holders.setdefault(rows, (i, checksums))
+        if checksums != expected:
+            different.append(f"rank {i} from rank {first}")
     if different:
         raise RuntimeError(
             f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "
@@ -770,56 +792,39 @@ def check_replicas(model):
 # --------------------------------------------------------------------------------------------------
 # predicted memory, from formulas
 
-@dataclasses.dataclass
 class StepSize:
-    """The quantities from which the memory of a training step follows."""
-    is_cuda: bool
-    element: int          # bytes of a number in the computation: 4, or 2 in bf16
-    world_size: int
-    shards: int
-    tokens: int           # of the largest micro-batch
-    micro_batches: int    # per rank and step
-    is_lora: bool
-    recompute: bool
-    # numbers of parameters
-    trained: int
-    frozen: int
-    block: int            # of one block
-    block_trained: int
-    rest: int             # outside of the blocks: embedding, last norm, head
-    head: int             # V' C
-    muon_matrices: int    # trained ones for which Muon keeps one number instead of two
+    """The quantities from which the memory of a training step follows.
 
+    Documents are assumed to be as long as seq_len, and all their tokens to be targets.
+    """
 
-def step_size(model_cfg, cfg, world_size):
-    """Documents are assumed to be as long as seq_len, and all their tokens to be targets."""
-    model = transformer.build_on_meta(model_cfg)
-    is_lora = bool(cfg["shard"]["lora"]["r"])
-    if is_lora:
-        add_lora(model, cfg["shard"]["lora"])
-    device_type = resolve_device_type(cfg)
-    dtype = resolve_dtype(cfg, device_type)
-    _, shards = mesh_sizes(cfg, world_size)
-    documents = math.ceil(cfg["batch_size"] / world_size)
-    tokens = documents * cfg["data"]["seq_len"]
-    block = model.blocks[0]
-    return StepSize(
-        is_cuda=device_type == "cuda",
-        element=dtype.itemsize,
-        world_size=world_size,
-        shards=shards,
-        tokens=min(tokens, cfg["micro_tokens"]),
-        micro_batches=math.ceil(tokens / cfg["micro_tokens"]),
-        is_lora=is_lora,
-        recompute=bool(cfg["shard"]["recompute"]),
-        trained=count_parameters(model, trained=True),
-        frozen=count_parameters(model, trained=False),
-        block=count_parameters(block),
-        block_trained=count_parameters(block, trained=True),
-        rest=count_parameters(model) - model_cfg["n_layers"] * count_parameters(block),
-        head=model.padded_vocab_size * model_cfg["d_model"],
-        muon_matrices=sum(p.numel() for name, p in model.named_parameters()
-                          if p.requires_grad and transformer.matrix_rows(name, p, model_cfg)))
+    def __init__(self, model_cfg, cfg, world_size):
+        lora_cfg = cfg["shard"]["lora"]
+        model = transformer.build_on_meta(model_cfg)
+        if lora_cfg["r"]:
+            add_lora(model, lora_cfg)
+        device_type = resolve_device_type(cfg)
+        tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
+        block = model.blocks[0]
+        self.cfg = cfg
+        self.model_cfg = model_cfg
+        self.is_cuda = device_type == "cuda"
+        self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
+        self.is_replicated = mesh_sizes(cfg, world_size)[0] == world_size > 1
+        self.shards = mesh_sizes(cfg, world_size)[1]
+        self.tokens = min(tokens, cfg["micro_tokens"])             # of the largest micro-batch
+        self.micro_batches = math.ceil(tokens / cfg["micro_tokens"])    # per rank
+        self.is_lora = lora_cfg["r"] > 0
+        self.recompute = cfg["shard"]["recompute"]
+        # numbers of parameters
+        self.trained = count_parameters(model, trained=True)
+        self.frozen = count_parameters(model, trained=False)
+        self.block = count_parameters(block)
+        self.block_trained = count_parameters(block, trained=True)
+        self.outside = count_parameters(model) - len(model.blocks) * self.block
+        self.head = model.padded_vocab_size * model_cfg["d_model"]
+        self.matrices = sum(p.numel() for name, p in model.named_parameters()
+                            if p.requires_grad and transformer.matrix_rows(name, p, model_cfg))
 
 
 def count_parameters(module, trained=None):
@@ -827,138 +832,125 @@ def count_parameters(module, trained=None):
 
 
 def predict_memory(model_cfg, cfg, world_size=1):
-    """Predict what each of world_size devices holds at the moments when a step may hold most.
+    """Predict what each of world_size devices holds in the phases of a step that may hold most.
 
-    Returns {moment: {what: bytes}}. Works for any number of devices of either type, on any machine.
+    Returns {phase: {what: bytes}}. Needs no device: cfg["device"] may be another machine's.
     """
-    s = step_size(model_cfg, cfg, world_size)
+    s = StepSize(model_cfg, cfg, world_size)
     state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
-             "optimizer": optimizer_bytes(s, cfg) // s.shards}
-    in_use = state | {"gathered weights": gathered_weight_bytes(s, model_cfg, cfg),
-                      "weight copies": weight_copy_bytes(s, model_cfg)}
-    # of the micro-batches before this one; FSDP keeps them unsharded until the last one
-    accumulated = 4 * s.trained if s.micro_batches > 1 else 0
+             "optimizer": optimizer_bytes(s) // s.shards}
+    gradients = 4 * s.trained
+    # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
+    accumulated = gradients if s.micro_batches > 1 else 0
     head_gradient = 0 if s.is_lora else 4 * s.head
-    activations = activation_bytes(s, model_cfg, cfg)
-    moments = {
-        # the last micro-batch's forward pass has kept all activations
-        "at the loss": in_use | {
-            "gradients": accumulated,
-            "activations": activations,
-            "logits": logits_bytes(s, model_cfg),
-            "head": head_bytes(s, model_cfg)},
-        # the last block's, in which nearly all activations are still there
-        "in the backward pass": in_use | {
-            "gradients": max(accumulated, head_gradient),
-            "activations": activations,
-            "block backward": block_backward_bytes(s, model_cfg, cfg)},
-        "at the update": state | {"gradients": 4 * s.trained // s.shards}}
-    if s.shards == 1 and s.world_size > 1:
-        # see all_reduce_gradients
-        moments["at the all-reduce"] = state | {"gradients": 4 * s.trained,
-                                                "flat gradients": 4 * s.trained}
-    return {moment: {what: n for what, n in held.items() if n} for moment, held in moments.items()}
+    in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
+                      "activations": activation_bytes(s)}
+    phases = {
+        # in the last micro-batch, after the forward pass, which keeps the activations of all blocks
+        "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
+        # the backward pass of the last block, the first to run: all other activations are kept
+        "in the backward pass": in_use | {"gradients": max(accumulated, head_gradient),
+                                          "block backward": block_backward_bytes(s)},
+        "at the update": state | {"gradients": gradients // s.shards}}
+    if s.is_replicated:    # see all_reduce_gradients
+        phases["at the all-reduce"] = state | {"gradients": 2 * gradients}
+    return phases
 
 
-def peak_moment(moments):
-    """Of predict_memory's moments the one that holds most: (moment, {what: bytes})."""
-    return max(moments.items(), key=lambda item: sum(item[1].values()))
+def peak_phase(phases):
+    """Of predict_memory's phases the one that holds most: (phase, {what: bytes})."""
+    return max(phases.items(), key=lambda item: sum(item[1].values()))
 
 
-def optimizer_bytes(s, cfg):
-    """Two fp32 numbers per parameter for AdamW and for unknown optimizers, one for momentum."""
+def optimizer_bytes(s):
+    """Two fp32 numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
     numbers = 2 * s.trained
-    if cfg["optimizer"] == "muon":
-        numbers -= s.muon_matrices
-    elif cfg["optimizer"] == "sgd":
-        numbers = s.trained if cfg["momentum"] > 0 else 0
+    if s.cfg["optimizer"] == "muon":
+        numbers -= s.matrices
+    elif s.cfg["optimizer"] == "sgd":
+        numbers = s.trained if s.cfg["momentum"] > 0 else 0
     return 4 * numbers
 
 
-def gathered_weight_bytes(s, model_cfg, cfg):
-    """Under FSDP: the rest in fp32, and one block (or, without resharding, all) in s.element."""
-    if s.shards == 1:
+def gathered_or_cast_bytes(s):
+    """Weights besides the fp32 ones: gathered by FSDP, or cast to bf16 and kept until backward."""
+    blocks = s.model_cfg["n_layers"]
+    if s.shards > 1:
+        if s.cfg["shard"]["reshard_after_forward"]:
+            blocks = 1
+        outside = s.outside * (s.element if s.is_lora else 4)
+        return outside + blocks * s.block * s.element
+    if s.element == 4 or s.is_lora or s.recompute:    # LoRA: frozen weights are stored in bf16
         return 0
-    blocks = 1 if cfg["shard"]["reshard_after_forward"] else model_cfg["n_layers"]
-    rest_element = s.element if s.is_lora else 4
-    return rest_element * s.rest + s.element * s.block * blocks
+    return blocks * s.block * s.element
 
 
-def weight_copy_bytes(s, model_cfg):
-    """Without FSDP: bf16 copies of the blocks' weights, which the backward pass needs."""
-    if s.shards > 1 or s.element == 4 or s.is_lora or s.recompute:
-        return 0
-    return s.element * s.block * model_cfg["n_layers"]
-
-
-def activation_bytes(s, model_cfg, cfg):
+def activation_bytes(s):
     """What the forward pass keeps for the backward pass: in all blocks, before and after them."""
-    C = model_cfg["d_model"]
-    per_block = s.element * C if s.recompute else block_activation_bytes(s, model_cfg, cfg)
-    outside = 8 * C + 2 * s.element * C
-    return s.tokens * (model_cfg["n_layers"] * per_block + outside)
+    C = s.model_cfg["d_model"]
+    per_block = s.element * C if s.recompute else block_activation_bytes(s)
+    embedding = 8 * C                     # the fp32 embedding, and its gradient
+    last_norm = 2 * s.element * C         # input and output
+    outside = embedding + last_norm
+    return s.tokens * (s.model_cfg["n_layers"] * per_block + outside)
 
 
-def block_activation_bytes(s, model_cfg, cfg):
-    """What a block keeps per token for its backward pass."""
-    m = model_cfg
+def block_activation_bytes(s):
+    """What a block keeps per token."""
+    m = s.model_cfg
     C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
-    length = cfg["data"]["seq_len"]
+    # width, heads, key/value heads, width of a head, width of the MLP
+    length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
     norms = s.element * (2 if m["shared_norm"] else 4) * C
     if m["qk_norm"] != "none":
         norms += s.element * (H + K) * E
-    # Attention: q, k, v, the output, an fp32 number per head (the logarithm of the softmax's sum).
-    # On a CPU short documents are computed in fp32, and the output is kept in s.element as well.
-    attention_element = s.element
-    if not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW:
-        attention_element = 4
-    attention = attention_element * (H + 2 * K) * E + attention_element * H * E + 4 * H
+    # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
+    # short documents are computed in fp32, and the output is kept in the matmul's dtype as well.
+    in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
+    attention_element = 4 if in_fp32 else s.element
+    attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
     # Dropout: a mask of one byte per number; in attention also the probabilities.
     dropout = 2 * C if m["resid_pdrop"] else 0
     if m["attn_pdrop"]:
-        dropout += H * length * (5 + attention_element)
+        # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
+        dropout += H * length * (1 + 4 + attention_element)
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
     mlp = s.element * F * (4 if m["glu"] else 2)
     return norms + attention + dropout + mlp
 
 
-def logits_bytes(s, model_cfg):
-    """A chunk of logits in s.element, and a piece of it in fp32, with its gradient (ChunkedLoss)."""
-    V = s.head // model_cfg["d_model"]
+def loss_bytes(s):
+    """A chunk of logits, a piece of it in fp32 with its gradient (see model.ChunkedLoss), and the
+    gradients of the head and of its input."""
+    C = s.model_cfg["d_model"]
+    V = s.head // C
     chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
-    is_plain = model_cfg["loss"] == "cross_entropy" and not model_cfg["loss_options"]
-    piece_bytes = 8 if is_plain else 16
-    return V * (min(chunk, s.tokens) * s.element + min(piece, s.tokens) * piece_bytes)
-
-
-def head_bytes(s, model_cfg):
-    """At the loss: the gradient of the head's input, and of the head, if it is trained."""
-    input_gradient = s.tokens * model_cfg["d_model"] * s.element
+    is_plain = s.model_cfg["loss"] == "cross_entropy" and not s.model_cfg["loss_options"]
+    logits = min(chunk, s.tokens) * V * s.element
+    # in fp32: the logits of a piece and their gradient; other losses keep two more copies
+    logits += min(piece, s.tokens) * V * 4 * (2 if is_plain else 4)
+    input_gradient = s.tokens * C * s.element
     if s.is_lora:
-        return input_gradient
-    gradient = 4 * s.head
-    chunk_gradient = s.element * s.head
-    bf16_copy = s.element * s.head if s.element < 4 else 0
-    return input_gradient + gradient + chunk_gradient + bf16_copy
+        return logits + input_gradient
+    bf16_head = s.element * s.head if s.element < 4 else 0
+    return logits + input_gradient + 4 * s.head + bf16_head
 
 
-def block_backward_bytes(s, model_cfg, cfg):
-    """What the backward pass of one block needs besides its activations."""
-    per_hidden_unit = s.tokens * s.element * model_cfg["d_ff"]
+def block_backward_bytes(s):
+    """What the backward pass of one block needs besides the activations that were kept."""
+    mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
+    is_gated = s.model_cfg["glu"]
     if s.recompute:
-        # its activations, computed again; two of the MLP's gradients take the place of some
-        total = s.tokens * block_activation_bytes(s, model_cfg, cfg)
-        total += per_hidden_unit if model_cfg["glu"] else 0
+        # all of its activations; two of the MLP's gradients then take the place of some of them
+        total = s.tokens * block_activation_bytes(s) + (mlp_gradient if is_gated else 0)
         total += s.element * s.block if s.element < 4 else 0
     else:
-        total = per_hidden_unit * (3 if model_cfg["glu"] else 2)
-    if s.shards > 1:
-        next_block = s.element * s.block                     # gathered ahead of time
-        gradients = (s.element + 4) * s.block_trained        # and in fp32, for the reduce-scatter
-        total += next_block + gradients
+        total = mlp_gradient * (3 if is_gated else 2)
+    if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
+        total += s.element * s.block + (s.element + 4) * s.block_trained
     return total
 
 
@@ -975,10 +967,10 @@ def main(argv):
         tokenizer = tokenize_data.load_tokenizer(cfg)
         model_cfg = transformer.resolve_vocab_size(model_cfg, tokenizer.n_vocab)
     replicate, shards = mesh_sizes(cfg, gpus)
-    moment, held = peak_moment(predict_memory(model_cfg, cfg, gpus))
+    phase, held = peak_phase(predict_memory(model_cfg, cfg, gpus))
     total = sum(held.values())
-    print(f"predicted peak on each of {gpus} device{'s' if gpus > 1 else ''} "
-          f"(replicate {replicate} x shard {shards}), {moment}:")
+    print(f"predicted peak on each of {gpus} devices "
+          f"(replicate {replicate} x shard {shards}), {phase}:")
     for what, n in held.items():
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())

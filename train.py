@@ -21,11 +21,14 @@ import sys
 
 import configs
 
-if __name__ == "__main__":    # before torch is imported: a wrong key is reported at once
+if __name__ == "__main__":
+    # Only a check, before torch is imported, so that a wrong key is reported at once. cli() loads
+    # the config again. No experiment is running, so only built-in losses, optimizers, ... exist.
     configs.exit_with_help(__doc__, sys.argv[1:])
     configs.load_or_exit(sys.argv[1:], builtin_names=True)
 
-# OpenMP threads that wait go to sleep soon: 10 times faster beside a busy process (LOG.md).
+# Idle OpenMP threads sleep instead of spinning. Spinning makes steps 10 times slower if another
+# process uses the cores (LOG.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import contextlib
@@ -69,7 +72,11 @@ SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": li
 
 
 def lr_at(step, total_steps, cfg):
-    """Learning rate of update `step` (from 0). The first is above 0, the last is min_lr."""
+    """Learning rate of update `step` (from 0).
+
+    The first is above 0. The last is min_lr, unless the schedule is constant or the warm-up takes
+    the whole run.
+    """
     warmup_steps = min(to_steps(cfg["warmup_steps"], total_steps), total_steps)
     # 1) linear warm-up
     if step < warmup_steps:
@@ -84,7 +91,10 @@ def lr_at(step, total_steps, cfg):
 
 
 def to_steps(value, total_steps):
-    """A count (int) or a fraction of the run (float) as a number of steps; 0.001 is at least 1."""
+    """A count (int) or a fraction of the run (float) as a number of steps.
+
+    A fraction above 0 is at least 1 step.
+    """
     if type(value) is int or value == 0:
         return int(value)
     return max(1, round(value * total_steps))
@@ -93,7 +103,7 @@ def to_steps(value, total_steps):
 def every_n_steps(step, every, total_steps):
     """Is something due after `step` steps? `every`: a count, a fraction of the run, or 0: never.
 
-    With 0.25 it is due four times per run. The start (step 0) and the last step are always due.
+    With 0.25 it is due four times per run. Step 0 and step total_steps are always due.
     """
     if not every:
         return False
@@ -105,12 +115,16 @@ def every_n_steps(step, every, total_steps):
 
 
 # --------------------------------------------------------------------------------------------------
-# optimizers: (param_groups, cfg, **optimizer_options) -> a torch.optim.Optimizer
+# optimizers: a function of (param_groups, cfg, **optimizer_options), registered in OPTIMIZERS. It
+# returns an object with param_groups, state, step() and zero_grad()
 
 class WithoutDynamo:
-    """torch.optim without its import of torch._dynamo, which takes as long as importing torch.
+    """Mixin for torch.optim classes: methods that do not import torch._dynamo.
 
-    torch.optim imports it to exclude an optimizer's methods from compilation; ours is not compiled.
+    torch decorates them to exclude them from compilation, and the decorators import torch._dynamo
+    in their first call, which takes as long as importing torch (1.5 s). __wrapped__ is the method
+    without its decorator. step's decorator also turns gradients off and calls step hooks: the
+    first is replaced by no_grad, hooks are not called.
     """
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
     zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
@@ -122,7 +136,7 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
 
     def __init__(self, param_groups, **options):
         super().__init__(param_groups, fused=True, **options)
-        for p in trained_parameters(self):
+        for p in optimizer_parameters(self):
             self.state[p] = {"step": torch.zeros((), device=p.device),
                              "exp_avg": torch.zeros_like(p),
                              "exp_avg_sq": torch.zeros_like(p)}
@@ -134,7 +148,7 @@ class SGD(WithoutDynamo, torch.optim.SGD):
 
     def __init__(self, param_groups, momentum, **options):
         super().__init__(param_groups, momentum=momentum, **options)
-        for p in trained_parameters(self):
+        for p in optimizer_parameters(self):
             if momentum:
                 self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
@@ -147,8 +161,7 @@ class Muon:
     several matrices fused into one parameter (q, k and v) nor a parameter sharded over ranks.
     Has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
 
-    muon_groups   param_groups of matrices, with "matrix_rows": for each parameter, the rows of
-                  the matrices it is fused of
+    muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
     """
 
@@ -156,6 +169,8 @@ class Muon:
         self.adamw = AdamW(adamw_groups, **adamw_options)
         self.muon_groups = muon_groups
         self.momentum = momentum
+        # The same objects as in self.adamw: the learning rate that the loop sets and the state that
+        # a checkpoint loads reach both.
         self.param_groups = [*muon_groups, *self.adamw.param_groups]
         self.state = self.adamw.state
         for group in muon_groups:
@@ -173,15 +188,18 @@ class Muon:
     def muon_update(self, p, matrix_rows, lr, weight_decay):
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
-        update = torch.lerp(p.grad, momentum, self.momentum)            # Nesterov momentum
-        update = shard.full_tensor(update)    # every rank computes the whole update, uses its rows
-        matrices = [0.2 * math.sqrt(max(matrix.shape)) * newton_schulz(matrix)
-                    for matrix in update.split(matrix_rows)]
-        rows, start, end = shard.local_shard(p)
-        rows.mul_(1 - lr * weight_decay).sub_(torch.cat(matrices)[start:end], alpha=lr)
+        nesterov = torch.lerp(p.grad, momentum, self.momentum)
+        nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
+        updates = []
+        for matrix in nesterov.split(matrix_rows):
+            adamw_size = 0.2 * math.sqrt(max(matrix.shape))    # RMS of AdamW's updates, see above
+            updates.append(adamw_size * newton_schulz(matrix))
+        local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
+        local.mul_(1 - lr * weight_decay)
+        local.sub_(torch.cat(updates)[start:end], alpha=lr)
 
-    def zero_grad(self, set_to_none=True):
-        for p in trained_parameters(self):
+    def zero_grad(self):
+        for p in optimizer_parameters(self):
             p.grad = None
 
 
@@ -207,7 +225,7 @@ def adamw(param_groups, cfg):
 
 def sgd(param_groups, cfg):
     momentum = cfg["momentum"]
-    return SGD(param_groups, lr=cfg["lr"], momentum=momentum, nesterov=momentum > 0)
+    return SGD(param_groups, momentum=momentum, nesterov=momentum > 0)
 
 
 def muon(param_groups, cfg):
@@ -223,41 +241,55 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon, "sgd": sgd}
 
 
 def split_matrices(param_groups):
-    """Split each group into one of the blocks' matrices and one of everything else."""
+    """Split param_groups into (those of the blocks' matrices, those of everything else)."""
     muon_groups = []
     adamw_groups = []
     for group in param_groups:
-        pairs = list(zip(group["params"], group["matrix_rows"]))
-        matrices = [(p, rows) for p, rows in pairs if rows]
-        others = [(p, rows) for p, rows in pairs if not rows]
-        for part, groups in ((matrices, muon_groups), (others, adamw_groups)):
-            if part:
-                params, matrix_rows = map(list, zip(*part))
-                groups.append(group | {"params": params, "matrix_rows": matrix_rows})
+        is_matrix = [bool(rows) for rows in group["matrix_rows"]]
+        if any(is_matrix):
+            muon_groups.append(subgroup(group, is_matrix))
+        if not all(is_matrix):
+            adamw_groups.append(subgroup(group, [not matrix for matrix in is_matrix]))
     return muon_groups, adamw_groups
 
 
-def trained_parameters(optimizer):
+def subgroup(group, chosen):
+    """The part of a param_group whose parameters are chosen: [bool]."""
+    params = [p for p, is_chosen in zip(group["params"], chosen) if is_chosen]
+    matrix_rows = [rows for rows, is_chosen in zip(group["matrix_rows"], chosen) if is_chosen]
+    return group | {"params": params, "matrix_rows": matrix_rows}
+
+
+def optimizer_parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def make_param_groups(model, cfg):
     """Group parameters by cfg["param_groups"] and by shape: matrices decay, vectors don't.
 
-    Each group holds "params", "lr", "weight_decay", "lr_scale" (a factor of the scheduled learning
-    rate) and "matrix_rows" (for each parameter the rows of the block's matrices it consists of, []
-    if it is not a matrix of a block). Raises UserError for a pattern that matches no parameter.
+    Each group holds
+
+        params        [parameters]
+        matrix_rows   for each parameter, the row counts of the matrices that are fused in it: qkv
+                      of shape [3 C, C] has [C, C, C]. [] if it is not a matrix of a block
+        lr, lr_scale  the learning rate, and its ratio to the scheduled one
+        weight_decay
+
+    Raises UserError for a pattern that matches no parameter.
     """
     groups = {}
     used_patterns = set()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        spec = next((s for s in cfg["param_groups"] if re.search(s["match"], name)), {})
-        used_patterns.add(spec.get("match"))
-        default_decay = cfg["weight_decay"] if p.dim() >= 2 else 0.0
-        weight_decay = spec.get("weight_decay", default_decay)
-        lr_scale = spec.get("lr", 1.0)
+        lr_scale = 1.0
+        weight_decay = cfg["weight_decay"] if p.dim() >= 2 else 0.0
+        matching = [spec for spec in cfg["param_groups"] if re.search(spec["match"], name)]
+        if matching:
+            spec = matching[0]
+            used_patterns.add(spec["match"])
+            lr_scale = spec.get("lr", lr_scale)          # in the config, lr is a factor
+            weight_decay = spec.get("weight_decay", weight_decay)
         group = groups.setdefault((lr_scale, weight_decay), {"params": [], "matrix_rows": []})
         group["params"].append(p)
         group["matrix_rows"].append(transformer.matrix_rows(name, p, model.cfg))
@@ -271,10 +303,12 @@ def make_param_groups(model, cfg):
 
 def make_optimizer(model, cfg):
     """The optimizer that the config names, with its state, so that a checkpoint can be loaded."""
-    make = configs.bind_options("optimizer", OPTIMIZERS[cfg["optimizer"]], 2,
-                                cfg["optimizer_options"])
+    function = OPTIMIZERS[cfg["optimizer"]]
+    options = cfg["optimizer_options"]
+    n_arguments = 2                                      # param_groups and cfg
+    make = configs.bind_options("optimizer", function, n_arguments, options)
     optimizer = make(make_param_groups(model, cfg), cfg)
-    if not any(optimizer.state.values()):
+    if not any(optimizer.state.values()):                # SGD without momentum has no state either
         create_state(optimizer)
     checkpoint.check_optimizer_state(optimizer, model)
     return optimizer
@@ -282,17 +316,22 @@ def make_optimizer(model, cfg):
 
 @torch.no_grad()
 def create_state(optimizer):
-    """Create the state of an optimizer that does so in its first step: take one that has no effect.
+    """Create the state of an optimizer that does so in its first step (as torch.optim does).
 
-    Gradients and learning rate are 0, and parameters and step counters are set back afterwards.
+    Takes a step with gradients, learning rate and weight decay of 0. Parameters and step counters
+    are reset afterwards. train_step sets the learning rate before each real step.
     """
-    params = trained_parameters(optimizer)
+    params = optimizer_parameters(optimizer)
     saved_params = [p.clone() for p in params]
+    weight_decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
+        group["weight_decay"] = 0.0
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
+    for group, weight_decay in zip(optimizer.param_groups, weight_decays):
+        group["weight_decay"] = weight_decay
     for p, saved in zip(params, saved_params):
         p.copy_(saved)
         p.grad = None
@@ -310,32 +349,33 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     micro_batches       this rank's micro-batches (model.py describes them); every rank has the
                         same number of them
     global_loss_weight  sum of |loss_weight| over the micro-batches of all ranks
+    cfg                 not used here; for replacements of this function
 
-    Returns the loss of the global batch as a tensor, and the statistics of this rank's documents:
-    [(doc_ids [D], {"loss": [D]})], one pair per micro-batch.
+    Returns the loss of the global batch as a tensor, and document_stats: for each micro-batch of
+    this rank a pair (doc_ids [D], {"loss": [D]}).
 
     To aggregate gradients in another way, replace this function: see experiments/majority_vote.py.
     """
     loss = torch.zeros((), device=model.embed.weight.device)
-    documents = []
+    document_stats = []
     for i, micro_batch in enumerate(micro_batches):
         # FSDP sums gradients over ranks in the last backward pass only
-        shard.set_gradient_sync(model, i == len(micro_batches) - 1)
-        loss_sum, _, document_stats = model(micro_batch)
+        shard.set_gradient_sync(model, last=i == len(micro_batches) - 1)
+        loss_sum, _weight_sum, stats = model(micro_batch)
         micro_loss = loss_sum / global_loss_weight
         micro_loss.backward()
         loss += micro_loss.detach()
-        documents.append((micro_batch["doc_ids"], document_stats))
+        document_stats.append((micro_batch["doc_ids"], stats))
     shard.all_reduce_gradients(model)                    # replicated parameters: one all-reduce
-    return shard.all_reduce_(loss), documents
+    return shard.all_reduce_(loss), document_stats
 
 
 def micro_batch_gradients(model, micro_batches, global_loss_weight):
-    """Yield (loss, documents, gradients) for each of this rank's micro-batches.
+    """Yield (loss, (doc_ids [D], {"loss": [D]}), gradients) for each of this rank's micro-batches.
 
-    gradients is a list, one tensor per trained parameter: the gradient of this micro-batch on this
-    rank alone. Aggregate them, assign the result to each p.grad, and call
-    shard.all_reduce_gradients(model), which sums .grad over ranks.
+    gradients is a list, one tensor per trained parameter in the order of model.parameters(): the
+    gradient of this micro-batch on this rank alone. Aggregate them, assign the result to each
+    p.grad, and call shard.all_reduce_gradients(model), which sums .grad over ranks.
 
     Works on one rank and on replicated ranks. With shard.mesh.shard > 1 no rank ever holds the
     gradient of its own micro-batch, because the backward pass reduces it over ranks: UserError.
@@ -346,52 +386,60 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
     params = [p for p in model.parameters() if p.requires_grad]
     for micro_batch in micro_batches:
         model.zero_grad()
-        loss_sum, _, document_stats = model(micro_batch)
+        loss_sum, _weight_sum, stats = model(micro_batch)
         micro_loss = loss_sum / global_loss_weight
         micro_loss.backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        yield micro_loss.detach(), (micro_batch["doc_ids"], document_stats), gradients
+        yield micro_loss.detach(), (micro_batch["doc_ids"], stats), gradients
 
 
 def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
-    """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, documents).
+    """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, document_stats).
 
     grad_norm is the norm before clipping. If the loss or the norm is not finite, the update is
     skipped. This check is the only device-to-host sync of a step.
     """
-    loss, documents = forward_backward(model, micro_batches, global_loss_weight, cfg)
-    params = trained_parameters(optimizer)
+    loss, document_stats = forward_backward(model, micro_batches, global_loss_weight, cfg)
+    params = optimizer_parameters(optimizer)
     gradients = [p.grad for p in params if p.grad is not None]
     grad_norm = shard.full_tensor(torch.nn.utils.get_total_norm(gradients))
     norm_on_host = float(grad_norm + 0 * loss)           # not finite if either is not
     is_finite = math.isfinite(norm_on_host)
     if is_finite:
-        if 0 < cfg["grad_clip"] < norm_on_host:
+        if 0 < cfg["grad_clip"] < norm_on_host:          # grad_clip 0: no clipping
             torch.nn.utils.clip_grads_with_norm_(params, cfg["grad_clip"], grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
     optimizer.zero_grad()
-    return loss, grad_norm, is_finite, documents
+    return loss, grad_norm, is_finite, document_stats
 
 
-def gather_document_stats(documents):
-    """forward_backward's documents of all ranks -> (doc_ids [n], {"loss": [n], ...}) in numpy."""
-    local = [(doc_ids.cpu().numpy(), {name: values.cpu().numpy() for name, values in stats.items()})
-             for doc_ids, stats in documents]
-    pairs = [pair for of_rank in shard.all_gather_object(local) for pair in of_rank]
+def gather_document_stats(document_stats):
+    """document_stats of all ranks -> (doc_ids [n], {"loss": [n], ...}) as numpy arrays."""
+    local = []
+    for doc_ids, stats in document_stats:
+        arrays = {name: values.cpu().numpy() for name, values in stats.items()}
+        local.append((doc_ids.cpu().numpy(), arrays))
+    pairs = []
+    for of_rank in shard.all_gather_object(local):
+        pairs += of_rank
     doc_ids = np.concatenate([ids for ids, _ in pairs])
-    stats = {name: np.concatenate([stats[name] for _, stats in pairs]) for name in pairs[0][1]}
-    return doc_ids, stats
+    names = pairs[0][1].keys()
+    return doc_ids, {name: np.concatenate([arrays[name] for _, arrays in pairs]) for name in names}
 
 
 # --------------------------------------------------------------------------------------------------
 # micro-batches on their way to the device
 
 def load_step(run, step):
-    """This rank's micro-batches of a step, in host memory, and what the global batch holds.
+    """Return (micro-batches, info, loss_weight) of a step, or None after the last step.
 
-    Runs in a thread while the step before is computed. Returns None after the last step.
+    Runs in a thread while the step before is computed.
+
+    micro_batches  of this rank, in host memory
+    info           what the global batch holds, see sampler.load_micro_batches
+    loss_weight    the sum of |loss_weight| over this rank's micro-batches
     """
     if step >= run.state.total_steps:
         return None
@@ -399,16 +447,19 @@ def load_step(run, step):
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     micro_batches, info = sampler.load_micro_batches(
         indices, run.cfg, run.dataset, shard.world_size(), shard.rank(), pad_to)
-    info["loss_weight"] = sampler.loss_weight(micro_batches)          # of this rank
-    return [pin_tensors(micro_batch, run.device) for micro_batch in micro_batches], info
+    loss_weight = sampler.sum_loss_weights(micro_batches)
+    micro_batches = [pin_tensors(micro_batch, run.device) for micro_batch in micro_batches]
+    return micro_batches, info, loss_weight
 
 
 def pin_tensors(micro_batch, device):
     """numpy -> torch, in pinned memory, from which a GPU copies while it computes.
 
-    Adds target_index, so that the model does not have to wait for a GPU to count the targets.
+    Adds target_index, int64 [N]: the positions of the targets. If the model counted them on a GPU,
+    the host would have to wait for the result.
     """
-    arrays = micro_batch | {"target_index": np.flatnonzero(micro_batch["targets"] != -100)}
+    is_target = micro_batch["targets"] != sampler.IGNORE_INDEX
+    arrays = micro_batch | {"target_index": np.flatnonzero(is_target)}
     out = {}
     for key, value in arrays.items():
         out[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -431,13 +482,17 @@ def exact_match(answer, reference):
 
 
 METRICS = {"exact_match": exact_match}    # (answer, reference) -> bool or number; logged as means
+PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
+PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
 
 
 def group_by_label(cfg, data):
-    """Validation sources by label: {label: Dataset}. A held-out split has its source's label."""
+    """Validation sources by label: {label: Dataset}."""
     sources_by_label = {}
     for name, tokens in data["validation"].items():
-        kind = "validation" if name in cfg["data"]["validation"] else "train"
+        # a split that is held out (data.validation_split) has the name of its training source
+        is_held_out = name not in cfg["data"]["validation"]
+        kind = "train" if is_held_out else "validation"
         label = cfg["data"][kind][name]["label"] or name
         sources_by_label.setdefault(label, {})[name] = tokens
     return {label: sampler.Dataset(sources) for label, sources in sources_by_label.items()}
@@ -445,9 +500,12 @@ def group_by_label(cfg, data):
 
 @torch.no_grad()
 def evaluate(run):
-    """Log the loss and the answers' metrics of every label; leave the answers in run.answers."""
+    """Log the loss and the answers' metrics of every label; leave the answers in run.answers.
+
+    The micro-batches have no "noise" key, so there is no dropout and no NEFTune (see model.py).
+    """
     record = {"step": run.state.step}
-    for label, dataset in run.labels.items():
+    for label, dataset in run.validation_sets.items():
         record[f"val/{label}/loss"] = validation_loss(run, dataset)
         if run.prompts[label]:
             answers = generate_answers(run, run.prompts[label])
@@ -464,44 +522,48 @@ def validation_loss(run, dataset):
     """sum(loss_weight * nll) / sum(|loss_weight|) over all documents, as in training."""
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     loss_sum = 0.0
-    loss_weight = 0.0
-    for start in range(0, len(dataset), 1024):           # so many documents are packed together
-        indices = np.arange(start, min(start + 1024, len(dataset)))
+    weight_sum = 0.0
+    for start in range(0, len(dataset), PACK_TOGETHER):
+        indices = np.arange(start, min(start + PACK_TOGETHER, len(dataset)))
         micro_batches, _ = sampler.load_micro_batches(
             indices, run.cfg, dataset, shard.world_size(), shard.rank(), pad_to)
-        loss_weight += sampler.loss_weight(micro_batches)
+        weight_sum += sampler.sum_loss_weights(micro_batches)
         for micro_batch in micro_batches:
             batch = to_device(pin_tensors(micro_batch, run.device), run.device)
-            loss_sum += run.model(batch)[0].double()
-    total_loss, total_weight = shard.all_reduce_sum([float(loss_sum), loss_weight])
+            micro_loss_sum, _weight_sum, _stats = run.model(batch)
+            loss_sum += micro_loss_sum.double()
+    total_loss, total_weight = shard.all_reduce_sum([float(loss_sum), weight_sum])
     return total_loss / total_weight
 
 
 def generate_answers(run, prompts):
     """Greedy answers to [(prompt ids, reference ids)] -> [(prompt, answer, reference)] as text.
 
-    Ranks share the prompts. The ranks of a sharded model have to run it together: all generate
-    equally often, and until the answers of all of them are finished.
+    Ranks share the prompts. On a sharded model every generated token is a collective, so all ranks
+    generate until no rank has an unfinished answer.
     """
     rank = shard.rank()
     world_size = shard.world_size()
     keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
+    decode = run.tokenizer.decode
     answers = []
-    for start in range(0, len(prompts), 64 * world_size):
-        chunk = prompts[start:start + 64 * world_size]
+    for start in range(0, len(prompts), PROMPTS_PER_RANK * world_size):
+        chunk = prompts[start:start + PROMPTS_PER_RANK * world_size]
         local = chunk[rank::world_size]
-        prompt_ids = [prompt for prompt, _ in local] or [prompts[0][0]]    # discarded below
+        # a rank without a prompt answers the first one; zip() below drops the answer
+        prompt_ids = [prompt for prompt, _ in local] or [prompts[0][0]]
         answer_ids = transformer.generate_all(run.model, prompt_ids, run.cfg["eval_tokens"],
                                               run.stop_ids, keep_going=keep_going)
-        decode = run.tokenizer.decode
         texts = [(decode(prompt), decode(answer), decode(reference))
                  for (prompt, reference), answer in zip(local, answer_ids)]
         texts_by_rank = shard.all_gather_object(texts)
+        # prompt i of the chunk was number i // world_size on rank i % world_size
         answers += [texts_by_rank[i % world_size][i // world_size] for i in range(len(chunk))]
     return answers
 
 
 def any_rank_unfinished(unfinished):
+    """[is each prompt of this rank unfinished?] -> is one of any rank?"""
     return shard.all_reduce_max(int(any(unfinished))) > 0
 
 
@@ -509,7 +571,7 @@ def mark_best(run):
     """Point checkpoints/best to the checkpoint with the best value of cfg["best"]."""
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()
-        steps, _ = log.rank_checkpoints(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
         checkpoint.set_best(run.cfg["out_dir"], steps)
 
 
@@ -517,7 +579,7 @@ def is_out_of_patience(cfg):
     """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
     if not cfg["patience"]:
         return False
-    _, evaluations_since_best = log.rank_checkpoints(log.read(cfg["out_dir"]), cfg["best"])
+    _, evaluations_since_best = log.sort_steps_by(log.read(cfg["out_dir"]), cfg["best"])
     return evaluations_since_best >= cfg["patience"]
 
 
@@ -527,7 +589,7 @@ def is_out_of_patience(cfg):
 @dataclasses.dataclass
 class TrainState:
     """What state.json holds: everything a resumed run needs besides tensors."""
-    step: int                     # updates done, skipped ones included
+    step: int                     # steps done, including those whose update was skipped
     total_steps: int
     seconds: float                # of training, over all processes of the run
     skipped_steps: int            # steps without an update: loss or gradient was not finite
@@ -549,12 +611,12 @@ class Run:
     state: TrainState
     device: torch.device
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: object             # torch.optim.Optimizer or Muon
     tokenizer: object
     data: dict                    # {"train": {source: Tokens}, "validation": {source: Tokens}}
     dataset: sampler.Dataset      # all training sources
     sampler: sampler.Sampler
-    labels: dict                  # {label: Dataset} of validation
+    validation_sets: dict         # {label: Dataset}
     prompts: dict                 # {label: [(prompt ids, reference ids)]}
     stop_ids: list                # tokens that end an answer
     steps_per_epoch: int
@@ -564,13 +626,14 @@ class Run:
     # what changes while the run is on
     resumed_step: int = 0
     seconds_before: float = 0.0   # of earlier processes
-    start_time: float = 0.0
+    start_time: float = dataclasses.field(default_factory=time.perf_counter)
     last_log_time: float = 0.0    # run.seconds() at the last logged step
     tokens_since_log: int = 0
     data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last log line
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
-    saved_step: int = 0
-    stop: int = 0                 # 0, TIME_IS_UP, or the number of a signal
+    saved_step: int = -1          # of the newest checkpoint in out_dir; -1: there is none
+    stop_signal: int = 0          # the number of a signal that asks the run to stop
+    time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
     answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
 
@@ -578,10 +641,13 @@ class Run:
         """Seconds of training so far, over all processes of the run."""
         return self.seconds_before + time.perf_counter() - self.start_time
 
-    def is_last_step(self):
-        """Has the run reached its end (and not merely been interrupted by a signal)?"""
-        return (self.state.step >= self.state.total_steps or self.stop == TIME_IS_UP
-                or self.out_of_patience)
+    def is_complete(self):
+        """Has the run reached its end: max_steps or epochs, max_seconds, or patience?
+
+        A signal only interrupts a run.
+        """
+        all_steps_done = self.state.step >= self.state.total_steps
+        return all_steps_done or self.time_is_up or self.out_of_patience
 
 
 def setup(cfg, explicit):
@@ -589,7 +655,7 @@ def setup(cfg, explicit):
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
     tokenize_data.require_train_data(cfg)
-    shard.mesh_sizes(cfg, shard.world_size())
+    shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
     saved = checkpoint.read_state(resume_path) if resume_path else None
@@ -603,7 +669,8 @@ def setup(cfg, explicit):
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
-    cfg = cfg | {"dtype": saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)}
+    dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
+    cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
     optimizer = make_optimizer(model, cfg)
     train_sampler = sampler.make_sampler(cfg, dataset)
@@ -611,12 +678,8 @@ def setup(cfg, explicit):
     # evaluation
     state = new_state(explicit, cfg, data, total_steps)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
-    labels = group_by_label(cfg, data)
-    prompts = {label: transformer.build_eval_prompts(of_label, stop_ids, cfg["eval_prompts"],
-                                                     model_cfg["max_len"])
-               for label, of_label in labels.items()}
-    metric_names = {label: list(METRICS) if prompts[label] else [] for label in labels}
-    log.check_best(cfg, list(labels), metric_names)
+    validation_sets = group_by_label(cfg, data)
+    prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
 
     # resume
     if resume_path:
@@ -633,9 +696,26 @@ def setup(cfg, explicit):
         logger = log.Logger(cfg, total_steps, state.step, state.seconds)
         write_run_folder(cfg, explicit, state)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
-    return Run(cfg, state, model.embed.weight.device, model, optimizer, tokenizer, data, dataset,
-               train_sampler, labels, prompts, stop_ids, steps_per_epoch, resume_path, logger,
-               saver, resumed_step=state.step, seconds_before=state.seconds, saved_step=state.step)
+    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
+    return Run(
+        cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
+        tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
+        validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
+        steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
+        resumed_step=state.step, seconds_before=state.seconds,
+        saved_step=state.step if is_own_checkpoint else -1)
+
+
+def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
+    """{label: [(prompt ids, reference ids)]}. Raises UserError if cfg["best"] is not logged."""
+    prompts = {}
+    metric_names = {}
+    for label, validation_set in validation_sets.items():
+        prompts[label] = transformer.build_eval_prompts(
+            validation_set, stop_ids, cfg["eval_prompts"], model_cfg["max_len"])
+        metric_names[label] = list(METRICS) if prompts[label] else []
+    log.check_best(cfg, list(validation_sets), metric_names)
+    return prompts
 
 
 def answer_stop_ids(cfg, tokenizer):
@@ -660,7 +740,7 @@ def choose_dtype(cfg):
 
 
 def resolve_model(cfg, tokenizer):
-    """Return (the complete model section, a reader of its weights' rows).
+    """Return (the complete model section, read_slice(name, first row, end row) -> weights).
 
     Raises UserError if tokenizer or lengths don't fit the model.
     """
@@ -686,7 +766,8 @@ def count_steps(cfg, data):
     sizes = {name: len(tokens) for name, tokens in data["train"].items()}
     steps_per_epoch = sampler.steps_per_epoch(cfg, sizes)
     all_sources = [*data["train"].values(), *data["validation"].values()]
-    longest = max(tokens.header["longest"] for tokens in all_sources) - 1    # in inputs
+    # a document of n tokens has n - 1 inputs
+    longest = max(tokens.header["longest"] for tokens in all_sources) - 1
     if longest > cfg["micro_tokens"]:
         raise configs.UserError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest "
                                 f"document's {longest} tokens; micro_tokens={longest}, or "
@@ -711,12 +792,12 @@ def new_state(explicit, cfg, data, total_steps):
 
 
 def continue_state(state, saved):
-    """Take over from a checkpoint's state what has happened so far."""
+    """Copy the counters of a checkpoint's state, and record code and data that have changed."""
     for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "changes"):
         setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
-    changed += [f"data.train.{name}" for name in state.data
-                if saved["data"].get(name) != state.data[name]]
+    changed += [f"data.train.{name}" for name in sorted(saved["data"] | state.data)
+                if saved["data"].get(name) != state.data.get(name)]
     if changed:
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
@@ -724,8 +805,9 @@ def continue_state(state, saved):
 def write_run_folder(cfg, explicit, state):
     """Write config.yaml and code/. resume=never and resume=latest are for one start only."""
     out_dir = Path(cfg["out_dir"])
-    kept = {key: value for key, value in explicit.items()
-            if not (key == "resume" and value in ("never", "latest"))}
+    kept = dict(explicit)
+    if kept.get("resume") in ("never", "latest"):
+        del kept["resume"]
     log.write_atomic(out_dir / "config.yaml", configs.dump(kept))
     checkpoint.save_code(out_dir, state.step)
 
@@ -733,7 +815,6 @@ def write_run_folder(cfg, explicit, state):
 # --------------------------------------------------------------------------------------------------
 # the loop
 
-TIME_IS_UP = 1                    # a value of run.stop that is no signal handled here
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -743,9 +824,8 @@ def train(run):
     state = run.state
     received = []                                        # signals; the loop finishes its step
     handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in SIGNALS}
-    run.start_time = time.perf_counter()
     reset_meters(run)
-    run.stop = poll_stop(run, received)
+    poll_stop(run, received)
     mark_best(run)                                       # cfg["best"] may be new
     if is_evaluation_missing(run):
         evaluate(run)
@@ -753,43 +833,44 @@ def train(run):
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
-        while not run.is_last_step() and not run.stop:
-            # the step's micro-batches, loaded in the background; load those of the next step
+        while not run.is_complete() and not run.stop_signal:
+            # take this step's micro-batches, and start to load those of the next step
             wait_start = time.perf_counter()
-            micro_batches, info = next_batch.result()
+            micro_batches, info, loss_weight = next_batch.result()
             run.data_wait += time.perf_counter() - wait_start
             if not run.sampler.uses_feedback:
                 next_batch = loader.submit(load_step, run, state.step + 1)
 
             # forward, backward, update
             lr = lr_at(state.step, state.total_steps, cfg)
-            noise_seed = {"noise": (cfg["seed"], state.step)}       # of dropout and NEFTune
+            # Dropout and NEFTune hash this, the document and the position: the same on any layout.
+            noise_seed = {"noise": (cfg["seed"], state.step)}
             state.step += 1
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
-                global_loss_weight, = shard.all_reduce_sum([info["loss_weight"]])
-                loss, grad_norm, is_finite, documents = train_step(
+                [global_loss_weight] = shard.all_reduce_sum([loss_weight])
+                loss, grad_norm, is_finite, document_stats = train_step(
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
-                run.sampler.update(*gather_document_stats(documents))
+                run.sampler.update(*gather_document_stats(document_stats))
                 next_batch = loader.submit(load_step, run, state.step)
 
             # a non-finite step made no update
             state.consecutive_skips = 0 if is_finite else state.consecutive_skips + 1
             if not is_finite:
                 state.skipped_steps += 1
-                report_non_finite(run, loss, grad_norm, documents)
+                report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            run.stop = poll_stop(run, received)
+            poll_stop(run, received)
             run.tokens_since_log += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
                 reset_meters(run)
 
             # save, before an evaluation that may fail or be interrupted
-            evaluating = bool(run.labels) and is_due(run, "eval_every")
-            saving = is_due(run, "save_every") or run.is_last_step()
+            evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
+            saving = is_due(run, "save_every") or run.is_complete()
             if saving or (evaluating and cfg["best"]):
                 save(run)
 
@@ -797,38 +878,44 @@ def train(run):
             if evaluating:
                 evaluate(run)
                 run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                run.stop = max(run.stop, poll_signals(received))
+                poll_signals(run, received)
                 reset_meters(run)                        # throughput is that of training
 
-    run.stop = max(run.stop, poll_signals(received))
+    poll_signals(run, received)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def poll_stop(run, received):
-    """0, TIME_IS_UP or a signal's number, the same on all ranks."""
+    """Set run.stop_signal and run.time_is_up, the same on all ranks."""
+    poll_signals(run, received)
     max_seconds = run.cfg["max_seconds"]
-    time_is_up = bool(max_seconds) and run.seconds() >= max_seconds
-    stop = max(received, default=TIME_IS_UP if time_is_up else 0)
-    return shard.all_reduce_max(stop)
+    if max_seconds:
+        run.time_is_up = shard.all_reduce_max(int(run.seconds() >= max_seconds)) > 0
 
 
-def poll_signals(received):
-    """0 or a signal's number, the same on all ranks."""
-    return shard.all_reduce_max(max(received, default=0))
+def poll_signals(run, received):
+    """Set run.stop_signal to the number of a signal that any rank has received."""
+    run.stop_signal = shard.all_reduce_max(max(received, default=0))
 
 
 def is_due(run, key):
-    """Is logging, evaluation or saving due after this step? The last step is always due."""
+    """Is logging, evaluation or saving (key: log_every, ...) due after this step?
+
+    It is after the last step, also if max_seconds or patience made it the last.
+    """
     every = run.cfg[key]
     due = every_n_steps(run.state.step, every, run.state.total_steps)
-    return due or (bool(every) and run.is_last_step())
+    return due or (bool(every) and run.is_complete())
 
 
 def is_evaluation_missing(run):
-    """Is an evaluation due that was not logged? At the start, or after a kill before it."""
+    """Is an evaluation due that was not logged?
+
+    True at step 0, and if the run was killed between a save and the evaluation after it.
+    """
     is_logged = shard.rank0_only(was_evaluated, run.cfg, run.state.step)
-    return bool(run.labels) and is_due(run, "eval_every") and not is_logged
+    return bool(run.validation_sets) and is_due(run, "eval_every") and not is_logged
 
 
 def was_evaluated(cfg, step):
@@ -836,17 +923,17 @@ def was_evaluated(cfg, step):
 
 
 def profiler(run):
-    """log.profile_step around the step that cfg["profile"] names, on rank 0."""
+    """log.profile_step on rank 0, if this is the step that cfg["profile"] names, from 1."""
     if shard.rank() == 0 and run.state.step == run.cfg["profile"]:
         path = Path(run.cfg["out_dir"]) / "trace.json"
         return log.profile_step(path, run.device, run.logger.print)
     return contextlib.nullcontext()
 
 
-def report_non_finite(run, loss, grad_norm, documents):
+def report_non_finite(run, loss, grad_norm, document_stats):
     """Name the documents of a step that made no update. Too many in a row end the run."""
     step = run.state.step
-    doc_ids, stats = gather_document_stats(documents)
+    doc_ids, stats = gather_document_stats(document_stats)
     bad = doc_ids[~np.isfinite(stats["loss"])]
     which = "the loss of each document is finite"
     if len(bad):
@@ -917,30 +1004,30 @@ def finish(run):
     """Write the last checkpoint and the export, print the summary."""
     cfg = run.cfg
     step = run.state.step
-    interrupted = run.stop > TIME_IS_UP
     written = run.saver.wait()
-    if not written or (interrupted and run.saved_step < step):
+    if not written or run.saved_step < step:
         save(run)                                        # again: a full disk may have space now
         written = run.saver.wait()
-    if interrupted:
+    if run.stop_signal:
         saved = "saved" if written else "not saved"
-        run.logger.print(f"stopped by signal {run.stop} after step {step:,}, {saved}; the same "
-                         "command resumes from the newest checkpoint")
+        run.logger.print(f"stopped by signal {run.stop_signal} after step {step:,}, {saved}; the "
+                         "same command resumes from the newest checkpoint")
         run.logger.close()
-        sys.exit(128 + run.stop)
+        sys.exit(128 + run.stop_signal)
     if not written:
         run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
     if step < run.state.total_steps:
         reason = f"no new best {cfg['best']} in {cfg['patience']} evaluations"
-        if run.stop == TIME_IS_UP:
+        if run.time_is_up:
             reason = "max_seconds is reached"
         run.logger.print(f"ended after step {step:,} of {run.state.total_steps:,}: {reason}")
     if cfg["checkpoint"]["export"]:
         shard.rank0_only(export, run)
-    for line in log.final_summary(run) if shard.rank() == 0 else []:
-        run.logger.print(line)
+    if shard.rank() == 0:
+        for line in log.final_summary(run):
+            run.logger.print(line)
     run.logger.close()
 
 
@@ -957,8 +1044,9 @@ def export(run):
 def main(cfg, explicit):
     """One run, on every rank."""
     run = setup(cfg, explicit)
-    for line in log.describe_run(run) if shard.rank() == 0 else []:
-        run.logger.print(line)
+    if shard.rank() == 0:
+        for line in log.describe_run(run):
+            run.logger.print(line)
     train(run)
     finish(run)
 

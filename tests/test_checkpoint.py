@@ -531,7 +531,7 @@ def test_find_resume_point_after_a_restart_is_the_newest(stopped, tiny, monkeypa
 def test_find_resume_point_refuses_a_folder_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     for out in ("file", "file/run"):
-        with pytest.raises(configs.UserError, match="out_dir: .*file is a file; out_dir=NEW"):
+        with pytest.raises(configs.UserError, match="out_dir: .*file is a file; name another folder"):
             checkpoint.find_resume_point(tiny(out=out)[0])
 
 
@@ -562,7 +562,7 @@ def test_config_diff_allows_a_longer_run_if_its_past_is_the_same(stopped, tiny):
             ([*wsd, "decay_steps=0.1"], ["max_steps=99"], False)]):
         cfg = stopped(*keys, out=f"run{n}")
         changed = tiny(*keys, *more, out=f"run{n}")[0]
-        lines = checkpoint.config_diff(cfg["out_dir"], changed)
+        lines = list(checkpoint.config_diff(cfg["out_dir"], changed))
         assert bool(lines) is not allowed, (keys, lines)
 
 

@@ -228,7 +228,7 @@ def test_peak_memory_grows_with_what_is_held():
     assert log.peak_memory(torch.device("cpu")) > held.nbytes
 
 
-def test_rank_checkpoints_orders_steps_and_counts_evaluations():
+def test_sort_steps_by_orders_steps_and_counts_evaluations():
     """The smallest value is best, with max the largest; of equal values the first.
 
     Step 0 has no checkpoint.
@@ -236,11 +236,11 @@ def test_rank_checkpoints_orders_steps_and_counts_evaluations():
     losses = {0: 0.1, 10: 3.0, 20: 1.0, 30: 1.0, 40: None, 50: 2.0}
     records = [{"step": step, "val/x/loss": loss} for step, loss in losses.items()]
     records += [{"step": 55, "loss": 0.0}]                   # not an evaluation
-    assert log.rank_checkpoints(records, "val/x/loss") == ([20, 30, 50, 10], 3)
-    assert log.rank_checkpoints(records, "max val/x/loss") == ([10, 50, 20, 30], 4)
-    assert log.rank_checkpoints(records, "loss") == ([55], 0)
-    assert log.rank_checkpoints(records, "val/y/loss") == ([], 0)
-    assert log.rank_checkpoints([], "val/x/loss") == ([], 0)
+    assert log.sort_steps_by(records, "val/x/loss") == ([20, 30, 50, 10], 3)
+    assert log.sort_steps_by(records, "max val/x/loss") == ([10, 50, 20, 30], 4)
+    assert log.sort_steps_by(records, "loss") == ([55], 0)
+    assert log.sort_steps_by(records, "val/y/loss") == ([], 0)
+    assert log.sort_steps_by([], "val/x/loss") == ([], 0)
 
 
 def test_was_evaluated_ignores_records_of_training():
@@ -313,7 +313,7 @@ def test_describe_run_prints_derived_numbers_as_arithmetic(start):
     assert lines["run"] == ["36 documents / 4 = 9 steps per epoch; 25 steps = 2.78 epochs = "
                             f"{25 * per_step:,.0f} tokens"]
     assert lines["device"][0].startswith("cpu, ")
-    assert lines["device"][0].endswith("computing in float32, master weights in float32")
+    assert lines["device"][0].endswith("computing in float32, trained weights in float32")
 
 
 def test_describe_run_counts_micro_batches(start):
@@ -356,7 +356,7 @@ def finished_run(folder, step, total_steps, resumed_step, export=True):
     return types.SimpleNamespace(
         cfg={"out_dir": str(folder), "samples": 2, "checkpoint": {"export": export}},
         answers=answers, resumed_step=resumed_step,
-        state=types.SimpleNamespace(step=step, total_steps=total_steps))
+        state=types.SimpleNamespace(step=step, total_steps=total_steps, seconds=83.0))
 
 
 def test_final_summary_shows_answers_metrics_and_time(tmp_path):
@@ -393,7 +393,7 @@ def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path)
     assert not any("steps in" in line for line in lines)
     # ended earlier by max_seconds or patience
     lines = log.final_summary(finished_run(tmp_path, 3, 9, resumed_step=3))
-    assert lines[0] == f"{tmp_path} ended after step 3 earlier; nothing was trained"
+    assert lines[0] == f"{tmp_path} ended after step 3 in an earlier start; nothing was trained"
 
 
 def test_reports_of_a_real_run(tiny, capsys):

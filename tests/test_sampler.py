@@ -189,8 +189,8 @@ def test_pack_falls_back_to_best_fit():
     """9 | 6 4 | 5 3 2: the cheapest micro-batch first strands the last document, the fullest first does not."""
     n = np.array([2, 9, 6, 5, 4, 3])
     longest_first = [1, 2, 3, 4, 5, 0]
-    head_starts = S._head_starts(S.cost(n), longest_first, 3, 1)
-    assert S._pack_balanced(n, S.cost(n), longest_first, 10, head_starts) is None
+    allowances = S._allowances(S.cost(n), longest_first, 3, 1)
+    assert S._pack_balanced(n, S.cost(n), longest_first, 10, allowances) is None
     check_packed(S.pack(n, 10), n, 10)
     assert len(S.pack(n, 10)[0]) == 3
 
@@ -260,7 +260,7 @@ def test_load_micro_batches_hold_what_their_documents_say(two_sources):
     assert sorted(i for mb in micro_batches for i in mb["doc_ids"]) == sorted(indices)
     assert info["documents"] == 13
     assert info["tokens"] == sum(mb["cu_seqlens"][-1] for mb in micro_batches) == sum(info["lengths"])
-    assert info["target_tokens"] == S.loss_weight(micro_batches) == dataset.n_targets(indices).sum()
+    assert info["target_tokens"] == S.sum_loss_weights(micro_batches) == dataset.n_targets(indices).sum()
     for mb in micro_batches:
         assert mb["cu_seqlens"][-1] <= c["micro_tokens"]
         assert mb["max_seqlen"] == np.diff(mb["cu_seqlens"]).max()
@@ -289,20 +289,20 @@ def test_collate_pads_outside_every_document(two_sources):
     assert len(mb["tokens"]) % 256 == 0 and len(mb["tokens"]) - end < 256
     assert (mb["targets"][end:] == -100).all() and (mb["loss_weights"][end:] == 0).all()
     assert mb["max_seqlen"] >= len(mb["tokens"]) - end
-    assert S.loss_weight([mb]) == S.loss_weight([S.collate([0, 1, 2], dataset)])
+    assert S.sum_loss_weights([mb]) == S.sum_loss_weights([S.collate([0, 1, 2], dataset)])
 
 
 def test_collate_of_no_documents_is_an_idle_micro_batch(two_sources):
     _, dataset = two_sources
     mb = S.collate([], dataset, pad_to=128)
     assert mb["cu_seqlens"].tolist() == [0] and len(mb["tokens"]) == len(mb["doc_ids"]) == mb["max_seqlen"] == 0
-    assert S.loss_weight([mb]) == 0
+    assert S.sum_loss_weights([mb]) == 0
 
 
 def test_loss_weight_follows_an_edit_of_collate(two_sources, monkeypatch):
     """The denominator is read from the arrays that the loss uses; only targets count, and negative weights by size."""
     c, dataset = two_sources
-    plain = S.loss_weight(S.load_micro_batches(np.arange(8), c, dataset)[0])
+    plain = S.sum_loss_weights(S.load_micro_batches(np.arange(8), c, dataset)[0])
     collate = S.collate
 
     def edited(indices, dataset, pad_to=1):
@@ -313,8 +313,8 @@ def test_loss_weight_follows_an_edit_of_collate(two_sources, monkeypatch):
 
     monkeypatch.setattr(S, "collate", edited)
     micro_batches, _ = S.load_micro_batches(np.arange(8), c, dataset)
-    assert S.loss_weight(micro_batches) == 0.5 * plain > 0
-    assert S.loss_weight([]) == 0
+    assert S.sum_loss_weights(micro_batches) == 0.5 * plain > 0
+    assert S.sum_loss_weights([]) == 0
 
 
 def test_load_micro_batches_reads_the_same_documents_on_any_number_of_ranks(tiny):
@@ -327,7 +327,7 @@ def test_load_micro_batches_reads_the_same_documents_on_any_number_of_ranks(tiny
         assert drawn == sorted(indices)
         assert len({len(micro_batches) for micro_batches, _ in parts}) == 1
         assert len({str(info) for _, info in parts}) == 1                # the same on every rank, without asking
-        weight = sum(S.loss_weight(micro_batches) for micro_batches, _ in parts)
+        weight = sum(S.sum_loss_weights(micro_batches) for micro_batches, _ in parts)
         assert weight == parts[0][1]["target_tokens"]
         assert 0 < parts[0][1]["packing"] <= 1
 

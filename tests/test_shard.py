@@ -123,8 +123,8 @@ def test_num_graphs_does_not_grow_with_the_layers_also_under_lora():
         _, model = parallelized("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2")
         torch._dynamo.reset()
         for block in model.blocks:    # traced as by inductor, but then run as it is
-            block.before = torch.compile(block.before, backend="eager")
-            block.behind = torch.compile(block.behind, backend="eager")
+            block.pre_attention = torch.compile(block.pre_attention, backend="eager")
+            block.post_attention = torch.compile(block.post_attention, backend="eager")
         graphs_before = shard.num_graphs()
         model(micro_batch())[0].backward()
         return shard.num_graphs() - graphs_before
@@ -175,9 +175,8 @@ def test_predict_memory_adds_up():
     sharded = held_at("at the loss", 8, shard=8)
     assert replicated["optimizer"] == 8 * sharded["optimizer"]
     assert replicated["activations"] == sharded["activations"]
-    assert "gathered weights" in sharded and "gathered weights" not in replicated
-    both = held_at("at the all-reduce", 8, shard=1)
-    assert both["gradients"] == both["flat gradients"] == 4 * total
+    assert replicated["gathered or cast"] == 0 < sharded["gathered or cast"]
+    assert held_at("at the all-reduce", 8, shard=1)["gradients"] == 2 * 4 * total
 
     matrices = sum(p.numel() for name, p in parameters
                    if p.dim() == 2 and name.startswith("blocks"))

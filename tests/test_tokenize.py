@@ -480,7 +480,7 @@ def test_tokens_that_are_never_targets(tmp_path):
     trained = ["".join(BYTES.decode([i]) for i, m in zip(*d) if m) for d in documents(data)]
     assert trained == ["cc", "xyz"] and data.header["dropped"] == 1
     for more, words in (("data.ignore_token_id_range=[3]", ["data.ignore_token_id_range", "[first, last]"]),
-                        ("data.ignore_token_ids=[a]", ["data.ignore_token_ids", "ints"]),
+                        ("data.ignore_token_ids=[a]", ["data.ignore_token_ids", "list of int"]),
                         ("data.train_on=some", ["data.train_on", "last"]),
                         ("data.on_error=stop", ["data.on_error", "skip"])):
         wrong(words, cfg_for, tmp_path, path, more)

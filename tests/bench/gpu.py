@@ -53,7 +53,7 @@ def ours(keys):
             return torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
         rows = torch.empty(end - start, *shapes[name][1:], device=DEVICE)
         return rows.normal_(0, 0.02, generator=generator)
-    model = shard.prepare(M.build_on_meta(m), m, cfg, random)
+    model = shard.parallelize(M.build_on_meta(m), cfg, random)
     return cfg, model, train.make_optimizer(model, cfg)
 
 
@@ -90,7 +90,7 @@ def right():
 
     def numbers(dtype, device, more=()):
         cfg = configs.load([*keys, *more, "model.max_len=4096", f"device={device.type}", f"dtype={dtype}"])[0]
-        model = shard.prepare(M.build_on_meta(cfg["model"]), cfg["model"], cfg, M.init_reader(cfg["model"], 0))
+        model = shard.parallelize(M.build_on_meta(cfg["model"]), cfg, M.init_reader(cfg["model"], 0))
         batch = row(lengths, 999, np.random.default_rng(1), 256)
         batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
         with torch.no_grad():
@@ -169,7 +169,7 @@ def memory():
 def measure_ours(keys, kind, count, look=False):
     cfg, model, optimizer = ours(keys)
     rng, vocab = np.random.default_rng(0), cfg["model"]["vocab_size"]
-    multiple = shard.row_multiple(DEVICE, model.dtype, ROW)
+    multiple = shard.pad_multiple(DEVICE, model.dtype, ROW)
     window = 4096 if CUDA else 256
     lengths = [chat_lengths(rng, ROW) if kind == "chats" else [window] * (ROW // window) for _ in range(4)]
     rows, turn = [row(n, vocab, rng, multiple) for n in lengths], [0]

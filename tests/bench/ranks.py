@@ -31,7 +31,7 @@ def main():
     parser.add_argument("argv", nargs="*", default=["configs/ft.yaml"])
     args = parser.parse_args()
     sides = {"one process": (1, []), f"{args.ranks} replicated": (args.ranks, []),
-             f"{args.ranks} in parts": (args.ranks, [f"shard.mesh.shard={args.ranks}"])}
+             f"{args.ranks} sharded": (args.ranks, [f"shard.mesh.shard={args.ranks}"])}
     got = {side: [] for side in sides}
     for _ in range(args.rounds):
         for side, (ranks, how) in sides.items():

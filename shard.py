@@ -761,9 +761,9 @@ def all_reduce_gradients(model):
 
 
 def check_replicas(model):
-    """Raise RuntimeError if ranks that hold the same parameters differ in any bit of them.
+    """Raise RuntimeError if parameters differ between ranks that hold the same rows of them.
 
-    Compares the sums of the bits as integers, which is faster than to copy the parameters.
+    Compares one checksum per parameter, the sum of its bits, instead of the parameters.
     """
     if world_size() == 1:
         return
@@ -778,10 +778,11 @@ def check_replicas(model):
     checksums = torch.stack(checksums).tolist()
     different = []
     first_holders = {}    # {rows: (first rank that holds them, its checksums)}
-    for i, (rows, checksums) in enumerate(all_gather_object((tuple(rows), checksums))):
-        first, expected = first_holders.setdefault(rows, (i, checksums))
-        if checksums != expected:
-            different.append(f"rank {i} from rank {first}")
+    holdings = all_gather_object((tuple(rows), checksums))    # of all ranks
+    for other, (other_rows, other_checksums) in enumerate(holdings):
+        first, expected = first_holders.setdefault(other_rows, (other, other_checksums))
+        if other_checksums != expected:
+            different.append(f"rank {other} from rank {first}")
     if different:
         raise RuntimeError(
             f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "

@@ -691,10 +691,7 @@ def setup(cfg, explicit):
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    logger = log.NullLogger()
-    if is_rank0:
-        logger = log.Logger(cfg, total_steps, state.step, state.seconds)
-        write_run_folder(cfg, explicit, state)
+    logger = start_logging(cfg, explicit, state)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
     is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     return Run(
@@ -800,6 +797,15 @@ def continue_state(state, saved):
                 if saved["data"].get(name) != state.data.get(name)]
     if changed:
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
+
+
+def start_logging(cfg, explicit, state):
+    """Return the logger of this rank. Rank 0 also writes config.yaml and code/."""
+    if shard.rank() > 0:
+        return log.NullLogger()
+    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds)
+    write_run_folder(cfg, explicit, state)
+    return logger
 
 
 def write_run_folder(cfg, explicit, state):

@@ -20,11 +20,14 @@ tensor are contiguous in a safetensors file, so each rank writes its rows at the
 number of ranks reads them, each rank its own rows.
 """
 import sys
+from pathlib import Path
 
 import configs
 
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
+    if len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
+        configs.die(f"{sys.argv[2]}: does not exist; name a run's folder or one of its checkpoints")
 
 import dataclasses
 import functools
@@ -37,7 +40,6 @@ import struct
 import subprocess
 import threading
 import zlib
-from pathlib import Path
 
 import torch
 import torch.distributed as dist

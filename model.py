@@ -28,6 +28,8 @@ import configs
 
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
+    for path in [arg for arg in sys.argv[1:] if "=" not in arg][:1]:
+        configs.run(configs.resolve_model_dir, path)
 
 import numpy as np
 import torch
@@ -724,16 +726,6 @@ def matrix_rows(name, p, m):
     return fused_sizes(name, m) if stacked else [len(p)]
 
 
-def resolve_model_dir(path):
-    """A folder with config.json, or a run's, or a hub id -> the folder with config.json. Raises ValueError."""
-    path = configs.resolve_pretrained(str(path))
-    for folder in (Path(path), Path(path) / "hf"):
-        if (folder / "config.json").is_file():
-            return folder
-    hint = f"; python checkpoint.py export {path} DIR makes one" if (Path(path) / "checkpoints").is_dir() else ""
-    raise configs.UserError(f"{path}: no model in Hugging Face format there (config.json){hint}")
-
-
 def load(path, m=None, device="cpu"):
     """A pretrained folder (or a run's) -> (model in fp32, the complete model section that describes it).
 
@@ -741,7 +733,7 @@ def load(path, m=None, device="cpu"):
 
     Raises ValueError as pretrained_reader() does.
     """
-    folder = resolve_model_dir(path)
+    folder = configs.resolve_model_dir(path)
     m = m or configs.load([f"model.init_from={folder}"])[0]["model"]
     return load_weights(build_on_meta(m).to_empty(device=device), pretrained_reader(folder, m)), m
 
@@ -753,7 +745,7 @@ def pretrained_reader(path, m):
     beyond theirs, new tokens start at the mean of the old. Raises ValueError naming all that is missing, unknown or
     misshapen at once, and the keys that contradict config.json.
     """
-    folder = resolve_model_dir(path)
+    folder = configs.resolve_model_dir(path)
     family, theirs, where = configs.families()[m["family"]], configs.read_model(folder), open_weights(folder)
     known, turned = min(m["vocab_size"], theirs["vocab_size"]), tuple(family.get("transposed", ()))
     model, places, wrong = build_on_meta(m), {}, []                  # places: our name -> [(their key, first row, rows)]
@@ -1049,7 +1041,7 @@ def main(argv):
     options, words = configs.pop_options(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
-    folder = resolve_model_dir(words[0])
+    folder = configs.resolve_model_dir(words[0])
     if len(words) < 2:                                               # no weight is read for that
         m = configs.load([f"model.init_from={folder}"])[0]["model"]
         pretrained_reader(folder, m)

@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 
 from configs import hf_config
-from configs.hf_config import families, read_model, resolve_pretrained
+from configs.hf_config import families, read_model, resolve_model_dir, resolve_pretrained
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key

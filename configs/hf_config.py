@@ -63,6 +63,21 @@ def resolve_pretrained(name):
                                 f"the hub failed: {reason}") from None
 
 
+def resolve_model_dir(path):
+    """The folder with config.json: a model's folder, that of a run (its hf/), or of a hub id.
+
+    Raises configs.UserError if there is none.
+    """
+    path = resolve_pretrained(str(path))
+    for folder in (Path(path), Path(path) / "hf"):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = "name a model folder, a run's folder or a hub id (owner/name)"
+    if (Path(path) / "checkpoints").is_dir():
+        hint = f"python checkpoint.py export {path} DIR makes one"
+    raise configs.UserError(f"{path}: no model in Hugging Face format here (config.json); {hint}")
+
+
 def read_model(folder):
     """The config.json of a pretrained folder as a dict like our model section."""
     path = Path(folder) / "config.json"

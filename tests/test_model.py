@@ -596,13 +596,13 @@ def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
     import shard
     ours, m, _, folder = pair("GPT-NeoX, Pythia")
     lora, model = {"r": 3, "alpha": 6.0, "targets": ["query_key_value", "dense_h_to_4h"]}, M.build_on_meta(m)
-    shard.add_lora(model, m, lora)
-    M.load_weights(model.to_empty(device="cpu"), shard.with_adapters(model, M.pretrained_reader(folder, m), 0))
+    shard.add_lora(model, lora)
+    M.load_weights(model.to_empty(device="cpu"), shard.lora_reader(model, M.pretrained_reader(folder, m), 0))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".B." in name:
                 p.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
-    shard.save_adapter(model, m, lora, tmp_path, folder)
+    shard.save_adapter(model, lora, tmp_path, folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     theirs, ids = peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), documents(99, 40)
     with torch.no_grad():

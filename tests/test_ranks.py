@@ -97,7 +97,7 @@ def measure_memory(argv, out):
         held += n_bytes
         phase = sum(at >= start for start in phase_starts)
         peaks[phase] = max(peaks[phase], held)
-    moment, predicted = shard.peak_moment(
+    moment, predicted = shard.peak_phase(
         shard.predict_memory(cfg["model"], cfg, shard.world_size()))
     params = list(model.parameters())
     Path(out).write_text(json.dumps({

@@ -122,9 +122,11 @@ class TensorFile:
 def snapshot(model, optimizer, sampler_state, buffers):
     """Copy all that a resumed run needs to host memory: {file name: TensorFile}.
 
+    The copies are in `buffers`, and the next snapshot overwrites them.
+
     sampler_state  {name: numpy array}, the same on all ranks
-    buffers        {} in which the copies are kept for the next snapshot; allocating them anew takes
-                   several times as long as copying
+    buffers        {"file/tensor": tensor in pinned memory}, empty at first; allocating them anew
+                   for each snapshot would take several times as long as copying
     """
     contents = {
         "model.safetensors": trained_parameters(model),
@@ -143,7 +145,7 @@ def snapshot(model, optimizer, sampler_state, buffers):
                 chunks.append((offsets[name] + first_row * row_bytes, copy))
         files[file] = TensorFile(header, size, chunks)
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()                         # copies to pinned memory are asynchronous
     return files
 
 
@@ -187,7 +189,10 @@ def local_rows(t):
 # write
 
 def create_files(building, files):
-    """Create a checkpoint's files in their final sizes, without the tensors."""
+    """Create a checkpoint's files in their final sizes, without the tensors.
+
+    building  the temporary folder, .STEP.building
+    """
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     for name, file in files.items():
@@ -212,12 +217,15 @@ def write_shards(building, files):
 
 
 def commit(building, folder, files, state, keep):
-    """Add state.json, fsync, rename, point `latest` to it, delete old checkpoints."""
+    """Add state.json, fsync, rename, point `latest` to it, delete old checkpoints.
+
+    On rank 0, after all ranks have written their shards.
+    """
     checksums = {name: file_checksum(building / name) for name in files}
-    for name in files:                                   # no rank has synced one without tensors
+    for name in files:                                   # write_shards skips one without tensors
         fsync(building / name)
     state = state | {"format": FORMAT, "checksums": checksums}
-    state = json.loads(json.dumps(state))                # as read_state will see it
+    state = json.loads(json.dumps(state))                # keys and tuples as they will be read
     state["checksum"] = state_checksum(state)
     (building / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     fsync(building / "state.json")
@@ -233,7 +241,7 @@ def delete_old_checkpoints(newest, keep):
     """Keep the `keep` newest checkpoints, and the best.
 
     Checkpoints of later steps are deleted: if a run is resumed from step 100, those of steps 150
-    and 200 belong to the continuation that it gives up.
+    and 200 come from the abandoned continuation.
     """
     best = (newest.parent / "best").resolve().name
     checkpoints = list_checkpoints(newest.parent.parent)
@@ -286,7 +294,10 @@ def set_symlink(link, folder):
 
 
 def set_best(out_dir, steps):
-    """Point `best` to the first of `steps` that has a checkpoint; without one, remove the link."""
+    """Point `best` to the first of `steps`, best first, that has a checkpoint.
+
+    If none has one, remove the link.
+    """
     link = Path(out_dir) / "checkpoints" / "best"
     for step in steps:
         folder = link.with_name(f"{step:08}")
@@ -299,8 +310,8 @@ def set_best(out_dir, steps):
 class Saver:
     """Writes checkpoints in a background thread of every rank, one at a time.
 
-    All ranks create it together. A failed write does not end the run: warn(text) is called once,
-    and older checkpoints stay complete.
+    All ranks create it together. A failed write does not end the run: the next wait() or save()
+    calls warn(text), and older checkpoints stay complete.
     """
 
     def __init__(self, out_dir, keep, warn):
@@ -312,7 +323,7 @@ class Saver:
         self.thread = None
         self.error = ""                        # of the last save
         if shard.rank() == 0:
-            for path in self.folder.glob(".*.*"):    # left by a process that was killed
+            for path in self.folder.glob(".*.*"):    # .STEP.building, .STEP.old of a killed process
                 shutil.rmtree(path, ignore_errors=True)
 
     def save(self, model, optimizer, sampler_state, state):
@@ -369,7 +380,7 @@ class Saver:
 # read
 
 def list_checkpoints(out_dir):
-    """The complete checkpoints of a run, oldest first. Complete is what has its final name."""
+    """The complete checkpoints of a run, oldest first: a complete one has its final name."""
     return sorted(p.parent for p in Path(out_dir, "checkpoints").glob("[0-9]*/state.json"))
 
 
@@ -420,8 +431,9 @@ def suggest_other(folder):
 def load_checkpoint(folder, model, optimizer):
     """Load a checkpoint into a model and its optimizer, in place. On all ranks.
 
-    Returns (state, {name: numpy array} of the sampler). Raises UserError for a damaged checkpoint
-    and for one that does not fit, before anything is changed.
+    The optimizer must have all its state tensors already (train.make_optimizer creates them); their
+    values are replaced. Returns (state, {name: numpy array} of the sampler). Raises UserError for a
+    damaged checkpoint and for one that does not fit, before anything is changed.
     """
     folder = Path(folder)
     state = shard.rank0_only(verify, folder)
@@ -503,7 +515,7 @@ def find_resume_point(cfg):
     """
     out_dir = Path(cfg["out_dir"])
     resume = cfg["resume"]
-    need_folder(out_dir, "out_dir")
+    check_writable(out_dir, "out_dir")
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if resume == "never" and is_restart:
         resume = "auto"                                  # the folder has this command's own run
@@ -513,12 +525,12 @@ def find_resume_point(cfg):
     named = None
     if resume not in ("auto", "latest"):
         named = Path(resume)
-        if not was_started_from(out_dir, resume):
+        if not was_started_from(out_dir, resume):        # else it may be deleted by now
             check_named_checkpoint(named, cfg)
-    if not (out_dir / "config.yaml").is_file():
+    if not (out_dir / "config.yaml").is_file():          # a new out_dir
         return named
     check_same_config(cfg)
-    if starts_new_run(cfg):
+    if starts_new_run(cfg):                              # killed before its first checkpoint
         return named
     checkpoints = list_checkpoints(out_dir)
     if not checkpoints:
@@ -625,20 +637,22 @@ def config_diff(out_dir, cfg):
     may_change = list(MAY_CHANGE)
     if can_be_extended(out_dir, saved_cfg) and can_be_extended(out_dir, cfg):
         may_change += ["max_steps", "epochs"]
-    there = configs.flat(saved_cfg)
-    here = configs.flat(cfg)
+    saved = configs.flat(saved_cfg)
+    given = configs.flat(cfg)
     differences = {}
-    for key in sorted(here | there):
+    for key in sorted(given | saved):
         # the key itself, or a section that it is in
-        is_free = any(key == free or key.startswith(f"{free}.") for free in may_change)
-        if here.get(key) != there.get(key) and not is_free:
-            there_text = configs.show(there.get(key))
-            differences[key] = f"{key}: {there_text} there, {configs.show(here.get(key))} here"
+        may_differ = any(key == free or key.startswith(f"{free}.") for free in may_change)
+        if given.get(key) != saved.get(key) and not may_differ:
+            saved_text = configs.show(saved.get(key))
+            differences[key] = f"{key}: {saved_text} there, {configs.show(given.get(key))} here"
     return differences
 
 
 def can_be_extended(out_dir, cfg):
     """May a run's length change, because its steps so far would have been the same?
+
+    By cfg["schedule"]; with others than these, all learning rates depend on the length:
 
     constant  if its warm-up is a number of steps, not a fraction of the run
     wsd       also if its decay is a number of steps and has not begun. With `epochs` set, the step
@@ -666,8 +680,9 @@ def start_over(out_dir):
     (out_dir / "metrics.jsonl").unlink(missing_ok=True)
 
 
-def need_folder(folder, key):
+def check_writable(folder, key):
     """Raise UserError that names the key if a folder cannot be created or written to."""
+    # the folder, or the nearest parent that exists
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise configs.UserError(f"{key}: {existing} is a file; name another folder")
@@ -725,7 +740,7 @@ def save_code(out_dir, step):
     """Copy the source files to out_dir/code, or to out_dir/code-at-STEP if they have changed."""
     out_dir = Path(out_dir)
     folder = out_dir / "code"
-    if step > 0 and folder.is_dir():
+    if step > 0 and folder.is_dir():                     # resumed: keep the code of before
         newest = max(out_dir.glob("code-at-*"), default=folder)
         copies = {str(p.relative_to(newest)): p for p in newest.rglob("*") if p.is_file()}
         if hash_files(copies) == code_hashes():
@@ -741,8 +756,13 @@ def save_code(out_dir, step):
 
 
 def replace_folder(new, folder):
-    shutil.rmtree(folder, ignore_errors=True)
+    """Put a complete folder in the place of another one, which is never left half deleted."""
+    deleting = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(deleting, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, deleting)
     os.replace(new, folder)
+    shutil.rmtree(deleting, ignore_errors=True)
 
 
 def git_describe():
@@ -791,9 +811,10 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         assert not loaded.unexpected_keys, loaded.unexpected_keys
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
-        read_base = transformer.init_reader(model_cfg, cfg["seed"])
         if init_from:
             read_base = transformer.pretrained_reader(init_from, model_cfg)
+        else:                                            # a new base is drawn again from the seed
+            read_base = transformer.init_reader(model_cfg, cfg["seed"])
         read_tensor = shard.merge_lora(adapted, read_base)
 
     bos_id = tokenizer.special.get(tokenizer.bos)
@@ -815,10 +836,10 @@ def export_checkpoint(path, folder):
             raise configs.UserError(f"{path}: no checkpoint here; name a run's folder or one of "
                                     "its checkpoints")
         path = checkpoints[-1]
-    need_folder(folder, "DIR")
+    check_writable(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):
         raise configs.UserError(f"{folder}: is not empty; name another folder")
-    cfg, _, _ = configs.load([str(path.resolve().parents[1] / "config.yaml")])
+    cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml")])
     tokenizer = tokenize_data.load_tokenizer(cfg)
     # The weights do not depend on the loss, which an experiment may have registered.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}

@@ -109,7 +109,7 @@ def store_of_this_start(store):
     each restart; UserError if it does not.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store
+        return store    # another launcher, or a store made for this start only: no old keys
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     if may_restart and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         raise configs.UserError(
@@ -133,7 +133,7 @@ def run_distributed(main, cfg, *args):
         main(cfg, *args)
         dist.barrier()
     except SystemExit as error:
-        exit_code = error.code or 0
+        exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         wait_for_termination(error)
         print(error_text(error), file=sys.stderr, flush=True)
@@ -157,10 +157,11 @@ def run_alone(main, cfg, *args):
 
 
 def wait_for_termination(error):
-    """Let the rank whose error is the cause report it first: torchrun then ends this rank.
+    """Wait, so that the rank with the original error exits first.
 
-    torchrun shows the error of the rank that exits first. A rank that only lost its connection to
-    a failed rank waits 5 s. If all ranks fail alike, local rank 0 reports, and the others wait 2 s.
+    torchrun shows the error of the first rank to exit, and ends all others, this one included. A
+    rank that only lost its connection to a failed rank waits 5 s. If all ranks fail alike, local
+    rank 0 reports at once, and the others wait 2 s.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)    # the training loop's handler would not exit
     if is_connection_loss(error):
@@ -253,7 +254,10 @@ def waiting_group():
 
 
 def rank0_only(function, *args):
-    """Call function(*args) on rank 0 alone, however long it takes. Every rank gets its result."""
+    """Call function(*args) on rank 0 alone, however long it takes. Every rank gets its result.
+
+    If it raises, the other ranks wait until torchrun ends them.
+    """
     if world_size() == 1:
         return function(*args)
     group = waiting_group()
@@ -263,9 +267,10 @@ def rank0_only(function, *args):
 
 
 def main_process_first(function, *args):
-    """Call function(*args), which fills a folder: later ranks find it filled.
+    """Call function(*args), which fills a folder, on every rank, one after another.
 
-    Three phases: rank 0; one rank of each other node, whose disk may be its own; all other ranks.
+    Three phases, so that later ranks find the folder filled: rank 0; one rank of each other node,
+    whose disk may be its own; all other ranks. Returns this rank's own result.
     """
     phase = 2
     if local_rank() == 0:
@@ -391,7 +396,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.targets = targets
-        # Without names, which differ between blocks: equal blocks share one compiled graph.
+        # forward() reads this and not self.targets: torch.compile would compile each block anew,
+        # because the names differ between blocks.
         self.output_ranges = [(start, end) for _, start, end in targets]
         self.r = r
         self.scale = alpha / r
@@ -482,11 +488,11 @@ def lora_reader(model, read_base, seed):
 def read_with_lora(model, read_base, seed, name, start, end):
     """Rows start to end of a parameter: of the base, of A (drawn anew), or of B (zeros)."""
     p = model.get_parameter(name)
-    if not p.requires_grad:
+    if not p.requires_grad:    # add_lora froze everything but A and B
         return read_base(name.replace(".base.", "."), start, end)
-    layer = name.rpartition(".")[0]
     if not name.endswith(".A"):
         return torch.zeros(end - start, *p.shape[1:])
+    layer = name.removesuffix(".A")
     module = model.get_submodule(layer)
     shape = module.r, module.base.in_features
     bound = 1 / math.sqrt(module.base.in_features)    # kaiming_uniform_ with a = sqrt(5)
@@ -506,7 +512,8 @@ def merge_lora(model, read_base):
 
 
 def read_merged(model, read_base, name):
-    layer, _, attribute = name.rpartition(".")                           # "weight" or "bias"
+    """The tensor `name` of a model without LoRA, with the adapters added."""
+    layer, _, attribute = name.rpartition(".")    # attribute: "weight" or "bias"
     module = model.get_submodule(layer)
     is_adapted = isinstance(module, LoRALinear)
     p = getattr(module.base if is_adapted else module, attribute)
@@ -545,9 +552,9 @@ def peft_tensors(name, module, model_cfg):
     tensors = {}
     for (hf_name, start, end), A, B in zip(module.targets, module.A.split(module.r), module.B):
         if end - start == module.base.out_features:
-            # Not one of several fused layers. Hugging Face may store its outputs in another order
-            # (GPT-NeoX: q, k, v of head 0, q, k, v of head 1, ...): B's rows follow. The outputs of
-            # a layer that is fused here only are in Hugging Face's order already.
+            # A single layer in Hugging Face, too. If its checkpoints order the outputs differently
+            # (GPT-NeoX: q, k, v of head 0, q, k, v of head 1, ...), B's rows are reordered. Layers
+            # that are fused only here are in Hugging Face's order already.
             B = transformer.to_hf(f"{name}.weight", B, model_cfg)[f"{hf_name}.weight"]
         prefix = f"base_model.model.{hf_name}"
         tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
@@ -563,7 +570,7 @@ def parallelize(model, cfg, read_slice):
 
     Sets model.dtype and model.recompute, which model.py reads. Returns the model.
 
-    read_slice  (name, first row, end row) -> these rows of the plain model's tensor
+    read_slice  (name, first row, end row) -> these rows of the tensor of the model without LoRA
     """
     # 1) device, precision, determinism
     device, dtype = pick_device(cfg)
@@ -644,8 +651,8 @@ def mesh_sizes(cfg, world_size):
 def apply_fsdp(model, cfg, device, dtype):
     """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
 
-    The rest (embedding, last norm, head) is gathered in fp32: the gradient of an embedding is a
-    sum over all tokens, for which bf16 is too coarse.
+    The rest (embedding, last norm, head) is gathered as it is stored, in fp32 unless LoRA froze it:
+    the gradient of an embedding is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
@@ -780,7 +787,9 @@ def check_replicas(model):
     first_holders = {}    # {rows: (first rank that holds them, its checksums)}
     holdings = all_gather_object((tuple(rows), checksums))    # of all ranks
     for other, (other_rows, other_checksums) in enumerate(holdings):
-        first, expected = first_holders.setdefault(other_rows, (other, other_checksums))
+        if other_rows not in first_holders:
+            first_holders[other_rows] = (other, other_checksums)
+        first, expected = first_holders[other_rows]
         if other_checksums != expected:
             different.append(f"rank {other} from rank {first}")
     if different:
@@ -811,8 +820,8 @@ class StepSize:
         self.model_cfg = model_cfg
         self.is_cuda = device_type == "cuda"
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
-        self.is_replicated = mesh_sizes(cfg, world_size)[0] == world_size > 1
-        self.shards = mesh_sizes(cfg, world_size)[1]
+        _, self.shards = mesh_sizes(cfg, world_size)
+        self.is_replicated = world_size > 1 and self.shards == 1
         self.tokens = min(tokens, cfg["micro_tokens"])             # of the largest micro-batch
         self.micro_batches = math.ceil(tokens / cfg["micro_tokens"])    # per rank
         self.is_lora = lora_cfg["r"] > 0
@@ -829,11 +838,13 @@ class StepSize:
 
 
 def count_parameters(module, trained=None):
-    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+    """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
+    return sum(p.numel() for p in module.parameters()
+               if trained is None or p.requires_grad == trained)
 
 
 def predict_memory(model_cfg, cfg, world_size=1):
-    """Predict what each of world_size devices holds in the phases of a step that may hold most.
+    """Predict each device's memory in the phases of a step that can be its peak.
 
     Returns {phase: {what: bytes}}. Needs no device: cfg["device"] may be another machine's.
     """
@@ -899,8 +910,7 @@ def activation_bytes(s):
 def block_activation_bytes(s):
     """What a block keeps per token."""
     m = s.model_cfg
-    C, H, K, E, F = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"], m["d_ff"]
-    # width, heads, key/value heads, width of a head, width of the MLP
+    C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
     norms = s.element * (2 if m["shared_norm"] else 4) * C
@@ -919,13 +929,15 @@ def block_activation_bytes(s):
         # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
         dropout += H * length * (1 + 4 + attention_element)
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
-    mlp = s.element * F * (4 if m["glu"] else 2)
+    mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
     return norms + attention + dropout + mlp
 
 
 def loss_bytes(s):
-    """A chunk of logits, a piece of it in fp32 with its gradient (see model.ChunkedLoss), and the
-    gradients of the head and of its input."""
+    """Logits, and the gradients of the head and of its input (see model.ChunkedLoss).
+
+    The logits of a chunk of tokens are computed by one matmul; pieces of it are converted to fp32.
+    """
     C = s.model_cfg["d_model"]
     V = s.head // C
     chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
@@ -945,10 +957,12 @@ def block_backward_bytes(s):
     mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
     is_gated = s.model_cfg["glu"]
     if s.recompute:
-        # all of its activations; two of the MLP's gradients then take the place of some of them
+        # All of its activations are computed again. Of the MLP's gradients (see below) one adds to
+        # the measured peak, if it is gated: the others use memory of activations that are freed.
         total = s.tokens * block_activation_bytes(s) + (mlp_gradient if is_gated else 0)
         total += s.element * s.block if s.element < 4 else 0
     else:
+        # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
         total = mlp_gradient * (3 if is_gated else 2)
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
         total += s.element * s.block + (s.element + 4) * s.block_trained

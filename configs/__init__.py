@@ -29,6 +29,7 @@ from pathlib import Path
 import yaml
 
 from configs import hf_config
+# for other scripts: configs.read_model(), ...
 from configs.hf_config import families, read_model, resolve_model_dir, resolve_pretrained
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +42,7 @@ class UserError(ValueError):
 
 
 # --------------------------------------------------------------------------------------------------
-# YAML, with one reading of unquoted words in files and on the command line
+# YAML. Unquoted words have the same meaning in files and on the command line
 #
 # YAML 1.1, which PyYAML implements, reads 1e-4 as a string, no as false, 010 as 8 and 1:30 as 90.
 # Here 1e-4 is a float and the others are strings.
@@ -163,7 +164,10 @@ def nested(key, value):
 
 
 def overlay(base, new, layer, prefix=""):
-    """Merge `new` into `base` in place: sections recursively, all other values are replaced."""
+    """Merge `new` into `base` in place: sections recursively, all other values are replaced.
+
+    null replaces anything. A section in the place of a value, or the reverse, is a UserError.
+    """
     for key, value in new.items():
         old = base.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
@@ -188,7 +192,10 @@ def merged(layers):
 
 
 def layer_of(source, key):
-    """The layer of a dotted key; if it is not in `source`, that of the section it is in."""
+    """The layer of a dotted key; if it is not in `source`, that of the section it is in.
+
+    source[""], if there is one, is the layer of everything else. "cfg" if none is known.
+    """
     while key and key not in source:
         key = key.rpartition(".")[0]
     return source.get(key, "cfg")
@@ -230,7 +237,10 @@ def add_constraints(node, lines, schema, prefix=""):
 
 
 def schema_of(defaults, prefix=""):
-    """The schema of another dict of defaults: the types of its values. null allows any value."""
+    """The schema of another dict of defaults: the types of its values.
+
+    null allows any value. Keys that end in _every take a count or a fraction.
+    """
     schema = {}
     for key, value in defaults.items():
         dotted = f"{prefix}{key}"
@@ -257,7 +267,10 @@ def constraint_of(key, schema):
 
 
 def item_constraint(constraint):
-    """The constraint of what is in a map or list; None if nothing can be in it, or not any key."""
+    """The constraint of a list's items or of a map's values.
+
+    None for other values, and for a section, whose keys have constraints of their own.
+    """
     for kind in (constraint or "").split(" or "):
         if kind in ("any", "map", "list"):
             return "any"
@@ -267,7 +280,10 @@ def item_constraint(constraint):
 
 
 def fits(value, constraint):
-    """Does a value fulfil a constraint, e.g. "int >= 1 or null"?"""
+    """Does a value fulfil a constraint, e.g. "int >= 1 or null"?
+
+    Of "name in ..." only the type is checked: see check_builtin_names.
+    """
     if " or " in constraint:
         return any(fits(value, kind) for kind in constraint.split(" or "))
     if constraint == "any":
@@ -325,20 +341,22 @@ def validate(section, schema, source, prefix=""):
     Raises UserError otherwise.
     """
     checked = {}
-    in_map = item_constraint(constraint_of(prefix.removesuffix("."), schema))
+    # if the section is a map, any key is valid, and this is the constraint of its values
+    item_kind = item_constraint(constraint_of(prefix.removesuffix("."), schema))
     for key, value in section.items():
         dotted = f"{prefix}{key}"
         layer = layer_of(source, dotted)
-        constraint = in_map or constraint_of(dotted, schema)
+        constraint = item_kind or constraint_of(dotted, schema)
         if constraint is None:
             full_key = next(iter(flat({dotted: value})))
             raise UserError(f"{full_key}: unknown key (from {layer}); "
                             f"{suggestion(full_key, schema)}")
-        if "." in key and not in_map:
+        if "." in key and not item_kind:
             first, _, rest = key.partition(".")
             raise UserError(f"{dotted}: a key in a file must not contain a dot (from {layer}); "
                             f"write {first}: {{{rest}: ...}}")
-        if isinstance(value, dict) and fits({}, constraint):
+        may_be_section = fits({}, constraint)
+        if isinstance(value, dict) and may_be_section:
             checked[key] = validate(value, schema, source, f"{dotted}.")
         else:
             checked[key] = checked_value(dotted, value, constraint, layer)
@@ -363,7 +381,11 @@ def suggestion(key, schema):
 
 
 def find_synonym(key, schema):
-    """The entry of synonyms.yaml for a key of another trainer, or None."""
+    """The entry of synonyms.yaml for a key of another trainer, or None.
+
+    An entry begins with one of our keys. It is skipped if that is not in the schema (of another
+    script's options, for example).
+    """
     table = read_file(HERE / "synonyms.yaml")
     for name in (key, key.rpartition(".")[2]):
         synonym = table.get(name, "")
@@ -388,10 +410,15 @@ def nearest(key, names):
 # the command line
 
 def parse_value(text, key, constraint):
-    """The value of key=TEXT. A key that holds a string takes the text as it is."""
+    """The value of key=TEXT. A key that holds a string takes the text as it is.
+
+    Except for null, where the constraint allows it.
+    """
     value = parse_scalar(text)
-    if constraint != "any" and fits(text, constraint):
-        return None if value is None and fits(None, constraint) else text
+    takes_text = constraint != "any" and fits(text, constraint)
+    if takes_text:
+        is_null = value is None and fits(None, constraint)
+        return None if is_null else text
     if text.startswith(("[", "{")):
         return construct(compose(text, f"{key} (from cli)"), f"{key} (from cli)")
     return value
@@ -411,7 +438,10 @@ def parse_override(arg, schema, layers):
 
 
 def change_item(items, index, change, key):
-    """A list with one item changed: change_item([{"a": 1}], "0", {"0": {"b": 2}}, key)."""
+    """Change one item of a list, in place.
+
+    change_item([{"a": 1}], "0", {"0": {"b": 2}}, key) -> [{"a": 1, "b": 2}]
+    """
     length = len(items) if isinstance(items, list) else 0
     if int(index) >= length:
         raise UserError(f"{key}.{index}: out of range; {key} has {length} items, counted from 0 "
@@ -502,7 +532,7 @@ def fill_sources(cfg, source):
             if key not in section:
                 section[key] = value
                 source[f"{name}.{key}"] = layer_of(source, f"data.source.{key}")
-        source.pop(name, None)                     # a section without keys had a layer itself
+        source.pop(name, None)                     # recorded if the section was empty until now
 
 
 def derive(cfg, source):
@@ -523,6 +553,7 @@ def derive(cfg, source):
     if "rope_layers" in family_keys:
         values["model.rope_layers"] = [1] * model_cfg["n_layers"]
     if "attention_multiplier" in family_keys:
+        # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
     for key, value in values.items():
         if get(cfg, key) is None:
@@ -545,7 +576,7 @@ def join_root(root, path):
 def check(cfg, source, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
-    yield cfg["best"] or not cfg["patience"], "patience", "0 without a number in `best`"
+    yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
     yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
     for group in cfg["param_groups"]:
         validate(group, PARAM_GROUP, source, "param_groups.")
@@ -591,7 +622,8 @@ def load(argv, imported=None, defaults=None, env=os.environ):
 
     imported  a dict, or a function that receives a resolved copy of the other layers and returns
               one. Default: the config.json of model.init_from
-    defaults  another schema, by example. The checks and derived values of this project don't apply
+    defaults  a dict to use instead of defaults.yaml; the types of its values are the schema. The
+              checks and derived values of this project don't apply
 
     Returns
         cfg       the merged dict
@@ -619,6 +651,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
 
     cfg = resolve(cfg, schema, source, env)
     cfg = validate(cfg, schema, source)
+    # a ${...} may have become a section: its keys have the layer of the reference
     source = {key: layer_of(source, key) for key in flat(cfg)}
     if is_own_schema:
         derive(cfg, source)
@@ -699,7 +732,7 @@ def bind_options(key, function, given, options):
     for parameter in list(inspect.signature(function).parameters.values())[given:]:
         if parameter.kind == parameter.VAR_KEYWORD:
             takes_any = True
-        else:
+        elif parameter.kind != parameter.VAR_POSITIONAL:
             defaults[parameter.name] = parameter.default
     for option, value in options.items():
         if option not in defaults and not takes_any:

@@ -18,7 +18,11 @@ NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", 
 
 @functools.cache
 def families():
-    """configs/families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}."""
+    """configs/families.yaml -> {name: {model_type, architecture, keys, fixed, weights, ...}}.
+
+    The top of that file explains the entries. `like` names a family above, so its base is already
+    complete. A null removes an inherited item.
+    """
     table = configs.read_file(configs.HERE / "families.yaml")
     for name, family in table.items():
         base = table[family["like"]] if "like" in family else {}
@@ -41,11 +45,12 @@ def import_model(cfg):
 
 @functools.cache
 def resolve_pretrained(name):
-    """A folder, or the folder of a hub id (owner/name), downloaded if it is not in hub's cache.
+    """A local path as it is, or the folder of a hub id (owner/name), downloaded if necessary.
 
     Raises configs.UserError if huggingface_hub is not installed or cannot download it.
     """
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
     if Path(name).parent.is_dir() or not is_hub_id:
         return name
     try:
@@ -136,7 +141,8 @@ def find_in_hf_config(hf_config, places):
 
 
 def clean_rope_scaling(scaling, path):
-    """A config.json's rope_scaling or rope_parameters without what other keys hold, or None."""
+    """A config.json's rope_scaling or rope_parameters, without entries that are keys of their own
+    here. None if rope is not scaled."""
     if not scaling:
         return None
     if not isinstance(scaling, dict):

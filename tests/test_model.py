@@ -455,7 +455,7 @@ def test_neftune_adds_what_its_paper_says():
         most = 5.0 / (length * 48) ** 0.5
         largest, mean = float(part.detach().abs().max()), float(part.detach().mean())
         assert 0.99 * most < largest <= most * 1.0001 and abs(mean) < 0.05 * most
-    with pytest.raises(ValueError, match="embed_options.alpha: neftune needs it"):
+    with pytest.raises(ValueError, match="embed_options.alpha: is missing"):
         M.build(M_TINY | {"embed": "neftune"})
     with pytest.raises(ValueError, match="loss_options.label_smothing: cross_entropy takes label_smoothing, z_loss"):
         M.build(M_TINY | {"loss_options": {"label_smothing": 0.1}})
@@ -467,10 +467,11 @@ def test_a_run_with_noise_does_not_depend_on_its_rows_and_resumes(tiny):
             "eval_every=0"]
     losses = {}
     for out, keys in {"wide": [], "narrow": ["micro_tokens=210"], "in parts": ["save_every=4"]}.items():
-        train.main(*tiny(*more, *keys, out=out))
+        cfg, _, explicit = tiny(*more, *keys, out=out)
+        train.main(cfg, explicit)
         if out == "in parts":
             shutil.rmtree(Path(tiny(*more, out=out)[0]["out_dir"]) / "checkpoints" / "00000006")
-            train.main(*tiny(*more, *keys, out=out))
+            train.main(cfg, explicit)
         losses[out] = [r["loss"] for r in log.read(tiny(*more, out=out)[0]["out_dir"]) if r["step"]]
     assert losses["narrow"] == pytest.approx(losses["wide"], rel=1e-5) and losses["in parts"][-6:] == losses["wide"]
 
@@ -524,7 +525,8 @@ def test_a_run_with_a_larger_tokenizer_grows_its_base(tiny, tmp_path, capsys):
     M.save_pretrained(base.get_parameter, base.cfg, tmp_path / "base")
     _, _, explicit = tiny("max_steps=3", "checkpoint.export=true", "eval_every=0")
     argv = [f"{key}={value}" for key, value in configs.flat(explicit).items() if not key.startswith("model.")]
-    train.main(*configs.load([*argv, f"model.init_from={tmp_path / 'base'}"]))
+    cfg, _, given = configs.load([*argv, f"model.init_from={tmp_path / 'base'}"])
+    train.main(cfg, given)
     assert f"from {tmp_path / 'base'}, with 59 new tokens" in capsys.readouterr().out
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{explicit['out_dir']}/hf")
     assert theirs.config.vocab_size == len(theirs.get_input_embeddings().weight) == 259

@@ -2,7 +2,7 @@
 
     python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
-    python checkpoint.py export out/ft/checkpoints/00000100 DIR
+                                                   (or another, by its folder instead of out/ft)
 
     out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them

@@ -23,13 +23,15 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configs
-import experiments.feedback    # registers sampler.order=feedback
 import log
 import model as M
 import sampler
 import shard
 import tokenize_data
 import train
+
+if __name__ == "__main__":
+    import experiments.feedback    # registers sampler.order=feedback, in the processes of the jobs
 
 
 # --------------------------------------------------------------------------------------------------

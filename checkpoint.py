@@ -222,7 +222,7 @@ def commit(building, folder, files, state, keep):
     On rank 0, after all ranks have written their shards.
     """
     checksums = {name: file_checksum(building / name) for name in files}
-    for name in files:                                   # write_shards skips one without tensors
+    for name in files:                                   # also one without tensors, which no rank synced
         fsync(building / name)
     state = state | {"format": FORMAT, "checksums": checksums}
     state = json.loads(json.dumps(state))                # keys and tuples as they will be read
@@ -502,10 +502,10 @@ MAY_CHANGE = (
 def find_resume_point(cfg):
     """The checkpoint that cfg["resume"] means, or None: start at step 0. On rank 0.
 
-    auto    the newest of out_dir, if it is the same run: same config, code and data
+    auto    the newest of out_dir; UserError if config or code differ (check_same_data: data)
     latest  the newest of out_dir, also with changed code or data
     never   none; train.py then calls start_over
-    PATH    of this run: PATH
+    PATH    of this run: PATH (when torchrun restarts the command: the newest)
     PATH    of another run, out_dir has no checkpoint yet: PATH. This starts a new run, whose config
             and code may differ
     PATH    of another run, out_dir has checkpoints: the newest of out_dir, because the new run has
@@ -525,7 +525,8 @@ def find_resume_point(cfg):
     named = None
     if resume not in ("auto", "latest"):
         named = Path(resume)
-        if not was_started_from(out_dir, resume):        # else it may be deleted by now
+        # not needed any more, and perhaps deleted, once a run that it started has checkpoints
+        if not was_started_from(out_dir, resume):
             check_named_checkpoint(named, cfg)
     if not (out_dir / "config.yaml").is_file():          # a new out_dir
         return named
@@ -536,7 +537,7 @@ def find_resume_point(cfg):
     if not checkpoints:
         return None
     resume_point = checkpoints[-1]
-    if named and is_inside(named, out_dir):
+    if named and is_inside(named, out_dir) and not is_restart:
         resume_point = named
     if resume != "latest":
         check_same_code(resume_point, cfg)
@@ -672,7 +673,10 @@ def can_be_extended(out_dir, cfg):
 
 
 def start_over(out_dir):
-    """Delete what a run has left in out_dir, for resume=never."""
+    """Delete what a run has left in out_dir, for resume=never.
+
+    Except for config.yaml, which train.py then overwrites.
+    """
     out_dir = Path(out_dir)
     for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
         for folder in out_dir.glob(pattern):
@@ -781,7 +785,7 @@ def git_describe():
 def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
     """Write a checkpoint as a Hugging Face folder with its tokenizer.
 
-    A killed export leaves no partial folder.
+    A killed export leaves no partial `folder`; adapter_folder is written in place.
 
     has_chats       was the model trained on chats? Then the chat template is written too, and the
                     tokens that end a turn also end a generation
@@ -841,7 +845,7 @@ def export_checkpoint(path, folder):
         raise configs.UserError(f"{folder}: is not empty; name another folder")
     cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml")])
     tokenizer = tokenize_data.load_tokenizer(cfg)
-    # The weights do not depend on the loss, which an experiment may have registered.
+    # A loss that an experiment has registered is unknown here. Weights do not depend on it.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}
     model_cfg = transformer.resolve_vocab_size(section, tokenizer.n_vocab)
     export(path, model_cfg, cfg, tokenizer, folder, read_state(path)["has_chats"])

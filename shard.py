@@ -26,8 +26,9 @@ Communication in one step:
 
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
-    precision   parameters, gradients and optimizer state are fp32. The computation is bf16 or fp32:
-                each matmul casts its weight.
+    precision   The computation is bf16 or fp32. Trained parameters, their gradients and optimizer
+                state are fp32; frozen matrices (LoRA) have the dtype of the computation. Each
+                matmul casts its weight; FSDP casts a block's weights when it gathers them.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
                 (arXiv:2106.09685)
 """
@@ -133,6 +134,7 @@ def run_distributed(main, cfg, *args):
         main(cfg, *args)
         dist.barrier()
     except SystemExit as error:
+        # as in Python: None is 0, a text is 1
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         wait_for_termination(error)
@@ -173,7 +175,7 @@ def wait_for_termination(error):
 def is_connection_loss(error):
     """Did communication fail because another rank has ended?
 
-    Recognized by the message, because gloo and NCCL raise plain RuntimeErrors.
+    A DistError counts as one. The RuntimeErrors of gloo, for example, are known by their message.
     If this is wrong, the error is reported nevertheless, some seconds later.
     """
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
@@ -267,10 +269,10 @@ def rank0_only(function, *args):
 
 
 def main_process_first(function, *args):
-    """Call function(*args), which fills a folder, on every rank, one after another.
+    """Call function(*args), which fills a folder, on every rank, in three phases.
 
-    Three phases, so that later ranks find the folder filled: rank 0; one rank of each other node,
-    whose disk may be its own; all other ranks. Returns this rank's own result.
+    Later phases find the folder filled: rank 0; one rank of each other node, whose disk may be its
+    own; all other ranks. The ranks of a phase run together. Returns this rank's own result.
     """
     phase = 2
     if local_rank() == 0:
@@ -310,7 +312,7 @@ def resolve_dtype(cfg, device_type):
 def has_fast_bf16(device_type):
     """Does the hardware multiply bf16 matrices faster than fp32 ones?"""
     if device_type == "cuda":
-        if not torch.cuda.is_available():    # `python shard.py` for other machines: recent GPUs
+        if not torch.cuda.is_available():    # predicting for another machine: a recent GPU
             return True
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if not hasattr(torch.cpu, "get_capabilities"):
@@ -324,7 +326,7 @@ def pad_multiple(device, dtype, micro_tokens):
 
     With few different shapes, kernels are selected and memory blocks are allocated less often. On
     CUDA there are at most sixteen. In bf16 on a CPU, oneDNN prepares and keeps a kernel per shape
-    (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 padding only costs.
+    (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 there padding only costs.
     """
     if device.type == "cuda":
         return max(256, math.ceil(micro_tokens / 16))
@@ -424,7 +426,7 @@ class LoRALinear(nn.Module):
             blocks += [B.new_zeros(start - row, 0), B]
             row = end
         blocks.append(B.new_zeros(self.base.out_features - row, 0))
-        return torch.block_diag(*blocks)
+        return torch.block_diag(*blocks)    # a block without columns adds rows of zeros
 
     def delta(self):
         """What the adapters add to the base's weight: [out, in] in fp32."""
@@ -604,7 +606,7 @@ def cast_frozen_weights(model, dtype):
 
 
 def choose_recompute(model_cfg, cfg, device):
-    """shard.recompute; if it is null, does the predicted memory exceed the budget without it?"""
+    """shard.recompute; if null, recompute only if the predicted memory exceeds the budget."""
     if cfg["shard"]["recompute"] is not None:
         return cfg["shard"]["recompute"]
     _, held = peak_phase(predict_memory(model_cfg, cfg, world_size()))
@@ -761,7 +763,7 @@ def all_reduce_gradients(model):
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    del gradients
+    del gradients    # frees the zeros; each .grad is freed when it is replaced
     dist.all_reduce(flat)
     for p, summed in zip(params, flat.split([p.numel() for p in params])):
         p.grad = summed.view_as(p)
@@ -814,7 +816,7 @@ class StepSize:
         if lora_cfg["r"]:
             add_lora(model, lora_cfg)
         device_type = resolve_device_type(cfg)
-        tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
+        rank_tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
         block = model.blocks[0]
         self.cfg = cfg
         self.model_cfg = model_cfg
@@ -822,8 +824,8 @@ class StepSize:
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
         self.is_replicated = world_size > 1 and self.shards == 1
-        self.tokens = min(tokens, cfg["micro_tokens"])             # of the largest micro-batch
-        self.micro_batches = math.ceil(tokens / cfg["micro_tokens"])    # per rank
+        self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
+        self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
         self.is_lora = lora_cfg["r"] > 0
         self.recompute = cfg["shard"]["recompute"]
         # numbers of parameters
@@ -833,6 +835,7 @@ class StepSize:
         self.block_trained = count_parameters(block, trained=True)
         self.outside = count_parameters(model) - len(model.blocks) * self.block
         self.head = model.padded_vocab_size * model_cfg["d_model"]
+        # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.matrix_rows(name, p, model_cfg))
 
@@ -901,7 +904,7 @@ def activation_bytes(s):
     """What the forward pass keeps for the backward pass: in all blocks, before and after them."""
     C = s.model_cfg["d_model"]
     per_block = s.element * C if s.recompute else block_activation_bytes(s)
-    embedding = 8 * C                     # the fp32 embedding, and its gradient
+    embedding = 8 * C                     # in fp32, and its gradient in the backward pass
     last_norm = 2 * s.element * C         # input and output
     outside = embedding + last_norm
     return s.tokens * (s.model_cfg["n_layers"] * per_block + outside)
@@ -917,7 +920,7 @@ def block_activation_bytes(s):
     if m["qk_norm"] != "none":
         norms += s.element * (H + K) * E
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
-    # short documents are computed in fp32, and the output is kept in the matmul's dtype as well.
+    # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
     in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
     attention_element = 4 if in_fp32 else s.element
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H

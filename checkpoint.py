@@ -222,7 +222,7 @@ def commit(building, folder, files, state, keep):
     On rank 0, after all ranks have written their shards.
     """
     checksums = {name: file_checksum(building / name) for name in files}
-    for name in files:                                   # also one without tensors, which no rank synced
+    for name in files:                                   # also one that no rank has written to
         fsync(building / name)
     state = state | {"format": FORMAT, "checksums": checksums}
     state = json.loads(json.dumps(state))                # keys and tuples as they will be read

@@ -28,7 +28,7 @@ import numpy as np
 import configs
 
 IGNORE_INDEX = -100          # the target of a token without a loss
-EPOCH_ORDER = 1              # keys of the two kinds of permutation
+EPOCH_ORDER = 1              # hashed into the keys, so that the two kinds of permutation differ
 PASS_ORDER = 2
 
 
@@ -87,7 +87,8 @@ def documents_per_epoch(cfg, sizes):
     """Return how many documents of each source an epoch takes: int64 [S].
 
     random, sequential    weight * size: a weight of 2 is two passes over a source per epoch
-    weighted              as many documents as there are in all, drawn in proportion to the weights
+    weighted              as many documents as there are in all, divided among the sources in
+                          proportion to their weights
 
     sizes  {source: its number of documents}, or a list in the order of data.train
     """
@@ -117,6 +118,8 @@ def _with_names(cfg, sizes):
 def steps_per_epoch(cfg, sizes):
     """Return the number of steps of an epoch. Raises UserError if there would be none."""
     total = int(documents_per_epoch(cfg, sizes).sum())
+    if total == 0:
+        raise configs.UserError("data.train: the sources have no documents")
     batch_size = cfg["batch_size"]
     steps = math.ceil(total / batch_size)
     if cfg["sampler"]["drop_last"]:
@@ -131,8 +134,9 @@ def documents(step, cfg, sizes):
     """Return the documents of a step (counted from 0): int64 indices [<= batch_size].
 
     An index counts through all sources: with sizes {"a": 4, "b": 3}, documents 0-3 are those of a
-    and 4-6 those of b. Each source is read pass after pass, every pass in a new order. An epoch
-    takes documents_per_epoch of a source, and the next epoch continues where it stopped:
+    and 4-6 those of b. Each source is read pass after pass, every pass in a new order (unless
+    sampler.order is sequential). An epoch takes documents_per_epoch of a source, and the next epoch
+    continues where it stopped:
 
         weight 0.5 for b    epoch 0: 2 of b's 3 documents (first pass)
                             epoch 1: the third, and 1 of the second pass
@@ -237,9 +241,9 @@ def pack(lengths, capacity, world_size=1):
     """Pack documents into micro-batches: [rank][micro-batch] -> list of indices into `lengths`.
 
     Each document is packed once, and no micro-batch exceeds `capacity` tokens. All ranks get the
-    same number of micro-batches ([] is an idle one), as few as one of two heuristics needs, and
-    micro-batch k costs about the same on all ranks. Raises UserError for a document longer than
-    the capacity.
+    same number of micro-batches ([] is an idle one), the smallest with which one of two heuristics
+    finds room for all, and micro-batch k costs about the same on all ranks. Raises UserError for a
+    document longer than the capacity.
     """
     lengths = np.asarray(lengths, np.int64)
     if not len(lengths):
@@ -267,7 +271,9 @@ def pack(lengths, capacity, world_size=1):
 
 
 def _pack_balanced(lengths, costs, longest_first, capacity, allowances):
-    """Put each document into the cheapest micro-batch that has room; None if one fits nowhere.
+    """Put each document into the micro-batch with the least cost minus allowance that has room.
+
+    None if one fits nowhere.
 
     allowances  [micro-batches]: by how much each one may cost more than others, see _allowances
 
@@ -277,23 +283,23 @@ def _pack_balanced(lengths, costs, longest_first, capacity, allowances):
     """
     packed = [[] for _ in allowances]
     room = [capacity] * len(packed)
-    # heap of (cost so far - allowance, micro-batch)
+    # heap of (excess: cost so far - allowance, micro-batch)
     cheapest = [(-allowance, k) for k, allowance in enumerate(allowances)]
     heapq.heapify(cheapest)
-    too_full = []                        # heap of (-room, cost so far - allowance, micro-batch)
+    too_full = []                        # heap of (-room, excess, micro-batch)
     for i in longest_first:
         while too_full and -too_full[0][0] >= lengths[i]:
-            _, cost_so_far, k = heapq.heappop(too_full)
-            heapq.heappush(cheapest, (cost_so_far, k))
+            _, excess, k = heapq.heappop(too_full)
+            heapq.heappush(cheapest, (excess, k))
         while cheapest and room[cheapest[0][1]] < lengths[i]:
-            cost_so_far, k = heapq.heappop(cheapest)
-            heapq.heappush(too_full, (-room[k], cost_so_far, k))
+            excess, k = heapq.heappop(cheapest)
+            heapq.heappush(too_full, (-room[k], excess, k))
         if not cheapest:
             return None
-        cost_so_far, k = heapq.heappop(cheapest)
+        excess, k = heapq.heappop(cheapest)
         packed[k].append(i)
         room[k] -= lengths[i]
-        heapq.heappush(cheapest, (cost_so_far + costs[i], k))
+        heapq.heappush(cheapest, (excess + costs[i], k))
     return packed
 
 
@@ -320,7 +326,8 @@ def _allowances(costs, longest_first, per_rank, world_size):
         costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each      a rank costs 24 / 2 = 12
         micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      allowances 6 6 0 0
     """
-    # micro-batch k of some rank must hold a document that costs at_least[k]
+    # with the longest documents in micro-batches of their own, the longest of those in micro-batch
+    # k of all ranks costs at_least[k]
     at_least = costs[longest_first[:per_rank * world_size:world_size]]
     remaining_cost = costs.sum() / world_size            # of micro-batches k, k + 1, ... of a rank
     even_share = remaining_cost / per_rank
@@ -338,7 +345,7 @@ def _allowances(costs, longest_first, per_rank, world_size):
 # a step's micro-batches
 
 class Dataset:
-    """Several sources under one index: documents 0-3 are those of a, 4-6 those of b.
+    """Several sources under one index: with 4 documents of a and 3 of b, 4-6 are those of b.
 
     sources  {name: tokenize_data.Tokens}
     """
@@ -443,7 +450,7 @@ def load_micro_batches(indices, cfg, dataset, world_size=1, rank=0, pad_to=1):
     """Return (the micro-batches of one rank, info about those of all ranks).
 
     info  {"documents", "tokens", "target_tokens": counts; "lengths": of each document, int64 [n];
-          "packing": tokens as a fraction of the space that the micro-batches of all ranks take}
+          "packing": tokens / (world_size * the sum over k of the longest micro-batch k, padded)}
     """
     indices = np.asarray(indices, np.int64)
     lengths = dataset.lengths(indices)
@@ -479,7 +486,7 @@ def sum_loss_weights(micro_batches):
 # python sampler.py
 
 def packing_report(sampler, n_steps, world_size):
-    """Pack 50 steps of an epoch and return a line about micro-batches, packing and balance."""
+    """Pack up to 50 steps, spread over an epoch; return a line with means over them."""
     capacity = sampler.cfg["micro_tokens"]
     figures = []
     for step in np.unique(np.linspace(0, n_steps - 1, 50).astype(int)):

@@ -111,7 +111,8 @@ def read_file(path):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the strings "1e-4" and "None", which load() would read as a float and as null."""
+    """Writes no aliases. The resolvers below quote "1e-4" and "None", which load() would read as a
+    float and as null."""
 
     def ignore_aliases(self, data):
         return True
@@ -166,7 +167,8 @@ def nested(key, value):
 def overlay(base, new, layer, prefix=""):
     """Merge `new` into `base` in place: sections recursively, all other values are replaced.
 
-    null replaces anything. A section in the place of a value, or the reverse, is a UserError.
+    null and a string with ${...} replace anything. Otherwise a section in the place of a value, or
+    the reverse, is a UserError.
     """
     for key, value in new.items():
         old = base.get(key)
@@ -239,7 +241,8 @@ def add_constraints(node, lines, schema, prefix=""):
 def schema_of(defaults, prefix=""):
     """The schema of another dict of defaults: the types of its values.
 
-    null allows any value. Keys that end in _every take a count or a fraction.
+    A default of null or with ${...} allows any value. Keys that end in _every take a count or a
+    fraction.
     """
     schema = {}
     for key, value in defaults.items():
@@ -335,10 +338,11 @@ def invalid(key, want, value, layer):
 
 
 def validate(section, schema, source, prefix=""):
-    """A copy of a section (of cfg or of a layer) whose keys are known and whose values are valid.
+    """A copy of a section (of cfg or of a layer) with converted values.
+
+    Raises UserError for an unknown key or an invalid value.
 
     source  {dotted key: layer}; {"": layer} for a dict that comes from one layer
-    Raises UserError otherwise.
     """
     checked = {}
     # if the section is a map, any key is valid, and this is the constraint of its values
@@ -425,7 +429,11 @@ def parse_value(text, key, constraint):
 
 
 def parse_override(arg, schema, layers):
-    """key=value -> a nested dict. `layers` are those before it, for LIST.INDEX=value."""
+    """key=value -> a nested dict.
+
+    layers  for LIST.INDEX=value: defaults, files and earlier arguments. An item of a list that only
+            config.json sets cannot be changed singly
+    """
     key, _, text = arg.partition("=")
     value = parse_value(text, key, constraint_of(key, schema) or "any")
     item = re.match(r"(.+?)\.([0-9]+)(\.|$)", key)
@@ -532,7 +540,7 @@ def fill_sources(cfg, source):
             if key not in section:
                 section[key] = value
                 source[f"{name}.{key}"] = layer_of(source, f"data.source.{key}")
-        source.pop(name, None)                     # recorded if the section was empty until now
+        source.pop(name, None)                     # the entry of an empty section
 
 
 def derive(cfg, source):
@@ -548,7 +556,7 @@ def derive(cfg, source):
               "model.n_kv_heads": model_cfg["n_heads"],
               "model.head_dim": head_dim,
               "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
-    # Families whose config.json has these keys need a value. For others it is null.
+    # rope_layers and attention_multiplier stay null in families whose config.json lacks them
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
         values["model.rope_layers"] = [1] * model_cfg["n_layers"]
@@ -621,7 +629,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     """Load the config of a command line, e.g. ["configs/ft.yaml", "lr=1e-4"].
 
     imported  a dict, or a function that receives a resolved copy of the other layers and returns
-              one. Default: the config.json of model.init_from
+              one. Default: the config.json of model.init_from, or nothing if defaults is given
     defaults  a dict to use instead of defaults.yaml; the types of its values are the schema. The
               checks and derived values of this project don't apply
 
@@ -723,7 +731,8 @@ def bind_options(key, function, given, options):
 
     given  the number of leading parameters that the function receives when it is called
     Returns the function, or a functools.partial of it. Raises UserError for an option that the
-    function does not have, one that it needs and that is missing, or one of another type.
+    function does not have, one that it needs and that is missing, or one that must be a number (if
+    its default is one).
     """
     import inspect                                 # not at the top: it takes 10 ms to import
 

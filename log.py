@@ -5,8 +5,8 @@
 A record is a flat dict of numbers. README.md defines them; null is a value that is not known. With
 log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records are sent there.
 
-Logging never makes the device wait: the tensors of a record are read when the next record arrives,
-and by then they have been computed.
+Logging a step does not wait for the device: the tensors of a record are read when the next record
+arrives, and by then they have been computed. Only print(), validation() and flush() wait.
 
 The file follows a run: backends, the logger, the profile of one step, the reports before the first
 step and after the last one, and the comparison of finished runs.
@@ -428,7 +428,8 @@ def describe_model(run):
     if lora_rank:
         text += f" (LoRA of rank {lora_rank})"
     text += f", from {model_cfg['init_from'] or 'scratch'}"
-    # a pretrained model grows if the tokenizer has more tokens than its config says
+    # run.cfg has the size of the pretrained config.json, model_cfg that after growing for the
+    # tokenizer
     old_vocab_size = run.cfg["model"]["vocab_size"]
     if old_vocab_size and old_vocab_size < model_cfg["vocab_size"]:
         text += f", with {model_cfg['vocab_size'] - old_vocab_size:,} new tokens"
@@ -616,7 +617,7 @@ def sparkline(values, width=32):
     size = math.ceil(len(values) / width) or 1
     means = [statistics.fmean(values[i:i + size]) for i in range(0, len(values), size)]
     low = min(means, default=0)
-    span = (max(means, default=0) - low) or 1    # a flat line
+    span = (max(means, default=0) - low) or 1    # 1: all values are equal
     levels = [round((mean - low) / span * (len(BARS) - 1)) for mean in means]
     return "".join(BARS[level] for level in levels)
 

@@ -28,8 +28,9 @@ import numpy as np
 import configs
 
 IGNORE_INDEX = -100          # the target of a token without a loss
-EPOCH_ORDER = 1              # hashed into the keys, so that the two kinds of permutation differ
-PASS_ORDER = 2
+# hashed into the keys of the two kinds of permutation
+EPOCH_ORDER = 1              # shuffles the numbers of an epoch, so that sources are mixed
+PASS_ORDER = 2               # shuffles the documents of a source in one pass over it
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def documents_per_epoch(cfg, sizes):
         per_epoch = counts.sum() * weights / weights.sum() * (counts > 0)
     else:
         per_epoch = counts * weights
-    at_least = np.minimum(counts, 1)                     # one document of every source
+    at_least = np.minimum(counts, 1)                     # one document of every non-empty source
     return np.maximum(np.rint(per_epoch).astype(np.int64), at_least)
 
 
@@ -229,9 +230,9 @@ def make_sampler(cfg, dataset):
 def cost(lengths, crossover=24_576):
     """Return what documents of these lengths cost, in tokens: length + length^2 / crossover.
 
-    The second term is attention. In a document of `crossover` tokens it costs as much as the
-    matmuls of the blocks: that is at 12 times the model's width, here for a width of 2,048. The
-    cost only balances ranks, so it need not match the model.
+    The second term is attention. In a document of `crossover` tokens it costs as much as a block's
+    matmuls: these take 24 T C^2 FLOPs and causal attention 2 T^2 C, so T = 12 C, with C = 2,048.
+    The cost only balances ranks, so it need not match the model.
     """
     lengths = np.asarray(lengths, np.float64)
     return lengths + lengths ** 2 / crossover
@@ -256,7 +257,7 @@ def pack(lengths, capacity, world_size=1):
     costs = cost(lengths)
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     fewest = max(1, math.ceil(lengths.sum() / (capacity * world_size)))
-    for per_rank in itertools.count(fewest):
+    for per_rank in itertools.count(fewest):             # at most one document in each
         allowances = _allowances(costs, longest_first, per_rank, world_size)
         packed = _pack_balanced(lengths, costs, longest_first, capacity, allowances)
         if packed is None:
@@ -416,8 +417,9 @@ def collate(indices, dataset, pad_to=1):
         doc_ids       int64 [D], the indices
 
     Tokens after the last document are padding and belong to no document. To weight losses in
-    another way, change loss_weights here (negative weights are allowed): sum_loss_weights(), the
-    denominator of the loss, reads the same array. train.py adds target_index and noise.
+    another way, change loss_weights here (negative weights are allowed; 0 removes the target):
+    sum_loss_weights(), the denominator of the loss, reads the same array. train.py adds
+    target_index and noise.
     """
     cu_seqlens = np.cumsum([0, *dataset.lengths(indices)])
     n_tokens = int(cu_seqlens[-1])

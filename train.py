@@ -103,12 +103,13 @@ def to_steps(value, total_steps):
 def every_n_steps(step, every, total_steps):
     """Is something due after `step` steps? `every`: a count, a fraction of the run, or 0: never.
 
-    With 0.25 it is due four times per run. Step 0 and step total_steps are always due.
+    With 0.25 it is due at step 0 and after each quarter of the run. Unless `every` is 0, it is due
+    at steps 0 and total_steps.
     """
     if not every:
         return False
     period = every if type(every) is int else every * total_steps
-    epsilon = 1e-9                                           # 0.1 * 30 is a little more than 3
+    epsilon = 1e-9                       # rounding may leave step / period just below an integer
     times_now = math.floor(step / period + epsilon)
     times_before = math.floor((step - 1) / period + epsilon)
     return times_now > times_before or step == total_steps
@@ -123,8 +124,7 @@ class WithoutDynamo:
 
     torch decorates them to exclude them from compilation, and the decorators import torch._dynamo
     in their first call, which takes as long as importing torch (1.5 s). __wrapped__ is the method
-    without its decorator. step's decorator also turns gradients off and calls step hooks: the
-    first is replaced by no_grad, hooks are not called.
+    without its decorator. step's decorator also turns gradients off, so no_grad is added below.
     """
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
     zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
@@ -192,8 +192,8 @@ class Muon:
         nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
         updates = []
         for matrix in nesterov.split(matrix_rows):
-            adamw_size = 0.2 * math.sqrt(max(matrix.shape))    # RMS of AdamW's updates, see above
-            updates.append(adamw_size * newton_schulz(matrix))
+            scale = 0.2 * math.sqrt(max(matrix.shape))    # the update's RMS is 0.2, about AdamW's
+            updates.append(scale * newton_schulz(matrix))
         local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
         local.mul_(1 - lr * weight_decay)
         local.sub_(torch.cat(updates)[start:end], alpha=lr)
@@ -231,8 +231,8 @@ def sgd(param_groups, cfg):
 def muon(param_groups, cfg):
     muon_groups, adamw_groups = split_matrices(param_groups)
     if not muon_groups:
-        raise configs.UserError("optimizer: muon needs matrices of the blocks, and none is trained;"
-                                " optimizer=adamw")
+        raise configs.UserError("optimizer: muon updates the blocks' weight matrices, and none of "
+                                "them is trained; optimizer=adamw")
     return Muon(muon_groups, adamw_groups, cfg["momentum"],
                 betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
@@ -288,7 +288,8 @@ def make_param_groups(model, cfg):
         if matching:
             spec = matching[0]
             used_patterns.add(spec["match"])
-            lr_scale = spec.get("lr", lr_scale)          # in the config, lr is a factor
+            # in the config, lr is a factor; weight_decay replaces the default
+            lr_scale = spec.get("lr", lr_scale)
             weight_decay = spec.get("weight_decay", weight_decay)
         group = groups.setdefault((lr_scale, weight_decay), {"params": [], "matrix_rows": []})
         group["params"].append(p)
@@ -349,7 +350,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     micro_batches       this rank's micro-batches (model.py describes them); every rank has the
                         same number of them
     global_loss_weight  sum of |loss_weight| over the micro-batches of all ranks
-    cfg                 not used here; for replacements of this function
+    cfg                 not used here; a replacement may read its options from it
 
     Returns the loss of the global batch as a tensor, and document_stats: for each micro-batch of
     this rank a pair (doc_ids [D], {"loss": [D]}).
@@ -375,7 +376,8 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
 
     gradients is a list, one tensor per trained parameter in the order of model.parameters(): the
     gradient of this micro-batch on this rank alone. Aggregate them, assign the result to each
-    p.grad, and call shard.all_reduce_gradients(model), which sums .grad over ranks.
+    p.grad, and call shard.all_reduce_gradients(model), which sums .grad over ranks. A list stays
+    valid after the next one is yielded.
 
     Works on one rank and on replicated ranks. With shard.mesh.shard > 1 no rank ever holds the
     gradient of its own micro-batch, because the backward pass reduces it over ranks: UserError.
@@ -513,7 +515,7 @@ def evaluate(run):
                 scores = [float(metric(answer, reference)) for _, answer, reference in answers]
                 record[f"val/{label}/{name}"] = sum(scores) / len(scores)
             run.answers[label] = answers
-    shard.reshard(run.model)
+    shard.reshard(run.model)    # without a backward pass, FSDP keeps gathered weights
     run.logger.validation(record)
     mark_best(run)
 
@@ -544,6 +546,7 @@ def generate_answers(run, prompts):
     """
     rank = shard.rank()
     world_size = shard.world_size()
+    # called after each token with [is each prompt unfinished?]: generate another one?
     keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
     decode = run.tokenizer.decode
     answers = []
@@ -563,12 +566,15 @@ def generate_answers(run, prompts):
 
 
 def any_rank_unfinished(unfinished):
-    """[is each prompt of this rank unfinished?] -> is one of any rank?"""
+    """True if any rank has an unfinished prompt. unfinished: [bool], of this rank's prompts."""
     return shard.all_reduce_max(int(any(unfinished))) > 0
 
 
 def mark_best(run):
-    """Point checkpoints/best to the checkpoint with the best value of cfg["best"]."""
+    """Point checkpoints/best to the checkpoint with the best value of cfg["best"].
+
+    Waits for a save in progress, because that one may be the best.
+    """
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()
         steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
@@ -657,6 +663,7 @@ def setup(cfg, explicit):
     tokenize_data.require_train_data(cfg)
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
+    # rank0_only returns rank 0's result on every rank
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
     saved = checkpoint.read_state(resume_path) if resume_path else None
 
@@ -737,7 +744,10 @@ def choose_dtype(cfg):
 
 
 def resolve_model(cfg, tokenizer):
-    """Return (the complete model section, read_slice(name, first row, end row) -> weights).
+    """Return (model_cfg, read_slice).
+
+    model_cfg is the model section with all keys resolved; read_slice(name, first_row, end_row)
+    returns these rows of a weight.
 
     Raises UserError if tokenizer or lengths don't fit the model.
     """
@@ -769,7 +779,8 @@ def count_steps(cfg, data):
         raise configs.UserError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest "
                                 f"document's {longest} tokens; micro_tokens={longest}, or "
                                 f"data.seq_len={cfg['micro_tokens']}")
-    limits = [cfg["max_steps"], math.ceil(cfg["epochs"] * steps_per_epoch)]
+    epsilon = 1e-9                                       # 0.28 * 100 is a little more than 28
+    limits = [cfg["max_steps"], math.ceil(cfg["epochs"] * steps_per_epoch - epsilon)]
     if not any(limits):
         raise configs.UserError("max_steps: neither max_steps nor epochs limits the run; "
                                 "max_steps=1000 or epochs=1")
@@ -809,7 +820,10 @@ def start_logging(cfg, explicit, state):
 
 
 def write_run_folder(cfg, explicit, state):
-    """Write config.yaml and code/. resume=never and resume=latest are for one start only."""
+    """Write config.yaml and code/.
+
+    resume=never and resume=latest apply to this start only, and are not written to config.yaml.
+    """
     out_dir = Path(cfg["out_dir"])
     kept = dict(explicit)
     if kept.get("resume") in ("never", "latest"):
@@ -841,17 +855,18 @@ def train(run):
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
+            step = state.step                            # of this step, from 0
             wait_start = time.perf_counter()
             micro_batches, info, loss_weight = next_batch.result()
             run.data_wait += time.perf_counter() - wait_start
             if not run.sampler.uses_feedback:
-                next_batch = loader.submit(load_step, run, state.step + 1)
+                next_batch = loader.submit(load_step, run, step + 1)
 
             # forward, backward, update
-            lr = lr_at(state.step, state.total_steps, cfg)
-            # Dropout and NEFTune hash this, the document and the position: the same on any layout.
-            noise_seed = {"noise": (cfg["seed"], state.step)}
-            state.step += 1
+            lr = lr_at(step, state.total_steps, cfg)
+            # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
+            noise_seed = {"noise": (cfg["seed"], step)}
+            state.step += 1                              # counts the steps done, this one included
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
                 [global_loss_weight] = shard.all_reduce_sum([loss_weight])
@@ -859,7 +874,7 @@ def train(run):
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
                 run.sampler.update(*gather_document_stats(document_stats))
-                next_batch = loader.submit(load_step, run, state.step)
+                next_batch = loader.submit(load_step, run, step + 1)
 
             # a non-finite step made no update
             state.consecutive_skips = 0 if is_finite else state.consecutive_skips + 1
@@ -884,7 +899,7 @@ def train(run):
             if evaluating:
                 evaluate(run)
                 run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run, received)
+                poll_signals(run, received)              # one may have arrived since
                 reset_meters(run)                        # throughput is that of training
 
     poll_signals(run, received)
@@ -908,7 +923,7 @@ def poll_signals(run, received):
 def is_due(run, key):
     """Is logging, evaluation or saving (key: log_every, ...) due after this step?
 
-    It is after the last step, also if max_seconds or patience made it the last.
+    It is after the last step, also if max_seconds made it the last.
     """
     every = run.cfg[key]
     due = every_n_steps(run.state.step, every, run.state.total_steps)
@@ -1010,7 +1025,7 @@ def finish(run):
     """Write the last checkpoint and the export, print the summary."""
     cfg = run.cfg
     step = run.state.step
-    written = run.saver.wait()
+    written = run.saver.wait()                           # False if the last save failed on any rank
     if not written or run.saved_step < step:
         save(run)                                        # again: a full disk may have space now
         written = run.saver.wait()

@@ -457,7 +457,7 @@ def test_neftune_adds_what_its_paper_says():
         assert 0.99 * most < largest <= most * 1.0001 and abs(mean) < 0.05 * most
     with pytest.raises(ValueError, match="embed_options.alpha: is missing"):
         M.build(M_TINY | {"embed": "neftune"})
-    with pytest.raises(ValueError, match="loss_options.label_smothing: cross_entropy takes label_smoothing, z_loss"):
+    with pytest.raises(ValueError, match="loss_options.label_smothing: unknown option; model.loss takes label_smoothing, z_loss"):
         M.build(M_TINY | {"loss_options": {"label_smothing": 0.1}})
 
 

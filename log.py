@@ -6,7 +6,7 @@ A record is a flat dict of numbers. README.md defines them; null is a value that
 log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records are sent there.
 
 Logging a step does not wait for the device: the tensors of a record are read when the next record
-arrives, and by then they have been computed. Only print(), validation() and flush() wait.
+arrives, and by then they have been computed. print(), validation(), flush() and close() wait.
 
 The file follows a run: backends, the logger, the profile of one step, the reports before the first
 step and after the last one, and the comparison of finished runs.
@@ -123,7 +123,7 @@ class Logger:
         print(text, flush=True)
 
     def step(self, record):
-        """Log a training step. It is written when the next record arrives (see the top)."""
+        """Log a training step. It is written by the next call of any method (see the top)."""
         self.flush()
         self.pending = record
 
@@ -224,7 +224,7 @@ def make_folder(folder):
 def open_metrics(path, resumed_step):
     """Open metrics.jsonl to append to, without its records of steps after `resumed_step`.
 
-    The run computes these steps again. A new run (resumed_step 0) starts with an empty file.
+    The run computes these steps again. With resumed_step 0 the file starts empty.
     """
     records = read(path.parent) if resumed_step else []
     kept = [json.dumps(record) + "\n" for record in records if record["step"] <= resumed_step]
@@ -360,8 +360,8 @@ def parse_best(best):
 def sort_steps_by(records, best):
     """Sort the logged steps by a metric: (steps from best to worst, evaluations since the best).
 
-    best: see parse_best. Of equal values the earlier step is better. Step 0 is left out, because it
-    has no checkpoint; other steps may have none either.
+    best: see parse_best. Of equal values the earlier step is better. Step 0 is left out, because
+    nothing is trained yet. Steps may have no checkpoint.
     """
     key, is_maximized = parse_best(best)
     points = [point for point in series(records, key) if point[0] > 0]

@@ -13,7 +13,8 @@ The loss of a step is
 Both sums run over the global batch. Nothing is averaged per micro-batch, per document or per rank
 first, because a mean of means weights a token by the size of the group it happens to be in. The
 summed loss of each micro-batch is divided by the global sum of weights before its backward pass,
-so that gradients only have to be added: over micro-batches by autograd, over ranks by all-reduce.
+so that gradients only have to be added: over micro-batches by autograd, over ranks by all-reduce
+(reduce-scatter if the model is sharded).
 The layout (micro-batch size, packing, number of ranks) changes rounding and nothing else.
 """
 import os
@@ -74,8 +75,8 @@ SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": li
 def lr_at(step, total_steps, cfg):
     """Learning rate of update `step` (from 0).
 
-    The first is above 0. The last is min_lr, unless the schedule is constant or the warm-up takes
-    the whole run.
+    The first is above 0. The last is min_lr, unless the schedule is constant, wsd has no
+    decay_steps, or the warm-up takes the whole run.
     """
     warmup_steps = min(to_steps(cfg["warmup_steps"], total_steps), total_steps)
     # 1) linear warm-up
@@ -309,7 +310,7 @@ def make_optimizer(model, cfg):
     n_arguments = 2                                      # param_groups and cfg
     make = configs.bind_options("optimizer", function, n_arguments, options)
     optimizer = make(make_param_groups(model, cfg), cfg)
-    if not any(optimizer.state.values()):                # SGD without momentum has no state either
+    if not any(optimizer.state.values()):                # SGD without momentum stays without state
         create_state(optimizer)
     checkpoint.check_optimizer_state(optimizer, model)
     return optimizer
@@ -345,7 +346,7 @@ def create_state(optimizer):
 # one step
 
 def forward_backward(model, micro_batches, global_loss_weight, cfg):
-    """Compute the gradient of the global batch, and leave it in .grad on every rank.
+    """Compute the gradient of the global batch, and leave it (or this rank's shard) in .grad.
 
     micro_batches       this rank's micro-batches (model.py describes them); every rank has the
                         same number of them
@@ -360,7 +361,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     loss = torch.zeros((), device=model.embed.weight.device)
     document_stats = []
     for i, micro_batch in enumerate(micro_batches):
-        # FSDP sums gradients over ranks in the last backward pass only
+        # FSDP (set to sum, see shard.apply_fsdp) reduces over ranks in the last backward pass only
         shard.set_gradient_sync(model, last=i == len(micro_batches) - 1)
         loss_sum, _weight_sum, stats = model(micro_batch)
         micro_loss = loss_sum / global_loss_weight
@@ -437,7 +438,7 @@ def gather_document_stats(document_stats):
 def load_step(run, step):
     """Return (micro-batches, info, loss_weight) of a step, or None after the last step.
 
-    Runs in a thread while the step before is computed.
+    Runs in a thread while the step before is computed; with a feedback sampler, after it.
 
     micro_batches  of this rank, in host memory
     info           what the global batch holds, see sampler.load_micro_batches
@@ -594,10 +595,10 @@ def is_out_of_patience(cfg):
 
 @dataclasses.dataclass
 class TrainState:
-    """What state.json holds: everything a resumed run needs besides tensors."""
+    """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
-    seconds: float                # of training, over all processes of the run
+    seconds: float                # since setup, evaluations included, over all processes of the run
     skipped_steps: int            # steps without an update: loss or gradient was not finite
     consecutive_skips: int
     dtype: str                    # of the computation, chosen at the first start
@@ -612,7 +613,10 @@ class TrainState:
 
 @dataclasses.dataclass
 class Run:
-    """Everything the loop works with. Only `state` is saved."""
+    """Everything the loop works with.
+
+    A checkpoint holds `state`, and the state of model, optimizer and sampler.
+    """
     cfg: dict
     state: TrainState
     device: torch.device
@@ -637,7 +641,7 @@ class Run:
     tokens_since_log: int = 0
     data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last log line
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
-    saved_step: int = -1          # of the newest checkpoint in out_dir; -1: there is none
+    saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     stop_signal: int = 0          # the number of a signal that asks the run to stop
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
@@ -753,6 +757,7 @@ def resolve_model(cfg, tokenizer):
     """
     model_cfg = transformer.resolve_vocab_size(cfg["model"], tokenizer.n_vocab)
     seq_len = cfg["data"]["seq_len"]
+    # a pretrained vocabulary has grown to fit; one of a new model is as configured
     if tokenizer.n_vocab > model_cfg["vocab_size"]:
         raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
                                 f"the tokenizer's {tokenizer.n_vocab} ids; another data.tokenizer, "
@@ -971,7 +976,7 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 
 
 def log_step(run, info, loss, lr, grad_norm):
-    """Hand the record of a step to the logger. Tensors are read later, when they are computed."""
+    """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
     elapsed = run.seconds() - run.last_log_time
     tokens_per_second = run.tokens_since_log / elapsed
@@ -1009,7 +1014,7 @@ def reset_meters(run):
 def save(run):
     """Start to write a checkpoint. Returns when its copy is made."""
     shard.check_replicas(run.model)
-    run.logger.flush()                                   # a step that is saved is also logged
+    run.logger.flush()                                   # a resumed run does not log it again
     start = time.perf_counter()
     run.state.seconds = run.seconds()
     run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
@@ -1027,7 +1032,7 @@ def finish(run):
     step = run.state.step
     written = run.saver.wait()                           # False if the last save failed on any rank
     if not written or run.saved_step < step:
-        save(run)                                        # again: a full disk may have space now
+        save(run)                                        # or again: a full disk may have space now
         written = run.saver.wait()
     if run.stop_signal:
         saved = "saved" if written else "not saved"

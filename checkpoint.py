@@ -815,11 +815,9 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         assert not loaded.unexpected_keys, loaded.unexpected_keys
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
-        if init_from:
-            read_base = transformer.pretrained_reader(init_from, model_cfg)
-        else:                                            # a new base is drawn again from the seed
-            read_base = transformer.init_reader(model_cfg, cfg["seed"])
-        read_tensor = shard.merge_lora(adapted, read_base)
+        # a new base is drawn again from the seed
+        base = transformer.weights_reader(model_cfg, cfg["seed"])
+        read_tensor = shard.MergedWeights(adapted, base.read).read
 
     bos_id = tokenizer.special.get(tokenizer.bos)
     transformer.save_pretrained(read_tensor, model_cfg, building, init_from, stop_ids, bos_id)
@@ -843,7 +841,8 @@ def export_checkpoint(path, folder):
     check_writable(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):
         raise configs.UserError(f"{folder}: is not empty; name another folder")
-    cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml")])
+    # export=true: the family must be able to express the model
+    cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true"])
     tokenizer = tokenize_data.load_tokenizer(cfg)
     # A loss that an experiment has registered is unknown here. Weights do not depend on it.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}

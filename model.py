@@ -1,27 +1,35 @@
-"""One decoder-only transformer, described by the config's model section: GPT-2, Llama and their kin.
+"""A decoder-only transformer, described by the config's model section: GPT-2, Llama and relatives.
 
-    python model.py data/base                       a summary: shapes, parameters, FLOPs per token, bytes
-    python model.py out/ft "What is 12 + 30?"       talk to what was trained
+    python model.py data/base                       a summary: shapes, parameters, FLOPs per token
+    python model.py out/ft "What is 12 + 30?"       chat with a trained model
 
-Shapes, in all seven files:
+Letters for shapes, in all seven files:
 
-    T tokens in a row (several documents, one behind the other)     D documents in a row      B prompts
-    C width    H heads    K heads of keys and values    E width of a head    F width inside the MLP
-    V vocabulary    L blocks    N trained tokens
+    T tokens of a micro-batch    D documents in it    N target tokens    B prompts of a generation
+    C width (d_model)    H heads    K key/value heads    E width of a head (head_dim)
+    F width of the MLP (d_ff)    V vocabulary (V' with padding)    L blocks
 
-A row is a dict of tensors; the documents in it don't see each other:
+A micro-batch is one flat sequence of documents, as a dict of tensors:
 
-    tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]  max_seqlen  doc_ids [D]
-    target_index [N]: where targets are not -100. Optional; counting them on a GPU would make the host wait for it
-    noise (seed, step): without it there is no dropout and no other noise
+    tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]
+    max_seqlen  doc_ids [D]
+    target_index [N]   where targets are not -100. Optional: on a GPU, counting them costs a sync
+    noise_seed         (seed, step), of dropout and NEFTune. Optional: without it there are none
 
     tokens      t h e _ c a t | a _ d o g | .           cu_seqlens  0 7 12 13
-    positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention, positions and targets stop at each bar
+    positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention and targets stop at each bar
 
-What lies behind the last document is padding, outside every document. The model knows nothing of ranks and devices'
-memory: shard.py takes a finished model and changes it.
+Tokens after the last document are padding and belong to no document. This file knows nothing about
+ranks: shard.py takes a finished model and parallelizes it.
 """
-import functools, inspect, json, math, re, shutil, sys, zlib
+import functools
+import inspect
+import json
+import math
+import re
+import shutil
+import sys
+import zlib
 from pathlib import Path
 
 import configs
@@ -36,50 +44,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100                                                 # the target of a token that nobody learns to predict
+IGNORE_INDEX = -100          # the target of a token without a loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # layers
 
 class Linear(nn.Linear):
-    """x W^T + b, in x's dtype: masters stay in fp32, the bf16 copy lives as long as the backward pass needs it."""
+    """nn.Linear that computes in the dtype of its input; the weights may stay in fp32."""
 
     def reset_parameters(self):
-        """Nothing: weights come by load_weights(); and torch's own way, on a model without any, imports its compiler."""
+        """Does nothing: load_weights() sets the weights. (On the meta device, torch's
+        initialization would import the compiler, which takes seconds.)"""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
 
-class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) * weight, in fp32. The backward pass needs x and one number a token, not the fp32
-    tensors in between, which autograd would keep: a third faster on a CPU, and 8 bytes a number less."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)                                 # [T, 1]
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        normed, grad = x.float() * scale, grad.float()
-        dweight = grad * normed                                      # [T, C], of each token
-        along = (dweight @ weight).div_(-x.shape[-1]).unsqueeze(-1)  # x's length changes nothing: [T, 1]
-        dx = normed.mul_(along).addcmul_(grad, weight).mul_(scale).to(x.dtype)
-        return dx, dweight.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
-
-
 class Norm(nn.Module):
-    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), computed in fp32, its weights rounded as all are."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""
 
     def __init__(self, m, width):
         super().__init__()
@@ -88,372 +76,448 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        if not x.is_cuda:                                      # statistics are fp32 there, here as the weights are
-            weight, bias = (None if p is None else p.float() for p in (weight, bias))
-        if bias is not None:
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps) if x.is_cuda else RMSNorm.apply(x, weight, self.eps)
+        weight = self.weight.to(x.dtype)
+        if self.bias is not None:
+            return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-SCALINGS = {"default": (), "linear": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-
-
-def rope_scaling(m):
-    """-> (the kind of scaling a model section asks for, its section). Raises ValueError: unknown, or lacks a number."""
-    section = m["rope_scaling"] or {}
-    if not isinstance(section, dict):
-        raise configs.UserError(f"model.rope_scaling: expected null or a section as config.json's, got {section}")
-    kind = section.get("rope_type", section.get("type", "default"))
-    if kind not in SCALINGS:
-        raise configs.UserError(f"model.rope_scaling.rope_type: {kind} is none of {', '.join(SCALINGS)}")
-    for key in SCALINGS[kind]:
-        if type(section.get(key)) not in (int, float) or section[key] <= 0:
-            raise configs.UserError(f"model.rope_scaling.{key}: {kind} needs it, a number above 0; got {section.get(key)}")
-    return kind, section
-
-
-def rope_turns(positions, m):
-    """[T] -> [T, 1, R/2] complex64 of length 1: what turns the pairs (x_i, x_(i + R/2)) of a head (arXiv:2104.09864).
-
-    R is the part of a head's width that is turned. Angles are taken in fp64: at position 100,000 an fp32 product is
-    off by more than bf16's own rounding.
-    """
-    R = int(m["head_dim"] * m["partial_rotary_factor"])
-    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
-    freqs = m["rope_theta"] ** -exponents                                                             # [R/2]
-    kind, scaling = rope_scaling(m)
-    if kind == "linear":
-        freqs = freqs / scaling["factor"]
-    elif kind == "llama3":                                     # long waves stretched, short ones kept, a ramp between
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)   # in the first training's context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = (positions.double()[:, None] * freqs)[:, None]                                           # [T, 1, R/2]
-    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
-
-def rotate(x, turns):
-    """x [T, H, E] turned by its positions' angles: a pair is a complex number, a turn a product.
-
-    A pair's two numbers come out side by side. Queries and keys only meet in dot products, where order means nothing.
-    The backward pass needs the angles alone: torch.complex(), unlike stack(), would keep x for it, in fp32.
-    """
-    real = not turns.is_complex()                              # [T, 1, R/2, 2]: compilers know no complex numbers
-    R = 2 * turns.shape[2]
-    a, b = x[..., :R].float().chunk(2, -1)                                                            # [T, H, R/2]
-    if real:
-        cos, sin = turns.unbind(-1)
-        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)                               # [T, H, R/2, 2]
-    else:
-        pairs = torch.view_as_real(torch.view_as_complex(torch.stack([a, b], -1)) * turns)
-    turned = pairs.flatten(-2).to(x.dtype)
-    return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], -1)
-
-
-ACTIVATIONS = {
-    "silu": F.silu, "gelu": F.gelu, "relu": F.relu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+# the keys of config.json's rope_scaling that each kind needs
+ROPE_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
+def rope_scaling(m):
+    """Return (kind, section) of model.rope_scaling. Raises UserError if it is not complete."""
+    section = m["rope_scaling"] or {}
+    if not isinstance(section, dict):
+        raise configs.UserError("model.rope_scaling: must be null or a section like that of "
+                                f"config.json; got {section}")
+    kind = section.get("rope_type", section.get("type", "default"))
+    if kind not in ROPE_SCALINGS:
+        raise configs.UserError("model.rope_scaling.rope_type: must be one of "
+                                f"{', '.join(ROPE_SCALINGS)}; got {kind}")
+    for key in ROPE_SCALINGS[kind]:
+        value = section.get(key)
+        if type(value) not in (int, float) or value <= 0:
+            raise configs.UserError(f"model.rope_scaling.{key}: {kind} needs a number above 0; "
+                                    f"got {value}")
+    return kind, section
+
+
+def rope_freqs(positions, m):
+    """Return cos and sin of the rotary embedding (arXiv:2104.09864), each [T, 1, R/2] in fp32.
+
+    positions [T]. The first R = partial_rotary_factor * E numbers of a head are rotated. Angles are
+    computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
+    """
+    R = int(m["head_dim"] * m["partial_rotary_factor"])
+    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
+    freqs = m["rope_theta"] ** -exponents                                          # [R/2]
+    kind, scaling = rope_scaling(m)
+    if kind == "linear":
+        freqs = freqs / scaling["factor"]
+    elif kind == "llama3":
+        # Low frequencies are divided by the factor, high ones are kept, with a ramp between them.
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
+        rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)
+        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    angles = (positions.double()[:, None] * freqs)[:, None]                        # [T, 1, R/2]
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary_emb(x, cos, sin):
+    """Rotate the pairs (x_i, x_(i + R/2)) of every head. x [T, H, E]; cos, sin [T, 1, R/2]."""
+    R = 2 * cos.shape[-1]
+    x1, x2 = x[..., :R].float().chunk(2, -1)                                       # [T, H, R/2]
+    rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
+    return rotated if R == x.shape[-1] else torch.cat([rotated, x[..., R:]], -1)
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
+               "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
+
+
 class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without model.glu."""
+
     def __init__(self, m):
         super().__init__()
-        self.glu, self.act = m["glu"], ACTIVATIONS[m["activation"]]
-        wide = 2 * m["d_ff"] if m["glu"] else m["d_ff"]        # gate and up, in one matmul
-        self.up = Linear(m["d_model"], wide, bias=m["mlp_bias"])
-        self.down = Linear(m["d_ff"], m["d_model"], bias=m["mlp_bias"])
+        C, F, bias = m["d_model"], m["d_ff"], m["mlp_bias"]
+        self.activation = ACTIVATIONS[m["activation"]]
+        self.gate_proj = Linear(C, F, bias=bias) if m["glu"] else None
+        self.up_proj = Linear(C, F, bias=bias)
+        self.down_proj = Linear(F, C, bias=bias)
 
-    def forward(self, x):                                                                             # [T, C]
-        x = self.up(x)                                                                                # [T, 2F] / [T, F]
-        if self.glu:
-            gate, x = x.chunk(2, -1)
-            return self.down(self.act(gate) * x)
-        return self.down(self.act(x))
+    def forward(self, x):                                                          # [T, C]
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Attention(nn.Module):
-    def __init__(self, m, n):
+    """The projections around attention(), and the settings that it reads."""
+
+    def __init__(self, m, layer_idx):
         super().__init__()
-        self.heads, self.kv_heads, self.width = m["n_heads"], m["n_kv_heads"], m["head_dim"]
-        self.scale, self.window, self.dropout = m["attention_multiplier"], m["sliding_window"], m["attn_pdrop"]
-        self.turns = m["positions"] == "rope" and bool((m["rope_layers"] or [1] * m["n_layers"])[n])
-        self.qkv = Linear(m["d_model"], (self.heads + 2 * self.kv_heads) * self.width, bias=m["qkv_bias"])
-        self.out = Linear(self.heads * self.width, m["d_model"], bias=m["out_bias"])
-        self.q_norm = self.k_norm = None
-        if m["qk_norm"] != "none":                             # of each head (arXiv:2302.05442), or of all in one
-            each = m["qk_norm"] == "head"
-            self.q_norm = Norm(m, self.width * (1 if each else self.heads))
-            self.k_norm = Norm(m, self.width * (1 if each else self.kv_heads))
+        self.n_heads = m["n_heads"]
+        self.n_kv_heads = m["n_kv_heads"]
+        self.head_dim = m["head_dim"]
+        self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
+        self.window = m["sliding_window"]
+        self.dropout = m["attn_pdrop"]
+        self.use_rope = m["positions"] == "rope"
+        if m["rope_layers"]:
+            self.use_rope = self.use_rope and bool(m["rope_layers"][layer_idx])
 
-    def project(self, x, rope):                                                                       # [T, C]
-        """-> queries, keys and values [T, H+2K, E], turned"""
-        qkv = self.qkv(x).unflatten(-1, (-1, self.width))                                             # [T, H+2K, E]
-        if self.turns or self.q_norm is not None:
-            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], 1)
-            if self.q_norm is not None:
-                q, k = qk.split([self.heads, self.kv_heads], 1)
-                qk = torch.cat([norm(t.reshape(len(t), -1, len(norm.weight))).view_as(t)
-                                for norm, t in ((self.q_norm, q), (self.k_norm, k))], 1)
-            qkv = torch.cat([rotate(qk, rope) if self.turns else qk, v], 1)
-        return qkv
+        C, E = m["d_model"], m["head_dim"]
+        self.q_proj = Linear(C, self.n_heads * E, bias=m["qkv_bias"])
+        self.k_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
+        self.v_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
+        self.o_proj = Linear(self.n_heads * E, C, bias=m["out_bias"])
+        self.q_norm = None
+        self.k_norm = None
+        if m["qk_norm"] == "head":                       # of each head (arXiv:2302.05442)
+            self.q_norm = Norm(m, E)
+            self.k_norm = Norm(m, E)
+        elif m["qk_norm"] == "all":                      # of all heads together
+            self.q_norm = Norm(m, self.n_heads * E)
+            self.k_norm = Norm(m, self.n_kv_heads * E)
 
-    def split(self, qkv, dim):
-        """-> q of H heads, k and v of K heads, along `dim`"""
-        return qkv.split([self.heads, self.kv_heads, self.kv_heads], dim)
+    def project(self, x, rope):                                                    # [T, C]
+        """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
+        q = self.q_proj(x)                                                         # [T, H E]
+        k = self.k_proj(x)                                                         # [T, K E]
+        v = self.v_proj(x)                                                         # [T, K E]
+        if self.q_norm is not None:
+            q = self.q_norm(q.unflatten(-1, (-1, len(self.q_norm.weight)))).flatten(1)
+            k = self.k_norm(k.unflatten(-1, (-1, len(self.k_norm.weight)))).flatten(1)
+        q = q.unflatten(-1, (self.n_heads, self.head_dim))                         # [T, H, E]
+        k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))                      # [T, K, E]
+        v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))                      # [T, K, E]
+        if self.use_rope:
+            q = apply_rotary_emb(q, *rope)
+            k = apply_rotary_emb(k, *rope)
+        return q, k, v
+
+
+def attention(layer, q, k, v, layout, seeds=None):
+    """softmax(scale * q k^T) v within each document, for training and for generation.
+
+    layer   an Attention, for its settings
+    q       [T, H, E];  k, v  [T, K, E]
+    layout  which keys each query sees: PackedDocuments, or KVCache in generation
+    seeds   int32 [T], of the dropout of the probabilities. None: no dropout
+    Returns [T, H, E].
+    """
+    # Fused kernels do not show the probabilities. What changes them is computed step by step below.
+    step_by_step = seeds is not None and layer.dropout > 0
+    if layout.use_varlen and not step_by_step:
+        return varlen_attention(layer, q, k, v, layout)
+
+    dtype = q.dtype
+    outputs = []
+    for q, k, v, mask, seeds in layout.padded_groups(layer, q, k, v, seeds, step_by_step):
+        # d documents of t tokens: q [d, H, t, E], k and v [d, K, t', E], mask [d or 1, 1, t, t']
+        if step_by_step:
+            k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
+            v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
+            scores = (q @ k.transpose(-1, -2)).float() * layer.scale               # [d, H, t, t']
+            probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+            probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
+            y = probs.to(v.dtype) @ v
+        else:
+            is_causal = mask is None
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, scale=layer.scale,
+                enable_gqa=layer.n_heads != layer.n_kv_heads)
+        outputs.append(y.transpose(1, 2).to(dtype))                                # [d, t, H, E]
+    return layout.unpad(outputs)
+
+
+# Tokens. On a CPU, bf16 takes five times as long as fp32 for documents of 64 tokens (LOG.md).
+FP32_ATTENTION_BELOW = 256
+
+
+class PackedDocuments:
+    """The documents of a micro-batch, padded in groups of similar length for attention().
+
+    A group takes documents whose length is at least 2/3 of its longest. Lengths 4 2 5 become two
+    calls: documents 2 and 0, padded to 5 tokens each, and document 1. Padding is at the end, where
+    no other token of a causal model sees it. The padding after the last document is treated as one
+    more document.
+
+    cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
+    use_varlen  attention() may call the kernel for packed documents
+    """
+
+    def __init__(self, cu_seqlens, n_tokens, max_seqlen, use_varlen=False):
+        self.cu_seqlens = cu_seqlens
+        self.n_tokens = n_tokens
+        self.max_seqlen = max_seqlen
+        self.use_varlen = use_varlen
+
+    @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
+    def lengths(self):
+        """The number of tokens of each document, and of the padding: [int]."""
+        ends = [*self.cu_seqlens.tolist(), self.n_tokens]
+        return [end - start for start, end in zip(ends, ends[1:])]
+
+    @functools.cached_property
+    def groups(self):
+        """[(number of tokens to pad to, indices of the documents)]"""
+        longest_first = sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
+        groups = []
+        for i in longest_first:
+            length = self.lengths[i]
+            if not groups or 3 * length < 2 * groups[-1][0]:
+                groups.append((length, []))
+            groups[-1][1].append(i)
+        return groups
+
+    def padded_groups(self, layer, q, k, v, seeds, need_mask):
+        """Yield (q, k, v, mask, seeds) of each group, as [d, heads, t, E]; see attention()."""
+        documents = [None if x is None else x.split(self.lengths) for x in (q, k, v, seeds)]
+        for length, indices in self.groups:
+            window = layer.window if layer.window and layer.window < length else None
+            mask = None
+            if window or need_mask:
+                mask = causal_mask(length, window or length, q.device)
+            q, k, v, seeds = [None if x is None else pad_and_stack(x, indices, length)
+                              for x in documents]
+            if not q.is_cuda and length < FP32_ATTENTION_BELOW:
+                q, k, v = q.float(), k.float(), v.float()
+            yield q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, seeds
+
+    def unpad(self, outputs):
+        """[d, t, H, E] of each group -> [T, H, E]"""
+        documents = [None] * len(self.lengths)
+        for output, (_, indices) in zip(outputs, self.groups):
+            for i, document in zip(indices, output):
+                documents[i] = document[:self.lengths[i]]
+        return torch.cat(documents)
+
+
+def pad_and_stack(documents, indices, length):
+    """Chosen documents [n, ...] -> [d, length, ...]"""
+    padded = []
+    for i in indices:
+        x = documents[i]
+        no_padding = [0, 0] * (x.dim() - 1)
+        padded.append(F.pad(x, [*no_padding, 0, length - len(x)]))
+    return torch.stack(padded)
+
+
+def causal_mask(length, window, device):
+    """[length, length], True where a query (row) sees a key: itself and window - 1 before it."""
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < window)
+
+
+def varlen_attention(layer, q, k, v, documents):
+    """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
+    from torch.nn.attention.varlen import varlen_attn
+    cu_seqlens = documents.cu_seqlens
+    end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
+    cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
+    max_seqlen = max(documents.max_seqlen, 1)
+    # The arguments differ between versions of torch: 2.11 has is_causal, and no grouped heads.
+    parameters = inspect.signature(varlen_attn).parameters
+    if "is_causal" in parameters:
+        options = {"is_causal": True}
+    else:
+        options = {"window_size": (layer.window - 1 if layer.window else -1, 0)}
+    has_scale = layer.scale != layer.head_dim ** -0.5
+    if has_scale:
+        options["scale"] = layer.scale
+    if options.keys() - parameters.keys() or (layer.window and "is_causal" in options):
+        raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch 2.12 "
+                                "on CUDA; pip install 'torch>=2.12'")
+    if layer.n_heads != layer.n_kv_heads and "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    elif layer.n_heads != layer.n_kv_heads:
+        k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)
+        v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)
+    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
+                       max_seqlen, max_seqlen, **options)
 
 
 class Block(nn.Module):
-    """x + attention, then + MLP. Norms stand before both, or behind (OLMo2); or both read one x (GPT-J, NeoX, Phi).
+    """x + attention(norm1(x)), then + mlp(norm2(x)).
 
-    keys [T] seed this block's dropout; None: there is none. What stands before attention, and what stands behind it,
-    depend on the row's length alone, so that each can be compiled; attention depends on where documents begin.
+    norm_after         norms on the outputs of attention and MLP instead (OLMo2)
+    parallel_residual  attention and MLP both read the block's input (GPT-NeoX, Phi)
+
+    forward() is in three parts because torch.compile serves the first and the last: they depend on
+    the number of tokens alone, attention also on where documents begin.
     """
 
-    def __init__(self, m, n):
+    def __init__(self, m, layer_idx):
         super().__init__()
-        self.parallel, self.after = m["parallel_residual"], m["norm_after"]
-        self.scale, self.dropout = m["residual_multiplier"], m["resid_pdrop"]
-        self.norm1, self.attn = Norm(m, m["d_model"]), Attention(m, n)
-        self.norm2, self.mlp = None if m["shared_norm"] else Norm(m, m["d_model"]), MLP(m)
+        self.parallel_residual = m["parallel_residual"]
+        self.norm_after = m["norm_after"]
+        self.residual_multiplier = m["residual_multiplier"]
+        self.dropout = m["resid_pdrop"]
+        self.norm1 = Norm(m, m["d_model"])
+        self.attn = Attention(m, layer_idx)
+        self.norm2 = None if m["shared_norm"] else Norm(m, m["d_model"])
+        self.mlp = MLP(m)
 
-    def forward(self, x, rope, attend, keys=None):                                                    # [T, C]
-        h, qkv = self.pre_attention(x, rope)
-        return self.post_attention(x, h, attend(self.attn, qkv, keys), keys)
+    def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
+        """rope (cos, sin) or None; seeds int32 [T] of this block's dropout, None: no dropout."""
+        h, q, k, v = self.pre_attention(x, rope)
+        attention_seeds = None if seeds is None else hash_int32(seeds)
+        y = attention(self.attn, q, k, v, layout, attention_seeds)                 # [T, H, E]
+        return self.post_attention(x, h, y, seeds)
 
     def pre_attention(self, x, rope):
-        h = x if self.after else self.norm1(x)
-        return h, self.attn.project(h, rope)
+        """Return what attention reads, and its q, k, v."""
+        h = x if self.norm_after else self.norm1(x)
+        return h, *self.attn.project(h, rope)
 
-    def post_attention(self, x, h, y, keys):                                                                  # y [T, H, E]
-        y = self.attn.out(y.flatten(1))
-        if self.parallel:
+    def post_attention(self, x, h, y, seeds):
+        y = self.attn.o_proj(y.flatten(1))                                         # [T, C]
+        if self.parallel_residual:
             h = h if self.norm2 is None else self.norm2(x)
-            return self.add(self.add(x, y, keys, 1), self.mlp(h), keys, 2)
-        x = self.add(x, self.norm1(y) if self.after else y, keys, 1)
-        return self.add(x, self.norm2(self.mlp(x)) if self.after else self.mlp(self.norm2(x)), keys, 2)
+            x = self.add(x, y, seeds, 1)
+            return self.add(x, self.mlp(h), seeds, 2)
+        if self.norm_after:
+            x = self.add(x, self.norm1(y), seeds, 1)
+            return self.add(x, self.norm2(self.mlp(x)), seeds, 2)
+        x = self.add(x, y, seeds, 1)
+        return self.add(x, self.mlp(self.norm2(x)), seeds, 2)
 
-    def add(self, x, y, keys, site):
-        if self.scale != 1.0:
-            y = y * self.scale
-        if keys is not None and self.dropout:
-            y = dropout(y, self.dropout, scrambled(keys + site)[:, None], torch.arange(y.shape[1], device=y.device))
+    def add(self, x, y, seeds, place):
+        """x + y, with residual_multiplier and dropout. `place` makes the two dropouts differ."""
+        if self.residual_multiplier != 1.0:
+            y = y * self.residual_multiplier
+        if seeds is not None and self.dropout:
+            y = dropout(y, self.dropout, hash_int32(seeds + place))
         return x + y
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# noise: a number is a function of seed, step, document, position and place in the model, so that neither packing, nor
-# ranks, nor a resumed run change it (a generator's state would). A document that a step draws twice has the same twice
+# --------------------------------------------------------------------------------------------------
+# noise: a function of seed, step, document, position and place in the model. Unlike the state of a
+# random generator, it does not depend on packing, ranks or resuming.
 
-def scrambled(x):
-    """Each int32 -> another: the hash lowbias32 (github.com/skeeto/hash-prospector). Products wrap, shifts fill 0."""
+def hash_int32(x):
+    """Scramble int32 (the hash lowbias32, github.com/skeeto/hash-prospector)."""
     x = x.int()
-    x = (x >> 16 & 0xffff ^ x) * 0x7feb352d
-    x = (x >> 15 & 0x1ffff ^ x) * (0x846ca68b - (1 << 32))
-    return x >> 16 & 0xffff ^ x
+    x = (x ^ ((x >> 16) & 0xffff)) * 0x7feb352d          # & clears copies of the sign bit
+    x = (x ^ ((x >> 15) & 0x1ffff)) * (0x846ca68b - 2**32)
+    return x ^ ((x >> 16) & 0xffff)
 
 
-def document_of(batch):
-    """Number of the document that each token is in; what lies behind the last counts to it. -> [T]"""
-    cu, at = batch["cu_seqlens"], torch.arange(len(batch["tokens"]), device=batch["tokens"].device)
-    return torch.bucketize(at, cu[1:].to(at.dtype), right=True).clamp(max=len(cu) - 2)
+def document_index(batch):
+    """The document of each token, int64 [T]. Padding counts to the last one."""
+    ends = batch["cu_seqlens"][1:].long()
+    tokens = torch.arange(len(batch["tokens"]), device=ends.device)
+    return torch.bucketize(tokens, ends, right=True).clamp(max=len(ends) - 1)
 
 
-def token_keys(batch):
-    """The seed of each token's noise: of batch["noise"] (seed and step, say), document and position. -> [T] int32"""
-    if not len(batch["doc_ids"]):                              # an idle row
+def token_seeds(batch):
+    """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
+    if not len(batch["doc_ids"]):                        # a micro-batch of padding alone
         return batch["positions"].int()
-    seed = zlib.crc32(repr(batch["noise"]).encode()) - (1 << 31)
-    return scrambled(scrambled(batch["doc_ids"][document_of(batch)].int() ^ seed) + batch["positions"].int())
+    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31
+    documents = batch["doc_ids"][document_index(batch)].int()
+    return hash_int32(hash_int32(documents ^ seed) + batch["positions"].int())
 
 
-def dropout(x, p, keys, codes):
-    """x with each number set to 0 with probability p, the others times 1 / (1 - p); keys and codes, together, as x."""
-    keep = scrambled(keys ^ scrambled(codes)) >= int(p * (1 << 32)) - (1 << 31)
+def head_seeds(seeds, n_heads):
+    """Seeds [d, t] -> those of n_heads heads [d, H, t]."""
+    heads = torch.arange(n_heads, device=seeds.device)
+    return hash_int32(seeds[:, None, :] + hash_int32(heads)[:, None])
+
+
+def dropout(x, p, seeds):
+    """Set each number of x to 0 with probability p, and divide the others by 1 - p.
+
+    seeds  int32, of the shape of x without its last dimension
+    """
+    columns = torch.arange(x.shape[-1], device=x.device)
+    hashed = hash_int32(seeds[..., None] ^ hash_int32(columns))      # uniform in the range of int32
+    keep = hashed >= int(p * 2**32) - 2**31
     return torch.where(keep, x / (1 - p), 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention, document by document: attend(layer, qkv [T, H+2K, E], keys of its dropout or None) -> [T, H, E]
-
-FP32_ATTENTION_BELOW = 256                                                     # tokens
-
-
-class Gather(torch.autograd.Function):
-    """y = x[index], where each row of x is used at most once, save in places nobody reads.
-
-    Knowing the way back (x[i] went to y[back[i]]; -1: nowhere) makes the backward pass a gather as well, instead of the
-    serial scatter-add that autograd would do on a CPU. holes: does `back` hold a -1? Known beforehand, no one waits.
-    """
-    @staticmethod
-    def forward(ctx, x, index, back, holes):
-        ctx.save_for_backward(back)
-        ctx.holes = holes
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        back, = ctx.saved_tensors
-        if not ctx.holes:
-            return grad.index_select(0, back), None, None, None
-        return grad.index_select(0, back.clamp(min=0)) * (back >= 0)[:, None, None], None, None, None
-
-
-def per_document(cu_seqlens, total, device):
-    """An attend() for any device: scaled_dot_product_attention over documents of about one length at a time.
-
-    Documents are grouped by length, each group padded to its longest ([d, len], at most a third of it padding): a few
-    calls instead of one per document. Causal attention needs no mask for padding, which stands behind what looks back.
-
-        row      a a a | b b | c c c c        groups   [4: c, a]  [2: b]
-        there    5 6 7 8  0 1 2 2  3 4        which token of the row stands at each padded place
-        back     4 5 6  8 9  0 1 2 3          at which padded place each token of the row stands
-        used     5 6 7 8  0 1 2 -1 3 4        like `there`, with -1 for padding
-
-    On a CPU documents below FP32_ATTENTION_BELOW are computed in fp32: bf16 takes five times as long for 64 tokens (LOG.md).
-    """
-    starts = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(starts, starts[1:])]
-    order = sorted((d for d in range(len(lengths)) if lengths[d]), key=lambda d: -lengths[d])
-    groups = []                                                # (longest, its documents)
-    for d in order:
-        if not groups or lengths[d] * 3 < groups[-1][0] * 2:
-            groups.append((lengths[d], []))
-        groups[-1][1].append(d)
-    if not groups:                                             # an idle row
-        return lambda layer, qkv, keys: qkv[:, :layer.heads]
-    there, back, at = [], torch.full((total,), -1), 0
-    for longest, docs in groups:
-        for d in docs:
-            span = torch.arange(starts[d], starts[d] + longest)
-            there.append(span.clamp(max=starts[d] + lengths[d] - 1))
-            back[starts[d]:starts[d] + lengths[d]] = torch.arange(at, at + lengths[d])
-            at += longest
-    there = torch.cat(there)
-    settled = len(there) == total and bool((there == torch.arange(total)).all())    # equal windows: nothing to move
-    used = torch.full((len(there),), -1)
-    used[back[back >= 0]] = (back >= 0).nonzero().squeeze(1)
-    outside, padded = bool((back < 0).any()), bool((used < 0).any())
-    there, back, used = (t.to(device) for t in (there, back, used))
-
-    @functools.cache
-    def sees(longest, window):                                 # who looks at whom, where causal does not say it
-        mask = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-        return mask.triu(1 - window) if window else mask                                              # [len, len]
-
-    def attend(layer, qkv, keys):
-        qkv = qkv if settled else Gather.apply(qkv, there, back, outside)
-        keys = keys[there] if keys is not None and layer.dropout else None
-        out, sizes = [], [longest * len(docs) for longest, docs in groups]
-        keys = [None] * len(groups) if keys is None else keys.split(sizes)
-        for (longest, _), group, seeds in zip(groups, qkv.split(sizes), keys):
-            group = group.float() if longest < FP32_ATTENTION_BELOW and not qkv.is_cuda else group
-            q, k, v = layer.split(group.unflatten(0, (-1, longest)).transpose(1, 2), 1)               # [d, H, len, E]
-            window = layer.window if layer.window and layer.window < longest else None
-            if seeds is None:
-                mask = sees(longest, window) if window else None
-                y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=layer.scale,
-                                                   enable_gqa=layer.heads != layer.kv_heads)
-            else:
-                y = dropped(layer, q, k, v, sees(longest, window), seeds.unflatten(0, (-1, longest)))
-            out.append(y.transpose(1, 2).flatten(0, 1).to(qkv.dtype))                                 # [d * len, H, E]
-        out = torch.cat(out)
-        return out if settled else Gather.apply(out, back.clamp(min=0), used, padded)
-    return attend
-
-
-def dropped(layer, q, k, v, mask, keys):
-    """Attention with dropout, by keys [d, len]: its probabilities stand in memory, as in no kernel. [d, H, len, E]"""
-    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * (layer.scale or layer.width ** -0.5)                 # [d, H, len, len]
-    probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    codes = (torch.arange(layer.heads, device=q.device)[:, None, None] << 20) + torch.arange(len(mask), device=q.device)
-    return dropout(probs, layer.dropout, scrambled(keys)[:, None, :, None], codes).to(v.dtype) @ v
-
-
-def varlen(cu_seqlens, total, max_len):
-    """An attend() by the variable-length kernel, on CUDA in bf16 or fp16.
-
-    Padding is one more document, so that what is computed for it are numbers.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-    end = torch.full_like(cu_seqlens[:1], total)
-    cu_seqlens = torch.cat([cu_seqlens, end])                        # an empty last document where there is no padding
-    takes = inspect.signature(varlen_attn).parameters                # later versions say causal by a window
-
-    def attend(layer, qkv, keys):
-        said = {"is_causal": True} if "is_causal" in takes else {"window_size": ((layer.window or 0) - 1, 0)}
-        said |= {"scale": layer.scale} if layer.scale else {}
-        if said.keys() - takes.keys() or layer.window and "is_causal" in said:
-            raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch 2.12 and its attention")
-        q, k, v = layer.split(qkv, 1)
-        if layer.heads != layer.kv_heads and "enable_gqa" in takes:
-            said["enable_gqa"] = True
-        elif layer.heads != layer.kv_heads:                          # the argument that spares this copy came with 2.12
-            k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, 1) for t in (k, v))
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max(max_len, 1), max(max_len, 1), **said)
-    return attend
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# two things people change: how tokens become vectors, and what is minimized. A new one is a function and its name here;
-# what it takes besides comes from the config's section model.embed_options or model.loss_options
+# --------------------------------------------------------------------------------------------------
+# embeddings: (model, micro-batch, **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
 
 def plain(model, batch):
-    """One row of the table for each token. -> [T, C]"""
     return F.embedding(batch["tokens"], model.embed.weight)
 
 
 def scaled(model, batch):
-    """sqrt(C) times the row (arXiv:1706.03762, 3.4)."""
+    """Times sqrt(C) (arXiv:1706.03762, section 3.4)."""
     return plain(model, batch) * math.sqrt(model.cfg["d_model"])
 
 
 def neftune(model, batch, alpha):
-    """In training, the row plus noise of U(-1, 1) * alpha / sqrt(L C); L: the document's tokens (arXiv:2310.05914)."""
+    """In training, add noise U(-1, 1) * alpha / sqrt(n C) in a document of n tokens
+    (arXiv:2310.05914)."""
     x = plain(model, batch)
-    if "noise" not in batch or not len(batch["doc_ids"]):
+    if not model.has_noise(batch) or not len(batch["doc_ids"]):
         return x
-    codes = scrambled(torch.arange(x.shape[1], device=x.device))
-    uniform = scrambled(scrambled(token_keys(batch) + 3)[:, None] ^ codes) / (1 << 31)                # [T, C]
-    lengths = batch["cu_seqlens"].diff()[document_of(batch)][:, None]                                 # [T, 1]
-    return x + uniform * alpha / (lengths * x.shape[1]).sqrt()
+    columns = torch.arange(x.shape[1], device=x.device)
+    seeds = hash_int32(token_seeds(batch) + 3)                                     # [T]
+    noise = hash_int32(seeds[:, None] ^ hash_int32(columns)) / 2**31               # [T, C]
+    lengths = batch["cu_seqlens"].diff()[document_index(batch)][:, None]           # [T, 1]
+    return x + noise * alpha / (lengths * x.shape[1]).sqrt()
 
 
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
 
 
-class NLL(torch.autograd.Function):
-    """-log softmax(logits)[target], whose gradient takes the log-probabilities' place: half of autograd's memory."""
+def previous_tokens(batch, n):
+    """The n tokens before each token of its document, nearest first: int64 [T, n]; -1: none.
 
-    @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.logp, ctx.targets = logits.log_softmax(-1), targets[:, None]                              # [n, V]
-        return -ctx.logp.gather(1, ctx.targets).squeeze(1)
+    For embeddings that look back. In generation, a micro-batch holds one new token per prompt, and
+    batch["history"] [B, longest] all tokens so far.
+    """
+    offsets = torch.arange(1, n + 1, device=batch["tokens"].device)
+    positions = batch["positions"][:, None] - offsets                              # [T, n]
+    if "history" in batch:
+        previous = batch["history"].gather(1, positions.clamp(min=0))
+    else:
+        index = torch.arange(len(batch["tokens"]), device=offsets.device)[:, None] - offsets
+        previous = batch["tokens"][index.clamp(min=0)]
+    return previous.masked_fill(positions < 0, -1)
 
-    @staticmethod
-    def backward(ctx, grad):
-        grad, dlogits, ctx.logp = grad[:, None], ctx.logp.exp_(), None
-        return dlogits.mul_(grad).scatter_add_(1, ctx.targets, -grad), None
+
+# --------------------------------------------------------------------------------------------------
+# losses: (logits [n, V] in fp32, targets [n], **model.loss_options) -> [n]. Add your own to LOSSES.
+# A loss that has a parameter of one of these names receives it, too:
+#
+#     token_index       int64 [n]: where the n target tokens are in the micro-batch
+#     batch             the micro-batch
+#     reference_logits  fp32 [n, V]: of the frozen model that the config's reference_model names
+
+LOSS_INPUTS = ("token_index", "batch", "reference_logits")
 
 
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
-    """-log softmax(logits)[target]; logits [n, V] in fp32, targets [n] -> [n]
+    """-log softmax(logits)[target].
 
-    label_smoothing  that share of the target is spread over all V tokens (arXiv:1512.00567, 7)
-    z_loss           times log(sum of exp(logits))^2: keeps logits near a sum of 1 (arXiv:2204.02311, 5)
+    label_smoothing  share of the target that is spread over all tokens (arXiv:1512.00567, 7)
+    z_loss           factor of log(sum(exp(logits)))^2 (arXiv:2204.02311, 5)
     """
-    nll = (F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing) if label_smoothing else
-           NLL.apply(logits, targets))
+    nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     return nll + z_loss * logits.logsumexp(-1) ** 2 if z_loss else nll
 
 
 def dft(logits, targets):
-    """-p log p of the target's probability p, the first a constant: the unlikely pull less (arXiv:2508.05629, 3)."""
+    """-p log p of the target's probability p. The factor p has no gradient (arXiv:2508.05629)."""
     nll = cross_entropy(logits, targets)
     return nll * (-nll).detach().exp()
 
@@ -461,611 +525,1014 @@ def dft(logits, targets):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Head and loss over chunks of tokens, so that the logits of all of them never stand in memory at once.
+class TokenLosses:
+    """The loss of target tokens, from their logits: model.loss with what else it asks for.
 
-    A chunk's gradient is taken right away, in the forward pass, while its logits are there, and takes their place,
-    piece by piece: only a piece is ever in fp32. The backward pass only scales what was gathered (the loss is one
-    number, so its gradient is one factor). Only the first V of the V' rows are tokens. In bf16 a chunk's products are
-    rounded once; chunks add up in fp32.
-
-    x [N, C], head [V', C], targets [N], weights [N], bias [V'] or None -> (sum of weight * loss, loss per token [N],
-    which carries no gradient)
+    targets      int64 [N];  token_index  int64 [N]
+    reference    None, or (x [N, C'], head [V', C'], bias or None) of the reference model
     """
+
+    def __init__(self, function, inputs, batch, targets, token_index, reference, vocab_size):
+        self.function = function
+        self.inputs = inputs                 # the names of LOSS_INPUTS that the function takes
+        self.batch = batch
+        self.targets = targets
+        self.token_index = token_index
+        self.reference = reference
+        self.vocab_size = vocab_size
+
+    def __call__(self, logits, start, end):
+        """The losses [end - start] of target tokens start ... end - 1. logits: theirs, in fp32."""
+        extra = {}
+        if "token_index" in self.inputs:
+            extra["token_index"] = self.token_index[start:end]
+        if "batch" in self.inputs:
+            extra["batch"] = self.batch
+        if "reference_logits" in self.inputs:
+            x, head, bias = self.reference
+            with torch.no_grad():
+                logits_of_reference = F.linear(x[start:end], head, bias)
+            extra["reference_logits"] = logits_of_reference[:, :self.vocab_size].float()
+        return self.function(logits, self.targets[start:end], **extra)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The head and the loss, chunk by chunk, so that the logits of all tokens never exist at once.
+
+    The gradient of a chunk is computed in the forward pass, while its logits exist, and overwrites
+    them. backward() multiplies the accumulated gradients by that of the sum, which is one number.
+
+    x             [N, C], in the compute dtype
+    head          [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
+    loss_weights  fp32 [N]
+    token_losses  a TokenLosses
+    Returns (sum of loss_weight * loss, losses [N] without gradient).
+    """
+
     @staticmethod
-    def forward(ctx, x, head, targets, weights, loss, bias=None, V=None):
-        ctx.n, fill = len(x), -len(x) % 64                     # few shapes; what is filled in weighs 0
-        x, targets, weights = F.pad(x, (0, 0, 0, fill)), F.pad(targets, (0, fill)), F.pad(weights, (0, fill))
-        want_x, want_head, want = ctx.needs_input_grad[0], ctx.needs_input_grad[1], any(ctx.needs_input_grad)
-        want_bias = want and bias is not None
-        w, rows, V = head.to(x.dtype), len(head), V or len(head)                                      # [V', C]
-        b = None if bias is None else bias.to(x.dtype)
+    def forward(ctx, x, head, bias, loss_weights, token_losses):
+        weight = head.to(x.dtype)                                                  # [V', C]
+        bias_or_none = None if bias is None else bias.to(x.dtype)                  # [V']
+        want_x, want_head, want_bias, *_ = ctx.needs_input_grad
+        want_gradient = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if want_x else None
-        dw = torch.zeros_like(head, dtype=torch.float32) if want_head and not len(x) else None    # else by a chunk
-        db = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+        dhead = torch.zeros_like(head, dtype=torch.float32) if want_head else None
+        dbias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
         losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        step, piece = chunk_sizes(rows, x.element_size(), x.is_cuda)
-        room = torch.empty(min(step, len(x)), rows, dtype=x.dtype, device=x.device)
-        for at in range(0, len(x), step):
-            part, chunk = slice(at, at + step), room[:len(x) - at]                                    # [n, V']
-            torch.mm(x[part], w.T, out=chunk) if b is None else torch.addmm(b, x[part], w.T, out=chunk)
-            for some, start in zip(chunk.split(piece), range(at, len(x), piece)):
-                those = slice(start, start + len(some))
-                with torch.enable_grad():
-                    logits = some[:, :V].float().requires_grad_(want)                                 # [piece, V]
-                    nll = loss(logits, targets[those])
-                    if want:
-                        some[:, :V], = torch.autograd.grad((nll * weights[those]).sum(), logits)
-                losses[those] = nll.detach()
-                del logits, nll                                # or they stand beside the next piece's
-            if not want:
-                continue
-            chunk[:, V:] = 0                                   # d loss / d logits from here on
+        chunk_size, piece_size = chunk_sizes(len(head), x.element_size(), x.is_cuda)
+        for start in range(0, len(x), chunk_size):
+            end = min(start + chunk_size, len(x))
+            # Multiples of 64 tokens, because a CPU's bf16 kernels are prepared anew for each shape.
+            x_chunk = F.pad(x[start:end], (0, 0, 0, -(end - start) % 64))          # [n, C]
+            logits = F.linear(x_chunk, weight, bias_or_none)                       # [n, V']
+            losses[start:end] = losses_and_gradient_(
+                logits, token_losses, loss_weights, start, end, piece_size, want_gradient)
+            dlogits = logits                             # overwritten with the gradient
             if want_x:
-                torch.mm(chunk, w, out=dx[part])
-            if want_head and dw is None:
-                dw = (chunk.T @ x[part]).float()
-            elif want_head and x.dtype == torch.float32:
-                dw.addmm_(chunk.T, x[part])
+                dx[start:end] = (dlogits @ weight)[:end - start]
+            if want_head and x.dtype == torch.float32:
+                dhead.addmm_(dlogits.T, x_chunk)
             elif want_head:
-                dw += chunk.T @ x[part]
+                dhead += dlogits.T @ x_chunk
             if want_bias:
-                db += chunk.sum(0, dtype=torch.float32)
-        ctx.save_for_backward(dx, dw, db)
-        loss_sum, losses = (losses * weights).sum(), losses[:ctx.n]
+                dbias += dlogits.sum(0, dtype=torch.float32)
+            del logits, dlogits                          # before the next chunk is allocated
+        ctx.save_for_backward(dx, dhead, dbias)
         ctx.mark_non_differentiable(losses)
-        return loss_sum, losses
+        return (losses * loss_weights).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_sum, _):
-        dx, dw, db = (None if d is None else d.mul_(grad_sum) for d in ctx.saved_tensors)    # in place: once, no copy
-        return None if dx is None else dx[:ctx.n], dw, None, None, None, db, None
+    def backward(ctx, grad_loss_sum, _grad_losses):
+        gradients = [None if d is None else d.mul_(grad_loss_sum) for d in ctx.saved_tensors]
+        return *gradients, None, None
 
 
-CHUNK, PIECE = 160 << 20, 8 << 20    # bytes: of logits in one matrix product; of those in fp32 at once (LOG.md)
+def losses_and_gradient_(logits, token_losses, loss_weights, start, end, piece_size, want_gradient):
+    """Return the losses of target tokens start ... end - 1 and overwrite their logits, [n, V'] with
+    n >= end - start, with the gradient of the weighted sum. Only a piece of them is ever in fp32.
+    """
+    vocab_size = token_losses.vocab_size
+    losses = []
+    for first in range(start, end, piece_size):
+        last = min(first + piece_size, end)
+        piece = logits[first - start:last - start, :vocab_size]
+        with torch.enable_grad():
+            piece_fp32 = piece.detach().float().requires_grad_(want_gradient)
+            piece_losses = token_losses(piece_fp32, first, last)
+            if want_gradient:
+                weighted_sum = (piece_losses * loss_weights[first:last]).sum()
+                gradient, = torch.autograd.grad(weighted_sum, piece_fp32)
+                piece.copy_(gradient)
+        losses.append(piece_losses.detach())
+        del piece_fp32, piece_losses                     # before the next piece is allocated
+    logits[end - start:] = 0                             # rows and columns of padding
+    logits[:, vocab_size:] = 0
+    return torch.cat(losses)
 
 
-def chunk_sizes(V, size, cuda):
-    """Tokens in a chunk, and in a piece of it, which stays in a CPU's cache; a logit in the chunk has `size` bytes. A
-    GPU takes more of both: each chunk reads and writes the whole gradient of the head, in fp32."""
-    rows = max(64, CHUNK // (V * size) // 64 * 64)
-    return (max(4096, rows), 1024) if cuda else (rows, max(1, PIECE // (4 * V)))
+CHUNK_BYTES = 160 << 20      # of logits in one matrix product
+PIECE_BYTES = 8 << 20        # of logits in fp32 at once (both measured, see LOG.md)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def chunk_sizes(padded_vocab_size, element_size, is_cuda):
+    """Return the tokens of a chunk, and of a piece of it, which fits in a CPU's cache.
+
+    Larger on a GPU: each chunk reads and writes the gradient of the head once.
+    """
+    chunk_size = CHUNK_BYTES // (padded_vocab_size * element_size)
+    chunk_size = max(64, chunk_size // 64 * 64)
+    if is_cuda:
+        return max(4096, chunk_size), 1024
+    return chunk_size, max(1, PIECE_BYTES // (4 * padded_vocab_size))
+
+
+# --------------------------------------------------------------------------------------------------
 # the model
 
 class Transformer(nn.Module):
+    """The model that a model section m describes. Its weights come from load_weights()."""
+
     def __init__(self, m):
         super().__init__()
+        check_choices(m)
         self.cfg = m
-        rope_scaling(m)
-        self.padded_vocab_size = -(-m["vocab_size"] // m["pad_vocab_size_multiple"]) * m["pad_vocab_size_multiple"]
-        choices = {"loss": LOSSES, "embed": EMBEDDINGS, "norm": ("rmsnorm", "layernorm"), "activation": ACTIVATIONS,
-                   "positions": ("rope", "learned"), "qk_norm": ("none", "head", "all")}
-        for key, known in choices.items():
-            if m[key] not in known:
-                raise configs.UserError(f"model.{key}: must be one of {', '.join(known)}; got {m[key]}")
-        self.embed = Embedding(self.padded_vocab_size, m["d_model"])
-        self.pos = Embedding(m["max_len"], m["d_model"]) if m["positions"] == "learned" else None
-        self.blocks = nn.ModuleList(Block(m, n) for n in range(m["n_layers"]))
-        self.norm = Norm(m, m["d_model"])
-        self.head = None if m["tie_embeddings"] else Linear(m["d_model"], self.padded_vocab_size, bias=False)
-        self.head_bias = nn.Parameter(torch.empty(self.padded_vocab_size)) if m["head_bias"] else None
-        self.loss = configs.bind_options("model.loss", LOSSES[m["loss"]], 2, m["loss_options"])
-        self.embedded = configs.bind_options("model.embed", EMBEDDINGS[m["embed"]], 2, m["embed_options"])
-        self.dtype, self.recompute = torch.float32, False            # of the computation; shard.parallelize sets both
+        multiple = m["pad_vocab_size_multiple"]
+        self.padded_vocab_size = math.ceil(m["vocab_size"] / multiple) * multiple
+        V, C = self.padded_vocab_size, m["d_model"]
+        self.embed = Embedding(V, C)
+        self.pos = Embedding(m["max_len"], C) if m["positions"] == "learned" else None
+        self.blocks = nn.ModuleList(Block(m, i) for i in range(m["n_layers"]))
+        self.norm = Norm(m, C)
+        self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
+        self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
+
+        self.embedding = configs.bind_options(
+            "model.embed", EMBEDDINGS[m["embed"]], 2, m["embed_options"])
+        loss = LOSSES[m["loss"]]
+        self.loss = configs.bind_options("model.loss", loss, 2, m["loss_options"], LOSS_INPUTS)
+        self.loss_inputs = [name for name in inspect.signature(loss).parameters
+                            if name in LOSS_INPUTS]
+        self.references = []         # [a frozen Transformer], in a list: it is no submodule
+        self.dtype = torch.float32   # of the computation; shard.parallelize sets this and
+        self.recompute = False       # this: keep a block's input only, for the backward pass
 
     def forward(self, batch):
-        """A micro-batch (see the top of the file) -> (loss_sum, weight_sum, {"loss": [D]}).
+        """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
 
-        loss_sum    sum of loss_weight * nll over its target tokens, the only one that carries a gradient
+        loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
-        {...}       statistics per document; "loss": the sum of loss_weight * nll over its target tokens
+        {...}       statistics of each document; "loss": its part of loss_sum
         """
-        total, cu = len(batch["tokens"]), batch["cu_seqlens"]
-        fast = cu.is_cuda and self.dtype != torch.float32 and not ("noise" in batch and self.cfg["attn_pdrop"])
-        fast = fast and self.cfg["head_dim"] % 8 == 0 and self.cfg["head_dim"] <= 256    # what the kernel is made for
-        x = self.hidden(batch, varlen(cu, total, batch["max_seqlen"]) if fast else per_document(cu, total, cu.device))
+        x = self.hidden(batch)                                                     # [T, C]
         index = batch.get("target_index")
         if index is None:
-            index = (batch["targets"] != IGNORED).nonzero().squeeze(1)                                # [N]
-        loss_weights = batch["loss_weights"][index]
+            index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
+        loss_weights = batch["loss_weights"][index]                                # [N]
+        reference = None
+        if "reference_logits" in self.loss_inputs:
+            reference = self.reference_inputs(batch, index)
+        token_losses = TokenLosses(self.loss, self.loss_inputs, batch, batch["targets"][index],
+                                   index, reference, self.cfg["vocab_size"])
         head = self.head_weight()
-        head = head if torch.is_grad_enabled() else head.detach()    # a Function is not told that no gradient is wanted
-        loss_sum, losses = ChunkedLoss.apply(x[index], head, batch["targets"][index], loss_weights, self.loss,
-                                             self.head_bias, self.cfg["vocab_size"])
-        document_losses = torch.zeros(len(cu) - 1, device=x.device)                                   # [D]
-        document_losses.index_add_(0, document_of(batch)[index], losses * loss_weights)
+        if not torch.is_grad_enabled():      # ctx.needs_input_grad ignores torch.no_grad()
+            head = head.detach()
+        loss_sum, losses = ChunkedLoss.apply(x[index], head, self.head_bias, loss_weights,
+                                             token_losses)
+
+        document_losses = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)        # [D]
+        documents = document_index(batch)[index]                                   # [N]
+        document_losses.index_add_(0, documents, losses * loss_weights)
         return loss_sum, loss_weights.abs().sum(), {"loss": document_losses}
 
-    def hidden(self, batch, attend):
-        """What the head reads. -> [T, C]"""
-        m, positions, keys = self.cfg, batch["positions"], None
-        x = self.embedded(self, batch)                                                                # [T, C]
+    def hidden(self, batch, layout=None):
+        """Return the final hidden states [T, C], which the head reads.
+
+        layout  see attention(). None: the documents of the micro-batch
+        """
+        m = self.cfg
+        positions = batch["positions"]
+        if layout is None:
+            layout = PackedDocuments(batch["cu_seqlens"], len(positions), batch["max_seqlen"],
+                                     self.can_use_varlen())
+        x = self.embedding(self, batch)                                            # [T, C]
         if m["embedding_multiplier"] != 1.0:
             x = x * m["embedding_multiplier"]
         if self.pos is not None:
             x = x + F.embedding(positions, self.pos.weight)
-        if "noise" in batch and (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]):
-            keys = token_keys(batch)                                                                  # [T]
+        seeds = None
+        if self.has_noise(batch) and (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]):
+            seeds = token_seeds(batch)                                             # [T]
             if m["embd_pdrop"]:
-                x = dropout(x, m["embd_pdrop"], keys[:, None], torch.arange(x.shape[1], device=x.device))
-        x, rope = x.to(self.dtype), None if self.pos is not None else rope_turns(positions, m)
-        rope = torch.view_as_real(rope) if rope is not None and x.is_cuda else rope
-        for n, block in enumerate(self.blocks):
-            args = x, rope, attend, None if keys is None else scrambled(keys + n + 1)
+                x = dropout(x, m["embd_pdrop"], seeds)
+        x = x.to(self.dtype)
+        rope = rope_freqs(positions, m) if m["positions"] == "rope" else None
+        for i, block in enumerate(self.blocks):
+            block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
+            args = (x, rope, layout, block_seeds)
             if self.recompute and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+                x = torch.utils.checkpoint.checkpoint(
+                    block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
         x = self.norm(x)
         return x if m["logits_scaling"] == 1.0 else x / m["logits_scaling"]
 
-    def head_weight(self):
-        return self.embed.weight if self.head is None else self.head.weight                           # [V', C]
+    def has_noise(self, batch):
+        """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
+        return self.training and "noise_seed" in batch
 
-    def logits(self, batch, attend=None):
-        """All logits, for generation and tests. -> [T, V] in fp32"""
-        attend = attend or per_document(batch["cu_seqlens"], len(batch["tokens"]), batch["tokens"].device)
-        x, bias = self.hidden(batch, attend), self.head_bias
-        logits = F.linear(x, self.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    def can_use_varlen(self):
+        """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head."""
+        E = self.cfg["head_dim"]
+        return self.embed.weight.is_cuda and self.dtype != torch.float32 and E % 8 == 0 and E <= 256
+
+    def head_weight(self):
+        return self.embed.weight if self.head is None else self.head.weight        # [V', C]
+
+    def logits(self, batch, layout=None):
+        """Return all logits, fp32 [T, V]: for generation and tests."""
+        x = self.hidden(batch, layout)
+        bias = None if self.head_bias is None else self.head_bias.to(x.dtype)
+        logits = F.linear(x, self.head_weight().to(x.dtype), bias)
         return logits[:, :self.cfg["vocab_size"]].float()
 
+    @torch.no_grad()
+    def reference_inputs(self, batch, index):
+        """The reference model's (hidden states of target tokens [N, C'], head, bias or None)."""
+        [reference] = self.references
+        x = reference.hidden(batch)[index]
+        bias = reference.head_bias
+        return x, reference.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype)
 
-def resolve_vocab_size(m, n):
-    """A model section for a tokenizer of n ids: a pretrained vocabulary grows where it is smaller, an open one is n."""
-    return m | {"vocab_size": max(m["vocab_size"] or 0, n) if m["init_from"] else m["vocab_size"] or n}
 
+def check_choices(m):
+    """Raise UserError for a name in the model section that does not exist."""
+    rope_scaling(m)
+    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS,
+               "norm": ("rmsnorm", "layernorm"), "positions": ("rope", "learned"),
+               "qk_norm": ("none", "head", "all")}
+    for key, names in choices.items():
+        if m[key] not in names:
+            raise configs.UserError(f"model.{key}: must be one of {', '.join(names)}; got {m[key]}")
+
+
+def resolve_vocab_size(m, n_tokens):
+    """Return the model section with its vocab_size, for a tokenizer of n_tokens ids.
+
+    A pretrained vocabulary grows if it is smaller; null becomes n_tokens.
+    """
+    vocab_size = m["vocab_size"] or n_tokens
+    if m["init_from"]:
+        vocab_size = max(vocab_size, n_tokens)
+    return m | {"vocab_size": vocab_size}
+
+
+# --------------------------------------------------------------------------------------------------
+# weights: a reader has read(name, start, end) -> rows start ... end - 1 of that parameter
 
 def build(m, seed=0, device="cpu"):
-    """A model section, complete -> a model with new weights."""
-    return load_weights(build_on_meta(m).to_empty(device=device), init_reader(m, seed))
+    """Return a model with new weights. m: a complete model section."""
+    return load_weights(build_on_meta(m).to_empty(device=device), NewWeights(m, seed).read)
 
 
-def load_weights(model, read, part=lambda p: (p, 0, len(p))):
-    """Give a model its weights, in place, some MB at a time: besides them nothing large is in memory. -> the model
+def build_on_meta(m):
+    """Return a model without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(m)
 
-    read  (name, first row, one behind the last) -> those rows of that tensor: init_reader() or pretrained_reader(), so
-          that a process which holds a part of a tensor reads no more than that
-    part  a parameter -> (what is held of it here, its first row, one behind its last)
-    """
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            mine, start, end = part(p)
-            rows = max(1, (1 << 20) // math.prod(p.shape[1:]))
-            for at in range(start, end, rows):
-                mine[at - start:at - start + rows].copy_(read(name, at, min(at + rows, end)))
+
+@torch.no_grad()
+def load_weights(model, read):
+    """Copy the weights that a reader's read() gives into a model. Returns the model."""
+    for name, p in model.named_parameters():
+        load_parameter(name, p, read, (p, 0, len(p)))
     return model
 
 
-def init_reader(m, seed):
-    """-> read() of new weights.
+def load_parameter(name, p, read, local_shard):
+    """Copy rows of a parameter, some MB at a time.
 
-    Matrices are normal with init_std; with init_by_depth those that write into the residual stream are narrower by
-    sqrt(2 L), as in GPT-2; norms are 1, biases and what only pads the vocabulary 0. Every thousand rows are make_generator by
-    their tensor's name, so that they are the same whatever else the model has, and whoever reads them.
+    local_shard  (a tensor of rows start ... end - 1 of p, start, end)
     """
-    shapes, each = {name: p.shape for name, p in build_on_meta(m).named_parameters()}, 1024
+    local, start, end = local_shard
+    rows = max(1, (1 << 20) // math.prod(p.shape[1:]))
+    for first in range(start, end, rows):
+        last = min(first + rows, end)
+        local[first - start:last - start].copy_(read(name, first, last))
 
-    def read(name, start, end):
-        if len(shapes[name]) < 2:
+
+def parameter_shapes(m):
+    return {name: p.shape for name, p in build_on_meta(m).named_parameters()}
+
+
+def unpadded_rows(name, rows, m):
+    """The number of rows of a parameter, without those that pad the vocabulary."""
+    return m["vocab_size"] if name in ("embed.weight", "head.weight", "head_bias") else rows
+
+
+class NewWeights:
+    """Reads the weights of a new model.
+
+    Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
+    are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
+    Each 1024 rows are drawn from a seed and the parameter's name, so that they are the same
+    whatever else the model has, and whichever rank reads them.
+    """
+
+    ROWS = 1024
+
+    def __init__(self, m, seed):
+        self.m = m
+        self.seed = seed
+        self.shapes = parameter_shapes(m)
+
+    def read(self, name, start, end):
+        if len(self.shapes[name]) < 2:
             return torch.full((end - start,), 1.0 if name.endswith("weight") else 0.0)
-        narrow = m["init_by_depth"] and name.endswith(("attn.out.weight", "mlp.down.weight"))
-        std = m["init_std"] / math.sqrt(2 * m["n_layers"]) if narrow else m["init_std"]
-        drawn, out, begin = known_rows(name, shapes[name][0], m), [], start // each * each
-        for first in range(begin, end, each):
-            block = torch.zeros(min(each, shapes[name][0] - first), *shapes[name][1:])
-            block[:max(0, drawn - first)].normal_(0, std, generator=make_generator(seed, f"{name} {first}" if first else name))
-            out.append(block)
-        return torch.cat(out)[start - begin:end - begin]
-    return read
+        begin = start // self.ROWS * self.ROWS
+        drawn = [self.draw(name, first) for first in range(begin, end, self.ROWS)]
+        return torch.cat(drawn)[start - begin:end - begin]
+
+    def draw(self, name, first):
+        """The rows from `first` on, at most ROWS."""
+        m = self.m
+        n_rows, *rest = self.shapes[name]
+        std = m["init_std"]
+        if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
+            std = std / math.sqrt(2 * m["n_layers"])
+        rows = torch.zeros(min(self.ROWS, n_rows - first), *rest)
+        drawn = max(0, unpadded_rows(name, n_rows, m) - first)
+        generator = make_generator(self.seed, f"{name} {first}" if first else name)
+        rows[:drawn].normal_(0, std, generator=generator)
+        return rows
 
 
 def make_generator(seed, name):
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-def build_on_meta(m):
-    with torch.device("meta"):
-        return Transformer(m)
+def weights_reader(m, seed):
+    """The reader of the weights that training starts from: pretrained, or new ones."""
+    return PretrainedWeights(m["init_from"], m) if m["init_from"] else NewWeights(m, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hugging Face's format, in and out
-
-def hf_names(name, m):
-    """A parameter's name -> [their names of what it is stacked of, along the outputs], by configs/families.yaml."""
-    theirs = configs.families()[m["family"]]["weights"].get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name))
-    if theirs is None:
-        raise configs.UserError(f"model.family: {m['family']} has no name for {name} in configs/families.yaml")
-    i = name.split(".")[1] if name.startswith("blocks.") else ""
-    return [t.replace("{i}", i) for t in (theirs if isinstance(theirs, list) else [theirs])]
+def is_block_matrix(name, p):
+    """Is this parameter a matrix of a block? (Muon updates these.)"""
+    return name.startswith("blocks.") and p.dim() == 2
 
 
-def hf_weight_names(model, m):
-    """{our name: hf_names()} of all the model's parameters."""
-    return {name: hf_names(name, m) for name, _ in model.named_parameters()}
+# --------------------------------------------------------------------------------------------------
+# Hugging Face's format: names of weights
+
+def hf_layout(m):
+    """Where Hugging Face's files have each parameter, from configs/families.yaml.
+
+    Returns {name: [(tensor, first row, number of rows)]}. There are several entries if the files
+    have q, k and v of each head in turn. Padding of the vocabulary is in no file.
+    Raises UserError for a parameter that the family has no name for.
+    """
+    shapes = parameter_shapes(m)
+    return {name: hf_slices(name, shapes, m) for name in shapes}
 
 
-def fused_sizes(name, m):
-    """Outputs of each part of a stacked weight: q, k and v; gate and up."""
-    if ".attn.qkv." in name:
-        return [m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]]
-    return [m["d_ff"], m["d_ff"]]
+def hf_slices(name, shapes, m):
+    """One parameter's entry of hf_layout(). shapes: parameter_shapes(m)."""
+    family = configs.families()[m["family"]]
+    rows = unpadded_rows(name, shapes[name][0], m)
+    if family.get("native"):
+        return [(name, 0, rows)]
+    block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
+    module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
+    if pattern in family["weights"]:
+        return [(family["weights"][pattern].replace("{i}", block), 0, rows)]
+    for fused, parts in family.get("fused", {}).items():
+        if module not in parts:
+            continue
+        tensor = f"{fused}.{kind}".replace("{i}", block)
+        place = parts.index(module)
+        if family.get("fused_by_head"):
+            E = m["head_dim"]
+            return [(tensor, (head * len(parts) + place) * E, E) for head in range(m["n_heads"])]
+        before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
+        return [(tensor, sum(shapes[part][0] for part in before), rows)]
+    raise configs.UserError(f"model.family: {m['family']} has no name for {name} in "
+                            "configs/families.yaml; model.family=native keeps our names")
 
 
-def known_rows(name, rows, m):
-    """Rows of a parameter without those that only pad the vocabulary."""
-    return m["vocab_size"] if name in ("embed.weight", "head.weight", "head_bias") else rows
+def split_block(name):
+    """blocks.3.norm1.weight -> ("3", "blocks.{i}.norm1.weight");  norm.weight -> ("", as it is)"""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    if not match:
+        return "", name
+    return match[1], "blocks.{i}." + name[match.end():]
 
 
-def pieces(name, rows, m):
-    """Where a parameter's `rows` rows stand in their files, in our order -> [(their name, first row, rows)]"""
-    names = hf_names(name, m)
-    if name.endswith(tuple(configs.families()[m["family"]].get("by_head", ["-"]))):    # theirs: q, k, v of head 0, …
-        E = m["head_dim"]
-        return [(names[0], (3 * head + part) * E, E) for part in range(3) for head in range(m["n_heads"])]
-    return [(key, 0, n) for key, n in zip(names, fused_sizes(name, m) if len(names) > 1 else [rows])]
+def hf_tensors(m):
+    """The tensors of an exported model: {tensor: [(name, first row of it, number of rows)]}.
+
+    The inverse of hf_layout(). The rows of a tensor are those of its parts, one after another.
+    """
+    parts = {}
+    for name, slices in hf_layout(m).items():
+        row = 0
+        for tensor, first, rows in slices:
+            parts.setdefault(tensor, []).append((first, name, row, rows))
+            row += rows
+    return {tensor: [part[1:] for part in sorted(parts[tensor])] for tensor in parts}
 
 
-def to_hf(name, t, m):
-    """A tensor with our rows of a parameter -> {their name: their rows}"""
-    out, where = {}, pieces(name, len(t), m)
-    for (key, first, _), part in zip(where, t.split([rows for *_, rows in where])):
-        out.setdefault(key, []).append((first, part))
-    in_order = {key: [part for _, part in sorted(parts, key=lambda p: p[0])] for key, parts in out.items()}
-    return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in in_order.items()}
+def is_transposed(name, family):
+    """Do the files store this weight as [in, out]?"""
+    return name.endswith(tuple(family.get("transposed", ())))
 
 
-def matrix_rows(name, p, m):
-    """The outputs of each matrix that a block's weight consists of; [] for whatever is no matrix of a block."""
-    if p.dim() < 2 or not name.startswith("blocks.") or not name.endswith(".weight"):
-        return []
-    stacked = name.endswith("attn.qkv.weight") or m["glu"] and name.endswith("mlp.up.weight")
-    return fused_sizes(name, m) if stacked else [len(p)]
-
+# --------------------------------------------------------------------------------------------------
+# Hugging Face's format: in
 
 def load(path, m=None, device="cpu"):
-    """A pretrained folder (or a run's) -> (model in fp32, the complete model section that describes it).
+    """Return (model in fp32 and in evaluation mode, its model section).
 
-    m  the section to go by, where the caller has one; else config.json's
-
-    Raises ValueError as pretrained_reader() does.
+    path  a pretrained folder, a run's folder or a hub id
+    m     the complete model section, if the caller has one; otherwise it is that of config.json
+    Raises UserError if the weights do not fit.
     """
     folder = configs.resolve_model_dir(path)
-    m = m or configs.load([f"model.init_from={folder}"])[0]["model"]
-    return load_weights(build_on_meta(m).to_empty(device=device), pretrained_reader(folder, m)), m
+    if m is None:
+        m = configs.load([f"model.init_from={folder}"])[0]["model"]
+    model = build_on_meta(m).to_empty(device=device)
+    return load_weights(model, PretrainedWeights(folder, m).read).eval(), m
 
 
-def pretrained_reader(path, m):
-    """A pretrained folder (or a run's) -> read() of its weights, in the dtype they are stored in.
+class PretrainedWeights:
+    """Reads the weights of a pretrained folder (or a run's, or a hub id's), in their stored dtype.
 
-    Only safetensors are read, memory-mapped, and of them only what read() is asked for. Where the vocabulary has grown
-    beyond theirs, new tokens start at the mean of the old. Raises ValueError naming all that is missing, unknown or
-    misshapen at once, and the keys that contradict config.json.
+    Safetensors files are memory-mapped, and only the rows that read() is asked for are read. If the
+    vocabulary has grown, new tokens start at the mean of the stored ones; padding is 0.
+
+    slices  {name: [(tensor, first row, number of rows)]}, see hf_layout()
+    Raises UserError that names all missing, unknown and misshapen tensors.
     """
-    folder = configs.resolve_model_dir(path)
-    family, theirs, where = configs.families()[m["family"]], configs.read_model(folder), open_weights(folder)
-    known, turned = min(m["vocab_size"], theirs["vocab_size"]), tuple(family.get("transposed", ()))
-    model, places, wrong = build_on_meta(m), {}, []                  # places: our name -> [(their key, first row, rows)]
-    for name, p in model.named_parameters():
-        places[name], sizes = [], {}
-        for key, first, rows in pieces(name, known_rows(name, len(p), m | {"vocab_size": known}), m):
-            short = key.removeprefix(family["prefix"])
-            key = short if key not in where and short in where else key
-            places[name].append((key, first, rows))
-            sizes[key] = sizes.get(key, 0) + rows
-        for key, rows in sizes.items():
-            want = [rows, *p.shape[1:]]
-            want = want[::-1] if name.endswith(turned) else want
-            if key not in where:
-                wrong.append(f"{key} is missing")
-            elif (stored := where[key].get_slice(key).get_shape()) != want:
-                wrong.append(f"{key} is {stored}, and the config makes it {want}")
-    used = {key for parts in places.values() for key, *_ in parts}
-    ignored = (*family.get("ignore", ()), *[family["weights"]["head.weight"]] * theirs["tie_embeddings"])
-    wrong += [f"{key} is unknown" for key in sorted(where) if key not in used and not key.endswith(ignored)]
-    if wrong:
-        shapes = lambda m: [(name, p.shape) for name, p in build_on_meta(m | {"rope_layers": None}).named_parameters()]
-        said = [f"model.{key} = {m[key]}, where config.json says {value}" for key, value in theirs.items()
-                if value is not None and m[key] != value and shapes(m | {key: value}) != shapes(m)]
-        raise configs.UserError(f"{folder}: weights don't fit the model: {listed(wrong)}{'; ' * bool(said)}{listed(said)}")
 
-    @functools.cache
-    def mean(key):
-        stored, total = where[key].get_slice(key), 0
-        for at in range(0, known, 8192):
-            total = total + stored[at:at + 8192].double().sum(0)
-        return total / known
+    def __init__(self, path, m):
+        self.m = m
+        self.folder = configs.resolve_model_dir(path)
+        self.family = configs.families()[m["family"]]
+        self.stored_config = configs.read_model(self.folder)
+        self.files = open_weights(self.folder)           # {tensor: the open file}
+        self.shapes = parameter_shapes(m)
+        self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
+        layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
+        self.slices = {name: [(self.find(tensor), first, rows) for tensor, first, rows in slices]
+                       for name, slices in layout.items()}
+        self.means = {}
+        self.check()
 
-    def read(name, start, end):
-        out, at = [], 0
-        for key, first, rows in places[name]:
-            a, b = max(start - at, 0), min(end - at, rows)
-            if a < b:
-                stored = where[key].get_slice(key)
-                out.append(stored[:, first + a:first + b].T if name.endswith(turned) else stored[first + a:first + b])
-            at += rows
-        if end > at:                                           # tokens the file doesn't know, and what only pads
-            new, start = torch.zeros(end - max(start, at), *model.get_parameter(name).shape[1:]), max(start, at)
-            if start < m["vocab_size"]:
-                new[:m["vocab_size"] - start] = mean(places[name][0][0]).float()
-            out.append(new)
+    def find(self, tensor):
+        """The tensor's name in the files, some of which lack the family's prefix."""
+        short = tensor.removeprefix(self.family.get("prefix", ""))
+        return short if tensor not in self.files and short in self.files else tensor
+
+    def read(self, name, start, end):
+        slices = self.slices[name]
+        transposed = is_transposed(name, self.family)
+        out = []
+        row = 0                                          # of the parameter, where a slice begins
+        for tensor, first, rows in slices:
+            low = max(start - row, 0)
+            high = min(end - row, rows)
+            if low < high:
+                stored = self.files[tensor].get_slice(tensor)
+                if transposed:
+                    out.append(stored[:, first + low:first + high].T)
+                else:
+                    out.append(stored[first + low:first + high])
+            row += rows
+        if end > row:
+            out.append(self.new_rows(name, max(start, row), end))
         return torch.cat(out) if len(out) > 1 else out[0]
-    return read
+
+    def new_rows(self, name, start, end):
+        """Rows that the files don't have: new tokens, and padding of the vocabulary."""
+        new = torch.zeros(end - start, *self.shapes[name][1:])
+        n_tokens = max(self.m["vocab_size"] - start, 0)
+        if n_tokens:
+            new[:n_tokens] = self.mean(self.slices[name][0][0])
+        return new
+
+    def mean(self, tensor):
+        """The mean row of the stored vocabulary, in fp32."""
+        if tensor not in self.means:
+            stored = self.files[tensor].get_slice(tensor)
+            total = 0
+            for start in range(0, self.stored_vocab_size, 8192):
+                end = min(start + 8192, self.stored_vocab_size)
+                total = total + stored[start:end].double().sum(0)
+            self.means[tensor] = (total / self.stored_vocab_size).float()
+        return self.means[tensor]
+
+    def check(self):
+        """Raise UserError unless the files have exactly the tensors that the model needs."""
+        wrong = []
+        expected = {}                                    # tensor: (rows, other dimensions, name)
+        for name, slices in self.slices.items():
+            for tensor, _, rows in slices:
+                so_far = expected.get(tensor, (0, None, None))[0]
+                expected[tensor] = (so_far + rows, self.shapes[name][1:], name)
+        for tensor, (rows, rest, name) in expected.items():
+            shape = [rows, *rest]
+            if is_transposed(name, self.family):
+                shape = shape[::-1]
+            if tensor not in self.files:
+                wrong.append(f"{tensor} is missing")
+                continue
+            stored_shape = self.files[tensor].get_slice(tensor).get_shape()
+            if stored_shape != shape:
+                wrong.append(f"{tensor} is {stored_shape}, and the config makes it {shape}")
+        ignored = tuple(self.family.get("ignore", ()))
+        if self.stored_config.get("tie_embeddings"):     # some files store the tied head, too
+            ignored += (self.family["weights"]["head.weight"],)
+        for tensor in sorted(self.files):
+            if tensor not in expected and not tensor.endswith(ignored):
+                wrong.append(f"{tensor} is unknown")
+        if wrong:
+            contradictions = contradicting_keys(self.m, self.stored_config)
+            hint = f"; {shorten(contradictions)}" if contradictions else ""
+            raise configs.UserError(f"{self.folder}: weights don't fit the model: "
+                                    f"{shorten(wrong)}{hint}")
+
+
+def contradicting_keys(m, stored_config):
+    """The keys whose values differ from config.json's and give weights of other shapes."""
+    contradictions = []
+    without_layers = m | {"rope_layers": None}           # its length depends on n_layers
+    shapes = parameter_shapes(without_layers)
+    for key, value in stored_config.items():
+        if value is None or m[key] == value:
+            continue
+        if parameter_shapes(without_layers | {key: value}) != shapes:
+            contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
+    return contradictions
 
 
 def open_weights(folder):
-    """-> {their name: the open safetensors file that holds it}. Raises ValueError: none there, pickles, or damage."""
+    """Return {tensor: the open safetensors file that holds it}.
+
+    Raises UserError if there is no such file, or a damaged one.
+    """
     from safetensors import SafetensorError, safe_open
-    at = index = folder / "model.safetensors.index.json"         # at: what is being read
+    path = folder / "model.safetensors.index.json"       # the file that is being read
     try:
         files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-        if index.is_file() and files[:1] != [folder / "model.safetensors"]:
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        opened = [safe_open(at := f, framework="pt") for f in files]
+        if path.is_file() and files[:1] != [folder / "model.safetensors"]:
+            index = json.loads(path.read_text())
+            files = sorted({folder / name for name in index["weight_map"].values()})
+        tensors = {}
+        for path in files:
+            opened = safe_open(path, framework="pt")
+            tensors |= dict.fromkeys(opened.keys(), opened)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        raise configs.UserError(f"{at}: a damaged or missing safetensors file: {e}") from None
+        raise configs.UserError(f"{path}: a damaged or missing safetensors file: {e}") from None
     if not files:
-        pickles = ", ".join(sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")))
-        raise configs.UserError(f"{folder}: holds no *.safetensors{f', but {pickles}' if pickles else ''}: pickles can run "
-                         "code and are not read; this converts one: python -c \"from transformers import "
-                         f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
-    return {key: f for f in opened for key in f.keys()}
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
+        found = f", but {', '.join(pickles)}" if pickles else ""
+        raise configs.UserError(
+            f"{folder}: holds no *.safetensors{found}: pickles can run code and are not read; this "
+            "converts one: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+    return tensors
 
 
-def listed(wrong, most=8):
-    """["a", "b"] -> "a; b", shortened where there are many"""
-    return "; ".join([*wrong[:most], *([f"and {len(wrong) - most} more"] if len(wrong) > most else [])])
+def shorten(items, limit=8):
+    """["a", "b"] -> "a; b", with the first `limit` items only."""
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return "; ".join([*items[:limit], *more])
 
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face's format: out
 
 def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
-    """Write config.json, generation_config.json and model.safetensors (in parts above shard_bytes).
+    """Write config.json, generation_config.json and model.safetensors.
 
-    read    name -> that tensor, whole: a model's get_parameter, or anything like it. A part is in memory at a time
-    source  the folder or hub id it came from: what that config.json says besides is carried along, and its dtype
-    stop    ids that end a generation;  bos  the id a text begins with
+    read         name -> that parameter, the whole tensor: model.get_parameter, for example. Only
+                 one file's tensors are in memory at a time
+    source       the folder or hub id of the pretrained model: other keys of its config.json are
+                 kept, and its dtype
+    stop, bos    ids that end a generation, and the id that begins a text
+    shard_bytes  a larger model is written as several files
     """
-    from safetensors.torch import save_file
-    if m["embed"] == "scaled":                                 # no config.json here says it: it goes into the weights
-        table, tied, scale = read, m["tie_embeddings"], math.sqrt(m["d_model"])
-        read = lambda name: (table(name) * scale if name == "embed.weight" else
-                             table("embed.weight" if tied and name == "head.weight" else name))
-        m = m | {"embed": "plain", "tie_embeddings": False}
-    folder, family, model = Path(folder), configs.families()[m["family"]], build_on_meta(m)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    original = Path(configs.resolve_pretrained(str(source)) or "/nowhere") / "config.json"
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")     # left out, they are some released model's
-    config = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else dict.fromkeys(ids)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
-    for key in ("torch_dtype", "rope_parameters"):             # said below, in the words every version reads
-        config.pop(key, None)
-    config |= {"model_type": family["model_type"], "architectures": [family["architecture"]], "dtype": dtype}
-    config |= {ways[0] if isinstance(ways, list) else ways: m[key] for key, ways in family["keys"].items()}
-    if stop or bos is not None:
-        config |= {"bos_token_id": bos, "eos_token_id": stop[0] if len(stop) == 1 else list(stop) or None}
-    absent = family.get("refuse", {})                          # what we don't compute, said even where it is null
-    null = [ways[0] for ways in family["keys"].values() if isinstance(ways, list) and ways[-1] is not None]
-    config = {key: value for key, value in config.items() if value is not None or key in (*null, *ids)} | absent
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    fixed = configs.families()[m["family"]].get("fixed", {})
+    is_native = configs.families()[m["family"]].get("native", False)
+    if m["embed"] == "scaled" and "embed" not in fixed and not is_native:
+        # The family's config.json has no key for it, so the table is stored scaled. A tied head
+        # is stored apart, as it is.
+        read = ScaledEmbedding(read, m).read
+        m = m | {"embed": "plain", "tie_embeddings": False}
+    config = hf_config(m, source, stop, bos)
+    write_json(folder / "config.json", config)
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    write_json(folder / "generation_config.json", generation | {"do_sample": False})
 
-    dtype = getattr(torch, dtype)
-    files, size = [[]], 0                                      # our names, file by file
-    for name, p in model.named_parameters():
-        if files[-1] and size + p.numel() * dtype.itemsize > shard_bytes:
+    files = split_into_files(m, getattr(torch, config["dtype"]), shard_bytes)
+    weight_map = {}
+    total_size = 0
+    for i, tensor_names in enumerate(files):
+        tensors = collect_tensors(read, m, tensor_names, getattr(torch, config["dtype"]))
+        name = "model.safetensors"
+        if len(files) > 1:
+            name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        write_safetensors(tensors, folder / name, folder / "config.json")
+        weight_map |= dict.fromkeys(tensors, name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+class ScaledEmbedding:
+    """Reads a model with model.embed=scaled as one with plain embeddings and a head of its own."""
+
+    def __init__(self, read, m):
+        self.read_parameter = read
+        self.m = m
+
+    def read(self, name):
+        if name == "embed.weight":
+            return self.read_parameter(name) * math.sqrt(self.m["d_model"])
+        if name == "head.weight" and self.m["tie_embeddings"]:
+            return self.read_parameter("embed.weight")
+        return self.read_parameter(name)
+
+
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def hf_config(m, source, stop, bos):
+    """The config.json of an exported model, as a dict."""
+    family = configs.families()[m["family"]]
+    path = Path(configs.resolve_pretrained(str(source)) or "/nowhere") / "config.json"
+    # Token ids that are left out would be those of some released model.
+    config = dict.fromkeys(TOKEN_ID_KEYS)
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = config.pop("torch_dtype", None)
+    dtype = config.get("dtype") or dtype
+    if dtype not in ("float32", "bfloat16", "float16"):
+        dtype = "float32"
+    config.pop("rope_parameters", None)                  # written as rope_scaling and rope_theta
+    config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
+               "dtype": dtype}
+    if stop or bos is not None:
+        eos = stop[0] if len(stop) == 1 else list(stop) or None
+        config |= {"bos_token_id": bos, "eos_token_id": eos}
+    if family.get("native"):
+        return config | {key: m[key] for key in m if key not in ("family", "init_from")}
+
+    null_is_a_value = [*TOKEN_ID_KEYS]
+    for key, places in family["keys"].items():
+        hf_key = places[0] if isinstance(places, list) else places
+        config[hf_key] = m[key]
+        if isinstance(places, list) and places[-1] is not None:      # absent means something else
+            null_is_a_value.append(hf_key)
+    config = {key: value for key, value in config.items()
+              if value is not None or key in null_is_a_value}
+    return config | family.get("refuse", {})             # the only supported values, even if null
+
+
+def split_into_files(m, dtype, shard_bytes):
+    """[[tensor names of a file]], each file at most shard_bytes if it has several tensors."""
+    shapes = parameter_shapes(m)
+    files = [[]]
+    size = 0
+    for tensor, parts in hf_tensors(m).items():
+        numbers = sum(rows * math.prod(shapes[name][1:]) for name, _, rows in parts)
+        if files[-1] and size + numbers * dtype.itemsize > shard_bytes:
             files.append([])
             size = 0
-        files[-1].append(name)
-        size += p.numel() * dtype.itemsize
-    index, total, turned = {}, 0, tuple(family.get("transposed", ()))
-    for n, ours in enumerate(files):
-        tensors = {}
-        for name in ours:
-            whole = read(name).detach()[:known_rows(name, None, m)].to("cpu", dtype)
-            for key, t in to_hf(name, whole, m).items():
-                tensors[key] = (t.T if name.endswith(turned) else t).contiguous()
-        label = "model.safetensors" if len(files) == 1 else f"model-{n + 1:05}-of-{len(files):05}.safetensors"
-        save_file(tensors, folder / label, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / label)    # safetensors writes for the owner alone
-        index |= dict.fromkeys(tensors, label)
-        total += sum(t.nbytes for t in tensors.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
-    (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": False}, indent=1) + "\n")
+        files[-1].append(tensor)
+        size += numbers * dtype.itemsize
+    return files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def collect_tensors(read, m, tensor_names, dtype):
+    """The named tensors of an export: {tensor name: tensor}."""
+    family = configs.families()[m["family"]]
+    layout = hf_tensors(m)
+    tensors = {}
+    for tensor_name in tensor_names:
+        parts = layout[tensor_name]
+        names = {name for name, _, _ in parts}
+        params = {name: read(name).detach().to("cpu", dtype) for name in names}
+        rows = [params[name][first:first + n_rows] for name, first, n_rows in parts]
+        tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
+        if is_transposed(parts[0][0], family):
+            tensor = tensor.T
+        tensors[tensor_name] = tensor.contiguous()
+    return tensors
+
+
+def write_safetensors(tensors, path, mode_of):
+    """safetensors makes the file readable for its owner only; give it the mode of another file."""
+    from safetensors.torch import save_file
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(mode_of, path)
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
 # generation
 
-def as_batch(documents, device="cpu"):
-    """Lists of ids -> a row without targets."""
-    lengths = [len(d) for d in documents]
-    cu = torch.tensor([0, *lengths]).cumsum(0)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    batch = {"tokens": torch.tensor([i for d in documents for i in d]), "positions": positions, "cu_seqlens": cu.int()}
-    return {key: t.to(device) for key, t in batch.items()} | {"max_seqlen": max(lengths)}
+def pack_prompts(prompts, device="cpu"):
+    """Lists of token ids -> a micro-batch without targets."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    batch = {
+        "tokens": tokens.to(device),
+        "positions": torch.cat([torch.arange(n) for n in lengths]).to(device),
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+        "max_seqlen": int(lengths.max()),
+    }
+    return batch
+
+
+class KVCache:
+    """Keys and values of B growing sequences: the layout of attention() for one token of each.
+
+    n_tokens  int64 [B], the tokens of each sequence so far; the token being computed comes next
+    capacity  the most tokens of a sequence
+    """
+
+    use_varlen = False
+
+    def __init__(self, n_tokens, capacity):
+        self.n_tokens = n_tokens
+        self.capacity = capacity
+        self.sequences = torch.arange(len(n_tokens), device=n_tokens.device)
+        self.keys = {}               # {Attention: [B, capacity, K, E]}
+        self.values = {}
+
+    def store(self, layer, k, v, sequences, positions):
+        """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
+        if layer not in self.keys:
+            shape = (len(self.n_tokens), self.capacity, *k.shape[1:])
+            self.keys[layer] = k.new_zeros(shape)
+            self.values[layer] = v.new_zeros(shape)
+        self.keys[layer][sequences, positions] = k
+        self.values[layer][sequences, positions] = v
+
+    def padded_groups(self, layer, q, k, v, seeds, need_mask):
+        """Yield one group: q [B, H, 1, E], all keys and values so far [B, K, t, E], the mask."""
+        self.store(layer, k, v, self.sequences, self.n_tokens)
+        t = int(self.n_tokens.max()) + 1
+        keys = self.keys[layer][:, :t].transpose(1, 2)
+        values = self.values[layer][:, :t].transpose(1, 2)
+        distance = self.n_tokens[:, None] - torch.arange(t, device=q.device)       # [B, t]
+        mask = distance >= 0
+        if layer.window:
+            mask = mask & (distance < layer.window)
+        yield q[:, :, None], keys, values, mask[:, None, None], seeds
+
+    def unpad(self, outputs):
+        return outputs[0][:, 0]                                                    # [B, H, E]
+
+
+class Prefill(PackedDocuments):
+    """The prompts, whose keys and values also go to a KVCache."""
+
+    def __init__(self, batch, cache):
+        super().__init__(batch["cu_seqlens"], len(batch["tokens"]), batch["max_seqlen"])
+        self.cache = cache
+        self.sequences = document_index(batch)
+        self.positions = batch["positions"]
+
+    def padded_groups(self, layer, q, k, v, seeds, need_mask):
+        self.cache.store(layer, k, v, self.sequences, self.positions)
+        yield from super().padded_groups(layer, q, k, v, seeds, need_mask)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0, keep_going=any):
-    """Prompts (lists of ids, of any lengths) -> yields, token by token, a list of B ids; None for one that has ended.
+def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0,
+             keep_going=any):
+    """Continue B prompts, lists of token ids. Yields [token id or None] of length B, per token.
 
-    It ends with an id of `stop` (yielded), after max_tokens, or at model.max_len. temperature 0 takes the likeliest.
-    keep_going  ([is each prompt unfinished?]) -> generate another token? The ranks of a sharded model decide it together
+    A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or at
+    model.max_len. After that, its entry is None. temperature 0 takes the most likely token.
+
+    keep_going  ([is each answer unfinished?]) -> generate another token? On a sharded model, all
+                ranks have to agree
     """
-    m, device, B = model.cfg, model.embed.weight.device, len(prompts)
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
-        raise configs.UserError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_tokens >= 1; "
-                         f"got {temperature}, {top_p}, {top_k}, {max_tokens}")
-    if not prompts or not all(prompts) or max(map(len, prompts)) > m["max_len"]:
-        lengths = sorted({len(p) for p in prompts})
-        raise configs.UserError(f"a prompt must have 1 to {m['max_len']} tokens (model.max_len), got {lengths}")
-    room = min(max(map(len, prompts)) + max_tokens, m["max_len"])
-    batch, cache = as_batch(prompts, device), {}
-    inside = per_document(batch["cu_seqlens"], len(batch["tokens"]), device)
-    length, every = torch.tensor([len(p) for p in prompts], device=device), torch.arange(B, device=device)    # [B]
-    rows = torch.repeat_interleave(every, length)                                                     # [T]
-
-    def remember(layer, qkv, keys):                            # the prompts, packed
-        keys_values, cache[layer] = layer.split(qkv, 1)[1:], []
-        for new in keys_values:
-            store = torch.zeros(B, room, *new.shape[1:], dtype=new.dtype, device=device)              # [B, room, K, E]
-            store[rows, batch["positions"]] = new
-            cache[layer].append(store)
-        return inside(layer, qkv, keys)
-
-    def recall(layer, qkv, keys):                              # one token of each prompt
-        q, *keys_values = layer.split(qkv, 1)
-        for store, new in zip(cache[layer], keys_values):
-            store[every, length] = new
-        upto = int(length.max()) + 1
-        keys, values = (store[:, :upto].transpose(1, 2) for store in cache[layer])                    # [B, K, upto, E]
-        back = length[:, None] - torch.arange(upto, device=device)                                    # [B, upto]
-        seen = (back >= 0 if not layer.window else (back >= 0) & (back < layer.window))[:, None, None]
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=seen, scale=layer.scale,
-                                           enable_gqa=layer.heads != layer.kv_heads)
-        return y[:, :, 0]                                                                             # [B, H, E]
-
-    random, stop = torch.Generator(device=device).manual_seed(seed), set(stop)
-    logits = model.logits(batch, remember)[batch["cu_seqlens"][1:].long() - 1]                        # [B, V]
-    alive = [True] * B
+    m = model.cfg
+    device = model.embed.weight.device
+    check_generation(prompts, m["max_len"], max_tokens, temperature, top_k, top_p)
+    lengths = [len(prompt) for prompt in prompts]
+    capacity = min(max(lengths) + max_tokens, m["max_len"])
+    cache = KVCache(torch.tensor(lengths, device=device), capacity)
+    batch = pack_prompts(prompts, device)
+    layout = Prefill(batch, cache)
+    history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
+    history[layout.sequences, batch["positions"]] = batch["tokens"]
+    last_tokens = batch["cu_seqlens"][1:].long() - 1
+    generator = torch.Generator(device=device).manual_seed(seed)
+    logits = model.logits(batch, layout)[last_tokens]                              # [B, V]
+    unfinished = [True] * len(prompts)
     for n in range(max_tokens):
-        ids = pick(logits, temperature, top_k, top_p, random)
-        chosen = ids.tolist()
-        yield [i if live else None for i, live in zip(chosen, alive)]
-        alive = [live and i not in stop and len(p) + n + 1 < m["max_len"] for i, live, p in zip(chosen, alive, prompts)]
-        if n + 1 == max_tokens or not keep_going(alive):
-            return
-        new = {"tokens": ids, "positions": length.clamp(max=room - 1)}
-        length = new["positions"]
-        logits = model.logits(new, recall)
-        length = length + 1
+        ids = sample_next(logits, temperature, top_k, top_p, generator)            # [B]
+        tokens = ids.tolist()
+        yield [token if alive else None for token, alive in zip(tokens, unfinished)]
+        for i, token in enumerate(tokens):
+            ended = token in stop or lengths[i] + n + 1 >= m["max_len"]
+            unfinished[i] = unfinished[i] and not ended
+        if n + 1 == max_tokens or not keep_going(unfinished):
+            break
+        # A finished answer that is full stays at its last position; what it yields is None.
+        cache.n_tokens = cache.n_tokens.clamp(max=capacity - 1)
+        history[cache.sequences, cache.n_tokens] = ids
+        batch = {"tokens": ids, "positions": cache.n_tokens, "history": history}
+        logits = model.logits(batch, cache)
+        cache.n_tokens = cache.n_tokens + 1
 
 
-def pick(logits, temperature, top_k, top_p, random):
-    """logits [B, V] -> ids [B]: the likeliest, or drawn from the top_k and the fewest that hold top_p."""
+def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
+    """Raise UserError for arguments of generate() that are not possible."""
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
+        raise configs.UserError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
+                                f"max_tokens >= 1; got {temperature}, {top_p}, {top_k}, "
+                                f"{max_tokens}")
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if not lengths or lengths[0] < 1 or lengths[-1] > max_len:
+        raise configs.UserError(f"a prompt must have 1 to {max_len} tokens (model.max_len); got "
+                                f"{lengths}")
+
+
+def sample_next(logits, temperature, top_k, top_p, generator):
+    """Choose a token from logits [B, V]: ids [B].
+
+    The candidates are the top_k most likely tokens (0: all), and of these the fewest whose
+    probabilities sum to top_p.
+    """
     if not temperature:
         return logits.argmax(-1)
-    values, order = (logits / temperature).sort(-1, descending=True)
-    probs = values.softmax(-1)
-    out = probs.cumsum(-1) - probs >= top_p                    # what stands before it already holds top_p
+    sorted_logits, order = (logits / temperature).sort(-1, descending=True)
+    probs = sorted_logits.softmax(-1)
+    excluded = probs.cumsum(-1) - probs >= top_p         # more likely tokens reach top_p already
     if top_k:
-        out[:, top_k:] = True
-    drawn = probs.masked_fill(out, 0).multinomial(1, generator=random)
-    return order.gather(-1, drawn)[:, 0]
+        excluded[:, top_k:] = True
+    chosen = probs.masked_fill(excluded, 0).multinomial(1, generator=generator)
+    return order.gather(-1, chosen)[:, 0]
 
 
 def generate_all(model, prompts, max_tokens, stop, **sampling):
-    """generate(), collected: lists of ids, without what ended them."""
-    out = [[] for _ in prompts]
+    """The answers of generate() as lists of token ids, without the ids that end them."""
+    answers = [[] for _ in prompts]
     for ids in generate(model, prompts, max_tokens, stop, **sampling):
-        for text, i in zip(out, ids):
-            if i is not None and i not in stop:
-                text.append(i)
-    return out
+        for answer, token in zip(answers, ids):
+            if token is not None and token not in stop:
+                answer.append(token)
+    return answers
 
 
 def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
-    """Questions from held-out chats, with their answers: [(prompt ids, answer ids without the stop token)].
+    """Prompts from held-out chats, with their answers: [(prompt ids, answer ids without the stop
+    token)].
 
-    A chat is cut before its last trained span. At most `limit` chats are taken, in order: those that end in a complete
+    A chat is cut before its last answer. The first `limit` chats are taken that end in a complete
     answer and whose prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
     prompts = []
     for source in dataset.sources.values():
-        documents = len(source) if source.header["chats"] else 0
-        for i in range(documents):
+        n_chats = len(source) if source.header["chats"] else 0
+        for i in range(n_chats):
             if len(prompts) == limit:
                 return prompts
-            ids, mask = source.document(i)
-            last = np.flatnonzero(mask)[-1]
-            untrained = np.flatnonzero(mask[:last] == 0)
-            if not len(untrained):
+            ids, loss_weights = source.document(i)
+            last_target = np.flatnonzero(loss_weights)[-1]
+            context = np.flatnonzero(loss_weights[:last_target] == 0)
+            if not len(context):
                 continue
-            start = int(untrained[-1]) + 1
-            answer = ids[start:last + 1].tolist()
+            start = int(context[-1]) + 1
+            answer = ids[start:last_target + 1].tolist()
             if start < max_prompt_tokens and answer[-1] in stop_ids:
                 prompts.append((ids[:start].tolist(), answer[:-1]))
     return prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # counting
 
 def flops(model, lengths, n_targets):
-    """Floating-point operations of one training step over documents of these lengths: forward and backward.
+    """Floating-point operations of a training step, forward and backward.
 
-    6 per token and weight of a matmul, 4 where the weight is frozen (its own gradient is not taken); the head only for
-    tokens that have a loss; attention causal and per document, so that packing earns nothing it doesn't do.
+    lengths    of the documents, in tokens
+    n_targets  the number of target tokens, for which alone the head is computed
+
+    6 per token and weight of a matrix, 4 if the weight is frozen. Attention is counted as causal
+    and within documents.
     """
-    each = sum(p.numel() * (6 if p.requires_grad else 4) for name, p in model.blocks.named_parameters() if p.dim() == 2)
-    m, head = model.cfg, 6 if model.head_weight().requires_grad else 4
-    seen = lambda n: n ** 2 - max(0, n - (m["sliding_window"] or n)) ** 2    # pairs of tokens, times 2
-    attention = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"] * sum(seen(int(n)) for n in lengths)
-    return each * int(sum(lengths)) + m["vocab_size"] * m["d_model"] * head * int(n_targets) + attention
+    m = model.cfg
+    per_token = 0
+    for p in model.blocks.parameters():
+        if p.dim() == 2:
+            per_token += p.numel() * (6 if p.requires_grad else 4)
+    per_target = m["vocab_size"] * m["d_model"] * (6 if model.head_weight().requires_grad else 4)
+    pairs = 0                                            # twice the (query, key) pairs
+    for length in map(int, lengths):
+        outside_window = length - m["sliding_window"] if m["sliding_window"] else 0
+        pairs += length ** 2 - max(0, outside_window) ** 2
+    per_pair = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"]
+    return per_token * int(sum(lengths)) + per_target * int(n_targets) + per_pair * pairs
+
+
+SUMMARY_PARTS = {"embedding": r"embed|pos\.", "attention": r"attn\..*_proj", "mlp": "mlp",
+                 "norms": "norm", "head": r"head"}
 
 
 def summary(model, m):
-    """What a person wants to know of a model, as text."""
-    rows = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
-    parts = {"embedding": "embed|pos", "attention": "attn.(qkv|out)", "mlp": "mlp", "norms": "norm", "head": "head"}
-    total = sum(n for *_, n in rows)
-    lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads of {m['head_dim']} "
-             f"({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{' gated' if m['glu'] else ''}, "
+    """A table of the model's parameters, with FLOPs and bytes, as text."""
+    params = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
+    total = sum(n for _, _, n in params)
+    gated = " gated" if m["glu"] else ""
+    lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
+             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
-    for name, shape, n in rows:
-        if not name.startswith("blocks.") or name.startswith("blocks.0."):
-            times = f"  x {m['n_layers']}" if name.startswith("blocks.") else ""
-            name, shape = name.replace("blocks.0", "blocks.*"), "x".join(map(str, shape))
-            lines.append(f"  {name:<28} {shape:>14} {n:>14,}{times}")
+    for name, shape, n in params:
+        in_block = name.startswith("blocks.")
+        if not in_block or name.startswith("blocks.0."):
+            times = f"  x {m['n_layers']}" if in_block else ""
+            name = name.replace("blocks.0", "blocks.*")
+            lines.append(f"  {name:<28} {'x'.join(map(str, shape)):>14} {n:>14,}{times}")
     lines.append("")
-    for part, keys in parts.items():
-        if n := sum(n for name, _, n in rows if re.search(keys, name)):
+    for part, pattern in SUMMARY_PARTS.items():
+        n = sum(n for name, _, n in params if re.search(pattern, name))
+        if n:
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
-    lines.append(f"  {'parameters':<28} {total:>29,}{'  (the head is the embedding)' if m['tie_embeddings'] else ''}")
+    tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
+    lines.append(f"  {'parameters':<28} {total:>29,}{tied}")
     length = m["max_len"]
-    lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and backward, "
-                 f"in documents of {length:,} tokens")
+    lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and "
+                 f"backward, in documents of {length:,} tokens")
     lines.append(f"  {total * 4 / 1e6:,.1f} MB in fp32, {total * 2 / 1e6:,.1f} MB in bf16")
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------
+# command line
+
+def print_summary(folder):
+    """The summary of a folder's model. Reads no weight."""
+    m = configs.load([f"model.init_from={folder}"])[0]["model"]
+    PretrainedWeights(folder, m)                         # raises UserError if they do not fit
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    print(f"{summary(build_on_meta(m), m)}, {size / 1e6:,.1f} MB as stored")
+
+
+def encode_question(tokenizer, question):
+    """Return (prompt ids, stop ids): a chat of one message, or plain text without a template."""
+    import tokenize_data
+    if tokenizer.template:
+        template = tokenize_data.compile_template(tokenizer.template)
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenize_data.encode_prompt(tokenizer, template, messages)
+        return prompt, tokenize_data.stop_token_ids(tokenizer, template)
+    prompt = tokenizer.encode(tokenizer.clean(question)).tolist()
+    if tokenizer.bos:
+        prompt = [tokenizer.special[tokenizer.bos], *prompt]
+    return prompt, [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+
+
 def main(argv):
     import tokenize_data
-    options, words = configs.pop_options(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=256)
+    options, words = configs.pop_options(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+                                         max_tokens=256)
     if not words:
-        raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 top_p=1.0 seed=0 max_tokens=256]')
+        raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
+                                "top_p=1.0 seed=0 max_tokens=256]")
     folder = configs.resolve_model_dir(words[0])
-    if len(words) < 2:                                               # no weight is read for that
-        m = configs.load([f"model.init_from={folder}"])[0]["model"]
-        pretrained_reader(folder, m)
-        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        print(f"{summary(build_on_meta(m), m)}, {size / 1e6:,.1f} MB as it is stored")
+    question = " ".join(words[1:])
+    if not question:
+        print_summary(folder)
         return
-    model, m = load(folder)
-    tok = tokenize_data.huggingface_tokenizer(folder)
-    question, stop = " ".join(words[1:]), [tok.special[tok.eos]] if tok.eos else []
-    if tok.template:
-        template = tokenize_data.compile_template(tok.template)
-        prompt = tokenize_data.encode_prompt(tok, template, [{"role": "user", "content": question}])
-        stop = tokenize_data.stop_token_ids(tok, template)
-    else:                                                            # no chat model: it goes on with the text
-        prompt = [*([tok.special[tok.bos]] if tok.bos else []), *tok.encode(tok.clean(question)).tolist()]
+    model, _ = load(folder)
+    tokenizer = tokenize_data.huggingface_tokenizer(folder)
+    prompt, stop = encode_question(tokenizer, question)
+    if not tokenizer.template:                           # the model continues the text
         print(question, end="")
-    ids, shown = [], 0
-    for i, in generate(model, [prompt], stop=stop, **options):
-        ids += [] if i in stop else [i]
-        text = tok.decode(ids)
-        if not text.endswith("\ufffd"):                              # the rest of a character may be on its way
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print(tok.decode(ids)[shown:])
+    answer = []
+    n_printed = 0
+    for [token] in generate(model, [prompt], stop=stop, **options):
+        if token not in stop:
+            answer.append(token)
+        text = tokenizer.decode(answer)
+        if not text.endswith("\ufffd"):                  # more bytes of a character may follow
+            print(text[n_printed:], end="", flush=True)
+            n_printed = len(text)
+    print(tokenizer.decode(answer)[n_printed:])
 
 
 if __name__ == "__main__":

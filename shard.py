@@ -385,144 +385,99 @@ def num_graphs():
 # --------------------------------------------------------------------------------------------------
 # LoRA
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with adapters.
+class LoRALinear(transformer.Linear):
+    """A frozen linear layer with an adapter: x W^T + scale * (x A^T) B^T.
 
-    The layer may be a fused one (q, k and v in one matmul). Each of the layers that it consists of
-    in the Hugging Face checkpoint is a target of its own, with its own A and B.
-
-    targets  [(Hugging Face name, first output, end output)] of the n adapted layers
+    A is [r, in] and B [out, r]. init_adapters() gives them their values.
     """
 
-    def __init__(self, base, targets, r, alpha):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.targets = targets
-        # forward() reads this and not self.targets: torch.compile would compile each block anew,
-        # because the names differ between blocks.
-        self.output_ranges = [(start, end) for _, start, end in targets]
-        self.r = r
+    def __init__(self, linear, r, alpha):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                         device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
         self.scale = alpha / r
-        device = base.weight.device
-        # All A are one matrix, so that x is read once.
-        self.A = nn.Parameter(torch.empty(len(targets) * r, base.in_features, device=device))
-        self.B = nn.ParameterList(nn.Parameter(torch.zeros(end - start, r, device=device))
-                                  for start, end in self.output_ranges)
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.empty(linear.out_features, r, device=device))
 
-    def forward(self, x):                                                # [T, in]; n targets
-        low_rank = F.linear(x, self.A.to(x.dtype)) * self.scale          # [T, n r]
-        B = self.block_diagonal_B().to(x.dtype)                          # [out, n r]
-        return self.base(x).addmm_(low_rank, B.T)                        # [T, out]
-
-    def block_diagonal_B(self):
-        """All B as one matrix [out, n r], so that the wide output is written once.
-
-        Target i fills the rows of its outputs and its own r columns. Everything else is 0, also
-        the rows of outputs without an adapter.
-        """
-        blocks = []
-        row = 0
-        for (start, end), B in zip(self.output_ranges, self.B):
-            blocks += [B.new_zeros(start - row, 0), B]
-            row = end
-        blocks.append(B.new_zeros(self.base.out_features - row, 0))
-        return torch.block_diag(*blocks)    # a block without columns adds rows of zeros
+    def forward(self, x):                                                # [T, in]
+        low_rank = F.linear(x, self.lora_A.to(x.dtype)) * self.scale     # [T, r]
+        # in place: no second tensor of the width of the output
+        return super().forward(x).addmm_(low_rank, self.lora_B.to(x.dtype).T)    # [T, out]
 
     def delta(self):
-        """What the adapters add to the base's weight: [out, in] in fp32."""
-        delta = torch.zeros(self.base.weight.shape, device=self.A.device)
-        for (start, end), A, B in zip(self.output_ranges, self.A.split(self.r), self.B):
-            delta[start:end] = B @ A * self.scale
-        return delta
+        """What the adapter adds to the weight: [out, in] in fp32."""
+        return self.lora_B @ self.lora_A * self.scale
 
 
 def add_lora(model, lora_cfg):
-    """Freeze the model and replace its blocks' linear layers by LoRALinear, in place.
+    """Freeze the model and replace linear layers of its blocks by LoRALinear, in place.
 
-    lora_reader() gives the adapters their values. Raises UserError for a target that no layer has.
+    Raises UserError for a target that no layer has.
     """
     model.requires_grad_(False)
+    layout = transformer.hf_layout(model.cfg)
     wanted = lora_cfg["targets"]
     known = set()
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
         if not isinstance(module, nn.Linear):
             continue
-        targets = lora_targets(model, name, module)
-        known |= {short_name(target) for target, _, _ in targets}
-        if wanted:
-            targets = [target for target in targets if short_name(target[0]) in wanted]
-        if targets:
-            layer = LoRALinear(module, targets, lora_cfg["r"], lora_cfg["alpha"])
-            model.set_submodule(name, layer)
+        target = short_name(layout[f"{name}.weight"])
+        known.add(target)
+        if not wanted or target in wanted:
+            model.set_submodule(name, LoRALinear(module, lora_cfg["r"], lora_cfg["alpha"]))
     for target in wanted:
         if target not in known:
             raise configs.UserError(f"shard.lora.targets: must be some of "
                                     f"{', '.join(sorted(known))}; got {target}")
 
 
-def lora_targets(model, name, linear):
-    """A linear layer -> [(Hugging Face name, first output, end output)] of what it consists of."""
-    hf_names = transformer.hf_names(f"{name}.weight", model.cfg)
-    sizes = [linear.out_features]
-    if len(hf_names) > 1:
-        sizes = transformer.fused_sizes(f"{name}.weight", model.cfg)
-    targets = []
-    start = 0
-    for hf_name, size in zip(hf_names, sizes):
-        targets.append((hf_name.removesuffix(".weight"), start, start + size))
-        start += size
-    return targets
+def short_name(slices):
+    """[("model.layers.0.self_attn.q_proj.weight", ...)], an entry of hf_layout(), -> q_proj"""
+    hf_name, _, _ = slices[0]
+    return hf_name.split(".")[-2]
 
 
-def short_name(hf_name):
-    """model.layers.0.self_attn.q_proj -> q_proj"""
-    return hf_name.split(".")[-1]
+def is_adapter(name):
+    return name.endswith((".lora_A", ".lora_B"))
 
 
-def lora_reader(model, read_base, seed):
-    """The reader of a model with adapters, given the reader of its base (see model.load_weights).
+@torch.no_grad()
+def init_adapters(model, seed):
+    """A starts as in PEFT, B at 0, so that the adapters change nothing at first.
 
-    A starts as in PEFT, B at 0, so that the adapters change nothing at first.
+    A depends on the seed and the layer's name alone.
     """
-    return functools.partial(read_with_lora, model, read_base, seed)
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRALinear):
+            continue
+        bound = 1 / math.sqrt(module.in_features)    # kaiming_uniform_ with a = sqrt(5)
+        generator = transformer.make_generator(seed, name)
+        A = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        local, start, end = local_shard(module.lora_A)
+        local.copy_(A[start:end])
+        local_shard(module.lora_B)[0].zero_()
 
 
-def read_with_lora(model, read_base, seed, name, start, end):
-    """Rows start to end of a parameter: of the base, of A (drawn anew), or of B (zeros)."""
-    p = model.get_parameter(name)
-    if not p.requires_grad:    # add_lora froze everything but A and B
-        return read_base(name.replace(".base.", "."), start, end)
-    if not name.endswith(".A"):
-        return torch.zeros(end - start, *p.shape[1:])
-    layer = name.removesuffix(".A")
-    module = model.get_submodule(layer)
-    shape = module.r, module.base.in_features
-    bound = 1 / math.sqrt(module.base.in_features)    # kaiming_uniform_ with a = sqrt(5)
-    drawn = []
-    for hf_name, _, _ in module.targets:    # seeded by name: the same whatever else is adapted
-        generator = transformer.make_generator(seed, hf_name)
-        drawn.append(torch.empty(shape).uniform_(-bound, bound, generator=generator))
-    return torch.cat(drawn)[start:end]
+class MergedWeights:
+    """Reads a model's parameters without LoRA, with the adapters added to the weights.
 
-
-def merge_lora(model, read_base):
-    """Return a function that reads a plain model's tensor by its name, with the adapters merged.
-
-    read_base  the reader of the base
+    model      with adapters; its other weights are not used
+    read_base  read() of the base: (name, first row, end row) -> rows
     """
-    return functools.partial(read_merged, model, read_base)
 
+    def __init__(self, model, read_base):
+        self.model = model
+        self.read_base = read_base
 
-def read_merged(model, read_base, name):
-    """The tensor `name` of a model without LoRA, with the adapters added."""
-    layer, _, attribute = name.rpartition(".")    # attribute: "weight" or "bias"
-    module = model.get_submodule(layer)
-    is_adapted = isinstance(module, LoRALinear)
-    p = getattr(module.base if is_adapted else module, attribute)
-    tensor = read_base(name, 0, len(p))
-    if is_adapted and attribute == "weight":
-        tensor = tensor + module.delta()
-    return tensor
+    def read(self, name):
+        layer, _, kind = name.rpartition(".")            # kind: "weight" or "bias"
+        tensor = self.read_base(name, 0, len(self.model.get_parameter(name)))
+        module = self.model.get_submodule(layer)
+        if kind == "weight" and isinstance(module, LoRALinear):
+            tensor = tensor + module.delta()
+        return tensor
 
 
 def save_adapter(model, lora_cfg, folder, base):
@@ -535,33 +490,53 @@ def save_adapter(model, lora_cfg, folder, base):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    target_modules = set()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            tensors |= peft_tensors(name, module, model.cfg)
-            target_modules |= {short_name(hf_name) for hf_name, _, _ in module.targets}
+    n_fused = {}                                         # {target module: layers that it fuses}
+    for hf_name, parts in transformer.hf_tensors(model.cfg).items():
+        hf_module = hf_name.removesuffix(".weight")
+        layers = layers_of(model, parts)
+        if hf_name.endswith(".weight") and layers:
+            prefix = f"base_model.model.{hf_module}"
+            A, B = fuse_adapters(layers, parts)
+            tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
+            tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
+            n_fused[hf_module.split(".")[-1]] = len(layers)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    r = lora_cfg["r"]
+    alpha = lora_cfg["alpha"]
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-        "r": lora_cfg["r"], "lora_alpha": lora_cfg["alpha"], "lora_dropout": 0.0, "bias": "none",
+        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
+        "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
-        "target_modules": sorted(target_modules)}
+        "target_modules": sorted(n_fused)}
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n")
 
 
-def peft_tensors(name, module, model_cfg):
-    """The adapters of one layer -> {PEFT's name: tensor}."""
-    tensors = {}
-    for (hf_name, start, end), A, B in zip(module.targets, module.A.split(module.r), module.B):
-        if end - start == module.base.out_features:
-            # A single layer in Hugging Face, too. If its checkpoints order the outputs differently
-            # (GPT-NeoX: q, k, v of head 0, q, k, v of head 1, ...), B's rows are reordered. Layers
-            # that are fused only here are in Hugging Face's order already.
-            B = transformer.to_hf(f"{name}.weight", B, model_cfg)[f"{hf_name}.weight"]
-        prefix = f"base_model.model.{hf_name}"
-        tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
-    return tensors
+def layers_of(model, parts):
+    """The adapted layers {parameter name: LoRALinear} of an entry of hf_tensors()."""
+    layers = {}
+    for name, _, _ in parts:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, LoRALinear):
+            layers[name] = module
+    return layers
+
+
+def fuse_adapters(layers, parts):
+    """Adapters of layers that are one module in Hugging Face's files, as one adapter (A, B).
+
+    The A of n layers are stacked, [n r, in]. In B, [out, n r], the outputs of layer i read the
+    columns of its own r rows of A, and all others are 0.
+    """
+    r = next(iter(layers.values())).lora_A.shape[0]
+    names = list(layers)
+    rows_of_B = []
+    for name, first, n_rows in parts:
+        place = names.index(name)
+        B = layers[name].lora_B[first:first + n_rows]
+        rows_of_B.append(F.pad(B, (place * r, (len(names) - 1 - place) * r)))
+    return torch.cat([layer.lora_A for layer in layers.values()]), torch.cat(rows_of_B)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -572,7 +547,8 @@ def parallelize(model, cfg, read_slice):
 
     Sets model.dtype and model.recompute, which model.py reads. Returns the model.
 
-    read_slice  (name, first row, end row) -> these rows of the tensor of the model without LoRA
+    read_slice  (name, first row, end row) -> these rows of the parameter; see NewWeights.read and
+                PretrainedWeights.read in model.py
     """
     # 1) device, precision, determinism
     device, dtype = pick_device(cfg)
@@ -582,7 +558,6 @@ def parallelize(model, cfg, read_slice):
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
         add_lora(model, lora_cfg)
-        read_slice = lora_reader(model, read_slice, cfg["seed"])
         cast_frozen_weights(model, dtype)
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
@@ -591,11 +566,20 @@ def parallelize(model, cfg, read_slice):
     if shards > 1:
         apply_fsdp(model, cfg, device, dtype)
     # 5) load weights: each rank reads the rows of its shard only
-    transformer.load_weights(model.to_empty(device=device), read_slice, local_shard)
+    load_weights(model.to_empty(device=device), read_slice, cfg["seed"])
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
     return model
+
+
+@torch.no_grad()
+def load_weights(model, read_slice, seed):
+    """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
+    for name, p in model.named_parameters():
+        if not is_adapter(name):
+            transformer.load_parameter(name, p, read_slice, local_shard(p))
+    init_adapters(model, seed)
 
 
 def cast_frozen_weights(model, dtype):
@@ -673,7 +657,8 @@ def apply_fsdp(model, cfg, device, dtype):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)    # gloo would average nevertheless
-    register_fsdp_forward_method(model, "logits")    # called by generation instead of forward()
+    for method in ("hidden", "logits"):    # called instead of forward(): experiments, generation
+        register_fsdp_forward_method(model, method)
 
 
 def fsdp_modules(model):
@@ -837,7 +822,7 @@ class StepSize:
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
-                            if p.requires_grad and transformer.matrix_rows(name, p, model_cfg))
+                            if p.requires_grad and transformer.is_block_matrix(name, p))
 
 
 def count_parameters(module, trained=None):

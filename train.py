@@ -158,9 +158,8 @@ class Muon:
     """Updates matrices along their orthogonalized momentum, and everything else with AdamW.
 
     https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of AdamW's
-    (arXiv:2502.16982), so that one learning rate serves both. torch.optim.Muon takes neither
-    several matrices fused into one parameter (q, k and v) nor a parameter sharded over ranks.
-    Has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
+    (arXiv:2502.16982), so that one learning rate serves both. torch.optim.Muon does not take
+    parameters that are sharded over ranks. Has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
 
     muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
@@ -182,22 +181,20 @@ class Muon:
     def step(self):
         self.adamw.step()
         for group in self.muon_groups:
-            for p, matrix_rows in zip(group["params"], group["matrix_rows"]):
+            for p in group["params"]:
                 if p.grad is not None:
-                    self.muon_update(p, matrix_rows, group["lr"], group["weight_decay"])
+                    self.muon_update(p, group["lr"], group["weight_decay"])
 
-    def muon_update(self, p, matrix_rows, lr, weight_decay):
+    def muon_update(self, p, lr, weight_decay):
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)
         nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
-        updates = []
-        for matrix in nesterov.split(matrix_rows):
-            scale = 0.2 * math.sqrt(max(matrix.shape))    # the update's RMS is 0.2, about AdamW's
-            updates.append(scale * newton_schulz(matrix))
+        scale = 0.2 * math.sqrt(max(p.shape))     # the update's RMS is 0.2, about AdamW's
+        update = scale * newton_schulz(nesterov)
         local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
         local.mul_(1 - lr * weight_decay)
-        local.sub_(torch.cat(updates)[start:end], alpha=lr)
+        local.sub_(update[start:end], alpha=lr)
 
     def zero_grad(self):
         for p in optimizer_parameters(self):
@@ -246,19 +243,15 @@ def split_matrices(param_groups):
     muon_groups = []
     adamw_groups = []
     for group in param_groups:
-        is_matrix = [bool(rows) for rows in group["matrix_rows"]]
-        if any(is_matrix):
-            muon_groups.append(subgroup(group, is_matrix))
-        if not all(is_matrix):
-            adamw_groups.append(subgroup(group, [not matrix for matrix in is_matrix]))
+        matrices = []
+        others = []
+        for name, p in zip(group["names"], group["params"]):
+            (matrices if transformer.is_block_matrix(name, p) else others).append((name, p))
+        for chosen, groups in ((matrices, muon_groups), (others, adamw_groups)):
+            if chosen:
+                names = [name for name, _ in chosen]
+                groups.append(group | {"names": names, "params": [p for _, p in chosen]})
     return muon_groups, adamw_groups
-
-
-def subgroup(group, chosen):
-    """The part of a param_group whose parameters are chosen: [bool]."""
-    params = [p for p, is_chosen in zip(group["params"], chosen) if is_chosen]
-    matrix_rows = [rows for rows, is_chosen in zip(group["matrix_rows"], chosen) if is_chosen]
-    return group | {"params": params, "matrix_rows": matrix_rows}
 
 
 def optimizer_parameters(optimizer):
@@ -270,9 +263,7 @@ def make_param_groups(model, cfg):
 
     Each group holds
 
-        params        [parameters]
-        matrix_rows   for each parameter, the row counts of the matrices that are fused in it: qkv
-                      of shape [3 C, C] has [C, C, C]. [] if it is not a matrix of a block
+        params        [parameters];  names  their names
         lr, lr_scale  the learning rate, and its ratio to the scheduled one
         weight_decay
 
@@ -292,9 +283,9 @@ def make_param_groups(model, cfg):
             # in the config, lr is a factor; weight_decay replaces the default
             lr_scale = spec.get("lr", lr_scale)
             weight_decay = spec.get("weight_decay", weight_decay)
-        group = groups.setdefault((lr_scale, weight_decay), {"params": [], "matrix_rows": []})
+        group = groups.setdefault((lr_scale, weight_decay), {"params": [], "names": []})
         group["params"].append(p)
-        group["matrix_rows"].append(transformer.matrix_rows(name, p, model.cfg))
+        group["names"].append(name)
     for spec in cfg["param_groups"]:
         if spec["match"] not in used_patterns:
             raise configs.UserError(f"param_groups: no trained parameter matches {spec['match']!r} "
@@ -505,7 +496,7 @@ def group_by_label(cfg, data):
 def evaluate(run):
     """Log the loss and the answers' metrics of every label; leave the answers in run.answers.
 
-    The micro-batches have no "noise" key, so there is no dropout and no NEFTune (see model.py).
+    In evaluation mode, so without dropout and NEFTune.
     """
     record = {"step": run.state.step}
     for label, dataset in run.validation_sets.items():
@@ -766,11 +757,9 @@ def resolve_model(cfg, tokenizer):
         raise configs.UserError(f"data.seq_len: {seq_len} is more than the model's "
                                 f"{model_cfg['max_len']} learned positions (model.max_len); "
                                 f"data.seq_len={model_cfg['max_len']}")
-    # a model that could not be exported is refused here, not after training
-    transformer.hf_weight_names(transformer.build_on_meta(model_cfg), model_cfg)
-    if model_cfg["init_from"]:
-        return model_cfg, transformer.pretrained_reader(model_cfg["init_from"], model_cfg)
-    return model_cfg, transformer.init_reader(model_cfg, cfg["seed"])
+    if cfg["checkpoint"]["export"]:
+        transformer.hf_layout(model_cfg)    # raises UserError now, not after training
+    return model_cfg, transformer.weights_reader(model_cfg, cfg["seed"]).read
 
 
 def count_steps(cfg, data):
@@ -870,7 +859,7 @@ def train(run):
             # forward, backward, update
             lr = lr_at(step, state.total_steps, cfg)
             # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
-            noise_seed = {"noise": (cfg["seed"], step)}
+            noise_seed = {"noise_seed": (cfg["seed"], step)}
             state.step += 1                              # counts the steps done, this one included
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]

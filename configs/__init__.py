@@ -596,7 +596,9 @@ def check(cfg, source, defaults):
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
     yield from check_model(cfg["model"])
-    yield from hf_config.check_family(cfg["model"], defaults["model"])
+    yield cfg["model"]["family"] in families(), "model.family", f"one of {', '.join(families())}"
+    if cfg["checkpoint"]["export"]:
+        yield from hf_config.check_export(cfg["model"], defaults["model"])
 
 
 def is_pattern(text):
@@ -726,13 +728,14 @@ def pop_options(argv, **options):
     return options, rest
 
 
-def bind_options(key, function, given, options):
+def bind_options(key, function, given, options, supplied=()):
     """Bind a section of options, key_options, to the function that `key` names.
 
-    given  the number of leading parameters that the function receives when it is called
+    given     the number of leading parameters that the function receives when it is called
+    supplied  names of other parameters that the caller supplies, if the function has them
     Returns the function, or a functools.partial of it. Raises UserError for an option that the
-    function does not have, one that it needs and that is missing, or one that must be a number (if
-    its default is one).
+    function does not have, one that it needs and that is missing, or one whose type is not that of
+    its default.
     """
     import inspect                                 # not at the top: it takes 10 ms to import
 
@@ -741,14 +744,17 @@ def bind_options(key, function, given, options):
     for parameter in list(inspect.signature(function).parameters.values())[given:]:
         if parameter.kind == parameter.VAR_KEYWORD:
             takes_any = True
-        elif parameter.kind != parameter.VAR_POSITIONAL:
+        elif parameter.kind != parameter.VAR_POSITIONAL and parameter.name not in supplied:
             defaults[parameter.name] = parameter.default
     for option, value in options.items():
         if option not in defaults and not takes_any:
             names = ", ".join(defaults) or "no options"
             raise UserError(f"{key}_options.{option}: unknown option; {key} takes {names} here")
-        if type(defaults.get(option)) in (int, float) and type(value) not in (int, float):
-            raise UserError(f"{key}_options.{option}: must be a number; got {show(value)}")
+        default = defaults.get(option)
+        for types, expected in (((bool,), "true or false"), ((int, float), "a number"),
+                                ((str,), "a string")):
+            if type(default) in types and type(value) not in types:
+                raise UserError(f"{key}_options.{option}: must be {expected}; got {show(value)}")
     for option, default in defaults.items():
         if default is inspect.Parameter.empty and option not in options:
             raise UserError(f"{key}_options.{option}: is missing; this {key} needs it")

@@ -114,6 +114,9 @@ def translate(hf_config, path):
         if hf_config.get(key, value) != value:
             raise configs.UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
                                     "which is not supported")
+    if family.get("native"):                       # our own keys; others describe the export
+        known = configs.read_defaults()[0]["model"]
+        return {"family": name} | {key: hf_config[key] for key in hf_config if key in known}
     model_cfg = {"family": name} | family["fixed"]
     for key, places in family["keys"].items():
         value = find_in_hf_config(hf_config, places)
@@ -128,10 +131,13 @@ def translate(hf_config, path):
 def find_in_hf_config(hf_config, places):
     """The value at the first of several dotted keys that exists, or configs.MISSING.
 
-    A last item that is not a string is the value if none of the keys exists.
+    A last item that is not a string is the value if none of the keys exists: {default: gelu}, or
+    any other value as it is.
     """
     places = places if isinstance(places, list) else [places]
     for place in places:
+        if isinstance(place, dict) and list(place) == ["default"]:
+            return place["default"]
         if not isinstance(place, str):
             return place
         value = configs.get(hf_config, place, configs.MISSING)
@@ -154,14 +160,15 @@ def clean_rope_scaling(scaling, path):
     return {key: value for key, value in scaling.items() if key not in other_keys}
 
 
-def check_family(model_cfg, defaults):
+def check_export(model_cfg, defaults):
     """Can the family's config.json express the model? If not, the export would be wrong.
 
     Yields (is it valid, key, what it must be).
     """
     name = model_cfg["family"]
-    yield name in families(), "model.family", f"one of {', '.join(families())}"
     family = families()[name]
+    if family.get("native"):
+        return
     n_heads = model_cfg["n_heads"]
     plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
     fixed = defaults | plain_heads | family["fixed"]
@@ -171,8 +178,9 @@ def check_family(model_cfg, defaults):
             continue
         if key not in family["keys"]:
             yield (value == fixed[key], f"model.{key}",
-                   f"{configs.show(fixed[key])} in a {name} model, whose config.json has no "
-                   "other value (configs/families.yaml)")
+                   f"{configs.show(fixed[key])} to be exported as a {name} model, whose "
+                   "config.json has no other value (configs/families.yaml); model.family=native "
+                   "exports any model, checkpoint.export=false none")
             continue
         places = family["keys"][key]
         hf_key = places[0] if isinstance(places, list) else places

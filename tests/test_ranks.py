@@ -70,9 +70,9 @@ def full_micro_batch(cfg):
     """A micro-batch of micro_tokens tokens in documents of seq_len, all of them targets."""
     length, capacity = cfg["data"]["seq_len"], cfg["micro_tokens"]
     ids = torch.arange(capacity) % cfg["model"]["vocab_size"]
-    batch = M.as_batch([ids[:length].tolist()] * (capacity // length))
+    batch = M.pack_prompts([ids[:length].tolist()] * (capacity // length))
     return batch | {"targets": ids, "loss_weights": torch.ones(capacity),
-                    "doc_ids": torch.arange(capacity // length), "noise": (0, 0)}
+                    "doc_ids": torch.arange(capacity // length), "noise_seed": (0, 0)}
 
 
 def measure_memory(argv, out):
@@ -412,7 +412,7 @@ def test_save_adapter_of_a_sharded_model_loads_in_peft(ten_steps):
     reference = transformers.AutoModelForCausalLM.from_pretrained(hf)
     reference = peft.PeftModel.from_pretrained(reference, folder / "adapted" / "adapter").eval()
     ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
-    merged, plain = (M.load(path)[0].logits(M.as_batch(ids.tolist()))
+    merged, plain = (M.load(path)[0].logits(M.pack_prompts(ids.tolist()))
                      for path in (folder / "adapted", hf))
     assert torch.allclose(merged, reference(ids).logits[0], atol=1e-4)
     assert not torch.allclose(merged, plain, atol=1e-3)

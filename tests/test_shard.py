@@ -11,7 +11,7 @@ TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4",
 
 
 def micro_batch():
-    batch = M.as_batch([list(range(20)), list(range(30, 70))])
+    batch = M.pack_prompts([list(range(20)), list(range(30, 70))])
     return batch | {"targets": batch["tokens"].roll(1), "loss_weights": torch.ones(60),
                     "doc_ids": torch.arange(2)}
 
@@ -19,7 +19,7 @@ def micro_batch():
 def model_with_lora(targets, r=4):
     model = M.build_on_meta(TINY)
     shard.add_lora(model, {"r": r, "alpha": 8.0, "targets": targets})
-    read_slice = shard.lora_reader(model, M.init_reader(TINY, 0), 0)
+    read_slice = shard.lora_reader(model, M.NewWeights(TINY, 0).read, 0)
     return M.load_weights(model.to_empty(device="cpu"), read_slice)
 
 
@@ -28,7 +28,7 @@ def parallelized(*more):
     cfg = configs.load(["model.d_model=32", "model.n_heads=4", "device=cpu", "dtype=float32",
                         *more])[0]
     model = M.build_on_meta(cfg["model"])
-    return cfg, shard.parallelize(model, cfg, M.init_reader(cfg["model"], 0))
+    return cfg, shard.parallelize(model, cfg, M.NewWeights(cfg["model"], 0).read)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_merge_lora_gives_a_plain_model_with_the_same_logits(targets):
             if ".B." in name:
                 p.normal_(0, 0.1)
     merged = M.build(TINY, seed=1)
-    read = shard.merge_lora(model, M.init_reader(TINY, 0))
+    read = shard.merge_lora(model, M.NewWeights(TINY, 0).read)
     M.load_weights(merged, lambda name, start, end: read(name)[start:end])
     assert torch.allclose(merged.logits(micro_batch()), model.logits(micro_batch()), atol=1e-5)
     plain = M.build(TINY)
@@ -103,7 +103,7 @@ def test_compile_blocks_makes_the_same_steps():
         optimizer = train.make_optimizer(model, cfg)
         figures = []
         for n in (20, 24, 33, 41):
-            batch = M.as_batch([list(range(n)), [1, 2, 3]])
+            batch = M.pack_prompts([list(range(n)), [1, 2, 3]])
             batch |= {"targets": batch["tokens"].flip(0), "loss_weights": torch.ones(n + 3),
                       "doc_ids": torch.arange(2)}
             loss, grad_norm, *_ = train.train_step(model, optimizer, [batch], float(n), 1e-2, cfg)

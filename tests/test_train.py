@@ -49,7 +49,7 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     nll = []
     for i in sampler.documents(0, c, {"chats": len(data)}):
         ids, mask = data.document(i)
-        logits = model.logits(M.as_batch([ids[:-1].tolist()]))
+        logits = model.logits(M.pack_prompts([ids[:-1].tolist()]))
         each = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:].astype(int)), reduction="none")
         nll += each[torch.tensor(mask[1:]).bool()].tolist()
     assert rows[0][1] == pytest.approx(sum(nll) / len(nll), rel=1e-6)
@@ -637,7 +637,7 @@ def test_finish_leaves_the_folder_the_readme_shows(tiny):
         assert "step" in record and all(v is None or math.isfinite(v) for v in record.values())
     ours, theirs = M.load(out)[0], transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()
     ids = torch.randint(259, (1, 40), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(ours.logits(M.as_batch(ids.tolist())), theirs(ids).logits[0], atol=1e-5)
+    assert torch.allclose(ours.logits(M.pack_prompts(ids.tolist())), theirs(ids).logits[0], atol=1e-5)
     tok = tokenize_data.huggingface_tokenizer(out / "hf")
     template = tokenize_data.compile_template(tok.template)
     prompt = tokenize_data.encode_prompt(tok, template, [{"role": "user", "content": "red green"}])
@@ -665,7 +665,7 @@ def test_lora_trains_adapters_only_and_peft_loads_them(tiny):
         theirs = peft.PeftModel.from_pretrained(theirs, out / "adapter").eval()
         ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
         merged, plain = M.load(out / "hf")[0], M.load(folder)[0]
-        got, without = (model.logits(M.as_batch(ids.tolist())) for model in (merged, plain))
+        got, without = (model.logits(M.pack_prompts(ids.tolist())) for model in (merged, plain))
         assert torch.allclose(got, theirs(ids).logits[0], atol=1e-4) and not torch.allclose(got, without, atol=1e-3)
         assert torch.equal(merged.embed.weight, plain.embed.weight)
 
@@ -769,7 +769,7 @@ def test_train_resume_and_export_a_real_checkpoint(realdata, tmp_path):
     assert all(torch.equal(final[f][n], again[f][n]) for f in final for n in final[f])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").eval()
     ids = torch.randint(512, (1, 80), generator=torch.Generator().manual_seed(0))
-    ours = M.load(tmp_path / "run")[0].logits(M.as_batch(ids.tolist()))
+    ours = M.load(tmp_path / "run")[0].logits(M.pack_prompts(ids.tolist()))
     assert torch.allclose(ours, theirs(ids).logits[0], atol=1e-4)
 
 

@@ -60,7 +60,7 @@ def ours(keys):
 def row(lengths, vocab, rng, pad_to):
     """A row of random documents of these lengths, the second half of each trained."""
     docs = [rng.integers(0, vocab, n + 1) for n in lengths]
-    out = M.as_batch([d[:-1].tolist() for d in docs])
+    out = M.pack_prompts([d[:-1].tolist() for d in docs])
     total = out["tokens"].numel()
     trained = torch.cat([torch.arange(n) >= n // 2 for n in lengths])
     targets = torch.where(trained, torch.cat([torch.from_numpy(d[1:]) for d in docs]), -100)
@@ -90,7 +90,7 @@ def right():
 
     def numbers(dtype, device, more=()):
         cfg = configs.load([*keys, *more, "model.max_len=4096", f"device={device.type}", f"dtype={dtype}"])[0]
-        model = shard.parallelize(M.build_on_meta(cfg["model"]), cfg, M.init_reader(cfg["model"], 0))
+        model = shard.parallelize(M.build_on_meta(cfg["model"]), cfg, M.NewWeights(cfg["model"], 0).read)
         batch = row(lengths, 999, np.random.default_rng(1), 256)
         batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
         with torch.no_grad():

@@ -50,7 +50,7 @@ def windows_ours(args, size):
         "model.tie_embeddings=true", f"model.n_layers={layers}", f"model.d_model={width}", f"model.n_heads={heads}",
         f"model.max_len={block}", f"model.vocab_size={VOCAB[size]}", f"micro_tokens={micro}", f"batch_size={batch}"])[0]
     m = cfg["model"]
-    model = shard.parallelize(M.build_on_meta(m), cfg, M.init_reader(m, 0))
+    model = shard.parallelize(M.build_on_meta(m), cfg, M.NewWeights(m, 0).read)
     optimizer, times, per_row = train.make_optimizer(model, cfg), [], max(1, micro // block)
     for _ in range(args.skip + args.steps):
         start = time.perf_counter()
@@ -58,7 +58,7 @@ def windows_ours(args, size):
         rows = []
         for at in range(0, batch, per_row):
             docs = x[at:at + per_row]
-            row = M.as_batch(docs[:, :-1].tolist())
+            row = M.pack_prompts(docs[:, :-1].tolist())
             n = row["tokens"].numel()
             rows.append(row | {"targets": docs[:, 1:].flatten(), "loss_weights": torch.ones(n),
                                "doc_ids": torch.arange(len(docs)), "target_index": torch.arange(n)})

@@ -279,6 +279,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
+            if groups and length == 0:
+                break                        # empty, and so are all that follow
             if not groups or 3 * length < 2 * groups[-1][0]:
                 groups.append((length, []))
             groups[-1][1].append(i)
@@ -300,7 +302,7 @@ class PackedDocuments:
 
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
-        documents = [None] * len(self.lengths)
+        documents = [outputs[0][0, :0]] * len(self.lengths)      # of the empty ones
         for output, (_, indices) in zip(outputs, self.groups):
             for i, document in zip(indices, output):
                 documents[i] = document[:self.lengths[i]]

@@ -499,6 +499,7 @@ def evaluate(run):
     In evaluation mode, so without dropout and NEFTune.
     """
     record = {"step": run.state.step}
+    run.model.eval()
     for label, dataset in run.validation_sets.items():
         record[f"val/{label}/loss"] = validation_loss(run, dataset)
         if run.prompts[label]:
@@ -508,6 +509,7 @@ def evaluate(run):
                 record[f"val/{label}/{name}"] = sum(scores) / len(scores)
             run.answers[label] = answers
     shard.reshard(run.model)    # without a backward pass, FSDP keeps gathered weights
+    run.model.train()
     run.logger.validation(record)
     mark_best(run)
 

@@ -237,7 +237,7 @@ def test_the_readmes_family_is_the_files_and_its_loss_works(monkeypatch):
 def test_new_weights_export_too(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     needed = {"gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"]}
-    for family in configs.families():
+    for family in configs.families().keys() - {"native"}:
         m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", f"model.family={family}",
                           *needed.get(family, [])])[0]["model"]
         ours = noisy(M.build(m))
@@ -359,7 +359,7 @@ def test_untrained_targets_cost_no_matmul_of_the_head():
         with FlopCounterMode(display=False) as count:
             model(row(docs, masked))[0].backward()
         return count.get_total_flops()
-    one = 3 * 2 * 5000 * 48                                          # forward, the gradients of x and of the head
+    one = 2 * 2 * 5000 * 48        # forward and the gradient of x. addmm_(), that of the head, is not counted
     assert counted(0) - counted(150) == one * (640 - 192)            # 638 and 188 tokens, in chunks of 64
 
 
@@ -724,8 +724,9 @@ def test_a_block_is_one_graph_that_all_blocks_share():
     dynamo.reset()
     dynamo.utils.counters.clear()
     for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True)
-    assert close(model(batch)[0], want, 1e-6) and dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        block.pre_attention = torch.compile(block.pre_attention, backend="eager", fullgraph=True)
+        block.post_attention = torch.compile(block.post_attention, backend="eager", fullgraph=True)
+    assert close(model(batch)[0], want, 1e-6) and dynamo.utils.counters["stats"]["unique_graphs"] == 2
     dynamo.reset()
 
 

@@ -254,24 +254,22 @@ def test_muon_equals_torch_on_every_matrix(tiny):
     optimizer = train.make_optimizer(model, c)
     random = lambda shape, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     grads = [{name: random(p.shape, n) for name, p in start.items()} for n in range(3)]
-    parts = {name: p.split(rows) for name, p in start.items() if (rows := M.matrix_rows(name, p, model.cfg))}
-    assert {len(p) for p in parts.values()} == {1, 2, 3} and len(parts) == 4 * c["model"]["n_layers"]
-    alone = {name: [torch.nn.Parameter(part.clone()) for part in part_list] for name, part_list in parts.items()}
-    theirs = torch.optim.Muon([p for ps in alone.values() for p in ps], lr=1e-2, weight_decay=0.1,
-                              momentum=c["momentum"], adjust_lr_fn="match_rms_adamw")
+    alone = {name: torch.nn.Parameter(p.clone()) for name, p in start.items() if M.is_block_matrix(name, p)}
+    assert len(alone) == 7 * c["model"]["n_layers"]
+    theirs = torch.optim.Muon(alone.values(), lr=1e-2, weight_decay=0.1, momentum=c["momentum"],
+                              adjust_lr_fn="match_rms_adamw")
     embed = torch.nn.Parameter(start["embed.weight"].clone())
     adamw = torch.optim.AdamW([embed], lr=1e-2, betas=c["betas"], eps=c["eps"], weight_decay=0.1)
     for step in grads:
         for name, p in model.named_parameters():
             p.grad = step[name].clone()
-        for name, ps in alone.items():
-            for p, g in zip(ps, step[name].split([len(p) for p in ps])):
-                p.grad = g.clone()
+        for name, p in alone.items():
+            p.grad = step[name].clone()
         embed.grad = step["embed.weight"].clone()
         for o in (optimizer, theirs, adamw):
             o.step()
-    for name, ps in alone.items():
-        assert torch.allclose(model.get_parameter(name), torch.cat(list(ps)), atol=2e-4), name
+    for name, p in alone.items():
+        assert torch.allclose(model.get_parameter(name), p, atol=2e-4), name
     assert torch.allclose(model.embed.weight, embed, atol=1e-7) and all(p.grad is not None for p in model.parameters())
 
 
@@ -286,8 +284,8 @@ def test_make_param_groups_applies_lr_and_weight_decay(tiny):
     model = M.build(c["model"] | {"vocab_size": 50})
     of = {id(p): group for group in train.make_optimizer(model, c).param_groups for p in group["params"]}
     said = {name: (of[id(p)]["lr_scale"], of[id(p)]["weight_decay"]) for name, p in model.named_parameters()}
-    assert said["embed.weight"] == (0.0, 0.0) and said["blocks.1.mlp.up.weight"] == (1.0, 0.5)
-    assert said["blocks.0.attn.qkv.weight"] == (1.0, c["weight_decay"]) and said["norm.weight"] == (1.0, 0.0)
+    assert said["embed.weight"] == (0.0, 0.0) and said["blocks.1.mlp.up_proj.weight"] == (1.0, 0.5)
+    assert said["blocks.0.attn.q_proj.weight"] == (1.0, c["weight_decay"]) and said["norm.weight"] == (1.0, 0.0)
     run(tiny("param_groups=[{match: embed, lr: 0.0, weight_decay: 0.0}]", "max_steps=3", "save_every=3", out="still"))
     still = weights(tiny(out="still")[0], 3)["model.safetensors"]
     fresh = M.build(tiny()[0]["model"] | {"vocab_size": 259})
@@ -598,7 +596,7 @@ def test_train_step_syncs_with_the_device_once(tiny, monkeypatch, more):
     run(tiny("max_steps=3", "eval_every=0", "micro_tokens=80", "data.seq_len=80", *more))
     assert len(reads) == 3
     for names in reads:                                                # how documents lie is asked on a CPU only
-        assert [name for name in names if name != "per_document"] == ["train_step"]
+        assert [name for name in names if name != "lengths"] == ["train_step"]
 
 
 def test_wsd_run_can_be_extended_before_its_decay(tiny):

@@ -879,8 +879,8 @@ def weights_reader(m, seed):
 
 
 def is_block_matrix(name, p):
-    """Is this parameter a matrix of a block? (Muon updates these.)"""
-    return name.startswith("blocks.") and p.dim() == 2
+    """Is this parameter a weight matrix of a block? Muon updates these (not LoRA's adapters)."""
+    return name.startswith("blocks.") and name.endswith(".weight") and p.dim() == 2
 
 
 # --------------------------------------------------------------------------------------------------

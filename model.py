@@ -79,6 +79,8 @@ class Norm(nn.Module):
         weight = self.weight.to(x.dtype)
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+        if not x.is_cuda:
+            return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -1481,6 +1483,39 @@ def summary(model, m):
                  f"backward, in documents of {length:,} tokens")
     lines.append(f"  {total * 4 / 1e6:,.1f} MB in fp32, {total * 2 / 1e6:,.1f} MB in bf16")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# faster on a CPU
+
+class CPURMSNorm(torch.autograd.Function):
+    """F.rms_norm(x, [C], weight, eps) with a backward pass of its own.
+
+    It keeps x and one number per token, where autograd keeps several fp32 tensors of the size of x.
+    With bf16, this is 8% of a step (LOG.md, CPU throughput).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):                                              # x [..., C]
+        x_fp32 = x.float()
+        norm = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)              # [..., 1]
+        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return (x_fp32 * inverse_rms).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, inverse_rms = ctx.saved_tensors
+        normalized = x.float() * inverse_rms
+        grad = grad.float()
+        grad_times_normalized = grad * normalized
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_times_normalized.flatten(0, -2).sum(0).to(weight.dtype)
+        # the gradient is orthogonal to x, because the output does not depend on the length of x
+        projection = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
+        grad_x = normalized.mul_(projection).addcmul_(grad, weight.float()).mul_(inverse_rms)
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 # --------------------------------------------------------------------------------------------------

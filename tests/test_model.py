@@ -765,6 +765,20 @@ def test_new_weights_are_their_familys():
         assert float(block.mlp.down_proj.weight.detach().std()) == pytest.approx(m["init_std"] / narrower, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_cpu_rms_norm_equals_torch(dtype, tolerance):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, 16, generator=random).to(dtype).requires_grad_()
+    weight = torch.rand(16, generator=random).to(dtype).requires_grad_()
+    grad = torch.randn(30, 4, 16, generator=random).to(dtype)
+    want = torch.nn.functional.rms_norm(x, [16], weight, 1e-5)
+    wanted = torch.autograd.grad(want, (x, weight), grad)
+    got = M.CPURMSNorm.apply(x, weight, 1e-5)
+    gotten = torch.autograd.grad(got, (x, weight), grad)
+    for a, b in zip((got, *gotten), (want, *wanted)):
+        assert a.dtype == b.dtype and close(a.float(), b.float(), tolerance)
+
+
 def test_rope_is_exact_far_out():
     m = M_TINY | {"rope_theta": 1e6}
     angles = [131_071 * 1e6 ** (-i / 16) for i in range(0, 16, 2)]

@@ -687,7 +687,7 @@ class Transformer(nn.Module):
         weight_sum  sum of |loss_weight| over the same tokens
         {...}       statistics of each document; "loss": its part of loss_sum
         """
-        x = self.hidden(batch)                                                     # [T, C]
+        x = self._hidden(batch)                                                    # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -708,8 +708,13 @@ class Transformer(nn.Module):
         document_losses.index_add_(0, documents, losses * loss_weights)
         return loss_sum, loss_weights.abs().sum(), {"loss": document_losses}
 
-    def hidden(self, batch, layout=None):
-        """Return the final hidden states [T, C], which the head reads.
+    def hidden(self, batch):
+        """Return the final hidden states [T, C], which the head reads."""
+        return self._hidden(batch)
+
+    def _hidden(self, batch, layout=None):
+        """hidden(), for the methods here: under FSDP2, hidden() itself gathers sharded weights, as
+        forward() and logits() do, and these must not be nested.
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -755,7 +760,7 @@ class Transformer(nn.Module):
 
     def logits(self, batch, layout=None):
         """Return all logits, fp32 [T, V]: for generation and tests."""
-        x = self.hidden(batch, layout)
+        x = self._hidden(batch, layout)
         bias = None if self.head_bias is None else self.head_bias.to(x.dtype)
         logits = F.linear(x, self.head_weight().to(x.dtype), bias)
         return logits[:, :self.cfg["vocab_size"]].float()

@@ -558,7 +558,7 @@ def parallelize(model, cfg, read_slice):
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
         add_lora(model, lora_cfg)
-        cast_frozen_weights(model, dtype)
+    cast_frozen_weights(model, dtype)
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     # 4) shard

@@ -676,6 +676,8 @@ def setup(cfg, explicit):
     dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
+    if "reference_logits" in model.loss_inputs:
+        model.references.append(load_reference(cfg, model_cfg))
     optimizer = make_optimizer(model, cfg)
     train_sampler = sampler.make_sampler(cfg, dataset)
 
@@ -762,6 +764,23 @@ def resolve_model(cfg, tokenizer):
     if cfg["checkpoint"]["export"]:
         transformer.hf_layout(model_cfg)    # raises UserError now, not after training
     return model_cfg, transformer.weights_reader(model_cfg, cfg["seed"]).read
+
+
+def load_reference(cfg, model_cfg):
+    """The frozen model whose logits a loss asks for (see LOSS_INPUTS in model.py)."""
+    path = cfg["reference_model"] or model_cfg["init_from"]
+    if not path:
+        raise configs.UserError(f"reference_model: the loss {model_cfg['loss']} compares with a "
+                                "reference model; reference_model=FOLDER names one")
+    reference_cfg = configs.load([f"model.init_from={path}"])[0]["model"]
+    reference_cfg = transformer.resolve_vocab_size(reference_cfg, model_cfg["vocab_size"])
+    if reference_cfg["vocab_size"] != model_cfg["vocab_size"]:
+        raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} tokens, "
+                                f"and the model {model_cfg['vocab_size']}; they must be the same")
+    read_slice = transformer.PretrainedWeights(path, reference_cfg).read
+    reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
+    without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
+    return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
 
 
 def count_steps(cfg, data):

@@ -1059,7 +1059,7 @@ class PretrainedWeights:
                 wrong.append(f"{tensor} is {stored_shape}, and the config makes it {shape}")
         ignored = tuple(self.family.get("ignore", ()))
         if self.stored_config.get("tie_embeddings"):     # some files store the tied head, too
-            ignored += (self.family["weights"]["head.weight"],)
+            ignored += (self.family["weights"].get("head.weight", "head.weight"),)
         for tensor in sorted(self.files):
             if tensor not in expected and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")

@@ -749,6 +749,117 @@ def test_another_loss_and_another_embedding_are_one_function_each(monkeypatch):
         M.build(M_TINY | {"loss": "nope"})
 
 
+def test_loss_receives_the_inputs_that_it_names(monkeypatch):
+    received = []
+
+    def advantage(logits, targets, token_index, batch, scale=1.0, clip=False, name="a"):
+        received.append((scale, clip, name, len(token_index)))
+        return scale * M.cross_entropy(logits, targets) * batch["advantages"][token_index]
+    monkeypatch.setitem(M.LOSSES, "advantage", advantage)
+    options = {"scale": 2, "clip": True, "name": "b"}
+    model = noisy(M.build(M_TINY | {"loss": "advantage", "loss_options": options}))
+    batch = row(documents(101, 30, 12), masked=5)
+    batch["advantages"] = torch.linspace(-1, 1, len(batch["tokens"]))
+    want = noisy(M.build(M_TINY))(batch | {"loss_weights": batch["loss_weights"] * batch["advantages"]})
+    assert close(model(batch)[0], 2 * want[0], 1e-5) and received[0] == (2, True, "b", 24 + 6)
+    for bad, expected in (({"clip": 1}, "true or false"), ({"name": 1}, "a string"), ({"scale": "x"}, "a number")):
+        with pytest.raises(configs.UserError, match=f"model.loss_options.{[*bad][0]}: must be {expected}"):
+            M.build(M_TINY | {"loss": "advantage", "loss_options": bad})
+
+
+def test_a_reference_model_gives_its_logits_and_is_not_trained(monkeypatch):
+    def divergence(logits, targets, reference_logits):
+        assert not reference_logits.requires_grad
+        return torch.nn.functional.kl_div(logits.log_softmax(-1), reference_logits.log_softmax(-1),
+                                          log_target=True, reduction="none").sum(-1)
+    monkeypatch.setitem(M.LOSSES, "divergence", divergence)
+    model = noisy(M.build(M_TINY | {"loss": "divergence"}))
+    reference = noisy(M.build(M_TINY)).requires_grad_(False).eval()
+    model.references.append(reference)
+    assert model.state_dict().keys() == reference.state_dict().keys()
+    batch = row(documents(101, 30, 12))
+    assert abs(float(model(batch)[0].detach())) < 1e-4
+    with torch.no_grad():
+        model.embed.weight[:5] += 0.5
+    loss_sum = model(batch)[0]
+    loss_sum.backward()
+    want = divergence(model.logits(batch), None, reference.logits(batch)).sum()
+    assert close(loss_sum, want, 1e-4) and float(loss_sum.detach()) > 1e-3
+    assert model.embed.weight.grad.any() and reference.embed.weight.grad is None
+
+
+def test_previous_tokens_are_the_same_in_packed_documents_and_in_generation(monkeypatch):
+    batch = M.pack_prompts([[5, 6, 7], [8, 9]])
+    assert M.previous_tokens(batch, 2).tolist() == [[-1, -1], [5, -1], [6, 5], [-1, -1], [8, -1]]
+
+    def bigram(model, batch):
+        """The mean of a token's row and those of the two before it."""
+        previous = M.previous_tokens(batch, 2)
+        rows = model.embed.weight[previous.clamp(min=0)] * (previous >= 0)[..., None]
+        return M.plain(model, batch) + rows.sum(1)
+    monkeypatch.setitem(M.EMBEDDINGS, "bigram", bigram)
+    model = noisy(M.build(M_TINY | {"embed": "bigram"}))
+    prompts = documents(101, 7, 3)
+    for prompt, answer in zip(prompts, M.generate_all(model, prompts, 12, ())):
+        for n, token in enumerate(answer):
+            assert model.logits(M.pack_prompts([prompt + answer[:n]]))[-1].argmax() == token
+
+
+def test_a_native_model_has_any_keys_and_is_refused_by_transformers(tmp_path, tiny):
+    keys = ["model.family=native", "model.qk_norm=head", "model.parallel_residual=true", "model.norm=layernorm",
+            "model.embed=neftune", "model.embed_options.alpha=5", "model.head_bias=true"]
+    cfg, _, explicit = tiny(*keys, "checkpoint.export=true", "max_steps=3", "save_every=2")
+    import train
+    train.main(cfg, explicit)
+    folder = tmp_path / "run" / "hf"
+    model, m = M.load(folder)
+    assert {key: m[key] for key in cfg["model"] if key not in ("vocab_size", "init_from")} == {
+        key: cfg["model"][key] for key in cfg["model"] if key not in ("vocab_size", "init_from")}
+    stored = safe_open(folder / "model.safetensors", "pt")
+    assert set(stored.keys()) == {name for name, _ in model.named_parameters()}
+    M.save_pretrained(model.get_parameter, m, tmp_path / "again", folder)
+    again, _ = M.load(tmp_path / "again")
+    batch = M.pack_prompts(documents(259, 20))
+    assert torch.equal(again.logits(batch), model.logits(batch))
+    assert len(M.generate_all(model, [[1, 2]], 5, ())[0]) == 5
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    with pytest.raises(ValueError, match="native"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_key_without_a_place_in_config_json_is_refused_only_if_the_model_is_exported(tmp_path):
+    assert configs.load(["model.qk_norm=head", "checkpoint.export=false"])
+    with pytest.raises(configs.UserError, match="model.qk_norm: .*model.family=native"):
+        configs.load(["model.qk_norm=head"])
+
+
+def test_scaled_embeddings_of_a_family_are_not_stored_scaled(tmp_path, monkeypatch):
+    families = configs.families()
+    llama = families["llama"]
+    monkeypatch.setitem(families, "llama", llama | {"fixed": llama["fixed"] | {"embed": "scaled"}})
+    ours = noisy(M.build(M_TINY | {"embed": "scaled"}))
+    M.save_pretrained(ours.get_parameter, ours.cfg, tmp_path)
+    again, m = M.load(tmp_path)
+    assert m["embed"] == "scaled" and m["tie_embeddings"] and torch.equal(again.embed.weight, ours.embed.weight)
+
+
+def test_negative_loss_weights_count_with_their_absolute_value():
+    model, batch = noisy(M.build(M_TINY)), row(documents(101, 12, 9))
+    batch["loss_weights"][::3] = -0.5
+    nll = torch.nn.functional.cross_entropy(model.logits(batch), batch["targets"], reduction="none")
+    loss_sum, weight_sum, _ = model(batch)
+    assert close(loss_sum, (nll * batch["loss_weights"]).sum(), 1e-5)
+    assert close(weight_sum, batch["loss_weights"].abs().sum(), 1e-6)
+
+
+def test_dropout_applies_in_training_mode_only():
+    model = noisy(M.build(M_TINY | {"resid_pdrop": 0.5}))
+    batch = row(documents(101, 30)) | {"noise_seed": (0, 1)}
+    in_training = model(batch)[0]
+    model.eval()
+    assert torch.equal(model(batch)[0], model(row(documents(101, 30)))[0]) and not torch.equal(in_training, model(batch)[0])
+
+
 def test_new_weights_depend_on_seed_and_name_alone():
     a, b, other = M.build(M_TINY), M.build(M_TINY | {"n_layers": 2, "tie_embeddings": False}), M.build(M_TINY, seed=1)
     assert torch.equal(a.blocks[1].mlp.up_proj.weight, b.blocks[1].mlp.up_proj.weight)

@@ -33,6 +33,11 @@ import train
 if __name__ == "__main__":
     import experiments.feedback    # registers sampler.order=feedback, in the processes of the jobs
 
+    def to_reference(logits, targets, reference_logits):
+        """Cross-entropy with the probabilities of the reference model as targets."""
+        return torch.nn.functional.cross_entropy(logits, reference_logits.softmax(-1), reduction="none")
+    M.LOSSES["to_reference"] = to_reference
+
 
 # --------------------------------------------------------------------------------------------------
 # jobs: what a rank does
@@ -271,6 +276,7 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "muon": (["optimizer=muon"], 1e-3),
     "feedback": (["sampler.order=feedback"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
+    "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
     "olmo2": (OLMO2, 1e-3)}
 SHARD2 = ["shard.mesh.shard=2"]
@@ -281,6 +287,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
     ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("feedback", 2, SHARD2),
+    ("reference", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),

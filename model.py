@@ -635,7 +635,7 @@ def losses_and_gradient_(logits, token_losses, loss_weights, start, end, piece_s
 
 
 CHUNK_BYTES = 160 << 20      # of logits in one matrix product
-PIECE_BYTES = 8 << 20        # of logits in fp32 at once (both measured, see LOG.md)
+PIECE_BYTES = 4 << 20        # of logits in fp32 at once; a loss keeps about four tensors of this size
 
 
 def chunk_sizes(padded_vocab_size, element_size, is_cuda):
@@ -646,7 +646,7 @@ def chunk_sizes(padded_vocab_size, element_size, is_cuda):
     chunk_size = CHUNK_BYTES // (padded_vocab_size * element_size)
     chunk_size = max(64, chunk_size // 64 * 64)
     if is_cuda:
-        return max(4096, chunk_size), 1024
+        return max(4096, chunk_size), 512
     return chunk_size, max(1, PIECE_BYTES // (4 * padded_vocab_size))
 
 

@@ -929,10 +929,9 @@ def loss_bytes(s):
     C = s.model_cfg["d_model"]
     V = s.head // C
     chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
-    is_plain = s.model_cfg["loss"] == "cross_entropy" and not s.model_cfg["loss_options"]
     logits = min(chunk, s.tokens) * V * s.element
-    # in fp32: the logits of a piece and their gradient; other losses keep two more copies
-    logits += min(piece, s.tokens) * V * 4 * (2 if is_plain else 4)
+    # in fp32, of a piece: logits, log-probabilities, and the gradients of both
+    logits += min(piece, s.tokens) * V * 4 * 4
     input_gradient = s.tokens * C * s.element
     if s.is_lora:
         return logits + input_gradient

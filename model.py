@@ -12,7 +12,8 @@ Letters for shapes, in all seven files:
 A micro-batch is one flat sequence of documents, as a dict of tensors:
 
     tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]
-    max_seqlen  doc_ids [D]
+    max_seqlen         int: the longest document, or the padding if that is longer
+    doc_ids [D]        the index of each document in the dataset
     target_index [N]   where targets are not -100. Optional: on a GPU, counting them costs a sync
     noise_seed         (seed, step), of dropout and NEFTune. Optional: without it there are none
 
@@ -34,10 +35,11 @@ from pathlib import Path
 
 import configs
 
-if __name__ == "__main__":    # before torch is imported
+if __name__ == "__main__":
     configs.exit_with_help(__doc__, sys.argv[1:])
-    for path in [arg for arg in sys.argv[1:] if "=" not in arg][:1]:
-        configs.run(configs.resolve_model_dir, path)
+    paths = [arg for arg in sys.argv[1:] if "=" not in arg]
+    if paths:    # report a wrong path before the slow import
+        configs.run(configs.resolve_model_dir, paths[0])
 
 import numpy as np
 import torch
@@ -80,7 +82,7 @@ class Norm(nn.Module):
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
         if not x.is_cuda:
-            return CPURMSNorm.apply(x, weight, self.eps)
+            return CPURMSNorm.apply(x, weight, self.eps)    # the same, see "faster on a CPU"
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -154,11 +156,13 @@ class MLP(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        C, F, bias = m["d_model"], m["d_ff"], m["mlp_bias"]
+        C = m["d_model"]
+        d_ff = m["d_ff"]
+        bias = m["mlp_bias"]
         self.activation = ACTIVATIONS[m["activation"]]
-        self.gate_proj = Linear(C, F, bias=bias) if m["glu"] else None
-        self.up_proj = Linear(C, F, bias=bias)
-        self.down_proj = Linear(F, C, bias=bias)
+        self.gate_proj = Linear(C, d_ff, bias=bias) if m["glu"] else None
+        self.up_proj = Linear(C, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, C, bias=bias)
 
     def forward(self, x):                                                          # [T, C]
         if self.gate_proj is None:
@@ -181,7 +185,8 @@ class Attention(nn.Module):
         if m["rope_layers"]:
             self.use_rope = self.use_rope and bool(m["rope_layers"][layer_idx])
 
-        C, E = m["d_model"], m["head_dim"]
+        C = m["d_model"]
+        E = m["head_dim"]
         self.q_proj = Linear(C, self.n_heads * E, bias=m["qkv_bias"])
         self.k_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
         self.v_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
@@ -200,7 +205,7 @@ class Attention(nn.Module):
         q = self.q_proj(x)                                                         # [T, H E]
         k = self.k_proj(x)                                                         # [T, K E]
         v = self.v_proj(x)                                                         # [T, K E]
-        if self.q_norm is not None:
+        if self.q_norm is not None:                      # over [T, H, E], or [T, 1, H E] for "all"
             q = self.q_norm(q.unflatten(-1, (-1, len(self.q_norm.weight)))).flatten(1)
             k = self.k_norm(k.unflatten(-1, (-1, len(self.k_norm.weight)))).flatten(1)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))                         # [T, H, E]
@@ -228,8 +233,10 @@ def attention(layer, q, k, v, layout, seeds=None):
 
     dtype = q.dtype
     outputs = []
-    for q, k, v, mask, seeds in layout.padded_groups(layer, q, k, v, seeds, step_by_step):
-        # d documents of t tokens: q [d, H, t, E], k and v [d, K, t', E], mask [d or 1, 1, t, t']
+    for group in layout.padded_groups(layer, q, k, v, seeds, need_mask=step_by_step):
+        # d documents of t tokens: q [d, H, t, E], k and v [d, K, t', E], seeds [d, t]. mask is True
+        # where a query sees a key and broadcasts to [d, 1, t, t']; None: causal
+        q, k, v, mask, seeds = group
         if step_by_step:
             k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
             v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
@@ -254,9 +261,8 @@ class PackedDocuments:
     """The documents of a micro-batch, padded in groups of similar length for attention().
 
     A group takes documents whose length is at least 2/3 of its longest. Lengths 4 2 5 become two
-    calls: documents 2 and 0, padded to 5 tokens each, and document 1. Padding is at the end, where
-    no other token of a causal model sees it. The padding after the last document is treated as one
-    more document.
+    groups: documents 2 and 0, padded to 5 tokens each, and document 1. In a causal model no other
+    token sees what is appended. The padding of the micro-batch is treated as one more document.
 
     cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
     use_varlen  attention() may call the kernel for packed documents
@@ -290,21 +296,30 @@ class PackedDocuments:
 
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield (q, k, v, mask, seeds) of each group, as [d, heads, t, E]; see attention()."""
-        documents = [None if x is None else x.split(self.lengths) for x in (q, k, v, seeds)]
+        q_by_document = q.split(self.lengths)
+        k_by_document = k.split(self.lengths)
+        v_by_document = v.split(self.lengths)
         for length, indices in self.groups:
+            group_q = pad_and_stack(q_by_document, indices, length).transpose(1, 2)
+            group_k = pad_and_stack(k_by_document, indices, length).transpose(1, 2)
+            group_v = pad_and_stack(v_by_document, indices, length).transpose(1, 2)
+            if not q.is_cuda and length < FP32_ATTENTION_BELOW:
+                group_q = group_q.float()
+                group_k = group_k.float()
+                group_v = group_v.float()
             window = layer.window if layer.window and layer.window < length else None
             mask = None
             if window or need_mask:
-                mask = causal_mask(length, window or length, q.device)
-            q, k, v, seeds = [None if x is None else pad_and_stack(x, indices, length)
-                              for x in documents]
-            if not q.is_cuda and length < FP32_ATTENTION_BELOW:
-                q, k, v = q.float(), k.float(), v.float()
-            yield q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, seeds
+                mask = causal_mask(length, window or length, q.device)             # [t, t]
+            group_seeds = None
+            if seeds is not None:
+                group_seeds = pad_and_stack(seeds.split(self.lengths), indices, length)
+            yield group_q, group_k, group_v, mask, group_seeds
 
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
-        documents = [outputs[0][0, :0]] * len(self.lengths)      # of the empty ones
+        empty = outputs[0].new_empty(0, *outputs[0].shape[2:])                     # [0, H, E]
+        documents = [empty] * len(self.lengths)
         for output, (_, indices) in zip(outputs, self.groups):
             for i, document in zip(indices, output):
                 documents[i] = document[:self.lengths[i]]
@@ -328,6 +343,13 @@ def causal_mask(length, window, device):
     return (distance >= 0) & (distance < window)
 
 
+@functools.cache
+def varlen_parameters():
+    """The names of the arguments of varlen_attn, which differ between versions of torch."""
+    from torch.nn.attention.varlen import varlen_attn
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -335,23 +357,20 @@ def varlen_attention(layer, q, k, v, documents):
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
     max_seqlen = max(documents.max_seqlen, 1)
-    # The arguments differ between versions of torch: 2.11 has is_causal, and no grouped heads.
-    parameters = inspect.signature(varlen_attn).parameters
-    if "is_causal" in parameters:
+    groups = layer.n_heads // layer.n_kv_heads
+    if "is_causal" in varlen_parameters():
+        # torch 2.11 has neither windows nor another scale nor grouped heads
+        if layer.window or layer.scale != layer.head_dim ** -0.5:
+            raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch "
+                                    "2.12 on CUDA; pip install 'torch>=2.12'")
         options = {"is_causal": True}
+        if groups > 1:
+            k = k.repeat_interleave(groups, 1)
+            v = v.repeat_interleave(groups, 1)
     else:
-        options = {"window_size": (layer.window - 1 if layer.window else -1, 0)}
-    has_scale = layer.scale != layer.head_dim ** -0.5
-    if has_scale:
-        options["scale"] = layer.scale
-    if options.keys() - parameters.keys() or (layer.window and "is_causal" in options):
-        raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch 2.12 "
-                                "on CUDA; pip install 'torch>=2.12'")
-    if layer.n_heads != layer.n_kv_heads and "enable_gqa" in parameters:
-        options["enable_gqa"] = True
-    elif layer.n_heads != layer.n_kv_heads:
-        k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)
-        v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)
+        # (tokens before, tokens after) that a query sees; -1: all
+        options = {"window_size": (layer.window - 1 if layer.window else -1, 0),
+                   "scale": layer.scale, "enable_gqa": groups > 1}
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
                        max_seqlen, max_seqlen, **options)
 
@@ -362,8 +381,8 @@ class Block(nn.Module):
     norm_after         norms on the outputs of attention and MLP instead (OLMo2)
     parallel_residual  attention and MLP both read the block's input (GPT-NeoX, Phi)
 
-    forward() is in three parts because torch.compile serves the first and the last: they depend on
-    the number of tokens alone, attention also on where documents begin.
+    forward() is in three parts because shard.compile_blocks() compiles the first and the last: they
+    depend on the number of tokens alone, attention also on where documents begin.
     """
 
     def __init__(self, m, layer_idx):
@@ -412,7 +431,12 @@ class Block(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # noise: a function of seed, step, document, position and place in the model. Unlike the state of a
-# random generator, it does not depend on packing, ranks or resuming.
+# random generator, it does not depend on packing, ranks or resuming. Each place derives seeds of
+# its own from token_seeds():
+#
+#     embedding dropout    seeds                         block i        s = hash(seeds + i + 1)
+#     NEFTune              hash(seeds - 1)               its attention  hash(s), then of each head
+#                                                        its residuals  hash(s + 1), hash(s + 2)
 
 def hash_int32(x):
     """Scramble int32 (the hash lowbias32, github.com/skeeto/hash-prospector)."""
@@ -459,7 +483,7 @@ def dropout(x, p, seeds):
 # embeddings: (model, micro-batch, **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
 
 def plain(model, batch):
-    return F.embedding(batch["tokens"], model.embed.weight)
+    return model.embed(batch["tokens"])
 
 
 def scaled(model, batch):
@@ -474,7 +498,7 @@ def neftune(model, batch, alpha):
     if not model.has_noise(batch) or not len(batch["doc_ids"]):
         return x
     columns = torch.arange(x.shape[1], device=x.device)
-    seeds = hash_int32(token_seeds(batch) + 3)                                     # [T]
+    seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
     noise = hash_int32(seeds[:, None] ^ hash_int32(columns)) / 2**31               # [T, C]
     lengths = batch["cu_seqlens"].diff()[document_index(batch)][:, None]           # [T, 1]
     return x + noise * alpha / (lengths * x.shape[1]).sqrt()
@@ -501,7 +525,8 @@ def previous_tokens(batch, n):
 
 # --------------------------------------------------------------------------------------------------
 # losses: (logits [n, V] in fp32, targets [n], **model.loss_options) -> [n]. Add your own to LOSSES.
-# A loss that has a parameter of one of these names receives it, too:
+# The model multiplies by the loss weights, which may be negative. A loss that has a parameter of
+# one of these names receives it, too:
 #
 #     token_index       int64 [n]: where the n target tokens are in the micro-batch
 #     batch             the micro-batch
@@ -530,34 +555,38 @@ LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
 class TokenLosses:
-    """The loss of target tokens, from their logits: model.loss with what else it asks for.
+    """The losses of a micro-batch's target tokens: model.loss, with the inputs that it asks for.
 
-    targets      int64 [N];  token_index  int64 [N]
-    reference    None, or (x [N, C'], head [V', C'], bias or None) of the reference model
+    token_index  int64 [N], where the target tokens are
     """
 
-    def __init__(self, function, inputs, batch, targets, token_index, reference, vocab_size):
-        self.function = function
-        self.inputs = inputs                 # the names of LOSS_INPUTS that the function takes
+    def __init__(self, model, batch, token_index):
+        self.model = model
         self.batch = batch
-        self.targets = targets
         self.token_index = token_index
-        self.reference = reference
-        self.vocab_size = vocab_size
+        self.targets = batch["targets"][token_index]                               # [N]
+        self.vocab_size = model.cfg["vocab_size"]
+        if "reference_logits" in model.loss_inputs:
+            [self.reference] = model.references
+            with torch.no_grad():
+                self.reference_x = self.reference.hidden(batch)[token_index]       # [N, C']
 
     def __call__(self, logits, start, end):
-        """The losses [end - start] of target tokens start ... end - 1. logits: theirs, in fp32."""
-        extra = {}
-        if "token_index" in self.inputs:
-            extra["token_index"] = self.token_index[start:end]
-        if "batch" in self.inputs:
-            extra["batch"] = self.batch
-        if "reference_logits" in self.inputs:
-            x, head, bias = self.reference
+        """The losses [end - start] of target tokens start ... end - 1.
+
+        logits  fp32 [end - start, V], as they come from the head
+        """
+        index = self.token_index[start:end]
+        inputs = {}
+        if "token_index" in self.model.loss_inputs:
+            inputs["token_index"] = index
+        if "batch" in self.model.loss_inputs:
+            inputs["batch"] = self.batch
+        if "reference_logits" in self.model.loss_inputs:
             with torch.no_grad():
-                logits_of_reference = F.linear(x[start:end], head, bias)
-            extra["reference_logits"] = logits_of_reference[:, :self.vocab_size].float()
-        return self.function(logits, self.targets[start:end], **extra)
+                inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
+        logits = self.model.finish_logits(logits)
+        return self.model.loss(logits, self.targets[start:end], **inputs)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -569,12 +598,12 @@ class ChunkedLoss(torch.autograd.Function):
     x             [N, C], in the compute dtype
     head          [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
     loss_weights  fp32 [N]
-    token_losses  a TokenLosses
+    compute_losses  a TokenLosses
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
 
     @staticmethod
-    def forward(ctx, x, head, bias, loss_weights, token_losses):
+    def forward(ctx, x, head, bias, loss_weights, compute_losses):
         weight = head.to(x.dtype)                                                  # [V', C]
         bias_or_none = None if bias is None else bias.to(x.dtype)                  # [V']
         want_x, want_head, want_bias, *_ = ctx.needs_input_grad
@@ -590,11 +619,11 @@ class ChunkedLoss(torch.autograd.Function):
             x_chunk = F.pad(x[start:end], (0, 0, 0, -(end - start) % 64))          # [n, C]
             logits = F.linear(x_chunk, weight, bias_or_none)                       # [n, V']
             losses[start:end] = losses_and_gradient_(
-                logits, token_losses, loss_weights, start, end, piece_size, want_gradient)
+                logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
             if want_x:
                 dx[start:end] = (dlogits @ weight)[:end - start]
-            if want_head and x.dtype == torch.float32:
+            if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
                 dhead.addmm_(dlogits.T, x_chunk)
             elif want_head:
                 dhead += dlogits.T @ x_chunk
@@ -611,42 +640,45 @@ class ChunkedLoss(torch.autograd.Function):
         return *gradients, None, None
 
 
-def losses_and_gradient_(logits, token_losses, loss_weights, start, end, piece_size, want_gradient):
+def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece_size,
+                         want_gradient):
     """Return the losses of target tokens start ... end - 1 and overwrite their logits, [n, V'] with
     n >= end - start, with the gradient of the weighted sum. Only a piece of them is ever in fp32.
+
+    start, end, first and last count target tokens of the micro-batch.
     """
-    vocab_size = token_losses.vocab_size
+    vocab_size = compute_losses.vocab_size
     losses = []
     for first in range(start, end, piece_size):
         last = min(first + piece_size, end)
         piece = logits[first - start:last - start, :vocab_size]
         with torch.enable_grad():
             piece_fp32 = piece.detach().float().requires_grad_(want_gradient)
-            piece_losses = token_losses(piece_fp32, first, last)
+            piece_losses = compute_losses(piece_fp32, first, last)
+            losses.append(piece_losses.detach())
             if want_gradient:
                 weighted_sum = (piece_losses * loss_weights[first:last]).sum()
                 gradient, = torch.autograd.grad(weighted_sum, piece_fp32)
                 piece.copy_(gradient)
-        losses.append(piece_losses.detach())
-        del piece_fp32, piece_losses                     # before the next piece is allocated
+                del weighted_sum, gradient
+        del piece_fp32, piece_losses         # and their graph, before the next piece is allocated
     logits[end - start:] = 0                             # rows and columns of padding
     logits[:, vocab_size:] = 0
     return torch.cat(losses)
 
 
 CHUNK_BYTES = 160 << 20      # of logits in one matrix product
-PIECE_BYTES = 4 << 20        # of logits in fp32 at once; a loss keeps about four tensors of this size
+PIECE_BYTES = 4 << 20        # of logits in fp32 at once; a loss needs about four such tensors
+CUDA_CHUNK_TOKENS = 4096     # at least; each chunk reads and writes the whole gradient of the head
+CUDA_PIECE_TOKENS = 512
 
 
 def chunk_sizes(padded_vocab_size, element_size, is_cuda):
-    """Return the tokens of a chunk, and of a piece of it, which fits in a CPU's cache.
-
-    Larger on a GPU: each chunk reads and writes the gradient of the head once.
-    """
+    """Return the tokens of a chunk, and of a piece of it, which fits in a CPU's cache."""
     chunk_size = CHUNK_BYTES // (padded_vocab_size * element_size)
     chunk_size = max(64, chunk_size // 64 * 64)
     if is_cuda:
-        return max(4096, chunk_size), 512
+        return max(CUDA_CHUNK_TOKENS, chunk_size), CUDA_PIECE_TOKENS
     return chunk_size, max(1, PIECE_BYTES // (4 * padded_vocab_size))
 
 
@@ -676,9 +708,12 @@ class Transformer(nn.Module):
         self.loss = configs.bind_options("model.loss", loss, 2, m["loss_options"], LOSS_INPUTS)
         self.loss_inputs = [name for name in inspect.signature(loss).parameters
                             if name in LOSS_INPUTS]
-        self.references = []         # [a frozen Transformer], in a list: it is no submodule
-        self.dtype = torch.float32   # of the computation; shard.parallelize sets this and
-        self.recompute = False       # this: keep a block's input only, for the backward pass
+        # train.load_reference's frozen Transformer; in a list, because it is not a submodule
+        self.references = []
+        # set by shard.parallelize: the dtype of the computation, and whether to keep only a block's
+        # input for the backward pass
+        self.dtype = torch.float32
+        self.recompute = False
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -692,16 +727,13 @@ class Transformer(nn.Module):
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
         loss_weights = batch["loss_weights"][index]                                # [N]
-        reference = None
-        if "reference_logits" in self.loss_inputs:
-            reference = self.reference_inputs(batch, index)
-        token_losses = TokenLosses(self.loss, self.loss_inputs, batch, batch["targets"][index],
-                                   index, reference, self.cfg["vocab_size"])
+        compute_losses = TokenLosses(self, batch, index)
         head = self.head_weight()
+        bias = self.head_bias
         if not torch.is_grad_enabled():      # ctx.needs_input_grad ignores torch.no_grad()
             head = head.detach()
-        loss_sum, losses = ChunkedLoss.apply(x[index], head, self.head_bias, loss_weights,
-                                             token_losses)
+            bias = None if bias is None else bias.detach()
+        loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
         document_losses = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)        # [D]
         documents = document_index(batch)[index]                                   # [N]
@@ -727,7 +759,7 @@ class Transformer(nn.Module):
         if m["embedding_multiplier"] != 1.0:
             x = x * m["embedding_multiplier"]
         if self.pos is not None:
-            x = x + F.embedding(positions, self.pos.weight)
+            x = x + self.pos(positions)
         seeds = None
         if self.has_noise(batch) and (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]):
             seeds = token_seeds(batch)                                             # [T]
@@ -744,7 +776,7 @@ class Transformer(nn.Module):
             else:
                 x = block(*args)
         x = self.norm(x)
-        return x if m["logits_scaling"] == 1.0 else x / m["logits_scaling"]
+        return x
 
     def has_noise(self, batch):
         """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
@@ -758,20 +790,21 @@ class Transformer(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]
 
-    def logits(self, batch, layout=None):
-        """Return all logits, fp32 [T, V]: for generation and tests."""
+    def finish_logits(self, logits):
+        """What follows the head, for losses and generation: fp32 [n, V] -> fp32 [n, V]."""
+        scaling = self.cfg["logits_scaling"]
+        return logits if scaling == 1.0 else logits / scaling
+
+    def logits(self, batch, layout=None, index=None):
+        """Return logits, fp32 [T, V], or those of the tokens `index` [n]: for generation, tests."""
         x = self._hidden(batch, layout)
+        return self.head_logits(x if index is None else x[index])
+
+    def head_logits(self, x):
+        """Hidden states [n, C] -> logits, fp32 [n, V]."""
         bias = None if self.head_bias is None else self.head_bias.to(x.dtype)
         logits = F.linear(x, self.head_weight().to(x.dtype), bias)
-        return logits[:, :self.cfg["vocab_size"]].float()
-
-    @torch.no_grad()
-    def reference_inputs(self, batch, index):
-        """The reference model's (hidden states of target tokens [N, C'], head, bias or None)."""
-        [reference] = self.references
-        x = reference.hidden(batch)[index]
-        bias = reference.head_bias
-        return x, reference.head_weight().to(x.dtype), None if bias is None else bias.to(x.dtype)
+        return self.finish_logits(logits[:, :self.cfg["vocab_size"]].float())
 
 
 def check_choices(m):
@@ -840,7 +873,7 @@ def unpadded_rows(name, rows, m):
 
 
 class NewWeights:
-    """Reads the weights of a new model.
+    """Makes the weights of a new model, with the read() of PretrainedWeights.
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
     are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
@@ -854,6 +887,7 @@ class NewWeights:
         self.m = m
         self.seed = seed
         self.shapes = parameter_shapes(m)
+        self.last = (None, None)     # ((name, first row), rows) of the last draw()
 
     def read(self, name, start, end):
         if len(self.shapes[name]) < 2:
@@ -864,6 +898,9 @@ class NewWeights:
 
     def draw(self, name, first):
         """The rows from `first` on, at most ROWS."""
+        key, rows = self.last        # load_parameter() may ask for parts of the same rows
+        if key == (name, first):
+            return rows
         m = self.m
         n_rows, *rest = self.shapes[name]
         std = m["init_std"]
@@ -873,6 +910,7 @@ class NewWeights:
         drawn = max(0, unpadded_rows(name, n_rows, m) - first)
         generator = make_generator(self.seed, f"{name} {first}" if first else name)
         rows[:drawn].normal_(0, std, generator=generator)
+        self.last = ((name, first), rows)
         return rows
 
 
@@ -886,7 +924,7 @@ def weights_reader(m, seed):
 
 
 def is_block_matrix(name, p):
-    """Is this parameter a weight matrix of a block? Muon updates these (not LoRA's adapters)."""
+    """Is this parameter a weight matrix of a block? Muon updates these, not lora_A and lora_B."""
     return name.startswith("blocks.") and name.endswith(".weight") and p.dim() == 2
 
 
@@ -920,6 +958,7 @@ def hf_slices(name, shapes, m):
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
         if family.get("fused_by_head"):
+            assert m["n_heads"] == m["n_kv_heads"]
             E = m["head_dim"]
             return [(tensor, (head * len(parts) + place) * E, E) for head in range(m["n_heads"])]
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
@@ -989,6 +1028,7 @@ class PretrainedWeights:
         self.stored_config = configs.read_model(self.folder)
         self.files = open_weights(self.folder)           # {tensor: the open file}
         self.shapes = parameter_shapes(m)
+        # a smaller m["vocab_size"] is an error that check() reports
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
         layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
         self.slices = {name: [(self.find(tensor), first, rows) for tensor, first, rows in slices]
@@ -1089,18 +1129,19 @@ def open_weights(folder):
     Raises UserError if there is no such file, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
-    path = folder / "model.safetensors.index.json"       # the file that is being read
+    index_file = folder / "model.safetensors.index.json"
+    current = index_file                                 # the file that is being read
     try:
         files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-        if path.is_file() and files[:1] != [folder / "model.safetensors"]:
-            index = json.loads(path.read_text())
+        if index_file.is_file() and files[:1] != [folder / "model.safetensors"]:
+            index = json.loads(index_file.read_text())
             files = sorted({folder / name for name in index["weight_map"].values()})
         tensors = {}
-        for path in files:
-            opened = safe_open(path, framework="pt")
+        for current in files:
+            opened = safe_open(current, framework="pt")
             tensors |= dict.fromkeys(opened.keys(), opened)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        raise configs.UserError(f"{path}: a damaged or missing safetensors file: {e}") from None
+        raise configs.UserError(f"{current}: a damaged or missing safetensors file: {e}") from None
     if not files:
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
         found = f", but {', '.join(pickles)}" if pickles else ""
@@ -1181,11 +1222,11 @@ TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def hf_config(m, source, stop, bos):
     """The config.json of an exported model, as a dict."""
     family = configs.families()[m["family"]]
-    path = Path(configs.resolve_pretrained(str(source)) or "/nowhere") / "config.json"
-    # Token ids that are left out would be those of some released model.
+    # If token ids were left out, transformers would take those of some released model.
     config = dict.fromkeys(TOKEN_ID_KEYS)
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
+    source_folder = configs.resolve_pretrained(str(source)) if source else None
+    if source_folder and (Path(source_folder) / "config.json").is_file():
+        config = json.loads((Path(source_folder) / "config.json").read_text(encoding="utf-8"))
     dtype = config.pop("torch_dtype", None)
     dtype = config.get("dtype") or dtype
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -1193,9 +1234,11 @@ def hf_config(m, source, stop, bos):
     config.pop("rope_parameters", None)                  # written as rope_scaling and rope_theta
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
                "dtype": dtype}
-    if stop or bos is not None:
-        eos = stop[0] if len(stop) == 1 else list(stop) or None
-        config |= {"bos_token_id": bos, "eos_token_id": eos}
+    if stop or bos is not None:              # those of the tokenizer, also if it has only one
+        config["bos_token_id"] = bos
+        config["eos_token_id"] = list(stop) or None
+        if len(stop) == 1:
+            config["eos_token_id"] = stop[0]
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
@@ -1203,7 +1246,8 @@ def hf_config(m, source, stop, bos):
     for key, places in family["keys"].items():
         hf_key = places[0] if isinstance(places, list) else places
         config[hf_key] = m[key]
-        if isinstance(places, list) and places[-1] is not None:      # absent means something else
+        # without the key, transformers would take its default, places[-1]
+        if isinstance(places, list) and places[-1] is not None:
             null_is_a_value.append(hf_key)
     config = {key: value for key, value in config.items()
               if value is not None or key in null_is_a_value}
@@ -1232,7 +1276,7 @@ def collect_tensors(read, m, tensor_names, dtype):
     tensors = {}
     for tensor_name in tensor_names:
         parts = layout[tensor_name]
-        names = {name for name, _, _ in parts}
+        names = dict.fromkeys(name for name, _, _ in parts)
         params = {name: read(name).detach().to("cpu", dtype) for name in names}
         rows = [params[name][first:first + n_rows] for name, first, n_rows in parts]
         tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -1280,10 +1324,16 @@ class KVCache:
 
     def __init__(self, n_tokens, capacity):
         self.n_tokens = n_tokens
+        self.longest = int(n_tokens.max())
         self.capacity = capacity
         self.sequences = torch.arange(len(n_tokens), device=n_tokens.device)
         self.keys = {}               # {Attention: [B, capacity, K, E]}
         self.values = {}
+
+    def advance(self):
+        """Go to the next token. An answer that is finished and full stays at its last position."""
+        self.n_tokens = (self.n_tokens + 1).clamp(max=self.capacity - 1)
+        self.longest = min(self.longest + 1, self.capacity - 1)
 
     def store(self, layer, k, v, sequences, positions):
         """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
@@ -1297,7 +1347,7 @@ class KVCache:
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield one group: q [B, H, 1, E], all keys and values so far [B, K, t, E], the mask."""
         self.store(layer, k, v, self.sequences, self.n_tokens)
-        t = int(self.n_tokens.max()) + 1
+        t = self.longest + 1
         keys = self.keys[layer][:, :t].transpose(1, 2)
         values = self.values[layer][:, :t].transpose(1, 2)
         distance = self.n_tokens[:, None] - torch.arange(t, device=q.device)       # [B, t]
@@ -1329,8 +1379,9 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
              keep_going=any):
     """Continue B prompts, lists of token ids. Yields [token id or None] of length B, per token.
 
-    A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or at
-    model.max_len. After that, its entry is None. temperature 0 takes the most likely token.
+    A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or when prompt
+    and answer have model.max_len tokens. After that, its entry is None. temperature 0 takes the
+    most likely token.
 
     keep_going  ([is each answer unfinished?]) -> generate another token? On a sharded model, all
                 ranks have to agree
@@ -1347,7 +1398,7 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
     generator = torch.Generator(device=device).manual_seed(seed)
-    logits = model.logits(batch, layout)[last_tokens]                              # [B, V]
+    logits = model.logits(batch, layout, last_tokens)                              # [B, V]
     unfinished = [True] * len(prompts)
     for n in range(max_tokens):
         ids = sample_next(logits, temperature, top_k, top_p, generator)            # [B]
@@ -1358,12 +1409,10 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
             unfinished[i] = unfinished[i] and not ended
         if n + 1 == max_tokens or not keep_going(unfinished):
             break
-        # A finished answer that is full stays at its last position; what it yields is None.
-        cache.n_tokens = cache.n_tokens.clamp(max=capacity - 1)
         history[cache.sequences, cache.n_tokens] = ids
         batch = {"tokens": ids, "positions": cache.n_tokens, "history": history}
         logits = model.logits(batch, cache)
-        cache.n_tokens = cache.n_tokens + 1
+        cache.advance()
 
 
 def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
@@ -1373,24 +1422,24 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
                                 f"max_tokens >= 1; got {temperature}, {top_p}, {top_k}, "
                                 f"{max_tokens}")
     lengths = sorted({len(prompt) for prompt in prompts})
-    if not lengths or lengths[0] < 1 or lengths[-1] > max_len:
-        raise configs.UserError(f"a prompt must have 1 to {max_len} tokens (model.max_len); got "
-                                f"{lengths}")
+    if not lengths or lengths[0] < 1 or lengths[-1] >= max_len:
+        raise configs.UserError(f"a prompt must have 1 to {max_len - 1} tokens (model.max_len - 1)"
+                                f"; got {lengths}")
 
 
 def sample_next(logits, temperature, top_k, top_p, generator):
     """Choose a token from logits [B, V]: ids [B].
 
-    The candidates are the top_k most likely tokens (0: all), and of these the fewest whose
-    probabilities sum to top_p.
+    The candidates are the top_k most likely tokens (0: all), and of these the fewest that have the
+    share top_p of their probability.
     """
     if not temperature:
         return logits.argmax(-1)
     sorted_logits, order = (logits / temperature).sort(-1, descending=True)
+    if top_k:
+        sorted_logits = sorted_logits[:, :top_k]
     probs = sorted_logits.softmax(-1)
     excluded = probs.cumsum(-1) - probs >= top_p         # more likely tokens reach top_p already
-    if top_k:
-        excluded[:, top_k:] = True
     chosen = probs.masked_fill(excluded, 0).multinomial(1, generator=generator)
     return order.gather(-1, chosen)[:, 0]
 
@@ -1420,7 +1469,7 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
         for i in range(n_chats):
             if len(prompts) == limit:
                 return prompts
-            ids, loss_weights = source.document(i)
+            ids, loss_weights = source.document(i)       # of each token itself, not of the next
             last_target = np.flatnonzero(loss_weights)[-1]
             context = np.flatnonzero(loss_weights[:last_target] == 0)
             if not len(context):
@@ -1450,12 +1499,12 @@ def flops(model, lengths, n_targets):
         if p.dim() == 2:
             per_token += p.numel() * (6 if p.requires_grad else 4)
     per_target = m["vocab_size"] * m["d_model"] * (6 if model.head_weight().requires_grad else 4)
-    pairs = 0                                            # twice the (query, key) pairs
+    pairs = 0                                            # a query and a key that it sees
     for length in map(int, lengths):
         outside_window = length - m["sliding_window"] if m["sliding_window"] else 0
-        pairs += length ** 2 - max(0, outside_window) ** 2
-    per_pair = 6 * m["n_layers"] * m["n_heads"] * m["head_dim"]
-    return per_token * int(sum(lengths)) + per_target * int(n_targets) + per_pair * pairs
+        pairs += (length ** 2 - max(0, outside_window) ** 2) / 2
+    per_pair = 12 * m["n_layers"] * m["n_heads"] * m["head_dim"]
+    return per_token * int(sum(lengths)) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
 SUMMARY_PARTS = {"embedding": r"embed|pos\.", "attention": r"attn\..*_proj", "mlp": "mlp",

@@ -131,7 +131,9 @@ def show(value):
     """A value in an error message."""
     if isinstance(value, dict):
         return f"a section ({', '.join(value) or 'empty'})"
-    return "null" if value is None else repr(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -620,6 +622,8 @@ def check_model(model_cfg):
            f"a divisor of model.n_heads ({n_heads})")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
+    yield (not (model_cfg["norm_after"] and model_cfg["parallel_residual"]), "model.norm_after",
+           "false if model.parallel_residual: a parallel block has its norms before")
     yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
 

@@ -174,7 +174,7 @@ def check_export(model_cfg, defaults):
     fixed = defaults | plain_heads | family["fixed"]
     hf_values = {}                                 # several of our keys may be one of config.json
     for key, value in model_cfg.items():
-        if key in NOT_IN_HF_CONFIG:
+        if key in NOT_IN_HF_CONFIG and key not in family["fixed"]:
             continue
         if key not in family["keys"]:
             yield (value == fixed[key], f"model.{key}",

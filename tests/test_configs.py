@@ -221,7 +221,7 @@ def test_parse_override_reports_a_wrong_index(tmp_path):
     (["a.c.dd=1"], ["a.c.dd", "a.c.d"]),
     (["optimizer.lr=1"], ["optimizer", "the nearest is lr"]),
     (["steps=1.5"], ["steps", "must be int", "1.5", "cli"]),
-    (["steps=true"], ["steps", "int", "True"]),
+    (["steps=true"], ["steps", "int", "true"]),
     (["lr=abc"], ["lr", "float", "'abc'"]),
     (["flag=1"], ["flag", "bool", "1"]),
     (["list=3"], ["list", "must be list"]),
@@ -268,7 +268,7 @@ def test_load_reports_the_file_of_a_mistake(tmp_path):
     (["model.rope_layers=[1]"], ["model.rope_layers", "4"]), (["model.n_kv_heads=3"], ["model.n_kv_heads", "divisor"]),
     (["model.head_dim=33"], ["model.head_dim", "even"]), (["model.resid_pdrop=1"], ["model.resid_pdrop", "< 1"]),
     (["model.n_heads=0"], ["model.n_heads", ">= 1"]), (["model.n_kv_heads=2.0"], ["model.n_kv_heads", "int"]),
-    (["model.n_heads=100"], ["model.head_dim", "derived"]), (["model.norm=nope"], ["rmsnorm, layernorm"]),
+    (["model.n_heads=100"], ["model.head_dim", "derived"]), (["model.norm=nope"], ["rmsnorm", "layernorm"]),
     (["shard.lora.alpha=x"], ["shard.lora.alpha", "float"]),
     (["data.train.a.pth=x"], ["data.train.a.pth", "the nearest is data.train.a.path"]),
     (["data.train.a.weight=2"], ["data.train.a.path"]), (["data.train.a.shape=x"], ["data.train.a.shape", "chat"]),
@@ -343,7 +343,7 @@ def test_read_defaults_states_a_constraint_for_every_key():
         if not schema[key].startswith("section"):
             assert configs.fits(configs.get(cfg, key), schema[key]), key
     assert schema["lr"] == "float >= 0" and schema["dtype"] == "one of auto, bfloat16, float32"
-    assert schema["model.loss"] == "name in model.LOSSES: cross_entropy, dft"
+    assert schema["model.loss"].startswith("name in model.LOSSES: cross_entropy")
 
 
 def test_read_defaults_keys_have_a_meaning():
@@ -378,7 +378,7 @@ def test_read_defaults_lists_the_names_that_the_scripts_register():
 def test_load_accepts_names_that_an_experiment_may_register():
     cfg, source, _ = configs.load(["model.loss=focal", "log.to=[trackio]"])
     text = error_of(configs.check_builtin_names, cfg, source)
-    assert_names(text, ["model.loss: must be one of cross_entropy, dft; got focal (from cli)", "model.LOSSES"])
+    assert_names(text, ["model.loss: must be one of cross_entropy", "got focal (from cli)", "model.LOSSES"])
     assert_names(error_of(configs.check_builtin_names, *configs.load(["log.to=paper"])[:2]), ["log.to", "paper", "wandb"])
     assert_names(error_of(configs.check_builtin_names, *configs.load(["sampler.order=feedback"])[:2]), ["weighted"])
     configs.check_builtin_names(*configs.load(["configs/ft.yaml"])[:2])

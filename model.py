@@ -1470,8 +1470,11 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
             if len(prompts) == limit:
                 return prompts
             ids, loss_weights = source.document(i)       # of each token itself, not of the next
-            last_target = np.flatnonzero(loss_weights)[-1]
-            context = np.flatnonzero(loss_weights[:last_target] == 0)
+            targets = np.flatnonzero(loss_weights > 0)
+            if not len(targets):
+                continue
+            last_target = targets[-1]
+            context = np.flatnonzero(loss_weights[:last_target] <= 0)
             if not len(context):
                 continue
             start = int(context[-1]) + 1

@@ -557,9 +557,10 @@ def watch():
     # what is the process's own: mapped files are the system's
     while not loaded.wait(0.001):
         seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-time.sleep(0.05)
+while not seen:
+    time.sleep(0.01)
 before = seen[-1]
 model, _ = M.load(sys.argv[1])
 loaded.set()

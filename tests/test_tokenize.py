@@ -49,7 +49,7 @@ def test_special_tokens_spelled_in_a_message_stay_text():
 
 
 def test_messages_of_weight_0_and_tools_are_not_trained():
-    messages = T.normal({"messages": [{"role": "user", "content": "a"},
+    messages = T.normalize_record({"messages": [{"role": "user", "content": "a"},
                                       {"role": "assistant", "content": "b", "weight": 0},
                                       {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]},
                         "x")["messages"]
@@ -97,7 +97,7 @@ def test_a_token_that_overlaps_a_trained_span_is_trained():
     ({"prompt": "a", "completion": "b"}, "user assistant"), ({"question": "a", "answer": "b"}, "user assistant"),
     ({"system": "s", "instruction": "a", "output": "b"}, "system user assistant")])
 def test_shapes_found_by_looking(record, roles):
-    messages = T.normal(record, "here")["messages"]
+    messages = T.normalize_record(record, "here")["messages"]
     assert " ".join(m["role"] for m in messages) == roles and [m["content"] for m in messages][-2:] == ["a", "b"]
 
 
@@ -166,7 +166,10 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
     ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
     ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
     ('{"messages": [{"role": "user"}]}\n', ["line 1", "content"]),
-    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": "much"}]}\n', ["line 1", "message 1", "much"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}\n', ["line 1", "message 1", "nan"]),
+    ('{"text": "x", "weight": Infinity}\n', ["line 1", "inf"]), ('{"text": "x", "loss_weight": []}\n', ["line 1"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 1e5}]}\n', ["loss weight", "65504"]),
     ("", ["nothing to train on"])])
 def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
@@ -224,7 +227,7 @@ def test_damaged_files_and_folders_are_named(tmp_path):
     wrong(["latin.jinja", "UTF-8"], T.load_datasets,
           cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
     wrong(["data.bos_token", "[a]"], T.load_datasets, cfg_for(tmp_path, text, "data.bos_token=[a]"))
-    wrong(["missing.json", "cannot be read", "No such file"], T.read_json, tmp_path / "missing.json")
+    wrong(["missing.json", "cannot be read", "No such file"], T.read_json_object, tmp_path / "missing.json")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -298,11 +301,11 @@ def test_private_characters_in_a_message_are_text():
 
 def test_the_shape_a_source_says_is_the_one_that_is_read():
     both = {"text": "t", "messages": chat("a", "b")}
-    assert T.normal(both, "x", "text") == {"text": "t"} and "messages" in T.normal(both, "x", "chat")
-    assert "messages" in T.normal(both, "x")
-    wrong(["here", "shape is chat"], T.normal, "t", "here", "chat")
-    wrong(["here", "shape is text"], T.normal, {"prompt": "a", "completion": "b"}, "here", "text")
-    wrong(["here: message 1", "role"], T.normal, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
+    assert T.normalize_record(both, "x", "text") == {"text": "t"} and "messages" in T.normalize_record(both, "x", "chat")
+    assert "messages" in T.normalize_record(both, "x")
+    wrong(["here", "shape is chat"], T.normalize_record, "t", "here", "chat")
+    wrong(["here", "shape is text"], T.normalize_record, {"prompt": "a", "completion": "b"}, "here", "text")
+    wrong(["here: message 1", "role"], T.normalize_record, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
 
 
 def test_a_bad_line_of_a_big_file_is_one_line_too(tmp_path, script):
@@ -318,7 +321,7 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.NASTY),
+    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.TEST_STRINGS),
                             tokenizers.trainers.BpeTrainer(
                                 vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
                                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -328,7 +331,7 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
     ours = T.huggingface_tokenizer(tmp_path)
     assert isinstance(ours, T.Tokenizer) and ours.eos == "<|endoftext|>" and ours.bos is None and ours.template == "x"
     tok.encode_special_tokens = True
-    for text in [*T.NASTY, "the mat the cat 日本本 " * 20]:
+    for text in [*T.TEST_STRINGS, "the mat the cat 日本本 " * 20]:
         assert ours.encode(text).tolist() == tok.encode(text).ids, text
         assert ours.decode(ours.encode(text)) == text
 
@@ -353,7 +356,7 @@ def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_i
         T.save_tokenizer(tok, tmp_path / name, None)
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
         theirs.encode_special_tokens = True
-        for text in [*T.NASTY, (realdata / "text" / "wikitext2_test.txt").read_text()[:20_000]]:
+        for text in [*T.TEST_STRINGS, (realdata / "text" / "wikitext2_test.txt").read_text()[:20_000]]:
             assert theirs.encode(text, add_special_tokens=False).ids == tok.encode(text).tolist(), (name, text[:40])
     again = T.huggingface_tokenizer(tmp_path / "gpt2")
     assert isinstance(again, T.Tokenizer) and again.encode("Hello, world").tolist() == [15496, 11, 995]
@@ -387,8 +390,8 @@ def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
                  f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
     assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
     ids, mask = T.encode_chat(BYTES, CHATML, chat("a", "b"))
-    assert T.shown(BYTES, ids, mask, colour=True).count("\x1b[32m") == 1
-    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.shown(BYTES, ids, mask, colour=True)
+    assert T.colorize(BYTES, ids, mask, use_color=True).count("\x1b[32m") == 1
+    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.colorize(BYTES, ids, mask, use_color=True)
 
 
 # ---- big files, ready tokens, options
@@ -413,9 +416,10 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
         assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256]
         assert data.header["records"] == 1
         assert {len(d) for d in docs[:-1]} == {101} and all(a[-1] == b[0] for a, b in zip(docs, docs[1:]))
-        jobs = list(T.chunks(str(tmp_path / "a.txt"), ""))
-        assert len(jobs) > 5 and "".join(job[2][0] for job, _ in jobs) == text
-        assert sum(n for _, n in jobs) == len(text.encode())
+        context = T.Context(cfg, cfg["data"]["train"]["x"], tok)
+        chunks = list(T.read_chunks(str(tmp_path / "a.txt"), context))
+        assert len(chunks) > 5 and "".join(chunk.records[0] for chunk in chunks) == text
+        assert sum(chunk.n_bytes for chunk in chunks) == len(text.encode())
 
 
 def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
@@ -424,7 +428,8 @@ def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
     for text in (json.dumps(records), json.dumps(records, indent=3), json.dumps(records, ensure_ascii=False),
                  "[]", " [ ] \n"):
         (tmp_path / "a.json").write_text(text)
-        assert [json.loads(r) for job, _ in T.chunks(str(tmp_path / "a.json"), "") for r in job[2]] == json.loads(text)
+        chunks = T.read_chunks(str(tmp_path / "a.json"), None)
+        assert [json.loads(record) for chunk in chunks for record in chunk.records] == json.loads(text)
     (tmp_path / "a.json").write_text('{"text": "a"}\n{"text": "b"}')       # lines, whatever the name says
     assert len(T.load_datasets(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
     for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):

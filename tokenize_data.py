@@ -162,34 +162,34 @@ def find_files(cfg, name, source):
 def download_split(dataset, folder, split):
     """Download one split of a dataset on the hub to huggingface_hub's cache; return its files.
 
-    HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected. Without network the cached files of an
-    earlier download are used.
+    HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected.
     """
+    place = f"no file or folder at {dataset}, and none from the hub"
+    with error_context(place, ImportError, "pip install huggingface_hub to download it: "):
+        from huggingface_hub import constants, errors, list_repo_files, snapshot_download
     try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise configs.UserError(f"no file or folder at {dataset}; to download it from the hub, "
-                                "pip install huggingface_hub") from None
-    try:
-        try:
-            names = hub.list_repo_files(dataset, repo_type="dataset")
-        except hub.errors.RepositoryNotFoundError:
-            raise
-        except Exception:
-            cached = hub.snapshot_download(dataset, repo_type="dataset", local_files_only=True)
-            names = [str(f.relative_to(cached)) for f in Path(cached).rglob("*") if f.is_file()]
-        names = choose_split_files(names, dataset, folder, split)
-        local = hub.snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
-    except configs.UserError:
-        raise
-    except hub.errors.RepositoryNotFoundError:
-        raise configs.UserError(f"no file or folder at {dataset}, and the hub has no such dataset "
-                                "(a private one needs `hf auth login`)") from None
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-        raise configs.UserError(f"no file or folder at {dataset}, and downloading it from the hub "
-                                f"failed: {reason}") from None
+        names = list_repo_files(dataset, repo_type="dataset")
+    except errors.RepositoryNotFoundError:
+        raise configs.UserError(f"{place}: it has no such dataset (a private one needs "
+                                "`hf auth login`)") from None
+    except Exception as error:               # no network, for example
+        names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
+        if not names:
+            raise configs.UserError(f"{place}: {one_line(error)}") from None
+    names = choose_split_files(names, dataset, folder, split)
+    with error_context(place, Exception):
+        local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
     return [str(Path(local, name)) for name in names]
+
+
+def cached_files(cache, dataset):
+    """The names of a dataset's files that earlier downloads left in the cache, for use offline."""
+    folder = cache / f"datasets--{dataset.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    if not main.is_file():
+        return []
+    snapshot = folder / "snapshots" / main.read_text()
+    return [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
 
 
 def choose_split_files(names, dataset, folder, split):
@@ -645,6 +645,8 @@ def normalize_message(turn, n):
         content = None
     if role in ("observation", "function_response"):
         message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
+    if "tool_calls" in message:
+        message["tool_calls"] = parse_json(message["tool_calls"], "tool_calls must be a list of objects")
     if isinstance(content, list):
         content = join_parts(content)
     if content is None and "tool_calls" in message:
@@ -1439,7 +1441,7 @@ def byte_level_tokenizer(spec, special, added, files):
         if text in special or text in added:
             continue
         try:
-            ranks[bytes(UNICODE_TO_BYTES[character] for character in text)] = i
+            ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
             raise unsupported(f"a vocabulary with {text!r}, which is not spelled in bytes,") from None
     nfc = bool(spec.get("normalizer"))
@@ -1579,7 +1581,7 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
         text        U:2+3?; A:5; U:Sure?; A:Yes;
         placeholders U:2+3?; A:<1>; U:Sure?; A:<3>;
         between     "U:2+3?; A:"   "; U:Sure?; A:"   ";"
-        spans       (10, 11, 1) is "5", (23, 26, 3) is "Yes"
+        spans       (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
     A template may trim contents, drop messages, or look into contents, so that other things change
     with them. Messages that are not found in this way, and those with tool calls or reasoning, are
@@ -1909,10 +1911,10 @@ def concat_documents(documents, context, file, counts, problems):
 
 def compact_weights(weights, file):
     """Loss weights as uint8 if all are 0 or 1, otherwise as float16."""
-    mask = weights.astype(np.uint8)
-    if (mask == weights).all() and mask.max(initial=0) <= 1:
-        return mask
-    compact = weights.astype(np.float16)
+    if ((weights == 0) | (weights == 1)).all():
+        return weights.astype(np.uint8)
+    with np.errstate(over="ignore"):
+        compact = weights.astype(np.float16)
     if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
         raise configs.UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to "
                                 "65504 in absolute value, also after multiplication with its "

@@ -7,7 +7,7 @@
 The file follows the data: read files, normalize records, render the chat template, encode, assign
 loss weights, write token files, show. One record on its way:
 
-    {"prompt": "2 + 3?", "completion": "5"}                                          a line of a file
+    {"prompt": "2 + 3?", "completion": "5"}                                          read
     [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]   normalized
     <|im_start|>user\\n2 + 3?<|im_end|>\\n<|im_start|>assistant\\n5<|im_end|>\\n          rendered
      257 117 115 101 ... 43 32 51 63 258 10 257 97 115 115 ... 116 10 53 258 10      token ids
@@ -138,11 +138,10 @@ def find_files(cfg, name, source):
         files = [path]
     else:
         files = glob.glob(path, recursive=True)
-        root = os.path.expanduser(cfg["data_root"]) or "."
-        hub_path = HUB_PATH.fullmatch(os.path.relpath(path, root))
+    if not files:
+        hub_path = HUB_PATH.fullmatch(os.path.relpath(path, os.path.expanduser(cfg["data_root"])))
         # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
-        is_local = files or Path(path).parent.is_dir() or path.endswith(EXTENSIONS)
-        if hub_path and not is_local:
+        if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
             with error_context(key):
                 files = download_split(hub_path[1], hub_path[2], source["split"])
     beside_npy = ("_labels.npy", "_weights.npy")
@@ -201,9 +200,9 @@ def choose_split_files(names, dataset, folder, split):
     names = [n for n in names if n.endswith(HUB_EXTENSIONS) and Path(n).name not in HUB_METADATA]
     if folder:
         names = [n for n in names if n.startswith(f"{folder}/")]
-    any_split = "|".join(SPLIT_WORDS.values())
     chosen = [n for n in names if has_word(n, SPLIT_WORDS.get(split, re.escape(split)))]
-    if split == "train" and not any(has_word(n, any_split) for n in names):
+    has_splits = any(has_word(n, "|".join(SPLIT_WORDS.values())) for n in names)
+    if split == "train" and not has_splits:
         chosen = names
     if not chosen:
         files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
@@ -253,13 +252,11 @@ class Context:
     tok: object                  # Tokenizer or HFTokenizer
 
     def __post_init__(self):
-        data = self.cfg["data"]
-        first, last = data["ignore_token_id_range"] or (1, 0)
+        self.data = self.cfg["data"]
         ids = np.arange(self.tok.n_vocab)
-        in_range = (first <= ids) & (ids <= last)
-        self.data = data
-        self.never_target = in_range | np.isin(ids, data["ignore_token_ids"])    # bool [V]
-        self.ignores_ids = bool(self.never_target.any())
+        first, last = self.data["ignore_token_id_range"] or (1, 0)
+        is_ignored = np.isin(ids, self.data["ignore_token_ids"])
+        self.never_target = is_ignored | (first <= ids) & (ids <= last)      # bool [V]
         self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
 
     @functools.cached_property
@@ -342,13 +339,12 @@ def is_incomplete(error, text):
 def iter_text(stream, file):
     """Yield a file's text in blocks; the last one is empty."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()    # skips the mark that some editors add
-    is_last = False
-    while not is_last:
+    block = None
+    while block != b"":
         position = stream.tell()
         block = stream.read(BLOCK)
-        is_last = not block
         with error_context(file, UnicodeDecodeError, f"not UTF-8 text after byte {position}: "):
-            text = decoder.decode(block, final=is_last)
+            text = decoder.decode(block, final=not block)
         yield text
 
 
@@ -408,20 +404,13 @@ def read_csv(stream, file, context):
     is_tsv = file.removesuffix(".gz").endswith(".tsv")
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
-    numbers = []
-    records = []
     try:
-        for row in rows:
-            records.append(row)
-            numbers.append(rows.line_num)
-            if len(records) == 512:
-                yield Chunk(file, "line", numbers, records)
-                numbers = []
-                records = []
+        while numbered := [(rows.line_num, row) for row in itertools.islice(rows, 512)]:
+            numbers, records = zip(*numbered)
+            yield Chunk(file, "line", numbers, records)
     except (csv.Error, UnicodeDecodeError) as error:
         raise configs.UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
                                 f"{one_line(error)}") from None
-    yield Chunk(file, "line", numbers, records)
 
 
 def read_parquet(stream, file, context):
@@ -589,13 +578,11 @@ def parse_json(value, problem):
 
 def normalize_chat(record):
     """{"messages": [...], "tools": [...]}, the latter if the record has some."""
-    turns = None
     for key in MESSAGE_KEYS:
-        if turns is None and record.get(key):
-            turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
-    if not isinstance(turns, list):
-        if any(record.get(key) == [] for key in MESSAGE_KEYS):
-            raise configs.UserError("a chat without messages")
+        turns = parse_json(record.get(key), f"{key} must be a list, or one as JSON text")
+        if isinstance(turns, list):
+            break
+    else:
         turns = prompt_and_response(record)
     if isinstance(record.get("system"), str) and record["system"]:
         turns = [{"role": "system", "content": record["system"]}, *turns]
@@ -646,7 +633,8 @@ def normalize_message(turn, n):
     if role in ("observation", "function_response"):
         message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
     if "tool_calls" in message:
-        message["tool_calls"] = parse_json(message["tool_calls"], "tool_calls must be a list of objects")
+        problem = "tool_calls must be a list of objects"
+        message["tool_calls"] = parse_json(message["tool_calls"], problem)
     if isinstance(content, list):
         content = join_parts(content)
     if content is None and "tool_calls" in message:
@@ -964,12 +952,19 @@ def prepare_call(template, call):
 # --------------------------------------------------------------------------------------------------
 # encode: text -> token ids
 
-class SpecialTokens:
-    """What Tokenizer and HFTokenizer have in common.
-
-    special  {text: id} of control tokens. Only the template writes them; in messages they are text
-    added    {text: id} of tokens that are found wherever they are spelled, such as <think>
-    """
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class BaseTokenizer:
+    """What Tokenizer and HFTokenizer have in common."""
+    special: dict                # {text: id}: control tokens. Only templates write them; in
+    #                              messages they are text
+    added: dict = dataclasses.field(default_factory=dict)    # {text: id}: tokens that are found
+    #                              wherever they are spelled, such as <think>
+    bos: str = None              # text of a special token
+    eos: str = None
+    template: str = None         # jinja text of the model's chat template
+    folder: Path = None          # of its Hugging Face files
+    names: dict = dataclasses.field(default_factory=dict)    # {"pad_token": text}, for templates
+    nfc: bool = False            # text is first brought to Unicode's composed form (Qwen)
 
     def compile_patterns(self):
         every = self.special | self.added
@@ -991,18 +986,10 @@ class SpecialTokens:
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Tokenizer(SpecialTokens):
+class Tokenizer(BaseTokenizer):
     """A byte-level BPE tokenizer, run by tiktoken."""
     ranks: dict                  # {bytes of a token: id}; pairs are merged in this order
     pattern: str                 # regular expression that splits text into words
-    special: dict                # {text: id}
-    bos: str = None              # text of a special token
-    eos: str = None
-    template: str = None         # jinja text of the model's chat template
-    nfc: bool = False            # text is first brought to Unicode's composed form (Qwen)
-    folder: Path = None          # of its Hugging Face files
-    added: dict = dataclasses.field(default_factory=dict)    # {text: id}
-    names: dict = dataclasses.field(default_factory=dict)    # {"pad_token": text, ...} for templates
 
     def __post_init__(self):
         self.check_vocabulary()
@@ -1027,11 +1014,9 @@ class Tokenizer(SpecialTokens):
         self.special_set = frozenset(every)
         self.added_set = frozenset(self.added)
 
-        vocabulary = hashlib.sha256(b"".join(self.ranks))
-        vocabulary.update(np.array([[len(token) for token in self.ranks], ids]).tobytes())
-        self.fingerprint = fingerprint(
-            self.pattern, sorted(self.special.items()), self.bos, self.eos, self.nfc,
-            vocabulary.hexdigest(), sorted(self.added.items()))
+        vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
+        self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
+                                       self.nfc, vocabulary)
 
     def check_vocabulary(self):
         """Raise UserError for what would abort the process in tiktoken."""
@@ -1041,8 +1026,6 @@ class Tokenizer(SpecialTokens):
                                     f"single bytes (the first is {missing[0]})")
         if len(set(self.ranks.values())) < len(self.ranks):
             raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
-        assert self.bos is None or self.bos in self.special, self.bos
-        assert self.eos is None or self.eos in self.special, self.eos
 
     def encode_ordinary(self, text):
         """str -> ids [n] uint32. Neither special nor added tokens are found."""
@@ -1132,7 +1115,8 @@ class Tokenizer(SpecialTokens):
         return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-class HFTokenizer(SpecialTokens):
+@dataclasses.dataclass(eq=False, repr=False)
+class HFTokenizer(BaseTokenizer):
     """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
 
     Some of its models (Unigram) find special tokens in plain text even with encode_special_tokens.
@@ -1141,26 +1125,20 @@ class HFTokenizer(SpecialTokens):
 
         <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
     """
-    nfc = False
+    path: Path                   # of tokenizer.json
+    spec: dict                   # what it holds
 
-    def __init__(self, path, spec, special, added, bos, eos, template, folder, names):
+    def __post_init__(self):
         import tokenizers
-        self.special = special
-        self.added = added
-        self.bos = bos
-        self.eos = eos
-        self.template = template
-        self.folder = folder
-        self.names = names
-        self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in special}
-        self.revealed = {name: text for text, name in self.hidden.items()}
+        self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
         # tokenizers raises nothing narrower than Exception
         with error_context("the tokenizers package cannot read it either", Exception):
-            renamed = json.dumps(rename_tokens(spec, self.hidden))
+            renamed = json.dumps(rename_tokens(self.spec, self.hidden))
             self.encoder = tokenizers.Tokenizer.from_str(renamed)
         self.n_vocab = self.encoder.get_vocab_size()
         self.compile_patterns()
-        self.fingerprint = fingerprint(hashlib.sha256(path.read_bytes()).hexdigest(), bos, eos)
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.fingerprint = fingerprint(digest, self.bos, self.eos)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
         """As Tokenizer's, with ends and borders in characters of the text with hidden names."""
@@ -1183,7 +1161,7 @@ class HFTokenizer(SpecialTokens):
     def decode(self, ids):
         """ids -> str"""
         text = self.encoder.decode([int(i) for i in ids], skip_special_tokens=False)
-        for name, token in self.revealed.items():
+        for token, name in self.hidden.items():
             text = text.replace(name, token)
         return text
 
@@ -1195,7 +1173,7 @@ def rename_tokens(spec, new_names):
         model["vocab"] = {new_names.get(t, t): i for t, i in model["vocab"].items()}
     else:                                                    # Unigram's [[token, score], ...]
         model["vocab"] = [[new_names.get(t, t), score] for t, score in model["vocab"]]
-    if model.get("unk_token"):
+    if "unk_token" in model:
         model["unk_token"] = new_names.get(model["unk_token"], model["unk_token"])
     tokens = []
     for token in spec.get("added_tokens") or []:
@@ -1267,19 +1245,19 @@ def load_tokenizer(cfg):
 
 
 def bytes_tokenizer():
-    """Every byte is a token. <|endoftext|> is BOS and EOS, <|im_start|> and <|im_end|> are ChatML's."""
+    """Every byte is a token; BYTES_SPECIAL are ChatML's tokens, and BOS and EOS."""
     ranks = {bytes([b]): b for b in range(256)}
-    return Tokenizer(ranks, r"[\s\S]", BYTES_SPECIAL, bos="<|endoftext|>", eos="<|endoftext|>")
+    return Tokenizer(ranks, r"[\s\S]", special=BYTES_SPECIAL, bos="<|endoftext|>",
+                     eos="<|endoftext|>")
 
 
 def tiktoken_encoding(name):
     """An encoding that tiktoken knows by name, such as gpt2, and downloads."""
-    problem = f"tiktoken cannot download {name}; bytes or a folder with a tokenizer.json needs no " \
-              "network: "
+    problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
-    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens,
-                     eos="<|endoftext|>")
+    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str,
+                     special=encoding._special_tokens, eos="<|endoftext|>")
 
 
 def tiktoken_file(path, pattern, special):
@@ -1297,8 +1275,8 @@ def tiktoken_file(path, pattern, special):
             raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other "
                                     f"token has, got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
-    with error_context(place, (ValueError, RecursionError)):     # tiktoken raises them for a pattern
-        return Tokenizer(ranks, pattern, special)
+    with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
+        return Tokenizer(ranks, pattern, special=special)
 
 
 def huggingface_tokenizer(path):
@@ -1311,27 +1289,24 @@ def huggingface_tokenizer(path):
     spec = read_json_object(path)
     config_file = path.with_name("tokenizer_config.json")
     config = read_json_object(config_file) if config_file.is_file() else {}
-    template = read_template(path.parent, config)
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
+        template = read_template(path.parent, config)
         tokens = spec.get("added_tokens") or []
-        special = {token["content"]: token["id"] for token in tokens if token["special"] is True}
-        added = {token["content"]: token["id"] for token in tokens if token["special"] is False}
         names = token_names(spec, config)
-        bos = names.get("bos_token") if names.get("bos_token") in special else None
-        eos = names.get("eos_token") if names.get("eos_token") in special else None
-        files = {"bos": bos, "eos": eos, "template": template, "folder": path.parent,
-                 "names": names}
-        problem = unsupported_part(spec, tokens)
+        files = {"special": {token["content"]: token["id"] for token in tokens if token["special"]},
+                 "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
+                 "template": template, "folder": path.parent, "names": names}
+        for key in ("bos", "eos"):
+            text = names.get(f"{key}_token")
+            files[key] = text if text in files["special"] else None
         try:
-            if problem:
-                raise unsupported(problem)
-            return byte_level_tokenizer(spec, special, added, files)
+            return byte_level_tokenizer(spec, tokens, files)
         except configs.UserError as error:
             problem = str(error)
         with error_context(path, ImportError, f"{problem}; with `pip install tokenizers` it would "
                                               "run there: "), error_context(path):
-            tok = HFTokenizer(path, spec, special, added, **files)
+            tok = HFTokenizer(path, spec, **files)
         if configs.is_local_rank0():
             print(f"note: {path}: {problem}; the tokenizers package runs it", file=sys.stderr,
                   flush=True)
@@ -1346,9 +1321,8 @@ def read_template(folder, config):
     template = config.get("chat_template")
     place = folder / "tokenizer_config.json"
     if isinstance(template, list):                           # several: [{"name", "template"}, ...]
-        with error_context(place, (AttributeError,), "chat_template: "):
-            by_name = {t.get("name"): t.get("template") for t in template}
-        template = by_name.get("default")
+        named = [t["template"] for t in template if t["name"] == "default"]
+        template = named[0] if named else None
     if template is not None and not isinstance(template, str):
         raise configs.UserError(f"{place}: chat_template must be text, got "
                                 f"{type(template).__name__}")
@@ -1434,64 +1408,52 @@ def split_pattern(steps):
     return step.get("pattern", {}).get("Regex") or None
 
 
-def byte_level_tokenizer(spec, special, added, files):
+def byte_level_tokenizer(spec, tokens, files):
     """A byte-level BPE tokenizer.json, read -> Tokenizer. UserError if it is not exact."""
+    problem = unsupported_part(spec, tokens)
+    if problem:
+        raise unsupported(problem)
     ranks = {}
     for text, i in spec["model"]["vocab"].items():
-        if text in special or text in added:
+        if text in files["special"] or text in files["added"]:
             continue
         try:
             ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
-            raise unsupported(f"a vocabulary with {text!r}, which is not spelled in bytes,") from None
-    nfc = bool(spec.get("normalizer"))
-    tok = Tokenizer(ranks, split_pattern(pre_tokenizer_steps(spec)), special, nfc=nfc, added=added,
-                    **files)
-    verify_merges(tok, spec["model"])
-    return tok
+            raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+    pattern = split_pattern(pre_tokenizer_steps(spec))
+    check_merges(spec["model"], ranks, pattern)
+    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
 
 
 TEST_STRINGS = (
     "", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
-    "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "1234567890 3.14 1,000,000 ½ ٣",
-    "日本語と中文，한국어", "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m",
+    "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "日本語と中文，한국어",
+    "1234567890 3.14 1,000,000 ½ ٣", "עברית العربية",
+    "👩‍👩‍👧 🏳️‍🌈 🤖",
+    "\x00\x01\x7f\x1b[0m",
     "_under_score__ --flag=value // /* x */", "aaaaaaaaaaaaaaaaaaaaaaaaa",
     "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x", "<|endoftext|> <|im_end|>",
     "if (x==1) {\n    return y;\n}")
 
 
-def verify_merges(tok, model):
-    """Raise UserError unless tiktoken gives the ids that the list of merges gives.
+def check_merges(model, ranks, pattern):
+    """Raise UserError unless tiktoken splits and merges as this tokenizer.json does.
 
-    tiktoken merges the pair whose result has the lowest id, tokenizer.json the pair that comes
-    first in its list. Both are compared on strings that tend to go wrong.
+    tokenizer.json merges the pair that comes first in its list, tiktoken the pair whose result has
+    the lowest id. That is the same if the ids of the results ascend, and if all tokens are results.
     """
     import regex                                             # installed with tiktoken
-    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    order = {tuple(pair): n for n, pair in enumerate(pairs)}
-    for text in map(tok.clean, TEST_STRINGS):
-        words = regex.findall(tok.pattern, text)
-        if "".join(words) != text:
+    for text in TEST_STRINGS:
+        if "".join(regex.findall(pattern, text)) != text:
             raise unsupported(f"a pattern that leaves something out (seen on {text!r})")
-        ids = []
-        for word in words:
-            parts = [BYTES_TO_UNICODE[b] for b in word.encode()]
-            if model.get("ignore_merges") and "".join(parts) in model["vocab"]:
-                parts = ["".join(parts)]
-            ids += [model["vocab"].get(part) for part in merge_pairs(parts, order)]
-        if tok.encode_ordinary(text).tolist() != ids:
-            raise unsupported(f"its order of merges (seen on {text!r})")
-
-
-def merge_pairs(parts, order):
-    """Merge neighbours, the pair that is first in `order` first, until none is left in it."""
-    while True:
-        pairs = list(zip(parts, parts[1:]))
-        known = [pair for pair in pairs if pair in order]
-        if not known:
-            return parts
-        at = pairs.index(min(known, key=order.get))
-        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2:]]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    results = [left + right for left, right in pairs]
+    ids = [model["vocab"][result] for result in results]
+    if ids != sorted(ids):
+        raise unsupported("its order of merges")
+    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
+        raise unsupported("a vocabulary with tokens that no merge makes")
 
 
 def recover_merges(ranks):
@@ -1894,8 +1856,9 @@ def concat_documents(documents, context, file, counts, problems):
     """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
     kept_ids = []
     kept_weights = []
+    ignores_ids = context.never_target.any()
     for ids, weights in documents:
-        if context.ignores_ids:
+        if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
             kept_ids.append(ids)
@@ -2131,7 +2094,8 @@ class Tokens:
         self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
 
     def map_file(self, name, dtype):
-        return np.asarray(np.memmap(self.folder / name, dtype, "r"))    # slices of an array are faster
+        # slices of an array are faster than those of a memmap
+        return np.asarray(np.memmap(self.folder / name, dtype, "r"))
 
     def __len__(self):
         return len(self.offsets) - 1

@@ -82,7 +82,7 @@ def test_templates_that_trim_or_look_into_contents():
 
 def test_a_token_that_overlaps_a_trained_span_is_trained():
     ranks = {bytes([b]): b for b in range(256)} | {b":x": 256}
-    tok = T.Tokenizer(ranks, r"[\s\S]+", {"<e>": 257}, eos="<e>")
+    tok = T.Tokenizer(ranks, r"[\s\S]+", special={"<e>": 257}, eos="<e>")
     template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}")
     ids, mask = T.encode_chat(tok, template, chat("q", "x!"))
     assert [tok.decode([i]) for i, m in zip(ids, mask) if m] == [":x", "!", "<e>"]
@@ -404,7 +404,7 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
     tok = T.huggingface_tokenizer(configs.HERE.parent / "data" / "base")
     pairs = [bytes([x, y]) for x in b" \n.abcdefgh" for y in b"abcdefgh\n"]
     ranks = tok.ranks | {pair: 300 + n for n, pair in enumerate(pairs)}
-    tok = T.Tokenizer(ranks, T.GPT2_PATTERN, tok.special, bos="<|endoftext|>", eos="<|endoftext|>")
+    tok = T.Tokenizer(ranks, T.GPT2_PATTERN, special=tok.special, bos="<|endoftext|>", eos="<|endoftext|>")
     rng = random.Random(0)
     text = "".join(rng.choice(["\n", "\n\n", " ", "a", "bad", "egg. ", "é", "\t", "1"]) for _ in range(300_000))
     (tmp_path / "a.txt").write_text(text, newline="")
@@ -530,7 +530,7 @@ def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(real
             "mistralai-Mistral-Nemo-Instruct-2407": "</s>", "google-gemma-2-2b-it": "<end_of_turn>"}
     for name, end in ends.items():
         names = sorted({*ends.values(), "<s>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"})
-        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(names)}, bos="<s>", eos="</s>")
+        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special={s: 256 + i for i, s in enumerate(names)}, bos="<s>", eos="</s>")
         template = T.compile_template((realdata / "templates" / f"{name}.jinja").read_text())
         ids, mask = T.encode_chat(tok, template, chat("Hi there", "Hello! ", "And <|im_end|> now?", "Done"))
         assert spans(tok, ids, mask) in ([f"Hello!{end}", f"Done{end}"], [f"Hello! {end}", f"Done{end}"]), name

@@ -147,6 +147,24 @@ def test_without_the_tokenizers_package_one_line_names_the_feature(tmp_path, mon
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("damage", ["order", "missing"])
+def test_merges_that_tiktoken_would_do_otherwise_run_through_the_tokenizers_package(tmp_path, damage):
+    tokenizers = reference()
+    trained(tokenizers, "only digits", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = spec["model"]["merges"]
+    if damage == "order":
+        merges[3], merges[20] = merges[20], merges[3]
+    else:
+        merges.pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = T.huggingface_tokenizer(tmp_path)
+    assert isinstance(ours, T.HFTokenizer)
+    for text in [*T.TEST_STRINGS, "the cat sat on the mat"]:
+        assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
+
+
 def test_a_post_processors_bos_and_eos_are_the_texts(tmp_path):
     tokenizers = reference()
     tok = trained(tokenizers, "digits", tmp_path)
@@ -202,7 +220,7 @@ def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata,
 
 
 def test_a_template_that_strips_thoughts_from_history():
-    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>",
+    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special=T.BYTES_SPECIAL, eos="<|endoftext|>",
                       added={"<think>": 259, "</think>": 260, "<tool_call>": 261})
     template = T.compile_template(QWEN3)
     thinks = chat("a", "<think>\nhm\n</think>\n\nb <|im_end|>", "c", "<think>\nso\n</think>\n\nd <|im_end|>")
@@ -221,7 +239,7 @@ def test_a_template_that_strips_thoughts_from_history():
 
 
 def test_a_long_chat_takes_few_renderings():
-    tok, times = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>"), []
+    tok, times = T.Tokenizer(BYTES.ranks, BYTES.pattern, special=T.BYTES_SPECIAL, eos="<|endoftext|>"), []
     template = T.compile_template(QWEN3 + "{{ seen() }}")
     turns = [f"<think>\nhm {i}\n</think>\n\nb{i}" if i % 2 else f"a{i}" for i in range(200)]
     template.jinja.globals["seen"] = lambda: times.append(1) or ""

@@ -1463,7 +1463,8 @@ def recover_merges(ranks):
     the tokens of lower rank.
     """
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token in sorted(ranks, key=ranks.get):
+        rank = ranks[token]
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             ranks_of_pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
@@ -1558,13 +1559,14 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
             replaced[i] = messages[i] | {"content": placeholder(i)}
         with_placeholders = render_text(template, tok, replaced, **variables)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
-    found = {i for _, _, i in spans}
-    for i in wanted:
-        if i not in found:
-            after = max((end for _, end, before in spans if before < i), default=0)
-            span = find_span_alone(template, tok, rendering, i, after, **variables)
-            if span:
-                spans.append((*span, i))
+    missing = sorted(set(wanted) - {i for _, _, i in spans})
+    if missing:
+        opening = opening_of_turn(template, tok, rendering, **variables)
+    for i in missing:
+        after = max((end for _, end, before in spans if before < i), default=0)
+        span = find_span_alone(template, tok, rendering, i, after, opening, **variables)
+        if span:
+            spans.append((*span, i))
     return sorted(spans)
 
 
@@ -1615,49 +1617,53 @@ def find_content_end(text, start, content, after):
     return end if end >= 0 and text[start:end] in content else None
 
 
-def find_span_alone(template, tok, rendering, i, after, **variables):
+def opening_of_turn(template, tok, rendering, **variables):
+    """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
+    with_opening = render_text(template, tok, rendering.messages, True, **variables)
+    if with_opening.startswith(rendering.text):
+        return with_opening.removeprefix(rendering.text)
+    return ""
+
+
+def find_span_alone(template, tok, rendering, i, after, opening, **variables):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
-    Found from a rendering in which only this message has a placeholder. If more changes with it
-    than the content, or it has tool calls or reasoning, the span is all that the template writes
-    for the message: it starts with what follows the opening of the turn.
+    The text is compared with a rendering in which only this message has a placeholder:
+
+        text   U:2+3?; A:5; U:Sure?; A:Yes;
+        other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
+
+    If more than the content changes with the message, or it has tool calls or reasoning, its span
+    is all that the template writes for it after `opening`.
     """
     text = rendering.text
     messages = rendering.messages
-    only_content = {"role": messages[i]["role"], "content": placeholder(i)}
+    with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
     original = text
     try:
-        replaced = [*messages[:i], only_content, *messages[i + 1:]]
+        replaced = [*messages[:i], with_placeholder, *messages[i + 1:]]
         other = render_text(template, tok, replaced, **variables)
     except configs.UserError:                    # the template has rules for what may follow
         original = render_text(template, tok, messages[:i + 1], **variables)
-        other = render_text(template, tok, [*messages[:i], only_content], **variables)
+        other = render_text(template, tok, [*messages[:i], with_placeholder], **variables)
     before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
-    rest = original.removeprefix(before)
-    is_content = original.startswith(before) and rest.endswith(behind)
+    is_content = original.startswith(before) and original[len(before):].endswith(behind)
     if not is_content:
-        before = common_prefix(original, other)
-        behind = common_suffix(original[len(before):], other[len(before):])
+        before = os.path.commonprefix([original, other])
+        backwards = [original[len(before):][::-1], other[len(before):][::-1]]
+        behind = os.path.commonprefix(backwards)
     written = original[len(before):len(original) - len(behind)]
     start = len(before) if original is text else text.find(written, after)
+    if start < 0:
+        return None
     end = start + len(written)
     if not is_content or has_generated_fields(messages[i]):
-        with_prompt = render_text(template, tok, messages, True, **variables)
-        opening = with_prompt.removeprefix(text) if with_prompt.startswith(text) else ""
-        turn_start = text.rfind(opening, after, max(start, 0))
-        if turn_start >= 0:
-            start = turn_start + len(opening)
-    return (start, end) if 0 <= start < end else None
-
-
-def common_prefix(a, b):
-    return os.path.commonprefix([a, b])
-
-
-def common_suffix(a, b):
-    return os.path.commonprefix([a[::-1], b[::-1]])[::-1]
+        opening_start = text.rfind(opening, after, start)
+        if opening_start >= 0:
+            start = opening_start + len(opening)
+    return (start, end) if start < end else None
 
 
 def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables):
@@ -1749,12 +1755,11 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True):
 
     starts, ends  False: the text started in an earlier part, continues in a later one
     """
-    ids = tok.encode(tok.clean(text)).tolist()
-    if starts and tok.bos:
-        ids.insert(0, tok.special[tok.bos])
-    if ends and tok.eos:
-        ids.append(tok.special[tok.eos])
-    return np.array(ids, np.int64), np.full(len(ids), weight, np.float32)
+    bos = [tok.special[tok.bos]] if starts and tok.bos else []
+    eos = [tok.special[tok.eos]] if ends and tok.eos else []
+    ids = tok.encode(tok.clean(text))
+    ids = np.concatenate([np.array(bos, np.int64), ids, np.array(eos, np.int64)])
+    return ids, np.full(len(ids), weight, np.float32)
 
 
 def encode_prompt(tok, template, messages):

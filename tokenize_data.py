@@ -1374,15 +1374,17 @@ def unsupported_part(spec, tokens):
         return f"{description} with a prefix space"
     if split_pattern(steps) is None:
         return description
-    # tiktoken searches all tokens at once, in the text as it is
-    in_two_searches = len({token["normalized"] for token in tokens}) > 1
+    searched_first = "".join(t["content"] for t in tokens if not t["normalized"])
     for token in tokens:
-        is_normalized = token["normalized"] and (normalizer or in_two_searches)
+        content = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
-                return f"the {flag} added token {token['content']!r}"
-        if is_normalized:
-            return f"the normalized added token {token['content']!r}"
+                return f"the {flag} added token {content!r}"
+        # normalized tokens are searched last, in normalized text: the same unless they overlap
+        # others or change (NeoX's runs of spaces do not)
+        changes = normalizer and not content.isspace()
+        if token["normalized"] and (changes or set(content) & set(searched_first)):
+            return f"the normalized added token {content!r}"
     return None
 
 

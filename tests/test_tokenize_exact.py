@@ -79,7 +79,7 @@ def test_a_run_of_spaces_too_long_for_the_regexes_is_encoded_all_the_same(realda
 KINDS = {"unigram": T.HFTokenizer, "wordpiece": T.HFTokenizer, "sentencepiece bpe": T.HFTokenizer, "prefix space": T.HFTokenizer,
          "one word": T.HFTokenizer,
          "digits": T.HFTokenizer, "spaces": T.HFTokenizer, "strip": T.HFTokenizer,
-         "only digits": T.Tokenizer, "added": T.Tokenizer, "composed": T.Tokenizer}
+         "only digits": T.Tokenizer, "added": T.Tokenizer, "composed": T.Tokenizer, "neox": T.Tokenizer}
 
 
 def trained(tokenizers, kind, folder):
@@ -104,12 +104,14 @@ def trained(tokenizers, kind, folder):
         tok, level = tokenizers.Tokenizer(models.BPE()), pre.ByteLevel(add_prefix_space=kind == "prefix space")
         tok.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), level]) if "digits" in kind else level
         trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre.ByteLevel.alphabet(), **options)
-        if kind in ("spaces", "composed"):
+        if kind in ("spaces", "composed", "neox"):
             tok.normalizer = norm.NFC()
     tok.train_from_iterator(texts, trainer)
     if kind in ("spaces", "digits"):
         tok.add_tokens([*(token(" " * i, normalized=True) for i in range(2, 20)),
                         token("<tool_call>", normalized=kind == "spaces"), token("<x", normalized=False)])
+    if kind == "neox":
+        tok.add_tokens([token(" " * i, normalized=True) for i in range(2, 20)])
     if kind in ("added", "composed"):                                # all in one search: tiktoken's way
         tok.add_tokens([token(text, normalized=False) for text in ("<tool_call>", "<x", "  ", "    ")])
     if kind == "strip":

@@ -689,7 +689,7 @@ def parse_weight(d, keys):
         if value is None or value == "":                 # "" is an empty field of a .csv file
             continue
         with error_context(f"{key} must be a finite number, true or false; got {value!r}",
-                           (ValueError, TypeError)):
+                           (ValueError, TypeError, OverflowError)):
             weight = float(value)
             if not math.isfinite(weight):
                 raise ValueError("it is not finite")
@@ -768,6 +768,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def takes_object_arguments(self):
+        """False if it refuses them, and writes JSON text."""
         return self.render_call({"a": 1}) is not None or not self.takes_json_arguments
 
     def render_call(self, arguments):

@@ -1,6 +1,6 @@
 """Raw text and chats -> token files on disk.
 
-    python tokenize_data.py configs/ft.yaml                     tokenize, print what came out
+    python tokenize_data.py configs/ft.yaml                     tokenize, and print a summary
     python tokenize_data.py configs/ft.yaml show=3              and 3 samples, targets coloured
     python tokenize_data.py configs/ft.yaml show=1 ids=true     and each of their tokens
 
@@ -31,6 +31,7 @@ import bisect
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -715,6 +716,7 @@ GENERATED = re.compile(f"{GENERATION_START}(.*?){GENERATION_END}", re.DOTALL)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_START}([0-9]+){PLACEHOLDER_END}")
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
+SPACES = re.compile(r"\s*")
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
@@ -955,22 +957,29 @@ def prepare_call(template, call):
 
 @dataclasses.dataclass(eq=False, repr=False, kw_only=True)
 class BaseTokenizer:
-    """What Tokenizer and HFTokenizer have in common."""
-    special: dict                # {text: id}: control tokens. Only templates write them; in
-    #                              messages they are text
-    added: dict = dataclasses.field(default_factory=dict)    # {text: id}: tokens that are found
-    #                              wherever they are spelled, such as <think>
-    bos: str = None              # text of a special token
+    """What Tokenizer and HFTokenizer have in common.
+
+    special   {text: id} of control tokens. Only templates write them: in messages they are text
+    added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
+    bos, eos  texts of special tokens
+    template  jinja text of the model's chat template
+    folder    where the Hugging Face files are
+    names     {"pad_token": text, ...}, which templates may use
+    nfc       text is first brought to Unicode's composed form (Qwen)
+    """
+    special: dict
+    added: dict = dataclasses.field(default_factory=dict)
+    bos: str = None
     eos: str = None
-    template: str = None         # jinja text of the model's chat template
-    folder: Path = None          # of its Hugging Face files
-    names: dict = dataclasses.field(default_factory=dict)    # {"pad_token": text}, for templates
-    nfc: bool = False            # text is first brought to Unicode's composed form (Qwen)
+    template: str = None
+    folder: Path = None
+    names: dict = dataclasses.field(default_factory=dict)
+    nfc: bool = False
 
     def compile_patterns(self):
-        every = self.special | self.added
         self.special_pattern = compile_alternation(self.special)
-        self.every_pattern = compile_alternation(every)
+        self.special_and_added = self.special | self.added
+        self.special_and_added_pattern = compile_alternation(self.special_and_added)
         # special tokens as JSON spells them
         self.escaped_pattern = compile_alternation([to_json(text)[1:-1] for text in self.special])
 
@@ -994,26 +1003,24 @@ class Tokenizer(BaseTokenizer):
 
     def __post_init__(self):
         self.check_vocabulary()
-        every = self.special | self.added
+        self.compile_patterns()
         ids = list(self.ranks.values())
-        self.n_vocab = 1 + max([*ids, *every.values()])
-        self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern, special_tokens=every,
+        tokens = self.special_and_added
+        self.n_vocab = 1 + max([*ids, *tokens.values()])
+        self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern, special_tokens=tokens,
                                           mergeable_ranks=self.ranks)
         self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
         self.token_bytes[ids] = [len(token) for token in self.ranks]
-        self.token_bytes[list(every.values())] = [len(text.encode()) for text in every]
+        self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
         self.byte_ids = None                                 # [256], if there is nothing to merge
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        self.compile_patterns()
-        self.every = every
-        # tiktoken finds special tokens itself, unless one starts with another
-        in_order = sorted(every)
+        # tiktoken finds special and added tokens itself, unless one starts with another
+        in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.native_special = not overlap and len(ids) > 256
-        self.special_set = frozenset(every)
-        self.added_set = frozenset(self.added)
+        self.native_names = {True: frozenset(tokens), False: frozenset(self.added)}
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1055,10 +1062,9 @@ class Tokenizer(BaseTokenizer):
         """
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.native_special and is_composed and not literals:
-            allowed = self.special_set if find_special else self.added_set
             try:
-                ids = self.encoding.encode_to_numpy(text, allowed_special=allowed,
-                                                    disallowed_special=())
+                ids = self.encoding.encode_to_numpy(text, disallowed_special=(),
+                                                    allowed_special=self.native_names[find_special])
             except ValueError:                               # see encode_ordinary
                 pass
             else:
@@ -1100,12 +1106,12 @@ class Tokenizer(BaseTokenizer):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
         segments = []
         position = 0
-        for match in self.every_pattern.finditer(text):
+        for match in self.special_and_added_pattern.finditer(text):
             start, end = match.span()
             is_special = match[0] in self.special
             if is_special and (not find_special or overlaps(literals, start, end)):
                 continue
-            segments += [(position, start, None), (start, end, self.every[match[0]])]
+            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
             position = end
         return [*segments, (position, len(text), None)]
 
@@ -1543,11 +1549,11 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
     The messages are rendered once more with placeholders instead of their contents. What the
     template writes between the placeholders is also between the contents. With wanted = [1, 3]:
 
-        messages    user "2+3?", assistant "5", user "Sure?", assistant "Yes"
-        text        U:2+3?; A:5; U:Sure?; A:Yes;
-        placeholders U:2+3?; A:<1>; U:Sure?; A:<3>;
-        between     "U:2+3?; A:"   "; U:Sure?; A:"   ";"
-        spans       (10, 11, 1) is "5", (24, 27, 3) is "Yes"
+        messages      user "2+3?", assistant "5", user "Sure?", assistant "Yes"
+        text          U:2+3?; A:5; U:Sure?; A:Yes;
+        placeholders  U:2+3?; A:<1>; U:Sure?; A:<3>;
+        between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
+        spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
     A template may trim contents, drop messages, or look into contents, so that other things change
     with them. Messages that are not found in this way, and those with tool calls or reasoning, are
@@ -1563,8 +1569,9 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
         with_placeholders = render_text(template, tok, replaced, **variables)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
     missing = sorted(set(wanted) - {i for _, _, i in spans})
-    if missing:
-        opening = opening_of_turn(template, tok, rendering, **variables)
+    if not missing:
+        return spans
+    opening = opening_of_turn(template, tok, rendering, **variables)
     for i in missing:
         after = max((end for _, end, before in spans if before < i), default=0)
         span = find_span_alone(template, tok, rendering, i, after, opening, **variables)
@@ -1748,8 +1755,8 @@ def message_weights(messages, train_on):
 
 def end_of_turn(tok, text, end):
     """The end of the special token that follows, perhaps after white space; or `end`."""
-    spaces = len(text[end:]) - len(text[end:].lstrip())
-    token = tok.every_pattern.match(text, end + spaces)
+    spaces = SPACES.match(text, end)
+    token = tok.special_and_added_pattern.match(text, spaces.end())
     return token.end() if token else end
 
 
@@ -2033,13 +2040,12 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        writer = TokenWriter(building)
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
         n_bytes = sum(os.path.getsize(file) for file in files)
         results = encode_parallel(chunks, n_bytes, context, name, quiet)
-        for encoded in join_parts_of_documents(results, context):
-            writer.write(encoded)
-        writer.close()
+        with contextlib.closing(TokenWriter(building)) as writer:
+            for encoded in join_parts_of_documents(results, context):
+                writer.write(encoded)
         check_not_empty(writer, name, source)
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_kind, "tokens": writer.n_tokens,
@@ -2206,7 +2212,7 @@ def colorize(tok, ids, weights, use_color):
         text = tok.decode(span)
         if use_color:
             color = 2 if weight == 0 else 32 if weight > 0 else 31
-            text = tok.every_pattern.sub(invert, text)
+            text = tok.special_and_added_pattern.sub(invert, text)
             text = f"\x1b[{color}m{text}\x1b[0m"
         elif weight:
             text = f"[[{text}]]"

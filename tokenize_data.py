@@ -1301,7 +1301,7 @@ def huggingface_tokenizer(path):
         template = read_template(path.parent, config)
         tokens = spec.get("added_tokens") or []
         names = token_names(spec, config)
-        files = {"special": {token["content"]: token["id"] for token in tokens if token["special"]},
+        files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
                  "template": template, "folder": path.parent, "names": names}
         for key in ("bos", "eos"):
@@ -1310,14 +1310,20 @@ def huggingface_tokenizer(path):
         try:
             return byte_level_tokenizer(spec, tokens, files)
         except configs.UserError as error:
-            problem = str(error)
-        with error_context(path, ImportError, f"{problem}; with `pip install tokenizers` it would "
-                                              "run there: "), error_context(path):
-            tok = HFTokenizer(path, spec, **files)
-        if configs.is_local_rank0():
-            print(f"note: {path}: {problem}; the tokenizers package runs it", file=sys.stderr,
-                  flush=True)
-        return tok
+            return package_tokenizer(path, spec, files, str(error))
+
+
+def package_tokenizer(path, spec, files, problem):
+    """Let the tokenizers package run what tiktoken cannot represent, and print why."""
+    install = "; with `pip install tokenizers` it would run there: "
+    with error_context(path, ImportError, problem + install):
+        import tokenizers  # noqa: F401
+    with error_context(path):
+        tok = HFTokenizer(path, spec, **files)
+    if configs.is_local_rank0():
+        note = f"{problem}; the tokenizers package runs it"
+        print(f"note: {path}: {note}", file=sys.stderr, flush=True)
+    return tok
 
 
 def read_template(folder, config):

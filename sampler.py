@@ -389,7 +389,7 @@ class Dataset:
             yield tokens, chosen, within[chosen]
 
     def document(self, index):
-        """Return (token ids [n], mask [n]: 1 if the token is a target)."""
+        """Return (token ids [n], loss weights [n]: uint8 or float16). 0: the token is no target."""
         source, within = self.locate(index)
         return list(self.sources.values())[source].document(within)
 
@@ -429,10 +429,10 @@ def collate(indices, dataset, pad_to=1):
     loss_weights = np.zeros(padded, np.float32)
     positions = np.zeros(padded, np.int64)
     for index, start, end in zip(indices, cu_seqlens, cu_seqlens[1:]):
-        ids, mask = dataset.document(index)
+        ids, weights = dataset.document(index)
         tokens[start:end] = ids[:-1]
         targets[start:end] = ids[1:]
-        loss_weights[start:end] = mask[1:]
+        loss_weights[start:end] = weights[1:]
         positions[start:end] = np.arange(end - start)
     targets[loss_weights == 0] = IGNORE_INDEX
 

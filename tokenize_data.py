@@ -1,30 +1,54 @@
 """Raw text and chats -> token files on disk.
 
-    python tokenize_data.py configs/ft.yaml              tokenize, and say what came out
-    python tokenize_data.py configs/ft.yaml show=3       and print 3 samples, the trained tokens coloured
-    python tokenize_data.py configs/ft.yaml show=1 ids=true      and each of their tokens with its id
+    python tokenize_data.py configs/ft.yaml                     tokenize, and print a summary
+    python tokenize_data.py configs/ft.yaml show=3              and 3 samples, targets coloured
+    python tokenize_data.py configs/ft.yaml show=1 ids=true     and each of their tokens
 
-The way of one record:
+The file follows the data: read files, normalize records, render the chat template, encode, assign
+loss weights, write token files, show. One record on its way:
 
-    {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}  found by its keys
-    <|im_start|>user\\n2 + 3?<|im_end|>\\n<|im_start|>assistant\\n5<|im_end|>\\n                    the template's text
-     257 117 115 101 114 10 50 32 43 32 51 63 258 10 257 97 115 … 116 10 53 258 10                its token ids
-       0   0   0   0   0  0  0  0  0  0  0  0   0  0   0  0   0 …   0  0  1   1  0                1: trained
+    {"prompt": "2 + 3?", "completion": "5"}                                          read
+    [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]   normalized
+    <|im_start|>user\\n2 + 3?<|im_end|>\\n<|im_start|>assistant\\n5<|im_end|>\\n          rendered
+     257 117 115 101 ... 43 32 51 63 258 10 257 97 115 115 ... 116 10 53 258 10      token ids
+       0   0   0   0      0  0  0  0   0  0   0  0   0   0       0  0  1   1  0      loss weights
 
-The ids are those of the whole rendered text; the mask never changes them. Special tokens that are spelled inside a
-message stay text: a user who writes <|im_end|> ends nobody's turn. A text document is BOS + its ids + EOS, all trained,
-cut into windows of data.seq_len targets.
+The ids are those of the rendered text; loss weights do not change them. Special tokens that are
+spelled inside a message stay text: <|im_end|> in a user's message ends no turn. A text document is
+BOS + its ids + EOS, cut into windows of data.seq_len targets.
 
-A source becomes a folder in data.cache_dir, named by a fingerprint of everything it depends on:
+Each source has a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
-    tokens.bin     uint16 or uint32, one document after the other
-    mask.bin       uint8 per token, 1 where it is trained
-    offsets.bin    int64, where document i begins; one more than there are documents
-    targets.bin    uint32, how many tokens of document i have a loss: those that are trained, but not a first token
+    tokens.bin     uint16 or uint32: the ids of all documents, one after the other
+    mask.bin       uint8 per token, 1: target; if all loss weights are 0 or 1. Otherwise
+    weights.bin    float16 per token, the loss weight
+    offsets.bin    int64: where each document starts, and the end of the last one
+    targets.bin    uint32: the number of targets of each document (its first token is never one)
     header.json    format, dtype, counts, fingerprints; written last
 """
-import base64, codecs, collections, concurrent.futures, contextlib, dataclasses, functools, glob, gzip, hashlib
-import itertools, json, multiprocessing, os, re, shutil, sys, unicodedata, zlib
+import base64
+import bisect
+import codecs
+import collections
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import unicodedata
+import zlib
 from datetime import datetime
 from pathlib import Path
 
@@ -33,456 +57,1177 @@ import tiktoken
 
 import configs
 
-FORMAT = 3
+FORMAT = 4                  # of the token files
+BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 
 
-class naming:
-    """with naming(place): such an error inside becomes a UserError of one line that begins with the place."""
+class error_context:
+    """Shorten errors to a UserError of one line that begins with a place. Contexts nest:
 
-    def __init__(self, place, errors=(configs.UserError, RecursionError), what=""):
-        self.place, self.errors, self.what = place, errors, what
+        with error_context("x.jsonl, line 3"):
+            with error_context("tools", ValueError, "not valid JSON: "):
+                json.loads("{")        ->  x.jsonl, line 3: tools: not valid JSON: Expecting ...
+
+    (A class, because records are read in it, and contextlib's generators take 3 times as long.)
+    """
+
+    def __init__(self, place, errors=(configs.UserError, RecursionError), problem=""):
+        self.place = place
+        self.errors = errors
+        self.problem = problem
 
     def __enter__(self):
-        pass                                                         # contextlib's generators take three times as long
+        return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, error_type, error, traceback):
         if isinstance(error, self.errors):
-            raise configs.UserError(f"{self.place}: {self.what}{one_line(error)}") from None
+            text = f"{self.place}: {self.problem}{one_line(error)}"
+            raise configs.UserError(text) from None
 
 
 def one_line(error):
-    said = repr(error) if isinstance(error, KeyError) else getattr(error, "strerror", None) or str(error)
-    text = " ".join(said.split()) or type(error).__name__
-    return text if len(text) < 600 else f"{text[:300]} … {text[-200:]}"
+    """The message of an exception as one line of limited length."""
+    text = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, KeyError):
+        text = repr(error)
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
 
 
 def read_text(path):
-    with naming(path, (OSError, UnicodeDecodeError), "cannot be read as UTF-8 text: "):
+    with error_context(path, (OSError, UnicodeDecodeError), "cannot be read as UTF-8 text: "):
         return Path(path).read_text(encoding="utf-8")
 
 
-def read_json(path):
-    """A file that holds one JSON object -> dict. Raises ValueError."""
+def read_json_object(path):
+    """Return the JSON object in a file as a dict. Raises UserError if there is none."""
     text = read_text(path)
-    with naming(path, (ValueError, RecursionError), "not a JSON object: "):
-        d = json.loads(text)
-        if not isinstance(d, dict):
-            raise configs.UserError(f"it is a {type(d).__name__}")
-    return d
+    with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise configs.UserError(f"it is a {type(value).__name__}")
+    return value
 
 
-def digest(*things):
-    return hashlib.sha256(json.dumps(things, default=str).encode()).hexdigest()[:16]
+def fingerprint(*values):
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# records in: what people's files hold, as {"text": …} or {"messages": […]}
-# Shapes are found by their keys, so that nobody writes a line to convert a file. Files are read in chunks of about
-# BLOCK bytes, which bounds the memory and is what the cores share; a chunk is parsed where it is encoded.
+# --------------------------------------------------------------------------------------------------
+# find files: on this machine, or on the hub
 
-ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system", "assistant": "assistant",
-         "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "tool": "tool",
-         "function_call": "assistant", "observation": "tool", "function_response": "tool"}
-ASKED = (("instruction", "output"), ("instruction", "response"), ("prompt", "completion"), ("prompt", "response"),
-         ("question", "answer"), ("query", "response"))
-TURNS, WEIGHTS = ("messages", "conversations"), ("weight", "loss_weight", "train")
-KNOWN = "messages, conversations, text, " + ", ".join(" + ".join(pair) for pair in ASKED)
-MESSAGE = ("role", "from", "content", "value", *WEIGHTS)             # keys of a message that ours replace
-MORE = ("tool_calls", "reasoning_content")                           # what an answer may hold besides content
-KINDS = {"content": (str, "text"), "tool_calls": (list, "a list of objects"), "reasoning_content": (str, "text")}
-ENDINGS = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz", ".parquet", ".npy")
-BLOCK = 1 << 18                                                      # bytes of a file in one job
-STATE = {}                                                           # what the jobs need; forks inherit it
+EXTENSIONS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".txt.gz",
+              ".csv.gz", ".tsv.gz", ".parquet", ".npy")
+# owner/name, or owner/name/FOLDER for a folder of the dataset
+HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
+HUB_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv")   # the first wins
+HUB_METADATA = ("dataset_info.json", "dataset_infos.json")
+SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
+               "test": "test|testing|eval|evaluation"}
 
 
-def normal(record, where, shape="auto"):
-    """One record, as JSON or read -> {"text": str}, or {"messages": [{"role", "content", …}], …}; or ValueError."""
-    with naming(where):
-        if isinstance(record, bytes):
-            if not record.strip():
-                raise configs.UserError("is empty; a .jsonl file has one JSON object on each line")
-            with naming("not valid JSON", (ValueError, RecursionError)):
-                record = json.loads(record)
-        if isinstance(record, str):
-            record = {"text": record}
-        if not isinstance(record, dict):
-            raise configs.UserError(f"expected an object or a string, got {type(record).__name__}; known shapes are {KNOWN}")
-        is_text = lambda key: isinstance(record.get(key), str)
-        if is_text("text") and (shape == "text" or shape == "auto" and not any(key in record for key in TURNS)):
-            return {"text": record["text"]}
-        turns = next((record[key] for key in TURNS if isinstance(record.get(key), list)), None)
-        if turns is None:
-            pair = next((pair for pair in ASKED if all(map(is_text, pair))), None)
-            if pair is None and is_text("text"):
-                raise configs.UserError("data shape is chat, and this is text")
-            if pair is None:
-                raise configs.UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN}")
-            asked, answer = (record[key] for key in pair)
-            asked += f"\n\n{record['input']}" if is_text("input") and record["input"] else ""
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        if shape == "text":
-            raise configs.UserError("data shape is text, and this is a chat")
-        if is_text("system") and record["system"]:
-            turns = [{"role": "system", "content": record["system"]}, *turns]
-        if not turns:
-            raise configs.UserError("a chat without messages")
-        messages, tools = [], record.get("tools")
-        for n, turn in enumerate(turns, 1):
-            with naming(f"message {n}"):
-                messages.append(message(turn, n))
-        if isinstance(tools, str):
-            with naming("tools is no JSON", (ValueError, RecursionError)):
-                tools = json.loads(tools.strip() or "[]")
-        if tools and not isinstance(tools, list):
-            raise configs.UserError(f"tools must be a list, got {type(tools).__name__}")
-        return {"messages": messages} | ({"tools": tools} if tools else {})
+def find_files(cfg, name, source):
+    """Return the files of a source, sorted: a file, a folder, a glob or a dataset on the hub.
 
-
-def message(turn, n):
-    """Message n, whatever its keys -> {"role": a role of the templates, "content": str, "weight": 0 or 1, …}."""
-    if not isinstance(turn, dict):
-        raise configs.UserError(f"expected an object, got {type(turn).__name__}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise configs.UserError(f"role {role!r} is none of {', '.join(ROLES)}")
-    rest = {key: v for key, v in turn.items() if key not in MESSAGE and (v if key in MORE else v is not None)}
-    if role == "function_call":                                      # its content is one call, or a list of them
-        with naming("a function_call must be JSON with a name and arguments", (ValueError, KeyError, TypeError)):
-            calls = json.loads(content) if isinstance(content, str) else content
-            calls = [{k: c[k] for k in ("name", "arguments")} for c in (calls if isinstance(calls, list) else [calls])]
-        rest["tool_calls"] = [{"type": "function", "id": f"call{n:05}", "function": call} for call in calls]
-        content = None
-    if role in ("observation", "function_response"):
-        rest.setdefault("tool_call_id", f"call{n - 1:05}")           # some templates insist on one
-    if isinstance(content, list):                                    # of parts: {"type": "text", "text": "…"}
-        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else content
-    rest["content"] = "" if content is None and rest.get("tool_calls") else content
-    for key, (kind, called) in KINDS.items():
-        if key in rest and not isinstance(rest[key], kind):
-            raise configs.UserError(f"{key} must be {called}, got {type(rest[key]).__name__}")
-    if "tool_calls" in rest and not all(isinstance(call, dict) for call in rest["tool_calls"]):
-        raise configs.UserError("tool_calls must be a list of objects")
-    weight = next((turn[key] for key in WEIGHTS if turn.get(key) is not None), 1)
-    if weight not in (0, 1):
-        raise configs.UserError(f"a weight of {weight!r}: a message is trained (1) or not (0)")
-    return rest | {"role": ROLES[role], "weight": int(weight)}
-
-
-def find_files(path, key):
-    """A file, a folder or a glob -> its files, sorted. Raises ValueError where there is none."""
-    if Path(path).is_dir():
-        found = [str(f) for f in Path(path).rglob("*") if f.name.endswith(ENDINGS)]
-    else:
-        found = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
-    found = sorted(f for f in found if Path(f).is_file() and not f.endswith("_labels.npy"))
-    if not found:
-        raise configs.UserError(f"{key}: no file at {path} (a file, a folder or a glob of {', '.join(ENDINGS)})")
-    if odd := [f for f in found if not f.endswith(ENDINGS)]:
-        raise configs.UserError(f"{key}: {odd[0]} ends in none of {', '.join(ENDINGS)}")
-    return found
-
-
-def chunks(file, separator):
-    """A file -> ((file, number of its first record, [raw records], part), bytes of it read), about BLOCK at a time.
-
-    A raw record is JSON as bytes (parsed later, on every core), a text, or what .parquet and .npy hold. A document too
-    long for one job comes in parts, each (begins it, ends it); else part is None.
+    name  "train.NAME" or "validation.NAME"
     """
-    kind = file.removesuffix(".gz").rpartition(".")[2]
-    read = {"jsonl": lines, "json": values, "txt": functools.partial(texts, separator), "parquet": rows, "npy": ids_of}
-    unzip = gzip.open if file.endswith(".gz") else contextlib.nullcontext
-    with naming(file, (OSError, EOFError, zlib.error), "cannot be read: "), open(file, "rb") as raw, unzip(raw) as f:
-        first, done = 1, 0
-        for records, part in read[kind](f, file):
-            yield (file, first, records, part), raw.tell() - done
-            first, done = first + (part[1] if part else len(records)), raw.tell()
+    path = source["path"]
+    key = f"data.{name}.path"
+    if Path(path).is_dir():
+        files = [str(file) for file in Path(path).rglob("*") if file.name.endswith(EXTENSIONS)]
+    elif Path(path).is_file():
+        files = [path]
+    else:
+        files = glob.glob(path, recursive=True)
+    if not files:
+        hub_path = HUB_PATH.fullmatch(os.path.relpath(path, os.path.expanduser(cfg["data_root"])))
+        # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
+        if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
+            with error_context(key):
+                files = download_split(hub_path[1], hub_path[2], source["split"])
+    beside_npy = ("_labels.npy", "_weights.npy")
+    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(beside_npy))
+    if not files:
+        raise configs.UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
+                                f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
+    for file in files:
+        if not file.endswith(EXTENSIONS):
+            raise configs.UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
+        if source["shape"] != "auto" and file.endswith(".npy") != (source["shape"] == "tokens"):
+            raise configs.UserError(f"data.{name}.shape: {source['shape']} does not fit {file}; "
+                                    "tokens are .npy files, text and chat are not")
+    return files
 
 
-def lines(f, file):
-    """.jsonl"""
-    while found := f.readlines(BLOCK):
-        yield found, None
+def download_split(dataset, folder, split):
+    """Download one split of a dataset on the hub to huggingface_hub's cache; return its files.
+
+    HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected.
+    """
+    place = f"no file or folder at {dataset}, and none from the hub"
+    with error_context(place, ImportError, "pip install huggingface_hub to download it: "):
+        from huggingface_hub import constants, errors, list_repo_files, snapshot_download
+    try:
+        names = list_repo_files(dataset, repo_type="dataset")
+    except errors.RepositoryNotFoundError:
+        raise configs.UserError(f"{place}: it has no such dataset (a private one needs "
+                                "`hf auth login`)") from None
+    except Exception as error:               # no network, for example
+        names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
+        if not names:
+            raise configs.UserError(f"{place}: {one_line(error)}") from None
+    names = choose_split_files(names, dataset, folder, split)
+    with error_context(place, Exception):
+        local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
+    return [str(Path(local, name)) for name in names]
 
 
-def decoded(f, file):
-    """A file's text, block by block, the last one empty"""
-    decoder, block = codecs.getincrementaldecoder("utf-8-sig")(), b"?"       # some editors begin a file with a mark
-    while block:
-        at, block = f.tell(), f.read(BLOCK)
-        with naming(file, UnicodeDecodeError, f"not UTF-8 text, behind byte {at}: "):
-            yield decoder.decode(block, final=not block)
+def cached_files(cache, dataset):
+    """The names of a dataset's files that earlier downloads left in the cache, for use offline."""
+    folder = cache / f"datasets--{dataset.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    if not main.is_file():
+        return []
+    snapshot = folder / "snapshots" / main.read_text()
+    return [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
 
 
-def values(f, file):
-    """.json: the items of its list, cut apart here and parsed where they are encoded; or lines after all"""
-    text, n, gap = "", 0, re.compile(r"\s*\[\s*")
-    for block in decoded(f, file):
-        text, at, found = text + block, 0, []
-        if not n and text.lstrip()[:1] == "{":
-            f.seek(0)
-            yield from lines(f, file)
+def choose_split_files(names, dataset, folder, split):
+    """Return those of a dataset's file names that hold a split, all in one folder and format.
+
+    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
+    name has such a word, all files are the split "train".
+    """
+    names = [n for n in names if n.endswith(HUB_EXTENSIONS) and Path(n).name not in HUB_METADATA]
+    if folder:
+        names = [n for n in names if n.startswith(f"{folder}/")]
+    chosen = [n for n in names if has_word(n, SPLIT_WORDS.get(split, re.escape(split)))]
+    has_splits = any(has_word(n, "|".join(SPLIT_WORDS.values())) for n in names)
+    if split == "train" and not has_splits:
+        chosen = names
+    if not chosen:
+        files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
+        raise configs.UserError(f"{dataset} has no split {split!r} (`split` of the source); its "
+                                f"files: {files}")
+    extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
+    chosen = sorted(n for n in chosen if n.endswith(extension))
+    folders = sorted({str(Path(n).parent) for n in chosen})
+    if len(folders) > 1:
+        raise configs.UserError(f"{dataset} has this split in several folders; name one: "
+                                f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
+    return chosen
+
+
+def has_word(name, words):
+    return re.search(rf"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])", name) is not None
+
+
+# --------------------------------------------------------------------------------------------------
+# read files: each reader(stream, file, context) yields Chunks
+
+@dataclasses.dataclass
+class Chunk:
+    """Some records of a file, or a part of one document that is too long for one chunk.
+
+    records  as the file has them: JSON as bytes, texts, dicts (.parquet, .csv), or for .npy
+             (ids [n], loss weights [n]). They are parsed by the process that encodes them
+    unit     what `numbers` counts from 1, for error messages: "line" or "record"
+    starts   False: the document started in an earlier chunk
+    ends     False: the document continues in the next chunk
+    n_bytes  of the file, for the progress bar
+    """
+    file: str
+    unit: str
+    numbers: list
+    records: list
+    starts: bool = True
+    ends: bool = True
+    n_bytes: int = 0
+
+
+@dataclasses.dataclass
+class Context:
+    """What reading and encoding a source depend on, besides its files."""
+    cfg: dict
+    source: dict                 # its section of data.train or data.validation
+    tok: object                  # Tokenizer or HFTokenizer
+
+    def __post_init__(self):
+        self.data = self.cfg["data"]
+        ids = np.arange(self.tok.n_vocab)
+        first, last = self.data["ignore_token_id_range"] or (1, 0)
+        is_ignored = np.isin(ids, self.data["ignore_token_ids"])
+        self.never_target = is_ignored | (first <= ids) & (ids <= last)      # bool [V]
+        self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
+
+    @functools.cached_property
+    def template(self):          # compiled by the first chat: texts need none
+        return load_template(self.tok, self.cfg)
+
+
+def read_chunks(file, context):
+    """Yield a file as Chunks of about BLOCK bytes, so that memory does not grow with the file."""
+    reader = READERS[file.removesuffix(".gz").rpartition(".")[2]]
+    errors = (OSError, EOFError, zlib.error)
+    position = 0
+    with error_context(file, errors, "cannot be read: "), open(file, "rb") as raw:
+        stream = gzip.open(raw) if file.endswith(".gz") else raw
+        for chunk in reader(stream, file, context):
+            if not chunk.n_bytes:
+                chunk.n_bytes = raw.tell() - position
+                position = raw.tell()
+            yield chunk
+
+
+def read_jsonl(stream, file, context):
+    n = 1
+    while lines := stream.readlines(BLOCK):
+        yield Chunk(file, "line", range(n, n + len(lines)), lines)
+        n += len(lines)
+
+
+def read_json(stream, file, context):
+    """The items of a list, cut apart here and parsed later; or lines, as in .jsonl."""
+    buffer = ""
+    n_items = 0
+    for text in iter_text(stream, file):
+        buffer += text
+        if n_items == 0 and buffer.lstrip().startswith("{"):
+            stream.seek(0)
+            yield from read_jsonl(stream, file, context)
             return
-        while begin := gap.match(text, at):
-            with naming(f"{file}, record {n + 1}", (ValueError, RecursionError), "not valid JSON: "):
-                try:
-                    end = json.JSONDecoder().raw_decode(text, begin.end())[1]
-                except json.JSONDecodeError as e:                    # an error, or the rest of the item is to come
-                    why = e.msg
-                    if e.pos < len(text) - BLOCK and "Unterminated" not in why:
-                        raise configs.UserError(why) from None
-                    break
-            found.append(text[begin.end():end].encode())
-            at, n, gap = end, n + 1, re.compile(r"\s*,\s*")
-        text = text[at:]
-        if found:
-            yield found, None
-    if not re.fullmatch(r"\s*\]\s*" if n else r"\s*\[\s*\]\s*", text):
-        why = why if begin else "a comma or the end is expected" if n else "a list is expected"
-        raise configs.UserError(f"{file}, record {n + 1}: not valid JSON: {why}")
+        items, end, error = split_list(buffer, n_items)
+        if items:
+            yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
+        n_items += len(items)
+        if error and not is_incomplete(error, buffer):
+            break
+        buffer = buffer[end:]
+    if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
+        expected = "a comma or the end is expected" if n_items else "a list is expected"
+        problem = getattr(error, "msg", None) or error or expected
+        raise configs.UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
-def texts(separator, f, file):
-    """.txt: what stands between separators; or one document, in parts where it is long"""
-    text, begins = "", True
-    for block in decoded(f, file):
-        text += block
-        if separator:
-            *whole, text = text.split(separator)
-            yield [part for part in whole if part.strip()], None
-        elif len(text) > BLOCK and (at := cut(text)):
-            yield [text[:at]], (begins, False)
-            text, begins = text[at:], False
-    if text.strip() or not begins:
-        yield [text], None if begins else (False, True)
+def split_list(text, n_before):
+    """Cut the complete items off a piece of a JSON list that has n_before items before it.
+
+        ', {"a": 1}, {"b": 2}, {"c"'  ->  [b'{"a": 1}', b'{"b": 2}'], 20, the decoder's error
+
+    Returns (items, the position after the last one, the error of the next item or None)
+    """
+    items = []
+    position = 0
+    separator = re.compile(r"\s*,\s*" if n_before else r"\s*\[\s*(?!\s*\])")
+    while match := separator.match(text, position):
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, match.end())
+        except (ValueError, RecursionError) as error:
+            return items, position, error
+        items.append(text[match.end():end].encode())
+        position = end
+        separator = re.compile(r"\s*,\s*")
+    return items, position, None
 
 
-def cut(text, near=200):
-    """The last place where a text can be cut without changing its ids, as seen on `near` characters around it; or 0."""
-    encode, start = STATE["tok"].encode, max(near, len(text) - (1 << 15))
-    for border in (r"\n(?=\S)", r"(?<=\S)(?= )"):                    # newlines end what they follow, spaces begin words
-        places = [m.end() for m in re.compile(border).finditer(text, start, len(text) - near)]
-        for here in places[:-100:-1]:
-            a, b = text[here - near:here], text[here:here + near]
-            if [*encode(a), *encode(b)] == [*encode(a + b)]:
-                return here
+def is_incomplete(error, text):
+    """Could more text mend this error of the JSON decoder?"""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos >= len(text) - BLOCK or "Unterminated" in error.msg
+
+
+def iter_text(stream, file):
+    """Yield a file's text in blocks; the last one is empty."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()    # skips the mark that some editors add
+    block = None
+    while block != b"":
+        position = stream.tell()
+        block = stream.read(BLOCK)
+        with error_context(file, UnicodeDecodeError, f"not UTF-8 text after byte {position}: "):
+            text = decoder.decode(block, final=not block)
+        yield text
+
+
+def read_txt(stream, file, context):
+    """One document; or several, if data.train.NAME.separator is between them."""
+    separator = context.source["separator"]
+    if separator:
+        yield from read_separated(stream, file, separator)
+        return
+    buffer = ""
+    starts = True
+    for text in iter_text(stream, file):
+        buffer += text
+        end = find_split_point(buffer, context.tok.encode) if len(buffer) > BLOCK else 0
+        if end:
+            yield Chunk(file, "record", [1], [buffer[:end]], starts=starts, ends=False)
+            buffer = buffer[end:]
+            starts = False
+    if buffer.strip() or not starts:
+        yield Chunk(file, "record", [1], [buffer], starts=starts)
+
+
+def read_separated(stream, file, separator):
+    buffer = ""
+    n = 1
+    for text in iter_text(stream, file):
+        *documents, buffer = (buffer + text).split(separator)
+        if not text:                                     # the end of the file
+            documents.append(buffer)
+        documents = [document for document in documents if document.strip()]
+        yield Chunk(file, "record", range(n, n + len(documents)), documents)
+        n += len(documents)
+
+
+def find_split_point(text, encode, margin=200):
+    """Return a late position at which cutting the text does not change its ids, or 0.
+
+    Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
+    accepted if the `margin` characters before it and after it have the same ids encoded apart as
+    encoded together.
+    """
+    earliest = max(margin, len(text) - 2**15)
+    for pattern in (r"\n(?=\S)", r"(?<=\S)(?= )"):
+        matches = re.compile(pattern).finditer(text, earliest, len(text) - margin)
+        positions = [match.end() for match in matches]
+        for position in reversed(positions[-100:]):
+            before = text[position - margin:position]
+            after = text[position:position + margin]
+            if [*encode(before), *encode(after)] == [*encode(before + after)]:
+                return position
     return 0
 
 
-def rows(f, file):
-    """.parquet, by the optional pyarrow"""
-    with naming(file, ImportError, "reading .parquet needs pyarrow; pip install pyarrow: "):
+def read_csv(stream, file, context):
+    """Also .tsv. The first line names the columns; a record is {column: text}."""
+    csv.field_size_limit(sys.maxsize)
+    is_tsv = file.removesuffix(".gz").endswith(".tsv")
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    try:
+        while numbered := [(rows.line_num, row) for row in itertools.islice(rows, 512)]:
+            numbers, records = zip(*numbered)
+            yield Chunk(file, "line", numbers, records)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise configs.UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
+                                f"{one_line(error)}") from None
+
+
+def read_parquet(stream, file, context):
+    with error_context(file, ImportError, "reading .parquet needs pyarrow; pip install pyarrow: "):
         import pyarrow.parquet
-    with naming(file, (OSError, pyarrow.ArrowException), "not a .parquet file: "):
-        table, done, size = pyarrow.parquet.ParquetFile(file), 0, os.path.getsize(file)
+    with error_context(file, (OSError, pyarrow.ArrowException), "not a .parquet file: "):
+        table = pyarrow.parquet.ParquetFile(file)
+        size = os.path.getsize(file)
+        n = 1
         for batch in table.iter_batches(512):
-            done += len(batch)
-            f.seek(size * done // table.metadata.num_rows)           # where the progress bar looks
-            yield batch.to_pylist(), None
+            records = batch.to_pylist()
+            n_bytes = size * len(records) // table.metadata.num_rows
+            numbers = range(n, n + len(records))
+            yield Chunk(file, "record", numbers, records, n_bytes=n_bytes)
+            n += len(records)
 
 
-def ids_of(f, file):
-    """.npy: ready token ids, one document; with FILE_labels.npy beside it, where data.ignore_index is not trained"""
-    beside, size, ignore_index = f"{file[:-4]}_labels.npy", STATE["tok"].n_vocab, STATE["cfg"]["data"]["ignore_index"]
-    with naming(file, (ValueError, EOFError), "no array of token ids: "):
-        ids, labels = (np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
-                       for path in (file, beside if os.path.isfile(beside) else file))
-        if ids.dtype.kind not in "iu" or len(labels) != len(ids):
-            raise configs.UserError(f"expected ints, as many as labels; got {len(ids)} {ids.dtype}, {len(labels)} labels")
-        for at in range(0, len(ids), BLOCK):
-            part, said = ids[at:at + BLOCK], labels[at:at + BLOCK]
-            mask = (said != ignore_index).astype(np.uint8)
-            if not 0 <= part.min() <= part.max() < size or (said != part)[mask > 0].any():
-                raise configs.UserError(f"near token {at}: an id that the tokenizer ({size} tokens) lacks, or a label that is "
-                                 "neither data.ignore_index nor the token")
-            f.seek(at * ids.itemsize)
-            yield [(np.array(part), mask)], (at == 0, at + BLOCK >= len(ids))
+def read_npy(stream, file, context):
+    """The token ids of one document. Beside FILE.npy there may be
+
+        FILE_labels.npy     int [n]: the id of each token, or data.ignore_index: not a target
+        FILE_weights.npy    float [n]: the loss weight of each token
+
+    With data.shift_labels=false both are about the token after: labels[i] is the target of input
+    ids[i]. Then the document is the ids and the last label, unless that is ignored.
+    """
+    ids = load_array(file, "iu")
+    labels = load_array(f"{file[:-4]}_labels.npy", "iu", ids)
+    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", ids)
+    ignore_index = context.data["ignore_index"]
+    shift = 0 if context.data["shift_labels"] else 1
+    n = len(ids)
+    if shift and labels is not None and n and labels[-1] != ignore_index:
+        n += 1
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        block = np.array(ids[start:end], np.int64)
+        if end > len(ids):
+            block = np.append(block, np.int64(labels[-1]))
+        check_ids(block, file, start, context.tok.n_vocab)
+        loss_weights = np.ones(len(block), np.float32)
+        if weights is not None:
+            loss_weights[:] = shifted(weights, start, end, shift, 0)
+        if labels is not None:
+            block_labels = shifted(labels, start, end, shift, ignore_index)
+            is_target = block_labels != ignore_index
+            wrong = np.flatnonzero(is_target & (block_labels != block))
+            if len(wrong):
+                raise label_error(file, start + wrong[0] - shift, shift)
+            loss_weights[~is_target] = 0
+        yield Chunk(file, "record", [1], [(block, loss_weights)], starts=start == 0, ends=end == n,
+                    n_bytes=block.nbytes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the tokenizer: text -> ids
-# All are tiktoken encodings, with what a model's files say beside them. A converted one proves that it is exact, or is
-# refused by the name of what tiktoken would do otherwise: ids that are nearly right train a model that is nearly right.
+def load_array(path, kinds, ids=None):
+    """Map a .npy file into memory: [n]. None if it is optional (`ids` given) and missing."""
+    if ids is not None and not os.path.isfile(path):
+        return None
+    with error_context(path, (ValueError, EOFError), "no array of token ids: "):
+        array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
+        if array.dtype.kind not in kinds:
+            wanted = "floats" if "f" in kinds else "ints"
+            raise configs.UserError(f"expected {wanted}, got {array.dtype}")
+        if ids is not None and len(array) != len(ids):
+            raise configs.UserError(f"expected one number per token ({len(ids)}), "
+                                    f"got {len(array)}")
+    return array
 
-@dataclasses.dataclass(eq=False, repr=False)
-class Tokenizer:
-    """Text <-> ids. Special tokens control: a template writes them, and what spells one in a message is text."""
-    ranks: dict                                              # {token's bytes: id}, the order in which pairs are merged
-    pattern: str                                             # regex that splits text into words; merges don't cross it
-    special: dict                                            # {text: id} of control tokens
-    bos: str = None                                          # texts of special tokens
-    eos: str = None
-    template: str = None                                     # jinja text of the model's own chat template
-    nfc: bool = False                                        # text is brought to Unicode's composed form first (Qwen)
-    folder: Path = None                                      # where its Hugging Face files are
-    added: dict = dataclasses.field(default_factory=dict)    # {text: id}: tokens wherever they are spelled (<think>)
-    strip: dict = dataclasses.field(default_factory=dict)    # {text: (left, right)}: they swallow spaces beside them
-    late: tuple = ()                                         # texts that are looked for in what other tokens leave over
-    names: dict = dataclasses.field(default_factory=dict)    # {"pad_token": text, …}: more that templates may ask for
 
-    def __post_init__(self):
-        missing = [b for b in range(256) if bytes([b]) not in self.ranks]
-        if missing:                                                  # such a byte would take tiktoken's process down
-            raise configs.UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single bytes "
-                             f"(the first is {missing[0]})")
-        ids, lengths = list(self.ranks.values()), list(map(len, self.ranks))
-        if len(set(ids)) < len(ids):                                 # so would this
-            raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
-        assert all(text is None or text in self.special for text in (self.bos, self.eos)), (self.bos, self.eos)
-        self.every = every = self.special | self.added
-        self.enc = tiktoken.Encoding("ours", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=every)
-        self.n_vocab = 1 + max([*ids, *every.values()])
-        self.lengths = np.zeros(self.n_vocab, np.int64)              # bytes of each token
-        self.lengths[ids] = lengths
-        self.lengths[list(every.values())] = [len(text.encode()) for text in every]
-        self.byte_ids = None                                         # byte -> id, where there is nothing to merge
-        if len(ids) == 256:
-            self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
-        self.special_pattern, self.escaped_pattern, self.every_pattern = patterns(self.special, every)
-        self.passes = [any_of(set(every) - set(self.late)), *([any_of(self.late)] if self.late else [])]
-        doubtful = self.strip or self.late or any(b.startswith(a) for a, b in itertools.pairwise(sorted(every)))
-        self.alone = not doubtful and self.byte_ids is None          # tiktoken itself finds special and added tokens
-        self.allowed = {False: frozenset(self.added), True: frozenset(every)}
-        vocabulary = hashlib.sha256(b"".join(self.ranks) + np.array([lengths, ids]).tobytes()).hexdigest()
-        tokens = [sorted(part.items()) for part in (self.special, self.added, self.strip)]
-        self.fingerprint = digest(self.pattern, tokens[0], self.bos, self.eos, self.nfc, vocabulary, *tokens[1:],
-                                  sorted(self.late))
+def shifted(array, start, end, shift, first):
+    """Return array[start - shift:end - shift], with `first` at position -1."""
+    if start >= shift:
+        return array[start - shift:end - shift]
+    return np.append(np.array([first], np.int64), array[:end - shift])
 
-    def words(self, text):
-        """str in which nothing is special -> [n] uint32 ids"""
-        if self.byte_ids is not None:
-            return self.byte_ids[np.frombuffer(text.encode(), np.uint8)]
+
+def check_ids(ids, file, start, n_vocab):
+    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
+    if len(wrong):
+        raise configs.UserError(f"{file}: index {start + wrong[0]}: {ids[wrong[0]]} is an id that "
+                                f"the tokenizer ({n_vocab} tokens) lacks")
+
+
+def label_error(file, index, shift):
+    if shift:
+        problem = f"the next id in {Path(file).name} (data.shift_labels=false)"
+    else:
+        problem = "the id there; labels that are shifted already need data.shift_labels=false"
+    return configs.UserError(f"{file[:-4]}_labels.npy: index {index}: the label must be "
+                             f"data.ignore_index or {problem}")
+
+
+READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_csv,
+           "tsv": read_csv, "parquet": read_parquet, "npy": read_npy}
+
+
+# --------------------------------------------------------------------------------------------------
+# normalize records: the shapes that people's files have, detected by their keys
+
+MESSAGE_KEYS = ("messages", "conversations")
+PROMPT_RESPONSE_KEYS = (("instruction", "output"), ("instruction", "response"),
+                        ("prompt", "completion"), ("prompt", "response"),
+                        ("question", "answer"), ("query", "response"))
+KNOWN_SHAPES = "messages, conversations, text, " + ", ".join(map(" + ".join, PROMPT_RESPONSE_KEYS))
+ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system",
+         "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+         "chatgpt": "assistant", "function_call": "assistant",
+         "tool": "tool", "observation": "tool", "function_response": "tool"}
+MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
+RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
+# keys of a message that normalize_message replaces
+REPLACED_KEYS = ("role", "from", "content", "value", *MESSAGE_WEIGHT_KEYS)
+GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
+FIELD_TYPES = {"content": (str, "text"), "tool_calls": (list, "a list of objects"),
+               "reasoning_content": (str, "text")}
+
+
+def normalize_record(record, place, shape="auto"):
+    """Return {"text": str}, or {"messages": [{"role", "content", "weight", ...}], ...}.
+
+    The latter may have "tools", and both "weight", a factor of all loss weights. The result holds
+    the keyword arguments of encode_text() or encode_chat().
+
+    record  JSON as bytes, or what a reader made of it
+    place   begins the error message of a bad record
+    """
+    with error_context(place):
+        record = parse_record(record)
+        is_chat = any(record.get(key) for key in MESSAGE_KEYS)
+        has_text = isinstance(record.get("text"), str)
+        if has_text and (shape == "text" or shape == "auto" and not is_chat):
+            normalized = {"text": record["text"]}
+        elif shape == "text":
+            raise configs.UserError("data shape is text, and this is a chat or of unknown shape")
+        else:
+            normalized = normalize_chat(record)
+        weight = parse_weight(record, RECORD_WEIGHT_KEYS)
+        if weight != 1:
+            normalized["weight"] = weight
+        return normalized
+
+
+def parse_record(record):
+    if isinstance(record, bytes):
+        if not record.strip():
+            raise configs.UserError("is empty; a .jsonl file has one JSON object on each line")
+        record = parse_json(record, "not valid JSON")
+    if isinstance(record, str):
+        record = {"text": record}
+    if not isinstance(record, dict):
+        raise configs.UserError(f"expected an object or a string, got {type(record).__name__}; "
+                                f"known shapes are {KNOWN_SHAPES}")
+    if None in record:                                   # csv.DictReader's mark of a long line
+        raise configs.UserError("has more fields than the first line has columns")
+    return record
+
+
+def parse_json(value, problem):
+    """The value of JSON text; anything else as it is."""
+    if not isinstance(value, (str, bytes)):
+        return value
+    with error_context(problem, (ValueError, RecursionError)):
+        return json.loads(value)
+
+
+def normalize_chat(record):
+    """{"messages": [...], "tools": [...]}, the latter if the record has some."""
+    for key in MESSAGE_KEYS:
+        turns = parse_json(record.get(key), f"{key} must be a list, or one as JSON text")
+        if isinstance(turns, list):
+            break
+    else:
+        turns = prompt_and_response(record)
+    if isinstance(record.get("system"), str) and record["system"]:
+        turns = [{"role": "system", "content": record["system"]}, *turns]
+    if not turns:
+        raise configs.UserError("a chat without messages")
+    messages = []
+    for n, turn in enumerate(turns, 1):
+        with error_context(f"message {n}"):
+            messages.append(normalize_message(turn, n))
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = parse_json(tools.strip() or "[]", "tools is no JSON")
+    if tools and not isinstance(tools, list):
+        raise configs.UserError(f"tools must be a list, got {type(tools).__name__}")
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def prompt_and_response(record):
+    """The messages of a record like {"instruction": ..., "input": ..., "output": ...}."""
+    for pair in PROMPT_RESPONSE_KEYS:
+        prompt, response = (record.get(key) for key in pair)
+        if isinstance(prompt, str) and isinstance(response, str):
+            if isinstance(record.get("input"), str) and record["input"]:
+                prompt += "\n\n" + record["input"]
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if isinstance(record.get("text"), str):
+        raise configs.UserError("data shape is chat, and this is text")
+    raise configs.UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
+                            f"{KNOWN_SHAPES}")
+
+
+def normalize_message(turn, n):
+    """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
+    if not isinstance(turn, dict):
+        raise configs.UserError(f"expected an object, got {type(turn).__name__}")
+    role = turn.get("role", turn.get("from"))
+    content = turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        raise configs.UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
+    message = {}
+    for key, value in turn.items():
+        is_empty = not value if key in GENERATED_FIELDS else value is None
+        if key not in REPLACED_KEYS and not is_empty:
+            message[key] = value
+    if role == "function_call":                          # its content is one call, or a list
+        message["tool_calls"] = parse_function_calls(content, n)
+        content = None
+    if role in ("observation", "function_response"):
+        message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
+    if "tool_calls" in message:
+        problem = "tool_calls must be a list of objects"
+        message["tool_calls"] = parse_json(message["tool_calls"], problem)
+    if isinstance(content, list):
+        content = join_parts(content)
+    if content is None and "tool_calls" in message:
+        content = ""
+    message["content"] = content
+    check_fields(message)
+    message["role"] = ROLES[role]
+    message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
+    return message
+
+
+def parse_function_calls(content, n):
+    """'{"name": ..., "arguments": ...}', or a list of such calls -> tool_calls."""
+    errors = (ValueError, KeyError, TypeError)
+    with error_context("a function_call must be JSON with a name and arguments", errors):
+        calls = json.loads(content) if isinstance(content, str) else content
+        if not isinstance(calls, list):
+            calls = [calls]
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    return [{"type": "function", "id": tool_call_id(n), "function": f} for f in functions]
+
+
+def tool_call_id(n):
+    return f"call{n:05}"
+
+
+def join_parts(parts):
+    """[{"type": "text", "text": "..."}, ...] -> str. Other lists are returned as they are."""
+    texts = []
+    for part in parts:
+        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            return parts
+        texts.append(text)
+    return "".join(texts)
+
+
+def check_fields(message):
+    for field, (field_type, description) in FIELD_TYPES.items():
+        if field in message and not isinstance(message[field], field_type):
+            raise configs.UserError(f"{field} must be {description}, got "
+                                    f"{type(message[field]).__name__}")
+    for call in message.get("tool_calls", ()):
+        if not isinstance(call, dict):
+            raise configs.UserError("tool_calls must be a list of objects")
+
+
+def parse_weight(d, keys):
+    """The loss weight that one of these keys sets, as a float. None of them: 1."""
+    for key in keys:
+        value = d.get(key)
+        if value is None or value == "":                 # "" is an empty field of a .csv file
+            continue
+        with error_context(f"{key} must be a finite number, true or false; got {value!r}",
+                           (ValueError, TypeError, OverflowError)):
+            weight = float(value)
+            if not math.isfinite(weight):
+                raise ValueError("it is not finite")
+        return weight
+    return 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+# render: messages -> text, by the jinja template of the model
+
+CHATML = ("{% for message in messages %}"
+          "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# for vocabularies without the two special tokens of ChatML
+PLAIN = ("{% for message in messages %}"
+         "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+         "{% if add_generation_prompt %}assistant:\n{% endif %}")
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
+# Marks that are put into renderings. They are random, so that no message contains them.
+GENERATION_START, GENERATION_END, BREAK, PLACEHOLDER_START, PLACEHOLDER_END = (
+    f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))
+GENERATED = re.compile(f"{GENERATION_START}(.*?){GENERATION_END}", re.DOTALL)
+PLACEHOLDER = re.compile(f"{PLACEHOLDER_START}([0-9]+){PLACEHOLDER_END}")
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+SURROGATES = re.compile("[\ud800-\udfff]")
+SPACES = re.compile(r"\s*")
+to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
+def template_text(tok, cfg):
+    """The jinja text of data.chat_template."""
+    name = cfg["data"]["chat_template"]
+    if name not in ("", "chatml"):
+        problem = "neither chatml nor a readable file: "
+        with error_context("data.chat_template", problem=problem):
+            return read_text(name)
+    if tok.template and not name:
+        return tok.template
+    if "<|im_end|>" in tok.special:
+        return CHATML
+    if name:
+        raise configs.UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> "
+                                "and <|im_end|>; leave it empty for a plain one that ends turns "
+                                "with EOS")
+    if not tok.eos:
+        raise configs.UserError("data.eos_token: chats need a token that ends a turn; this "
+                                "tokenizer has neither <|im_end|> nor an EOS")
+    return PLAIN
+
+
+def load_template(tok, cfg):
+    """template_text(), compiled. An error names the file that the template is from."""
+    text = template_text(tok, cfg)
+    place = cfg["data"]["chat_template"] or "built-in template"
+    if tok.folder and not cfg["data"]["chat_template"]:
+        for name in reversed(TEMPLATE_FILES):
+            if (tok.folder / name).is_file():
+                place = tok.folder / name
+    with error_context(place, (ValueError, RecursionError)):    # jinja2 raises both
+        return compile_template(text)
+
+
+@dataclasses.dataclass(eq=False)
+class ChatTemplate:
+    """A compiled chat template."""
+    jinja: object                # jinja2.Template
+    text: str
+
+    @functools.cached_property
+    def writes_tool_calls(self):
+        return "tool_calls" in self.text
+
+    @functools.cached_property
+    def takes_json_arguments(self):
+        """Does it write a tool call's arguments that are given as JSON text as they are?"""
+        return '{"a": 1}' in (self.render_call('{"a": 1}') or "")
+
+    @functools.cached_property
+    def takes_object_arguments(self):
+        """False if it refuses them, and writes JSON text."""
+        return self.render_call({"a": 1}) is not None or not self.takes_json_arguments
+
+    def render_call(self, arguments):
+        """Render a chat with a tool call. None if the template raises an exception."""
+        call = {"type": "function", "id": "call00001",
+                "function": {"name": "f", "arguments": arguments}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        messages = [{"role": "user", "content": "a"}, answer]
         try:
-            return self.enc.encode_to_numpy(text, disallowed_special=())
-        except ValueError:                                           # a run of spaces too long for tiktoken's regexes
-            import regex                                             # tiktoken brings it
-            words = regex.findall(self.pattern, text)
-            return np.array([i for word in words for i in self.enc._encode_single_piece(word)], np.uint32)
+            return self.jinja.render(messages=messages, bos_token="", eos_token="")
+        except Exception:
+            return None
 
-    def spans(self, text, held=None, borders=()):
-        """Text -> (ids [n], where each ends [n], where the borders are), the latter two in bytes of what was encoded.
 
-        held     None: special tokens that are spelled in it are text; else control tokens, save inside these spans
-        borders  positions in the text, ascending
-        """
-        if self.alone and not held and (not self.nfc or unicodedata.is_normalized("NFC", text)):
-            with contextlib.suppress(ValueError):                    # as in words(), which mends it
-                allowed = self.allowed[held is not None]
-                ids = self.enc.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
-                at = borders if text.isascii() else [len(text[:b].encode()) for b in borders]
-                return ids, self.lengths[ids].cumsum(), at
-        ids, lengths, size, at = [], [], 0, []
-        compose = (lambda part: unicodedata.normalize("NFC", part)) if self.nfc else (lambda part: part)
-        for start, end, known in self.split(text, held):
-            ids.append(self.words(compose(text[start:end])) if known is None else np.array([known], np.uint32))
-            lengths.append(self.lengths[ids[-1]] if known is None else [len(text[start:end].encode())])
-            at += [size + len(compose(text[start:b]).encode()) for b in borders[len(at):] if b <= end]
-            size += int(np.sum(lengths[-1]))
-        return np.concatenate(ids), np.cumsum(np.concatenate(lengths).astype(np.int64)), at
+def compile_template(text):
+    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
 
-    def split(self, text, held):
-        """Text -> [(start, end, id of the token that stands there, or None)], without a gap"""
-        parts = [(0, len(text), None)]
-        for late, pattern in enumerate(self.passes):
-            parts, before = [], parts
-            for at, end, known in before:
-                for m in pattern.finditer(text, at, end) if known is None else ():
-                    a, b = m.span()
-                    if m[0] in self.special and (held is None or any(s < b and a < e for s, e in held)):
-                        continue
-                    if late and self.nfc and unicodedata.normalize("NFC", text[a:b + 1])[:b - a] != m[0]:
-                        continue                                     # its last character composes with the next one
-                    left, right = self.strip.get(m[0], (False, False))
-                    a = max(at, len(text[:a].rstrip(SPACE)) if left else a)
-                    b = max(at, len(text) - len(text[b:].lstrip(SPACE)) if right else b)
-                    parts += [(at, a, None), (a, b, self.every[m[0]])]
-                    at = b
-                parts.append((at, end, known))
-        return parts
+    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        def getattr(self, obj, attribute):
+            # message.role is a key: jinja2 tries getattr first, and the exception takes half of
+            # the time of a rendering
+            if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+                return obj[attribute]
+            return super().getattr(obj, attribute)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True,
+                              extensions=[jinja2.ext.loopcontrols])
+    environment.filters["mark_generation"] = mark_generation
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
+                               tools=None, documents=None)
+    try:
+        jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
+        raise configs.UserError(problem) from None
+    jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
+    return ChatTemplate(jinja, text)
+
+
+def filter_tag(match):
+    """{% generation %} ... {% endgeneration %}, as tags that jinja2 knows."""
+    left, end, right = match.groups()
+    name = "endfilter" if end else "filter mark_generation"
+    return f"{{%{left} {name} {right}%}}"
+
+
+def mark_generation(text):
+    return GENERATION_START + text + GENERATION_END
+
+
+def tojson(value, indent=None, **options):
+    """jinja2's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def raise_exception(message):
+    raise ValueError(message)
+
+
+def strftime_now(form):
+    return datetime.now().strftime(form)
+
+
+def render(template, tok, messages, add_generation_prompt=False, **variables):
+    """Messages -> text, with the marks of {% generation %}. UserError if the template refuses."""
+    names = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or "",
+                         "add_generation_prompt": add_generation_prompt}
+    # a template may raise any of Python's exceptions
+    with error_context("the chat template refuses these messages", Exception):
+        return template.jinja.render(messages=messages, **names, **variables)
+
+
+@dataclasses.dataclass
+class Rendering:
+    text: str
+    messages: list               # as rendered: see prepare_tool_calls
+    generated: list              # [(start, end)] of {% generation %} blocks in the text
+    literals: list               # [(start, end)] in the text that only spell special tokens
+
+
+def render_messages(template, tok, messages, add_generation_prompt=False, **variables):
+    """Render messages and find what in them only spells special tokens: a Rendering.
+
+    For the latter, they are rendered once more with each spelled token broken by a mark:
+
+        message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
+        broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
+    """
+    messages = prepare_tool_calls(template, messages)
+    marked = render(template, tok, messages, add_generation_prompt, **variables)
+    text, generated = remove_generation_marks(marked)
+    values = [messages, variables]
+    # one search in their JSON is quicker than one in each string
+    if not tok.escaped_pattern.search(to_json(values)):
+        return Rendering(text, messages, generated, [])
+    insert_break = functools.partial(tok.special_pattern.sub, break_token)
+    broken_messages, broken_variables = map_strings(insert_break, values)
+    broken = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
+    parts = remove_generation_marks(broken)[0].split(BREAK)
+    if "".join(parts) != text:
+        spelled = sorted(set(tok.special_pattern.findall(to_json(values))))
+        raise configs.UserError(f"the chat template looks for {' or '.join(spelled)} in messages, "
+                                "where it is text and no control token; reasoning goes into "
+                                "reasoning_content")
+    breaks = itertools.accumulate(map(len, parts[:-1]))
+    return Rendering(text, messages, generated, [(end - 1, end) for end in breaks])
+
+
+def break_token(match):
+    return match[0][0] + BREAK + match[0][1:]
+
+
+def remove_generation_marks(marked):
+    """Return (the text without marks, [(start, end)] of what was between two of them)."""
+    if GENERATION_START not in marked:
+        return marked, []
+    parts = []
+    spans = []
+    length = 0
+    position = 0
+    for match in GENERATED.finditer(marked):
+        before = marked[position:match.start()]
+        start = length + len(before)
+        length = start + len(match[1])
+        spans.append((start, length))
+        parts += [before, match[1]]
+        position = match.end()
+    return "".join([*parts, marked[position:]]), spans
+
+
+def map_strings(function, value):
+    """A JSON value with the function applied to every string in it, keys too."""
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, list):
+        return [map_strings(function, item) for item in value]
+    if isinstance(value, dict):
+        return {map_strings(function, key): map_strings(function, item)
+                for key, item in value.items()}
+    return value
+
+
+def prepare_tool_calls(template, messages):
+    """Give tool calls the form that the template writes.
+
+    Arguments become an object, or JSON text, if the template needs it. A template without tool
+    calls gets them as content, so that nothing is lost.
+    """
+    prepared = []
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = [prepare_call(template, call) for call in message["tool_calls"]]
+            message = message | {"tool_calls": calls}
+            if not template.writes_tool_calls:
+                texts = [to_json(call.get("function", call)) for call in calls]
+                content = "\n".join(filter(None, [message["content"], *texts]))
+                message |= {"content": content, "tool_calls": None}
+        prepared.append(message)
+    return prepared
+
+
+def prepare_call(template, call):
+    """A tool call with its arguments as the template needs them."""
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str) and not template.takes_json_arguments:
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):             # plain text: the template writes it
+            return call
+    elif isinstance(arguments, dict) and not template.takes_object_arguments:
+        arguments = to_json(arguments)
+    return call | {"function": function | {"arguments": arguments}}
+
+
+# --------------------------------------------------------------------------------------------------
+# encode: text -> token ids
+
+@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+class BaseTokenizer:
+    """What Tokenizer and HFTokenizer have in common.
+
+    special   {text: id} of control tokens. Only templates write them: in messages they are text
+    added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
+    bos, eos  texts of special tokens
+    template  jinja text of the model's chat template
+    folder    where the Hugging Face files are
+    names     {"pad_token": text, ...}, which templates may use
+    nfc       text is first brought to Unicode's composed form (Qwen)
+    """
+    special: dict
+    added: dict = dataclasses.field(default_factory=dict)
+    bos: str = None
+    eos: str = None
+    template: str = None
+    folder: Path = None
+    names: dict = dataclasses.field(default_factory=dict)
+    nfc: bool = False
+
+    def compile_patterns(self):
+        self.special_pattern = compile_alternation(self.special)
+        self.special_and_added = self.special | self.added
+        self.special_and_added_pattern = compile_alternation(self.special_and_added)
+        # special tokens as JSON spells them
+        self.escaped_pattern = compile_alternation([to_json(text)[1:-1] for text in self.special])
 
     def encode(self, text):
-        """str -> [n] int64 ids. Special tokens that are spelled in it are text."""
-        return self.spans(text)[0].astype(np.int64)
-
-    def decode(self, ids):
-        """ids -> str; an id without a token is left out, broken UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.lengths[i]]
-        return b"".join(self.enc.decode_tokens_bytes(known)).decode("utf-8", errors="replace")
+        """str -> ids [n] int64. Special tokens that are spelled in it are text."""
+        ids, _, _ = self.encode_with_offsets(text, find_special=False)
+        return ids.astype(np.int64)
 
     def clean(self, text):
-        """Lone surrogates replaced by U+FFFD, and composed where the tokenizer asks for it."""
+        """Replace lone surrogates by U+FFFD, and compose if the tokenizer does."""
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
 
-class Borrowed:
-    """A tokenizer.json that tiktoken can't hold, run by the optional tokenizers package: the same methods, slower.
+@dataclasses.dataclass(eq=False, repr=False)
+class Tokenizer(BaseTokenizer):
+    """A byte-level BPE tokenizer, run by tiktoken."""
+    ranks: dict                  # {bytes of a token: id}; pairs are merged in this order
+    pattern: str                 # regular expression that splits text into words
 
-    It is given the special tokens under names that no text spells, and those names only where they are meant.
-    """
-    clean, encode, nfc = Tokenizer.clean, Tokenizer.encode, False
+    def __post_init__(self):
+        self.check_vocabulary()
+        self.compile_patterns()
+        ids = list(self.ranks.values())
+        tokens = self.special_and_added
+        self.n_vocab = 1 + max([*ids, *tokens.values()])
+        self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern, special_tokens=tokens,
+                                          mergeable_ranks=self.ranks)
+        self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
+        self.token_bytes[ids] = [len(token) for token in self.ranks]
+        self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
+        self.byte_ids = None                                 # [256], if there is nothing to merge
+        if len(ids) == 256:
+            self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-    def __init__(self, path, spec, special, added, **more):          # bos, eos, template, folder, names
-        import tokenizers
-        self.private = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in special}
-        hidden = lambda text: self.private.get(text, text)
-        vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
-        renamed = [(hidden(text), i) for text, i in (vocab.items() if isinstance(vocab, dict) else vocab)]
-        model = {"vocab": dict(renamed) if isinstance(vocab, dict) else renamed}                # Unigram's is a list
-        tokens = [t | {"content": hidden(t["content"]), "normalized": t["normalized"] and not t["special"]}
-                  for t in spec.get("added_tokens") or []]
-        spec = spec | {"post_processor": None, "truncation": None, "padding": None, "added_tokens": tokens,
-                       "model": spec["model"] | model | ({"unk_token": hidden(unknown)} if unknown else {})}
-        with naming("the tokenizers package cannot read it either", Exception):    # it raises no narrower one
-            self.enc = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        vars(self).update(more, special=special, n_vocab=self.enc.get_vocab_size())
-        self.special_pattern, self.escaped_pattern, self.every_pattern = patterns(special, special | added)
-        self.fingerprint = digest(hashlib.sha256(path.read_bytes()).hexdigest(), self.bos, self.eos)
+        # tiktoken finds special and added tokens itself, unless one starts with another
+        in_order = sorted(tokens)
+        overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
+        self.native_special = not overlap and len(ids) > 256
+        self.native_names = {True: frozenset(tokens), False: frozenset(self.added)}
 
-    def spans(self, text, held=None, borders=()):
-        parts, at, moved = [], 0, np.array(borders, np.int64)
-        for m in self.special_pattern.finditer(text) if held is not None else ():
-            if not any(s < m.end() and m.start() < e for s, e in held):
-                parts += [text[at:m.start()], self.private[m[0]]]
-                at = m.end()
-                moved += (len(parts[-1]) - len(m[0])) * (np.array(borders) >= at)
-        encoded = self.enc.encode("".join([*parts, text[at:]]), add_special_tokens=False)
-        return np.array(encoded.ids, np.uint32), np.array([end for _, end in encoded.offsets], np.int64), moved
+        vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
+        self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
+                                       self.nfc, vocabulary)
+
+    def check_vocabulary(self):
+        """Raise UserError for what would abort the process in tiktoken."""
+        missing = [b for b in range(256) if bytes([b]) not in self.ranks]
+        if missing:
+            raise configs.UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 "
+                                    f"single bytes (the first is {missing[0]})")
+        if len(set(self.ranks.values())) < len(self.ranks):
+            raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
+
+    def encode_ordinary(self, text):
+        """str -> ids [n] uint32. Neither special nor added tokens are found."""
+        if self.byte_ids is not None:
+            return self.byte_ids[np.frombuffer(text.encode(), np.uint8)]
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:                   # tiktoken gives up on a run of a million spaces
+            import regex                     # installed with tiktoken
+            ids = []
+            for word in regex.findall(self.pattern, text):
+                ids += self.encoding._encode_single_piece(word)
+            return np.array(ids, np.uint32)
+
+    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
+        """Encode a text, and return where given positions are among the tokens.
+
+        literals      spans of the text where special tokens are text
+        borders       positions in the text
+        find_special  False: special tokens are text everywhere
+
+        Returns
+          ids      uint32 [n]
+          ends     int64 [n]; the end of each token, in bytes of the (composed) text
+          borders  the given positions, also in bytes
+        """
+        is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
+        if self.native_special and is_composed and not literals:
+            try:
+                ids = self.encoding.encode_to_numpy(text, disallowed_special=(),
+                                                    allowed_special=self.native_names[find_special])
+            except ValueError:                               # see encode_ordinary
+                pass
+            else:
+                if not text.isascii():
+                    borders = [len(text[:border].encode()) for border in borders]
+                return ids, self.token_bytes[ids].cumsum(), borders
+        return self.encode_segments(text, borders, self.split_special(text, literals, find_special))
+
+    def encode_segments(self, text, borders, segments):
+        """Like encode_with_offsets, for a text that split_special() has split."""
+        ids = []
+        lengths = []
+        segment_starts = []                                  # in bytes
+        size = 0
+        for start, end, token in segments:
+            piece = text[start:end]
+            if token is None:
+                piece_ids = self.encode_ordinary(self.compose(piece))
+                piece_lengths = self.token_bytes[piece_ids]
+            else:
+                piece_ids = np.array([token], np.uint32)
+                piece_lengths = np.array([len(piece.encode())])
+            ids.append(piece_ids)
+            lengths.append(piece_lengths)
+            segment_starts.append(size)
+            size += int(piece_lengths.sum())
+        segment_ends = [end for _, end, _ in segments]
+        borders_in_bytes = []
+        for border in borders:
+            i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
+            before = self.compose(text[segments[i][0]:border])
+            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
+        return np.concatenate(ids), np.concatenate(lengths).cumsum(), borders_in_bytes
+
+    def compose(self, text):
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def split_special(self, text, literals, find_special):
+        """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
+        segments = []
+        position = 0
+        for match in self.special_and_added_pattern.finditer(text):
+            start, end = match.span()
+            is_special = match[0] in self.special
+            if is_special and (not find_special or overlaps(literals, start, end)):
+                continue
+            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
+            position = end
+        return [*segments, (position, len(text), None)]
 
     def decode(self, ids):
-        text = self.enc.decode([int(i) for i in ids], skip_special_tokens=False)
-        names = {private: text for text, private in self.private.items()}
-        return any_of(names).sub(lambda m: names[m[0]], text)
+        """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
+        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.token_bytes[i]]
+        tokens = self.encoding.decode_tokens_bytes(known)
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-def any_of(texts):
-    """The pattern that finds these texts, the longest first; it finds nothing where there is none."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+@dataclasses.dataclass(eq=False, repr=False)
+class HFTokenizer(BaseTokenizer):
+    """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
+
+    Some of its models (Unigram) find special tokens in plain text even with encode_special_tokens.
+    So the copy that runs has other names for them, which no text spells, and a text gets these
+    names only where a special token is meant:
+
+        <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
+    """
+    path: Path                   # of tokenizer.json
+    spec: dict                   # what it holds
+
+    def __post_init__(self):
+        import tokenizers
+        self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
+        # tokenizers raises nothing narrower than Exception
+        with error_context("the tokenizers package cannot read it either", Exception):
+            renamed = json.dumps(rename_tokens(self.spec, self.hidden))
+            self.encoder = tokenizers.Tokenizer.from_str(renamed)
+        self.n_vocab = self.encoder.get_vocab_size()
+        self.compile_patterns()
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self.fingerprint = fingerprint(digest, self.bos, self.eos)
+
+    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
+        """As Tokenizer's, with ends and borders in characters of the text with hidden names."""
+        borders = np.array(borders, np.int64)
+        moved = borders.copy()
+        pieces = []
+        position = 0
+        for match in self.special_pattern.finditer(text) if find_special else ():
+            if overlaps(literals, match.start(), match.end()):
+                continue
+            name = self.hidden[match[0]]
+            pieces += [text[position:match.start()], name]
+            position = match.end()
+            moved[borders >= position] += len(name) - len(match[0])
+        pieces.append(text[position:])
+        encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
+        ends = [end for _, end in encoded.offsets]
+        return np.array(encoded.ids, np.uint32), np.array(ends, np.int64), moved
+
+    def decode(self, ids):
+        """ids -> str"""
+        text = self.encoder.decode([int(i) for i in ids], skip_special_tokens=False)
+        for token, name in self.hidden.items():
+            text = text.replace(name, token)
+        return text
 
 
-def patterns(special, every):
-    """Patterns of the special tokens, of these as JSON spells them, and of special and added ones."""
-    return any_of(special), any_of(as_json(text)[1:-1] for text in special), any_of(every)
+def rename_tokens(spec, new_names):
+    """A tokenizer.json, read, with other names for some tokens, and adding nothing to a text."""
+    model = dict(spec["model"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new_names.get(t, t): i for t, i in model["vocab"].items()}
+    else:                                                    # Unigram's [[token, score], ...]
+        model["vocab"] = [[new_names.get(t, t), score] for t, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = new_names.get(model["unk_token"], model["unk_token"])
+    tokens = []
+    for token in spec.get("added_tokens") or []:
+        content = new_names.get(token["content"], token["content"])
+        normalized = token["normalized"] and not token["special"]
+        tokens.append(token | {"content": content, "normalized": normalized})
+    return spec | {"model": model, "added_tokens": tokens, "post_processor": None,
+                   "truncation": None, "padding": None}
 
 
-as_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
-SPACE = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")     # as Unicode has it
+def overlaps(spans, start, end):
+    return any(span_start < end and start < span_end for span_start, span_end in spans)
+
+
+def compile_alternation(texts):
+    """A pattern that finds any of these texts, the longest first; nothing if there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def bytes_to_unicode():
+    """{byte: the character that spells it in a tokenizer.json}, as in GPT-2.
+
+    Printable ones are themselves; the others, in order, are U+0100, U+0101, ...
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    characters = {b: chr(b) for b in printable}
+    characters |= {b: chr(256 + n) for n, b in enumerate(others)}
+    return characters
+
+
+BYTES_TO_UNICODE = bytes_to_unicode()
+UNICODE_TO_BYTES = {character: b for b, character in BYTES_TO_UNICODE.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"   # StarCoder's
-PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# byte -> the letter that GPT-2 spells it with; what isn't printable is moved up to U+0100
-LETTERS = dict(zip([*PRINTED, *sorted({*range(256)} - {*PRINTED})], map(chr, [*PRINTED, *range(256, 324)])))
+# GPT-2's with digits split off before (StarCoder): each one, or runs of them
+DIGITS_PATTERN = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 
 
 def load_tokenizer(cfg):
-    """data.tokenizer, or model.init_from's where that is empty -> Tokenizer. Raises ValueError."""
+    """The tokenizer of data.tokenizer, or of model.init_from. Raises UserError."""
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from to take it from; "
-                         "bytes always works")
+        raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from "
+                                "to take it from; bytes always works")
     if name == "bytes":
         tok = bytes_tokenizer()
     elif name.endswith(".tiktoken"):
@@ -490,693 +1235,1025 @@ def load_tokenizer(cfg):
     elif Path(name).exists():
         tok = huggingface_tokenizer(Path(name))
     elif name in tiktoken.list_encoding_names():
-        with naming("data.tokenizer", OSError, f"tiktoken cannot download {name}; bytes or a folder with a "
-                                               "tokenizer.json needs no network: "):
-            enc = tiktoken.get_encoding(name)
-        tok = Tokenizer(enc._mergeable_ranks, enc._pat_str, enc._special_tokens, eos="<|endoftext|>")
+        tok = tiktoken_encoding(name)
     else:
-        raise configs.UserError(f"data.tokenizer: {name} is no file or folder, and none of bytes, "
-                         f"{', '.join(tiktoken.list_encoding_names())}")
+        raise configs.UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must "
+                                f"be one of bytes, {', '.join(tiktoken.list_encoding_names())}")
     for key in ("bos_token", "eos_token"):
         text = data[key]
-        if text not in (None, "", *tok.special):
-            raise configs.UserError(f"data.{key}: {text!r} is no special token of {name}; "
-                             f"it has {', '.join(tok.special) or 'none'}")
-        if text is not None:
-            setattr(tok, key[:3], text or None)
-            tok.fingerprint = digest(tok.fingerprint, key, text)
+        if text is None:
+            continue
+        if text and text not in tok.special:
+            raise configs.UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
+                                    f"{', '.join(tok.special) or 'none'}")
+        setattr(tok, key.removesuffix("_token"), text or None)
+        tok.fingerprint = fingerprint(tok.fingerprint, key, text)
     return tok
 
 
 def bytes_tokenizer():
-    """Every byte is a token; <|endoftext|> borders text documents, <|im_start|> and <|im_end|> border turns."""
-    return Tokenizer({bytes([b]): b for b in range(256)}, r"[\s\S]", BYTES_SPECIAL, "<|endoftext|>", "<|endoftext|>")
+    """Every byte is a token; BYTES_SPECIAL are ChatML's tokens, and BOS and EOS."""
+    ranks = {bytes([b]): b for b in range(256)}
+    return Tokenizer(ranks, r"[\s\S]", special=BYTES_SPECIAL, bos="<|endoftext|>",
+                     eos="<|endoftext|>")
+
+
+def tiktoken_encoding(name):
+    """An encoding that tiktoken knows by name, such as gpt2, and downloads."""
+    problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
+    with error_context("data.tokenizer", OSError, problem):
+        encoding = tiktoken.get_encoding(name)
+    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str,
+                     special=encoding._special_tokens, eos="<|endoftext|>")
 
 
 def tiktoken_file(path, pattern, special):
-    """A file of `base64(token) rank` lines -> Tokenizer. It needs its pattern said: the file doesn't hold one."""
+    """A file of `base64(token) rank` lines. It lacks the pattern and the special tokens."""
     if not pattern:
-        raise configs.UserError(f"data.tokenizer_pattern: {path} needs the regular expression its tokenizer splits text with")
-    with naming(path, (OSError, ValueError), "not a .tiktoken file: "):      # tiktoken's own reader keeps old ones
+        raise configs.UserError(f"data.tokenizer_pattern: {path} needs the regular expression that "
+                                "its tokenizer splits text with")
+    # (tiktoken's own reader caches files by their name)
+    with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    taken = [*ranks.values(), *special.values()]
+    ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
-        if type(i) is not int or i < 0 or taken.count(i) > 1:
-            raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other token has, got {i!r}")
-    with naming(f"{path} with data.tokenizer_pattern {pattern!r}", (ValueError, RecursionError)):          # tiktoken's words on a pattern, or ours
-        return Tokenizer(ranks, pattern, special)
+        if type(i) is not int or i < 0 or ids.count(i) > 1:
+            raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other "
+                                    f"token has, got {i!r}")
+    place = f"{path} with data.tokenizer_pattern {pattern!r}"
+    with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
+        return Tokenizer(ranks, pattern, special=special)
 
 
 def huggingface_tokenizer(path):
-    """A byte-level BPE tokenizer.json (or its folder) -> Tokenizer; what isn't one exactly is Borrowed, or refused."""
-    path = path / "tokenizer.json" if path.is_dir() else path
+    """A tokenizer.json, or its folder -> Tokenizer if that is exact, else HFTokenizer."""
+    if path.is_dir():
+        path = path / "tokenizer.json"
     if not path.is_file():
-        raise configs.UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
-    spec, template_file, config_file = read_json(path), *map(path.with_name, TEMPLATE_FILES)
-    config = read_json(config_file) if config_file.is_file() else {}
+        raise configs.UserError(f"{path}: no such file; a tokenizer's folder must hold a "
+                                "tokenizer.json")
+    spec = read_json_object(path)
+    config_file = path.with_name("tokenizer_config.json")
+    config = read_json_object(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
-    with naming(path, damage, "not a whole tokenizer.json: "):
-        template = config.get("chat_template")
-        if isinstance(template, list):                               # several, by name
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-        if template is not None and not isinstance(template, str):
-            raise configs.UserError(f"{config_file}: chat_template must be text, got {type(template).__name__}")
-        if template_file.is_file():
-            template = read_text(template_file)
+    with error_context(path, damage, "not a whole tokenizer.json: "):
+        template = read_template(path.parent, config)
         tokens = spec.get("added_tokens") or []
-        special, added = ({t["content"]: t["id"] for t in tokens if t["special"] == kind} for kind in (True, False))
-
-        post = spec.get("post_processor") or {}                      # what it puts around a text, where no name says so
-        around = [piece for step in post.get("processors") or [post] for piece in step.get("single") or ()] or [{}]
-        names = {key: piece.get("SpecialToken", {}).get("id")
-                 for key, piece in (("bos_token", around[0]), ("eos_token", around[-1]))}
-        for key, text in config.items():
-            text = text.get("content") if isinstance(text, dict) else text    # "TEXT", or {"content": "TEXT", …}
-            if key.endswith("_token") and isinstance(text, str):
-                names[key] = text
-        bos, eos = (names[key] if names[key] in special else None for key in ("bos_token", "eos_token"))
-        more = dict(bos=bos, eos=eos, template=template, folder=path.parent,
-                    names={key: text for key, text in names.items() if text})
+        names = token_names(spec, config)
+        files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
+                 "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
+                 "template": template, "folder": path.parent, "names": names}
+        for key in ("bos", "eos"):
+            text = names.get(f"{key}_token")
+            files[key] = text if text in files["special"] else None
         try:
-            return byte_level(spec, tokens, special, added, **more)
-        except ValueError as e:
-            with naming(path, ImportError, f"{e}; with `pip install tokenizers` it would run there: "), naming(path):
-                tok = Borrowed(path, spec, special, added, **more)
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"note: {path}: {e}; the tokenizers package runs it", file=sys.stderr, flush=True)
-            return tok
+            return byte_level_tokenizer(spec, tokens, files)
+        except configs.UserError as error:
+            return package_tokenizer(path, spec, files, str(error))
 
 
-def byte_level(spec, tokens, special, added, **more):
-    """A byte-level BPE tokenizer.json, read -> Tokenizer. ValueError for what tiktoken would do otherwise."""
-    bpe, pre, normalizer = spec["model"], spec.get("pre_tokenizer") or {}, (spec.get("normalizer") or {}).get("type")
-    *before, last = pre.get("pretokenizers") or [pre]                # ByteLevel, alone or after Split or Digits
-    split, splits, kind = before[0] if before else {}, last.get("use_regex", True), bpe.get("type", "BPE")
-    pattern, how = split.get("pattern", {}).get("Regex"), (split.get("behavior"), split.get("invert"))
-    if not before:
-        pattern = GPT2_PATTERN if splits else r"[\s\S]+"
-    elif split.get("type") == "Digits" and splits:
-        pattern = DIGITS_PATTERN if split["individual_digits"] else DIGITS_PATTERN.replace(r"\p{N}|", r"\p{N}+|", 1)
-    elif splits or how not in (("Isolated", False), ("Removed", True)):
-        pattern = None
-    steps = f"the pre-tokenizer {' + '.join(str(step.get('type')) for step in [*before, last])}"
-    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    for what, found in {
-            f"a {kind} model": kind != "BPE" or "merges" not in bpe,
-            f"a {kind} model with byte fallback": bpe.get("byte_fallback"),
-            **{f"model.{key}": bpe.get(key) for key in odd},
-            f"the normalizer {normalizer}": normalizer not in (None, "NFC"),
-            f"{steps} with a prefix space": last.get("add_prefix_space"),
-            steps: last.get("type") != "ByteLevel" or len(before) > 1 or not pattern,
-            **{f"the single_word added token {t['content']!r}": t["single_word"] for t in tokens},
-            **{f"the normalized added token {t['content']!r}":
-               t["normalized"] and normalizer and not t["content"].isascii() for t in tokens}}.items():
-        if found:
-            refuse(what)
-    spelled = {b: "\uffff" for b in range(256)} | {ord(c): chr(b) for b, c in LETTERS.items()}
-    try:
-        ranks = {token.translate(spelled).encode("latin-1"): i
-                 for token, i in bpe["vocab"].items() if token not in special | added}
-    except UnicodeEncodeError as e:
-        refuse(f"a vocabulary with {e.object!r}, which is not spelled in bytes,")
-    strip = {t["content"]: (t["lstrip"], t["rstrip"]) for t in tokens if t["lstrip"] or t["rstrip"]}
-    late = [t["content"] for t in tokens if t["normalized"]]
-    tok = Tokenizer(ranks, pattern, special, nfc=normalizer == "NFC", added=added, strip=strip, late=late, **more)
-    prove(tok, bpe)
+def package_tokenizer(path, spec, files, problem):
+    """Let the tokenizers package run what tiktoken cannot represent, and print why."""
+    install = "; with `pip install tokenizers` it would run there: "
+    with error_context(path, ImportError, problem + install):
+        import tokenizers  # noqa: F401
+    with error_context(path):
+        tok = HFTokenizer(path, spec, **files)
+    if configs.is_local_rank0():
+        note = f"{problem}; the tokenizers package runs it"
+        print(f"note: {path}: {note}", file=sys.stderr, flush=True)
     return tok
 
 
-def refuse(what):
-    raise configs.UserError(f"{what} cannot be carried over exactly; "
-                     "supported are byte-level BPE tokenizers (GPT-2, Llama 3, Qwen kinds)")
-
-
-NASTY = ("", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
-         "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "1234567890 3.14 1,000,000 ½ ٣", "日本語と中文，한국어",
-         "עברית العربية", "👩‍👩‍👧 🏳️‍🌈 🤖", "\x00\x01\x7f\x1b[0m", "_under_score__ --flag=value // /* x */",
-         "aaaaaaaaaaaaaaaaaaaaaaaaa", "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x",
-         "<|endoftext|> <|im_end|>", "if (x==1) {\n    return y;\n}")
-
-
-def prove(tok, bpe):
-    """Hold the tiktoken encoding against merging by the list of merges itself, on strings that tend to go wrong."""
-    import regex                                                     # tiktoken brings it
-    pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in bpe["merges"])
-    order = {tuple(pair): n for n, pair in enumerate(pairs)}
-    for text in map(tok.clean, NASTY):
-        want, words = [], regex.findall(tok.pattern, text)
-        if "".join(words) != text:
-            refuse(f"a pattern that leaves something out (seen on {text!r})")
-        for word in words:
-            parts = [LETTERS[b] for b in word.encode()]
-            if bpe.get("ignore_merges") and "".join(parts) in bpe["vocab"]:
-                parts = ["".join(parts)]
-            while best := min((p for p in zip(parts, parts[1:]) if p in order), key=order.get, default=None):
-                at = list(zip(parts, parts[1:])).index(best)
-                parts[at:at + 2] = ["".join(best)]
-            want += map(bpe["vocab"].get, parts)
-        if tok.words(text).tolist() != want:
-            refuse(f"its order of merges (seen on {text!r})")
-
-
-def merges_of(ranks):
-    """{token: rank} -> [(left, right)] in the order of ranks: the two tokens that merging by rank makes each one of."""
-    out = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-            if best >= rank:                                         # never merged, only met as a whole word
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            out.append(tuple(parts))
-    return out
-
-
-def save_tokenizer(tok, folder, template_text):
-    """Write what transformers needs to load the tokenizer: its own files where it has some, else new ones."""
-    folder = Path(folder)
-    write = lambda name, d: (folder / name).write_text(json.dumps(d, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json", "merges.txt"):
-        if tok.folder and (tok.folder / name).is_file() and tok.folder.resolve() != folder.resolve():
-            shutil.copyfile(tok.folder / name, folder / name)
-    if not tok.folder:
-        spell = lambda token: "".join(LETTERS[b] for b in token)
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)       # {1,3}+ means another thing there
-        words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-        write("tokenizer.json", {
-            "version": "1.0", "decoder": level, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, level]},
-            "added_tokens": [{"id": i, "content": text, **plain} for text, i in tok.special.items()],
-            "model": {"type": "BPE", "ignore_merges": True,
-                      "vocab": {spell(token): i for token, i in tok.ranks.items()},
-                      "merges": [f"{spell(a)} {spell(b)}" for a, b in merges_of(tok.ranks)]}})
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if (folder / "tokenizer_config.json").is_file():
-        config = read_json(folder / "tokenizer_config.json")
-    config = {f"{key}_token": getattr(tok, key) for key in ("bos", "eos") if getattr(tok, key)} | config
-    if template_text and template_text != tok.template:
-        config["chat_template"] = template_text
-        (folder / "chat_template.jinja").unlink(missing_ok=True)     # another one came along, and would win
-    write("tokenizer_config.json", config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# template and mask: a chat -> ids, and which of them are trained
-# The model's own jinja renders the chat, and the ids are those of the whole text. Where each message stands in it is
-# found from renderings too, with marks in place of contents: a template may trim, merge, drop or add what it likes.
-
-CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PLAIN = ("{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
-         "{% if add_generation_prompt %}assistant:\n{% endif %}")      # for vocabularies without ChatML's two tokens
-TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # where a model's folder has its own
-OPEN, CLOSE, BEGIN, END, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))   # marks: no text spells them
-MARKED, EXCHANGED = re.compile(f"{BEGIN}|{END}"), re.compile(f"{OPEN}(\\d+){CLOSE}")
-
-
-def template_text(tok, cfg):
-    """The jinja text of data.chat_template."""
-    name = cfg["data"]["chat_template"]
-    if name not in ("", "chatml"):
-        with naming("data.chat_template", what="neither chatml nor a readable file: "):
-            return read_text(name)
-    if tok.template and not name:
-        return tok.template
-    if "<|im_end|>" in tok.special:
-        return CHATML
-    if name:
-        raise configs.UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and <|im_end|>; "
-                         "leave it empty for a plain one that ends turns with EOS")
-    if not tok.eos:
-        raise configs.UserError("data.eos_token: chats need a token that ends a turn; "
-                         "this tokenizer has neither <|im_end|> nor an EOS")
-    return PLAIN
-
-
-def load_template(tok, cfg):
-    """template_text(), compiled; an error names the file it is from."""
-    text, own = template_text(tok, cfg), [tok.folder / name for name in TEMPLATE_FILES] if tok.folder else []
-    with naming(cfg["data"]["chat_template"] or next(filter(Path.is_file, own), "built in"),
-                (ValueError, RecursionError)):                       # jinja raises both for damaged text
-        return compile_template(text)
-
-
-def compile_template(text):
-    """jinja text -> a compiled template, in jinja2's sandbox, with the names that chat templates rely on."""
-    import jinja2, jinja2.ext, jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):                          # {% generation %} trained {% endgeneration %}
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.FilterBlock(body, jinja2.nodes.Filter(None, "marked", [], [], None, None), lineno=line)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def getattr(self, obj, name):                                # the way by an exception takes half of the time
-            plain = type(obj) is dict and name in obj and not hasattr(dict, name)
-            return obj[name] if plain else super().getattr(obj, name)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    env.filters["marked"] = lambda text: BEGIN + text + END
-    # jinja's own tojson escapes for HTML
-    env.filters["tojson"] = lambda x, indent=None, **more: json.dumps(x, ensure_ascii=False, indent=indent, **more)
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form),
-                    "tools": None, "documents": None}
-    env.writes_calls = "tool_calls" in text
-    try:
-        template = env.from_string(text)
-    except jinja2.TemplateSyntaxError as e:
-        raise configs.UserError(f"the chat template's line {e.lineno}: {one_line(e.message)}") from None
-    template.globals = dict(template.globals)                        # a ChainMap, which every rendering copies
+def read_template(folder, config):
+    """The chat template of a model's folder, or None. A file of its own comes first."""
+    template_file = folder / "chat_template.jinja"
+    if template_file.is_file():
+        return read_text(template_file)
+    template = config.get("chat_template")
+    place = folder / "tokenizer_config.json"
+    if isinstance(template, list):                           # several: [{"name", "template"}, ...]
+        named = [t["template"] for t in template if t["name"] == "default"]
+        template = named[0] if named else None
+    if template is not None and not isinstance(template, str):
+        raise configs.UserError(f"{place}: chat_template must be text, got "
+                                f"{type(template).__name__}")
     return template
 
 
-def render(template, tok, messages, prompt=False, **more):
-    """Messages -> text, in pieces outside and inside of {% generation %}, in turn.
+def token_names(spec, config):
+    """{"bos_token": text, ...} of tokenizer_config.json.
 
-    prompt  with the opening of an assistant's turn, as for generation
+    If that has no BOS or EOS, they are what tokenizer.json's post-processor puts around a text.
     """
-    names = tok.names | {"add_generation_prompt": prompt, "bos_token": tok.bos or "", "eos_token": tok.eos or ""}
-    with naming("the chat template refuses these messages", Exception):       # it may raise whatever Python raises
-        return MARKED.split(template.render(messages=messages, **names, **more))
+    names = {}
+    processor = spec.get("post_processor") or {}
+    pieces = []
+    for step in processor.get("processors") or [processor]:
+        pieces += step.get("single") or []
+    if pieces:
+        names["bos_token"] = pieces[0].get("SpecialToken", {}).get("id")
+        names["eos_token"] = pieces[-1].get("SpecialToken", {}).get("id")
+    for key, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if key.endswith("_token") and isinstance(text, str):
+            names[key] = text
+    return {key: text for key, text in names.items() if text}
 
 
-def in_strings(change, thing):
-    """A JSON value with `change` done to every string in it, keys too."""
-    if isinstance(thing, str):
-        return change(thing)
-    if isinstance(thing, list):
-        return [in_strings(change, item) for item in thing]
-    if isinstance(thing, dict):
-        return {in_strings(change, k): in_strings(change, v) for k, v in thing.items()}
-    return thing
+def unsupported(part):
+    return configs.UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
+                             "tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
-def prepared(tok, template, messages, prompt=False, **more):
-    """Messages -> (messages, pieces of text as from render, spans in it that only spell special tokens).
+def unsupported_part(spec, tokens):
+    """The first part of a tokenizer.json that tiktoken would treat differently, or None."""
+    model = spec["model"]
+    kind = model.get("type", "BPE")
+    if kind != "BPE" or "merges" not in model:
+        return f"a {kind} model"
+    if model.get("byte_fallback"):
+        return f"a {kind} model with byte fallback"
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            return f"model.{key}"
+    normalizer = (spec.get("normalizer") or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        return f"the normalizer {normalizer}"
+    steps = pre_tokenizer_steps(spec)
+    description = "the pre-tokenizer " + " + ".join(str(step.get("type")) for step in steps)
+    if steps[-1].get("add_prefix_space"):
+        return f"{description} with a prefix space"
+    if split_pattern(steps) is None:
+        return description
+    searched_first = "".join(t["content"] for t in tokens if not t["normalized"])
+    for token in tokens:
+        content = token["content"]
+        for flag in ("single_word", "lstrip", "rstrip"):
+            if token[flag]:
+                return f"the {flag} added token {content!r}"
+        # normalized tokens are searched last, in normalized text: the same unless they overlap
+        # others or change (NeoX's runs of spaces do not)
+        changes = normalizer and not content.isspace()
+        if token["normalized"] and (changes or set(content) & set(searched_first)):
+            return f"the normalized added token {content!r}"
+    return None
 
-    Those are found by rendering once more with each of them broken by a character that no text holds.
-    """
-    if not template.environment.writes_calls:                        # then nothing is lost: the calls are content
-        calls = lambda m: [as_json(call.get("function", call)) for call in m["tool_calls"]]
-        messages = [m | {"content": "\n".join([*filter(None, [m["content"]]), *calls(m)]), "tool_calls": None}
-                    if m.get("tool_calls") else m for m in messages]
-    pieces, spelled = render(template, tok, messages, prompt, **more), []
-    if tok.escaped_pattern.search(as_json([messages, more])):        # quicker than looking into every string
-        in_strings(lambda s: spelled.extend(tok.special_pattern.findall(s)), [messages, more])
-    if not spelled:
-        return messages, pieces, []
-    broken = lambda s: tok.special_pattern.sub(lambda m: m[0][0] + BREAK + m[0][1:], s)
-    marked = render(template, tok, in_strings(broken, messages), prompt, **in_strings(broken, more))
-    parts = "".join(marked).split(BREAK)
-    if "".join(parts) != "".join(pieces):
-        raise configs.UserError(f"the chat template looks for {' or '.join(sorted(set(spelled)))} in messages, where it is "
-                         "text and no control token; reasoning goes into reasoning_content")
-    return messages, pieces, [(at - 1, at) for at in itertools.accumulate(map(len, parts[:-1]))]
+
+def pre_tokenizer_steps(spec):
+    pre_tokenizer = spec.get("pre_tokenizer") or {}
+    return pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
 
 
-def located(tok, template, messages, text, wanted, **more):
-    """Where the `wanted` messages stand in the rendered text -> [(start, end, index)], ascending.
+def split_pattern(steps):
+    """The regular expression of ByteLevel, alone or after Split or Digits; None for others."""
+    *before, last = steps
+    splits = last.get("use_regex", True)                     # into words, by GPT-2's pattern
+    if last.get("type") != "ByteLevel" or len(before) > 1:
+        return None
+    if not before:
+        return GPT2_PATTERN if splits else r"[\s\S]+"
+    step = before[0]
+    if step.get("type") == "Digits" and splits:
+        return (r"\p{N}" if step["individual_digits"] else r"\p{N}+") + DIGITS_PATTERN
+    how = (step.get("behavior"), step.get("invert"))
+    if splits or how not in (("Isolated", False), ("Removed", True)):
+        return None
+    return step.get("pattern", {}).get("Regex") or None
 
-    Rendered once more with marks for their contents, the template shows what it writes between them. Where that isn't
-    what stands between the real ones (it looks into them, or writes more than contents), each is exchanged alone.
-    """
-    text_of = lambda messages, *prompt: "".join(render(template, tok, messages, *prompt, **more))
-    marked = {i: {"role": messages[i]["role"], "content": f"{OPEN}{i}{CLOSE}"} for i in wanted}
-    generated = {i for i in wanted if any(messages[i].get(key) for key in MORE)}        # what is more than content
-    plain = {i: messages[i] | marked[i] for i in wanted if i not in generated}
-    exchanged = text_of([plain.get(i, m) for i, m in enumerate(messages)]) if plain else text
-    first, *rest = EXCHANGED.split(exchanged)
-    found, at, opening = [], len(first), None
-    for i, between in zip(map(int, rest[::2]), rest[1::2]) if text.startswith(first) else ():
-        whole = messages[i]["content"]                               # as it is, trimmed by the template, or a part
-        ends = [at + len(form) for form in (whole, whole.strip(), whole.lstrip(), whole.rstrip())
-                if text.startswith(form + between, at)]
-        end = ends[0] if ends else text.find(between, at) if between else -1
-        if end < 0 or text[at:end] not in whole:
-            break
-        found.append((at, end, i))
-        at = end + len(between)
-    else:
-        found = found if at == len(text) else []
 
-    for i in sorted(set(wanted) - {i for _, _, i in found}):
-        floor = max((end for _, end, before in found if before < i), default=0)
-        try:
-            whole, other = text, text_of([*messages[:i], marked[i], *messages[i + 1:]])
-        except ValueError:                                           # it has rules for what may follow
-            whole, other = text_of(messages[:i + 1]), text_of([*messages[:i], marked[i]])
-        before, mark, after = other.partition(marked[i]["content"])
-        if not mark:                                                 # this template doesn't write this message
+def byte_level_tokenizer(spec, tokens, files):
+    """A byte-level BPE tokenizer.json, read -> Tokenizer. UserError if it is not exact."""
+    problem = unsupported_part(spec, tokens)
+    if problem:
+        raise unsupported(problem)
+    ranks = {}
+    for text, i in spec["model"]["vocab"].items():
+        if text in files["special"] or text in files["added"]:
             continue
-        alone = whole.startswith(before) and whole[len(before):].endswith(after)
-        if not alone:                                                # it changes something else with the content
-            before = os.path.commonprefix([whole, other])
-            after = os.path.commonprefix([whole[len(before):][::-1], other[len(before):][::-1]])
-        said = whole[len(before):len(whole) - len(after)]
-        start = len(before) if whole is text else text.find(said, floor)
-        end = start + len(said)
-        if not alone or i in generated:                              # all that is generated is trained
-            if opening is None:
-                asked = text_of(messages, True)
-                opening = asked[len(text):] if asked.startswith(text) else ""
-            at = text.rfind(opening, floor, start)
-            start = at + len(opening) if opening and at >= 0 else start
-        if 0 <= start < end:
-            found.append((start, end, i))
-    return sorted(found)
+        try:
+            ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
+        except KeyError:
+            raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+    pattern = split_pattern(pre_tokenizer_steps(spec))
+    check_merges(spec["model"], ranks, pattern)
+    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
 
 
-def encode_chat(tok, template, messages, train_on="all", **more):
-    """Messages -> (ids [n] int64, mask [n] uint8).
+TEST_STRINGS = (
+    "", " ", "a", "Hello, world! I'll we'd they're DON'T", "  two  spaces   three    four",
+    "tab\tnew\nline\r\n\r\n\n  end  ", "naïve café Ünïcödé", "日本語と中文，한국어",
+    "1234567890 3.14 1,000,000 ½ ٣", "עברית العربية",
+    "👩‍👩‍👧 🏳️‍🌈 🤖",
+    "\x00\x01\x7f\x1b[0m",
+    "_under_score__ --flag=value // /* x */", "aaaaaaaaaaaaaaaaaaaaaaaaa",
+    "\u200b\u00a0\u3000\ufeff", "e\u0301 o\u0308", " \n \n\n\t x", "<|endoftext|> <|im_end|>",
+    "if (x==1) {\n    return y;\n}")
 
-    Trained are the assistant's turns, each with the token that ends it; only the last one; or everything but tools'
-    outputs. A template with {% generation %} marks says itself where a turn is. Raises ValueError where it refuses.
+
+def check_merges(model, ranks, pattern):
+    """Raise UserError unless tiktoken splits and merges as this tokenizer.json does.
+
+    tokenizer.json merges the pair that comes first in its list, tiktoken the pair whose result has
+    the lowest id. That is the same if the ids of the results ascend, and if all tokens are results.
     """
-    messages, pieces, held = prepared(tok, template, messages, **more)
-    if re.search("[\ud800-\udfff]", "".join(pieces)):                # lone surrogates
-        messages, more = in_strings(tok.clean, messages), in_strings(tok.clean, more)
-        messages, pieces, held = prepared(tok, template, messages, **more)
-    text, by_marks = "".join(pieces), len(pieces) > 1 and train_on != "everything"
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    off = {i for i, m in enumerate(messages)                         # never trained
-           if m["role"] == "tool" or not m.get("weight", 1) or train_on == "last" and i not in answers[-1:]}
-    wanted = off if by_marks or train_on == "everything" else set(answers) - off
-    wanted = [i for i in sorted(wanted) if any(messages[i].get(key) for key in ("content", *MORE))]
-    spans = located(tok, template, messages, text, wanted, **more) if wanted else []
-    if by_marks:
-        ends = list(itertools.accumulate(map(len, pieces)))
-        trained = [(a, b) for a, b in zip(ends[::2], ends[1::2]) if not any(a < e and s < b for s, e, _ in spans)]
-    elif train_on == "everything":
-        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
-        trained = list(zip(edges[::2], edges[1::2]))
+    import regex                                             # installed with tiktoken
+    for text in TEST_STRINGS:
+        if "".join(regex.findall(pattern, text)) != text:
+            raise unsupported(f"a pattern that leaves something out (seen on {text!r})")
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    results = [left + right for left, right in pairs]
+    ids = [model["vocab"][result] for result in results]
+    if ids != sorted(ids):
+        raise unsupported("its order of merges")
+    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
+        raise unsupported("a vocabulary with tokens that no merge makes")
+
+
+def recover_merges(ranks):
+    """{token: rank} -> the list of merges, [(left, right)] in the order of ranks.
+
+    The last merge of a token joins the two tokens that are left when its bytes are merged with
+    the tokens of lower rank.
+    """
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        rank = ranks[token]
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            ranks_of_pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            lowest = min(ranks_of_pairs)
+            if lowest >= rank:                               # only found as a whole word
+                break
+            i = ranks_of_pairs.index(lowest)
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def save_tokenizer(tok, folder, template_text):
+    """Write the files from which transformers loads the tokenizer: its own, or new ones."""
+    folder = Path(folder)
+    config_file = folder / "tokenizer_config.json"
+    if not tok.folder:
+        write_json(folder / "tokenizer.json", tokenizer_spec(tok))
+    elif tok.folder.resolve() != folder.resolve():
+        for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json",
+                     "merges.txt"):
+            if (tok.folder / name).is_file():
+                shutil.copyfile(tok.folder / name, folder / name)
+    config = {}
+    if tok.bos:
+        config["bos_token"] = tok.bos
+    if tok.eos:
+        config["eos_token"] = tok.eos
+    if config_file.is_file():
+        config |= read_json_object(config_file)
     else:
-        ends = [tok.every_pattern.match(text, len(text) - len(text[end:].lstrip())) for _, end, _ in spans]
-        trained = [(start, after.end() if after else end) for (start, end, _), after in zip(spans, ends)]
-    ids, ends, borders = tok.spans(text, held, [edge for a, b in trained if a < b for edge in (a, b)])
-    mask = np.zeros(len(ids), np.uint8)
-    first = np.searchsorted(ends, borders[::2], "right")             # a token that overlaps the span is trained
-    last = np.searchsorted(ends, borders[1::2], "left")
-    for a, b in zip(first.tolist(), last.tolist()):
-        mask[a:b + 1] = 1
-    return ids.astype(np.int64), mask
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
+                   "clean_up_tokenization_spaces": False}
+    if template_text and template_text != tok.template:
+        config["chat_template"] = template_text
+        (folder / "chat_template.jinja").unlink(missing_ok=True)     # it would come first
+    write_json(config_file, config)
+
+
+def write_json(path, value):
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def tokenizer_spec(tok):
+    """The tokenizer.json of a Tokenizer that has no Hugging Face files."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)     # {1,3}+ has another meaning there
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True}
+    tokens = [{"id": i, "content": text, **flags} for text, i in tok.special.items()]
+    merges = [f"{spell(left)} {spell(right)}" for left, right in recover_merges(tok.ranks)]
+    vocab = {spell(token): i for token, i in tok.ranks.items()}
+    model = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "added_tokens": tokens, "model": model, "decoder": byte_level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}}
+
+
+def spell(token):
+    return "".join(BYTES_TO_UNICODE[b] for b in token)
+
+
+# --------------------------------------------------------------------------------------------------
+# loss weights: a chat -> token ids and the loss weight of each
+
+def find_message_spans(template, tok, rendering, wanted, **variables):
+    """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
+
+    The messages are rendered once more with placeholders instead of their contents. What the
+    template writes between the placeholders is also between the contents. With wanted = [1, 3]:
+
+        messages      user "2+3?", assistant "5", user "Sure?", assistant "Yes"
+        text          U:2+3?; A:5; U:Sure?; A:Yes;
+        placeholders  U:2+3?; A:<1>; U:Sure?; A:<3>;
+        between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
+        spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
+
+    A template may trim contents, drop messages, or look into contents, so that other things change
+    with them. Messages that are not found in this way, and those with tool calls or reasoning, are
+    replaced one at a time: find_span_alone().
+    """
+    messages = rendering.messages
+    plain = [i for i in wanted if not has_generated_fields(messages[i])]
+    spans = []
+    if plain:
+        replaced = list(messages)
+        for i in plain:
+            replaced[i] = messages[i] | {"content": placeholder(i)}
+        with_placeholders = render_text(template, tok, replaced, **variables)
+        spans = align_placeholders(rendering.text, with_placeholders, messages)
+    missing = sorted(set(wanted) - {i for _, _, i in spans})
+    if not missing:
+        return spans
+    opening = opening_of_turn(template, tok, rendering, **variables)
+    for i in missing:
+        after = max((end for _, end, before in spans if before < i), default=0)
+        span = find_span_alone(template, tok, rendering, i, after, opening, **variables)
+        if span:
+            spans.append((*span, i))
+    return sorted(spans)
+
+
+def has_generated_fields(message):
+    return any(message.get(key) for key in GENERATED_FIELDS)
+
+
+def placeholder(i):
+    return f"{PLACEHOLDER_START}{i}{PLACEHOLDER_END}"
+
+
+def render_text(template, tok, messages, add_generation_prompt=False, **variables):
+    marked = render(template, tok, messages, add_generation_prompt, **variables)
+    return remove_generation_marks(marked)[0]
+
+
+def align_placeholders(text, with_placeholders, messages):
+    """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
+
+    [] if they differ in anything else than contents.
+    """
+    matches = list(PLACEHOLDER.finditer(with_placeholders))
+    if not matches or not text.startswith(with_placeholders[:matches[0].start()]):
+        return []
+    next_starts = [match.start() for match in matches[1:]] + [len(with_placeholders)]
+    spans = []
+    position = matches[0].start()
+    for match, next_start in zip(matches, next_starts):
+        i = int(match[1])
+        between = with_placeholders[match.end():next_start]
+        end = find_content_end(text, position, messages[i]["content"], between)
+        if end is None:
+            return spans
+        spans.append((position, end, i))
+        position = end + len(between)
+    return spans if position == len(text) else []
+
+
+def find_content_end(text, start, content, after):
+    """The end of a message's content at `start`, if `after` follows it; else None.
+
+    The template may have written the content as it is, trimmed, or a part of it.
+    """
+    for form in (content, content.strip(), content.lstrip(), content.rstrip()):
+        if text.startswith(form + after, start):
+            return start + len(form)
+    end = text.find(after, start) if after else -1
+    return end if end >= 0 and text[start:end] in content else None
+
+
+def opening_of_turn(template, tok, rendering, **variables):
+    """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
+    with_opening = render_text(template, tok, rendering.messages, True, **variables)
+    if with_opening.startswith(rendering.text):
+        return with_opening.removeprefix(rendering.text)
+    return ""
+
+
+def find_span_alone(template, tok, rendering, i, after, opening, **variables):
+    """The (start, end) of message i in the text, at position `after` or later; None if not found.
+
+    The text is compared with a rendering in which only this message has a placeholder:
+
+        text   U:2+3?; A:5; U:Sure?; A:Yes;
+        other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
+
+    If more than the content changes with the message, or it has tool calls or reasoning, its span
+    is all that the template writes for it after `opening`.
+    """
+    text = rendering.text
+    messages = rendering.messages
+    with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
+    original = text
+    try:
+        replaced = [*messages[:i], with_placeholder, *messages[i + 1:]]
+        other = render_text(template, tok, replaced, **variables)
+    except configs.UserError:                    # the template has rules for what may follow
+        original = render_text(template, tok, messages[:i + 1], **variables)
+        other = render_text(template, tok, [*messages[:i], with_placeholder], **variables)
+    before, mark, behind = other.partition(placeholder(i))
+    if not mark:                                 # the template drops this message
+        return None
+    is_content = original.startswith(before) and original[len(before):].endswith(behind)
+    if not is_content:
+        before = os.path.commonprefix([original, other])
+        backwards = [original[len(before):][::-1], other[len(before):][::-1]]
+        behind = os.path.commonprefix(backwards)
+    written = original[len(before):len(original) - len(behind)]
+    start = len(before) if original is text else text.find(written, after)
+    if start < 0:
+        return None
+    end = start + len(written)
+    if not is_content or has_generated_fields(messages[i]):
+        opening_start = text.rfind(opening, after, start)
+        if opening_start >= 0:
+            start = opening_start + len(opening)
+    return (start, end) if start < end else None
+
+
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables):
+    """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
+
+    messages   as from normalize_record
+    train_on   "all": the assistant's turns, each with the token that ends it; "last": only the last
+               of them; "everything": all text except the outputs of tools. Templates with
+               {% generation %} say themselves where the turns are
+    weight     a factor of all loss weights
+    variables  for the template: tools
+    """
+    rendering = render_messages(template, tok, messages, **variables)
+    if SURROGATES.search(rendering.text):
+        messages = map_strings(tok.clean, messages)
+        variables = map_strings(tok.clean, variables)
+        rendering = render_messages(template, tok, messages, **variables)
+    spans = weighted_spans(template, tok, rendering, train_on, **variables)
+    spans = [(start, end, value) for start, end, value in spans if start < end and value]
+    borders = [border for start, end, _ in spans for border in (start, end)]
+    ids, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals, borders)
+
+    # a token that overlaps a span has the span's weight
+    borders = np.array(borders, np.int64).reshape(-1, 2)
+    first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
+    last_tokens = np.searchsorted(ends, borders[:, 1], side="left").tolist()
+    loss_weights = np.zeros(len(ids), np.float32)
+    for (_, _, value), first, last in zip(spans, first_tokens, last_tokens):
+        loss_weights[first:last + 1] = value * weight
+    return ids.astype(np.int64), loss_weights
+
+
+def weighted_spans(template, tok, rendering, train_on, **variables):
+    """Return the spans of the text that are targets, with loss weights: [(start, end, weight)]."""
+    text = rendering.text
+    messages = rendering.messages
+    weights = message_weights(messages, train_on)
+    by_marks = rendering.generated and train_on != "everything"
+    by_message = not by_marks and train_on != "everything"
+    wanted = []
+    for i, message in enumerate(messages):
+        is_target = message["role"] == "assistant" and weights[i] != 0
+        needs_span = is_target if by_message else weights[i] != 1
+        if needs_span and (message.get("content") or has_generated_fields(message)):
+            wanted.append(i)
+    found = []
+    if wanted:
+        found = find_message_spans(template, tok, rendering, wanted, **variables)
+    if by_message:
+        return [(start, end_of_turn(tok, text, end), weights[i]) for start, end, i in found]
+
+    # all marked blocks, or all text, have the weight 1, except for the messages found
+    spans = []
+    if by_marks:
+        for start, end in rendering.generated:
+            weight = 1.0
+            for message_start, message_end, i in found:
+                if message_start < end and start < message_end:
+                    weight = weights[i]
+            spans.append((start, end, weight))
+        return spans
+    position = 0
+    for start, end, i in found:
+        spans += [(position, start, 1.0), (start, end, weights[i])]
+        position = end
+    return [*spans, (position, len(text), 1.0)]
+
+
+def message_weights(messages, train_on):
+    """The loss weight of each message. Outputs of tools have none."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = []
+    for i, message in enumerate(messages):
+        is_excluded = train_on == "last" and i not in answers[-1:]
+        is_excluded = is_excluded or message["role"] == "tool"
+        weights.append(0.0 if is_excluded else message.get("weight", 1.0))
+    return weights
+
+
+def end_of_turn(tok, text, end):
+    """The end of the special token that follows, perhaps after white space; or `end`."""
+    spaces = SPACES.match(text, end)
+    token = tok.special_and_added_pattern.match(text, spaces.end())
+    return token.end() if token else end
+
+
+def encode_text(tok, text, weight=1.0, starts=True, ends=True):
+    """Return (BOS + ids + EOS [n] int64, loss weights [n] float32) of a text, or of a part of it.
+
+    starts, ends  False: the text started in an earlier part, continues in a later one
+    """
+    bos = [tok.special[tok.bos]] if starts and tok.bos else []
+    eos = [tok.special[tok.eos]] if ends and tok.eos else []
+    ids = tok.encode(tok.clean(text))
+    ids = np.concatenate([np.array(bos, np.int64), ids, np.array(eos, np.int64)])
+    return ids, np.full(len(ids), weight, np.float32)
 
 
 def encode_prompt(tok, template, messages):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    messages, pieces, held = prepared(tok, template, in_strings(tok.clean, messages), prompt=True)
-    return tok.spans("".join(pieces), held)[0].tolist()
+    messages = map_strings(tok.clean, messages)
+    rendering = render_messages(template, tok, messages, add_generation_prompt=True)
+    ids, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
+    return ids.tolist()
 
 
 def stop_token_ids(tok, template):
-    """The ids that end an assistant's turn: what generation stops at."""
-    ids, mask = encode_chat(tok, template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    last = int(ids[np.flatnonzero(mask)[-1]]) if mask.any() else -1
-    return sorted({i for i in (last, tok.special.get(tok.eos, -1)) if i in tok.special.values()})
+    """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, loss_weights = encode_chat(tok, template, chat)
+    stop_ids = set(ids[loss_weights != 0][-1:].tolist())
+    if tok.eos:
+        stop_ids.add(tok.special[tok.eos])
+    return sorted(stop_ids & set(tok.special.values()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# token files out
-# A source becomes a folder, made on every core, renamed into place when it is whole, and found again by a fingerprint
-# of all it depends on. Chunks come back in their order, so that the number of processes changes nothing.
+# --------------------------------------------------------------------------------------------------
+# token files: encoded by several processes, written in the order of the records
 
-def encode_chunk(job):
-    """A job of chunks() -> (tokens, mask, lengths, counts, problems): documents end to end; no lengths: part of one."""
-    file, first, records, part = job
-    tok, shape, data, found, problems = STATE["tok"], STATE["shape"], STATE["cfg"]["data"], [], []
-    counts, seq_len = collections.Counter(), data["seq_len"]
-    if part:
-        ids, mask = text_document(records[0], *part) if isinstance(records[0], str) else records[0]
-        return ids, mask, None, collections.Counter(records=part[1]), []
-    unit = "line" if file.removesuffix(".gz").endswith(".jsonl") else "record"
-    for n, record in enumerate(records, first):
-        where = f"{file}, {unit} {n}"
-        counts["records"] += 1
+@dataclasses.dataclass
+class Encoded:
+    """The documents of a Chunk, one after the other."""
+    ids: np.ndarray              # [n]
+    weights: np.ndarray          # [n]: uint8 if all are 0 or 1, otherwise float16
+    lengths: np.ndarray          # [D] in tokens
+    counts: collections.Counter
+    problems: list               # error messages of skipped records
+
+
+@dataclasses.dataclass
+class EncodedPart:
+    """A part of a document that is too long for one Chunk."""
+    file: str
+    ids: np.ndarray              # [n] int64
+    weights: np.ndarray          # [n] float32
+    ends: bool                   # the last part
+
+
+def encode_chunk(chunk, context):
+    """Return a Chunk's documents as Encoded, or as EncodedPart."""
+    if not (chunk.starts and chunk.ends):
+        document = chunk.records[0]
+        if isinstance(document, str):
+            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends)
+        return EncodedPart(chunk.file, *document, chunk.ends)
+    documents = []
+    problems = []
+    counts = collections.Counter(records=len(chunk.records))
+    for number, record in zip(chunk.numbers, chunk.records):
+        place = f"{chunk.file}, {chunk.unit} {number}"
         try:
-            record = normal(record, where, shape)
-            if "text" in record:
-                found += windows(*text_document(record["text"]), seq_len)
-                continue
-            if STATE["template"] is None:
-                STATE["template"] = load_template(tok, STATE["cfg"])
-            with naming(where):
-                ids, mask = encode_chat(tok, STATE["template"], train_on=data["train_on"], **record)
-        except configs.UserError as e:
-            if data["on_error"] != "skip" or not str(e).startswith(where):   # what names no record is no record's fault
+            documents += encode_record(record, place, context, counts)
+        except configs.UserError as error:
+            # errors of the template, for example, do not begin with the record's place
+            is_of_record = str(error).startswith(place)
+            if context.data["on_error"] != "skip" or not is_of_record:
                 raise
             counts["skipped"] += 1
-            problems.append(str(e))
-            continue
-        counts["chats"] += 1
-        if len(ids) > seq_len + 1:
-            counts["truncated"] += 1
-            counts["cut_away"] += bool(mask.any() and not mask[1:seq_len + 1].any())
-        found.append((ids[:seq_len + 1], mask[:seq_len + 1]))
-    return *laid(found, counts), counts, problems[:3]
+            problems.append(str(error))
+    return concat_documents(documents, context, chunk.file, counts, problems[:3])
 
 
-def text_document(text, begins=True, ends=True):
-    """A text, or a part of one -> (BOS + its ids + EOS, mask: all trained)."""
-    tok = STATE["tok"]
-    bos, eos = ([tok.special[name]] if name and there else [] for name, there in ((tok.bos, begins), (tok.eos, ends)))
-    ids = np.concatenate([np.asarray(part, np.int64) for part in (bos, tok.encode(tok.clean(text)), eos)])
-    return ids, np.ones(len(ids), np.uint8)
+def encode_record(record, place, context, counts):
+    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several."""
+    seq_len = context.data["seq_len"]
+    if isinstance(record, tuple):                        # of .npy
+        return split_windows(*record, seq_len)
+    record = normalize_record(record, place, context.source["shape"])
+    if "text" in record:
+        return split_windows(*encode_text(context.tok, **record), seq_len)
+    template = context.template
+    with error_context(place):
+        ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
+                                   **record)
+    counts["chats"] += 1
+    if len(ids) > seq_len + 1:
+        counts["truncated"] += 1
+        counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
+    return [(ids[:seq_len + 1], weights[:seq_len + 1])]
 
 
-def windows(ids, mask, seq_len):
-    """A document -> [(ids, mask)] of at most seq_len targets; a window's last target begins the next one."""
-    return [(ids[at:at + seq_len + 1], mask[at:at + seq_len + 1]) for at in range(0, max(len(ids) - 1, 1), seq_len)]
+def split_windows(ids, weights, seq_len):
+    """Cut a document into windows of at most seq_len targets.
+
+    The last target of a window is the first token of the next one.
+    """
+    windows = []
+    for start in range(0, max(len(ids) - 1, 1), seq_len):
+        end = start + seq_len + 1
+        windows.append((ids[start:end], weights[start:end]))
+    return windows
 
 
-def laid(documents, counts):
-    """[(ids, mask)] -> (tokens, mask, lengths), end to end, without those that have nothing to train on."""
-    for ids, mask in documents if STATE["ignored"].any() else ():
-        mask[STATE["ignored"][ids]] = 0
-    kept = [(ids, mask) for ids, mask in documents if mask[1:].any()]        # a first token is nobody's target
-    counts["dropped"] += len(documents) - len(kept)
-    tokens, masks = (np.concatenate([np.zeros(0, np.uint8), *parts]) for parts in (zip(*kept) if kept else ((), ())))
-    return tokens.astype(STATE["dtype"]), masks, np.array([len(ids) for ids, _ in kept], np.int64)
+def concat_documents(documents, context, file, counts, problems):
+    """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
+    kept_ids = []
+    kept_weights = []
+    ignores_ids = context.never_target.any()
+    for ids, weights in documents:
+        if ignores_ids:
+            weights[context.never_target[ids]] = 0
+        if weights[1:].any():                            # the first token is never a target
+            kept_ids.append(ids)
+            kept_weights.append(weights)
+    counts["dropped"] += len(documents) - len(kept_ids)
+    lengths = np.array([len(ids) for ids in kept_ids], np.int64)
+    if not kept_ids:
+        return Encoded(np.zeros(0, context.dtype), np.zeros(0, np.uint8), lengths, counts, problems)
+    ids = np.concatenate(kept_ids).astype(context.dtype)
+    weights = np.concatenate(kept_weights)
+    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems)
 
 
-def whole(results, seq_len):
-    """What encode_chunk gave, in order -> the same, the parts of long documents cut into windows across jobs."""
-    left = []                                                        # a window that the open document may go on with
-    for ids, mask, lengths, counts, problems in results:
-        if lengths is None:
-            ended = windows(*map(np.concatenate, zip(*left, (ids, mask))), seq_len)
-            left = [] if counts["records"] else [ended.pop()]
-            ids, mask, lengths = laid(ended, counts)
-        yield ids, mask, lengths, counts, problems
+def compact_weights(weights, file):
+    """Loss weights as uint8 if all are 0 or 1, otherwise as float16."""
+    if ((weights == 0) | (weights == 1)).all():
+        return weights.astype(np.uint8)
+    with np.errstate(over="ignore"):
+        compact = weights.astype(np.float16)
+    if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
+        raise configs.UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to "
+                                "65504 in absolute value, also after multiplication with its "
+                                "record's")
+    return compact
 
 
-def count_targets(mask, lengths):
-    """Documents end to end -> how many targets each of them has, uint32 [documents]."""
-    starts = np.cumsum(lengths) - lengths
-    trained = np.add.reduceat(mask, starts, dtype=np.int64)
-    return (trained - mask[starts]).astype(np.uint32)                # a first token is nobody's target
+def join_parts_of_documents(results, context):
+    """Yield the results of encode_chunk, the parts of long documents as windows: all Encoded."""
+    open_ids = np.zeros(0, np.int64)                     # a window that the next part may continue
+    open_weights = np.zeros(0, np.float32)
+    for result in results:
+        if isinstance(result, EncodedPart):
+            ids = np.concatenate([open_ids, result.ids])
+            weights = np.concatenate([open_weights, result.weights])
+            windows = split_windows(ids, weights, context.data["seq_len"])
+            open_ids = open_ids[:0]
+            open_weights = open_weights[:0]
+            if not result.ends:
+                open_ids, open_weights = windows.pop()
+            counts = collections.Counter(records=int(result.ends))
+            result = concat_documents(windows, context, result.file, counts, [])
+        yield result
 
 
-def encoded(jobs, size, processes, quiet, name):
-    """Jobs, done, in order: on every core where there is much to do, two for each core ahead."""
+def encode_parallel(chunks, n_bytes, context, name, quiet):
+    """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
     from tqdm import tqdm
-    if not processes:
-        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenize {name}", disable=quiet or None, leave=False)
-    if processes == 1 or size < 4 * BLOCK:
-        with bar:
-            for job, n in jobs:
-                yield encode_chunk(job)
-                bar.update(n)
-        return
-    with bar, concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        ahead = collections.deque()
-        while True:
-            for job, n in itertools.islice(jobs, 2 * processes - len(ahead)):
-                ahead.append((pool.submit(encode_chunk, job), n))
-            if not ahead:
-                return
-            done, n = ahead.popleft()
-            if isinstance(done.exception(), concurrent.futures.BrokenExecutor):
-                raise configs.UserError("data.processes: one was killed, for want of memory perhaps; fewer take less")
-            yield done.result()
-            bar.update(n)
+    n_processes = context.data["processes"]
+    if not n_processes:
+        can_ask = hasattr(os, "sched_getaffinity")
+        n_processes = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count()
+    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
+               disable=quiet or None, leave=False)
+    with bar:
+        if n_processes == 1 or n_bytes < 4 * BLOCK:
+            for chunk in chunks:
+                yield encode_chunk(chunk, context)
+                bar.update(chunk.n_bytes)
+            return
+        with concurrent.futures.ProcessPoolExecutor(
+                n_processes, multiprocessing.get_context("fork"), init_worker, [context]) as pool:
+            pending = collections.deque()                # two chunks per process
+            chunks = iter(chunks)
+            while True:
+                for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
+                    pending.append((pool.submit(encode_in_worker, chunk), chunk.n_bytes))
+                if not pending:
+                    return
+                future, size = pending.popleft()
+                yield worker_result(future)
+                bar.update(size)
 
 
-def tokenize(cfg, name, source, tok, quiet=False):
-    """One source -> its folder of token files; made anew only where something it depends on has changed."""
+def init_worker(context):
+    """Called once in each process of the pool, so that chunks are sent without the context."""
+    global worker_context
+    worker_context = context
+
+
+def encode_in_worker(chunk):
+    return encode_chunk(chunk, worker_context)
+
+
+def worker_result(future):
+    try:
+        return future.result()
+    except concurrent.futures.BrokenExecutor:
+        raise configs.UserError("data.processes: a process was killed, perhaps for lack of memory; "
+                                "fewer processes need less") from None
+
+
+class TokenWriter:
+    """Writes the token files of a source into a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tokens = open(folder / "tokens.bin", "wb")
+        self.weights = open(folder / "mask.bin", "wb")
+        self.offsets = open(folder / "offsets.bin", "wb")
+        self.targets = open(folder / "targets.bin", "wb")
+        self.offsets.write(np.zeros(1, np.int64).tobytes())
+        self.weights_kind = "mask"
+        self.problems = []
+        self.n_tokens = 0
+        names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
+                 "cut_away", "skipped")
+        self.counts = collections.Counter({name: 0 for name in names})
+
+    def write(self, encoded):
+        lengths = encoded.lengths
+        weights = encoded.weights
+        if self.weights_kind == "mask" and weights.dtype != np.uint8:
+            self.change_to_float16()
+        if self.weights_kind == "float16":
+            weights = weights.astype(np.float16)
+        self.tokens.write(encoded.ids)
+        self.weights.write(weights)
+        self.offsets.write(self.n_tokens + np.cumsum(lengths))
+        self.targets.write(count_targets(weights, lengths))
+        self.n_tokens += len(weights)
+        self.counts.update(encoded.counts)
+        self.counts["documents"] += len(lengths)
+        self.counts["trained"] += int(np.count_nonzero(weights))
+        self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
+        self.problems = (self.problems + encoded.problems)[:3]
+
+    def change_to_float16(self):
+        """Replace mask.bin by weights.bin."""
+        self.weights.close()
+        self.weights_kind = "float16"
+        self.weights = open(self.folder / "weights.bin", "wb")
+        with open(self.folder / "mask.bin", "rb") as mask:
+            while block := mask.read(BLOCK):
+                self.weights.write(np.frombuffer(block, np.uint8).astype(np.float16))
+        (self.folder / "mask.bin").unlink()
+
+    def close(self):
+        for file in (self.tokens, self.weights, self.offsets, self.targets):
+            file.close()
+
+
+def count_targets(weights, lengths):
+    """The number of targets of each of the documents that are one after the other: uint32 [D]."""
+    starts = np.cumsum(lengths) - lengths
+    is_target = weights != 0
+    is_target[starts] = False                            # the first token is never a target
+    return np.add.reduceat(is_target, starts, dtype=np.uint32)
+
+
+def tokenize_source(cfg, name, source, tok, quiet=False):
+    """Return the folder with the token files of a source. They are written if they are missing.
+
+    name  "train.NAME" or "validation.NAME"
+    """
     data = cfg["data"]
-    files, shape = find_files(source["path"], f"data.{name}.path"), source["shape"]
-    if shape != "auto" and (odd := [f for f in files if f.endswith(".npy") != (shape == "tokens")]):
-        raise configs.UserError(f"data.{name}.shape: {shape}, which {odd[0]} is not; tokens are .npy files")
-    beside = filter(os.path.isfile, (f"{file[:-4]}_labels.npy" for file in files))
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in [*files, *beside]]
-    template = template_text(tok, cfg) if tok.eos or "<|im_end|>" in tok.special else ""
-    keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range", "ignore_index")
-    prints = {"source": digest(stats), "tokenizer": tok.fingerprint, "template": digest(template),
-              "options": digest(FORMAT, [data[key] for key in keys], source["shape"], source["separator"])}
-    folder = Path(data["cache_dir"]) / f"{name.split('.')[-1]}-{digest(prints)}"
+    files = find_files(cfg, name, source)
+    fingerprints = fingerprint_source(cfg, source, tok, files)
+    label = name.partition(".")[2]
+    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints)}"
     if (folder / "header.json").is_file():
         return folder
-
-    ignored, ids = np.zeros(tok.n_vocab, bool), np.arange(tok.n_vocab)
-    low, high = data["ignore_token_id_range"] or (1, 0)
-    ignored[(low <= ids) & (ids <= high) | np.isin(ids, data["ignore_token_ids"])] = True
-    dtype = np.uint16 if tok.n_vocab <= 1 << 16 else np.uint32
-    STATE.update(tok=tok, template=None, shape=shape, dtype=dtype, cfg=cfg, ignored=ignored)
-    counted = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped", "cut_away", "skipped")
-    counts, offset, problems = collections.Counter(dict.fromkeys(counted, 0)), 0, []
+    context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        create = lambda name: open(building / name, "wb")
-        with create("tokens.bin") as tokens, create("mask.bin") as masks, create("offsets.bin") as offsets, \
-                create("targets.bin") as targets:
-            offsets.write(np.zeros(1, np.int64).tobytes())
-            jobs = (job for file in files for job in chunks(file, source["separator"]))
-            results = encoded(jobs, sum(size for _, size, _ in stats), data["processes"], quiet, name)
-            for ids, mask, lengths, more, bad in whole(results, data["seq_len"]):
-                tokens.write(ids)
-                masks.write(mask)
-                offsets.write(offset + np.cumsum(lengths))
-                targets.write(count_targets(mask, lengths))
-                offset += len(ids)
-                counts.update(more, documents=len(lengths), trained=int(mask.sum()))
-                counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
-                problems = (problems + bad)[:3]
-        if not counts["documents"]:
-            raise configs.UserError(f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} records, "
-                             f"{counts['dropped']} documents without a trained token, {counts['skipped']} skipped"
-                             f"{': ' + problems[0] if problems else ''})")
-        header = {"format": FORMAT, "dtype": np.dtype(dtype).name, "tokens": offset, "fingerprints": prints,
-                  "files": files, "vocabulary": tok.n_vocab, "problems": problems} | counts
+        chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
+        n_bytes = sum(os.path.getsize(file) for file in files)
+        results = encode_parallel(chunks, n_bytes, context, name, quiet)
+        with contextlib.closing(TokenWriter(building)) as writer:
+            for encoded in join_parts_of_documents(results, context):
+                writer.write(encoded)
+        check_not_empty(writer, name, source)
+        header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
+                  "weights": writer.weights_kind, "tokens": writer.n_tokens,
+                  "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
+                  "problems": writer.problems, **writer.counts}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
-    except OSError as e:
-        if not (folder / "header.json").is_file():                   # else another process was faster: the same result
-            raise configs.UserError(f"{folder}: cannot write token files ({e.strerror}); "
-                             "data.cache_dir says where they go") from None
+    except OSError as error:
+        if not (folder / "header.json").is_file():       # else another process was faster
+            raise configs.UserError(f"{folder}: cannot write token files ({error.strerror}); "
+                                    "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
+def fingerprint_source(cfg, source, tok, files):
+    """What the token files of a source depend on, as fingerprints by name."""
+    data = cfg["data"]
+    inputs = list(files)
+    for file in files:
+        if file.endswith(".npy"):
+            beside = [f"{file[:-4]}_labels.npy", f"{file[:-4]}_weights.npy"]
+            inputs += [path for path in beside if os.path.isfile(path)]
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
+    can_chat = tok.eos or "<|im_end|>" in tok.special
+    template = template_text(tok, cfg) if can_chat else ""
+    keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
+            "ignore_index", "shift_labels")
+    options = [data[key] for key in keys]
+    return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
+            "template": fingerprint(template),
+            "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
+
+
+def check_not_empty(writer, name, source):
+    counts = writer.counts
+    if not counts["documents"]:
+        problem = f": {writer.problems[0]}" if writer.problems else ""
+        raise configs.UserError(
+            f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
+            f"records, {counts['dropped']} documents without a target, {counts['skipped']} "
+            f"skipped{problem})")
+
+
 class Tokens:
-    """A source's token files: document i is tokens[offsets[i]:offsets[i + 1]], for i from first to last."""
+    """The documents of a source: document i is tokens[offsets[i]:offsets[i + 1]]."""
 
     def __init__(self, folder, first=0, last=None):
+        """Open the documents first ... last - 1 of a folder of token files."""
         self.folder = Path(folder)
-        self.header = read_json(self.folder / "header.json")
+        self.header = read_json_object(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
-        read = lambda name, dtype: np.asarray(np.memmap(self.folder / name, dtype, "r"))    # its slices are cheaper
-        self.tokens, self.mask = read("tokens.bin", self.header["dtype"]), read("mask.bin", np.uint8)
-        self.offsets = read("offsets.bin", np.int64)[first:last + 1]
-        self.n_targets = read("targets.bin", np.uint32)[first:last]  # of each document
+        self.tokens = self.map_file("tokens.bin", self.header["dtype"])
+        if self.header["weights"] == "mask":
+            self.weights = self.map_file("mask.bin", np.uint8)
+        else:
+            self.weights = self.map_file("weights.bin", np.float16)
+        self.offsets = self.map_file("offsets.bin", np.int64)[first:last + 1]
+        self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
+
+    def map_file(self, name, dtype):
+        # slices of an array are faster than those of a memmap
+        return np.asarray(np.memmap(self.folder / name, dtype, "r"))
 
     def __len__(self):
         return len(self.offsets) - 1
 
     def lengths(self, i):
-        """Targets and inputs of documents i: one fewer than their tokens."""
-        return self.offsets[np.asarray(i) + 1] - self.offsets[np.asarray(i)] - 1
+        """The number of inputs of documents i: one less than their tokens."""
+        i = np.asarray(i)
+        return self.offsets[i + 1] - self.offsets[i] - 1
 
     def document(self, i):
-        """(tokens [n], mask [n])"""
-        where = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[where], self.mask[where]
+        """Return (token ids [n], loss weights [n]: uint8 or float16)."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[span], self.weights[span]
 
 
 def require_train_data(cfg):
-    """The first thing to say where nothing is said. Raises ValueError."""
+    """Raise UserError if there is no training source."""
     if not cfg["data"]["train"]:
-        raise configs.UserError("data.train: no source is named; data.train.NAME.path=FILE names one")
+        raise configs.UserError("data.train: no source is named; data.train.NAME.path=FILE names "
+                                "one")
 
 
 def load_datasets(cfg, tok=None, quiet=False):
-    """cfg -> {"train": {name: Tokens}, "validation": {name: Tokens}}, tokenizing what is not there yet.
+    """Return {"train": {name: Tokens}, "validation": {name: Tokens}}, tokenized if necessary.
 
-    data.validation_split takes the last documents of each training source. Raises ValueError, with file and line, for
-    what can't be read.
+    data.validation_split moves the last documents of each training source to "validation". Raises
+    UserError, with file and line, for what cannot be read.
     """
     require_train_data(cfg)
     tok = tok or load_tokenizer(cfg)
-    data, out = cfg["data"], {"train": {}, "validation": {}}
-    for kind in out:
-        for name, source in data[kind].items():
-            out[kind][name] = Tokens(tokenize(cfg, f"{kind}.{name}", source, tok, quiet))
-    split = data["validation_split"]
-    if not split:
-        return out
-    for name, tokens in out["train"].items():
-        held = split if type(split) is int else round(split * len(tokens))
-        if not 0 < held < len(tokens):
-            raise configs.UserError(f"data.validation_split: {split} of {name}'s {len(tokens)} documents leaves nothing "
-                             f"to {'validate' if held < 1 else 'train'} on")
-        if name in out["validation"]:
-            raise configs.UserError(f"data.validation_split: data.validation.{name} is there already; give one of the two")
-        kept = len(tokens) - held
-        out["train"][name], out["validation"][name] = Tokens(tokens.folder, 0, kept), Tokens(tokens.folder, kept)
-    return out
+    datasets = {"train": {}, "validation": {}}
+    for kind in ("train", "validation"):
+        for name, source in cfg["data"][kind].items():
+            folder = tokenize_source(cfg, f"{kind}.{name}", source, tok, quiet)
+            datasets[kind][name] = Tokens(folder)
+    split = cfg["data"]["validation_split"]
+    if split:
+        for name, tokens in datasets["train"].items():
+            if name in datasets["validation"]:
+                raise configs.UserError("data.validation_split: there is also data.validation."
+                                        f"{name}; set one of the two")
+            n_train = len(tokens) - count_held_out(split, name, len(tokens))
+            datasets["train"][name] = Tokens(tokens.folder, 0, n_train)
+            datasets["validation"][name] = Tokens(tokens.folder, n_train)
+    return datasets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# show: what a person looks at
-# Counts, lengths, and samples with the trained part marked: a template that masks wrongly is seen here before a step.
+def count_held_out(split, name, n_documents):
+    """How many documents data.validation_split, a count or a fraction, holds out of a source."""
+    held_out = split if isinstance(split, int) else round(split * n_documents)
+    if not 0 < held_out < n_documents:
+        purpose = "validate" if held_out < 1 else "train"
+        raise configs.UserError(f"data.validation_split: {split} of {name}'s {n_documents} "
+                                f"documents leaves nothing to {purpose} on")
+    return held_out
+
+
+# --------------------------------------------------------------------------------------------------
+# show: check here, before a step is trained, that the template marks the right targets
 
 def summary(name, tokens):
-    h = tokens.header
-    away = f", {h['cut_away']:,} of them by cutting" if h["cut_away"] else ""
-    told = {"truncated": "cut off", "dropped": f"dropped (nothing to train on{away})",
-            "skipped": f"skipped ({', '.join(h['problems'][:1])})"}
-    return (f"{name}: {len(tokens):,} documents, {int(tokens.offsets[-1] - tokens.offsets[0]):,} tokens"
-            f" ({h['trained'] / h['tokens']:.0%} trained), longest {h['longest']:,}"
-            + "".join(f", {h[key]:,} {words}" for key, words in told.items() if h[key]))
+    """One line about a source: documents, tokens, what was cut off, dropped or skipped."""
+    header = tokens.header
+    n_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
+    parts = [f"{name}: {len(tokens):,} documents",
+             f"{n_tokens:,} tokens ({header['trained'] / header['tokens']:.0%} trained)",
+             f"longest {header['longest']:,}"]
+    if header["truncated"]:
+        parts.append(f"{header['truncated']:,} cut off")
+    if header["dropped"]:
+        cut = f", {header['cut_away']:,} of them by cutting" if header["cut_away"] else ""
+        parts.append(f"{header['dropped']:,} dropped (nothing to train on{cut})")
+    if header["skipped"]:
+        parts.append(f"{header['skipped']:,} skipped ({', '.join(header['problems'][:1])})")
+    return ", ".join(parts)
 
 
 def histogram(tokens):
-    """How long the documents are -> lines, one for each power of two that is met."""
-    bins = np.bincount(np.ceil(np.log2(np.diff(tokens.offsets))).astype(int))
-    return [f"  {f'<= {1 << i:,}':>12} tokens  {n:>10,}  {'#' * -(-40 * int(n) // int(bins.max()))}"
-            for i, n in enumerate(bins) if n]
+    """The lengths of the documents, as lines: one for each power of two."""
+    powers = np.ceil(np.log2(np.diff(tokens.offsets))).astype(int)
+    counts = np.bincount(powers).tolist()
+    lines = []
+    for power, count in enumerate(counts):
+        if count:
+            bar = "#" * math.ceil(40 * count / max(counts))
+            lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
+    return lines
 
 
-def shown(tok, ids, mask, colour):
-    """The text of a document: its trained part in green, special tokens inverted; without colour in [[ ]]."""
-    parts, borders = [], np.flatnonzero(np.diff(mask)) + 1
-    for part, m in zip(np.split(ids, borders), np.split(mask, borders)):
-        text = tok.decode(part)
-        if colour:
-            text = tok.every_pattern.sub(lambda m: f"\x1b[7m{m[0]}\x1b[27m", text)
-            parts.append(f"\x1b[{32 if m[0] else 2}m{text}\x1b[0m")
-        else:
-            parts.append(f"[[{text}]]" if m[0] else text)
+def colorize(tok, ids, weights, use_color):
+    """The text of a document with its targets in green and special tokens inverted.
+
+    Without color, targets are in [[ ]]. A weight other than 1 is printed after the target: {0.5};
+    targets of negative weight are red.
+    """
+    parts = []
+    borders = np.flatnonzero(np.diff(weights)) + 1
+    for span, span_weights in zip(np.split(ids, borders), np.split(weights, borders)):
+        weight = float(span_weights[0])
+        text = tok.decode(span)
+        if use_color:
+            color = 2 if weight == 0 else 32 if weight > 0 else 31
+            text = tok.special_and_added_pattern.sub(invert, text)
+            text = f"\x1b[{color}m{text}\x1b[0m"
+        elif weight:
+            text = f"[[{text}]]"
+        if weight not in (0, 1):
+            text += f"{{{weight:g}}}"
+        parts.append(text)
     return "".join(parts)
 
 
+def invert(match):
+    return f"\x1b[7m{match[0]}\x1b[27m"
+
+
+def show_document(tok, name, i, ids, weights, show_ids):
+    use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights)} trained, "
+          f"{'in green' if use_color else 'in [[ ]]'}")
+    print(colorize(tok, ids, weights, use_color))
+    if show_ids:
+        for position, (token, weight) in enumerate(zip(ids, weights)):
+            word = {0: "-", 1: "trained"}.get(float(weight), f"{weight:g}")
+            print(f"{position:>6} {token:>7} {word:<8}{tok.decode([token])!r}")
+
+
 def main(argv):
-    asked, argv = configs.pop_options(argv, show=0, ids=False)
+    options, argv = configs.pop_options(argv, show=0, ids=False)
     cfg, _, _ = configs.load(argv)
     require_train_data(cfg)
     tok = load_tokenizer(cfg)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for kind, sources in load_datasets(cfg, tok).items():
         for name, tokens in sources.items():
-            print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens), sep="\n")
-            for i in range(min(asked["show"], len(tokens))):
-                ids, mask = tokens.document(i)
-                print(f"\n--- {name} {i}: {len(ids)} tokens, {int(mask.sum())} trained, "
-                      f"{'in green' if colour else 'in [[ ]]'}\n{shown(tok, ids, mask, colour)}")
-                for at, (token, m) in enumerate(zip(ids, mask) if asked["ids"] else ()):
-                    print(f"{at:>6} {token:>7} {'trained' if m else '-':<8}{tok.decode([token])!r}")
+            print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens),
+                  sep="\n")
+            for i in range(min(options["show"], len(tokens))):
+                show_document(tok, name, i, *tokens.document(i), options["ids"])
 
 
 if __name__ == "__main__":

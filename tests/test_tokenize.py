@@ -4,7 +4,7 @@ import json, random
 import numpy as np
 import pytest
 
-import configs, tokenize_data as T
+import configs, sampler, tokenize_data as T
 
 BYTES = T.bytes_tokenizer()
 CHATML = T.compile_template(T.CHATML)
@@ -49,7 +49,7 @@ def test_special_tokens_spelled_in_a_message_stay_text():
 
 
 def test_messages_of_weight_0_and_tools_are_not_trained():
-    messages = T.normal({"messages": [{"role": "user", "content": "a"},
+    messages = T.normalize_record({"messages": [{"role": "user", "content": "a"},
                                       {"role": "assistant", "content": "b", "weight": 0},
                                       {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]},
                         "x")["messages"]
@@ -82,7 +82,7 @@ def test_templates_that_trim_or_look_into_contents():
 
 def test_a_token_that_overlaps_a_trained_span_is_trained():
     ranks = {bytes([b]): b for b in range(256)} | {b":x": 256}
-    tok = T.Tokenizer(ranks, r"[\s\S]+", {"<e>": 257}, eos="<e>")
+    tok = T.Tokenizer(ranks, r"[\s\S]+", special={"<e>": 257}, eos="<e>")
     template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}")
     ids, mask = T.encode_chat(tok, template, chat("q", "x!"))
     assert [tok.decode([i]) for i, m in zip(ids, mask) if m] == [":x", "!", "<e>"]
@@ -97,7 +97,7 @@ def test_a_token_that_overlaps_a_trained_span_is_trained():
     ({"prompt": "a", "completion": "b"}, "user assistant"), ({"question": "a", "answer": "b"}, "user assistant"),
     ({"system": "s", "instruction": "a", "output": "b"}, "system user assistant")])
 def test_shapes_found_by_looking(record, roles):
-    messages = T.normal(record, "here")["messages"]
+    messages = T.normalize_record(record, "here")["messages"]
     assert " ".join(m["role"] for m in messages) == roles and [m["content"] for m in messages][-2:] == ["a", "b"]
 
 
@@ -166,7 +166,10 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
     ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
     ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
     ('{"messages": [{"role": "user"}]}\n', ["line 1", "content"]),
-    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}\n', ["line 1", "0.5"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": "much"}]}\n', ["line 1", "message 1", "much"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": NaN}]}\n', ["line 1", "message 1", "nan"]),
+    ('{"text": "x", "weight": Infinity}\n', ["line 1", "inf"]), ('{"text": "x", "loss_weight": []}\n', ["line 1"]),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 1e5}]}\n', ["loss weight", "65504"]),
     ("", ["nothing to train on"])])
 def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
@@ -224,7 +227,7 @@ def test_damaged_files_and_folders_are_named(tmp_path):
     wrong(["latin.jinja", "UTF-8"], T.load_datasets,
           cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
     wrong(["data.bos_token", "[a]"], T.load_datasets, cfg_for(tmp_path, text, "data.bos_token=[a]"))
-    wrong(["missing.json", "cannot be read", "No such file"], T.read_json, tmp_path / "missing.json")
+    wrong(["missing.json", "cannot be read", "No such file"], T.read_json_object, tmp_path / "missing.json")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -298,11 +301,11 @@ def test_private_characters_in_a_message_are_text():
 
 def test_the_shape_a_source_says_is_the_one_that_is_read():
     both = {"text": "t", "messages": chat("a", "b")}
-    assert T.normal(both, "x", "text") == {"text": "t"} and "messages" in T.normal(both, "x", "chat")
-    assert "messages" in T.normal(both, "x")
-    wrong(["here", "shape is chat"], T.normal, "t", "here", "chat")
-    wrong(["here", "shape is text"], T.normal, {"prompt": "a", "completion": "b"}, "here", "text")
-    wrong(["here: message 1", "role"], T.normal, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
+    assert T.normalize_record(both, "x", "text") == {"text": "t"} and "messages" in T.normalize_record(both, "x", "chat")
+    assert "messages" in T.normalize_record(both, "x")
+    wrong(["here", "shape is chat"], T.normalize_record, "t", "here", "chat")
+    wrong(["here", "shape is text"], T.normalize_record, {"prompt": "a", "completion": "b"}, "here", "text")
+    wrong(["here: message 1", "role"], T.normalize_record, {"messages": [{"role": ["user"], "content": "a"}]}, "here")
 
 
 def test_a_bad_line_of_a_big_file_is_one_line_too(tmp_path, script):
@@ -318,7 +321,7 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.NASTY),
+    tok.train_from_iterator(["the cat sat on the mat, naïve 日本 12345"] * 50 + list(T.TEST_STRINGS),
                             tokenizers.trainers.BpeTrainer(
                                 vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
                                 initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -328,7 +331,7 @@ def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
     ours = T.huggingface_tokenizer(tmp_path)
     assert isinstance(ours, T.Tokenizer) and ours.eos == "<|endoftext|>" and ours.bos is None and ours.template == "x"
     tok.encode_special_tokens = True
-    for text in [*T.NASTY, "the mat the cat 日本本 " * 20]:
+    for text in [*T.TEST_STRINGS, "the mat the cat 日本本 " * 20]:
         assert ours.encode(text).tolist() == tok.encode(text).ids, text
         assert ours.decode(ours.encode(text)) == text
 
@@ -353,7 +356,7 @@ def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_i
         T.save_tokenizer(tok, tmp_path / name, None)
         theirs = tokenizers.Tokenizer.from_file(str(tmp_path / name / "tokenizer.json"))
         theirs.encode_special_tokens = True
-        for text in [*T.NASTY, (realdata / "text" / "wikitext2_test.txt").read_text()[:20_000]]:
+        for text in [*T.TEST_STRINGS, (realdata / "text" / "wikitext2_test.txt").read_text()[:20_000]]:
             assert theirs.encode(text, add_special_tokens=False).ids == tok.encode(text).tolist(), (name, text[:40])
     again = T.huggingface_tokenizer(tmp_path / "gpt2")
     assert isinstance(again, T.Tokenizer) and again.encode("Hello, world").tolist() == [15496, 11, 995]
@@ -387,8 +390,8 @@ def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
                  f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
     assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
     ids, mask = T.encode_chat(BYTES, CHATML, chat("a", "b"))
-    assert T.shown(BYTES, ids, mask, colour=True).count("\x1b[32m") == 1
-    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.shown(BYTES, ids, mask, colour=True)
+    assert T.colorize(BYTES, ids, mask, use_color=True).count("\x1b[32m") == 1
+    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.colorize(BYTES, ids, mask, use_color=True)
 
 
 # ---- big files, ready tokens, options
@@ -401,7 +404,7 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
     tok = T.huggingface_tokenizer(configs.HERE.parent / "data" / "base")
     pairs = [bytes([x, y]) for x in b" \n.abcdefgh" for y in b"abcdefgh\n"]
     ranks = tok.ranks | {pair: 300 + n for n, pair in enumerate(pairs)}
-    tok = T.Tokenizer(ranks, T.GPT2_PATTERN, tok.special, bos="<|endoftext|>", eos="<|endoftext|>")
+    tok = T.Tokenizer(ranks, T.GPT2_PATTERN, special=tok.special, bos="<|endoftext|>", eos="<|endoftext|>")
     rng = random.Random(0)
     text = "".join(rng.choice(["\n", "\n\n", " ", "a", "bad", "egg. ", "é", "\t", "1"]) for _ in range(300_000))
     (tmp_path / "a.txt").write_text(text, newline="")
@@ -413,9 +416,10 @@ def test_one_long_text_is_cut_into_jobs_without_changing_a_token(tmp_path, monke
         assert docs[0] + [i for d in docs[1:] for i in d[1:]] == [256, *tok.encode(text).tolist(), 256]
         assert data.header["records"] == 1
         assert {len(d) for d in docs[:-1]} == {101} and all(a[-1] == b[0] for a, b in zip(docs, docs[1:]))
-        jobs = list(T.chunks(str(tmp_path / "a.txt"), ""))
-        assert len(jobs) > 5 and "".join(job[2][0] for job, _ in jobs) == text
-        assert sum(n for _, n in jobs) == len(text.encode())
+        context = T.Context(cfg, cfg["data"]["train"]["x"], tok)
+        chunks = list(T.read_chunks(str(tmp_path / "a.txt"), context))
+        assert len(chunks) > 5 and "".join(chunk.records[0] for chunk in chunks) == text
+        assert sum(chunk.n_bytes for chunk in chunks) == len(text.encode())
 
 
 def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
@@ -424,7 +428,8 @@ def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
     for text in (json.dumps(records), json.dumps(records, indent=3), json.dumps(records, ensure_ascii=False),
                  "[]", " [ ] \n"):
         (tmp_path / "a.json").write_text(text)
-        assert [json.loads(r) for job, _ in T.chunks(str(tmp_path / "a.json"), "") for r in job[2]] == json.loads(text)
+        chunks = T.read_chunks(str(tmp_path / "a.json"), None)
+        assert [json.loads(record) for chunk in chunks for record in chunk.records] == json.loads(text)
     (tmp_path / "a.json").write_text('{"text": "a"}\n{"text": "b"}')       # lines, whatever the name says
     assert len(T.load_datasets(cfg_for(tmp_path, tmp_path / "a.json"), quiet=True)["train"]["x"]) == 2
     for text in ('["a" "b"]', '["a",]', '["a"', '["a"] x', '["a"}', '3', '', '["a", nope]'):
@@ -525,7 +530,7 @@ def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(real
             "mistralai-Mistral-Nemo-Instruct-2407": "</s>", "google-gemma-2-2b-it": "<end_of_turn>"}
     for name, end in ends.items():
         names = sorted({*ends.values(), "<s>", "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"})
-        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, {s: 256 + i for i, s in enumerate(names)}, bos="<s>", eos="</s>")
+        tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special={s: 256 + i for i, s in enumerate(names)}, bos="<s>", eos="</s>")
         template = T.compile_template((realdata / "templates" / f"{name}.jinja").read_text())
         ids, mask = T.encode_chat(tok, template, chat("Hi there", "Hello! ", "And <|im_end|> now?", "Done"))
         assert spans(tok, ids, mask) in ([f"Hello!{end}", f"Done{end}"], [f"Hello! {end}", f"Done{end}"]), name
@@ -540,3 +545,286 @@ def test_real_chats_are_read_without_configuration(realdata, tmp_path):
                         ("glaive_toolcall_en_demo.json", 300), ("v1_sft_demo.jsonl", 500)):
         data = T.load_datasets(cfg_for(tmp_path, realdata / "chat" / name, "data.seq_len=100000"), quiet=True)["train"]["x"]
         assert data.header["records"] == count and 0 < data.header["trained"] < data.header["tokens"], name
+
+
+# ---- loss weights
+
+def load_one(tmp_path, path, *more):
+    return T.load_datasets(cfg_for(tmp_path, path, *more), quiet=True)["train"]["x"]
+
+
+def trained_parts(tok, ids, weights):
+    """[(text, weight)] of the runs of tokens of one weight, without those of weight 0."""
+    borders = np.flatnonzero(np.diff(weights)) + 1
+    parts = zip(np.split(ids, borders), np.split(weights, borders))
+    return [(tok.decode(part), float(w[0])) for part, w in parts if w[0]]
+
+
+def test_find_message_spans_as_in_its_docstring():
+    template = T.compile_template("{% for m in messages %}{{ 'U:' if m.role == 'user' else 'A:' }}{{ m.content }};"
+                                  "{{ ' ' if not loop.last }}{% endfor %}")
+    rendering = T.render_messages(template, BYTES, chat("2+3?", "5", "Sure?", "Yes"))
+    assert rendering.text == "U:2+3?; A:5; U:Sure?; A:Yes;"
+    assert T.find_message_spans(template, BYTES, rendering, [1, 3]) == [(10, 11, 1), (24, 27, 3)]
+
+
+def test_loss_weights_of_messages_and_records(tmp_path):
+    turns = chat("q", "good", "r", "bad")
+    turns[1]["loss_weight"], turns[3]["weight"] = 0.5, -1
+    records = [{"messages": turns}, {"messages": turns, "weight": 2}, {"text": "ab", "loss_weight": -0.25},
+               {"messages": [*chat("q"), {"role": "assistant", "content": "x", "train": True}]},
+               {"text": "none", "weight": 0}]
+    data = load_one(tmp_path, write(tmp_path, records))
+    assert data.header["weights"] == "float16" and not (data.folder / "mask.bin").exists()
+    parts = [trained_parts(BYTES, *data.document(i)) for i in range(len(data))]
+    assert parts == [[("good<|im_end|>", 0.5), ("bad<|im_end|>", -1.0)],
+                     [("good<|im_end|>", 1.0), ("bad<|im_end|>", -2.0)],
+                     [("<|endoftext|>ab<|endoftext|>", -0.25)], [("x<|im_end|>", 1.0)]]
+    assert data.header["dropped"] == 1 and data.n_targets.tolist() == [9, 9, 3, 2]
+    assert sampler.sum_loss_weights([sampler.collate([0], sampler.Dataset({"x": data}))]) == 5 * 0.5 + 4
+
+
+def test_loss_weights_with_generation_marks_and_everything():
+    marked = T.compile_template("{% for m in messages %}{% if m.role == 'assistant' %}"
+                                "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+                                "{% else %}{{ m.content }}\n{% endif %}{% endfor %}")
+    turns = [*chat("q", "one", "w"), {"role": "assistant", "content": "two", "weight": -0.5},
+             {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "three"}]
+    told = lambda on, template: trained_parts(BYTES, *T.encode_chat(BYTES, template, turns, on, weight=2.0))
+    assert told("all", marked) == [("one<|im_end|>", 2.0), ("two<|im_end|>", -1.0), ("three<|im_end|>", 2.0)]
+    assert told("last", marked) == [("three<|im_end|>", 2.0)]
+    everything = told("everything", CHATML)
+    assert [w for _, w in everything] == [2.0, -1.0, 2.0, 2.0] and everything[1][0] == "two"
+    assert "sun" not in "".join(text for text, _ in everything)
+
+
+def test_one_chunk_with_floats_turns_the_mask_of_all_into_floats(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "BLOCK", 500)
+    records = [{"text": f"document {i}"} for i in range(60)]
+    records[45]["weight"] = 0.5
+    for n in (1, 2):
+        data = load_one(tmp_path, write(tmp_path, records), f"data.processes={n}", f"data.cache_dir={tmp_path / str(n)}")
+        weights = [float(data.document(i)[1][1]) for i in range(len(data))]
+        assert data.weights.dtype == np.float16 and weights == [0.5 if i == 45 else 1 for i in range(60)]
+    plain = load_one(tmp_path, write(tmp_path, records[:45]))
+    assert plain.weights.dtype == np.uint8 and (plain.tokens == data.tokens[:len(plain.tokens)]).all()
+
+
+def test_weights_beside_ready_token_files(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    ids = np.arange(100, 110).astype(np.uint16)
+    weights = np.linspace(-1, 1, 10)
+    np.save(folder / "a.npy", ids)
+    np.save(folder / "a_weights.npy", weights)
+    data = load_one(tmp_path, folder / "a.npy")
+    assert np.allclose(data.weights, weights, atol=1e-3) and data.header["trained"] == 10
+    np.save(folder / "a_labels.npy", np.where(np.arange(10) < 5, -100, ids.astype(np.int64)))
+    data = load_one(tmp_path, folder)                              # the folder: _weights and _labels are no documents
+    assert np.allclose(data.weights, np.where(np.arange(10) < 5, 0, weights), atol=1e-3)
+    for bad, words in ((np.full(10, np.nan), ["a loss weight"]), (np.full(10, np.inf), ["a loss weight"]),
+                       (np.ones(9), ["a_weights.npy", "10", "9"]), (np.full(10, "x"), ["a_weights.npy", "floats"])):
+        np.save(folder / "a_weights.npy", bad)
+        wrong(words, load_one, tmp_path, folder / "a.npy")
+
+
+def test_labels_that_are_shifted_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "BLOCK", 64)
+    ids = np.random.default_rng(0).integers(0, 259, 1000)
+    inputs, labels = ids[:-1], ids[1:].copy()
+    labels[::3] = -100
+    labels[-1] = ids[-1]
+    np.save(tmp_path / "a.npy", inputs)
+    np.save(tmp_path / "a_labels.npy", labels)
+    np.save(tmp_path / "a_weights.npy", np.arange(999) / 512)
+    load = lambda: load_one(tmp_path, tmp_path / "a.npy", "data.shift_labels=false", "data.seq_len=5000")
+    data = load()
+    got, weights = data.document(0)
+    assert got.tolist() == ids.tolist() and weights[0] == 0
+    assert np.allclose(weights[1:], np.where(labels < 0, 0, np.arange(999) / 512), atol=1e-3)
+    labels[-1] = -100                                                # then nothing is known of a token after the last
+    np.save(tmp_path / "a_labels.npy", labels)
+    assert load().document(0)[0].tolist() == inputs.tolist()
+    labels[700] = (ids[701] + 1) % 259
+    np.save(tmp_path / "a_labels.npy", labels)
+    wrong(["a_labels.npy: index 700", "next id"], load)
+    wrong(["a_labels.npy: index 1", "data.shift_labels=false"], load_one, tmp_path, tmp_path / "a.npy")
+
+
+def test_show_prints_weights_other_than_0_and_1(tmp_path, script):
+    turns = chat("what?", "this", "and?", "that")
+    turns[1]["weight"], turns[3]["weight"] = 0.5, -1
+    out = script("tokenize_data.py", f"data.train.x.path={write(tmp_path, [{'messages': turns}])}",
+                 "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
+    assert "[[this<|im_end|>]]{0.5}" in out.stdout and "[[that<|im_end|>]]{-1}" in out.stdout, out.stderr
+    assert "258 0.5     '<|im_end|>'" in out.stdout and "258 -1      '<|im_end|>'" in out.stdout
+    ids, weights = T.encode_chat(BYTES, CHATML, turns)
+    assert "\x1b[32mthis" in T.colorize(BYTES, ids, weights, True)
+    assert "\x1b[31mthat" in T.colorize(BYTES, ids, weights, True)
+
+
+# ---- .csv, JSON in strings
+
+@pytest.mark.parametrize("name, delimiter", [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_csv_and_tsv(tmp_path, name, delimiter):
+    import csv, gzip
+    rows = [["prompt", "completion", "weight"], ["a, b\tc", "line\n\"two\" é", ""], ["x", "y", "0.5"]]
+    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt", newline="", encoding="utf-8") as f:
+        csv.writer(f, delimiter=delimiter).writerows(rows)
+    data = load_one(tmp_path, tmp_path / name)
+    assert [trained_parts(BYTES, *data.document(i)) for i in range(2)] == [
+        [("line\n\"two\" é<|im_end|>", 1.0)], [("y<|im_end|>", 0.5)]]
+
+
+def test_chats_in_a_column_of_a_csv(tmp_path):
+    import csv
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["id", "messages"], ["1", json.dumps(chat("a", "b"))]])
+    assert trained_parts(BYTES, *load_one(tmp_path, tmp_path / "a.csv").document(0)) == [("b<|im_end|>", 1.0)]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("text\na\nb,c\n", ["a.csv, line 3", "more fields"]), ("a\nb\n", ["a.csv, line 2", "known"]),
+    ('text\na\n"b" c\n', ["a.csv, line 3", "not valid CSV"]), ('text\n"a', ["a.csv", "not valid CSV"]),
+    ("text\n\udcff\n", ["a.csv", "not valid CSV"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
+    ("", ["nothing to train on"])])
+def test_bad_csv_is_named_with_its_line(tmp_path, text, words):
+    (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    wrong(words, load_one, tmp_path, tmp_path / "a.csv")
+
+
+ARGUMENTS = {"object": "{{ m.tool_calls[0].function.arguments | tojson }}",
+             "text": "{{ '>' + m.tool_calls[0].function.arguments }}",
+             "both": "{% set a = m.tool_calls[0].function.arguments %}{{ a if a is string else a | tojson }}"}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city":"Paris"}'])
+def test_tool_call_arguments_take_the_form_that_the_template_needs(kind, arguments):
+    template = T.compile_template("{% for m in messages %}{{ m.content }}{% if m.tool_calls %}" + ARGUMENTS[kind]
+                                  + "<|im_end|>{% endif %}{% endfor %}")
+    call = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    record = T.normalize_record({"messages": [*chat("?"), {"role": "assistant", "content": None, "tool_calls": call}],
+                                 "tools": "[]"}, "x")
+    ids, _ = T.encode_chat(BYTES, template, **record)
+    as_given = isinstance(arguments, str) and kind != "object"
+    want = ('{"city":"Paris"}' if as_given else '{"city": "Paris"}')
+    assert BYTES.decode(ids) == f"?{'>' if kind == 'text' else ''}{want}<|im_end|>"
+
+
+def test_json_in_strings_is_parsed():
+    messages = chat("a", "b")
+    record = {"messages": json.dumps(messages), "tools": json.dumps([{"name": "f"}])}
+    got = T.normalize_record(record, "x")
+    assert [m["content"] for m in got["messages"]] == ["a", "b"] and got["tools"] == [{"name": "f"}]
+    call = json.dumps([{"function": {"name": "f", "arguments": {}}}])
+    answer = {"role": "assistant", "content": None, "tool_calls": call}
+    got = T.normalize_record({"messages": [messages[0], answer]}, "x")
+    assert got["messages"][1]["tool_calls"][0]["function"]["name"] == "f"
+    wrong(["x: messages", "list"], T.normalize_record, {"messages": "hello"}, "x")
+
+
+# ---- datasets of a hub
+
+HUB = """
+import http.server, json, os, pathlib, sys, threading
+root, commit, data = pathlib.Path(sys.argv[1]), "0" * 40, pathlib.Path(sys.argv[2])
+class Hub(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        names = [str(f.relative_to(root)) for f in sorted(root.rglob("*")) if f.is_file()]
+        name = path.rpartition("/resolve/")[2].partition("/")[2]
+        kind, headers = "application/json", {}
+        if not path.startswith(("/api/datasets/someone/sums", "/datasets/someone/sums/resolve/")):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if "/tree/" in path:
+            body = [{"type": "file", "path": n, "size": (root / n).stat().st_size, "oid": "1"} for n in names]
+        elif path.startswith("/api/"):
+            body = {"id": "someone/sums", "sha": commit, "siblings": [{"rfilename": n} for n in names]}
+        else:
+            body, kind = (root / name).read_bytes(), "application/octet-stream"
+            headers = {"ETag": f'"{len(body)}"', "X-Repo-Commit": commit}
+            if self.command == "GET":
+                asked.append(name)
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(200)
+        for key, value in (headers | {"Content-Length": len(body), "Content-Type": kind}).items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+    do_HEAD = do_GET
+    def log_message(self, *args):
+        pass
+asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+import configs, tokenize_data
+def load(name, *more):
+    asked.clear()
+    args = [f"data.train.x.path={name}", "data.tokenizer=bytes", f"data.cache_dir={data / 'tokens'}", *more]
+    try:
+        tokens = tokenize_data.load_datasets(configs.load(args)[0], quiet=True)["train"]["x"]
+        print(json.dumps([tokens.header["documents"], sorted(asked)]))
+    except configs.UserError as error:
+        print(json.dumps(str(error)))
+for line in sys.stdin:
+    load(*line.split())
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """hub("someone/sums", ...) -> [number of documents, files downloaded], or the error, of each call's arguments."""
+    pytest.importorskip("huggingface_hub", reason="what downloads from a hub")
+    import os, subprocess, sys
+    root = tmp_path / "repository"
+    for name, n in (("data/train-00000-of-00002.jsonl", 3), ("data/train-00001-of-00002.jsonl", 4),
+                    ("data/test.jsonl", 1), ("other/train_sft.json", 2), ("other/dev.jsonl.gz", 5)):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        texts = [{"text": f"{name} {i}"} for i in range(n)]
+        raw = json.dumps(texts) if name.endswith(".json") else "\n".join(map(json.dumps, texts))
+        import gzip
+        (root / name).write_bytes(gzip.compress(raw.encode()) if name.endswith("gz") else raw.encode())
+    (root / "README.md").write_text("train")
+    (root / "dataset_infos.json").write_text("{}")
+    (tmp_path / "hub.py").write_text(HUB)
+    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                        "PYTHONPATH": str(configs.HERE.parent)}
+    env.pop("HF_HUB_OFFLINE", None)
+
+    def call(*lines, **more):
+        done = subprocess.run([sys.executable, tmp_path / "hub.py", root, tmp_path], input="\n".join(lines), cwd=tmp_path,
+                              env=env | more, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+    return call
+
+
+def test_a_hub_dataset_is_downloaded_by_split(hub, tmp_path):
+    train = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    got = hub("someone/sums", "someone/sums", "someone/sums data.train.x.split=test",
+              "someone/sums data.train.x.split=train_sft", "someone/sums/other data.train.x.split=validation",
+              "someone/sums data.train.x.split=extra", "someone/sums/other", "no/such", f"someone/sums data_root={tmp_path}")
+    assert got[0] == [7, train] and got[1] == [7, []]                # the second time from the cache
+    assert got[2] == [1, ["data/test.jsonl"]] and got[3] == [2, ["other/train_sft.json"]]
+    assert got[4] == [5, ["other/dev.jsonl.gz"]] and got[8] == [7, []]
+    for error, words in ((got[5], ["'extra'", "data/test.jsonl"]), (got[6], ["'train'", "other/dev.jsonl.gz"]),
+                         (got[7], ["data.train.x.path", "no/such", "no such dataset"])):
+        assert isinstance(error, str) and "\n" not in error and all(w in error for w in words), error
+    assert hub("someone/sums", HF_HUB_OFFLINE="1") == [[7, []]]
+    (tmp_path / "someone" / "sums").mkdir(parents=True)              # a path that exists wins
+    write(tmp_path / "someone" / "sums", [{"text": "local"}])
+    assert hub("someone/sums") == [[1, []]]
+
+
+def test_a_hub_dataset_without_network_or_library_is_one_line(hub, tmp_path, monkeypatch):
+    lost = hub("someone/sums", HF_HUB_OFFLINE="1")[0]
+    assert "data.train.x.path" in lost and "someone/sums" in lost and "\n" not in lost
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    wrong(["data.train.x.path", "pip install huggingface_hub"], T.load_datasets, cfg_for(tmp_path, "someone/sums"))
+    wrong(["no file at", "sums.jsonl"], T.load_datasets, cfg_for(tmp_path, "someone/sums.jsonl"))

@@ -7,7 +7,7 @@ import configs, tokenize_data as T
 from conftest import ROOT
 from test_tokenize import BYTES, CHATML, cfg_for, chat, spans
 
-NASTY = [*T.NASTY, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
+NASTY = [*T.TEST_STRINGS, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
          " " * 4000 + "x" + "\n" * 3000 + "\t\r\n \r",
          "<|im_end|><|eot_id|><|endoftext|></s>", "<tool_call>\n{}\n</tool_call>",
          "e\u0301A\u030a>\u0338<tool_call>\u0338", "\u1e9b\u0323 ſ'ſ 'S", "x" * 3000,
@@ -45,7 +45,7 @@ def same_ids(ours, theirs, texts):
         theirs.encode_special_tokens = True
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:200]
         theirs.encode_special_tokens = False
-        assert ours.spans(text, [])[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:200]
+        assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text[:200]
 
 
 def mixed(pieces, n, seed=0):
@@ -58,7 +58,7 @@ def test_real_vocabularies_on_real_and_nasty_texts(realdata, name):
     theirs = reference().Tokenizer.from_file(str(realdata / "tokenizers" / name / "tokenizer.json"))
     ours = T.huggingface_tokenizer(realdata / "tokenizers" / name)
     assert isinstance(ours, T.Tokenizer)
-    same_ids(ours, theirs, [*NASTY, *mixed([*NASTY, *ours.every], 500)])
+    same_ids(ours, theirs, [*NASTY, *mixed([*NASTY, *ours.special_and_added], 500)])
     assert ours.encode(ours.clean("a\ud800b")).tolist() == theirs.encode("a\ufffdb", add_special_tokens=False).ids
     theirs.encode_special_tokens = True
     for path in sorted((realdata / "text").iterdir()):
@@ -76,16 +76,17 @@ def test_a_run_of_spaces_too_long_for_the_regexes_is_encoded_all_the_same(realda
     assert tok.decode(tok.encode(text)) == text
 
 
-KINDS = {"unigram": T.Borrowed, "wordpiece": T.Borrowed, "sentencepiece bpe": T.Borrowed, "prefix space": T.Borrowed,
-         "one word": T.Borrowed,
-         "digits": T.Tokenizer, "spaces": T.Tokenizer, "strip": T.Tokenizer}
+KINDS = {"unigram": T.HFTokenizer, "wordpiece": T.HFTokenizer, "sentencepiece bpe": T.HFTokenizer, "prefix space": T.HFTokenizer,
+         "one word": T.HFTokenizer,
+         "digits": T.Tokenizer, "spaces": T.HFTokenizer, "strip": T.HFTokenizer,
+         "only digits": T.Tokenizer, "added": T.Tokenizer, "composed": T.Tokenizer, "neox": T.Tokenizer}
 
 
 def trained(tokenizers, kind, folder):
     """A small tokenizer of each kind, as the reference makes it."""
     models, pre, norm = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.normalizers
     trainers, token = tokenizers.trainers, tokenizers.AddedToken
-    texts = ["the cat sat on the mat, naïve 日本 12345 to be or not to be"] * 50 + list(T.NASTY)
+    texts = ["the cat sat on the mat, naïve 日本 12345 to be or not to be"] * 50 + list(T.TEST_STRINGS)
     options = {"special_tokens": ["<unk>", "<s>", "</s>", "[INST]"], "show_progress": False}
     if kind == "unigram":
         tok = tokenizers.Tokenizer(models.Unigram())
@@ -101,14 +102,18 @@ def trained(tokenizers, kind, folder):
         trainer = trainers.BpeTrainer(vocab_size=300, **options)
     else:
         tok, level = tokenizers.Tokenizer(models.BPE()), pre.ByteLevel(add_prefix_space=kind == "prefix space")
-        tok.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), level]) if kind == "digits" else level
+        tok.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), level]) if "digits" in kind else level
         trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre.ByteLevel.alphabet(), **options)
-        if kind == "spaces":
+        if kind in ("spaces", "composed", "neox"):
             tok.normalizer = norm.NFC()
     tok.train_from_iterator(texts, trainer)
     if kind in ("spaces", "digits"):
         tok.add_tokens([*(token(" " * i, normalized=True) for i in range(2, 20)),
                         token("<tool_call>", normalized=kind == "spaces"), token("<x", normalized=False)])
+    if kind == "neox":
+        tok.add_tokens([token(" " * i, normalized=True) for i in range(2, 20)])
+    if kind in ("added", "composed"):                                # all in one search: tiktoken's way
+        tok.add_tokens([token(text, normalized=False) for text in ("<tool_call>", "<x", "  ", "    ")])
     if kind == "strip":
         tok.add_special_tokens([token("<mask>", lstrip=True), token("<r>", rstrip=True, lstrip=True)])
         tok.add_tokens([token("\n\n", rstrip=True)])
@@ -124,9 +129,9 @@ def test_every_kind_of_tokenizer_is_exact_or_borrowed_and_says_so(kind, tmp_path
     theirs = trained(reference(), kind, tmp_path)
     ours = T.huggingface_tokenizer(tmp_path)
     assert type(ours) is KINDS[kind]
-    assert ("the tokenizers package runs it" in capsys.readouterr().err) == (type(ours) is T.Borrowed)
-    for text in [*T.NASTY, *mixed([*NASTY, "<r> x", "<x", "to", " to ", "<mask>  "], 500)]:
-        assert ours.spans(text, [])[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
+    assert ("the tokenizers package runs it" in capsys.readouterr().err) == (type(ours) is T.HFTokenizer)
+    for text in [*T.TEST_STRINGS, *mixed([*NASTY, "<r> x", "<x", "to", " to ", "<mask>  "], 500)]:
+        assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
         assert not set(ours.encode(text).tolist()) & set(ours.special.values()) - {0}    # 0: what is unknown
     template = T.compile_template("{{ bos_token }}{% for m in messages %}[INST] {{ m.content }}{{ eos_token }}"
                                   "{% endfor %}")
@@ -142,6 +147,24 @@ def test_without_the_tokenizers_package_one_line_names_the_feature(tmp_path, mon
     with pytest.raises(ValueError, match=told) as e:
         T.huggingface_tokenizer(tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("damage", ["order", "missing"])
+def test_merges_that_tiktoken_would_do_otherwise_run_through_the_tokenizers_package(tmp_path, damage):
+    tokenizers = reference()
+    trained(tokenizers, "only digits", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = spec["model"]["merges"]
+    if damage == "order":
+        merges[3], merges[20] = merges[20], merges[3]
+    else:
+        merges.pop()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = T.huggingface_tokenizer(tmp_path)
+    assert isinstance(ours, T.HFTokenizer)
+    for text in [*T.TEST_STRINGS, "the cat sat on the mat"]:
+        assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
 
 
 def test_a_post_processors_bos_and_eos_are_the_texts(tmp_path):
@@ -178,7 +201,7 @@ def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata,
                             ([*chat("a"), calls, tool, *chat("", "it is 42")[1:]], TOOLS),
                             ([*chat("a"), calls, tool, *chat("", "b", "c", "d")[1:]], TOOLS),
                             *((chat(*part), None) for part in zip(safe[::2], safe[1::2]))]:
-        record = T.normal({"messages": messages} | ({"tools": tools} if tools else {}), "x")
+        record = T.normalize_record({"messages": messages} | ({"tools": tools} if tools else {}), "x")
         try:
             want = theirs.apply_chat_template(messages, chat_template=text, tools=tools, return_dict=True)["input_ids"]
         except Exception:
@@ -199,7 +222,7 @@ def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata,
 
 
 def test_a_template_that_strips_thoughts_from_history():
-    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>",
+    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special=T.BYTES_SPECIAL, eos="<|endoftext|>",
                       added={"<think>": 259, "</think>": 260, "<tool_call>": 261})
     template = T.compile_template(QWEN3)
     thinks = chat("a", "<think>\nhm\n</think>\n\nb <|im_end|>", "c", "<think>\nso\n</think>\n\nd <|im_end|>")
@@ -218,10 +241,10 @@ def test_a_template_that_strips_thoughts_from_history():
 
 
 def test_a_long_chat_takes_few_renderings():
-    tok, times = T.Tokenizer(BYTES.ranks, BYTES.pattern, T.BYTES_SPECIAL, eos="<|endoftext|>"), []
+    tok, times = T.Tokenizer(BYTES.ranks, BYTES.pattern, special=T.BYTES_SPECIAL, eos="<|endoftext|>"), []
     template = T.compile_template(QWEN3 + "{{ seen() }}")
     turns = [f"<think>\nhm {i}\n</think>\n\nb{i}" if i % 2 else f"a{i}" for i in range(200)]
-    template.globals["seen"] = lambda: times.append(1) or ""
+    template.jinja.globals["seen"] = lambda: times.append(1) or ""
     got = spans(tok, *T.encode_chat(tok, template, chat(*turns)))
     assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"]
     assert len(times) < 8
@@ -234,7 +257,7 @@ def test_what_spells_a_control_token_is_text_wherever_it_stands_in_a_record():
                                   "{{ m.tool_calls | tojson if m.tool_calls else '' }}<|im_end|>\n{% endfor %}")
     call = [{"function": {"name": evil, "arguments": {evil: 1}}}]
     answer = {"role": "assistant", "content": evil, "tool_calls": call, "reasoning_content": evil}
-    record = T.normal({"messages": [{"role": "user", "content": evil}, answer], "tools": [{"description": evil}]}, "x")
+    record = T.normalize_record({"messages": [{"role": "user", "content": evil}, answer], "tools": [{"description": evil}]}, "x")
     ids, mask = T.encode_chat(BYTES, template, **record)
     assert (ids == 257).sum() == 2 and (ids == 258).sum() == 2 and BYTES.decode(ids).count("<|im_end|>") == 8
 
@@ -258,7 +281,7 @@ def test_function_calls_and_tools_of_conversations():
     record = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": call},
                                 {"from": "observation", "value": "4"}, {"from": "gpt", "value": "It is 4."}],
               "tools": json.dumps(TOOLS)}
-    got = T.normal(record, "x")
+    got = T.normalize_record(record, "x")
     assert got["tools"] == TOOLS
     assert got["messages"][1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
     assert got["messages"][2]["role"] == "tool"
@@ -270,9 +293,9 @@ def test_function_calls_and_tools_of_conversations():
                        ({"role": "assistant", "content": "x", "reasoning_content": 3},
                         "reasoning_content must be text")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
-            T.normal({"messages": [bad]}, "x")
+            T.normalize_record({"messages": [bad]}, "x")
     with pytest.raises(ValueError, match="tools is no JSON"):
-        T.normal(record | {"tools": "{"}, "x")
+        T.normalize_record(record | {"tools": "{"}, "x")
 
 
 # ---- damaged inputs

@@ -134,7 +134,7 @@ def main():
         with (gzip.open if args.text.endswith(".gz") else open)(args.text, "rt") as f:
             texts = [{"text": json.loads(line)["text"]} for line in f]
         n_texts, size = repeated(folder / "text.jsonl", texts, lambda n, size: size >= args.mb * 1e6)
-        chats = [tokenize_data.normal(json.loads(line), args.chats) for line in open(args.chats)]
+        chats = [tokenize_data.normalize_record(json.loads(line), args.chats) for line in open(args.chats)]
         n_chats, chat_size = repeated(folder / "chats.jsonl", chats, lambda n, size: n >= args.n)
         p, both = args.processes, []
         result = {"text_mb": round(size / 1e6, 1), "chats": n_chats, "processes": p}

@@ -96,7 +96,8 @@ def documents_per_epoch(cfg, sizes):
     """
     sizes = _with_names(cfg, sizes)
     counts = np.array(list(sizes.values()), np.int64)
-    data = cfg["data"]                                   # data.source has the default weight
+    data = cfg["data"]
+    # a source that is not in data.train has the defaults, data.source
     sections = [data["train"].get(name, data["source"]) for name in sizes]
     weights = np.array([section["weight"] for section in sections])
     weights[counts == 0] = 0                             # the other sources share its part
@@ -495,7 +496,11 @@ def sum_loss_weights(micro_batches):
 # python sampler.py
 
 def packing_report(sampler, n_steps, world_size):
-    """Pack up to 50 steps, spread over an epoch; return a line with means over them."""
+    """Pack up to 50 steps, spread over an epoch; return a line with means over them.
+
+    "full" compares with micro_tokens. "packing" in metrics.jsonl compares with the longest
+    micro-batch instead, so it is larger.
+    """
     capacity = sampler.cfg["micro_tokens"]
     figures = []
     for step in np.unique(np.linspace(0, n_steps - 1, 50).astype(int)).tolist():

@@ -395,7 +395,7 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
     """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, document_stats).
 
     grad_norm is the norm before clipping. If the loss or the norm is not finite, the update is
-    skipped. This check is the only device-to-host sync of a step.
+    skipped. This check is the only point where train_step waits for the device.
     """
     loss, document_stats = forward_backward(model, micro_batches, global_loss_weight, cfg)
     params = optimizer_parameters(optimizer)
@@ -597,12 +597,12 @@ class TrainState:
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
-                                  # over all starts of a resumed run
+                                  # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
     consecutive_skips: int
     dtype: str                    # of the computation, chosen at the first start
     has_chats: bool               # the export gets the chat template
-    config: dict                  # the explicit keys
+    config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
@@ -636,8 +636,9 @@ class Run:
     resumed_step: int = 0
     seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
-    # what changes while the run is on. Meters are set to 0 by reset_meters()
-    meter_start: float = 0.0      # run.seconds() at the last reset_meters()
+    # what changes while the run is on
+    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
+                                  # evaluations since then
     meter_tokens: int = 0         # trained since then
     data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
@@ -648,7 +649,7 @@ class Run:
     answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
 
     def seconds(self):
-        """Wall-clock seconds so far, summed over all starts of the run (see TrainState)."""
+        """Wall-clock seconds so far, summed over the starts of the run (see TrainState)."""
         return self.seconds_before + time.perf_counter() - self.start_time
 
     def is_complete(self):
@@ -665,6 +666,8 @@ def setup(cfg, explicit):
 
     Writes config.yaml and code/ to out_dir. With resume=never, deletes an earlier run's files there
     first. Raises UserError for mistakes in the config.
+
+    explicit  the keys that config files and command line set (configs.load); saved as config.yaml
     """
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
@@ -892,7 +895,7 @@ def train(run):
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
-            step = state.step                            # of this step, from 0
+            step = state.step                # the number of this step, counted from 0
             wait_start = time.perf_counter()
             micro_batches, info, loss_weight = next_batch.result()
             run.data_wait += time.perf_counter() - wait_start
@@ -903,7 +906,7 @@ def train(run):
             lr = lr_at(step, state.total_steps, cfg)
             # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
             noise_seed = {"noise_seed": (cfg["seed"], step)}
-            state.step += 1                              # counts the steps done, this one included
+            state.step += 1                  # from here on: the number of this step, from 1
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
                 [global_loss_weight] = shard.all_reduce_sum([loss_weight])
@@ -936,12 +939,14 @@ def train(run):
 
             # evaluate
             if evaluating:
+                evaluation_start = run.seconds()
                 evaluate(run)
                 run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
                 poll_signals(run, received)              # one may have arrived meanwhile
-                reset_meters(run)                        # throughput is that of training
+                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
 
-    poll_signals(run, received)           # one may have arrived during the last save
+    # a signal may have arrived during the last save; all ranks must agree before finish()
+    poll_signals(run, received)
     for number, handler in previous_handlers.items():
         signal.signal(number, handler)
 
@@ -1049,7 +1054,10 @@ def reset_meters(run):
 
 
 def save(run):
-    """Start to write a checkpoint. Returns when its copy is made."""
+    """Copy the state to host memory and start to write it to disk; return after the copy.
+
+    Raises RuntimeError if replicas differ (shard.check_replicas).
+    """
     shard.check_replicas(run.model)
     # write the pending record first: a run resumed from this checkpoint does not repeat its step
     run.logger.flush()

@@ -265,6 +265,20 @@ def test_train_measures_throughput_without_evaluations(tiny, monkeypatch):
     assert len(steps) == 12 and all(tokens / tok_per_s < 2 for tokens, tok_per_s in steps)
 
 
+def test_train_logs_save_wait_also_if_an_evaluation_follows_the_save(tiny, monkeypatch):
+    loaded = tiny("max_steps=4", "save_every=1", "eval_every=1", "log_every=1")
+    real_save = checkpoint.Saver.save
+
+    def slow_save(*args):
+        time.sleep(0.5)
+        real_save(*args)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", slow_save)
+    main(loaded)
+    waits = [wait for wait, in records(loaded[0], "save_wait") if wait is not None]
+    assert len(waits) == 4 and waits[0] == 0 and min(waits[1:]) > 0.3
+
+
 # ---- the step
 
 def test_adamw_equals_torch_bitwise_without_importing_dynamo(tiny, script):

@@ -34,10 +34,15 @@ import configs
 # An experiment can register another one in BACKENDS.
 
 class WandbBackend:
+    """A resumed run continues its wandb run, whose id is in out_dir/wandb_id."""
+
     def __init__(self, cfg, folder):
         import wandb
+        id_file = folder / "wandb_id"
+        run_id = id_file.read_text() if id_file.is_file() else None
         self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
-                              config=cfg, resume="allow")
+                              config=cfg, id=run_id, resume="allow")
+        write_atomic(id_file, self.run.id)
 
     def log(self, record):
         self.run.log(record, step=record["step"])
@@ -431,8 +436,8 @@ def describe_model(run):
     if lora_rank:
         text += f" (LoRA of rank {lora_rank})"
     text += f", from {model_cfg['init_from'] or 'scratch'}"
-    # run.cfg has the vocabulary size of the pretrained config.json (null without one). model_cfg has
-    # the final size, which is larger if the tokenizer has more tokens.
+    # run.cfg has the vocabulary size of the pretrained config.json (null without one). model_cfg
+    # has the final size, which is larger if the tokenizer has more tokens.
     old_vocab_size = run.cfg["model"]["vocab_size"]
     if old_vocab_size and old_vocab_size < model_cfg["vocab_size"]:
         text += f", with {model_cfg['vocab_size'] - old_vocab_size:,} new tokens"

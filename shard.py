@@ -492,8 +492,8 @@ class MergedWeights:
 def save_adapter(model, lora_cfg, folder, base):
     """Save the adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json.
 
-    base  the folder or hub id of the pretrained model, which PEFT loads first; empty if the base was
-          drawn from the seed
+    base  the folder or hub id of the pretrained model, which PEFT loads first; empty if the base
+          was drawn from the seed
     """
     from safetensors.torch import save_file
     family = configs.families()[model.cfg["family"]]
@@ -514,7 +514,8 @@ def save_adapter(model, lora_cfg, folder, base):
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
     adapter_config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base) if base else None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base) if base else None,
         "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
         "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
@@ -882,7 +883,7 @@ def optimizer_bytes(s):
 
 
 def gathered_or_cast_bytes(s):
-    """Weights besides the stored ones: gathered by FSDP, or cast to bf16 and kept until backward."""
+    """Weights besides the stored ones: gathered by FSDP, or cast to bf16 and kept for backward."""
     blocks = s.model_cfg["n_layers"]
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:

@@ -606,6 +606,7 @@ class TrainState:
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
+    launch: str                   # of the start that saved it, see checkpoint.launch_id
     changes: list                 # [{"step", "what"}]: files and data that had changed at a resume
     versions: dict
 
@@ -703,18 +704,20 @@ def setup(cfg, explicit):
     prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
 
     # resume
+    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     if resume_path:
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
         continue_state(state, saved)
+        if is_rank0 and is_own_checkpoint:
+            checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
     logger = start_logging(cfg, explicit, state)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
-    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     return Run(
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
@@ -771,8 +774,8 @@ def resolve_model(cfg, tokenizer):
     # new model can be too small
     if tokenizer.n_vocab > model_cfg["vocab_size"]:
         raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
-                                f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null or "
-                                "another data.tokenizer")
+                                f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null "
+                                "or another data.tokenizer")
     if model_cfg["positions"] == "learned" and seq_len > model_cfg["max_len"]:
         raise configs.UserError(f"data.seq_len: {seq_len} is more than the model's "
                                 f"{model_cfg['max_len']} learned positions (model.max_len); "
@@ -791,8 +794,9 @@ def load_reference(cfg, model_cfg):
     reference_cfg = configs.load([f"model.init_from={path}"])[0]["model"]
     reference_cfg = transformer.resolve_vocab_size(reference_cfg, model_cfg["vocab_size"])
     if reference_cfg["vocab_size"] != model_cfg["vocab_size"]:
-        raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} tokens, "
-                                f"and the model {model_cfg['vocab_size']}; they must be the same")
+        raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} "
+                                f"tokens, and the model {model_cfg['vocab_size']}; they must be "
+                                "the same")
     read_slice = transformer.PretrainedWeights(path, reference_cfg).read
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
     without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
@@ -832,7 +836,8 @@ def new_state(explicit, cfg, data, total_steps):
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
-        code=checkpoint.code_hashes(), git=checkpoint.git_describe(), changes=[],
+        code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
+        launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 

@@ -150,6 +150,24 @@ def test_resume_from_a_named_checkpoint(tiny):
             main(tiny("max_steps=8", "eval_every=0", f"resume={four}", more, out="strange"))
 
 
+def test_resume_from_an_own_checkpoint_abandons_the_later_ones(tiny, monkeypatch):
+    """At the start and not at the first save: a crash in between must not bring them back."""
+    keys = ["max_steps=8", "save_every=2", "eval_every=0", "checkpoint.keep=9"]
+    loaded = tiny(*keys)
+    first = run(loaded)
+    checkpoints = Path(loaded[0]["out_dir"]) / "checkpoints"
+
+    def crash(run):
+        raise RuntimeError("before the first save")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train, "train", crash)
+        main(tiny(*keys, f"resume={checkpoints / '00000004'}"))
+    assert [p.name for p in checkpoint.list_checkpoints(checkpoints.parent)] == ["00000002", "00000004"]
+    assert (checkpoints / "latest").resolve().name == "00000004"
+    assert run(loaded) == first
+
+
 def test_resume_never_starts_over(tiny, monkeypatch):
     """resume=never deletes the run in out_dir. It holds for one start: the folder then resumes as any other."""
     loaded = tiny("max_steps=4", "eval_every=0", "save_every=2", "resume=never", out="once")

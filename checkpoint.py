@@ -71,7 +71,7 @@ def optimizer_tensors(model, optimizer):
     for name, p in trained_parameters(model).items():
         for key, value in sorted(optimizer.state[p].items()):
             if isinstance(value, float):
-                value = torch.tensor(value, dtype=torch.float64)
+                value = torch.tensor(value, dtype=torch.float64)    # as_tensor would round to fp32
             tensors[f"{name}/{key}"] = torch.as_tensor(value)
     return tensors
 
@@ -238,16 +238,24 @@ def commit(building, folder, files, state, keep):
 
 
 def delete_old_checkpoints(newest, keep):
-    """Keep the `keep` newest checkpoints, and the best.
-
-    Checkpoints of later steps are deleted: if a run is resumed from step 100, those of steps 150
-    and 200 come from the abandoned continuation.
-    """
+    """Delete all but the `keep` newest checkpoints of a run and the one that `best` points to."""
     best = (newest.parent / "best").resolve().name
-    checkpoints = list_checkpoints(newest.parent.parent)
-    later = [p for p in checkpoints if p.name > newest.name]
-    older = [p for p in checkpoints if p.name <= newest.name][:-keep]
-    for folder in later + [p for p in older if p.name != best]:
+    for folder in list_checkpoints(run_folder(newest))[:-keep]:
+        if folder.name != best:
+            remove_checkpoint(folder)
+
+
+def delete_later_checkpoints(out_dir, step):
+    """Delete the checkpoints of later steps than the one that a run resumes from.
+
+    If a run with checkpoints of steps 100, 150 and 200 is resumed from step 100, those of 150 and
+    200 come from the abandoned continuation. `latest` points to step 100 afterwards.
+    """
+    checkpoints = list_checkpoints(out_dir)
+    kept = [folder for folder in checkpoints if int(folder.name) <= step]
+    if kept:
+        set_symlink(kept[-1].with_name("latest"), kept[-1])
+    for folder in checkpoints[len(kept):]:
         remove_checkpoint(folder)
 
 
@@ -338,7 +346,11 @@ class Saver:
         self.thread.start()
 
     def wait(self):
-        """Wait for the last save. Returns True if it was written by all ranks."""
+        """Wait for the last save. Warns once per failure.
+
+        Returns False if the last save failed on any rank, also when called again; True otherwise,
+        also before the first save.
+        """
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -438,19 +450,19 @@ def load_checkpoint(folder, model, optimizer):
     folder = Path(folder)
     state = shard.rank0_only(verify, folder)
     weights = trained_parameters(model)
-    moments = optimizer_tensors(model, optimizer)
+    optimizer_state = optimizer_tensors(model, optimizer)
     with safe_open(folder / "model.safetensors", framework="pt") as saved_weights, \
-            safe_open(folder / "optimizer.safetensors", framework="pt") as saved_moments:
+            safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
         check_tensors_fit(saved_weights, weights, folder, "model")
-        check_tensors_fit(saved_moments, moments, folder, "optimizer")
+        check_tensors_fit(saved_state, optimizer_state, folder, "optimizer")
         # in place: these are the tensors that the model and the optimizer hold
         copy_rows(saved_weights, weights)
-        copy_rows(saved_moments, moments)
+        copy_rows(saved_state, optimizer_state)
     # numbers of the optimizer were read into temporary tensors: put them back
     for name, p in weights.items():
         for key, value in optimizer.state[p].items():
             if not torch.is_tensor(value):
-                number = moments[f"{name}/{key}"].item()
+                number = optimizer_state[f"{name}/{key}"].item()
                 optimizer.state[p][key] = type(value)(number)
     with safe_open(folder / "sampler.safetensors", framework="np") as saved_sampler:
         sampler_state = {name: saved_sampler.get_tensor(name) for name in saved_sampler.keys()}
@@ -471,8 +483,10 @@ def check_tensors_fit(saved, tensors, folder, owner):
         if in_file != in_owner:
             problems.append(f"{name}: {in_file} in the checkpoint, {in_owner} in the {owner}")
     if problems:
-        raise configs.UserError(f"{folder}: does not fit the {owner}: "
-                                f"{transformer.listed(problems)}")
+        shown = "; ".join(problems[:8])
+        if len(problems) > 8:
+            shown += f"; and {len(problems) - 8} more"
+        raise configs.UserError(f"{folder}: does not fit the {owner}: {shown}")
 
 
 @torch.no_grad()
@@ -502,46 +516,65 @@ MAY_CHANGE = (
 def find_resume_point(cfg):
     """The checkpoint that cfg["resume"] means, or None: start at step 0. On rank 0.
 
-    auto    the newest of out_dir; UserError if config or code differ (check_same_data: data)
-    latest  the newest of out_dir, also with changed code or data
-    never   none; train.py then calls start_over
-    PATH    of this run: PATH (when torchrun restarts the command: the newest)
-    PATH    of another run, out_dir has no checkpoint yet: PATH. This starts a new run, whose config
-            and code may differ
-    PATH    of another run, out_dir has checkpoints: the newest of out_dir, because the new run has
-            been started before
+    1) never: None; train.py then calls start_over.
+    2) PATH of another run, and out_dir has no checkpoint: PATH. This starts a new run, whose config
+       and code may differ.
+    3) out_dir has no checkpoint: None.
+    4) PATH of this run: PATH, with the same checks as auto.
+    5) auto: the newest of out_dir. UserError if config or code differ; changed data is found later,
+       by check_same_data. latest: the same, also with changed code or data.
+    6) PATH of another run, and out_dir has checkpoints: the newest of out_dir, as with auto,
+       because the new run was started before.
 
-    Raises UserError if resuming would mix two runs.
+    If torchrun restarts the command (--max-restarts), and the command has saved a checkpoint, then
+    1) and 4) are treated like auto. Raises UserError if resuming would mix two runs.
     """
     out_dir = Path(cfg["out_dir"])
     resume = cfg["resume"]
     check_writable(out_dir, "out_dir")
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if resume == "never" and is_restart:
-        resume = "auto"                                  # the folder has this command's own run
-    if resume == "never":
-        return None
+    checkpoints = list_checkpoints(out_dir)
+    continues_launch = is_restart_after_save(checkpoints)
+    if resume == "never" and not continues_launch:
+        return None                                      # 1)
 
     named = None
-    if resume not in ("auto", "latest"):
+    if resume not in ("auto", "latest", "never"):
         named = Path(resume)
-        # not needed any more, and perhaps deleted, once a run that it started has checkpoints
+        # Once the run in out_dir was started from PATH and has checkpoints of its own, PATH is not
+        # needed any more and may have been deleted: don't check it.
         if not was_started_from(out_dir, resume):
             check_named_checkpoint(named, cfg)
-    if not (out_dir / "config.yaml").is_file():          # a new out_dir
-        return named
+    if not (out_dir / "config.yaml").is_file():
+        return named                                     # 2) or 3), in a new out_dir
     check_same_config(cfg)
-    if starts_new_run(cfg):                              # killed before its first checkpoint
-        return named
-    checkpoints = list_checkpoints(out_dir)
+    if starts_new_run(cfg):
+        return named                                     # 2), killed before its first checkpoint
     if not checkpoints:
-        return None
-    resume_point = checkpoints[-1]
-    if named and is_inside(named, out_dir) and not is_restart:
-        resume_point = named
+        return None                                      # 3)
+    resume_point = checkpoints[-1]                       # 5) or 6)
+    if named and is_inside(named, out_dir) and not continues_launch:
+        resume_point = named                             # 4)
     if resume != "latest":
         check_same_code(resume_point, cfg)
     return resume_point
+
+
+def launch_id():
+    """Identifies one launch of a command by torchrun, over all its restarts of the command.
+
+    Nodes share the id of torchrun --rdzv_id. Without one, the parent process is torchrun's agent,
+    which restarts the command on its node.
+    """
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"agent {os.getppid()}" if run_id == "none" else run_id
+
+
+def is_restart_after_save(checkpoints):
+    """Has torchrun restarted this command, after it had saved the newest of these checkpoints?"""
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not is_restart or not checkpoints:
+        return False
+    return read_state(checkpoints[-1]).get("launch") == launch_id()
 
 
 def was_started_from(out_dir, resume):
@@ -626,8 +659,9 @@ def resume_choices(what):
 
 
 def config_diff(out_dir, cfg):
-    """The keys in which a run's config differs from cfg, except MAY_CHANGE.
+    """The keys in which a run's config differs from cfg.
 
+    Except MAY_CHANGE, and except max_steps and epochs if the run can be extended (can_be_extended).
     Returns {key: text}, for example {"lr": "lr: 0.1 there, 0.2 here"}.
     """
     path = Path(out_dir) / "config.yaml"
@@ -653,11 +687,12 @@ def config_diff(out_dir, cfg):
 def can_be_extended(out_dir, cfg):
     """May a run's length change, because its steps so far would have been the same?
 
-    By cfg["schedule"]; with others than these, all learning rates depend on the length:
+    The answer depends on cfg["schedule"]:
 
-    constant  if its warm-up is a number of steps, not a fraction of the run
-    wsd       also if its decay is a number of steps and has not begun. With `epochs` set, the step
-              at which it begins depends on the data, which is not loaded yet: False
+    constant  yes, if warmup_steps is a number of steps and not a fraction of the run
+    wsd       yes, if decay_steps is one as well and the decay has not begun; no if `epochs` is set,
+              because the start of the decay then depends on data that is not loaded yet
+    other     no, because every learning rate depends on the length
     """
     counts_warmup = type(cfg["warmup_steps"]) is int
     if counts_warmup and cfg["max_steps"] and cfg["warmup_steps"] > cfg["max_steps"]:
@@ -682,6 +717,7 @@ def start_over(out_dir):
         for folder in out_dir.glob(pattern):
             shutil.rmtree(folder)
     (out_dir / "metrics.jsonl").unlink(missing_ok=True)
+    (out_dir / "wandb_id").unlink(missing_ok=True)
 
 
 def check_writable(folder, key):

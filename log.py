@@ -8,8 +8,8 @@ log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records ar
 Logging a step does not wait for the device: the tensors of a record are read when the next record
 arrives, and by then they have been computed. print(), validation(), flush() and close() wait.
 
-The file follows a run: backends, the logger, the profile of one step, the reports before the first
-step and after the last one, and the comparison of finished runs.
+This module is ordered like a run: backends, the logger, the profile of one step, the reports before
+the first step and after the last one, and the comparison of finished runs.
 """
 import contextlib
 import html
@@ -34,10 +34,15 @@ import configs
 # An experiment can register another one in BACKENDS.
 
 class WandbBackend:
+    """A resumed run continues its wandb run, whose id is in out_dir/wandb_id."""
+
     def __init__(self, cfg, folder):
         import wandb
+        id_file = folder / "wandb_id"
+        run_id = id_file.read_text() if id_file.is_file() else None
         self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
-                              config=cfg, resume="allow")
+                              config=cfg, id=run_id, resume="allow")
+        write_atomic(id_file, self.run.id)
 
     def log(self, record):
         self.run.log(record, step=record["step"])
@@ -100,7 +105,7 @@ class Logger:
 
     total_steps     steps of the whole run
     resumed_step    the step that the run resumes from; 0 for a new run
-    seconds_before  seconds of training up to that step
+    seconds_before  seconds of the earlier starts of the run
 
     Raises UserError if the folder cannot be created, or for a backend (see open_backends).
     """
@@ -171,7 +176,7 @@ class Logger:
 
     def format_step(self, record):
         step = record["step"]
-        # the time left is estimated from the steps of this process
+        # the time left is estimated from the steps of this start
         seconds = record["seconds"] - self.seconds_before
         seconds_per_step = seconds / (step - self.resumed_step)
         seconds_left = seconds_per_step * (self.total_steps - step)
@@ -297,7 +302,10 @@ def profile_step(path, device, print_line):
 
 
 def describe_kernels(events, device):
-    """The ten most expensive kernels, and the share of matrix products and attention -> lines."""
+    """The ten most expensive kernels, and the share of time outside matrix products and attention.
+
+    Returns lines of text.
+    """
     on_cuda = device.type == "cuda"
     self_time = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     kernels = [(getattr(event, self_time) / 1e3, event.count, event.key) for event in events
@@ -348,7 +356,7 @@ def is_eval_record(record):
 
 
 def was_evaluated(records, step):
-    """Is there a record of an evaluation after `step`?"""
+    """Is an evaluation of the model at exactly this step recorded?"""
     return any(record["step"] == step and is_eval_record(record) for record in records)
 
 
@@ -428,8 +436,8 @@ def describe_model(run):
     if lora_rank:
         text += f" (LoRA of rank {lora_rank})"
     text += f", from {model_cfg['init_from'] or 'scratch'}"
-    # run.cfg has the size of the pretrained config.json, model_cfg that after growing for the
-    # tokenizer
+    # run.cfg has the vocabulary size of the pretrained config.json (null without one). model_cfg
+    # has the final size, which is larger if the tokenizer has more tokens.
     old_vocab_size = run.cfg["model"]["vocab_size"]
     if old_vocab_size and old_vocab_size < model_cfg["vocab_size"]:
         text += f", with {model_cfg['vocab_size'] - old_vocab_size:,} new tokens"
@@ -489,7 +497,7 @@ def plural(n, one, many):
 def final_summary(run):
     """Sample answers, each metric from first to last, time, and how to chat -> lines.
 
-    If this process trained nothing, the first line says so.
+    If this start trained nothing, the first line says so.
     """
     cfg = run.cfg
     state = run.state

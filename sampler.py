@@ -1,7 +1,7 @@
 """Which documents make which step, and how they are packed into micro-batches.
 
-    python sampler.py configs/ft.yaml              steps per epoch, packing efficiency, balance
-    python sampler.py configs/ft.yaml ranks=64     the same for 64 ranks
+    python sampler.py configs/ft.yaml              steps per epoch; packing on 1 and on 8 ranks
+    python sampler.py configs/ft.yaml ranks=64     ... on 1 and on 64 ranks
 
 The order is a function of (seed, step, number of documents): there is no iterator state, and no
 list that grows with the data. An epoch's N documents are numbered, and a pseudorandom permutation
@@ -47,7 +47,8 @@ def hash_key(*numbers):
     """Hash a few ints, such as (seed, epoch), to one np.uint64."""
     key = np.zeros(1, np.uint64)         # an array, because numpy warns when a scalar overflows
     for number in numbers:
-        key = splitmix64(key + number % 2**63 + 0x9E3779B97F4A7C15)
+        number = number % 2**63          # an int of any size, such as a seed, has to fit a uint64
+        key = splitmix64(key + number + 0x9E3779B97F4A7C15)
     return key[0]
 
 
@@ -59,7 +60,7 @@ def permute(numbers, n, key):
     is permuted again until it is less than n (cycle walking, Black and Rogaway 2002).
     """
     n = int(n)
-    bits = max((n - 1).bit_length(), 2)
+    bits = max((n - 1).bit_length(), 2)  # at least one bit in each half
     out = _feistel(np.asarray(numbers, np.uint64), bits, key)
     too_large = out >= n
     while too_large.any():
@@ -91,15 +92,17 @@ def documents_per_epoch(cfg, sizes):
     weighted              as many documents as there are in all, divided among the sources in
                           proportion to their weights
 
-    sizes  {source: its number of documents}, or a list in the order of data.train
+    sizes  {source: its number of documents}; a list is for calls without named sources
     """
     sizes = _with_names(cfg, sizes)
     counts = np.array(list(sizes.values()), np.int64)
-    data = cfg["data"]                                   # data.source has the default weight
+    data = cfg["data"]
+    # a source that is not in data.train has the defaults, data.source
     sections = [data["train"].get(name, data["source"]) for name in sizes]
     weights = np.array([section["weight"] for section in sections])
-    if cfg["sampler"]["order"] == "weighted":
-        per_epoch = counts.sum() * weights / weights.sum() * (counts > 0)
+    weights[counts == 0] = 0                             # the other sources share its part
+    if cfg["sampler"]["order"] == "weighted" and counts.any():
+        per_epoch = counts.sum() * weights / weights.sum()
     else:
         per_epoch = counts * weights
     at_least = np.minimum(counts, 1)                     # one document of every non-empty source
@@ -107,12 +110,12 @@ def documents_per_epoch(cfg, sizes):
 
 
 def _with_names(cfg, sizes):
-    """sizes as a dict, if it is a list."""
+    """sizes as a dict. A list has the order of data.train, or is of sources that are not there."""
     if isinstance(sizes, dict):
         return sizes
     names = list(cfg["data"]["train"])
     if len(names) != len(sizes):
-        names = range(len(sizes))                        # not in data.train: the default weight
+        names = range(len(sizes))                        # all of the default weight
     return dict(zip(names, sizes))
 
 
@@ -142,7 +145,7 @@ def documents(step, cfg, sizes):
         weight 0.5 for b    epoch 0: 2 of b's 3 documents (first pass)
                             epoch 1: the third, and 1 of the second pass
 
-    sizes  {source: its number of documents}, or a list in the order of data.train
+    sizes  {source: its number of documents}; a list is for calls without named sources
     """
     seed = cfg["seed"]
     batch_size = cfg["batch_size"]
@@ -213,7 +216,8 @@ class Sampler:
         """Restore what state_dict() returned."""
 
 
-SAMPLERS = {"random": Sampler, "sequential": Sampler, "weighted": Sampler}    # sampler.order
+# By sampler.order. These three are one class: documents() and documents_per_epoch() read the order.
+SAMPLERS = {"random": Sampler, "sequential": Sampler, "weighted": Sampler}
 
 
 def make_sampler(cfg, dataset):
@@ -257,7 +261,8 @@ def pack(lengths, capacity, world_size=1):
     costs = cost(lengths)
     longest_first = np.argsort(-lengths, kind="stable").tolist()
     fewest = max(1, math.ceil(lengths.sum() / (capacity * world_size)))
-    for per_rank in itertools.count(fewest):             # at most one document in each
+    # ends at the latest when every document has a micro-batch of its own
+    for per_rank in itertools.count(fewest):
         allowances = _allowances(costs, longest_first, per_rank, world_size)
         packed = _pack_balanced(lengths, costs, longest_first, capacity, allowances)
         if packed is None:
@@ -327,8 +332,11 @@ def _allowances(costs, longest_first, per_rank, world_size):
         costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each      a rank costs 24 / 2 = 12
         micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      allowances 6 6 0 0
     """
-    # with the longest documents in micro-batches of their own, the longest of those in micro-batch
-    # k of all ranks costs at_least[k]
+    # Give each of the longest documents a micro-batch of its own, world_size at a time. at_least[k]
+    # is then the cost of the longest document in micro-batch k of any rank, and these micro-batches
+    # cost at least that much. It falls with k, so the loop stops at the first that is no larger
+    # than an even share of the remaining cost. The last one is left out, because no cost remains
+    # to be shared after it.
     at_least = costs[longest_first[:per_rank * world_size:world_size]]
     remaining_cost = costs.sum() / world_size            # of micro-batches k, k + 1, ... of a rank
     even_share = remaining_cost / per_rank
@@ -488,10 +496,14 @@ def sum_loss_weights(micro_batches):
 # python sampler.py
 
 def packing_report(sampler, n_steps, world_size):
-    """Pack up to 50 steps, spread over an epoch; return a line with means over them."""
+    """Pack up to 50 steps, spread over an epoch; return a line with means over them.
+
+    "full" compares with micro_tokens. "packing" in metrics.jsonl compares with the longest
+    micro-batch instead, so it is larger.
+    """
     capacity = sampler.cfg["micro_tokens"]
     figures = []
-    for step in np.unique(np.linspace(0, n_steps - 1, 50).astype(int)):
+    for step in np.unique(np.linspace(0, n_steps - 1, 50).astype(int)).tolist():
         lengths = sampler.dataset.lengths(sampler.documents(step))
         packed = pack(lengths, capacity, world_size)
         costs = [[cost(lengths[members]).sum() for members in of_rank] for of_rank in packed]

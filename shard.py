@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 train.py configs/ft.yaml out_dir=out/two        two replicated ranks
     torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/sharded
-    python shard.py configs/ft.yaml gpus=64 shard.mesh.shard=8       predicted memory per device
+    python shard.py configs/ft.yaml gpus=64 device=cuda              predicted memory per device
 
 Ranks form a mesh of replicate x shard. Here 2 x 4:
 
@@ -134,7 +134,9 @@ def run_distributed(main, cfg, *args):
         main(cfg, *args)
         dist.barrier()
     except SystemExit as error:
-        # as in Python: None is 0, a text is 1
+        # as in Python: None is 0; a text is printed, and 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         wait_for_termination(error)
@@ -215,12 +217,15 @@ def all_reduce_(t):
 
 
 def all_reduce_sum(numbers):
-    """A list of numbers per rank -> their sums over ranks, computed in fp64."""
+    """A list of numbers per rank -> their sums over ranks, computed in fp64.
+
+    On CPU tensors (gloo), so the GPU is not waited for.
+    """
     return all_reduce_(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
 def all_reduce_max(number):
-    """An int per rank -> the largest."""
+    """An int per rank -> the largest. On CPU tensors (gloo), so the GPU is not waited for."""
     t = torch.tensor(number)
     if world_size() > 1:
         dist.all_reduce(t, dist.ReduceOp.MAX)
@@ -271,8 +276,9 @@ def rank0_only(function, *args):
 def main_process_first(function, *args):
     """Call function(*args), which fills a folder, on every rank, in three phases.
 
-    Later phases find the folder filled: rank 0; one rank of each other node, whose disk may be its
-    own; all other ranks. The ranks of a phase run together. Returns this rank's own result.
+    1) rank 0; 2) the first rank of every other node, whose disk may be its own; 3) all other ranks.
+    So later phases find the folder filled. The ranks of a phase run together. Returns this rank's
+    own result.
     """
     phase = 2
     if local_rank() == 0:
@@ -352,8 +358,11 @@ def configure_device(device, cfg):
         configure_malloc()
         return
     # Without determinism a kernel may add its partial sums in the order in which they finish.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
+    # cuBLAS is deterministic only with a fixed workspace; harmless otherwise
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # deterministic mode would also fill every torch.empty(), which costs time; nothing here reads
+    # uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
@@ -483,7 +492,8 @@ class MergedWeights:
 def save_adapter(model, lora_cfg, folder, base):
     """Save the adapters in PEFT's layout: adapter_model.safetensors and adapter_config.json.
 
-    base  the folder or hub id of the pretrained model, which PEFT loads first
+    base  the folder or hub id of the pretrained model, which PEFT loads first; empty if the base
+          was drawn from the seed
     """
     from safetensors.torch import save_file
     family = configs.families()[model.cfg["family"]]
@@ -504,7 +514,8 @@ def save_adapter(model, lora_cfg, folder, base):
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
     adapter_config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base) if base else None,
         "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
         "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
         "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
@@ -761,24 +772,21 @@ def check_replicas(model):
     """
     if world_size() == 1:
         return
-    rows = []
-    checksums = []
+    my_rows = []
+    my_checksums = []
     for p in model.parameters():
         if p.requires_grad:
             local, start, end = local_shard(p)
             bits = local.view(torch.int32)
-            checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
-            rows.append((start, end))
-    checksums = torch.stack(checksums).tolist()
+            my_checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
+            my_rows.append((start, end))
+    my_checksums = torch.stack(my_checksums).tolist()
     different = []
-    first_holders = {}    # {rows: (first rank that holds them, its checksums)}
-    holdings = all_gather_object((tuple(rows), checksums))    # of all ranks
-    for other, (other_rows, other_checksums) in enumerate(holdings):
-        if other_rows not in first_holders:
-            first_holders[other_rows] = (other, other_checksums)
-        first, expected = first_holders[other_rows]
-        if other_checksums != expected:
-            different.append(f"rank {other} from rank {first}")
+    first_holder = {}    # {rows: (first rank that holds them, its checksums)}
+    for r, (rows, checksums) in enumerate(all_gather_object((tuple(my_rows), my_checksums))):
+        reference_rank, reference_checksums = first_holder.setdefault(rows, (r, checksums))
+        if checksums != reference_checksums:
+            different.append(f"rank {r} from rank {reference_rank}")
     if different:
         raise RuntimeError(
             f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "
@@ -812,6 +820,7 @@ class StepSize:
         self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
         self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
         self.is_lora = lora_cfg["r"] > 0
+        # null counts as false: choose_recompute asks what a step without it needs
         self.recompute = cfg["shard"]["recompute"]
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
@@ -834,7 +843,8 @@ def count_parameters(module, trained=None):
 def predict_memory(model_cfg, cfg, world_size=1):
     """Predict each device's memory in the phases of a step that can be its peak.
 
-    Returns {phase: {what: bytes}}. Needs no device: cfg["device"] may be another machine's.
+    Returns {phase: {what: bytes}}. Needs no device: device=auto predicts for this machine's kind of
+    device; set device=cuda to plan for GPUs elsewhere.
     """
     s = StepSize(model_cfg, cfg, world_size)
     state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
@@ -873,14 +883,15 @@ def optimizer_bytes(s):
 
 
 def gathered_or_cast_bytes(s):
-    """Weights besides the fp32 ones: gathered by FSDP, or cast to bf16 and kept until backward."""
+    """Weights besides the stored ones: gathered by FSDP, or cast to bf16 and kept for backward."""
     blocks = s.model_cfg["n_layers"]
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         outside = s.outside * (s.element if s.is_lora else 4)
         return outside + blocks * s.block * s.element
-    if s.element == 4 or s.is_lora or s.recompute:    # LoRA: frozen weights are stored in bf16
+    # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
+    if s.element == 4 or s.is_lora or s.recompute:
         return 0
     return blocks * s.block * s.element
 
@@ -943,21 +954,29 @@ def block_backward_bytes(s):
     """What the backward pass of one block needs besides the activations that were kept."""
     mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
     is_gated = s.model_cfg["glu"]
-    if s.recompute:
-        # All of its activations are computed again. Of the MLP's gradients (see below) one adds to
-        # the measured peak, if it is gated: the others use memory of activations that are freed.
-        total = s.tokens * block_activation_bytes(s) + (mlp_gradient if is_gated else 0)
-        total += s.element * s.block if s.element < 4 else 0
-    else:
+    if not s.recompute:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
         total = mlp_gradient * (3 if is_gated else 2)
+    else:
+        # All activations are computed again. Measured: of a gated MLP's three gradients only one
+        # adds to the peak, of a plain MLP's two none does; the others reuse memory of activations
+        # that are already freed.
+        total = s.tokens * block_activation_bytes(s)
+        if is_gated:
+            total += mlp_gradient
+        if s.element < 4 and not s.is_lora and s.shards == 1:
+            total += s.element * s.block    # this block's weights, cast again
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
         total += s.element * s.block + (s.element + 4) * s.block_trained
     return total
 
 
 def main(argv):
-    """python shard.py CONFIG... [key=value ...] [gpus=N]"""
+    """python shard.py CONFIG... [key=value ...] [gpus=N]
+
+    device=auto predicts for this machine's kind of device; set device=cuda to plan for GPUs
+    elsewhere.
+    """
     options, argv = configs.pop_options(argv, gpus=1)
     gpus = options["gpus"]
     if gpus < 1:
@@ -971,12 +990,15 @@ def main(argv):
     replicate, shards = mesh_sizes(cfg, gpus)
     phase, held = peak_phase(predict_memory(model_cfg, cfg, gpus))
     total = sum(held.values())
-    print(f"predicted peak on each of {gpus} devices "
-          f"(replicate {replicate} x shard {shards}), {phase}:")
+    print(f"predicted peak on each of {gpus} devices ({resolve_device_type(cfg)}, "
+          f"replicate {replicate} x shard {shards}), {phase}:")
     for what, n in held.items():
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / 2**20:>12,.1f} MiB")
+    if cfg["shard"]["recompute"] is None:
+        print("if this is more than 90% of a device's memory, the run recomputes activations; "
+              "shard.recompute=true predicts its peak")
 
 
 if __name__ == "__main__":

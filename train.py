@@ -1,6 +1,6 @@
 """The training loop: pretraining and fine-tuning of language models on one device or many.
 
-    torchrun train.py configs/ft.yaml lr=1e-4                  fine-tune the embedded base on chats
+    torchrun train.py configs/ft.yaml lr=1e-4                  fine-tune data/base on chats
     torchrun --nproc_per_node 2 train.py configs/ft.yaml lr=1e-4 out_dir=out/two     on two devices
     torchrun train.py configs/pretrain.yaml                    train from scratch on text
     torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/lora        adapters only
@@ -109,11 +109,13 @@ def every_n_steps(step, every, total_steps):
     """
     if not every:
         return False
+    if step in (0, total_steps):
+        return True
     period = every if type(every) is int else every * total_steps
     epsilon = 1e-9                       # rounding may leave step / period just below an integer
     times_now = math.floor(step / period + epsilon)
     times_before = math.floor((step - 1) / period + epsilon)
-    return times_now > times_before or step == total_steps
+    return times_now > times_before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +161,8 @@ class Muon:
 
     https://kellerjordan.github.io/posts/muon. Updates are scaled to the size of AdamW's
     (arXiv:2502.16982), so that one learning rate serves both. torch.optim.Muon does not take
-    parameters that are sharded over ranks. Has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
+    parameters that are sharded over ranks. This class has the part of torch.optim.Optimizer's
+    interface that the loop and checkpoints use.
 
     muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
@@ -301,7 +304,8 @@ def make_optimizer(model, cfg):
     n_arguments = 2                                      # param_groups and cfg
     make = configs.bind_options("optimizer", function, n_arguments, options)
     optimizer = make(make_param_groups(model, cfg), cfg)
-    if not any(optimizer.state.values()):                # SGD without momentum stays without state
+    if not any(optimizer.state.values()):
+        # an optimizer that creates its state in its first step (or, as SGD without momentum, never)
         create_state(optimizer)
     checkpoint.check_optimizer_state(optimizer, model)
     return optimizer
@@ -391,7 +395,7 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
     """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, document_stats).
 
     grad_norm is the norm before clipping. If the loss or the norm is not finite, the update is
-    skipped. This check is the only device-to-host sync of a step.
+    skipped. This check is the only point where train_step waits for the device.
     """
     loss, document_stats = forward_backward(model, micro_batches, global_loss_weight, cfg)
     params = optimizer_parameters(optimizer)
@@ -475,7 +479,8 @@ def exact_match(answer, reference):
     return answer.strip() == reference.strip()
 
 
-METRICS = {"exact_match": exact_match}    # (answer, reference) -> bool or number; logged as means
+# name: function (answer, reference) -> bool or number, whose mean is logged
+METRICS = {"exact_match": exact_match}
 PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
 PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
 
@@ -494,9 +499,9 @@ def group_by_label(cfg, data):
 
 @torch.no_grad()
 def evaluate(run):
-    """Log the loss and the answers' metrics of every label; leave the answers in run.answers.
+    """Log the loss and the answers' metrics of every label, and update checkpoints/best.
 
-    In evaluation mode, so without dropout and NEFTune.
+    Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune.
     """
     record = {"step": run.state.step}
     run.model.eval()
@@ -540,7 +545,7 @@ def generate_answers(run, prompts):
     """
     rank = shard.rank()
     world_size = shard.world_size()
-    # called after each token with [is each prompt unfinished?]: generate another one?
+    # keep_going(unfinished: [bool] per prompt) -> bool is called after each token
     keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
     decode = run.tokenizer.decode
     answers = []
@@ -591,15 +596,17 @@ class TrainState:
     """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
-    seconds: float                # since setup, evaluations included, over all processes of the run
+    seconds: float                # wall-clock seconds after setup, evaluations included, summed
+                                  # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
     consecutive_skips: int
     dtype: str                    # of the computation, chosen at the first start
     has_chats: bool               # the export gets the chat template
-    config: dict                  # the explicit keys
+    config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
+    launch: str                   # of the start that saved it, see checkpoint.launch_id
     changes: list                 # [{"step", "what"}]: files and data that had changed at a resume
     versions: dict
 
@@ -626,13 +633,15 @@ class Run:
     resume_path: Path | None
     logger: object
     saver: checkpoint.Saver
-    # what changes while the run is on
+    # fixed at this start
     resumed_step: int = 0
-    seconds_before: float = 0.0   # of earlier processes
+    seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
-    last_log_time: float = 0.0    # run.seconds() at the last logged step
-    tokens_since_log: int = 0
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since the last log line
+    # what changes while the run is on
+    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
+                                  # evaluations since then
+    meter_tokens: int = 0         # trained since then
+    data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     stop_signal: int = 0          # the number of a signal that asks the run to stop
@@ -641,7 +650,7 @@ class Run:
     answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
 
     def seconds(self):
-        """Seconds of training so far, over all processes of the run."""
+        """Wall-clock seconds so far, summed over the starts of the run (see TrainState)."""
         return self.seconds_before + time.perf_counter() - self.start_time
 
     def is_complete(self):
@@ -654,7 +663,13 @@ class Run:
 
 
 def setup(cfg, explicit):
-    """Load data and model, find the resume point. Raises UserError for mistakes in the config."""
+    """Return the Run: load data and model, and restore the checkpoint to resume from.
+
+    Writes config.yaml and code/ to out_dir. With resume=never, deletes an earlier run's files there
+    first. Raises UserError for mistakes in the config.
+
+    explicit  the keys that config files and command line set (configs.load); saved as config.yaml
+    """
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
     tokenize_data.require_train_data(cfg)
@@ -669,7 +684,8 @@ def setup(cfg, explicit):
     quiet = not is_rank0
     data = shard.main_process_first(tokenize_data.load_datasets, cfg, tokenizer, quiet)
     dataset = sampler.Dataset(data["train"])
-    steps_per_epoch, total_steps = count_steps(cfg, data)
+    steps_per_epoch, total_steps = count_steps(cfg, dataset.sizes)
+    check_micro_tokens(cfg, data)
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
@@ -688,18 +704,20 @@ def setup(cfg, explicit):
     prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
 
     # resume
+    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     if resume_path:
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
         continue_state(state, saved)
+        if is_rank0 and is_own_checkpoint:
+            checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
     logger = start_logging(cfg, explicit, state)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
-    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     return Run(
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
@@ -752,11 +770,12 @@ def resolve_model(cfg, tokenizer):
     """
     model_cfg = transformer.resolve_vocab_size(cfg["model"], tokenizer.n_vocab)
     seq_len = cfg["data"]["seq_len"]
-    # a pretrained vocabulary has grown to fit; one of a new model is as configured
+    # resolve_vocab_size enlarges a pretrained vocabulary, so only an explicit model.vocab_size of a
+    # new model can be too small
     if tokenizer.n_vocab > model_cfg["vocab_size"]:
         raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
-                                f"the tokenizer's {tokenizer.n_vocab} ids; another data.tokenizer, "
-                                "or a model made for it")
+                                f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null "
+                                "or another data.tokenizer")
     if model_cfg["positions"] == "learned" and seq_len > model_cfg["max_len"]:
         raise configs.UserError(f"data.seq_len: {seq_len} is more than the model's "
                                 f"{model_cfg['max_len']} learned positions (model.max_len); "
@@ -775,18 +794,17 @@ def load_reference(cfg, model_cfg):
     reference_cfg = configs.load([f"model.init_from={path}"])[0]["model"]
     reference_cfg = transformer.resolve_vocab_size(reference_cfg, model_cfg["vocab_size"])
     if reference_cfg["vocab_size"] != model_cfg["vocab_size"]:
-        raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} tokens, "
-                                f"and the model {model_cfg['vocab_size']}; they must be the same")
+        raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} "
+                                f"tokens, and the model {model_cfg['vocab_size']}; they must be "
+                                "the same")
     read_slice = transformer.PretrainedWeights(path, reference_cfg).read
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
     without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
     return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
 
 
-def count_steps(cfg, data):
-    """Return (steps per epoch, steps of the run). Raises UserError if nothing limits the run."""
-    sizes = {name: len(tokens) for name, tokens in data["train"].items()}
-    steps_per_epoch = sampler.steps_per_epoch(cfg, sizes)
+def check_micro_tokens(cfg, data):
+    """Raise UserError if a document is longer than a micro-batch."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     # a document of n tokens has n - 1 inputs
     longest = max(tokens.header["longest"] for tokens in all_sources) - 1
@@ -794,6 +812,14 @@ def count_steps(cfg, data):
         raise configs.UserError(f"micro_tokens: {cfg['micro_tokens']} is less than the longest "
                                 f"document's {longest} tokens; micro_tokens={longest}, or "
                                 f"data.seq_len={cfg['micro_tokens']}")
+
+
+def count_steps(cfg, sizes):
+    """Return (steps per epoch, steps of the run). Raises UserError if nothing limits the run.
+
+    sizes  {training source: its number of documents}
+    """
+    steps_per_epoch = sampler.steps_per_epoch(cfg, sizes)
     epsilon = 1e-9                                       # 0.28 * 100 is a little more than 28
     limits = [cfg["max_steps"], math.ceil(cfg["epochs"] * steps_per_epoch - epsilon)]
     if not any(limits):
@@ -810,7 +836,8 @@ def new_state(explicit, cfg, data, total_steps):
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
-        code=checkpoint.code_hashes(), git=checkpoint.git_describe(), changes=[],
+        code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
+        launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
@@ -858,19 +885,22 @@ def train(run):
     cfg = run.cfg
     state = run.state
     received = []                                        # signals; the loop finishes its step
-    handlers = {s: signal.signal(s, lambda number, _: received.append(number)) for s in SIGNALS}
-    reset_meters(run)
+    previous_handlers = {}
+    for number in SIGNALS:
+        previous_handlers[number] = signal.signal(number, lambda n, _frame: received.append(n))
     poll_stop(run, received)
-    mark_best(run)                                       # cfg["best"] may be new
-    if is_evaluation_missing(run):
+    mark_best(run)                        # a resumed run may name another metric in cfg["best"]
+    if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
+        poll_signals(run, received)
     run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
+    reset_meters(run)
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
-            step = state.step                            # of this step, from 0
+            step = state.step                # the number of this step, counted from 0
             wait_start = time.perf_counter()
             micro_batches, info, loss_weight = next_batch.result()
             run.data_wait += time.perf_counter() - wait_start
@@ -881,7 +911,7 @@ def train(run):
             lr = lr_at(step, state.total_steps, cfg)
             # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
             noise_seed = {"noise_seed": (cfg["seed"], step)}
-            state.step += 1                              # counts the steps done, this one included
+            state.step += 1                  # from here on: the number of this step, from 1
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
                 [global_loss_weight] = shard.all_reduce_sum([loss_weight])
@@ -899,26 +929,30 @@ def train(run):
 
             # log
             poll_stop(run, received)
-            run.tokens_since_log += info["tokens"]
+            run.meter_tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
                 reset_meters(run)
 
             # save, before an evaluation that may fail or be interrupted
             evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
+            # after a signal, save and exit at once; the resumed run evaluates
+            evaluating = evaluating and not run.stop_signal
             saving = is_due(run, "save_every") or run.is_complete()
             if saving or (evaluating and cfg["best"]):
                 save(run)
 
             # evaluate
             if evaluating:
+                evaluation_start = run.seconds()
                 evaluate(run)
                 run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run, received)              # one may have arrived since
-                reset_meters(run)                        # throughput is that of training
+                poll_signals(run, received)              # one may have arrived meanwhile
+                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
 
+    # a signal may have arrived during the last save; all ranks must agree before finish()
     poll_signals(run, received)
-    for number, handler in handlers.items():
+    for number, handler in previous_handlers.items():
         signal.signal(number, handler)
 
 
@@ -938,7 +972,7 @@ def poll_signals(run, received):
 def is_due(run, key):
     """Is logging, evaluation or saving (key: log_every, ...) due after this step?
 
-    It is after the last step, also if max_seconds made it the last.
+    Everything is due after the last step, even if max_seconds ended the run early.
     """
     every = run.cfg[key]
     due = every_n_steps(run.state.step, every, run.state.total_steps)
@@ -959,7 +993,10 @@ def was_evaluated(cfg, step):
 
 
 def profiler(run):
-    """log.profile_step on rank 0, if this is the step that cfg["profile"] names, from 1."""
+    """A context manager: log.profile_step on rank 0 in step cfg["profile"] (counted from 1).
+
+    In other steps and on other ranks it does nothing.
+    """
     if shard.rank() == 0 and run.state.step == run.cfg["profile"]:
         path = Path(run.cfg["out_dir"]) / "trace.json"
         return log.profile_step(path, run.device, run.logger.print)
@@ -988,8 +1025,8 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
-    elapsed = run.seconds() - run.last_log_time
-    tokens_per_second = run.tokens_since_log / elapsed
+    elapsed = run.seconds() - run.meter_start
+    tokens_per_second = run.meter_tokens / elapsed
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
@@ -1015,16 +1052,20 @@ def log_step(run, info, loss, lr, grad_norm):
 
 def reset_meters(run):
     """Start to measure throughput and waiting anew."""
-    run.last_log_time = run.seconds()
-    run.tokens_since_log = 0
+    run.meter_start = run.seconds()
+    run.meter_tokens = 0
     run.data_wait = 0.0
     run.save_wait = 0.0
 
 
 def save(run):
-    """Start to write a checkpoint. Returns when its copy is made."""
+    """Copy the state to host memory and start to write it to disk; return after the copy.
+
+    Raises RuntimeError if replicas differ (shard.check_replicas).
+    """
     shard.check_replicas(run.model)
-    run.logger.flush()                                   # a resumed run does not log it again
+    # write the pending record first: a run resumed from this checkpoint does not repeat its step
+    run.logger.flush()
     start = time.perf_counter()
     run.state.seconds = run.seconds()
     run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
@@ -1037,12 +1078,16 @@ def save(run):
 # the end of a run
 
 def finish(run):
-    """Write the last checkpoint and the export, print the summary."""
+    """Write the last checkpoint and the export, and print the summary.
+
+    After a signal: only save, then exit with status 128 + signal. Raises UserError if the last save
+    failed.
+    """
     cfg = run.cfg
     step = run.state.step
     written = run.saver.wait()                           # False if the last save failed on any rank
     if not written or run.saved_step < step:
-        save(run)                                        # or again: a full disk may have space now
+        save(run)                      # retries a failed save too: the disk may have space by now
         written = run.saver.wait()
     if run.stop_signal:
         saved = "saved" if written else "not saved"

@@ -6,7 +6,8 @@
 Layers, each merged over the ones before:
 
     default    configs/defaults.yaml, which is also the schema: type, range and meaning of every key
-    imported   the config.json of the pretrained model, translated by configs/families.yaml
+    imported   the config.json of the pretrained model, translated by configs/families.yaml;
+               without one, what new models of model.family share
     files      the yaml files on the command line, left to right
     cli        key.subkey=value on the command line, left to right
     derived    values that are still null and follow from others; never saved
@@ -47,7 +48,8 @@ class UserError(ValueError):
 # YAML 1.1, which PyYAML implements, reads 1e-4 as a string, no as false, 010 as 8 and 1:30 as 90.
 # Here 1e-4 is a float and the others are strings.
 
-# libyaml parses our files in 2 ms, 60 times faster than PyYAML itself, which may lack it.
+# libyaml parses our files in 2 ms, 60 times faster than PyYAML's own parser. PyYAML can be built
+# without it.
 YAML_PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INT = r"[-+]?(0|[1-9][0-9]*)"
 FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan"
@@ -118,7 +120,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
-Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{FLOAT}|{INT})$"), None)
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{FLOAT})$"), None)
 Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^None$"), None)
 
 
@@ -169,8 +171,8 @@ def nested(key, value):
 def overlay(base, new, layer, prefix=""):
     """Merge `new` into `base` in place: sections recursively, all other values are replaced.
 
-    null and a string with ${...} replace anything. Otherwise a section in the place of a value, or
-    the reverse, is a UserError.
+    null, and a ${...} where the schema allows one, replace anything. Otherwise a section in the
+    place of a value, or the reverse, is a UserError.
     """
     for key, value in new.items():
         old = base.get(key)
@@ -198,7 +200,8 @@ def merged(layers):
 def layer_of(source, key):
     """The layer of a dotted key; if it is not in `source`, that of the section it is in.
 
-    source[""], if there is one, is the layer of everything else. "cfg" if none is known.
+    source[""], if there is one, is the layer of everything else. "cfg" for a section of several
+    layers, which has no entry of its own.
     """
     while key and key not in source:
         key = key.rpartition(".")[0]
@@ -327,8 +330,9 @@ def coerce(value, constraint):
 
 def checked_value(key, value, constraint, layer):
     """The value, converted. Raises UserError if it does not fulfil the constraint."""
+    # A ${...} is checked when it is resolved. It cannot replace a section of known keys.
     if "${" in str(value) and not constraint.startswith("section"):
-        return value                               # it is checked when it is resolved
+        return value
     value = coerce(value, constraint)
     if not fits(value, constraint):
         raise invalid(key, constraint, value, layer)
@@ -354,6 +358,7 @@ def validate(section, schema, source, prefix=""):
         layer = layer_of(source, dotted)
         constraint = item_kind or constraint_of(dotted, schema)
         if constraint is None:
+            # of an unknown section, name the first leaf: synonyms.yaml lists leaves
             full_key = next(iter(flat({dotted: value})))
             raise UserError(f"{full_key}: unknown key (from {layer}); "
                             f"{suggestion(full_key, schema)}")
@@ -389,8 +394,8 @@ def suggestion(key, schema):
 def find_synonym(key, schema):
     """The entry of synonyms.yaml for a key of another trainer, or None.
 
-    An entry begins with one of our keys. It is skipped if that is not in the schema (of another
-    script's options, for example).
+    An entry begins with one of our keys. If the schema lacks that key, as the schema of a script's
+    own options does, the entry is ignored.
     """
     table = read_file(HERE / "synonyms.yaml")
     for name in (key, key.rpartition(".")[2]):
@@ -415,10 +420,13 @@ def nearest(key, names):
 # --------------------------------------------------------------------------------------------------
 # the command line
 
-def parse_value(text, key, constraint):
-    """The value of key=TEXT. A key that holds a string takes the text as it is.
+def parse_value(text, key, constraint, origin="cli"):
+    """The value of key=TEXT.
 
-    Except for null, where the constraint allows it.
+    If the constraint accepts a string (str, one of, name in), the text is returned as it is; but
+    null is None if the constraint accepts null.
+
+    origin  where the text comes from, for error messages
     """
     value = parse_scalar(text)
     takes_text = constraint != "any" and fits(text, constraint)
@@ -426,7 +434,8 @@ def parse_value(text, key, constraint):
         is_null = value is None and fits(None, constraint)
         return None if is_null else text
     if text.startswith(("[", "{")):
-        return construct(compose(text, f"{key} (from cli)"), f"{key} (from cli)")
+        name = f"{key} (from {origin})"
+        return construct(compose(text, name), name)
     return value
 
 
@@ -438,12 +447,12 @@ def parse_override(arg, schema, layers):
     """
     key, _, text = arg.partition("=")
     value = parse_value(text, key, constraint_of(key, schema) or "any")
-    item = re.match(r"(.+?)\.([0-9]+)(\.|$)", key)
-    if item and (constraint_of(item[1], schema) or "").startswith(("list", "names")):
-        list_key = item[1]
+    match = re.match(r"(.+?)\.([0-9]+)(\.|$)", key)
+    if match and (constraint_of(match[1], schema) or "").startswith(("list", "names")):
+        list_key = match[1]
         items = get(merged(layers)[0], list_key)
         change = nested(key.removeprefix(f"{list_key}."), value)
-        return nested(list_key, change_item(items, item[2], change, list_key))
+        return nested(list_key, change_item(items, match[2], change, list_key))
     return nested(key, value)
 
 
@@ -456,9 +465,9 @@ def change_item(items, index, change, key):
     if int(index) >= length:
         raise UserError(f"{key}.{index}: out of range; {key} has {length} items, counted from 0 "
                         "(from cli)")
-    item = {index: items[int(index)]}
-    overlay(item, change, "cli", f"{key}.")
-    items[int(index)] = item[index]
+    section = {index: items[int(index)]}           # overlay() merges dicts, so wrap the item in one
+    overlay(section, change, "cli", f"{key}.")
+    items[int(index)] = section[index]
     return items
 
 
@@ -510,7 +519,8 @@ def look_up(name, key, trail, context):
                                   f"${{oc.env:{variable},VALUE}} has a default", context)
         if "${" in text:
             raise reference_error(key, f"the environment variable {variable} contains ${{", context)
-        return parse_value(text, key, constraint_of(key, context["schema"]) or "any")
+        constraint = constraint_of(key, context["schema"]) or "any"
+        return parse_value(text, key, constraint, f"environment variable {variable}")
     value = get(context["cfg"], name, MISSING)
     if value is MISSING:
         near = nearest(name, list(flat(context["cfg"])))
@@ -535,17 +545,19 @@ def named_sources(cfg):
     return sources
 
 
-def fill_sources(cfg, source):
-    """Give every named source the keys of data.source that it does not set itself."""
+def fill_sources(cfg, layers_by_key):
+    """Give every named source the keys of data.source that it does not set itself.
+
+    layers_by_key  what load() returns as `source`; here, a source is one of data
+    """
     for name, section in named_sources(cfg).items():
         for key, value in cfg["data"]["source"].items():
             if key not in section:
                 section[key] = value
-                source[f"{name}.{key}"] = layer_of(source, f"data.source.{key}")
-        source.pop(name, None)                     # the entry of an empty section
+                layers_by_key[f"{name}.{key}"] = layer_of(layers_by_key, f"data.source.{key}")
 
 
-def derive(cfg, source):
+def derive(cfg, layers_by_key):
     """Fill values that are null and follow from others, and join paths, in place."""
     model_cfg = cfg["model"]
     d_model = model_cfg["d_model"]
@@ -568,7 +580,7 @@ def derive(cfg, source):
     for key, value in values.items():
         if get(cfg, key) is None:
             overlay(cfg, nested(key, value), "derived")
-            source[key] = "derived"
+            layers_by_key[key] = "derived"
 
     cfg["out_dir"] = join_root(cfg["output_root"], cfg["out_dir"])
     cfg["data"]["cache_dir"] = join_root(cfg["output_root"], cfg["data"]["cache_dir"])
@@ -583,13 +595,14 @@ def join_root(root, path):
     return path if root in ("", ".") or not path else os.path.join(root, path)
 
 
-def check(cfg, source, defaults):
+def check(cfg, layers_by_key, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
     yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
     for group in cfg["param_groups"]:
-        validate(group, PARAM_GROUP, source, "param_groups.")
+        # for its errors only: the values need no conversion
+        validate(group, PARAM_GROUP, layers_by_key, "param_groups.")
         yield (is_pattern(group.get("match")), "param_groups",
                "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
     id_range = cfg["data"]["ignore_token_id_range"] or [0, 0]
@@ -635,7 +648,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     """Load the config of a command line, e.g. ["configs/ft.yaml", "lr=1e-4"].
 
     imported  a dict, or a function that receives a resolved copy of the other layers and returns
-              one. Default: the config.json of model.init_from, or nothing if defaults is given
+              one. Default: hf_config.import_model, or nothing if defaults is given
     defaults  a dict to use instead of defaults.yaml; the types of its values are the schema. The
               checks and derived values of this project don't apply
 
@@ -733,13 +746,14 @@ def pop_options(argv, **options):
 
 
 def bind_options(key, function, given, options, supplied=()):
-    """Bind a section of options, key_options, to the function that `key` names.
+    """Bind the options of cfg[f"{key}_options"] to the function that `key` names.
 
     given     the number of leading parameters that the function receives when it is called
+    options   the section of options, {name: value}
     supplied  names of other parameters that the caller supplies, if the function has them
-    Returns the function, or a functools.partial of it. Raises UserError for an option that the
-    function does not have, one that it needs and that is missing, or one whose type is not that of
-    its default.
+
+    Returns the function, or a functools.partial of it. Raises UserError if an option is unknown, if
+    a required one is missing, or if its type is not that of the default.
     """
     import inspect                                 # not at the top: it takes 10 ms to import
 
@@ -778,8 +792,6 @@ def load_or_exit(argv, builtin_names=False):
 
     builtin_names  also check_builtin_names()
     """
-    if "--help" in argv or "-h" in argv:
-        exit_with_help(sys.modules["__main__"].__doc__ or __doc__, argv)
     try:
         cfg, source, explicit = load(argv)
         if builtin_names:

@@ -254,7 +254,6 @@ def test_commit_fsyncs_every_file_before_the_rename(tmp_path, monkeypatch):
 
 
 def test_commit_keeps_the_newest_and_the_best(tmp_path):
-    """Checkpoints of later steps belong to a run that was resumed before them, and go."""
     model = small_model()
     optimizer = Factored(model.parameters())
     saver = checkpoint.Saver(tmp_path, 2, print)
@@ -266,11 +265,19 @@ def test_commit_keeps_the_newest_and_the_best(tmp_path):
     assert names_after(1) == [1] and names_after(2) == [1, 2]
     checkpoint.set_best(tmp_path, [9, 1])
     assert names_after(3) == [1, 2, 3] and names_after(4) == [1, 3, 4]
-    assert names_after(2) == [1, 2]
     checkpoint.set_best(tmp_path, [])
-    assert names_after(3) == [2, 3]
+    assert names_after(5) == [4, 5]
     assert not (tmp_path / "checkpoints" / "best").is_symlink()
-    assert (tmp_path / "checkpoints" / "latest").resolve().name == "00000003"
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "00000005"
+
+
+def test_delete_later_checkpoints_at_a_resume(stopped):
+    out_dir = Path(stopped()["out_dir"])
+    for step in (5, 4):
+        checkpoint.delete_later_checkpoints(out_dir, step)
+        newest = checkpoint.list_checkpoints(out_dir)[-1]
+        assert newest.name == ("00000005" if step == 5 else "00000003")
+        assert (out_dir / "checkpoints" / "latest").resolve() == newest.resolve()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,6 +454,7 @@ def stopped(tiny):
         optimizer = Factored(model.parameters())
         for step in (3, 5):
             assert save(out_dir, model, optimizer, step, code=checkpoint.code_hashes(),
+                        launch=checkpoint.launch_id(),
                         data={"chats": {"source": "a", "options": "b"}})
         (out_dir / "config.yaml").write_text(configs.dump(explicit))
         return cfg
@@ -519,13 +527,30 @@ def test_find_resume_point_refuses_changed_code_by_file_name(stopped, tiny, monk
     assert checkpoint.find_resume_point(tiny(f"resume={newest}", out="new")[0]) == newest
 
 
-def test_find_resume_point_after_a_restart_is_the_newest(stopped, tiny, monkeypatch):
-    """torchrun --max-restarts starts the same command again, also with resume=never."""
+@pytest.mark.parametrize("saved_by, restarts, continues", [
+    ("an earlier launch", "0", False), ("an earlier launch", "2", False),
+    ("this launch", "0", False), ("this launch", "2", True)])
+def test_find_resume_point_after_a_restart(
+        stopped, tiny, monkeypatch, saved_by, restarts, continues):
+    """torchrun --max-restarts starts the same command again. What it has saved itself counts: if it
+    died before its first checkpoint, resume=never and resume=PATH mean what they meant at first."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", saved_by)
     newest = Path(stopped()["out_dir"]) / "checkpoints" / "00000005"
-    for restarts, point in (("0", None), ("2", newest)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        assert checkpoint.find_resume_point(tiny("resume=never")[0]) == point
-        assert checkpoint.find_resume_point(tiny("resume=latest")[0]) == newest
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this launch")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    older = newest.with_name("00000003")
+    assert checkpoint.find_resume_point(tiny("resume=latest")[0]) == newest
+    never = checkpoint.find_resume_point(tiny("resume=never")[0])
+    named = checkpoint.find_resume_point(tiny(f"resume={older}")[0])
+    assert (never, named) == ((newest, newest) if continues else (None, older))
+
+
+def test_launch_id_is_that_of_torchruns_agent(monkeypatch):
+    """Without --rdzv_id torchrun sets "none"; the agent is the parent, also after a restart."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert checkpoint.launch_id() == f"agent {os.getppid()}"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 17")
+    assert checkpoint.launch_id() == "job 17"
 
 
 def test_find_resume_point_refuses_a_folder_that_cannot_be_written(tiny, tmp_path):
@@ -572,6 +597,7 @@ def test_start_over_deletes_what_a_run_left(stopped):
     for name in ("hf", "adapter", "code-at-00000003", "notes"):
         (out_dir / name).mkdir()
     (out_dir / "metrics.jsonl").write_text("")
+    (out_dir / "wandb_id").write_text("abc")
     checkpoint.start_over(out_dir)
     assert sorted(p.name for p in out_dir.iterdir()) == ["config.yaml", "notes"]
     checkpoint.start_over(out_dir / "none")

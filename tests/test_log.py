@@ -1,6 +1,7 @@
 """log.py: records, console lines, backends, reports, tables and pictures."""
 import importlib.util
 import json
+import sys
 import types
 import xml.etree.ElementTree as ET
 
@@ -172,6 +173,20 @@ def test_backends_get_the_known_numbers_of_each_record(tmp_path, monkeypatch):
     logger.validation({"step": 1, "val/x/loss": torch.tensor(2.0), "val/y/loss": float("nan")})
     logger.close()
     assert ListBackend.calls == [tmp_path, {"step": 1, "val/x/loss": 2.0}, "closed"]
+
+
+def test_wandb_backend_continues_the_run_that_it_started(tmp_path, monkeypatch):
+    """wandb itself needs an account: this is its interface, init() with an id."""
+    ids = []
+
+    def init(id, resume, **_options):
+        ids.append(id)
+        return types.SimpleNamespace(id=id or "new-id")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for _ in range(2):
+        log.WandbBackend(load_config(tmp_path), tmp_path)
+    assert ids == [None, "new-id"]
 
 
 @pytest.mark.parametrize("name", list(log.BACKENDS))

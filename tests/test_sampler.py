@@ -94,6 +94,14 @@ def test_documents_weighted_draws_sources_in_proportion():
     assert counts[0] == 750 and counts[1] == 250
 
 
+def test_documents_weighted_ignores_the_weight_of_an_empty_source():
+    """The others share the epoch; without any document there is an error, and no division by 0."""
+    c = cfg(order="weighted", a=1, b=2, c=3)
+    assert S.documents_per_epoch(c, {"a": 10, "b": 20, "c": 0}).tolist() == [10, 20, 0]
+    with pytest.raises(configs.UserError, match="no documents"):
+        S.steps_per_epoch(c, {"a": 0, "b": 0, "c": 0})
+
+
 def test_documents_are_a_function_of_the_step_alone():
     c, sizes = cfg(a=1, b=2), {"a": 70, "b": 44}
     late = S.documents(1000, c, sizes)

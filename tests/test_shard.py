@@ -1,5 +1,5 @@
 """shard.py in one process: LoRA, precision, compilation, predicted memory."""
-import shutil
+import json, os, shutil, subprocess, sys
 
 import pytest
 import torch
@@ -65,6 +65,15 @@ def test_merged_weights_give_a_plain_model_with_the_same_logits(targets):
     assert torch.allclose(merged.logits(micro_batch()), model.logits(micro_batch()), atol=1e-5)
     plain = M.build(TINY)
     assert not torch.allclose(merged.logits(micro_batch()), plain.logits(micro_batch()), atol=1e-3)
+
+
+@pytest.mark.parametrize("base, written", [("data/base", "data/base"), ("", None), (None, None)])
+def test_save_adapter_names_the_base(tmp_path, base, written):
+    """A base that is drawn from the seed has no name: null."""
+    model = model_with_lora(["q_proj"])
+    shard.save_adapter(model, {"r": 4, "alpha": 8.0}, tmp_path, base)
+    adapter_config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == written
 
 
 def test_init_adapters_draws_an_adapter_whatever_else_is_adapted():
@@ -156,6 +165,20 @@ def test_all_reduce_gradients_leaves_one_rank_alone():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_run_distributed_prints_the_text_of_sys_exit(tmp_path):
+    """As Python does: the text on stderr, and exit status 1."""
+    code = ("import sys, shard\n"
+            "def main(cfg):\n"
+            "    sys.exit('the reason')\n"
+            "shard.run_distributed(main, {'device': 'cpu', 'dtype': 'float32'})\n")
+    (tmp_path / "leave.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               tmp_path / "leave.py"]
+    done = subprocess.run(command, cwd=configs.HERE.parent, capture_output=True, text=True,
+                          timeout=200, env=os.environ | {"PYTHONPATH": str(configs.HERE.parent)})
+    assert done.returncode == 1 and "the reason\n" in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # predicted memory
 
@@ -193,6 +216,9 @@ def test_shard_script_prints_the_predicted_memory(script):
     out = script("shard.py", "configs/ft.yaml", "gpus=64")
     assert out.returncode == 0, out.stderr
     assert "each of 64 devices" in out.stdout and "optimizer" in out.stdout
+    assert "shard.recompute=true predicts" in out.stdout
+    out = script("shard.py", "configs/ft.yaml", "gpus=8", "device=cuda", "shard.recompute=true")
+    assert "8 devices (cuda, replicate 8" in out.stdout and "shard.recompute" not in out.stdout
 
 
 def test_shard_script_predicts_less_for_more_shards(script):

@@ -1,5 +1,5 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, re, shutil, signal, subprocess, sys, traceback
+import json, math, os, re, shutil, signal, subprocess, sys, time, traceback
 from pathlib import Path
 
 import pytest
@@ -150,6 +150,24 @@ def test_resume_from_a_named_checkpoint(tiny):
             main(tiny("max_steps=8", "eval_every=0", f"resume={four}", more, out="strange"))
 
 
+def test_resume_from_an_own_checkpoint_abandons_the_later_ones(tiny, monkeypatch):
+    """At the start and not at the first save: a crash in between must not bring them back."""
+    keys = ["max_steps=8", "save_every=2", "eval_every=0", "checkpoint.keep=9"]
+    loaded = tiny(*keys)
+    first = run(loaded)
+    checkpoints = Path(loaded[0]["out_dir"]) / "checkpoints"
+
+    def crash(run):
+        raise RuntimeError("before the first save")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train, "train", crash)
+        main(tiny(*keys, f"resume={checkpoints / '00000004'}"))
+    assert [p.name for p in checkpoint.list_checkpoints(checkpoints.parent)] == ["00000002", "00000004"]
+    assert (checkpoints / "latest").resolve().name == "00000004"
+    assert run(loaded) == first
+
+
 def test_resume_never_starts_over(tiny, monkeypatch):
     """resume=never deletes the run in out_dir. It holds for one start: the folder then resumes as any other."""
     loaded = tiny("max_steps=4", "eval_every=0", "save_every=2", "resume=never", out="once")
@@ -220,6 +238,63 @@ def test_train_loses_no_step_to_a_signal_during_evaluation(tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", real)
     run(again)
     assert records(again[0]) == records(whole[0])
+
+
+def test_train_saves_before_a_due_evaluation_after_a_signal(tiny, monkeypatch):
+    """The time between a signal and the end of the process may be short; the resumed run evaluates."""
+    whole = tiny(out="whole")
+    again = tiny(out="again")
+    run(whole)
+    evaluated_steps = []
+    real_evaluate = train.evaluate
+    real_train_step = train.train_step
+
+    def evaluate(run):
+        evaluated_steps.append(run.state.step)
+        real_evaluate(run)
+
+    def train_step(*args):
+        if len(log.read(again[0]["out_dir"])) == 9:      # step 10: the evaluation of 0, and 8 steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_train_step(*args)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(SystemExit):
+        main(again)
+    assert evaluated_steps == [0]
+    assert checkpoint.list_checkpoints(again[0]["out_dir"])[-1].name == "00000010"
+    monkeypatch.setattr(train, "train_step", real_train_step)
+    run(again)
+    assert evaluated_steps == [0, 10, 20, 25] and records(again[0]) == records(whole[0])
+
+
+def test_train_measures_throughput_without_evaluations(tiny, monkeypatch):
+    loaded = tiny("max_steps=12", "eval_every=10")
+    real_evaluate = train.evaluate
+
+    def slow_evaluate(run):
+        real_evaluate(run)
+        time.sleep(2)
+
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
+    main(loaded)
+    steps = [row for row in records(loaded[0], "tokens", "tok_per_s") if row[0]]
+    assert len(steps) == 12 and all(tokens / tok_per_s < 2 for tokens, tok_per_s in steps)
+
+
+def test_train_logs_save_wait_also_if_an_evaluation_follows_the_save(tiny, monkeypatch):
+    loaded = tiny("max_steps=4", "save_every=1", "eval_every=1", "log_every=1")
+    real_save = checkpoint.Saver.save
+
+    def slow_save(*args):
+        time.sleep(0.5)
+        real_save(*args)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", slow_save)
+    main(loaded)
+    waits = [wait for wait, in records(loaded[0], "save_wait") if wait is not None]
+    assert len(waits) == 4 and waits[0] == 0 and min(waits[1:]) > 0.3
 
 
 # ---- the step
@@ -688,6 +763,8 @@ def test_lr_at_and_every_n_steps(tiny):
     assert [s for s in range(1, 11) if train.every_n_steps(s, 0.25, 10)] == [3, 5, 8, 10]
     assert [s for s in range(1, 31) if train.every_n_steps(s, 0.1, 30)] == list(range(3, 31, 3))
     assert not train.every_n_steps(10, 0, 10) and train.every_n_steps(10, 3, 10)
+    # "never, except at the start and the end", as people write it
+    assert [s for s in range(11) if train.every_n_steps(s, 10**10, 10)] == [0, 10]
     assert [train.to_steps(v, 40) for v in (1, 1.0, 0.5, 0, 0.0)] == [1, 40, 20, 0, 0]
 
 

@@ -23,6 +23,7 @@ A micro-batch is one flat sequence of documents, as a dict of tensors:
 Tokens after the last document are padding and belong to no document. This file knows nothing about
 ranks: shard.py takes a finished model and parallelizes it.
 """
+import collections
 import functools
 import inspect
 import json
@@ -205,7 +206,7 @@ class Attention(nn.Module):
         q = self.q_proj(x)                                                         # [T, H E]
         k = self.k_proj(x)                                                         # [T, K E]
         v = self.v_proj(x)                                                         # [T, K E]
-        if self.q_norm is not None:                      # over [T, H, E], or [T, 1, H E] for "all"
+        if self.q_norm is not None:    # "head": each of [T, H, E]; "all": of [T, 1, H E]
             q = self.q_norm(q.unflatten(-1, (-1, len(self.q_norm.weight)))).flatten(1)
             k = self.k_norm(k.unflatten(-1, (-1, len(self.k_norm.weight)))).flatten(1)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))                         # [T, H, E]
@@ -380,6 +381,7 @@ class Block(nn.Module):
 
     norm_after         norms on the outputs of attention and MLP instead (OLMo2)
     parallel_residual  attention and MLP both read the block's input (GPT-NeoX, Phi)
+    shared_norm        of a parallel block: both read norm1(x) (Phi)
 
     forward() is in three parts because shard.compile_blocks() compiles the first and the last: they
     depend on the number of tokens alone, attention also on where documents begin.
@@ -508,10 +510,10 @@ EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
 
 
 def previous_tokens(batch, n):
-    """The n tokens before each token of its document, nearest first: int64 [T, n]; -1: none.
+    """For each token, the n tokens before it in the same document, nearest first: int64 [T, n].
 
-    For embeddings that look back. In generation, a micro-batch holds one new token per prompt, and
-    batch["history"] [B, longest] all tokens so far.
+    -1 where there is none. For embeddings that look back. In generation, a micro-batch holds one
+    new token per prompt, and batch["history"] [B, capacity] all tokens so far.
     """
     offsets = torch.arange(1, n + 1, device=batch["tokens"].device)
     positions = batch["positions"][:, None] - offsets                              # [T, n]
@@ -538,11 +540,13 @@ LOSS_INPUTS = ("token_index", "batch", "reference_logits")
 def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0):
     """-log softmax(logits)[target].
 
-    label_smoothing  share of the target that is spread over all tokens (arXiv:1512.00567, 7)
-    z_loss           factor of log(sum(exp(logits)))^2 (arXiv:2204.02311, 5)
+    label_smoothing  share of the target that all tokens get evenly (arXiv:1512.00567, section 7)
+    z_loss           factor of log(sum(exp(logits)))^2 (arXiv:2204.02311, section 5)
     """
     nll = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    return nll + z_loss * logits.logsumexp(-1) ** 2 if z_loss else nll
+    if z_loss:
+        nll = nll + z_loss * logits.logsumexp(-1) ** 2
+    return nll
 
 
 def dft(logits, targets):
@@ -702,6 +706,7 @@ class Transformer(nn.Module):
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
 
+        # both are called with two arguments: (model, batch) and (logits, targets)
         self.embedding = configs.bind_options(
             "model.embed", EMBEDDINGS[m["embed"]], 2, m["embed_options"])
         loss = LOSSES[m["loss"]]
@@ -745,8 +750,8 @@ class Transformer(nn.Module):
         return self._hidden(batch)
 
     def _hidden(self, batch, layout=None):
-        """hidden(), for the methods here: under FSDP2, hidden() itself gathers sharded weights, as
-        forward() and logits() do, and these must not be nested.
+        """hidden(), for calls within this class. Under FSDP2, forward(), hidden() and logits()
+        gather sharded weights (see shard.apply_fsdp), so that they must not call each other.
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -893,8 +898,8 @@ class NewWeights:
         if len(self.shapes[name]) < 2:
             return torch.full((end - start,), 1.0 if name.endswith("weight") else 0.0)
         begin = start // self.ROWS * self.ROWS
-        drawn = [self.draw(name, first) for first in range(begin, end, self.ROWS)]
-        return torch.cat(drawn)[start - begin:end - begin]
+        blocks = [self.draw(name, first) for first in range(begin, end, self.ROWS)]
+        return torch.cat(blocks)[start - begin:end - begin]
 
     def draw(self, name, first):
         """The rows from `first` on, at most ROWS."""
@@ -907,9 +912,9 @@ class NewWeights:
         if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
             std = std / math.sqrt(2 * m["n_layers"])
         rows = torch.zeros(min(self.ROWS, n_rows - first), *rest)
-        drawn = max(0, unpadded_rows(name, n_rows, m) - first)
-        generator = make_generator(self.seed, f"{name} {first}" if first else name)
-        rows[:drawn].normal_(0, std, generator=generator)
+        n_drawn = max(0, unpadded_rows(name, n_rows, m) - first)
+        generator = make_generator(self.seed, f"{name} {first}")
+        rows[:n_drawn].normal_(0, std, generator=generator)
         self.last = ((name, first), rows)
         return rows
 
@@ -1082,13 +1087,14 @@ class PretrainedWeights:
     def check(self):
         """Raise UserError unless the files have exactly the tensors that the model needs."""
         wrong = []
-        expected = {}                                    # tensor: (rows, other dimensions, name)
+        n_rows = collections.Counter()                   # {tensor: rows that the model reads of it}
+        name_of = {}                                     # {tensor: a parameter that it has rows of}
         for name, slices in self.slices.items():
             for tensor, _, rows in slices:
-                so_far = expected.get(tensor, (0, None, None))[0]
-                expected[tensor] = (so_far + rows, self.shapes[name][1:], name)
-        for tensor, (rows, rest, name) in expected.items():
-            shape = [rows, *rest]
+                n_rows[tensor] += rows
+                name_of[tensor] = name
+        for tensor, name in name_of.items():
+            shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
             if tensor not in self.files:
@@ -1101,7 +1107,7 @@ class PretrainedWeights:
         if self.stored_config.get("tie_embeddings"):     # some files store the tied head, too
             ignored += (self.family["weights"].get("head.weight", "head.weight"),)
         for tensor in sorted(self.files):
-            if tensor not in expected and not tensor.endswith(ignored):
+            if tensor not in name_of and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             contradictions = contradicting_keys(self.m, self.stored_config)
@@ -1113,12 +1119,12 @@ class PretrainedWeights:
 def contradicting_keys(m, stored_config):
     """The keys whose values differ from config.json's and give weights of other shapes."""
     contradictions = []
-    without_layers = m | {"rope_layers": None}           # its length depends on n_layers
-    shapes = parameter_shapes(without_layers)
+    m = m | {"rope_layers": None}    # changes no shape, but must have n_layers entries
+    shapes = parameter_shapes(m)
     for key, value in stored_config.items():
-        if value is None or m[key] == value:
+        if key == "rope_layers" or value is None or m[key] == value:
             continue
-        if parameter_shapes(without_layers | {key: value}) != shapes:
+        if parameter_shapes(m | {key: value}) != shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
     return contradictions
 
@@ -1129,13 +1135,17 @@ def open_weights(folder):
     Raises UserError if there is no such file, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
+    single_file = folder / "model.safetensors"
     index_file = folder / "model.safetensors.index.json"
     current = index_file                                 # the file that is being read
     try:
-        files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("*.safetensors"))
-        if index_file.is_file() and files[:1] != [folder / "model.safetensors"]:
+        if single_file.is_file():
+            files = [single_file]
+        elif index_file.is_file():
             index = json.loads(index_file.read_text())
             files = sorted({folder / name for name in index["weight_map"].values()})
+        else:
+            files = sorted(folder.glob("*.safetensors"))
         tensors = {}
         for current in files:
             opened = safe_open(current, framework="pt")
@@ -1173,9 +1183,8 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fixed = configs.families()[m["family"]].get("fixed", {})
-    is_native = configs.families()[m["family"]].get("native", False)
-    if m["embed"] == "scaled" and "embed" not in fixed and not is_native:
+    family = configs.families()[m["family"]]
+    if m["embed"] == "scaled" and "embed" not in family["fixed"] and not family.get("native"):
         # The family's config.json has no key for it, so the table is stored scaled. A tied head
         # is stored apart, as it is.
         read = ScaledEmbedding(read, m).read
@@ -1185,11 +1194,12 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     write_json(folder / "generation_config.json", generation | {"do_sample": False})
 
-    files = split_into_files(m, getattr(torch, config["dtype"]), shard_bytes)
+    dtype = getattr(torch, config["dtype"])
+    files = split_into_files(m, dtype, shard_bytes)
     weight_map = {}
     total_size = 0
     for i, tensor_names in enumerate(files):
-        tensors = collect_tensors(read, m, tensor_names, getattr(torch, config["dtype"]))
+        tensors = collect_tensors(read, m, tensor_names, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
@@ -1222,7 +1232,7 @@ TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def hf_config(m, source, stop, bos):
     """The config.json of an exported model, as a dict."""
     family = configs.families()[m["family"]]
-    # If token ids were left out, transformers would take those of some released model.
+    # transformers replaces a missing token id by that of a released model, so null is written.
     config = dict.fromkeys(TOKEN_ID_KEYS)
     source_folder = configs.resolve_pretrained(str(source)) if source else None
     if source_folder and (Path(source_folder) / "config.json").is_file():
@@ -1242,16 +1252,16 @@ def hf_config(m, source, stop, bos):
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
-    null_is_a_value = [*TOKEN_ID_KEYS]
+    written_if_null = [*TOKEN_ID_KEYS]
     for key, places in family["keys"].items():
         hf_key = places[0] if isinstance(places, list) else places
         config[hf_key] = m[key]
         # without the key, transformers would take its default, places[-1]
         if isinstance(places, list) and places[-1] is not None:
-            null_is_a_value.append(hf_key)
+            written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
-              if value is not None or key in null_is_a_value}
-    return config | family.get("refuse", {})             # the only supported values, even if null
+              if value is not None or key in written_if_null}
+    return config | family.get("only", {})             # the only supported values, even if null
 
 
 def split_into_files(m, dtype, shard_bytes):
@@ -1286,11 +1296,14 @@ def collect_tensors(read, m, tensor_names, dtype):
     return tensors
 
 
-def write_safetensors(tensors, path, mode_of):
-    """safetensors makes the file readable for its owner only; give it the mode of another file."""
+def write_safetensors(tensors, path, copy_mode_from):
+    """Write a safetensors file with the permissions of another file.
+
+    (save_file makes it readable for its owner only.)
+    """
     from safetensors.torch import save_file
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(mode_of, path)
+    shutil.copymode(copy_mode_from, path)
 
 
 def write_json(path, content):
@@ -1304,13 +1317,12 @@ def pack_prompts(prompts, device="cpu"):
     """Lists of token ids -> a micro-batch without targets."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
-    batch = {
+    return {
         "tokens": tokens.to(device),
         "positions": torch.cat([torch.arange(n) for n in lengths]).to(device),
         "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
         "max_seqlen": int(lengths.max()),
     }
-    return batch
 
 
 class KVCache:
@@ -1345,7 +1357,8 @@ class KVCache:
         self.values[layer][sequences, positions] = v
 
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
-        """Yield one group: q [B, H, 1, E], all keys and values so far [B, K, t, E], the mask."""
+        """Store k and v, and yield one group: q [B, H, 1, E], all keys and values so far
+        [B, K, t, E], and the mask."""
         self.store(layer, k, v, self.sequences, self.n_tokens)
         t = self.longest + 1
         keys = self.keys[layer][:, :t].transpose(1, 2)
@@ -1364,7 +1377,9 @@ class Prefill(PackedDocuments):
     """The prompts, whose keys and values also go to a KVCache."""
 
     def __init__(self, batch, cache):
-        super().__init__(batch["cu_seqlens"], len(batch["tokens"]), batch["max_seqlen"])
+        # use_varlen would bypass padded_groups(), which fills the cache
+        super().__init__(batch["cu_seqlens"], len(batch["tokens"]), batch["max_seqlen"],
+                         use_varlen=False)
         self.cache = cache
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
@@ -1383,8 +1398,8 @@ def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, 
     and answer have model.max_len tokens. After that, its entry is None. temperature 0 takes the
     most likely token.
 
-    keep_going  ([is each answer unfinished?]) -> generate another token? On a sharded model, all
-                ranks have to agree
+    keep_going  a function of [is answer i unfinished?]; generation stops when it returns False. On
+                a sharded model, it must return the same on all ranks
     """
     m = model.cfg
     device = model.embed.weight.device
@@ -1469,7 +1484,7 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
         for i in range(n_chats):
             if len(prompts) == limit:
                 return prompts
-            ids, loss_weights = source.document(i)       # of each token itself, not of the next
+            ids, loss_weights = source.document(i)       # loss_weights[i] belongs to ids[i]
             targets = np.flatnonzero(loss_weights > 0)
             if not len(targets):
                 continue
@@ -1514,8 +1529,9 @@ SUMMARY_PARTS = {"embedding": r"embed|pos\.", "attention": r"attn\..*_proj", "ml
                  "norms": "norm", "head": r"head"}
 
 
-def summary(model, m):
+def summary(model):
     """A table of the model's parameters, with FLOPs and bytes, as text."""
+    m = model.cfg
     params = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
     total = sum(n for _, _, n in params)
     gated = " gated" if m["glu"] else ""
@@ -1583,7 +1599,8 @@ def print_summary(folder):
     m = configs.load([f"model.init_from={folder}"])[0]["model"]
     PretrainedWeights(folder, m)                         # raises UserError if they do not fit
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    print(f"{summary(build_on_meta(m), m)}, {size / 1e6:,.1f} MB as stored")
+    print(summary(build_on_meta(m)))
+    print(f"  {size / 1e6:,.1f} MB as stored")
 
 
 def encode_question(tokenizer, question):
@@ -1597,7 +1614,8 @@ def encode_question(tokenizer, question):
     prompt = tokenizer.encode(tokenizer.clean(question)).tolist()
     if tokenizer.bos:
         prompt = [tokenizer.special[tokenizer.bos], *prompt]
-    return prompt, [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+    stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+    return prompt, stop
 
 
 def main(argv):

@@ -635,6 +635,8 @@ def check_model(model_cfg):
            f"a divisor of model.n_heads ({n_heads})")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
+    yield (not model_cfg["shared_norm"] or model_cfg["parallel_residual"], "model.shared_norm",
+           "false unless model.parallel_residual")
     yield (not (model_cfg["norm_after"] and model_cfg["parallel_residual"]), "model.norm_after",
            "false if model.parallel_residual: a parallel block has its norms before")
     yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",

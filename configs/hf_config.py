@@ -26,7 +26,7 @@ def families():
     table = configs.read_file(configs.HERE / "families.yaml")
     for name, family in table.items():
         base = table[family["like"]] if "like" in family else {}
-        inherited = {key: base[key] for key in base if key not in ("new", "refuse")}
+        inherited = {key: base[key] for key in base if key not in ("new", "only")}
         table[name] = inherited | family
         for key in ("keys", "fixed", "weights"):
             items = base.get(key, {}) | family.get(key, {})
@@ -110,7 +110,7 @@ def translate(hf_config, path):
                                 "configs/families.yaml")
     name = names[model_type]
     family = families()[name]
-    for key, value in family.get("refuse", {}).items():
+    for key, value in family.get("only", {}).items():
         if hf_config.get(key, value) != value:
             raise configs.UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
                                     "which is not supported")

@@ -587,6 +587,7 @@ class TokenLosses:
         if "batch" in self.model.loss_inputs:
             inputs["batch"] = self.batch
         if "reference_logits" in self.model.loss_inputs:
+            # Under FSDP2, hidden() has left the head gathered: it belongs to the root module.
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         logits = self.model.finish_logits(logits)
@@ -1234,6 +1235,7 @@ def hf_config(m, source, stop, bos):
     family = configs.families()[m["family"]]
     # transformers replaces a missing token id by that of a released model, so null is written.
     config = dict.fromkeys(TOKEN_ID_KEYS)
+    # a path as it is, or the folder of a hub id; it may have been deleted since
     source_folder = configs.resolve_pretrained(str(source)) if source else None
     if source_folder and (Path(source_folder) / "config.json").is_file():
         config = json.loads((Path(source_folder) / "config.json").read_text(encoding="utf-8"))
@@ -1253,6 +1255,7 @@ def hf_config(m, source, stop, bos):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
     written_if_null = [*TOKEN_ID_KEYS]
+    # families.yaml:  key: hf_key,  or  key: [hf_key, older_hf_key, ..., default]
     for key, places in family["keys"].items():
         hf_key = places[0] if isinstance(places, list) else places
         config[hf_key] = m[key]
@@ -1261,7 +1264,7 @@ def hf_config(m, source, stop, bos):
             written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
               if value is not None or key in written_if_null}
-    return config | family.get("only", {})             # the only supported values, even if null
+    return config | family.get("only", {})               # {hf_key: the only supported value}
 
 
 def split_into_files(m, dtype, shard_bytes):
@@ -1585,9 +1588,9 @@ class CPURMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = grad_times_normalized.flatten(0, -2).sum(0).to(weight.dtype)
-        # the gradient is orthogonal to x, because the output does not depend on the length of x
-        projection = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
-        grad_x = normalized.mul_(projection).addcmul_(grad, weight.float()).mul_(inverse_rms)
+        # n = x * inverse_rms and g = grad * weight give grad_x = inverse_rms * (g - n * mean(g * n))
+        minus_mean = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
+        grad_x = normalized.mul_(minus_mean).addcmul_(grad, weight.float()).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight, None
 
 

@@ -853,13 +853,19 @@ def predict_memory(model_cfg, cfg, world_size=1):
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
     accumulated = gradients if s.micro_batches > 1 else 0
     head_gradient = 0 if s.is_lora else 4 * s.head
+    # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
+    # only at the end of the backward pass, when the embedding's is there, too.
+    if model_cfg["tie_embeddings"]:
+        in_backward = accumulated + head_gradient
+    else:
+        in_backward = max(accumulated, head_gradient)
     in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
                       "activations": activation_bytes(s)}
     phases = {
         # in the last micro-batch, after the forward pass, which keeps the activations of all blocks
         "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
         # the backward pass of the last block, the first to run: all other activations are kept
-        "in the backward pass": in_use | {"gradients": max(accumulated, head_gradient),
+        "in the backward pass": in_use | {"gradients": in_backward,
                                           "block backward": block_backward_bytes(s)},
         "at the update": state | {"gradients": gradients // s.shards}}
     if s.is_replicated:    # see all_reduce_gradients

@@ -575,7 +575,7 @@ def mark_best(run):
     Waits for a save in progress, because that one may be the best.
     """
     if run.cfg["best"] and shard.rank() == 0:
-        run.saver.wait()
+        run.saver.wait()    # for this rank's writer thread: not a collective
         steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
         checkpoint.set_best(run.cfg["out_dir"], steps)
 

@@ -690,7 +690,7 @@ def test_wsd_run_can_be_extended_before_its_decay(tiny):
 # ---- evaluation and results
 
 def test_evaluate_measures_exact_match_of_generated_answers(tiny):
-    loaded = tiny("max_steps=400", "lr=5e-3", "eval_every=0.5", "model.d_model=64", "data.validation_split=0",
+    loaded = tiny("max_steps=300", "lr=5e-3", "eval_every=0.5", "model.d_model=64", "data.validation_split=0",
                   "data.validation.seen.path=${data.train.chats.path}", "eval_prompts=20", "eval_tokens=16",
                   "log_every=50")
     run(loaded)

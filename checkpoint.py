@@ -523,8 +523,8 @@ def find_resume_point(cfg):
     4) PATH of this run: PATH, with the same checks as auto.
     5) auto: the newest of out_dir. UserError if config or code differ; changed data is found later,
        by check_same_data. latest: the same, also with changed code or data.
-    6) PATH of another run, and out_dir has checkpoints: the newest of out_dir, as with auto,
-       because the new run was started before.
+    6) PATH of another run, and out_dir has checkpoints: as 5), because the run in out_dir has
+       already been started from PATH.
 
     If torchrun restarts the command (--max-restarts), and the command has saved a checkpoint, then
     1) and 4) are treated like auto. Raises UserError if resuming would mix two runs.
@@ -695,15 +695,20 @@ def can_be_extended(out_dir, cfg):
     other     no, because every learning rate depends on the length
     """
     counts_warmup = type(cfg["warmup_steps"]) is int
-    if counts_warmup and cfg["max_steps"] and cfg["warmup_steps"] > cfg["max_steps"]:
-        return False                                     # lr_at has shortened the warm-up
+    checkpoints = list_checkpoints(out_dir)
+    if counts_warmup and checkpoints:
+        lengths = [read_state(checkpoints[-1])["total_steps"]]       # that of epochs, too
+        if cfg["max_steps"]:
+            lengths.append(cfg["max_steps"])
+        if cfg["warmup_steps"] > min(lengths):
+            return False                                 # lr_at shortens the warm-up to the run
     if cfg["schedule"] == "constant":
         return counts_warmup
     if cfg["schedule"] != "wsd" or not counts_warmup or type(cfg["decay_steps"]) is not int:
         return False
     if not cfg["max_steps"] or cfg["epochs"]:
         return False
-    steps_done = max((int(folder.name) for folder in list_checkpoints(out_dir)), default=0)
+    steps_done = max((int(folder.name) for folder in checkpoints), default=0)
     return steps_done <= cfg["max_steps"] - cfg["decay_steps"]
 
 
@@ -851,7 +856,8 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         assert not loaded.unexpected_keys, loaded.unexpected_keys
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
-        # a new base is drawn again from the seed
+        # A checkpoint does not hold the frozen weights. They are read from init_from or, if the
+        # model was new, drawn again from the seed.
         base = transformer.weights_reader(model_cfg, cfg["seed"])
         read_tensor = shard.MergedWeights(adapted, base.read).read
 

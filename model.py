@@ -1588,7 +1588,7 @@ class CPURMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = grad_times_normalized.flatten(0, -2).sum(0).to(weight.dtype)
-        # n = x * inverse_rms and g = grad * weight give grad_x = inverse_rms * (g - n * mean(g * n))
+        # n = x * inverse_rms, g = grad * weight:  grad_x = inverse_rms * (g - n * mean(g * n))
         minus_mean = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
         grad_x = normalized.mul_(minus_mean).addcmul_(grad, weight.float()).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight, None

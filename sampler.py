@@ -55,7 +55,7 @@ def hash_key(*numbers):
 def permute(numbers, n, key):
     """Return permutation[numbers] for the pseudorandom permutation of 0 ... n-1 that `key` selects.
 
-    numbers is an int array of any shape; the result is int64. It takes O(1) memory for any n: a
+    numbers is an int array [n]; the result is int64 [n]. It takes O(1) memory for any n: a
     Feistel network permutes 0 ... 2^bits - 1, where 2^bits is at least n, and a result of n or more
     is permuted again until it is less than n (cycle walking, Black and Rogaway 2002).
     """
@@ -110,13 +110,14 @@ def documents_per_epoch(cfg, sizes):
 
 
 def _with_names(cfg, sizes):
-    """sizes as a dict. A list has the order of data.train, or is of sources that are not there."""
+    """sizes as a dict. A list is that of data.train's sources, in their order.
+
+    If data.train is empty, as in a config without data, the sources are numbered.
+    """
     if isinstance(sizes, dict):
         return sizes
-    names = list(cfg["data"]["train"])
-    if len(names) != len(sizes):
-        names = range(len(sizes))                        # all of the default weight
-    return dict(zip(names, sizes))
+    names = list(cfg["data"]["train"]) or range(len(sizes))
+    return dict(zip(names, sizes, strict=True))
 
 
 def steps_per_epoch(cfg, sizes):
@@ -329,19 +330,24 @@ def _allowances(costs, longest_first, per_rank, world_size):
     A document may cost more than an average micro-batch. Then micro-batch 0 of its rank costs at
     least that much, and micro-batch 0 of all other ranks may cost as much, because they wait:
 
-        costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each      a rank costs 24 / 2 = 12
-        micro-batch 0 costs at least 9, which leaves 3 for micro-batch 1      allowances 6 6 0 0
+        costs 9 2 2 2 2 2 2 2 1, 2 ranks, 2 micro-batches each
+        cost of a rank            24 / 2 = 12, an even share for each micro-batch is 6
+        at_least                  9 for micro-batch 0 (the longest document), 2 for micro-batch 1
+        remaining for 1           12 - 9 = 3, the even share from here on
+        allowances                9 - 3 = 6 for micro-batch 0 of both ranks, 0 for micro-batch 1
+
+    pack() sorts and deals the micro-batches again. k only counts how uneven they may become.
     """
     # Give each of the longest documents a micro-batch of its own, world_size at a time. at_least[k]
     # is then the cost of the longest document in micro-batch k of any rank, and these micro-batches
     # cost at least that much. It falls with k, so the loop stops at the first that is no larger
-    # than an even share of the remaining cost. The last one is left out, because no cost remains
-    # to be shared after it.
+    # than an even share of the remaining cost.
     at_least = costs[longest_first[:per_rank * world_size:world_size]]
     remaining_cost = costs.sum() / world_size            # of micro-batches k, k + 1, ... of a rank
     even_share = remaining_cost / per_rank
-    for k, longest_cost in enumerate(at_least[:-1]):
-        if longest_cost <= even_share:
+    for k, longest_cost in enumerate(at_least):
+        is_last = k == per_rank - 1                      # no micro-batch is left to share the rest
+        if longest_cost <= even_share or is_last:
             break
         remaining_cost -= longest_cost
         even_share = remaining_cost / (per_rank - k - 1)
@@ -427,7 +433,7 @@ def collate(indices, dataset, pad_to=1):
     Tokens after the last document are padding and belong to no document. To weight losses in
     another way, change loss_weights here (negative weights are allowed; 0 removes the target):
     sum_loss_weights(), the denominator of the loss, reads the same array. train.py adds
-    target_index and noise.
+    target_index (pin_tensors) and noise_seed (train).
     """
     cu_seqlens = np.cumsum([0, *dataset.lengths(indices)])
     n_tokens = int(cu_seqlens[-1])

@@ -500,7 +500,7 @@ def save_adapter(model, lora_cfg, folder, base):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    n_fused = {}                                         # {target module: layers that it fuses}
+    n_fused = {}                                         # {target module: number of fused layers}
     for hf_name, parts in transformer.hf_tensors(model.cfg).items():
         hf_module = hf_name.removesuffix(".weight")
         layers = layers_of(model, parts)
@@ -537,8 +537,13 @@ def layers_of(model, parts):
 def fuse_adapters(layers, parts):
     """Adapters of layers that are one module in Hugging Face's files, as one adapter (A, B).
 
-    The A of n layers are stacked, [n r, in]. In B, [out, n r], the outputs of layer i read the
-    columns of its own r rows of A, and all others are 0.
+        A = [A_q; A_k; A_v]  [3 r, in]      B = [[B_q, 0, 0], [0, B_k, 0], [0, 0, B_v]]  [out, 3 r]
+
+    Targets are Hugging Face's modules, so that either all layers of a module have adapters or none.
+
+    layers  {parameter name: LoRALinear}
+    parts   [(parameter name, first row, number of rows)], in the order of the module's outputs. A
+            layer has several parts if the outputs are those of q, k and v of each head in turn
     """
     r = next(iter(layers.values())).lora_A.shape[0]
     names = list(layers)

@@ -693,6 +693,7 @@ def setup(cfg, explicit):
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
     if "reference_logits" in model.loss_inputs:
+        # in a list: as an attribute, it would be a submodule, trained and saved with the model
         model.references.append(load_reference(cfg, model_cfg))
     optimizer = make_optimizer(model, cfg)
     train_sampler = sampler.make_sampler(cfg, dataset)
@@ -792,6 +793,8 @@ def load_reference(cfg, model_cfg):
         raise configs.UserError(f"reference_model: the loss {model_cfg['loss']} compares with a "
                                 "reference model; reference_model=FOLDER names one")
     reference_cfg = configs.load([f"model.init_from={path}"])[0]["model"]
+    # A smaller vocabulary grows like that of the model (new rows are the mean of the others), so
+    # that both have the same number of logits. A larger one does not fit.
     reference_cfg = transformer.resolve_vocab_size(reference_cfg, model_cfg["vocab_size"])
     if reference_cfg["vocab_size"] != model_cfg["vocab_size"]:
         raise configs.UserError(f"reference_model: {path} has {reference_cfg['vocab_size']} "

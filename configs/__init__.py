@@ -209,7 +209,8 @@ def layer_of(source, key):
 
 
 # --------------------------------------------------------------------------------------------------
-# the schema: {dotted key: constraint}. The top of defaults.yaml describes constraints
+# the schema: {dotted key: constraint}, for example {"lr": "float >= 0", "optimizer": "name in
+# train.OPTIMIZERS: adamw, muon, sgd"}. The top of defaults.yaml describes constraints
 
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
          "section": dict, "null": type(None), "name": str, "names": list}
@@ -716,15 +717,16 @@ def check_builtin_names(cfg, source):
     """
     _, schema = read_defaults()
     for key, constraint in schema.items():
-        kind, _, builtin = constraint.partition(": ")
+        kind, _, builtin = constraint.partition(": ")    # "name in train.OPTIMIZERS", "adamw, sgd"
         if not kind.startswith(("name in ", "names in ")):
             continue
         value = get(cfg, key)
         for name in value if isinstance(value, list) else [value]:
             if name not in builtin.split(", "):
+                _, _, registry = kind.partition(" in ")
                 raise UserError(f"{key}: must be one of {builtin}; got {name} "
                                 f"(from {layer_of(source, key)}); an experiment may add others to "
-                                f"{kind.split(' in ')[1]}")
+                                f"{registry}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -296,13 +296,14 @@ def read_json(stream, file, context):
             stream.seek(0)
             yield from read_jsonl(stream, file, context)
             return
-        items, end, error = split_list(buffer, n_items)
+        items, position, error = split_list(buffer, n_items)
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
-        if error and not is_incomplete(error, buffer):
-            break
-        buffer = buffer[end:]
+        n_after_error = len(buffer) - getattr(error, "pos", 0)
+        if error and n_after_error > BLOCK and "Unterminated" not in str(error):
+            break                            # more text would not mend it
+        buffer = buffer[position:]
     if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
@@ -328,13 +329,6 @@ def split_list(text, n_before):
         position = end
         separator = re.compile(r"\s*,\s*")
     return items, position, None
-
-
-def is_incomplete(error, text):
-    """Could more text mend this error of the JSON decoder?"""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    return error.pos >= len(text) - BLOCK or "Unterminated" in error.msg
 
 
 def iter_text(stream, file):
@@ -388,14 +382,13 @@ def find_split_point(text, encode, margin=200):
     encoded together.
     """
     earliest = max(margin, len(text) - 2**15)
-    for pattern in (r"\n(?=\S)", r"(?<=\S)(?= )"):
-        matches = re.compile(pattern).finditer(text, earliest, len(text) - margin)
-        positions = [match.end() for match in matches]
-        for position in reversed(positions[-100:]):
-            before = text[position - margin:position]
-            after = text[position:position + margin]
-            if [*encode(before), *encode(after)] == [*encode(before + after)]:
-                return position
+    candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
+    matches = list(candidates.finditer(text, earliest, len(text) - margin))
+    for match in reversed(matches[-200:]):
+        before = text[match.start() - margin:match.start()]
+        after = text[match.start():match.start() + margin]
+        if [*encode(before), *encode(after)] == [*encode(before + after)]:
+            return match.start()
     return 0
 
 
@@ -439,8 +432,8 @@ def read_npy(stream, file, context):
     ids[i]. Then the document is the ids and the last label, unless that is ignored.
     """
     ids = load_array(file, "iu")
-    labels = load_array(f"{file[:-4]}_labels.npy", "iu", ids)
-    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", ids)
+    labels = load_array(f"{file[:-4]}_labels.npy", "iu", len(ids))
+    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", len(ids))
     ignore_index = context.data["ignore_index"]
     shift = 0 if context.data["shift_labels"] else 1
     n = len(ids)
@@ -451,57 +444,42 @@ def read_npy(stream, file, context):
         block = np.array(ids[start:end], np.int64)
         if end > len(ids):
             block = np.append(block, np.int64(labels[-1]))
-        check_ids(block, file, start, context.tok.n_vocab)
-        loss_weights = np.ones(len(block), np.float32)
+        wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
+        if len(wrong):
+            raise configs.UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id "
+                                    f"that the tokenizer ({context.tok.n_vocab} tokens) lacks")
+        block_weights = np.ones(len(block), np.float32)
+        # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
+        first = max(start, shift)
+        block_weights[:first - start] = 0
         if weights is not None:
-            loss_weights[:] = shifted(weights, start, end, shift, 0)
+            block_weights[first - start:] = weights[first - shift:end - shift]
         if labels is not None:
-            block_labels = shifted(labels, start, end, shift, ignore_index)
+            block_labels = labels[first - shift:end - shift]
             is_target = block_labels != ignore_index
-            wrong = np.flatnonzero(is_target & (block_labels != block))
+            wrong = np.flatnonzero(is_target & (block_labels != block[first - start:]))
             if len(wrong):
-                raise label_error(file, start + wrong[0] - shift, shift)
-            loss_weights[~is_target] = 0
-        yield Chunk(file, "record", [1], [(block, loss_weights)], starts=start == 0, ends=end == n,
-                    n_bytes=block.nbytes)
+                raise configs.UserError(
+                    f"{file[:-4]}_labels.npy: index {first - shift + wrong[0]}: the label must be "
+                    "data.ignore_index or the id there (the next id: data.shift_labels=false)")
+            block_weights[first - start:][~is_target] = 0
+        yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
+                    ends=end == n, n_bytes=block.nbytes)
 
 
-def load_array(path, kinds, ids=None):
-    """Map a .npy file into memory: [n]. None if it is optional (`ids` given) and missing."""
-    if ids is not None and not os.path.isfile(path):
+def load_array(path, kinds, n_tokens=None):
+    """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
+    if n_tokens is not None and not os.path.isfile(path):
         return None
     with error_context(path, (ValueError, EOFError), "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
             raise configs.UserError(f"expected {wanted}, got {array.dtype}")
-        if ids is not None and len(array) != len(ids):
-            raise configs.UserError(f"expected one number per token ({len(ids)}), "
+        if n_tokens not in (None, len(array)):
+            raise configs.UserError(f"expected one number per token ({n_tokens}), "
                                     f"got {len(array)}")
     return array
-
-
-def shifted(array, start, end, shift, first):
-    """Return array[start - shift:end - shift], with `first` at position -1."""
-    if start >= shift:
-        return array[start - shift:end - shift]
-    return np.append(np.array([first], np.int64), array[:end - shift])
-
-
-def check_ids(ids, file, start, n_vocab):
-    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
-    if len(wrong):
-        raise configs.UserError(f"{file}: index {start + wrong[0]}: {ids[wrong[0]]} is an id that "
-                                f"the tokenizer ({n_vocab} tokens) lacks")
-
-
-def label_error(file, index, shift):
-    if shift:
-        problem = f"the next id in {Path(file).name} (data.shift_labels=false)"
-    else:
-        problem = "the id there; labels that are shifted already need data.shift_labels=false"
-    return configs.UserError(f"{file[:-4]}_labels.npy: index {index}: the label must be "
-                             f"data.ignore_index or {problem}")
 
 
 READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_csv,
@@ -864,9 +842,13 @@ def render_messages(template, tok, messages, add_generation_prompt=False, **vari
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
     messages = prepare_tool_calls(template, messages)
-    marked = render(template, tok, messages, add_generation_prompt, **variables)
-    text, generated = remove_generation_marks(marked)
     values = [messages, variables]
+    marked = render(template, tok, messages, add_generation_prompt, **variables)
+    if SURROGATES.search(marked):
+        values = map_strings(tok.clean, values)
+        messages, variables = values
+        marked = render(template, tok, messages, add_generation_prompt, **variables)
+    text, generated = remove_generation_marks(marked)
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
         return Rendering(text, messages, generated, [])
@@ -988,11 +970,25 @@ class BaseTokenizer:
         ids, _, _ = self.encode_with_offsets(text, find_special=False)
         return ids.astype(np.int64)
 
+    def compose(self, text):
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
     def clean(self, text):
         """Replace lone surrogates by U+FFFD, and compose if the tokenizer does."""
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def split_special(self, text, literals, find_special):
+        """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
+        segments = []
+        position = 0
+        for match in self.special_and_added_pattern.finditer(text):
+            start, end = match.span()
+            is_special = match[0] in self.special
+            if is_special and (not find_special or overlaps(literals, start, end)):
+                continue
+            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
+            position = end
+        return [*segments, (position, len(text), None)]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -1062,58 +1058,31 @@ class Tokenizer(BaseTokenizer):
         """
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.native_special and is_composed and not literals:
-            try:
+            with contextlib.suppress(ValueError):            # see encode_ordinary
                 ids = self.encoding.encode_to_numpy(text, disallowed_special=(),
                                                     allowed_special=self.native_names[find_special])
-            except ValueError:                               # see encode_ordinary
-                pass
-            else:
                 if not text.isascii():
                     borders = [len(text[:border].encode()) for border in borders]
                 return ids, self.token_bytes[ids].cumsum(), borders
-        return self.encode_segments(text, borders, self.split_special(text, literals, find_special))
-
-    def encode_segments(self, text, borders, segments):
-        """Like encode_with_offsets, for a text that split_special() has split."""
         ids = []
-        lengths = []
-        segment_starts = []                                  # in bytes
-        size = 0
+        sizes = [0]                                          # bytes before each segment, and in all
+        segments = self.split_special(text, literals, find_special)
         for start, end, token in segments:
             piece = text[start:end]
             if token is None:
-                piece_ids = self.encode_ordinary(self.compose(piece))
-                piece_lengths = self.token_bytes[piece_ids]
+                piece = self.compose(piece)
+                ids.append(self.encode_ordinary(piece))
             else:
-                piece_ids = np.array([token], np.uint32)
-                piece_lengths = np.array([len(piece.encode())])
-            ids.append(piece_ids)
-            lengths.append(piece_lengths)
-            segment_starts.append(size)
-            size += int(piece_lengths.sum())
+                ids.append(np.array([token], np.uint32))
+            sizes.append(sizes[-1] + len(piece.encode()))
+        ids = np.concatenate(ids)
         segment_ends = [end for _, end, _ in segments]
         borders_in_bytes = []
         for border in borders:
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
             before = self.compose(text[segments[i][0]:border])
-            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
-        return np.concatenate(ids), np.concatenate(lengths).cumsum(), borders_in_bytes
-
-    def compose(self, text):
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
-    def split_special(self, text, literals, find_special):
-        """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
-        segments = []
-        position = 0
-        for match in self.special_and_added_pattern.finditer(text):
-            start, end = match.span()
-            is_special = match[0] in self.special
-            if is_special and (not find_special or overlaps(literals, start, end)):
-                continue
-            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
-            position = end
-        return [*segments, (position, len(text), None)]
+            borders_in_bytes.append(sizes[i] + len(before.encode()))
+        return ids, self.token_bytes[ids].cumsum(), borders_in_bytes
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -1138,10 +1107,15 @@ class HFTokenizer(BaseTokenizer):
     def __post_init__(self):
         import tokenizers
         self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
+        rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
+        tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
+        for token in tokens:                                 # normalizers may change hidden names
+            token["normalized"] = token["normalized"] and not token["special"]
+        renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
+                               "post_processor": None, "truncation": None, "padding": None}
         # tokenizers raises nothing narrower than Exception
         with error_context("the tokenizers package cannot read it either", Exception):
-            renamed = json.dumps(rename_tokens(self.spec, self.hidden))
-            self.encoder = tokenizers.Tokenizer.from_str(renamed)
+            self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
         self.n_vocab = self.encoder.get_vocab_size()
         self.compile_patterns()
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
@@ -1152,15 +1126,12 @@ class HFTokenizer(BaseTokenizer):
         borders = np.array(borders, np.int64)
         moved = borders.copy()
         pieces = []
-        position = 0
-        for match in self.special_pattern.finditer(text) if find_special else ():
-            if overlaps(literals, match.start(), match.end()):
-                continue
-            name = self.hidden[match[0]]
-            pieces += [text[position:match.start()], name]
-            position = match.end()
-            moved[borders >= position] += len(name) - len(match[0])
-        pieces.append(text[position:])
+        for start, end, token in self.split_special(text, literals, find_special):
+            piece = text[start:end]
+            if token is not None:
+                piece = self.hidden.get(piece, piece)
+            moved[borders >= end] += len(piece) - (end - start)
+            pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
         ends = [end for _, end in encoded.offsets]
         return np.array(encoded.ids, np.uint32), np.array(ends, np.int64), moved
@@ -1171,24 +1142,6 @@ class HFTokenizer(BaseTokenizer):
         for token, name in self.hidden.items():
             text = text.replace(name, token)
         return text
-
-
-def rename_tokens(spec, new_names):
-    """A tokenizer.json, read, with other names for some tokens, and adding nothing to a text."""
-    model = dict(spec["model"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {new_names.get(t, t): i for t, i in model["vocab"].items()}
-    else:                                                    # Unigram's [[token, score], ...]
-        model["vocab"] = [[new_names.get(t, t), score] for t, score in model["vocab"]]
-    if "unk_token" in model:
-        model["unk_token"] = new_names.get(model["unk_token"], model["unk_token"])
-    tokens = []
-    for token in spec.get("added_tokens") or []:
-        content = new_names.get(token["content"], token["content"])
-        normalized = token["normalized"] and not token["special"]
-        tokens.append(token | {"content": content, "normalized": normalized})
-    return spec | {"model": model, "added_tokens": tokens, "post_processor": None,
-                   "truncation": None, "padding": None}
 
 
 def overlaps(spans, start, end):
@@ -1472,24 +1425,15 @@ def check_merges(model, ranks, pattern):
 
 
 def recover_merges(ranks):
-    """{token: rank} -> the list of merges, [(left, right)] in the order of ranks.
+    """{token: rank} -> [(left, right)]: all pairs of tokens that make a token, in its rank's order.
 
-    The last merge of a token joins the two tokens that are left when its bytes are merged with
-    the tokens of lower rank.
+    tiktoken knows no merges: it joins any two neighbours that make a token, the lowest rank first.
     """
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        rank = ranks[token]
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            ranks_of_pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            lowest = min(ranks_of_pairs)
-            if lowest >= rank:                               # only found as a whole word
-                break
-            i = ranks_of_pairs.index(lowest)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((token[:i], token[i:]))
     return merges
 
 
@@ -1693,10 +1637,6 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
     variables  for the template: tools
     """
     rendering = render_messages(template, tok, messages, **variables)
-    if SURROGATES.search(rendering.text):
-        messages = map_strings(tok.clean, messages)
-        variables = map_strings(tok.clean, variables)
-        rendering = render_messages(template, tok, messages, **variables)
     spans = weighted_spans(template, tok, rendering, train_on, **variables)
     spans = [(start, end, value) for start, end, value in spans if start < end and value]
     borders = [border for start, end, _ in spans for border in (start, end)]
@@ -1780,7 +1720,6 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True):
 
 def encode_prompt(tok, template, messages):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    messages = map_strings(tok.clean, messages)
     rendering = render_messages(template, tok, messages, add_generation_prompt=True)
     ids, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()

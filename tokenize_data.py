@@ -20,15 +20,13 @@ BOS + its ids + EOS, cut into windows of data.seq_len targets.
 Each source has a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
     tokens.bin     uint16 or uint32: the ids of all documents, one after the other
-    mask.bin       uint8 per token, 1: target; if all loss weights are 0 or 1. Otherwise
-    weights.bin    float16 per token, the loss weight
+    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document (its first token is never one)
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
 import bisect
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -56,8 +54,9 @@ import numpy as np
 import tiktoken
 
 import configs
+from configs import UserError
 
-FORMAT = 4                  # of the token files
+FORMAT = 5                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 
 
@@ -71,7 +70,7 @@ class error_context:
     (A class, because records are read in it, and contextlib's generators take 3 times as long.)
     """
 
-    def __init__(self, place, errors=(configs.UserError, RecursionError), problem=""):
+    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
         self.place = place
         self.errors = errors
         self.problem = problem
@@ -82,7 +81,7 @@ class error_context:
     def __exit__(self, error_type, error, traceback):
         if isinstance(error, self.errors):
             text = f"{self.place}: {self.problem}{one_line(error)}"
-            raise configs.UserError(text) from None
+            raise UserError(text) from None
 
 
 def one_line(error):
@@ -92,6 +91,11 @@ def one_line(error):
         text = repr(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
+
+
+def check_type(value, expected, problem):
+    if not isinstance(value, expected):
+        raise UserError(f"{problem}, got {type(value).__name__}")
 
 
 def read_text(path):
@@ -104,8 +108,7 @@ def read_json_object(path):
     text = read_text(path)
     with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
         value = json.loads(text)
-        if not isinstance(value, dict):
-            raise configs.UserError(f"it is a {type(value).__name__}")
+        check_type(value, dict, "expected one")
     return value
 
 
@@ -118,6 +121,7 @@ def fingerprint(*values):
 
 EXTENSIONS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".txt.gz",
               ".csv.gz", ".tsv.gz", ".parquet", ".npy")
+BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
 # owner/name, or owner/name/FOLDER for a folder of the dataset
 HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
 HUB_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv")   # the first wins
@@ -145,16 +149,15 @@ def find_files(cfg, name, source):
         if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
             with error_context(key):
                 files = download_split(hub_path[1], hub_path[2], source["split"])
-    beside_npy = ("_labels.npy", "_weights.npy")
-    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(beside_npy))
+    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(BESIDE_NPY))
     if not files:
-        raise configs.UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
+        raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
                                 f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
     for file in files:
         if not file.endswith(EXTENSIONS):
-            raise configs.UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
+            raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
         if source["shape"] != "auto" and file.endswith(".npy") != (source["shape"] == "tokens"):
-            raise configs.UserError(f"data.{name}.shape: {source['shape']} does not fit {file}; "
+            raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}; "
                                     "tokens are .npy files, text and chat are not")
     return files
 
@@ -170,12 +173,12 @@ def download_split(dataset, folder, split):
     try:
         names = list_repo_files(dataset, repo_type="dataset")
     except errors.RepositoryNotFoundError:
-        raise configs.UserError(f"{place}: it has no such dataset (a private one needs "
+        raise UserError(f"{place}: it has no such dataset (a private one needs "
                                 "`hf auth login`)") from None
     except Exception as error:               # no network, for example
         names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
         if not names:
-            raise configs.UserError(f"{place}: {one_line(error)}") from None
+            raise UserError(f"{place}: {one_line(error)}") from None
     names = choose_split_files(names, dataset, folder, split)
     with error_context(place, Exception):
         local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
@@ -207,13 +210,13 @@ def choose_split_files(names, dataset, folder, split):
         chosen = names
     if not chosen:
         files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
-        raise configs.UserError(f"{dataset} has no split {split!r} (`split` of the source); its "
+        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its "
                                 f"files: {files}")
     extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
     chosen = sorted(n for n in chosen if n.endswith(extension))
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
-        raise configs.UserError(f"{dataset} has this split in several folders; name one: "
+        raise UserError(f"{dataset} has this split in several folders; name one: "
                                 f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
     return chosen
 
@@ -307,7 +310,7 @@ def read_json(stream, file, context):
     if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
-        raise configs.UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
+        raise UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
 def split_list(text, n_before):
@@ -333,14 +336,13 @@ def split_list(text, n_before):
 
 def iter_text(stream, file):
     """Yield a file's text in blocks; the last one is empty."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()    # skips the mark that some editors add
-    block = None
-    while block != b"":
-        position = stream.tell()
-        block = stream.read(BLOCK)
-        with error_context(file, UnicodeDecodeError, f"not UTF-8 text after byte {position}: "):
-            text = decoder.decode(block, final=not block)
-        yield text
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    with error_context(file, UnicodeDecodeError, "not UTF-8 text: "):
+        text = None
+        while text != "":
+            text = text_stream.read(BLOCK)
+            yield text
+    text_stream.detach()                     # otherwise it would close the stream
 
 
 def read_txt(stream, file, context):
@@ -403,7 +405,7 @@ def read_csv(stream, file, context):
             numbers, records = zip(*numbered)
             yield Chunk(file, "line", numbers, records)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise configs.UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
+        raise UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
                                 f"{one_line(error)}") from None
 
 
@@ -446,7 +448,7 @@ def read_npy(stream, file, context):
             block = np.append(block, np.int64(labels[-1]))
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
-            raise configs.UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id "
+            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id "
                                     f"that the tokenizer ({context.tok.n_vocab} tokens) lacks")
         block_weights = np.ones(len(block), np.float32)
         # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
@@ -459,7 +461,7 @@ def read_npy(stream, file, context):
             is_target = block_labels != ignore_index
             wrong = np.flatnonzero(is_target & (block_labels != block[first - start:]))
             if len(wrong):
-                raise configs.UserError(
+                raise UserError(
                     f"{file[:-4]}_labels.npy: index {first - shift + wrong[0]}: the label must be "
                     "data.ignore_index or the id there (the next id: data.shift_labels=false)")
             block_weights[first - start:][~is_target] = 0
@@ -475,10 +477,9 @@ def load_array(path, kinds, n_tokens=None):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
-            raise configs.UserError(f"expected {wanted}, got {array.dtype}")
+            raise UserError(f"expected {wanted}, got {array.dtype}")
         if n_tokens not in (None, len(array)):
-            raise configs.UserError(f"expected one number per token ({n_tokens}), "
-                                    f"got {len(array)}")
+            raise UserError(f"expected one number per token ({n_tokens}), got {len(array)}")
     return array
 
 
@@ -503,8 +504,6 @@ RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
 # keys of a message that normalize_message replaces
 REPLACED_KEYS = ("role", "from", "content", "value", *MESSAGE_WEIGHT_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
-FIELD_TYPES = {"content": (str, "text"), "tool_calls": (list, "a list of objects"),
-               "reasoning_content": (str, "text")}
 
 
 def normalize_record(record, place, shape="auto"):
@@ -523,7 +522,7 @@ def normalize_record(record, place, shape="auto"):
         if has_text and (shape == "text" or shape == "auto" and not is_chat):
             normalized = {"text": record["text"]}
         elif shape == "text":
-            raise configs.UserError("data shape is text, and this is a chat or of unknown shape")
+            raise UserError("data shape is text, and this is a chat or of unknown shape")
         else:
             normalized = normalize_chat(record)
         weight = parse_weight(record, RECORD_WEIGHT_KEYS)
@@ -535,15 +534,13 @@ def normalize_record(record, place, shape="auto"):
 def parse_record(record):
     if isinstance(record, bytes):
         if not record.strip():
-            raise configs.UserError("is empty; a .jsonl file has one JSON object on each line")
+            raise UserError("is empty; a .jsonl file has one JSON object on each line")
         record = parse_json(record, "not valid JSON")
     if isinstance(record, str):
         record = {"text": record}
-    if not isinstance(record, dict):
-        raise configs.UserError(f"expected an object or a string, got {type(record).__name__}; "
-                                f"known shapes are {KNOWN_SHAPES}")
+    check_type(record, dict, f"expected an object ({KNOWN_SHAPES}) or a string")
     if None in record:                                   # csv.DictReader's mark of a long line
-        raise configs.UserError("has more fields than the first line has columns")
+        raise UserError("has more fields than the first line has columns")
     return record
 
 
@@ -566,7 +563,7 @@ def normalize_chat(record):
     if isinstance(record.get("system"), str) and record["system"]:
         turns = [{"role": "system", "content": record["system"]}, *turns]
     if not turns:
-        raise configs.UserError("a chat without messages")
+        raise UserError("a chat without messages")
     messages = []
     for n, turn in enumerate(turns, 1):
         with error_context(f"message {n}"):
@@ -574,9 +571,10 @@ def normalize_chat(record):
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools.strip() or "[]", "tools is no JSON")
-    if tools and not isinstance(tools, list):
-        raise configs.UserError(f"tools must be a list, got {type(tools).__name__}")
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    if not tools:
+        return {"messages": messages}
+    check_type(tools, list, "tools must be a list")
+    return {"messages": messages, "tools": tools}
 
 
 def prompt_and_response(record):
@@ -588,19 +586,18 @@ def prompt_and_response(record):
                 prompt += "\n\n" + record["input"]
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if isinstance(record.get("text"), str):
-        raise configs.UserError("data shape is chat, and this is text")
-    raise configs.UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
+        raise UserError("data shape is chat, and this is text")
+    raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
                             f"{KNOWN_SHAPES}")
 
 
 def normalize_message(turn, n):
     """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
-    if not isinstance(turn, dict):
-        raise configs.UserError(f"expected an object, got {type(turn).__name__}")
+    check_type(turn, dict, "expected an object")
     role = turn.get("role", turn.get("from"))
     content = turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        raise configs.UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
+        raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
     message = {}
     for key, value in turn.items():
         is_empty = not value if key in GENERATED_FIELDS else value is None
@@ -614,12 +611,16 @@ def normalize_message(turn, n):
     if "tool_calls" in message:
         problem = "tool_calls must be a list of objects"
         message["tool_calls"] = parse_json(message["tool_calls"], problem)
+        check_type(message["tool_calls"], list, problem)
+        for call in message["tool_calls"]:
+            check_type(call, dict, problem)
     if isinstance(content, list):
         content = join_parts(content)
     if content is None and "tool_calls" in message:
         content = ""
+    check_type(content, str, "content must be text")
+    check_type(message.get("reasoning_content", ""), str, "reasoning_content must be text")
     message["content"] = content
-    check_fields(message)
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
     return message
@@ -644,21 +645,8 @@ def join_parts(parts):
     """[{"type": "text", "text": "..."}, ...] -> str. Other lists are returned as they are."""
     texts = []
     for part in parts:
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            return parts
-        texts.append(text)
-    return "".join(texts)
-
-
-def check_fields(message):
-    for field, (field_type, description) in FIELD_TYPES.items():
-        if field in message and not isinstance(message[field], field_type):
-            raise configs.UserError(f"{field} must be {description}, got "
-                                    f"{type(message[field]).__name__}")
-    for call in message.get("tool_calls", ()):
-        if not isinstance(call, dict):
-            raise configs.UserError("tool_calls must be a list of objects")
+        texts.append(part.get("text", part.get("value")) if isinstance(part, dict) else part)
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
 
 
 def parse_weight(d, keys):
@@ -688,10 +676,10 @@ PLAIN = ("{% for message in messages %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
 # Marks that are put into renderings. They are random, so that no message contains them.
-GENERATION_START, GENERATION_END, BREAK, PLACEHOLDER_START, PLACEHOLDER_END = (
-    f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))
-GENERATED = re.compile(f"{GENERATION_START}(.*?){GENERATION_END}", re.DOTALL)
-PLACEHOLDER = re.compile(f"{PLACEHOLDER_START}([0-9]+){PLACEHOLDER_END}")
+GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
+# (the index of a message, the text up to the next placeholder)
+PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
+                         rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
@@ -710,11 +698,10 @@ def template_text(tok, cfg):
     if "<|im_end|>" in tok.special:
         return CHATML
     if name:
-        raise configs.UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> "
-                                "and <|im_end|>; leave it empty for a plain one that ends turns "
-                                "with EOS")
+        raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
+                        "<|im_end|>; leave it empty for a plain one that ends turns with EOS")
     if not tok.eos:
-        raise configs.UserError("data.eos_token: chats need a token that ends a turn; this "
+        raise UserError("data.eos_token: chats need a token that ends a turn; this "
                                 "tokenizer has neither <|im_end|> nor an EOS")
     return PLAIN
 
@@ -735,11 +722,7 @@ def load_template(tok, cfg):
 class ChatTemplate:
     """A compiled chat template."""
     jinja: object                # jinja2.Template
-    text: str
-
-    @functools.cached_property
-    def writes_tool_calls(self):
-        return "tool_calls" in self.text
+    writes_tool_calls: bool
 
     @functools.cached_property
     def takes_json_arguments(self):
@@ -787,9 +770,9 @@ def compile_template(text):
         jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
-        raise configs.UserError(problem) from None
+        raise UserError(problem) from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(jinja, text)
+    return ChatTemplate(jinja, "tool_calls" in text)
 
 
 def filter_tag(match):
@@ -800,7 +783,7 @@ def filter_tag(match):
 
 
 def mark_generation(text):
-    return GENERATION_START + text + GENERATION_END
+    return GENERATION_MARK + text + GENERATION_MARK
 
 
 def tojson(value, indent=None, **options):
@@ -817,20 +800,31 @@ def strftime_now(form):
 
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
-    """Messages -> text, with the marks of {% generation %}. UserError if the template refuses."""
+    """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
     names = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or "",
                          "add_generation_prompt": add_generation_prompt}
     # a template may raise any of Python's exceptions
     with error_context("the chat template refuses these messages", Exception):
-        return template.jinja.render(messages=messages, **names, **variables)
+        marked = template.jinja.render(messages=messages, **names, **variables)
+    parts = marked.split(GENERATION_MARK)                # outside, inside, outside, ...
+    ends = list(itertools.accumulate(map(len, parts)))
+    return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
 
 
 @dataclasses.dataclass
 class Rendering:
-    text: str
+    template: ChatTemplate
+    tok: object
     messages: list               # as rendered: see prepare_tool_calls
+    variables: dict              # the template's, as rendered
+    text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
     literals: list               # [(start, end)] in the text that only spell special tokens
+
+    def render_other(self, messages, add_generation_prompt=False):
+        """The text of other messages."""
+        return render(self.template, self.tok, messages, add_generation_prompt,
+                      **self.variables)[0]
 
 
 def render_messages(template, tok, messages, add_generation_prompt=False, **variables):
@@ -842,49 +836,30 @@ def render_messages(template, tok, messages, add_generation_prompt=False, **vari
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
     messages = prepare_tool_calls(template, messages)
+    text, generated = render(template, tok, messages, add_generation_prompt, **variables)
+    if SURROGATES.search(text):
+        messages, variables = map_strings(tok.clean, [messages, variables])
+        text, generated = render(template, tok, messages, add_generation_prompt, **variables)
+    rendering = Rendering(template, tok, messages, variables, text, generated, [])
     values = [messages, variables]
-    marked = render(template, tok, messages, add_generation_prompt, **variables)
-    if SURROGATES.search(marked):
-        values = map_strings(tok.clean, values)
-        messages, variables = values
-        marked = render(template, tok, messages, add_generation_prompt, **variables)
-    text, generated = remove_generation_marks(marked)
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
-        return Rendering(text, messages, generated, [])
+        return rendering
     insert_break = functools.partial(tok.special_pattern.sub, break_token)
     broken_messages, broken_variables = map_strings(insert_break, values)
-    broken = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
-    parts = remove_generation_marks(broken)[0].split(BREAK)
+    broken, _ = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
+    parts = broken.split(BREAK)
     if "".join(parts) != text:
         spelled = sorted(set(tok.special_pattern.findall(to_json(values))))
-        raise configs.UserError(f"the chat template looks for {' or '.join(spelled)} in messages, "
-                                "where it is text and no control token; reasoning goes into "
-                                "reasoning_content")
+        raise UserError(f"the chat template looks for {' or '.join(spelled)} in messages, where it "
+                        "is text and no control token; reasoning goes into reasoning_content")
     breaks = itertools.accumulate(map(len, parts[:-1]))
-    return Rendering(text, messages, generated, [(end - 1, end) for end in breaks])
+    rendering.literals = [(end - 1, end) for end in breaks]
+    return rendering
 
 
 def break_token(match):
     return match[0][0] + BREAK + match[0][1:]
-
-
-def remove_generation_marks(marked):
-    """Return (the text without marks, [(start, end)] of what was between two of them)."""
-    if GENERATION_START not in marked:
-        return marked, []
-    parts = []
-    spans = []
-    length = 0
-    position = 0
-    for match in GENERATED.finditer(marked):
-        before = marked[position:match.start()]
-        start = length + len(before)
-        length = start + len(match[1])
-        spans.append((start, length))
-        parts += [before, match[1]]
-        position = match.end()
-    return "".join([*parts, marked[position:]]), spans
 
 
 def map_strings(function, value):
@@ -907,13 +882,13 @@ def prepare_tool_calls(template, messages):
     """
     prepared = []
     for message in messages:
-        if message.get("tool_calls"):
-            calls = [prepare_call(template, call) for call in message["tool_calls"]]
+        calls = [prepare_call(template, call) for call in message.get("tool_calls") or []]
+        if calls and template.writes_tool_calls:
             message = message | {"tool_calls": calls}
-            if not template.writes_tool_calls:
-                texts = [to_json(call.get("function", call)) for call in calls]
-                content = "\n".join(filter(None, [message["content"], *texts]))
-                message |= {"content": content, "tool_calls": None}
+        elif calls:
+            texts = [to_json(call.get("function", call)) for call in calls]
+            content = "\n".join(filter(None, [message["content"], *texts]))
+            message = message | {"content": content, "tool_calls": None}
         prepared.append(message)
     return prepared
 
@@ -1026,10 +1001,10 @@ class Tokenizer(BaseTokenizer):
         """Raise UserError for what would abort the process in tiktoken."""
         missing = [b for b in range(256) if bytes([b]) not in self.ranks]
         if missing:
-            raise configs.UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 "
+            raise UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 "
                                     f"single bytes (the first is {missing[0]})")
         if len(set(self.ranks.values())) < len(self.ranks):
-            raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
+            raise UserError("tokenizer: two of its vocabulary's tokens have the same id")
 
     def encode_ordinary(self, text):
         """str -> ids [n] uint32. Neither special nor added tokens are found."""
@@ -1179,7 +1154,7 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from "
+        raise UserError("data.tokenizer: none is given, and there is no model.init_from "
                                 "to take it from; bytes always works")
     if name == "bytes":
         tok = bytes_tokenizer()
@@ -1190,14 +1165,14 @@ def load_tokenizer(cfg):
     elif name in tiktoken.list_encoding_names():
         tok = tiktoken_encoding(name)
     else:
-        raise configs.UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must "
+        raise UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must "
                                 f"be one of bytes, {', '.join(tiktoken.list_encoding_names())}")
     for key in ("bos_token", "eos_token"):
         text = data[key]
         if text is None:
             continue
         if text and text not in tok.special:
-            raise configs.UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
+            raise UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
                                     f"{', '.join(tok.special) or 'none'}")
         setattr(tok, key.removesuffix("_token"), text or None)
         tok.fingerprint = fingerprint(tok.fingerprint, key, text)
@@ -1223,7 +1198,7 @@ def tiktoken_encoding(name):
 def tiktoken_file(path, pattern, special):
     """A file of `base64(token) rank` lines. It lacks the pattern and the special tokens."""
     if not pattern:
-        raise configs.UserError(f"data.tokenizer_pattern: {path} needs the regular expression that "
+        raise UserError(f"data.tokenizer_pattern: {path} needs the regular expression that "
                                 "its tokenizer splits text with")
     # (tiktoken's own reader caches files by their name)
     with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
@@ -1232,7 +1207,7 @@ def tiktoken_file(path, pattern, special):
     ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or ids.count(i) > 1:
-            raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other "
+            raise UserError(f"data.special_tokens.{text}: expected an id that no other "
                                     f"token has, got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
@@ -1244,8 +1219,7 @@ def huggingface_tokenizer(path):
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise configs.UserError(f"{path}: no such file; a tokenizer's folder must hold a "
-                                "tokenizer.json")
+        raise UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
     spec = read_json_object(path)
     config_file = path.with_name("tokenizer_config.json")
     config = read_json_object(config_file) if config_file.is_file() else {}
@@ -1262,7 +1236,7 @@ def huggingface_tokenizer(path):
             files[key] = text if text in files["special"] else None
         try:
             return byte_level_tokenizer(spec, tokens, files)
-        except configs.UserError as error:
+        except UserError as error:
             return package_tokenizer(path, spec, files, str(error))
 
 
@@ -1289,9 +1263,8 @@ def read_template(folder, config):
     if isinstance(template, list):                           # several: [{"name", "template"}, ...]
         named = [t["template"] for t in template if t["name"] == "default"]
         template = named[0] if named else None
-    if template is not None and not isinstance(template, str):
-        raise configs.UserError(f"{place}: chat_template must be text, got "
-                                f"{type(template).__name__}")
+    if template is not None:
+        check_type(template, str, f"{place}: chat_template must be text")
     return template
 
 
@@ -1316,7 +1289,7 @@ def token_names(spec, config):
 
 
 def unsupported(part):
-    return configs.UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
+    return UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
                              "tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
@@ -1493,7 +1466,7 @@ def spell(token):
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
 
-def find_message_spans(template, tok, rendering, wanted, **variables):
+def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
 
     The messages are rendered once more with placeholders instead of their contents. What the
@@ -1516,15 +1489,15 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
         replaced = list(messages)
         for i in plain:
             replaced[i] = messages[i] | {"content": placeholder(i)}
-        with_placeholders = render_text(template, tok, replaced, **variables)
+        with_placeholders = rendering.render_other(replaced)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
     missing = sorted(set(wanted) - {i for _, _, i in spans})
     if not missing:
         return spans
-    opening = opening_of_turn(template, tok, rendering, **variables)
+    opening = opening_of_turn(rendering)
     for i in missing:
         after = max((end for _, end, before in spans if before < i), default=0)
-        span = find_span_alone(template, tok, rendering, i, after, opening, **variables)
+        span = find_span_alone(rendering, i, after, opening)
         if span:
             spans.append((*span, i))
     return sorted(spans)
@@ -1535,12 +1508,7 @@ def has_generated_fields(message):
 
 
 def placeholder(i):
-    return f"{PLACEHOLDER_START}{i}{PLACEHOLDER_END}"
-
-
-def render_text(template, tok, messages, add_generation_prompt=False, **variables):
-    marked = render(template, tok, messages, add_generation_prompt, **variables)
-    return remove_generation_marks(marked)[0]
+    return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
 def align_placeholders(text, with_placeholders, messages):
@@ -1548,15 +1516,12 @@ def align_placeholders(text, with_placeholders, messages):
 
     [] if they differ in anything else than contents.
     """
-    matches = list(PLACEHOLDER.finditer(with_placeholders))
-    if not matches or not text.startswith(with_placeholders[:matches[0].start()]):
+    position = with_placeholders.find(PLACEHOLDER_MARK)
+    if not text.startswith(with_placeholders[:position]):
         return []
-    next_starts = [match.start() for match in matches[1:]] + [len(with_placeholders)]
     spans = []
-    position = matches[0].start()
-    for match, next_start in zip(matches, next_starts):
-        i = int(match[1])
-        between = with_placeholders[match.end():next_start]
+    for index, between in PLACEHOLDER.findall(with_placeholders):
+        i = int(index)
         end = find_content_end(text, position, messages[i]["content"], between)
         if end is None:
             return spans
@@ -1577,15 +1542,15 @@ def find_content_end(text, start, content, after):
     return end if end >= 0 and text[start:end] in content else None
 
 
-def opening_of_turn(template, tok, rendering, **variables):
+def opening_of_turn(rendering):
     """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
-    with_opening = render_text(template, tok, rendering.messages, True, **variables)
+    with_opening = rendering.render_other(rendering.messages, add_generation_prompt=True)
     if with_opening.startswith(rendering.text):
         return with_opening.removeprefix(rendering.text)
     return ""
 
 
-def find_span_alone(template, tok, rendering, i, after, opening, **variables):
+def find_span_alone(rendering, i, after, opening):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
     The text is compared with a rendering in which only this message has a placeholder:
@@ -1601,11 +1566,10 @@ def find_span_alone(template, tok, rendering, i, after, opening, **variables):
     with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
     original = text
     try:
-        replaced = [*messages[:i], with_placeholder, *messages[i + 1:]]
-        other = render_text(template, tok, replaced, **variables)
-    except configs.UserError:                    # the template has rules for what may follow
-        original = render_text(template, tok, messages[:i + 1], **variables)
-        other = render_text(template, tok, [*messages[:i], with_placeholder], **variables)
+        other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
+    except UserError:                    # the template has rules for what may follow
+        original = rendering.render_other(messages[:i + 1])
+        other = rendering.render_other([*messages[:i], with_placeholder])
     before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
@@ -1637,7 +1601,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
     variables  for the template: tools
     """
     rendering = render_messages(template, tok, messages, **variables)
-    spans = weighted_spans(template, tok, rendering, train_on, **variables)
+    spans = weighted_spans(rendering, train_on)
     spans = [(start, end, value) for start, end, value in spans if start < end and value]
     borders = [border for start, end, _ in spans for border in (start, end)]
     ids, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals, borders)
@@ -1652,8 +1616,9 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
     return ids.astype(np.int64), loss_weights
 
 
-def weighted_spans(template, tok, rendering, train_on, **variables):
+def weighted_spans(rendering, train_on):
     """Return the spans of the text that are targets, with loss weights: [(start, end, weight)]."""
+    tok = rendering.tok
     text = rendering.text
     messages = rendering.messages
     weights = message_weights(messages, train_on)
@@ -1665,9 +1630,7 @@ def weighted_spans(template, tok, rendering, train_on, **variables):
         needs_span = is_target if by_message else weights[i] != 1
         if needs_span and (message.get("content") or has_generated_fields(message)):
             wanted.append(i)
-    found = []
-    if wanted:
-        found = find_message_spans(template, tok, rendering, wanted, **variables)
+    found = find_message_spans(rendering, wanted) if wanted else []
     if by_message:
         return [(start, end_of_turn(tok, text, end), weights[i]) for start, end, i in found]
 
@@ -1693,8 +1656,8 @@ def message_weights(messages, train_on):
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     weights = []
     for i, message in enumerate(messages):
-        is_excluded = train_on == "last" and i not in answers[-1:]
-        is_excluded = is_excluded or message["role"] == "tool"
+        is_earlier = train_on == "last" and i not in answers[-1:]
+        is_excluded = is_earlier or message["role"] == "tool"
         weights.append(0.0 if is_excluded else message.get("weight", 1.0))
     return weights
 
@@ -1711,10 +1674,11 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True):
 
     starts, ends  False: the text started in an earlier part, continues in a later one
     """
-    bos = [tok.special[tok.bos]] if starts and tok.bos else []
-    eos = [tok.special[tok.eos]] if ends and tok.eos else []
     ids = tok.encode(tok.clean(text))
-    ids = np.concatenate([np.array(bos, np.int64), ids, np.array(eos, np.int64)])
+    if starts and tok.bos:
+        ids = np.append(tok.special[tok.bos], ids)
+    if ends and tok.eos:
+        ids = np.append(ids, tok.special[tok.eos])
     return ids, np.full(len(ids), weight, np.float32)
 
 
@@ -1771,7 +1735,7 @@ def encode_chunk(chunk, context):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
             documents += encode_record(record, place, context, counts)
-        except configs.UserError as error:
+        except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
             if context.data["on_error"] != "skip" or not is_of_record:
@@ -1839,9 +1803,8 @@ def compact_weights(weights, file):
     with np.errstate(over="ignore"):
         compact = weights.astype(np.float16)
     if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
-        raise configs.UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to "
-                                "65504 in absolute value, also after multiplication with its "
-                                "record's")
+        raise UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to 65504 "
+                        "in absolute value, also after multiplication with its record's")
     return compact
 
 
@@ -1866,10 +1829,9 @@ def join_parts_of_documents(results, context):
 def encode_parallel(chunks, n_bytes, context, name, quiet):
     """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
     from tqdm import tqdm
-    n_processes = context.data["processes"]
-    if not n_processes:
-        can_ask = hasattr(os, "sched_getaffinity")
-        n_processes = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count()
+    n_processes = context.data["processes"] or os.cpu_count()
+    if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
+        n_processes = len(os.sched_getaffinity(0))
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:
@@ -1878,8 +1840,10 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 yield encode_chunk(chunk, context)
                 bar.update(chunk.n_bytes)
             return
-        with concurrent.futures.ProcessPoolExecutor(
-                n_processes, multiprocessing.get_context("fork"), init_worker, [context]) as pool:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            n_processes, multiprocessing.get_context("fork"), init_worker, [context])
+        problem = "a process was killed, perhaps for lack of memory; fewer need less: "
+        with error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool:
             pending = collections.deque()                # two chunks per process
             chunks = iter(chunks)
             while True:
@@ -1888,7 +1852,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 if not pending:
                     return
                 future, size = pending.popleft()
-                yield worker_result(future)
+                yield future.result()
                 bar.update(size)
 
 
@@ -1902,25 +1866,14 @@ def encode_in_worker(chunk):
     return encode_chunk(chunk, worker_context)
 
 
-def worker_result(future):
-    try:
-        return future.result()
-    except concurrent.futures.BrokenExecutor:
-        raise configs.UserError("data.processes: a process was killed, perhaps for lack of memory; "
-                                "fewer processes need less") from None
-
-
 class TokenWriter:
     """Writes the token files of a source into a folder."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.tokens = open(folder / "tokens.bin", "wb")
-        self.weights = open(folder / "mask.bin", "wb")
-        self.offsets = open(folder / "offsets.bin", "wb")
-        self.targets = open(folder / "targets.bin", "wb")
-        self.offsets.write(np.zeros(1, np.int64).tobytes())
-        self.weights_kind = "mask"
+        names = ("tokens", "weights", "offsets", "targets")
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
+        self.files["offsets"].write(np.zeros(1, np.int64))
+        self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.n_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
@@ -1929,34 +1882,32 @@ class TokenWriter:
 
     def write(self, encoded):
         lengths = encoded.lengths
-        weights = encoded.weights
-        if self.weights_kind == "mask" and weights.dtype != np.uint8:
-            self.change_to_float16()
-        if self.weights_kind == "float16":
-            weights = weights.astype(np.float16)
-        self.tokens.write(encoded.ids)
-        self.weights.write(weights)
-        self.offsets.write(self.n_tokens + np.cumsum(lengths))
-        self.targets.write(count_targets(weights, lengths))
-        self.n_tokens += len(weights)
+        if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
+            self.widen_weights()
+        self.files["tokens"].write(encoded.ids)
+        self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
+        self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
+        self.files["targets"].write(count_targets(encoded.weights, lengths))
+        self.n_tokens += len(encoded.ids)
         self.counts.update(encoded.counts)
         self.counts["documents"] += len(lengths)
-        self.counts["trained"] += int(np.count_nonzero(weights))
+        self.counts["trained"] += int(np.count_nonzero(encoded.weights))
         self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
         self.problems = (self.problems + encoded.problems)[:3]
 
-    def change_to_float16(self):
-        """Replace mask.bin by weights.bin."""
-        self.weights.close()
-        self.weights_kind = "float16"
-        self.weights = open(self.folder / "weights.bin", "wb")
-        with open(self.folder / "mask.bin", "rb") as mask:
-            while block := mask.read(BLOCK):
-                self.weights.write(np.frombuffer(block, np.uint8).astype(np.float16))
-        (self.folder / "mask.bin").unlink()
+    def widen_weights(self):
+        """Write what is in weights.bin again, as float16."""
+        self.files["weights"].close()
+        path = Path(self.files["weights"].name)
+        with open(path, "rb") as narrow:             # it can be read after it is removed
+            path.unlink()
+            self.files["weights"] = open(path, "wb")
+            while block := narrow.read(BLOCK):
+                self.files["weights"].write(np.frombuffer(block, np.uint8).astype(np.float16))
+        self.weights_dtype = np.dtype(np.float16)
 
     def close(self):
-        for file in (self.tokens, self.weights, self.offsets, self.targets):
+        for file in self.files.values():
             file.close()
 
 
@@ -1993,14 +1944,14 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                 writer.write(encoded)
         check_not_empty(writer, name, source)
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
-                  "weights": writer.weights_kind, "tokens": writer.n_tokens,
+                  "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
                   "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
                   "problems": writer.problems, **writer.counts}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
     except OSError as error:
         if not (folder / "header.json").is_file():       # else another process was faster
-            raise configs.UserError(f"{folder}: cannot write token files ({error.strerror}); "
+            raise UserError(f"{folder}: cannot write token files ({error.strerror}); "
                                     "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -2010,11 +1961,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
 def fingerprint_source(cfg, source, tok, files):
     """What the token files of a source depend on, as fingerprints by name."""
     data = cfg["data"]
-    inputs = list(files)
-    for file in files:
-        if file.endswith(".npy"):
-            beside = [f"{file[:-4]}_labels.npy", f"{file[:-4]}_weights.npy"]
-            inputs += [path for path in beside if os.path.isfile(path)]
+    beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
+    inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
     can_chat = tok.eos or "<|im_end|>" in tok.special
     template = template_text(tok, cfg) if can_chat else ""
@@ -2030,7 +1978,7 @@ def check_not_empty(writer, name, source):
     counts = writer.counts
     if not counts["documents"]:
         problem = f": {writer.problems[0]}" if writer.problems else ""
-        raise configs.UserError(
+        raise UserError(
             f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
             f"records, {counts['dropped']} documents without a target, {counts['skipped']} "
             f"skipped{problem})")
@@ -2045,10 +1993,7 @@ class Tokens:
         self.header = read_json_object(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
         self.tokens = self.map_file("tokens.bin", self.header["dtype"])
-        if self.header["weights"] == "mask":
-            self.weights = self.map_file("mask.bin", np.uint8)
-        else:
-            self.weights = self.map_file("weights.bin", np.float16)
+        self.weights = self.map_file("weights.bin", self.header["weights"])
         self.offsets = self.map_file("offsets.bin", np.int64)[first:last + 1]
         self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
 
@@ -2073,8 +2018,7 @@ class Tokens:
 def require_train_data(cfg):
     """Raise UserError if there is no training source."""
     if not cfg["data"]["train"]:
-        raise configs.UserError("data.train: no source is named; data.train.NAME.path=FILE names "
-                                "one")
+        raise UserError("data.train: no source is named; data.train.NAME.path=FILE names one")
 
 
 def load_datasets(cfg, tok=None, quiet=False):
@@ -2094,7 +2038,7 @@ def load_datasets(cfg, tok=None, quiet=False):
     if split:
         for name, tokens in datasets["train"].items():
             if name in datasets["validation"]:
-                raise configs.UserError("data.validation_split: there is also data.validation."
+                raise UserError("data.validation_split: there is also data.validation."
                                         f"{name}; set one of the two")
             n_train = len(tokens) - count_held_out(split, name, len(tokens))
             datasets["train"][name] = Tokens(tokens.folder, 0, n_train)
@@ -2107,7 +2051,7 @@ def count_held_out(split, name, n_documents):
     held_out = split if isinstance(split, int) else round(split * n_documents)
     if not 0 < held_out < n_documents:
         purpose = "validate" if held_out < 1 else "train"
-        raise configs.UserError(f"data.validation_split: {split} of {name}'s {n_documents} "
+        raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} "
                                 f"documents leaves nothing to {purpose} on")
     return held_out
 

@@ -565,7 +565,7 @@ def test_find_message_spans_as_in_its_docstring():
                                   "{{ ' ' if not loop.last }}{% endfor %}")
     rendering = T.render_messages(template, BYTES, chat("2+3?", "5", "Sure?", "Yes"))
     assert rendering.text == "U:2+3?; A:5; U:Sure?; A:Yes;"
-    assert T.find_message_spans(template, BYTES, rendering, [1, 3]) == [(10, 11, 1), (24, 27, 3)]
+    assert T.find_message_spans(rendering, [1, 3]) == [(10, 11, 1), (24, 27, 3)]
 
 
 def test_loss_weights_of_messages_and_records(tmp_path):

@@ -149,16 +149,18 @@ def find_files(cfg, name, source):
         if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
             with error_context(key):
                 files = download_split(hub_path[1], hub_path[2], source["split"])
-    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(BESIDE_NPY))
+    no_data = BESIDE_NPY + HUB_METADATA
+    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(no_data))
     if not files:
         raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
                                 f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
     for file in files:
         if not file.endswith(EXTENSIONS):
             raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
-        if source["shape"] != "auto" and file.endswith(".npy") != (source["shape"] == "tokens"):
-            raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}; "
-                                    "tokens are .npy files, text and chat are not")
+        extension = file.removesuffix(".gz").rpartition(".")[2]
+        only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
+        if source["shape"] not in only.get(extension, ("auto", "text", "chat")):
+            raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
     return files
 
 
@@ -400,13 +402,25 @@ def read_csv(stream, file, context):
     is_tsv = file.removesuffix(".gz").endswith(".tsv")
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    numbers = []
+    records = []
+    line = 2
+    problem = "not valid CSV in UTF-8: "
     try:
-        while numbered := [(rows.line_num, row) for row in itertools.islice(rows, 512)]:
-            numbers, records = zip(*numbered)
-            yield Chunk(file, "line", numbers, records)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
-                                f"{one_line(error)}") from None
+        for record in rows:
+            numbers.append(line)
+            records.append(record)
+            line = rows.line_num + 1
+            if len(records) == 512:
+                yield Chunk(file, "line", numbers, records)
+                numbers = []
+                records = []
+    except csv.Error as error:
+        raise UserError(f"{file}, line {line}: {problem}{one_line(error)}") from None
+    except UnicodeDecodeError as error:          # somewhere in the block that was read last
+        raise UserError(f"{file}: {problem}{one_line(error)}") from None
+    if records:
+        yield Chunk(file, "line", numbers, records)
 
 
 def read_parquet(stream, file, context):
@@ -466,7 +480,7 @@ def read_npy(stream, file, context):
                     "data.ignore_index or the id there (the next id: data.shift_labels=false)")
             block_weights[first - start:][~is_target] = 0
         yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
-                    ends=end == n, n_bytes=block.nbytes)
+                    ends=end == n, n_bytes=len(block) * ids.itemsize)
 
 
 def load_array(path, kinds, n_tokens=None):
@@ -555,26 +569,28 @@ def parse_json(value, problem):
 def normalize_chat(record):
     """{"messages": [...], "tools": [...]}, the latter if the record has some."""
     for key in MESSAGE_KEYS:
-        turns = parse_json(record.get(key), f"{key} must be a list, or one as JSON text")
+        if record.get(key, "") == "":                    # also an empty field of a .csv file
+            continue
+        turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
         if isinstance(turns, list):
             break
     else:
         turns = prompt_and_response(record)
-    if isinstance(record.get("system"), str) and record["system"]:
-        turns = [{"role": "system", "content": record["system"]}, *turns]
-    if not turns:
-        raise UserError("a chat without messages")
     messages = []
     for n, turn in enumerate(turns, 1):
         with error_context(f"message {n}"):
             messages.append(normalize_message(turn, n))
+    if isinstance(record.get("system"), str) and record["system"]:
+        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+    if not messages:
+        raise UserError("a chat without messages")
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools.strip() or "[]", "tools is no JSON")
     if not tools:
         return {"messages": messages}
     check_type(tools, list, "tools must be a list")
-    return {"messages": messages, "tools": tools}
+    return {"messages": messages, "tools": [parse_json(tool, "tools is no JSON") for tool in tools]}
 
 
 def prompt_and_response(record):
@@ -594,8 +610,8 @@ def prompt_and_response(record):
 def normalize_message(turn, n):
     """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
     check_type(turn, dict, "expected an object")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
     message = {}
@@ -655,11 +671,12 @@ def parse_weight(d, keys):
         value = d.get(key)
         if value is None or value == "":                 # "" is an empty field of a .csv file
             continue
-        with error_context(f"{key} must be a finite number, true or false; got {value!r}",
-                           (ValueError, TypeError, OverflowError)):
+        problem = (f"{key}: a loss weight must be a number, 0 or from 6e-8 to 65504 in absolute "
+                   f"value; got {value!r}")
+        with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if not math.isfinite(weight):
-                raise ValueError("it is not finite")
+            if weight != 0 and not 6e-8 <= abs(weight) <= 65504:
+                raise ValueError("out of the range of float16")
         return weight
     return 1.0
 
@@ -786,9 +803,10 @@ def mark_generation(text):
     return GENERATION_MARK + text + GENERATION_MARK
 
 
-def tojson(value, indent=None, **options):
-    """jinja2's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """As in transformers: jinja2's own filter escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 def raise_exception(message):
@@ -895,18 +913,19 @@ def prepare_tool_calls(template, messages):
 
 def prepare_call(template, call):
     """A tool call with its arguments as the template needs them."""
-    function = call.get("function")
+    function = call.get("function", call)
     if not isinstance(function, dict):
         return call
     arguments = function.get("arguments")
     if isinstance(arguments, str) and not template.takes_json_arguments:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):    # else the template writes the text
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError):             # plain text: the template writes it
-            return call
     elif isinstance(arguments, dict) and not template.takes_object_arguments:
         arguments = to_json(arguments)
-    return call | {"function": function | {"arguments": arguments}}
+    else:
+        return call
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
 
 
 # --------------------------------------------------------------------------------------------------
@@ -942,7 +961,7 @@ class BaseTokenizer:
 
     def encode(self, text):
         """str -> ids [n] int64. Special tokens that are spelled in it are text."""
-        ids, _, _ = self.encode_with_offsets(text, find_special=False)
+        ids, _, _, _ = self.encode_with_offsets(text, find_special=False)
         return ids.astype(np.int64)
 
     def compose(self, text):
@@ -1027,9 +1046,9 @@ class Tokenizer(BaseTokenizer):
         find_special  False: special tokens are text everywhere
 
         Returns
-          ids      uint32 [n]
-          ends     int64 [n]; the end of each token, in bytes of the (composed) text
-          borders  the given positions, also in bytes
+          ids           uint32 [n]
+          starts, ends  int64 [n]; of each token, in bytes of the (composed) text
+          borders       the given positions, also in bytes
         """
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.native_special and is_composed and not literals:
@@ -1038,7 +1057,7 @@ class Tokenizer(BaseTokenizer):
                                                     allowed_special=self.native_names[find_special])
                 if not text.isascii():
                     borders = [len(text[:border].encode()) for border in borders]
-                return ids, self.token_bytes[ids].cumsum(), borders
+                return self.with_offsets(ids, borders)
         ids = []
         sizes = [0]                                          # bytes before each segment, and in all
         segments = self.split_special(text, literals, find_special)
@@ -1057,7 +1076,12 @@ class Tokenizer(BaseTokenizer):
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
             before = self.compose(text[segments[i][0]:border])
             borders_in_bytes.append(sizes[i] + len(before.encode()))
-        return ids, self.token_bytes[ids].cumsum(), borders_in_bytes
+        return self.with_offsets(ids, borders_in_bytes)
+
+    def with_offsets(self, ids, borders):
+        lengths = self.token_bytes[ids]
+        ends = lengths.cumsum()
+        return ids, ends - lengths, ends, borders
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -1091,7 +1115,7 @@ class HFTokenizer(BaseTokenizer):
         # tokenizers raises nothing narrower than Exception
         with error_context("the tokenizers package cannot read it either", Exception):
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
-        self.n_vocab = self.encoder.get_vocab_size()
+        self.n_vocab = 1 + max(self.encoder.get_vocab().values())
         self.compile_patterns()
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
@@ -1108,8 +1132,9 @@ class HFTokenizer(BaseTokenizer):
             moved[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        ends = [end for _, end in encoded.offsets]
-        return np.array(encoded.ids, np.uint32), np.array(ends, np.int64), moved
+        # tokens of one character all have its start and its end
+        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoded.ids, np.uint32), starts, ends, moved
 
     def decode(self, ids):
         """ids -> str"""
@@ -1410,7 +1435,7 @@ def recover_merges(ranks):
     return merges
 
 
-def save_tokenizer(tok, folder, template_text):
+def save_tokenizer(tok, folder, chat_template):
     """Write the files from which transformers loads the tokenizer: its own, or new ones."""
     folder = Path(folder)
     config_file = folder / "tokenizer_config.json"
@@ -1421,18 +1446,17 @@ def save_tokenizer(tok, folder, template_text):
                      "merges.txt"):
             if (tok.folder / name).is_file():
                 shutil.copyfile(tok.folder / name, folder / name)
-    config = {}
+    if config_file.is_file():
+        config = read_json_object(config_file)
+    else:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                  "clean_up_tokenization_spaces": False}
     if tok.bos:
         config["bos_token"] = tok.bos
     if tok.eos:
         config["eos_token"] = tok.eos
-    if config_file.is_file():
-        config |= read_json_object(config_file)
-    else:
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
-                   "clean_up_tokenization_spaces": False}
-    if template_text and template_text != tok.template:
-        config["chat_template"] = template_text
+    if chat_template and chat_template != tok.template:
+        config["chat_template"] = chat_template
         (folder / "chat_template.jinja").unlink(missing_ok=True)     # it would come first
     write_json(config_file, config)
 
@@ -1570,22 +1594,22 @@ def find_span_alone(rendering, i, after, opening):
     except UserError:                    # the template has rules for what may follow
         original = rendering.render_other(messages[:i + 1])
         other = rendering.render_other([*messages[:i], with_placeholder])
-    before, mark, behind = other.partition(placeholder(i))
+    before, mark, suffix = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
-    is_content = original.startswith(before) and original[len(before):].endswith(behind)
+    is_content = original.startswith(before) and original[len(before):].endswith(suffix)
     if not is_content:
         before = os.path.commonprefix([original, other])
         backwards = [original[len(before):][::-1], other[len(before):][::-1]]
-        behind = os.path.commonprefix(backwards)
-    written = original[len(before):len(original) - len(behind)]
+        suffix = os.path.commonprefix(backwards)
+    written = original[len(before):len(original) - len(suffix)]
     start = len(before) if original is text else text.find(written, after)
     if start < 0:
         return None
     end = start + len(written)
     if not is_content or has_generated_fields(messages[i]):
         opening_start = text.rfind(opening, after, start)
-        if opening_start >= 0:
+        if opening and opening_start >= 0:
             start = opening_start + len(opening)
     return (start, end) if start < end else None
 
@@ -1604,15 +1628,16 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
     spans = weighted_spans(rendering, train_on)
     spans = [(start, end, value) for start, end, value in spans if start < end and value]
     borders = [border for start, end, _ in spans for border in (start, end)]
-    ids, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals, borders)
+    ids, starts, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals,
+                                                         borders)
 
     # a token that overlaps a span has the span's weight
     borders = np.array(borders, np.int64).reshape(-1, 2)
     first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
-    last_tokens = np.searchsorted(ends, borders[:, 1], side="left").tolist()
+    end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value), first, last in zip(spans, first_tokens, last_tokens):
-        loss_weights[first:last + 1] = value * weight
+    for (_, _, value), first, end in zip(spans, first_tokens, end_tokens):
+        loss_weights[first:end] = value * weight
     return ids.astype(np.int64), loss_weights
 
 
@@ -1685,7 +1710,7 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True):
 def encode_prompt(tok, template, messages):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
     rendering = render_messages(template, tok, messages, add_generation_prompt=True)
-    ids, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
+    ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()
 
 
@@ -1932,8 +1957,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     if (folder / "header.json").is_file():
         return folder
     context = Context(cfg, source, tok)
-    building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
     try:
         building.mkdir(parents=True)
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
@@ -1964,7 +1988,7 @@ def fingerprint_source(cfg, source, tok, files):
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = tok.eos or "<|im_end|>" in tok.special
+    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
     template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels")

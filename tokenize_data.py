@@ -5,7 +5,7 @@
     python tokenize_data.py configs/ft.yaml show=1 ids=true     and each of their tokens
 
 The file follows the data: read files, normalize records, render the chat template, encode, assign
-loss weights, write token files, show. One record on its way:
+loss weights, write token files, show. One record on its way, with data.tokenizer=bytes:
 
     {"prompt": "2 + 3?", "completion": "5"}                                          read
     [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]   normalized
@@ -14,15 +14,18 @@ loss weights, write token files, show. One record on its way:
        0   0   0   0      0  0  0  0   0  0   0  0   0   0       0  0  1   1  0      loss weights
 
 The ids are those of the rendered text; loss weights do not change them. Special tokens that are
-spelled inside a message stay text: <|im_end|> in a user's message ends no turn. A text document is
-BOS + its ids + EOS, cut into windows of data.seq_len targets.
+spelled inside a message stay text: <|im_end|> in a user's message ends no turn. (Other added tokens
+of a vocabulary, such as <think>, are found everywhere.) A text document is BOS + its ids + EOS, cut
+into windows of data.seq_len targets.
 
 Each source has a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
     tokens.bin     uint16 or uint32: the ids of all documents, one after the other
-    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16
+    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16,
+                   that is rounded to 11 bits
     offsets.bin    int64: where each document starts, and the end of the last one
-    targets.bin    uint32: the number of targets of each document (its first token is never one)
+    targets.bin    uint32: the number of targets of each document. Its first token is never one:
+                   no token before it predicts it
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
@@ -61,7 +64,7 @@ BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of 
 
 
 class error_context:
-    """Shorten errors to a UserError of one line that begins with a place. Contexts nest:
+    """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
         with error_context("x.jsonl, line 3"):
             with error_context("tools", ValueError, "not valid JSON: "):
@@ -153,7 +156,7 @@ def find_files(cfg, name, source):
     files = sorted(f for f in files if Path(f).is_file() and not f.endswith(no_data))
     if not files:
         raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
-                                f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
+                        f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
     for file in files:
         if not file.endswith(EXTENSIONS):
             raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
@@ -175,8 +178,8 @@ def download_split(dataset, folder, split):
     try:
         names = list_repo_files(dataset, repo_type="dataset")
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{place}: it has no such dataset (a private one needs "
-                                "`hf auth login`)") from None
+        raise UserError(f"{place}: it has no such dataset; a private one needs "
+                        "`hf auth login`") from None
     except Exception as error:               # no network, for example
         names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
         if not names:
@@ -212,14 +215,14 @@ def choose_split_files(names, dataset, folder, split):
         chosen = names
     if not chosen:
         files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
-        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its "
-                                f"files: {files}")
+        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its files: "
+                        f"{files}")
     extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
     chosen = sorted(n for n in chosen if n.endswith(extension))
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
         raise UserError(f"{dataset} has this split in several folders; name one: "
-                                f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
+                        f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
     return chosen
 
 
@@ -260,9 +263,10 @@ class Context:
     def __post_init__(self):
         self.data = self.cfg["data"]
         ids = np.arange(self.tok.n_vocab)
-        first, last = self.data["ignore_token_id_range"] or (1, 0)
-        is_ignored = np.isin(ids, self.data["ignore_token_ids"])
-        self.never_target = is_ignored | (first <= ids) & (ids <= last)      # bool [V]
+        self.never_target = np.isin(ids, self.data["ignore_token_ids"])      # bool [V]
+        if self.data["ignore_token_id_range"]:
+            first, last = self.data["ignore_token_id_range"]
+            self.never_target |= (first <= ids) & (ids <= last)
         self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
 
     @functools.cached_property
@@ -330,7 +334,7 @@ def split_list(text, n_before):
             _, end = json.JSONDecoder().raw_decode(text, match.end())
         except (ValueError, RecursionError) as error:
             return items, position, error
-        items.append(text[match.end():end].encode())
+        items.append(text[match.end():end].encode())         # bytes: JSON; a str would be a text
         position = end
         separator = re.compile(r"\s*,\s*")
     return items, position, None
@@ -462,8 +466,8 @@ def read_npy(stream, file, context):
             block = np.append(block, np.int64(labels[-1]))
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
-            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id "
-                                    f"that the tokenizer ({context.tok.n_vocab} tokens) lacks")
+            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id that "
+                            f"the tokenizer ({context.tok.n_vocab} tokens) lacks")
         block_weights = np.ones(len(block), np.float32)
         # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
         first = max(start, shift)
@@ -604,7 +608,7 @@ def prompt_and_response(record):
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
     raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
-                            f"{KNOWN_SHAPES}")
+                    f"{KNOWN_SHAPES}")
 
 
 def normalize_message(turn, n):
@@ -692,7 +696,8 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
-# Marks that are put into renderings. They are random, so that no message contains them.
+# Marks that are put into renderings, and taken out again by the same process. They are random, so
+# that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
@@ -718,8 +723,8 @@ def template_text(tok, cfg):
         raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
                         "<|im_end|>; leave it empty for a plain one that ends turns with EOS")
     if not tok.eos:
-        raise UserError("data.eos_token: chats need a token that ends a turn; this "
-                                "tokenizer has neither <|im_end|> nor an EOS")
+        raise UserError("data.eos_token: chats need a token that ends a turn; this tokenizer has "
+                        "neither <|im_end|> nor an EOS")
     return PLAIN
 
 
@@ -837,7 +842,7 @@ class Rendering:
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    literals: list               # [(start, end)] in the text that only spell special tokens
+    literals: list               # [(start, end)]: the first characters of spelled special tokens
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages."""
@@ -1010,7 +1015,6 @@ class Tokenizer(BaseTokenizer):
         in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.native_special = not overlap and len(ids) > 256
-        self.native_names = {True: frozenset(tokens), False: frozenset(self.added)}
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1020,8 +1024,8 @@ class Tokenizer(BaseTokenizer):
         """Raise UserError for what would abort the process in tiktoken."""
         missing = [b for b in range(256) if bytes([b]) not in self.ranks]
         if missing:
-            raise UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 "
-                                    f"single bytes (the first is {missing[0]})")
+            raise UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single "
+                            f"bytes (the first is {missing[0]})")
         if len(set(self.ranks.values())) < len(self.ranks):
             raise UserError("tokenizer: two of its vocabulary's tokens have the same id")
 
@@ -1047,14 +1051,15 @@ class Tokenizer(BaseTokenizer):
 
         Returns
           ids           uint32 [n]
-          starts, ends  int64 [n]; of each token, in bytes of the (composed) text
-          borders       the given positions, also in bytes
+          starts, ends  int64 [n]; of each token, in a unit of this tokenizer: bytes of the text
+          borders       the given positions in the same unit
         """
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.native_special and is_composed and not literals:
             with contextlib.suppress(ValueError):            # see encode_ordinary
-                ids = self.encoding.encode_to_numpy(text, disallowed_special=(),
-                                                    allowed_special=self.native_names[find_special])
+                names = set(self.special_and_added) if find_special else set(self.added)
+                ids = self.encoding.encode_to_numpy(text, allowed_special=names,
+                                                    disallowed_special=())
                 if not text.isascii():
                     borders = [len(text[:border].encode()) for border in borders]
                 return self.with_offsets(ids, borders)
@@ -1108,7 +1113,7 @@ class HFTokenizer(BaseTokenizer):
         self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
         rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
         tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
-        for token in tokens:                                 # normalizers may change hidden names
+        for token in tokens:                                 # normalizers would change hidden names
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
                                "post_processor": None, "truncation": None, "padding": None}
@@ -1179,8 +1184,8 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise UserError("data.tokenizer: none is given, and there is no model.init_from "
-                                "to take it from; bytes always works")
+        raise UserError("data.tokenizer: none is given, and there is no model.init_from to take it "
+                        "from; bytes always works")
     if name == "bytes":
         tok = bytes_tokenizer()
     elif name.endswith(".tiktoken"):
@@ -1190,15 +1195,15 @@ def load_tokenizer(cfg):
     elif name in tiktoken.list_encoding_names():
         tok = tiktoken_encoding(name)
     else:
-        raise UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must "
-                                f"be one of bytes, {', '.join(tiktoken.list_encoding_names())}")
+        raise UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must be one of "
+                        f"bytes, {', '.join(tiktoken.list_encoding_names())}")
     for key in ("bos_token", "eos_token"):
         text = data[key]
         if text is None:
             continue
         if text and text not in tok.special:
             raise UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
-                                    f"{', '.join(tok.special) or 'none'}")
+                            f"{', '.join(tok.special) or 'none'}")
         setattr(tok, key.removesuffix("_token"), text or None)
         tok.fingerprint = fingerprint(tok.fingerprint, key, text)
     return tok
@@ -1223,8 +1228,8 @@ def tiktoken_encoding(name):
 def tiktoken_file(path, pattern, special):
     """A file of `base64(token) rank` lines. It lacks the pattern and the special tokens."""
     if not pattern:
-        raise UserError(f"data.tokenizer_pattern: {path} needs the regular expression that "
-                                "its tokenizer splits text with")
+        raise UserError(f"data.tokenizer_pattern: {path} needs the regular expression that its "
+                        "tokenizer splits text with")
     # (tiktoken's own reader caches files by their name)
     with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
@@ -1232,8 +1237,8 @@ def tiktoken_file(path, pattern, special):
     ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or ids.count(i) > 1:
-            raise UserError(f"data.special_tokens.{text}: expected an id that no other "
-                                    f"token has, got {i!r}")
+            raise UserError(f"data.special_tokens.{text}: expected an id that no other token has, "
+                            f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
         return Tokenizer(ranks, pattern, special=special)
@@ -1267,10 +1272,8 @@ def huggingface_tokenizer(path):
 
 def package_tokenizer(path, spec, files, problem):
     """Let the tokenizers package run what tiktoken cannot represent, and print why."""
-    install = "; with `pip install tokenizers` it would run there: "
-    with error_context(path, ImportError, problem + install):
-        import tokenizers  # noqa: F401
-    with error_context(path):
+    install = f"{problem}; with `pip install tokenizers` it would run there"
+    with error_context(path), error_context(install, ImportError):
         tok = HFTokenizer(path, spec, **files)
     if configs.is_local_rank0():
         note = f"{problem}; the tokenizers package runs it"
@@ -1315,7 +1318,7 @@ def token_names(spec, config):
 
 def unsupported(part):
     return UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
-                             "tokenizers (GPT-2, Llama 3, Qwen kinds)")
+                     "tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
 def unsupported_part(spec, tokens):
@@ -1589,9 +1592,11 @@ def find_span_alone(rendering, i, after, opening):
     messages = rendering.messages
     with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
     original = text
+    is_whole_chat = True
     try:
         other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
-    except UserError:                    # the template has rules for what may follow
+    except UserError:                            # the template has rules for what may follow
+        is_whole_chat = False
         original = rendering.render_other(messages[:i + 1])
         other = rendering.render_other([*messages[:i], with_placeholder])
     before, mark, suffix = other.partition(placeholder(i))
@@ -1603,7 +1608,7 @@ def find_span_alone(rendering, i, after, opening):
         backwards = [original[len(before):][::-1], other[len(before):][::-1]]
         suffix = os.path.commonprefix(backwards)
     written = original[len(before):len(original) - len(suffix)]
-    start = len(before) if original is text else text.find(written, after)
+    start = len(before) if is_whole_chat else text.find(written, after)
     if start < 0:
         return None
     end = start + len(written)
@@ -1976,7 +1981,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     except OSError as error:
         if not (folder / "header.json").is_file():       # else another process was faster
             raise UserError(f"{folder}: cannot write token files ({error.strerror}); "
-                                    "data.cache_dir sets their place") from None
+                            "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
@@ -2060,10 +2065,10 @@ def load_datasets(cfg, tok=None, quiet=False):
             datasets[kind][name] = Tokens(folder)
     split = cfg["data"]["validation_split"]
     if split:
-        for name, tokens in datasets["train"].items():
+        for name, tokens in list(datasets["train"].items()):
             if name in datasets["validation"]:
-                raise UserError("data.validation_split: there is also data.validation."
-                                        f"{name}; set one of the two")
+                raise UserError(f"data.validation_split: there is also data.validation.{name}; set "
+                                "one of the two")
             n_train = len(tokens) - count_held_out(split, name, len(tokens))
             datasets["train"][name] = Tokens(tokens.folder, 0, n_train)
             datasets["validation"][name] = Tokens(tokens.folder, n_train)
@@ -2075,8 +2080,8 @@ def count_held_out(split, name, n_documents):
     held_out = split if isinstance(split, int) else round(split * n_documents)
     if not 0 < held_out < n_documents:
         purpose = "validate" if held_out < 1 else "train"
-        raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} "
-                                f"documents leaves nothing to {purpose} on")
+        raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} documents "
+                        f"leaves nothing to {purpose} on")
     return held_out
 
 

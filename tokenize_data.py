@@ -5,7 +5,7 @@
     python tokenize_data.py configs/ft.yaml show=1 ids=true     and each of their tokens
 
 The file follows the data: read files, normalize records, render the chat template, encode, assign
-loss weights, write token files, show. One record on its way:
+loss weights, write token files, show. One record on its way, with data.tokenizer=bytes:
 
     {"prompt": "2 + 3?", "completion": "5"}                                          read
     [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]   normalized
@@ -14,21 +14,22 @@ loss weights, write token files, show. One record on its way:
        0   0   0   0      0  0  0  0   0  0   0  0   0   0       0  0  1   1  0      loss weights
 
 The ids are those of the rendered text; loss weights do not change them. Special tokens that are
-spelled inside a message stay text: <|im_end|> in a user's message ends no turn. A text document is
-BOS + its ids + EOS, cut into windows of data.seq_len targets.
+spelled inside a message stay text: <|im_end|> in a user's message ends no turn. (Other added tokens
+of a vocabulary, such as <think>, are found everywhere.) A text document is BOS + its ids + EOS, cut
+into windows of data.seq_len targets.
 
 Each source has a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
     tokens.bin     uint16 or uint32: the ids of all documents, one after the other
-    mask.bin       uint8 per token, 1: target; if all loss weights are 0 or 1. Otherwise
-    weights.bin    float16 per token, the loss weight
+    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16,
+                   that is rounded to 11 bits
     offsets.bin    int64: where each document starts, and the end of the last one
-    targets.bin    uint32: the number of targets of each document (its first token is never one)
+    targets.bin    uint32: the number of targets of each document. Its first token is never one:
+                   no token before it predicts it
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
 import bisect
-import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -56,13 +57,14 @@ import numpy as np
 import tiktoken
 
 import configs
+from configs import UserError
 
-FORMAT = 4                  # of the token files
+FORMAT = 5                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 
 
 class error_context:
-    """Shorten errors to a UserError of one line that begins with a place. Contexts nest:
+    """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
         with error_context("x.jsonl, line 3"):
             with error_context("tools", ValueError, "not valid JSON: "):
@@ -71,7 +73,7 @@ class error_context:
     (A class, because records are read in it, and contextlib's generators take 3 times as long.)
     """
 
-    def __init__(self, place, errors=(configs.UserError, RecursionError), problem=""):
+    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
         self.place = place
         self.errors = errors
         self.problem = problem
@@ -82,7 +84,7 @@ class error_context:
     def __exit__(self, error_type, error, traceback):
         if isinstance(error, self.errors):
             text = f"{self.place}: {self.problem}{one_line(error)}"
-            raise configs.UserError(text) from None
+            raise UserError(text) from None
 
 
 def one_line(error):
@@ -92,6 +94,11 @@ def one_line(error):
         text = repr(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
+
+
+def check_type(value, expected, problem):
+    if not isinstance(value, expected):
+        raise UserError(f"{problem}, got {type(value).__name__}")
 
 
 def read_text(path):
@@ -104,8 +111,7 @@ def read_json_object(path):
     text = read_text(path)
     with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
         value = json.loads(text)
-        if not isinstance(value, dict):
-            raise configs.UserError(f"it is a {type(value).__name__}")
+        check_type(value, dict, "expected one")
     return value
 
 
@@ -118,6 +124,7 @@ def fingerprint(*values):
 
 EXTENSIONS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".txt.gz",
               ".csv.gz", ".tsv.gz", ".parquet", ".npy")
+BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
 # owner/name, or owner/name/FOLDER for a folder of the dataset
 HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
 HUB_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv")   # the first wins
@@ -145,17 +152,18 @@ def find_files(cfg, name, source):
         if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
             with error_context(key):
                 files = download_split(hub_path[1], hub_path[2], source["split"])
-    beside_npy = ("_labels.npy", "_weights.npy")
-    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(beside_npy))
+    no_data = BESIDE_NPY + HUB_METADATA
+    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(no_data))
     if not files:
-        raise configs.UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
-                                f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
+        raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
+                        f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
     for file in files:
         if not file.endswith(EXTENSIONS):
-            raise configs.UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
-        if source["shape"] != "auto" and file.endswith(".npy") != (source["shape"] == "tokens"):
-            raise configs.UserError(f"data.{name}.shape: {source['shape']} does not fit {file}; "
-                                    "tokens are .npy files, text and chat are not")
+            raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
+        extension = file.removesuffix(".gz").rpartition(".")[2]
+        only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
+        if source["shape"] not in only.get(extension, ("auto", "text", "chat")):
+            raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
     return files
 
 
@@ -170,12 +178,12 @@ def download_split(dataset, folder, split):
     try:
         names = list_repo_files(dataset, repo_type="dataset")
     except errors.RepositoryNotFoundError:
-        raise configs.UserError(f"{place}: it has no such dataset (a private one needs "
-                                "`hf auth login`)") from None
+        raise UserError(f"{place}: it has no such dataset; a private one needs "
+                        "`hf auth login`") from None
     except Exception as error:               # no network, for example
         names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
         if not names:
-            raise configs.UserError(f"{place}: {one_line(error)}") from None
+            raise UserError(f"{place}: {one_line(error)}") from None
     names = choose_split_files(names, dataset, folder, split)
     with error_context(place, Exception):
         local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
@@ -207,14 +215,14 @@ def choose_split_files(names, dataset, folder, split):
         chosen = names
     if not chosen:
         files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
-        raise configs.UserError(f"{dataset} has no split {split!r} (`split` of the source); its "
-                                f"files: {files}")
+        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its files: "
+                        f"{files}")
     extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
     chosen = sorted(n for n in chosen if n.endswith(extension))
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
-        raise configs.UserError(f"{dataset} has this split in several folders; name one: "
-                                f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
+        raise UserError(f"{dataset} has this split in several folders; name one: "
+                        f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
     return chosen
 
 
@@ -255,9 +263,10 @@ class Context:
     def __post_init__(self):
         self.data = self.cfg["data"]
         ids = np.arange(self.tok.n_vocab)
-        first, last = self.data["ignore_token_id_range"] or (1, 0)
-        is_ignored = np.isin(ids, self.data["ignore_token_ids"])
-        self.never_target = is_ignored | (first <= ids) & (ids <= last)      # bool [V]
+        self.never_target = np.isin(ids, self.data["ignore_token_ids"])      # bool [V]
+        if self.data["ignore_token_id_range"]:
+            first, last = self.data["ignore_token_id_range"]
+            self.never_target |= (first <= ids) & (ids <= last)
         self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
 
     @functools.cached_property
@@ -296,17 +305,18 @@ def read_json(stream, file, context):
             stream.seek(0)
             yield from read_jsonl(stream, file, context)
             return
-        items, end, error = split_list(buffer, n_items)
+        items, position, error = split_list(buffer, n_items)
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
-        if error and not is_incomplete(error, buffer):
-            break
-        buffer = buffer[end:]
+        n_after_error = len(buffer) - getattr(error, "pos", 0)
+        if error and n_after_error > BLOCK and "Unterminated" not in str(error):
+            break                            # more text would not mend it
+        buffer = buffer[position:]
     if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
-        raise configs.UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
+        raise UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
 def split_list(text, n_before):
@@ -324,29 +334,21 @@ def split_list(text, n_before):
             _, end = json.JSONDecoder().raw_decode(text, match.end())
         except (ValueError, RecursionError) as error:
             return items, position, error
-        items.append(text[match.end():end].encode())
+        items.append(text[match.end():end].encode())         # bytes: JSON; a str would be a text
         position = end
         separator = re.compile(r"\s*,\s*")
     return items, position, None
 
 
-def is_incomplete(error, text):
-    """Could more text mend this error of the JSON decoder?"""
-    if not isinstance(error, json.JSONDecodeError):
-        return False
-    return error.pos >= len(text) - BLOCK or "Unterminated" in error.msg
-
-
 def iter_text(stream, file):
     """Yield a file's text in blocks; the last one is empty."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()    # skips the mark that some editors add
-    block = None
-    while block != b"":
-        position = stream.tell()
-        block = stream.read(BLOCK)
-        with error_context(file, UnicodeDecodeError, f"not UTF-8 text after byte {position}: "):
-            text = decoder.decode(block, final=not block)
-        yield text
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    with error_context(file, UnicodeDecodeError, "not UTF-8 text: "):
+        text = None
+        while text != "":
+            text = text_stream.read(BLOCK)
+            yield text
+    text_stream.detach()                     # otherwise it would close the stream
 
 
 def read_txt(stream, file, context):
@@ -388,14 +390,13 @@ def find_split_point(text, encode, margin=200):
     encoded together.
     """
     earliest = max(margin, len(text) - 2**15)
-    for pattern in (r"\n(?=\S)", r"(?<=\S)(?= )"):
-        matches = re.compile(pattern).finditer(text, earliest, len(text) - margin)
-        positions = [match.end() for match in matches]
-        for position in reversed(positions[-100:]):
-            before = text[position - margin:position]
-            after = text[position:position + margin]
-            if [*encode(before), *encode(after)] == [*encode(before + after)]:
-                return position
+    candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
+    matches = list(candidates.finditer(text, earliest, len(text) - margin))
+    for match in reversed(matches[-200:]):
+        before = text[match.start() - margin:match.start()]
+        after = text[match.start():match.start() + margin]
+        if [*encode(before), *encode(after)] == [*encode(before + after)]:
+            return match.start()
     return 0
 
 
@@ -405,13 +406,25 @@ def read_csv(stream, file, context):
     is_tsv = file.removesuffix(".gz").endswith(".tsv")
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    numbers = []
+    records = []
+    line = 2
+    problem = "not valid CSV in UTF-8: "
     try:
-        while numbered := [(rows.line_num, row) for row in itertools.islice(rows, 512)]:
-            numbers, records = zip(*numbered)
-            yield Chunk(file, "line", numbers, records)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise configs.UserError(f"{file}, line {rows.line_num + 1}: not valid CSV in UTF-8: "
-                                f"{one_line(error)}") from None
+        for record in rows:
+            numbers.append(line)
+            records.append(record)
+            line = rows.line_num + 1
+            if len(records) == 512:
+                yield Chunk(file, "line", numbers, records)
+                numbers = []
+                records = []
+    except csv.Error as error:
+        raise UserError(f"{file}, line {line}: {problem}{one_line(error)}") from None
+    except UnicodeDecodeError as error:          # somewhere in the block that was read last
+        raise UserError(f"{file}: {problem}{one_line(error)}") from None
+    if records:
+        yield Chunk(file, "line", numbers, records)
 
 
 def read_parquet(stream, file, context):
@@ -439,8 +452,8 @@ def read_npy(stream, file, context):
     ids[i]. Then the document is the ids and the last label, unless that is ignored.
     """
     ids = load_array(file, "iu")
-    labels = load_array(f"{file[:-4]}_labels.npy", "iu", ids)
-    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", ids)
+    labels = load_array(f"{file[:-4]}_labels.npy", "iu", len(ids))
+    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", len(ids))
     ignore_index = context.data["ignore_index"]
     shift = 0 if context.data["shift_labels"] else 1
     n = len(ids)
@@ -451,57 +464,41 @@ def read_npy(stream, file, context):
         block = np.array(ids[start:end], np.int64)
         if end > len(ids):
             block = np.append(block, np.int64(labels[-1]))
-        check_ids(block, file, start, context.tok.n_vocab)
-        loss_weights = np.ones(len(block), np.float32)
+        wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
+        if len(wrong):
+            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id that "
+                            f"the tokenizer ({context.tok.n_vocab} tokens) lacks")
+        block_weights = np.ones(len(block), np.float32)
+        # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
+        first = max(start, shift)
+        block_weights[:first - start] = 0
         if weights is not None:
-            loss_weights[:] = shifted(weights, start, end, shift, 0)
+            block_weights[first - start:] = weights[first - shift:end - shift]
         if labels is not None:
-            block_labels = shifted(labels, start, end, shift, ignore_index)
+            block_labels = labels[first - shift:end - shift]
             is_target = block_labels != ignore_index
-            wrong = np.flatnonzero(is_target & (block_labels != block))
+            wrong = np.flatnonzero(is_target & (block_labels != block[first - start:]))
             if len(wrong):
-                raise label_error(file, start + wrong[0] - shift, shift)
-            loss_weights[~is_target] = 0
-        yield Chunk(file, "record", [1], [(block, loss_weights)], starts=start == 0, ends=end == n,
-                    n_bytes=block.nbytes)
+                raise UserError(
+                    f"{file[:-4]}_labels.npy: index {first - shift + wrong[0]}: the label must be "
+                    "data.ignore_index or the id there (the next id: data.shift_labels=false)")
+            block_weights[first - start:][~is_target] = 0
+        yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
+                    ends=end == n, n_bytes=len(block) * ids.itemsize)
 
 
-def load_array(path, kinds, ids=None):
-    """Map a .npy file into memory: [n]. None if it is optional (`ids` given) and missing."""
-    if ids is not None and not os.path.isfile(path):
+def load_array(path, kinds, n_tokens=None):
+    """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
+    if n_tokens is not None and not os.path.isfile(path):
         return None
     with error_context(path, (ValueError, EOFError), "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
-            raise configs.UserError(f"expected {wanted}, got {array.dtype}")
-        if ids is not None and len(array) != len(ids):
-            raise configs.UserError(f"expected one number per token ({len(ids)}), "
-                                    f"got {len(array)}")
+            raise UserError(f"expected {wanted}, got {array.dtype}")
+        if n_tokens not in (None, len(array)):
+            raise UserError(f"expected one number per token ({n_tokens}), got {len(array)}")
     return array
-
-
-def shifted(array, start, end, shift, first):
-    """Return array[start - shift:end - shift], with `first` at position -1."""
-    if start >= shift:
-        return array[start - shift:end - shift]
-    return np.append(np.array([first], np.int64), array[:end - shift])
-
-
-def check_ids(ids, file, start, n_vocab):
-    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
-    if len(wrong):
-        raise configs.UserError(f"{file}: index {start + wrong[0]}: {ids[wrong[0]]} is an id that "
-                                f"the tokenizer ({n_vocab} tokens) lacks")
-
-
-def label_error(file, index, shift):
-    if shift:
-        problem = f"the next id in {Path(file).name} (data.shift_labels=false)"
-    else:
-        problem = "the id there; labels that are shifted already need data.shift_labels=false"
-    return configs.UserError(f"{file[:-4]}_labels.npy: index {index}: the label must be "
-                             f"data.ignore_index or {problem}")
 
 
 READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_csv,
@@ -525,8 +522,6 @@ RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
 # keys of a message that normalize_message replaces
 REPLACED_KEYS = ("role", "from", "content", "value", *MESSAGE_WEIGHT_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
-FIELD_TYPES = {"content": (str, "text"), "tool_calls": (list, "a list of objects"),
-               "reasoning_content": (str, "text")}
 
 
 def normalize_record(record, place, shape="auto"):
@@ -545,7 +540,7 @@ def normalize_record(record, place, shape="auto"):
         if has_text and (shape == "text" or shape == "auto" and not is_chat):
             normalized = {"text": record["text"]}
         elif shape == "text":
-            raise configs.UserError("data shape is text, and this is a chat or of unknown shape")
+            raise UserError("data shape is text, and this is a chat or of unknown shape")
         else:
             normalized = normalize_chat(record)
         weight = parse_weight(record, RECORD_WEIGHT_KEYS)
@@ -557,15 +552,13 @@ def normalize_record(record, place, shape="auto"):
 def parse_record(record):
     if isinstance(record, bytes):
         if not record.strip():
-            raise configs.UserError("is empty; a .jsonl file has one JSON object on each line")
+            raise UserError("is empty; a .jsonl file has one JSON object on each line")
         record = parse_json(record, "not valid JSON")
     if isinstance(record, str):
         record = {"text": record}
-    if not isinstance(record, dict):
-        raise configs.UserError(f"expected an object or a string, got {type(record).__name__}; "
-                                f"known shapes are {KNOWN_SHAPES}")
+    check_type(record, dict, f"expected an object ({KNOWN_SHAPES}) or a string")
     if None in record:                                   # csv.DictReader's mark of a long line
-        raise configs.UserError("has more fields than the first line has columns")
+        raise UserError("has more fields than the first line has columns")
     return record
 
 
@@ -580,25 +573,28 @@ def parse_json(value, problem):
 def normalize_chat(record):
     """{"messages": [...], "tools": [...]}, the latter if the record has some."""
     for key in MESSAGE_KEYS:
-        turns = parse_json(record.get(key), f"{key} must be a list, or one as JSON text")
+        if record.get(key, "") == "":                    # also an empty field of a .csv file
+            continue
+        turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
         if isinstance(turns, list):
             break
     else:
         turns = prompt_and_response(record)
-    if isinstance(record.get("system"), str) and record["system"]:
-        turns = [{"role": "system", "content": record["system"]}, *turns]
-    if not turns:
-        raise configs.UserError("a chat without messages")
     messages = []
     for n, turn in enumerate(turns, 1):
         with error_context(f"message {n}"):
             messages.append(normalize_message(turn, n))
+    if isinstance(record.get("system"), str) and record["system"]:
+        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+    if not messages:
+        raise UserError("a chat without messages")
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools.strip() or "[]", "tools is no JSON")
-    if tools and not isinstance(tools, list):
-        raise configs.UserError(f"tools must be a list, got {type(tools).__name__}")
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    if not tools:
+        return {"messages": messages}
+    check_type(tools, list, "tools must be a list")
+    return {"messages": messages, "tools": [parse_json(tool, "tools is no JSON") for tool in tools]}
 
 
 def prompt_and_response(record):
@@ -610,19 +606,18 @@ def prompt_and_response(record):
                 prompt += "\n\n" + record["input"]
             return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if isinstance(record.get("text"), str):
-        raise configs.UserError("data shape is chat, and this is text")
-    raise configs.UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
-                            f"{KNOWN_SHAPES}")
+        raise UserError("data shape is chat, and this is text")
+    raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
+                    f"{KNOWN_SHAPES}")
 
 
 def normalize_message(turn, n):
     """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
-    if not isinstance(turn, dict):
-        raise configs.UserError(f"expected an object, got {type(turn).__name__}")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
+    check_type(turn, dict, "expected an object")
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if not isinstance(role, str) or role not in ROLES:
-        raise configs.UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
+        raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
     message = {}
     for key, value in turn.items():
         is_empty = not value if key in GENERATED_FIELDS else value is None
@@ -636,12 +631,16 @@ def normalize_message(turn, n):
     if "tool_calls" in message:
         problem = "tool_calls must be a list of objects"
         message["tool_calls"] = parse_json(message["tool_calls"], problem)
+        check_type(message["tool_calls"], list, problem)
+        for call in message["tool_calls"]:
+            check_type(call, dict, problem)
     if isinstance(content, list):
         content = join_parts(content)
     if content is None and "tool_calls" in message:
         content = ""
+    check_type(content, str, "content must be text")
+    check_type(message.get("reasoning_content", ""), str, "reasoning_content must be text")
     message["content"] = content
-    check_fields(message)
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
     return message
@@ -666,21 +665,8 @@ def join_parts(parts):
     """[{"type": "text", "text": "..."}, ...] -> str. Other lists are returned as they are."""
     texts = []
     for part in parts:
-        text = part.get("text", part.get("value")) if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            return parts
-        texts.append(text)
-    return "".join(texts)
-
-
-def check_fields(message):
-    for field, (field_type, description) in FIELD_TYPES.items():
-        if field in message and not isinstance(message[field], field_type):
-            raise configs.UserError(f"{field} must be {description}, got "
-                                    f"{type(message[field]).__name__}")
-    for call in message.get("tool_calls", ()):
-        if not isinstance(call, dict):
-            raise configs.UserError("tool_calls must be a list of objects")
+        texts.append(part.get("text", part.get("value")) if isinstance(part, dict) else part)
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
 
 
 def parse_weight(d, keys):
@@ -689,11 +675,12 @@ def parse_weight(d, keys):
         value = d.get(key)
         if value is None or value == "":                 # "" is an empty field of a .csv file
             continue
-        with error_context(f"{key} must be a finite number, true or false; got {value!r}",
-                           (ValueError, TypeError, OverflowError)):
+        problem = (f"{key}: a loss weight must be a number, 0 or from 6e-8 to 65504 in absolute "
+                   f"value; got {value!r}")
+        with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if not math.isfinite(weight):
-                raise ValueError("it is not finite")
+            if weight != 0 and not 6e-8 <= abs(weight) <= 65504:
+                raise ValueError("out of the range of float16")
         return weight
     return 1.0
 
@@ -709,11 +696,12 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
-# Marks that are put into renderings. They are random, so that no message contains them.
-GENERATION_START, GENERATION_END, BREAK, PLACEHOLDER_START, PLACEHOLDER_END = (
-    f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(5))
-GENERATED = re.compile(f"{GENERATION_START}(.*?){GENERATION_END}", re.DOTALL)
-PLACEHOLDER = re.compile(f"{PLACEHOLDER_START}([0-9]+){PLACEHOLDER_END}")
+# Marks that are put into renderings, and taken out again by the same process. They are random, so
+# that no message contains them.
+GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
+# (the index of a message, the text up to the next placeholder)
+PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
+                         rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
@@ -732,12 +720,11 @@ def template_text(tok, cfg):
     if "<|im_end|>" in tok.special:
         return CHATML
     if name:
-        raise configs.UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> "
-                                "and <|im_end|>; leave it empty for a plain one that ends turns "
-                                "with EOS")
+        raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
+                        "<|im_end|>; leave it empty for a plain one that ends turns with EOS")
     if not tok.eos:
-        raise configs.UserError("data.eos_token: chats need a token that ends a turn; this "
-                                "tokenizer has neither <|im_end|> nor an EOS")
+        raise UserError("data.eos_token: chats need a token that ends a turn; this tokenizer has "
+                        "neither <|im_end|> nor an EOS")
     return PLAIN
 
 
@@ -757,11 +744,7 @@ def load_template(tok, cfg):
 class ChatTemplate:
     """A compiled chat template."""
     jinja: object                # jinja2.Template
-    text: str
-
-    @functools.cached_property
-    def writes_tool_calls(self):
-        return "tool_calls" in self.text
+    writes_tool_calls: bool
 
     @functools.cached_property
     def takes_json_arguments(self):
@@ -809,9 +792,9 @@ def compile_template(text):
         jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
-        raise configs.UserError(problem) from None
+        raise UserError(problem) from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(jinja, text)
+    return ChatTemplate(jinja, "tool_calls" in text)
 
 
 def filter_tag(match):
@@ -822,12 +805,13 @@ def filter_tag(match):
 
 
 def mark_generation(text):
-    return GENERATION_START + text + GENERATION_END
+    return GENERATION_MARK + text + GENERATION_MARK
 
 
-def tojson(value, indent=None, **options):
-    """jinja2's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """As in transformers: jinja2's own filter escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
 
 
 def raise_exception(message):
@@ -839,20 +823,31 @@ def strftime_now(form):
 
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
-    """Messages -> text, with the marks of {% generation %}. UserError if the template refuses."""
+    """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
     names = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or "",
                          "add_generation_prompt": add_generation_prompt}
     # a template may raise any of Python's exceptions
     with error_context("the chat template refuses these messages", Exception):
-        return template.jinja.render(messages=messages, **names, **variables)
+        marked = template.jinja.render(messages=messages, **names, **variables)
+    parts = marked.split(GENERATION_MARK)                # outside, inside, outside, ...
+    ends = list(itertools.accumulate(map(len, parts)))
+    return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
 
 
 @dataclasses.dataclass
 class Rendering:
-    text: str
+    template: ChatTemplate
+    tok: object
     messages: list               # as rendered: see prepare_tool_calls
+    variables: dict              # the template's, as rendered
+    text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    literals: list               # [(start, end)] in the text that only spell special tokens
+    literals: list               # [(start, end)]: the first characters of spelled special tokens
+
+    def render_other(self, messages, add_generation_prompt=False):
+        """The text of other messages."""
+        return render(self.template, self.tok, messages, add_generation_prompt,
+                      **self.variables)[0]
 
 
 def render_messages(template, tok, messages, add_generation_prompt=False, **variables):
@@ -864,45 +859,30 @@ def render_messages(template, tok, messages, add_generation_prompt=False, **vari
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
     messages = prepare_tool_calls(template, messages)
-    marked = render(template, tok, messages, add_generation_prompt, **variables)
-    text, generated = remove_generation_marks(marked)
+    text, generated = render(template, tok, messages, add_generation_prompt, **variables)
+    if SURROGATES.search(text):
+        messages, variables = map_strings(tok.clean, [messages, variables])
+        text, generated = render(template, tok, messages, add_generation_prompt, **variables)
+    rendering = Rendering(template, tok, messages, variables, text, generated, [])
     values = [messages, variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
-        return Rendering(text, messages, generated, [])
+        return rendering
     insert_break = functools.partial(tok.special_pattern.sub, break_token)
     broken_messages, broken_variables = map_strings(insert_break, values)
-    broken = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
-    parts = remove_generation_marks(broken)[0].split(BREAK)
+    broken, _ = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
+    parts = broken.split(BREAK)
     if "".join(parts) != text:
         spelled = sorted(set(tok.special_pattern.findall(to_json(values))))
-        raise configs.UserError(f"the chat template looks for {' or '.join(spelled)} in messages, "
-                                "where it is text and no control token; reasoning goes into "
-                                "reasoning_content")
+        raise UserError(f"the chat template looks for {' or '.join(spelled)} in messages, where it "
+                        "is text and no control token; reasoning goes into reasoning_content")
     breaks = itertools.accumulate(map(len, parts[:-1]))
-    return Rendering(text, messages, generated, [(end - 1, end) for end in breaks])
+    rendering.literals = [(end - 1, end) for end in breaks]
+    return rendering
 
 
 def break_token(match):
     return match[0][0] + BREAK + match[0][1:]
-
-
-def remove_generation_marks(marked):
-    """Return (the text without marks, [(start, end)] of what was between two of them)."""
-    if GENERATION_START not in marked:
-        return marked, []
-    parts = []
-    spans = []
-    length = 0
-    position = 0
-    for match in GENERATED.finditer(marked):
-        before = marked[position:match.start()]
-        start = length + len(before)
-        length = start + len(match[1])
-        spans.append((start, length))
-        parts += [before, match[1]]
-        position = match.end()
-    return "".join([*parts, marked[position:]]), spans
 
 
 def map_strings(function, value):
@@ -925,31 +905,32 @@ def prepare_tool_calls(template, messages):
     """
     prepared = []
     for message in messages:
-        if message.get("tool_calls"):
-            calls = [prepare_call(template, call) for call in message["tool_calls"]]
+        calls = [prepare_call(template, call) for call in message.get("tool_calls") or []]
+        if calls and template.writes_tool_calls:
             message = message | {"tool_calls": calls}
-            if not template.writes_tool_calls:
-                texts = [to_json(call.get("function", call)) for call in calls]
-                content = "\n".join(filter(None, [message["content"], *texts]))
-                message |= {"content": content, "tool_calls": None}
+        elif calls:
+            texts = [to_json(call.get("function", call)) for call in calls]
+            content = "\n".join(filter(None, [message["content"], *texts]))
+            message = message | {"content": content, "tool_calls": None}
         prepared.append(message)
     return prepared
 
 
 def prepare_call(template, call):
     """A tool call with its arguments as the template needs them."""
-    function = call.get("function")
+    function = call.get("function", call)
     if not isinstance(function, dict):
         return call
     arguments = function.get("arguments")
     if isinstance(arguments, str) and not template.takes_json_arguments:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):    # else the template writes the text
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError):             # plain text: the template writes it
-            return call
     elif isinstance(arguments, dict) and not template.takes_object_arguments:
         arguments = to_json(arguments)
-    return call | {"function": function | {"arguments": arguments}}
+    else:
+        return call
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
 
 
 # --------------------------------------------------------------------------------------------------
@@ -985,14 +966,28 @@ class BaseTokenizer:
 
     def encode(self, text):
         """str -> ids [n] int64. Special tokens that are spelled in it are text."""
-        ids, _, _ = self.encode_with_offsets(text, find_special=False)
+        ids, _, _, _ = self.encode_with_offsets(text, find_special=False)
         return ids.astype(np.int64)
+
+    def compose(self, text):
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
         """Replace lone surrogates by U+FFFD, and compose if the tokenizer does."""
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def split_special(self, text, literals, find_special):
+        """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
+        segments = []
+        position = 0
+        for match in self.special_and_added_pattern.finditer(text):
+            start, end = match.span()
+            is_special = match[0] in self.special
+            if is_special and (not find_special or overlaps(literals, start, end)):
+                continue
+            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
+            position = end
+        return [*segments, (position, len(text), None)]
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -1020,7 +1015,6 @@ class Tokenizer(BaseTokenizer):
         in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.native_special = not overlap and len(ids) > 256
-        self.native_names = {True: frozenset(tokens), False: frozenset(self.added)}
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1030,10 +1024,10 @@ class Tokenizer(BaseTokenizer):
         """Raise UserError for what would abort the process in tiktoken."""
         missing = [b for b in range(256) if bytes([b]) not in self.ranks]
         if missing:
-            raise configs.UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 "
-                                    f"single bytes (the first is {missing[0]})")
+            raise UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single "
+                            f"bytes (the first is {missing[0]})")
         if len(set(self.ranks.values())) < len(self.ranks):
-            raise configs.UserError("tokenizer: two of its vocabulary's tokens have the same id")
+            raise UserError("tokenizer: two of its vocabulary's tokens have the same id")
 
     def encode_ordinary(self, text):
         """str -> ids [n] uint32. Neither special nor added tokens are found."""
@@ -1056,64 +1050,43 @@ class Tokenizer(BaseTokenizer):
         find_special  False: special tokens are text everywhere
 
         Returns
-          ids      uint32 [n]
-          ends     int64 [n]; the end of each token, in bytes of the (composed) text
-          borders  the given positions, also in bytes
+          ids           uint32 [n]
+          starts, ends  int64 [n]; of each token, in a unit of this tokenizer: bytes of the text
+          borders       the given positions in the same unit
         """
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.native_special and is_composed and not literals:
-            try:
-                ids = self.encoding.encode_to_numpy(text, disallowed_special=(),
-                                                    allowed_special=self.native_names[find_special])
-            except ValueError:                               # see encode_ordinary
-                pass
-            else:
+            with contextlib.suppress(ValueError):            # see encode_ordinary
+                names = set(self.special_and_added) if find_special else set(self.added)
+                ids = self.encoding.encode_to_numpy(text, allowed_special=names,
+                                                    disallowed_special=())
                 if not text.isascii():
                     borders = [len(text[:border].encode()) for border in borders]
-                return ids, self.token_bytes[ids].cumsum(), borders
-        return self.encode_segments(text, borders, self.split_special(text, literals, find_special))
-
-    def encode_segments(self, text, borders, segments):
-        """Like encode_with_offsets, for a text that split_special() has split."""
+                return self.with_offsets(ids, borders)
         ids = []
-        lengths = []
-        segment_starts = []                                  # in bytes
-        size = 0
+        sizes = [0]                                          # bytes before each segment, and in all
+        segments = self.split_special(text, literals, find_special)
         for start, end, token in segments:
             piece = text[start:end]
             if token is None:
-                piece_ids = self.encode_ordinary(self.compose(piece))
-                piece_lengths = self.token_bytes[piece_ids]
+                piece = self.compose(piece)
+                ids.append(self.encode_ordinary(piece))
             else:
-                piece_ids = np.array([token], np.uint32)
-                piece_lengths = np.array([len(piece.encode())])
-            ids.append(piece_ids)
-            lengths.append(piece_lengths)
-            segment_starts.append(size)
-            size += int(piece_lengths.sum())
+                ids.append(np.array([token], np.uint32))
+            sizes.append(sizes[-1] + len(piece.encode()))
+        ids = np.concatenate(ids)
         segment_ends = [end for _, end, _ in segments]
         borders_in_bytes = []
         for border in borders:
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
             before = self.compose(text[segments[i][0]:border])
-            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
-        return np.concatenate(ids), np.concatenate(lengths).cumsum(), borders_in_bytes
+            borders_in_bytes.append(sizes[i] + len(before.encode()))
+        return self.with_offsets(ids, borders_in_bytes)
 
-    def compose(self, text):
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
-    def split_special(self, text, literals, find_special):
-        """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
-        segments = []
-        position = 0
-        for match in self.special_and_added_pattern.finditer(text):
-            start, end = match.span()
-            is_special = match[0] in self.special
-            if is_special and (not find_special or overlaps(literals, start, end)):
-                continue
-            segments += [(position, start, None), (start, end, self.special_and_added[match[0]])]
-            position = end
-        return [*segments, (position, len(text), None)]
+    def with_offsets(self, ids, borders):
+        lengths = self.token_bytes[ids]
+        ends = lengths.cumsum()
+        return ids, ends - lengths, ends, borders
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -1138,11 +1111,16 @@ class HFTokenizer(BaseTokenizer):
     def __post_init__(self):
         import tokenizers
         self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
+        rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
+        tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
+        for token in tokens:                                 # normalizers would change hidden names
+            token["normalized"] = token["normalized"] and not token["special"]
+        renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
+                               "post_processor": None, "truncation": None, "padding": None}
         # tokenizers raises nothing narrower than Exception
         with error_context("the tokenizers package cannot read it either", Exception):
-            renamed = json.dumps(rename_tokens(self.spec, self.hidden))
-            self.encoder = tokenizers.Tokenizer.from_str(renamed)
-        self.n_vocab = self.encoder.get_vocab_size()
+            self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
+        self.n_vocab = 1 + max(self.encoder.get_vocab().values())
         self.compile_patterns()
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
@@ -1152,18 +1130,16 @@ class HFTokenizer(BaseTokenizer):
         borders = np.array(borders, np.int64)
         moved = borders.copy()
         pieces = []
-        position = 0
-        for match in self.special_pattern.finditer(text) if find_special else ():
-            if overlaps(literals, match.start(), match.end()):
-                continue
-            name = self.hidden[match[0]]
-            pieces += [text[position:match.start()], name]
-            position = match.end()
-            moved[borders >= position] += len(name) - len(match[0])
-        pieces.append(text[position:])
+        for start, end, token in self.split_special(text, literals, find_special):
+            piece = text[start:end]
+            if token is not None:
+                piece = self.hidden.get(piece, piece)
+            moved[borders >= end] += len(piece) - (end - start)
+            pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        ends = [end for _, end in encoded.offsets]
-        return np.array(encoded.ids, np.uint32), np.array(ends, np.int64), moved
+        # tokens of one character all have its start and its end
+        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoded.ids, np.uint32), starts, ends, moved
 
     def decode(self, ids):
         """ids -> str"""
@@ -1171,24 +1147,6 @@ class HFTokenizer(BaseTokenizer):
         for token, name in self.hidden.items():
             text = text.replace(name, token)
         return text
-
-
-def rename_tokens(spec, new_names):
-    """A tokenizer.json, read, with other names for some tokens, and adding nothing to a text."""
-    model = dict(spec["model"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {new_names.get(t, t): i for t, i in model["vocab"].items()}
-    else:                                                    # Unigram's [[token, score], ...]
-        model["vocab"] = [[new_names.get(t, t), score] for t, score in model["vocab"]]
-    if "unk_token" in model:
-        model["unk_token"] = new_names.get(model["unk_token"], model["unk_token"])
-    tokens = []
-    for token in spec.get("added_tokens") or []:
-        content = new_names.get(token["content"], token["content"])
-        normalized = token["normalized"] and not token["special"]
-        tokens.append(token | {"content": content, "normalized": normalized})
-    return spec | {"model": model, "added_tokens": tokens, "post_processor": None,
-                   "truncation": None, "padding": None}
 
 
 def overlaps(spans, start, end):
@@ -1226,8 +1184,8 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise configs.UserError("data.tokenizer: none is given, and there is no model.init_from "
-                                "to take it from; bytes always works")
+        raise UserError("data.tokenizer: none is given, and there is no model.init_from to take it "
+                        "from; bytes always works")
     if name == "bytes":
         tok = bytes_tokenizer()
     elif name.endswith(".tiktoken"):
@@ -1237,15 +1195,15 @@ def load_tokenizer(cfg):
     elif name in tiktoken.list_encoding_names():
         tok = tiktoken_encoding(name)
     else:
-        raise configs.UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must "
-                                f"be one of bytes, {', '.join(tiktoken.list_encoding_names())}")
+        raise UserError(f"data.tokenizer: {name} is no file or folder; otherwise it must be one of "
+                        f"bytes, {', '.join(tiktoken.list_encoding_names())}")
     for key in ("bos_token", "eos_token"):
         text = data[key]
         if text is None:
             continue
         if text and text not in tok.special:
-            raise configs.UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
-                                    f"{', '.join(tok.special) or 'none'}")
+            raise UserError(f"data.{key}: {text!r} is no special token of {name}; it has "
+                            f"{', '.join(tok.special) or 'none'}")
         setattr(tok, key.removesuffix("_token"), text or None)
         tok.fingerprint = fingerprint(tok.fingerprint, key, text)
     return tok
@@ -1270,8 +1228,8 @@ def tiktoken_encoding(name):
 def tiktoken_file(path, pattern, special):
     """A file of `base64(token) rank` lines. It lacks the pattern and the special tokens."""
     if not pattern:
-        raise configs.UserError(f"data.tokenizer_pattern: {path} needs the regular expression that "
-                                "its tokenizer splits text with")
+        raise UserError(f"data.tokenizer_pattern: {path} needs the regular expression that its "
+                        "tokenizer splits text with")
     # (tiktoken's own reader caches files by their name)
     with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
@@ -1279,8 +1237,8 @@ def tiktoken_file(path, pattern, special):
     ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or ids.count(i) > 1:
-            raise configs.UserError(f"data.special_tokens.{text}: expected an id that no other "
-                                    f"token has, got {i!r}")
+            raise UserError(f"data.special_tokens.{text}: expected an id that no other token has, "
+                            f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
         return Tokenizer(ranks, pattern, special=special)
@@ -1291,8 +1249,7 @@ def huggingface_tokenizer(path):
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise configs.UserError(f"{path}: no such file; a tokenizer's folder must hold a "
-                                "tokenizer.json")
+        raise UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
     spec = read_json_object(path)
     config_file = path.with_name("tokenizer_config.json")
     config = read_json_object(config_file) if config_file.is_file() else {}
@@ -1309,16 +1266,14 @@ def huggingface_tokenizer(path):
             files[key] = text if text in files["special"] else None
         try:
             return byte_level_tokenizer(spec, tokens, files)
-        except configs.UserError as error:
+        except UserError as error:
             return package_tokenizer(path, spec, files, str(error))
 
 
 def package_tokenizer(path, spec, files, problem):
     """Let the tokenizers package run what tiktoken cannot represent, and print why."""
-    install = "; with `pip install tokenizers` it would run there: "
-    with error_context(path, ImportError, problem + install):
-        import tokenizers  # noqa: F401
-    with error_context(path):
+    install = f"{problem}; with `pip install tokenizers` it would run there"
+    with error_context(path), error_context(install, ImportError):
         tok = HFTokenizer(path, spec, **files)
     if configs.is_local_rank0():
         note = f"{problem}; the tokenizers package runs it"
@@ -1336,9 +1291,8 @@ def read_template(folder, config):
     if isinstance(template, list):                           # several: [{"name", "template"}, ...]
         named = [t["template"] for t in template if t["name"] == "default"]
         template = named[0] if named else None
-    if template is not None and not isinstance(template, str):
-        raise configs.UserError(f"{place}: chat_template must be text, got "
-                                f"{type(template).__name__}")
+    if template is not None:
+        check_type(template, str, f"{place}: chat_template must be text")
     return template
 
 
@@ -1363,8 +1317,8 @@ def token_names(spec, config):
 
 
 def unsupported(part):
-    return configs.UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
-                             "tokenizers (GPT-2, Llama 3, Qwen kinds)")
+    return UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
+                     "tokenizers (GPT-2, Llama 3, Qwen kinds)")
 
 
 def unsupported_part(spec, tokens):
@@ -1472,28 +1426,19 @@ def check_merges(model, ranks, pattern):
 
 
 def recover_merges(ranks):
-    """{token: rank} -> the list of merges, [(left, right)] in the order of ranks.
+    """{token: rank} -> [(left, right)]: all pairs of tokens that make a token, in its rank's order.
 
-    The last merge of a token joins the two tokens that are left when its bytes are merged with
-    the tokens of lower rank.
+    tiktoken knows no merges: it joins any two neighbours that make a token, the lowest rank first.
     """
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        rank = ranks[token]
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            ranks_of_pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            lowest = min(ranks_of_pairs)
-            if lowest >= rank:                               # only found as a whole word
-                break
-            i = ranks_of_pairs.index(lowest)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((token[:i], token[i:]))
     return merges
 
 
-def save_tokenizer(tok, folder, template_text):
+def save_tokenizer(tok, folder, chat_template):
     """Write the files from which transformers loads the tokenizer: its own, or new ones."""
     folder = Path(folder)
     config_file = folder / "tokenizer_config.json"
@@ -1504,18 +1449,17 @@ def save_tokenizer(tok, folder, template_text):
                      "merges.txt"):
             if (tok.folder / name).is_file():
                 shutil.copyfile(tok.folder / name, folder / name)
-    config = {}
+    if config_file.is_file():
+        config = read_json_object(config_file)
+    else:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast",
+                  "clean_up_tokenization_spaces": False}
     if tok.bos:
         config["bos_token"] = tok.bos
     if tok.eos:
         config["eos_token"] = tok.eos
-    if config_file.is_file():
-        config |= read_json_object(config_file)
-    else:
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast",
-                   "clean_up_tokenization_spaces": False}
-    if template_text and template_text != tok.template:
-        config["chat_template"] = template_text
+    if chat_template and chat_template != tok.template:
+        config["chat_template"] = chat_template
         (folder / "chat_template.jinja").unlink(missing_ok=True)     # it would come first
     write_json(config_file, config)
 
@@ -1549,7 +1493,7 @@ def spell(token):
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
 
-def find_message_spans(template, tok, rendering, wanted, **variables):
+def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
 
     The messages are rendered once more with placeholders instead of their contents. What the
@@ -1572,15 +1516,15 @@ def find_message_spans(template, tok, rendering, wanted, **variables):
         replaced = list(messages)
         for i in plain:
             replaced[i] = messages[i] | {"content": placeholder(i)}
-        with_placeholders = render_text(template, tok, replaced, **variables)
+        with_placeholders = rendering.render_other(replaced)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
     missing = sorted(set(wanted) - {i for _, _, i in spans})
     if not missing:
         return spans
-    opening = opening_of_turn(template, tok, rendering, **variables)
+    opening = opening_of_turn(rendering)
     for i in missing:
         after = max((end for _, end, before in spans if before < i), default=0)
-        span = find_span_alone(template, tok, rendering, i, after, opening, **variables)
+        span = find_span_alone(rendering, i, after, opening)
         if span:
             spans.append((*span, i))
     return sorted(spans)
@@ -1591,12 +1535,7 @@ def has_generated_fields(message):
 
 
 def placeholder(i):
-    return f"{PLACEHOLDER_START}{i}{PLACEHOLDER_END}"
-
-
-def render_text(template, tok, messages, add_generation_prompt=False, **variables):
-    marked = render(template, tok, messages, add_generation_prompt, **variables)
-    return remove_generation_marks(marked)[0]
+    return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
 def align_placeholders(text, with_placeholders, messages):
@@ -1604,15 +1543,12 @@ def align_placeholders(text, with_placeholders, messages):
 
     [] if they differ in anything else than contents.
     """
-    matches = list(PLACEHOLDER.finditer(with_placeholders))
-    if not matches or not text.startswith(with_placeholders[:matches[0].start()]):
+    position = with_placeholders.find(PLACEHOLDER_MARK)
+    if not text.startswith(with_placeholders[:position]):
         return []
-    next_starts = [match.start() for match in matches[1:]] + [len(with_placeholders)]
     spans = []
-    position = matches[0].start()
-    for match, next_start in zip(matches, next_starts):
-        i = int(match[1])
-        between = with_placeholders[match.end():next_start]
+    for index, between in PLACEHOLDER.findall(with_placeholders):
+        i = int(index)
         end = find_content_end(text, position, messages[i]["content"], between)
         if end is None:
             return spans
@@ -1633,15 +1569,15 @@ def find_content_end(text, start, content, after):
     return end if end >= 0 and text[start:end] in content else None
 
 
-def opening_of_turn(template, tok, rendering, **variables):
+def opening_of_turn(rendering):
     """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
-    with_opening = render_text(template, tok, rendering.messages, True, **variables)
+    with_opening = rendering.render_other(rendering.messages, add_generation_prompt=True)
     if with_opening.startswith(rendering.text):
         return with_opening.removeprefix(rendering.text)
     return ""
 
 
-def find_span_alone(template, tok, rendering, i, after, opening, **variables):
+def find_span_alone(rendering, i, after, opening):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
     The text is compared with a rendering in which only this message has a placeholder:
@@ -1656,28 +1592,29 @@ def find_span_alone(template, tok, rendering, i, after, opening, **variables):
     messages = rendering.messages
     with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
     original = text
+    is_whole_chat = True
     try:
-        replaced = [*messages[:i], with_placeholder, *messages[i + 1:]]
-        other = render_text(template, tok, replaced, **variables)
-    except configs.UserError:                    # the template has rules for what may follow
-        original = render_text(template, tok, messages[:i + 1], **variables)
-        other = render_text(template, tok, [*messages[:i], with_placeholder], **variables)
-    before, mark, behind = other.partition(placeholder(i))
+        other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
+    except UserError:                            # the template has rules for what may follow
+        is_whole_chat = False
+        original = rendering.render_other(messages[:i + 1])
+        other = rendering.render_other([*messages[:i], with_placeholder])
+    before, mark, suffix = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
-    is_content = original.startswith(before) and original[len(before):].endswith(behind)
+    is_content = original.startswith(before) and original[len(before):].endswith(suffix)
     if not is_content:
         before = os.path.commonprefix([original, other])
         backwards = [original[len(before):][::-1], other[len(before):][::-1]]
-        behind = os.path.commonprefix(backwards)
-    written = original[len(before):len(original) - len(behind)]
-    start = len(before) if original is text else text.find(written, after)
+        suffix = os.path.commonprefix(backwards)
+    written = original[len(before):len(original) - len(suffix)]
+    start = len(before) if is_whole_chat else text.find(written, after)
     if start < 0:
         return None
     end = start + len(written)
     if not is_content or has_generated_fields(messages[i]):
         opening_start = text.rfind(opening, after, start)
-        if opening_start >= 0:
+        if opening and opening_start >= 0:
             start = opening_start + len(opening)
     return (start, end) if start < end else None
 
@@ -1693,27 +1630,25 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
     variables  for the template: tools
     """
     rendering = render_messages(template, tok, messages, **variables)
-    if SURROGATES.search(rendering.text):
-        messages = map_strings(tok.clean, messages)
-        variables = map_strings(tok.clean, variables)
-        rendering = render_messages(template, tok, messages, **variables)
-    spans = weighted_spans(template, tok, rendering, train_on, **variables)
+    spans = weighted_spans(rendering, train_on)
     spans = [(start, end, value) for start, end, value in spans if start < end and value]
     borders = [border for start, end, _ in spans for border in (start, end)]
-    ids, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals, borders)
+    ids, starts, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals,
+                                                         borders)
 
     # a token that overlaps a span has the span's weight
     borders = np.array(borders, np.int64).reshape(-1, 2)
     first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
-    last_tokens = np.searchsorted(ends, borders[:, 1], side="left").tolist()
+    end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value), first, last in zip(spans, first_tokens, last_tokens):
-        loss_weights[first:last + 1] = value * weight
+    for (_, _, value), first, end in zip(spans, first_tokens, end_tokens):
+        loss_weights[first:end] = value * weight
     return ids.astype(np.int64), loss_weights
 
 
-def weighted_spans(template, tok, rendering, train_on, **variables):
+def weighted_spans(rendering, train_on):
     """Return the spans of the text that are targets, with loss weights: [(start, end, weight)]."""
+    tok = rendering.tok
     text = rendering.text
     messages = rendering.messages
     weights = message_weights(messages, train_on)
@@ -1725,9 +1660,7 @@ def weighted_spans(template, tok, rendering, train_on, **variables):
         needs_span = is_target if by_message else weights[i] != 1
         if needs_span and (message.get("content") or has_generated_fields(message)):
             wanted.append(i)
-    found = []
-    if wanted:
-        found = find_message_spans(template, tok, rendering, wanted, **variables)
+    found = find_message_spans(rendering, wanted) if wanted else []
     if by_message:
         return [(start, end_of_turn(tok, text, end), weights[i]) for start, end, i in found]
 
@@ -1753,8 +1686,8 @@ def message_weights(messages, train_on):
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     weights = []
     for i, message in enumerate(messages):
-        is_excluded = train_on == "last" and i not in answers[-1:]
-        is_excluded = is_excluded or message["role"] == "tool"
+        is_earlier = train_on == "last" and i not in answers[-1:]
+        is_excluded = is_earlier or message["role"] == "tool"
         weights.append(0.0 if is_excluded else message.get("weight", 1.0))
     return weights
 
@@ -1771,18 +1704,18 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True):
 
     starts, ends  False: the text started in an earlier part, continues in a later one
     """
-    bos = [tok.special[tok.bos]] if starts and tok.bos else []
-    eos = [tok.special[tok.eos]] if ends and tok.eos else []
     ids = tok.encode(tok.clean(text))
-    ids = np.concatenate([np.array(bos, np.int64), ids, np.array(eos, np.int64)])
+    if starts and tok.bos:
+        ids = np.append(tok.special[tok.bos], ids)
+    if ends and tok.eos:
+        ids = np.append(ids, tok.special[tok.eos])
     return ids, np.full(len(ids), weight, np.float32)
 
 
 def encode_prompt(tok, template, messages):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    messages = map_strings(tok.clean, messages)
     rendering = render_messages(template, tok, messages, add_generation_prompt=True)
-    ids, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
+    ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()
 
 
@@ -1832,7 +1765,7 @@ def encode_chunk(chunk, context):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
             documents += encode_record(record, place, context, counts)
-        except configs.UserError as error:
+        except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
             if context.data["on_error"] != "skip" or not is_of_record:
@@ -1900,9 +1833,8 @@ def compact_weights(weights, file):
     with np.errstate(over="ignore"):
         compact = weights.astype(np.float16)
     if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
-        raise configs.UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to "
-                                "65504 in absolute value, also after multiplication with its "
-                                "record's")
+        raise UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to 65504 "
+                        "in absolute value, also after multiplication with its record's")
     return compact
 
 
@@ -1927,10 +1859,9 @@ def join_parts_of_documents(results, context):
 def encode_parallel(chunks, n_bytes, context, name, quiet):
     """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
     from tqdm import tqdm
-    n_processes = context.data["processes"]
-    if not n_processes:
-        can_ask = hasattr(os, "sched_getaffinity")
-        n_processes = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count()
+    n_processes = context.data["processes"] or os.cpu_count()
+    if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
+        n_processes = len(os.sched_getaffinity(0))
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:
@@ -1939,8 +1870,10 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 yield encode_chunk(chunk, context)
                 bar.update(chunk.n_bytes)
             return
-        with concurrent.futures.ProcessPoolExecutor(
-                n_processes, multiprocessing.get_context("fork"), init_worker, [context]) as pool:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            n_processes, multiprocessing.get_context("fork"), init_worker, [context])
+        problem = "a process was killed, perhaps for lack of memory; fewer need less: "
+        with error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool:
             pending = collections.deque()                # two chunks per process
             chunks = iter(chunks)
             while True:
@@ -1949,7 +1882,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 if not pending:
                     return
                 future, size = pending.popleft()
-                yield worker_result(future)
+                yield future.result()
                 bar.update(size)
 
 
@@ -1963,25 +1896,14 @@ def encode_in_worker(chunk):
     return encode_chunk(chunk, worker_context)
 
 
-def worker_result(future):
-    try:
-        return future.result()
-    except concurrent.futures.BrokenExecutor:
-        raise configs.UserError("data.processes: a process was killed, perhaps for lack of memory; "
-                                "fewer processes need less") from None
-
-
 class TokenWriter:
     """Writes the token files of a source into a folder."""
 
     def __init__(self, folder):
-        self.folder = folder
-        self.tokens = open(folder / "tokens.bin", "wb")
-        self.weights = open(folder / "mask.bin", "wb")
-        self.offsets = open(folder / "offsets.bin", "wb")
-        self.targets = open(folder / "targets.bin", "wb")
-        self.offsets.write(np.zeros(1, np.int64).tobytes())
-        self.weights_kind = "mask"
+        names = ("tokens", "weights", "offsets", "targets")
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
+        self.files["offsets"].write(np.zeros(1, np.int64))
+        self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.n_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
@@ -1990,34 +1912,32 @@ class TokenWriter:
 
     def write(self, encoded):
         lengths = encoded.lengths
-        weights = encoded.weights
-        if self.weights_kind == "mask" and weights.dtype != np.uint8:
-            self.change_to_float16()
-        if self.weights_kind == "float16":
-            weights = weights.astype(np.float16)
-        self.tokens.write(encoded.ids)
-        self.weights.write(weights)
-        self.offsets.write(self.n_tokens + np.cumsum(lengths))
-        self.targets.write(count_targets(weights, lengths))
-        self.n_tokens += len(weights)
+        if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
+            self.widen_weights()
+        self.files["tokens"].write(encoded.ids)
+        self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
+        self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
+        self.files["targets"].write(count_targets(encoded.weights, lengths))
+        self.n_tokens += len(encoded.ids)
         self.counts.update(encoded.counts)
         self.counts["documents"] += len(lengths)
-        self.counts["trained"] += int(np.count_nonzero(weights))
+        self.counts["trained"] += int(np.count_nonzero(encoded.weights))
         self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
         self.problems = (self.problems + encoded.problems)[:3]
 
-    def change_to_float16(self):
-        """Replace mask.bin by weights.bin."""
-        self.weights.close()
-        self.weights_kind = "float16"
-        self.weights = open(self.folder / "weights.bin", "wb")
-        with open(self.folder / "mask.bin", "rb") as mask:
-            while block := mask.read(BLOCK):
-                self.weights.write(np.frombuffer(block, np.uint8).astype(np.float16))
-        (self.folder / "mask.bin").unlink()
+    def widen_weights(self):
+        """Write what is in weights.bin again, as float16."""
+        self.files["weights"].close()
+        path = Path(self.files["weights"].name)
+        with open(path, "rb") as narrow:             # it can be read after it is removed
+            path.unlink()
+            self.files["weights"] = open(path, "wb")
+            while block := narrow.read(BLOCK):
+                self.files["weights"].write(np.frombuffer(block, np.uint8).astype(np.float16))
+        self.weights_dtype = np.dtype(np.float16)
 
     def close(self):
-        for file in (self.tokens, self.weights, self.offsets, self.targets):
+        for file in self.files.values():
             file.close()
 
 
@@ -2042,8 +1962,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     if (folder / "header.json").is_file():
         return folder
     context = Context(cfg, source, tok)
-    building = folder.with_name(f"{folder.name}.building.{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
+    building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
     try:
         building.mkdir(parents=True)
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
@@ -2054,15 +1973,15 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                 writer.write(encoded)
         check_not_empty(writer, name, source)
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
-                  "weights": writer.weights_kind, "tokens": writer.n_tokens,
+                  "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
                   "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
                   "problems": writer.problems, **writer.counts}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
     except OSError as error:
         if not (folder / "header.json").is_file():       # else another process was faster
-            raise configs.UserError(f"{folder}: cannot write token files ({error.strerror}); "
-                                    "data.cache_dir sets their place") from None
+            raise UserError(f"{folder}: cannot write token files ({error.strerror}); "
+                            "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
@@ -2071,13 +1990,10 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
 def fingerprint_source(cfg, source, tok, files):
     """What the token files of a source depend on, as fingerprints by name."""
     data = cfg["data"]
-    inputs = list(files)
-    for file in files:
-        if file.endswith(".npy"):
-            beside = [f"{file[:-4]}_labels.npy", f"{file[:-4]}_weights.npy"]
-            inputs += [path for path in beside if os.path.isfile(path)]
+    beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
+    inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = tok.eos or "<|im_end|>" in tok.special
+    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
     template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels")
@@ -2091,7 +2007,7 @@ def check_not_empty(writer, name, source):
     counts = writer.counts
     if not counts["documents"]:
         problem = f": {writer.problems[0]}" if writer.problems else ""
-        raise configs.UserError(
+        raise UserError(
             f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
             f"records, {counts['dropped']} documents without a target, {counts['skipped']} "
             f"skipped{problem})")
@@ -2106,10 +2022,7 @@ class Tokens:
         self.header = read_json_object(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
         self.tokens = self.map_file("tokens.bin", self.header["dtype"])
-        if self.header["weights"] == "mask":
-            self.weights = self.map_file("mask.bin", np.uint8)
-        else:
-            self.weights = self.map_file("weights.bin", np.float16)
+        self.weights = self.map_file("weights.bin", self.header["weights"])
         self.offsets = self.map_file("offsets.bin", np.int64)[first:last + 1]
         self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
 
@@ -2134,8 +2047,7 @@ class Tokens:
 def require_train_data(cfg):
     """Raise UserError if there is no training source."""
     if not cfg["data"]["train"]:
-        raise configs.UserError("data.train: no source is named; data.train.NAME.path=FILE names "
-                                "one")
+        raise UserError("data.train: no source is named; data.train.NAME.path=FILE names one")
 
 
 def load_datasets(cfg, tok=None, quiet=False):
@@ -2153,10 +2065,10 @@ def load_datasets(cfg, tok=None, quiet=False):
             datasets[kind][name] = Tokens(folder)
     split = cfg["data"]["validation_split"]
     if split:
-        for name, tokens in datasets["train"].items():
+        for name, tokens in list(datasets["train"].items()):
             if name in datasets["validation"]:
-                raise configs.UserError("data.validation_split: there is also data.validation."
-                                        f"{name}; set one of the two")
+                raise UserError(f"data.validation_split: there is also data.validation.{name}; set "
+                                "one of the two")
             n_train = len(tokens) - count_held_out(split, name, len(tokens))
             datasets["train"][name] = Tokens(tokens.folder, 0, n_train)
             datasets["validation"][name] = Tokens(tokens.folder, n_train)
@@ -2168,8 +2080,8 @@ def count_held_out(split, name, n_documents):
     held_out = split if isinstance(split, int) else round(split * n_documents)
     if not 0 < held_out < n_documents:
         purpose = "validate" if held_out < 1 else "train"
-        raise configs.UserError(f"data.validation_split: {split} of {name}'s {n_documents} "
-                                f"documents leaves nothing to {purpose} on")
+        raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} documents "
+                        f"leaves nothing to {purpose} on")
     return held_out
 
 

@@ -565,7 +565,7 @@ def test_find_message_spans_as_in_its_docstring():
                                   "{{ ' ' if not loop.last }}{% endfor %}")
     rendering = T.render_messages(template, BYTES, chat("2+3?", "5", "Sure?", "Yes"))
     assert rendering.text == "U:2+3?; A:5; U:Sure?; A:Yes;"
-    assert T.find_message_spans(template, BYTES, rendering, [1, 3]) == [(10, 11, 1), (24, 27, 3)]
+    assert T.find_message_spans(rendering, [1, 3]) == [(10, 11, 1), (24, 27, 3)]
 
 
 def test_loss_weights_of_messages_and_records(tmp_path):
@@ -828,3 +828,77 @@ def test_a_hub_dataset_without_network_or_library_is_one_line(hub, tmp_path, mon
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     wrong(["data.train.x.path", "pip install huggingface_hub"], T.load_datasets, cfg_for(tmp_path, "someone/sums"))
     wrong(["no file at", "sums.jsonl"], T.load_datasets, cfg_for(tmp_path, "someone/sums.jsonl"))
+
+
+# ---- what a reader found
+
+def test_tojson_takes_the_options_of_transformers():
+    template = T.compile_template("{{ messages | tojson(ensure_ascii=True, indent=1, separators=(',', '='), sort_keys=True) }}")
+    text, _ = T.render(template, BYTES, {"b": "é<", "a": 1})
+    assert text == '{\n "a"=1,\n "b"="\\u00e9<"\n}'
+    assert T.render(T.compile_template("{{ messages | tojson }}"), BYTES, ["é<"])[0] == '["é<"]'
+
+
+def test_tool_calls_without_function_and_tools_as_json_texts():
+    template = T.compile_template("{{ tools | tojson }}{% for m in messages %}{% for c in m.tool_calls or [] %}{% set c = c.function or c %}"
+                                  "{{ c.arguments | tojson }}{% endfor %}{% endfor %}")
+    answer = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}
+    got = T.normalize_record({"messages": [*chat("?"), answer], "tools": [json.dumps({"name": "f"})]}, "x")
+    assert BYTES.decode(T.encode_chat(BYTES, template, **got)[0]) == '[{"name": "f"}]{"a": 1}'
+
+
+def test_empty_and_null_columns_are_skipped():
+    record = {"messages": "", "prompt": "a", "completion": "b"}
+    assert [m["content"] for m in T.normalize_record(record, "x")["messages"]] == ["a", "b"]
+    turns = [{"role": None, "content": None, "from": "human", "value": "a"}]
+    assert T.normalize_record({"conversations": turns}, "x")["messages"][0]["content"] == "a"
+    wrong(["x: message 1: role"], T.normalize_record, {"system": "s", "messages": [{"role": "robot"}]}, "x")
+
+
+def test_csv_errors_name_the_first_line_of_a_record(tmp_path):
+    (tmp_path / "a.csv").write_text('text,n\n"a\n\nb",1\n"c\nd",2,3\n')
+    wrong(["a.csv, line 5: has more fields"], load_one, tmp_path, tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_bytes(b"text\na\n\xff\n")
+    wrong(["a.csv: not valid CSV"], load_one, tmp_path, tmp_path / "a.csv")
+
+
+def test_weights_out_of_range_are_errors_of_their_record(tmp_path):
+    path = write(tmp_path, [{"text": "a"}, {"text": "b", "weight": 1e6}, {"text": "c", "weight": 1e-50}])
+    wrong(["x.jsonl, line 2: weight: a loss weight"], load_one, tmp_path, path)
+    assert load_one(tmp_path, path, "data.on_error=skip").header["skipped"] == 2
+
+
+def test_a_txt_file_is_no_chat(tmp_path):
+    (tmp_path / "a.txt").write_text("hi")
+    wrong(["data.train.x.shape", "a.txt"], load_one, tmp_path, tmp_path / "a.txt", "data.train.x.shape=chat")
+
+
+def test_an_edited_template_is_read_again_whatever_the_tokenizer(tmp_path):
+    tokenizer = tmp_path / "x.tiktoken"
+    import base64
+    tokenizer.write_text("\n".join(f"{base64.b64encode(bytes([b])).decode()} {b}" for b in range(256)))
+    path = write(tmp_path, [{"messages": chat("a", "b")}])
+    texts = []
+    for mark in "QR":
+        (tmp_path / "t.jinja").write_text("{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}")
+        data = load_one(tmp_path, path, f"data.tokenizer={tokenizer}", r"data.tokenizer_pattern='[\s\S]'",
+                        f"data.chat_template={tmp_path / 't.jinja'}")
+        texts.append(bytes(data.tokens.tolist()))
+    assert texts == [b"QaQb", b"RaRb"]
+
+
+def test_a_changed_eos_is_saved(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    T.save_tokenizer(BYTES, tmp_path / "a", None)
+    tok = T.load_tokenizer(configs.load([f"data.tokenizer={tmp_path / 'a'}", "data.eos_token=<|im_end|>"])[0])
+    T.save_tokenizer(tok, tmp_path / "b", None)
+    assert T.huggingface_tokenizer(tmp_path / "b").eos == "<|im_end|>"
+
+
+def test_metadata_of_a_dataset_is_no_data(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    write(folder, [{"text": "a"}])
+    (folder / "dataset_infos.json").write_text("{}")
+    assert len(load_one(tmp_path, folder)) == 1

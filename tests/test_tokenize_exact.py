@@ -167,6 +167,22 @@ def test_merges_that_tiktoken_would_do_otherwise_run_through_the_tokenizers_pack
         assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
 
 
+def test_all_tokens_of_a_last_character_are_trained(tmp_path):
+    """The tokenizers package gives the tokens of one character the same offsets."""
+    trained(reference(), "prefix space", tmp_path)
+    theirs = T.huggingface_tokenizer(tmp_path)
+    assert isinstance(theirs, T.HFTokenizer) and theirs.n_vocab == 1 + max(theirs.encoder.get_vocab().values())
+    template = T.compile_template("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    for tok in (BYTES, theirs):
+        ids, weights = T.encode_chat(tok, template, chat("q", "ok👍"))
+        n = len(tok.encode("👍")) if tok is BYTES else 4
+        assert weights[-1] == 0 and (weights[-1 - n:-1] == 1).all()
+        ids, weights = T.encode_chat(tok, template, [*chat("q"), {"role": "assistant", "content": "ok👍", "weight": 0.5}],
+                                     "everything")
+        assert weights.all() and (weights[-1 - n:-1] == 0.5).all()
+
+
+
 def test_a_post_processors_bos_and_eos_are_the_texts(tmp_path):
     tokenizers = reference()
     tok = trained(tokenizers, "digits", tmp_path)

@@ -582,6 +582,8 @@ def test_config_diff_allows_a_longer_run_if_its_past_is_the_same(stopped, tiny):
     for n, (keys, more, allowed) in enumerate([
             (["schedule=constant", "warmup_steps=2"], ["max_steps=99"], True),
             (["schedule=constant", "warmup_steps=0.1"], ["max_steps=99"], False),
+            (["schedule=constant", "warmup_steps=500", "max_steps=null", "epochs=1"],
+             ["epochs=90"], False),
             (["schedule=cosine", "warmup_steps=2"], ["max_steps=99"], False),
             (wsd, ["max_steps=99"], True), (wsd, ["max_steps=8"], False),
             ([*wsd, "decay_steps=0.1"], ["max_steps=99"], False)]):

@@ -523,8 +523,8 @@ def find_resume_point(cfg):
     4) PATH of this run: PATH, with the same checks as auto.
     5) auto: the newest of out_dir. UserError if config or code differ; changed data is found later,
        by check_same_data. latest: the same, also with changed code or data.
-    6) PATH of another run, and out_dir has checkpoints: as 5), because the run in out_dir has
-       already been started from PATH.
+    6) PATH of another run, from which the run in out_dir has already been started: as 5). UserError
+       if that run was not started from PATH.
 
     If torchrun restarts the command (--max-restarts), and the command has saved a checkpoint, then
     1) and 4) are treated like auto. Raises UserError if resuming would mix two runs.
@@ -551,6 +551,10 @@ def find_resume_point(cfg):
         return named                                     # 2), killed before its first checkpoint
     if not checkpoints:
         return None                                      # 3)
+    if named and not is_inside(named, out_dir) and not was_started_from(out_dir, resume):
+        raise configs.UserError(f"resume: {resume} is a checkpoint of another run, and {out_dir} "
+                                "has a run that was not started from it; out_dir=NEW starts a run "
+                                f"from it, resume=auto continues the one in {out_dir}")
     resume_point = checkpoints[-1]                       # 5) or 6)
     if named and is_inside(named, out_dir) and not continues_launch:
         resume_point = named                             # 4)
@@ -693,15 +697,16 @@ def can_be_extended(out_dir, cfg):
     wsd       yes, if decay_steps is one as well and the decay has not begun; no if `epochs` is set,
               because the start of the decay then depends on data that is not loaded yet
     other     no, because every learning rate depends on the length
+
+    Never if the warm-up is longer than the run: lr_at then shortens it to the run.
     """
     counts_warmup = type(cfg["warmup_steps"]) is int
     checkpoints = list_checkpoints(out_dir)
     if counts_warmup and checkpoints:
-        lengths = [read_state(checkpoints[-1])["total_steps"]]       # that of epochs, too
-        if cfg["max_steps"]:
-            lengths.append(cfg["max_steps"])
-        if cfg["warmup_steps"] > min(lengths):
-            return False                                 # lr_at shortens the warm-up to the run
+        saved_length = read_state(checkpoints[-1])["total_steps"]    # of max_steps or epochs
+        new_length = cfg["max_steps"] or saved_length
+        if cfg["warmup_steps"] > min(saved_length, new_length):
+            return False
     if cfg["schedule"] == "constant":
         return counts_warmup
     if cfg["schedule"] != "wsd" or not counts_warmup or type(cfg["decay_steps"]) is not int:

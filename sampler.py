@@ -55,9 +55,9 @@ def hash_key(*numbers):
 def permute(numbers, n, key):
     """Return permutation[numbers] for the pseudorandom permutation of 0 ... n-1 that `key` selects.
 
-    numbers is an int array [n]; the result is int64 [n]. It takes O(1) memory for any n: a
-    Feistel network permutes 0 ... 2^bits - 1, where 2^bits is at least n, and a result of n or more
-    is permuted again until it is less than n (cycle walking, Black and Rogaway 2002).
+    numbers is an int array [k] of numbers below n; the result is int64 [k]. No list of n numbers is
+    made: a Feistel network permutes 0 ... 2^bits - 1, where 2^bits is at least n, and a result of n
+    or more is permuted again until it is less than n (cycle walking, Black and Rogaway 2002).
     """
     n = int(n)
     bits = max((n - 1).bit_length(), 2)  # at least one bit in each half
@@ -336,7 +336,8 @@ def _allowances(costs, longest_first, per_rank, world_size):
         remaining for 1           12 - 9 = 3, the even share from here on
         allowances                9 - 3 = 6 for micro-batch 0 of both ranks, 0 for micro-batch 1
 
-    pack() sorts and deals the micro-batches again. k only counts how uneven they may become.
+    pack() sorts the micro-batches by cost and deals them to the ranks again, so that only the
+    number of micro-batches with each allowance matters.
     """
     # Give each of the longest documents a micro-batch of its own, world_size at a time. at_least[k]
     # is then the cost of the longest document in micro-batch k of any rank, and these micro-batches

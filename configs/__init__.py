@@ -194,6 +194,7 @@ def merged(layers):
     for name, layer in layers:
         overlay(cfg, layer, name)
         last_layer |= dict.fromkeys(flat(layer), name)
+    # only of keys that are left: a later layer may have replaced a section
     return cfg, {key: layer_of(last_layer, key) for key in flat(cfg)}
 
 

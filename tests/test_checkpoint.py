@@ -496,6 +496,10 @@ def test_find_resume_point_refuses_another_config_by_name(stopped, tiny):
     (Path(continued["out_dir"]) / "config.yaml").write_text(configs.dump(explicit))
     own = checkpoint.find_resume_point(continued)
     assert own == Path(continued["out_dir"]) / "checkpoints" / "00000005"
+    # a run that was not started from that checkpoint
+    stopped(out="other")
+    with pytest.raises(configs.UserError, match="resume: .*not started from it.*out_dir=NEW"):
+        checkpoint.find_resume_point(tiny(f"resume={path}", out="other")[0])
 
 
 def test_find_resume_point_of_a_named_checkpoint_checks_dtype_and_optimizer(stopped, tiny):

@@ -883,8 +883,8 @@ class NewWeights:
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
     are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
-    Each 1024 rows are drawn from a seed and the parameter's name, so that they are the same
-    whatever else the model has, and whichever rank reads them.
+    Each block of 1024 rows is drawn with a seed of its own, made from the run's seed, the
+    parameter's name and the first row. It does not depend on other parameters or on ranks.
     """
 
     ROWS = 1024
@@ -1199,8 +1199,8 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4
     files = split_into_files(m, dtype, shard_bytes)
     weight_map = {}
     total_size = 0
-    for i, tensor_names in enumerate(files):
-        tensors = collect_tensors(read, m, tensor_names, dtype)
+    for i, layout in enumerate(files):
+        tensors = collect_tensors(read, m, layout, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
@@ -1268,27 +1268,25 @@ def hf_config(m, source, stop, bos):
 
 
 def split_into_files(m, dtype, shard_bytes):
-    """[[tensor names of a file]], each file at most shard_bytes if it has several tensors."""
+    """hf_tensors() in parts, one per file: each at most shard_bytes if it has several tensors."""
     shapes = parameter_shapes(m)
-    files = [[]]
+    files = [{}]
     size = 0
     for tensor, parts in hf_tensors(m).items():
         numbers = sum(rows * math.prod(shapes[name][1:]) for name, _, rows in parts)
         if files[-1] and size + numbers * dtype.itemsize > shard_bytes:
-            files.append([])
+            files.append({})
             size = 0
-        files[-1].append(tensor)
+        files[-1][tensor] = parts
         size += numbers * dtype.itemsize
     return files
 
 
-def collect_tensors(read, m, tensor_names, dtype):
-    """The named tensors of an export: {tensor name: tensor}."""
+def collect_tensors(read, m, layout, dtype):
+    """The tensors of an export: {tensor name: tensor}. layout: hf_tensors(m), or a part of it."""
     family = configs.families()[m["family"]]
-    layout = hf_tensors(m)
     tensors = {}
-    for tensor_name in tensor_names:
-        parts = layout[tensor_name]
+    for tensor_name, parts in layout.items():
         names = dict.fromkeys(name for name, _, _ in parts)
         params = {name: read(name).detach().to("cpu", dtype) for name in names}
         rows = [params[name][first:first + n_rows] for name, first, n_rows in parts]

@@ -110,14 +110,17 @@ def documents_per_epoch(cfg, sizes):
 
 
 def _with_names(cfg, sizes):
-    """sizes as a dict. A list is that of data.train's sources, in their order.
+    """sizes as a dict. A list has the order of data.train.
 
-    If data.train is empty, as in a config without data, the sources are numbered.
+    A list of another length has other sources than data.train. They get numbers as names, and the
+    weight of data.source.
     """
     if isinstance(sizes, dict):
         return sizes
-    names = list(cfg["data"]["train"]) or range(len(sizes))
-    return dict(zip(names, sizes, strict=True))
+    names = list(cfg["data"]["train"])
+    if len(names) != len(sizes):
+        names = range(len(sizes))
+    return dict(zip(names, sizes))
 
 
 def steps_per_epoch(cfg, sizes):

@@ -246,15 +246,20 @@ def split_matrices(param_groups):
     muon_groups = []
     adamw_groups = []
     for group in param_groups:
-        matrices = []
-        others = []
-        for name, p in zip(group["names"], group["params"]):
-            (matrices if transformer.is_block_matrix(name, p) else others).append((name, p))
-        for chosen, groups in ((matrices, muon_groups), (others, adamw_groups)):
-            if chosen:
-                names = [name for name, _ in chosen]
-                groups.append(group | {"names": names, "params": [p for _, p in chosen]})
+        is_matrix = [transformer.is_block_matrix(name, p)
+                     for name, p in zip(group["names"], group["params"])]
+        if any(is_matrix):
+            muon_groups.append(subgroup(group, is_matrix))
+        if not all(is_matrix):
+            adamw_groups.append(subgroup(group, [not matrix for matrix in is_matrix]))
     return muon_groups, adamw_groups
+
+
+def subgroup(group, chosen):
+    """The part of a param_group whose parameters are chosen: [bool]."""
+    names = [name for name, is_chosen in zip(group["names"], chosen) if is_chosen]
+    params = [p for p, is_chosen in zip(group["params"], chosen) if is_chosen]
+    return group | {"names": names, "params": params}
 
 
 def optimizer_parameters(optimizer):

@@ -109,6 +109,8 @@ def read_text(path):
 def read_json_object(path):
     """Return the JSON object in a file as a dict. Raises UserError if there is none."""
     text = read_text(path)
+    if configs.is_lfs_pointer(path):
+        raise UserError(f"{path}: {configs.LFS_HINT}")
     with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
         value = json.loads(text)
         check_type(value, dict, "expected one")
@@ -1446,7 +1448,7 @@ def save_tokenizer(tok, folder, chat_template):
         write_json(folder / "tokenizer.json", tokenizer_spec(tok))
     elif tok.folder.resolve() != folder.resolve():
         for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json",
-                     "merges.txt"):
+                     "merges.txt", "added_tokens.json", "tokenizer.model"):
             if (tok.folder / name).is_file():
                 shutil.copyfile(tok.folder / name, folder / name)
     if config_file.is_file():
@@ -1993,14 +1995,18 @@ def fingerprint_source(cfg, source, tok, files):
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
-    template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels")
     options = [data[key] for key in keys]
-    return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
-            "template": fingerprint(template),
+    return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
+
+
+def fingerprint_tokenizer(cfg, tok):
+    can_chat = (cfg["data"]["chat_template"] or tok.template or tok.eos
+                or "<|im_end|>" in tok.special)
+    template = template_text(tok, cfg) if can_chat else ""
+    return {"tokenizer": tok.fingerprint, "template": fingerprint(template)}
 
 
 def check_not_empty(writer, name, source):

@@ -31,7 +31,8 @@ import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import families, read_model, resolve_model_dir, resolve_pretrained
+from configs.hf_config import (LFS_HINT, LICENSES, families, hf_names, is_lfs_pointer, read_model,
+                               resolve_model_dir, resolve_pretrained, rope_kind)
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key
@@ -590,6 +591,64 @@ def derive(cfg, layers_by_key):
         data_source["path"] = join_root(cfg["data_root"], data_source["path"])
 
 
+def conditional_options(cfg):
+    """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
+    for key in ("alpha", "targets"):
+        yield (f"shard.lora.{key}", "shard.lora.r", cfg["shard"]["lora"]["r"],
+               "without LoRA; shard.lora.r=8 turns it on")
+    yield ("min_lr", "schedule", cfg["schedule"] != "constant",
+           "with schedule=constant, which stays at lr")
+    yield "decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"
+    yield ("momentum", "optimizer", cfg["optimizer"] != "adamw",
+           "with optimizer=adamw, which has betas")
+    for key in ("betas", "eps"):
+        yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
+    data = cfg["data"]
+    can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
+    for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
+        yield (key, "data.validation", can_evaluate or not cfg[key],
+               "without validation data; data.validation_split=0.05 holds some out")
+    for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
+        yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
+               "with learned positions (model.positions)")
+    for key in ("init_std", "init_by_depth"):
+        yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
+               "with model.init_from, which has the weights")
+    for key in ("tokenizer_pattern", "special_tokens"):
+        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
+               "unless data.tokenizer is a .tiktoken file")
+
+
+def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
+    """Reset options that a later layer has left without effect, in place.
+
+    For example betas of a file, if the command line has optimizer=sgd. Raises UserError for other
+    options that have no effect.
+
+    layer_names  of files and command line, in their order
+    """
+    for key, decider, is_used, why in conditional_options(cfg):
+        default = get(defaults, key)
+        if is_used or get(cfg, key) == default or get(explicit, key) is None:
+            continue
+        layer = layer_of_value(layers_by_key, key)
+        decided_in = layer_of_value(layers_by_key, decider)
+        earlier = layer_names[:layer_names.index(layer) + 1]
+        if decided_in not in layer_names or decided_in in earlier:
+            raise UserError(f"{key}: {show(get(cfg, key))} (from {layer}) has no effect {why}")
+        section, _, name = key.rpartition(".")
+        for d in (cfg, explicit):
+            (get(d, section) if section else d).pop(name)
+        overlay(cfg, nested(key, default), "default")
+        layers_by_key[key] = "default"
+
+
+def layer_of_value(source, key):
+    """layer_of(), also of a section: the layer of one of its keys."""
+    inside = [k for k in source if k.startswith(f"{key}.")]
+    return source[inside[-1]] if inside else layer_of(source, key)
+
+
 def join_root(root, path):
     """A path below a root folder. Absolute and empty paths stay as they are; ~ is expanded."""
     root = os.path.expanduser(root)
@@ -613,6 +672,10 @@ def check(cfg, layers_by_key, defaults):
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
     yield from check_model(cfg["model"])
+    max_len = cfg["model"]["max_len"]
+    yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
+           "data.seq_len", f"at most {max_len}: the model has no more learned positions "
+           "(model.max_len)")
     yield cfg["model"]["family"] in families(), "model.family", f"one of {', '.join(families())}"
     if cfg["checkpoint"]["export"]:
         yield from hf_config.check_export(cfg["model"], defaults["model"])
@@ -629,6 +692,7 @@ def is_pattern(text):
 
 def check_model(model_cfg):
     """Do the sizes of the model section fit each other? Yields like check()."""
+    hf_config.check_rope_scaling(model_cfg["rope_scaling"] or {}, "model.rope_scaling")
     n_heads = model_cfg["n_heads"]
     n_layers = model_cfg["n_layers"]
     rope_layers = model_cfg["rope_layers"]
@@ -685,6 +749,7 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     # a ${...} may have become a section: its keys have the layer of the reference
     source = {key: layer_of(source, key) for key in flat(cfg)}
     if is_own_schema:
+        drop_unused(cfg, source, explicit, [name for name, _ in layers], defaults)
         derive(cfg, source)
         cfg = validate(cfg, schema, source)        # derived values have ranges, too
         for is_valid, key, want in check(cfg, source, defaults):

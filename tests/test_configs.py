@@ -151,8 +151,8 @@ def test_load_keeps_a_count_an_int_and_a_fraction_a_float():
 
 
 def test_load_converts_ints_where_only_a_float_fits():
-    cfg, _, explicit = configs.load(["weight_decay=2", "min_lr=0", "betas=[0, 0.5]", "shard.lora.alpha=16",
-                                     "max_seconds=60", "data.special_tokens={a.b: 3}"])
+    cfg, _, explicit = configs.load(["weight_decay=2", "min_lr=0", "betas=[0, 0.5]", "shard.lora.r=8",
+                                     "shard.lora.alpha=16", "max_seconds=60", "data.tokenizer=a.tiktoken", "data.special_tokens={a.b: 3}"])
     values = [cfg["weight_decay"], cfg["min_lr"], *cfg["betas"], cfg["shard"]["lora"]["alpha"], cfg["max_seconds"]]
     assert values == [2, 0, 0, 0.5, 16, 60] and {type(value) for value in values} == {float}
     assert type(explicit["betas"][0]) is float
@@ -443,7 +443,7 @@ def test_translate_finds_keys_in_several_places_and_refuses_others():
     assert scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     assert_names(error_of(translate, {"model_type": "t5"}, "f"), ["f: model_type", "llama", "t5", "families.yaml"])
     assert_names(error_of(translate, {**small, "hidden_size": 8, "vocab_size": 8, "model_type": "qwen2",
-                                      "use_sliding_window": True}, "f"), ["use_sliding_window", "False", "True"])
+                                      "use_sliding_window": True}, "f"), ["use_sliding_window", "false", "true"])
     del small["hidden_size"]
     assert_names(error_of(translate, small, "f"), ["hidden_size", "d_model"])
 

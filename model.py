@@ -793,9 +793,12 @@ def check_choices(m):
     choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS,
                "norm": ("rmsnorm", "layernorm"), "positions": ("rope", "learned"),
                "qk_norm": ("none", "head", "all")}
+    hf_keys = configs.families()[m["family"]].get("keys", {})
     for key, names in choices.items():
         if m[key] not in names:
-            raise configs.UserError(f"model.{key}: must be one of {', '.join(names)}; got {m[key]}")
+            in_file = f" ({configs.hf_names(hf_keys[key])[-1]})" if key in hf_keys else ""
+            raise configs.UserError(f"model.{key}{in_file}: must be one of {', '.join(names)}; "
+                                    f"got {m[key]}")
 
 
 def resolve_vocab_size(m, n_tokens):
@@ -1299,8 +1302,9 @@ def hf_config(m, source):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
-    # auto_map names files of source. The others say again what is written below
-    for key in ("auto_map", "layer_types", "original_max_position_embeddings"):
+    # auto_map names files of source. The others could contradict what is written below
+    for key in ("auto_map", "layer_types", "original_max_position_embeddings",
+                "partial_rotary_factor"):
         config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}

@@ -712,6 +712,7 @@ def setup(cfg, explicit):
 
     # evaluation
     state = new_state(explicit, cfg, data, base, total_steps)
+    check_chat_options(explicit, state.has_chats)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
     validation_sets = group_by_label(cfg, data)
     prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
@@ -738,6 +739,14 @@ def setup(cfg, explicit):
         steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
+
+
+def check_chat_options(explicit, has_chats):
+    """Raise UserError for an option of chats if no source has any."""
+    for key in ("data.chat_template", "data.train_on"):
+        if configs.get(explicit, key) and not has_chats:
+            raise configs.UserError(f"{key}: has no effect, because no source holds chats; remove "
+                                    "it, or see what was found: python tokenize_data.py ... show=1")
 
 
 def build_prompts(cfg, model_cfg, validation_sets, stop_ids):

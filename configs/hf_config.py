@@ -121,6 +121,9 @@ def what_is_there(name):
         return (f"is the folder of a run without an export; python checkpoint.py export {path} DIR "
                 "makes a model of it")
     if (path / "adapter_config.json").is_file():
+        merged = path.parent / "hf"
+        if (merged / "config.json").is_file():
+            return f"is an adapter, not a whole model; {merged} has it merged into its base"
         return ("is an adapter, not a whole model; merge it into its base: python -c \"from peft "
                 f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
                 ".merge_and_unload().save_pretrained('DIR')\"")
@@ -176,7 +179,8 @@ def translate(hf_config, path):
     model_cfg = {"family": name} | family["fixed"]
     for key, places in family["keys"].items():
         model_cfg[key] = read_key(hf_config, key, places, path)
-    if "head_dim" not in family["keys"]:
+    if "head_dim" not in family["keys"] and model_cfg["positions"] == "rope":
+        # transformers rotates with this width, but cuts heads by the other
         head_dim = model_cfg["d_model"] // model_cfg["n_heads"]
         if hf_config.get("head_dim") not in (None, head_dim):
             raise unsupported(path, "head_dim", head_dim, hf_config)

@@ -448,6 +448,94 @@ def test_translate_finds_keys_in_several_places_and_refuses_others():
     assert_names(error_of(translate, small, "f"), ["hidden_size", "d_model"])
 
 
+def test_translate_takes_the_word_that_the_reference_takes():
+    """rope_scaling before rope_parameters, what is in the section before what is beside it, defaults per family."""
+    small = {"vocab_size": 8, "num_hidden_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+
+    def read(kind, **keys):
+        return configs.hf_config.translate(small | {"model_type": kind} | keys, "f")
+    both = {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}
+    assert read("llama", **both)["rope_theta"] == 7.0
+    assert read("llama", **both, rope_scaling={"type": "linear", "factor": 2})["rope_theta"] == 5.0
+    assert read("gpt_neox", rope_theta=5.0)["rope_theta"] == 10000.0
+    assert read("gpt_neox", rotary_pct=0.5, rope_parameters={"partial_rotary_factor": 1.0})["partial_rotary_factor"] == 1.0
+    assert read("qwen2")["n_kv_heads"] == 32 and read("qwen2", num_key_value_heads=None)["n_kv_heads"] is None
+    assert read("phi")["activation"] == "gelu_new" and read("smollm3")["rope_layers"] == [1, 1, 1, 0]
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling = read("llama", rope_scaling=llama3, max_position_embeddings=64)["rope_scaling"]
+    assert scaling["original_max_position_embeddings"] == 64
+    assert read("mistral", layer_types=["full_attention"] * 4)["sliding_window"] is None
+    assert read("granite", head_dim=16)["head_dim"] == 16 and read("granite", head_dim=None)["head_dim"] is None
+
+
+@pytest.mark.parametrize("kind, keys, words", [
+    ("llama", {"is_causal": False}, ["is_causal must be true, or missing; got false"]),
+    ("llama", {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "made from"]),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling.rope_type", "linear", "yarn"]),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, ["rope_parameters", "for all blocks"]),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+     ["partial_rotary_factor", "0.5"]),
+    ("llama", {"rms_norm_eps": None}, ["rms_norm_eps", "float", "null"]),
+    ("llama", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "bool"]),
+    ("llama", {"text_config": {"model_type": "llama"}}, ["text_config"]),
+    ("qwen3", {"use_sliding_window": True}, ["use_sliding_window"]),
+    ("phi", {"qk_layernorm": True}, ["qk_layernorm"]),
+    ("gpt_neox", {"head_dim": 16}, ["head_dim must be 4", "16"])])
+def test_translate_names_the_key_that_is_not_computed(kind, keys, words):
+    small = {"vocab_size": 8, "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    error = error_of(configs.hf_config.translate, small | {"model_type": kind} | keys, "x/config.json")
+    assert_names(error, ["x/config.json: ", *words])
+
+
+def test_read_model_says_what_is_there_and_what_helps(tmp_path):
+    """A typo, a URL, a file, a checkpoint, a run with and without an export, an adapter."""
+    for folder, file_name in (("run/checkpoints/00000002", "state.json"), ("run/adapter", "adapter_config.json"),
+                              ("run/hf", "config.json"), ("half/checkpoints/00000002", "state.json"),
+                              ("peft", "adapter_config.json"), ("empty", "README.md")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / file_name).write_text("{}")
+    for name, words in (("emty", ["does not exist", f"did you mean {tmp_path / 'empty'}"]),
+                        ("no/where/at/all", ["does not exist"]), ("peft/adapter_config.json", ["is a file"]),
+                        ("run/checkpoints/00000002", ["is a checkpoint", "checkpoint.py export", "resume="]),
+                        ("run", ["is the folder of a run", str(tmp_path / "run" / "hf")]),
+                        ("half", ["without an export", "checkpoint.py export"]),
+                        ("run/adapter", ["is an adapter", str(tmp_path / "run" / "hf")]),
+                        ("peft", ["is an adapter", "merge_and_unload"]), ("empty", ["has no config.json"])):
+        error = error_of(configs.load, [f"model.init_from={tmp_path / name}"])
+        assert_names(error, [f"model.init_from: {tmp_path / name} ", *words])
+    error = error_of(configs.load, ["model.init_from=https://huggingface.co/owner/name/tree/main"])
+    assert_names(error, ["model.init_from: https:", "is a URL", "owner/name: owner/name"])
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["shard.lora.targets=[q_proj]"], ["shard.lora.targets: ['q_proj'] (from cli) has no effect", "shard.lora.r=8"]),
+    (["shard.lora.alpha=16"], ["shard.lora.alpha", "shard.lora.r=8"]),
+    (["schedule=constant", "min_lr=0.1"], ["min_lr", "schedule=constant"]),
+    (["decay_steps=5"], ["decay_steps", "schedule=wsd"]), (["momentum=0.9"], ["momentum", "adamw"]),
+    (["optimizer=sgd", "betas=[0.9, 0.99]"], ["betas", "optimizer=sgd"]), (["optimizer=sgd", "eps=1e-6"], ["eps"]),
+    (["data.train.a.path=x", "eval_prompts=5"], ["eval_prompts", "data.validation_split"]),
+    (["data.train.a.path=x", "eval_every=5"], ["eval_every", "data.validation_split"]),
+    (["model.positions=learned", "model.rope_theta=5.0", "model.family=native"], ["model.rope_theta", "positions"]),
+    (["model.init_from=data/base", "model.init_std=0.1"], ["model.init_std", "model.init_from"]),
+    (["data.tokenizer=bytes", "data.tokenizer_pattern=x"], ["data.tokenizer_pattern", ".tiktoken"]),
+    (["model.rope_scaling={type: linear, factor: 2.0, rope_theta: 5.0}"], ["model.rope_scaling.rope_theta", "linear"])])
+def test_load_refuses_an_option_without_effect(argv, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert_names(error_of(configs.load, argv), words)
+
+
+def test_load_forgets_an_option_that_a_later_layer_leaves_without_effect(tmp_path):
+    """So a run's config.yaml, where all layers are one, loads again."""
+    path = file(tmp_path, "betas: [0.8, 0.9]\nshard: {lora: {r: 4, alpha: 2.0}}\nlr: 0.5")
+    cfg, source, explicit = configs.load([path, "optimizer=sgd", "shard.lora.r=0", "eval_every=0", "eval_prompts=0"])
+    assert cfg["betas"] == [0.9, 0.95] and source["betas"] == "default" and cfg["shard"]["lora"]["alpha"] == 0
+    assert "betas" not in explicit and explicit["shard"] == {"lora": {"r": 0}} and explicit["lr"] == 0.5
+    assert configs.load([file(tmp_path, configs.dump(explicit), "again.yaml")])[0] == cfg
+    both = file(tmp_path, "betas: [0.8, 0.9]\noptimizer: sgd", "both.yaml")
+    assert_names(error_of(configs.load, [both]), ["betas", "both.yaml"])
+
+
 # ---- helpers of the scripts
 
 def test_pop_options_separates_a_scripts_own_options():

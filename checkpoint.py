@@ -2,12 +2,13 @@
 
     python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
-                                                   (or another, by its folder instead of out/ft)
+                                                   (or another, by its folder instead of out/ft);
+                                                   at the end, key=value for what has moved
 
     out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
                                 sampler.safetensors     the state of a sampler with feedback
-                                state.json              step, config, code, data, checksums
+                                state.json              step, config, code, data, base, checksums
     out/ft/checkpoints/latest -> 00000100               the newest; best: the best by cfg["best"]
 
 A checkpoint is written under a temporary name, fsynced and renamed. Whenever the process is killed,
@@ -876,29 +877,26 @@ def git_describe():
 # --------------------------------------------------------------------------------------------------
 # export
 
-def export(path, model_cfg, cfg, tokenizer, folder, adapter_folder=None, check_inputs=True):
+def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
     """Write a checkpoint as a Hugging Face folder with its tokenizer.
 
-    A killed export leaves no partial `folder`; adapter_folder is written in place. If the model was
-    trained on chats, the chat template is written too, and the tokens that end a turn also end a
-    generation.
+    A killed export leaves no partial `folder`; adapter_folder is written in place.
 
+    has_chats       was the model trained on chats? Then the chat template is written too, and the
+                    tokens that end a turn also end a generation
     adapter_folder  under LoRA, also write the adapters alone; `folder` has them merged
-    check_inputs    see check_export_inputs
     """
-    state = verify(path)
-    if check_inputs:
-        check_export_inputs(path, state, cfg, tokenizer)
     folder = Path(folder)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     template = None
     stop_ids = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
-    if state["has_chats"]:
+    if has_chats:
         template = tokenize_data.template_text(tokenizer, cfg)
         compiled = tokenize_data.compile_template(template)
         stop_ids = tokenize_data.stop_token_ids(tokenizer, compiled)
 
+    verify(path)
     init_from = model_cfg["init_from"]
     saved = safe_open(Path(path) / "model.safetensors", framework="pt")
     read_tensor = saved.get_tensor
@@ -930,6 +928,8 @@ def check_export_inputs(path, state, cfg, tokenizer):
 
     That is the tokenizer, the chat template, and the pretrained model: under LoRA its weights,
     otherwise only its config.json, if it still exists.
+
+    state  what state.json holds
     """
     is_lora = cfg["shard"]["lora"]["r"] > 0
     init_from = cfg["model"]["init_from"]
@@ -978,7 +978,10 @@ def export_checkpoint(path, folder, *overrides):
     # A loss that an experiment has registered is unknown here. Weights do not depend on it.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}
     model_cfg = transformer.resolve_vocab_size(section, tokenizer.n_vocab)
-    export(path, model_cfg, cfg, tokenizer, folder, check_inputs=cfg["resume"] != "latest")
+    state = read_state(path)
+    if cfg["resume"] != "latest":
+        check_export_inputs(path, state, cfg, tokenizer)
+    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"])
     print(f"{path} -> {folder}")
 
 

@@ -1164,7 +1164,9 @@ def export(run):
     best = run.saver.folder / "best"
     path = best if run.cfg["best"] and best.is_dir() else run.saver.folder / "latest"
     adapter = out_dir / "adapter" if run.cfg["shard"]["lora"]["r"] else None
-    checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf", adapter)
+    checkpoint.check_export_inputs(path, vars(run.state), run.cfg, run.tokenizer)
+    checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf",
+                      run.state.has_chats, adapter)
 
 
 def main(cfg, explicit):

@@ -347,6 +347,23 @@ def test_a_saved_tokenizer_is_the_same_in_transformers(tmp_path):
     assert theirs.decode(ids) == ours.decode(ids)
 
 
+def test_save_tokenizer_carries_the_files_beside_tokenizer_json(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    T.save_tokenizer(BYTES, tmp_path / "in", None)
+    names = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    for name in names:
+        (tmp_path / "in" / name).write_text(f"{name} of the base")
+    T.save_tokenizer(T.huggingface_tokenizer(tmp_path / "in"), tmp_path / "out", None)
+    assert all((tmp_path / "out" / name).read_text() == f"{name} of the base" for name in names)
+
+
+def test_huggingface_tokenizer_names_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+    with pytest.raises(configs.UserError, match="tokenizer.json: is a pointer of Git LFS.*git lfs pull"):
+        T.huggingface_tokenizer(tmp_path)
+
+
 def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_ids(realdata, tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(realdata / "tokenizers" / "tiktoken_cache"))

@@ -687,7 +687,9 @@ def base_hashes(cfg):
             folder = configs.resolve_model_dir(configs.get(cfg, key))
             section = json.dumps(configs.read_model(folder), sort_keys=True).encode()
             hashes[key] = {"config.json": hashlib.sha256(section).hexdigest()[:16]}
-            transformer.open_weights(folder)             # raises UserError for a damaged file
+            # raise UserError for a damaged file now, not after training
+            transformer.open_weights(folder)
+            transformer.read_source(folder, "generation_config.json")
             for path in transformer.weight_files(folder):
                 hashes[key][path.name] = weights_hash(path)
     return hashes

@@ -1143,11 +1143,10 @@ def weight_files(folder):
     if single_file.is_file():
         return [single_file]
     if index_file.is_file():
+        index = configs.read_json(index_file)
         try:
-            index = json.loads(index_file.read_text(encoding="utf-8"))
-            names = set(index["weight_map"].values())
-            return sorted(folder / name for name in names)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            return sorted({folder / name for name in index["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as e:
             raise configs.UserError(f"{index_file}: a damaged file: {e!r}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -1171,7 +1170,7 @@ def open_weights(folder):
     for path in weight_files(folder):
         try:
             opened = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise configs.UserError(f"{path}: {damage(path, error)}") from None
         tensors |= dict.fromkeys(opened.keys(), opened)
     return tensors
@@ -1220,7 +1219,7 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, control_ids=N
     # a path as it is, or the folder of a hub id; it may have been deleted since
     source = Path(configs.resolve_pretrained(str(source))) if source else None
     config = hf_config(m, source)
-    generation = read_json(source, "generation_config.json")
+    generation = read_source(source, "generation_config.json")
     if not generation:
         generation = {key: config[key] for key in TOKEN_ID_KEYS} | {"do_sample": False}
     for section in (config, generation):
@@ -1266,11 +1265,11 @@ class ScaledEmbedding:
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_json(folder, name):
+def read_source(folder, name):
     """A JSON file of the pretrained model; {} if there is none."""
     if folder is None or not (folder / name).is_file():
         return {}
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return configs.read_json(folder / name)
 
 
 def set_token_ids(config, stop, bos, control_ids):
@@ -1281,7 +1280,7 @@ def set_token_ids(config, stop, bos, control_ids):
     for key in TOKEN_ID_KEYS:
         value = config.get(key)
         ids = value if isinstance(value, list) else [value]
-        ids = [i for i in ids if i is not None and (control_ids is None or i in control_ids)]
+        ids = [i for i in ids if type(i) is int and (control_ids is None or i in control_ids)]
         if key == "eos_token_id":
             ids += [i for i in stop if i not in ids]
         if key == "bos_token_id" and bos is not None:
@@ -1294,7 +1293,7 @@ def hf_config(m, source):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
     # transformers replaces a missing token id by that of a released model, so null is written.
-    config = dict.fromkeys(TOKEN_ID_KEYS) | read_json(source, "config.json")
+    config = dict.fromkeys(TOKEN_ID_KEYS) | read_source(source, "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
@@ -1324,11 +1323,13 @@ def hf_config(m, source):
 
 
 def stored_dtype(folder):
-    """The dtype of a pretrained model whose config.json does not say it: that of a tensor."""
+    """The dtype of a pretrained model whose config.json does not say it: that of most tensors."""
     if folder is None or not (folder / "config.json").is_file():
         return "float32"
-    tensor, file = next(iter(open_weights(folder).items()))
-    return STORED_DTYPES[file.get_slice(tensor).get_dtype()]
+    count = collections.Counter(file.get_slice(tensor).get_dtype()
+                                for tensor, file in open_weights(folder).items())
+    [(name, _)] = count.most_common(1)
+    return STORED_DTYPES.get(name, "float32")
 
 
 def split_into_files(m, dtype, shard_bytes):

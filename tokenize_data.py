@@ -698,6 +698,9 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
+# what an export takes from there
+TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
+                   "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
 # that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
@@ -1447,10 +1450,9 @@ def save_tokenizer(tok, folder, chat_template):
     if not tok.folder:
         write_json(folder / "tokenizer.json", tokenizer_spec(tok))
     elif tok.folder.resolve() != folder.resolve():
-        for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json",
-                     "merges.txt", "added_tokens.json", "tokenizer.model"):
-            if (tok.folder / name).is_file():
-                shutil.copyfile(tok.folder / name, folder / name)
+        for pattern in TOKENIZER_FILES:
+            for path in filter(Path.is_file, tok.folder.glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
     if config_file.is_file():
         config = read_json_object(config_file)
     else:

@@ -800,7 +800,8 @@ def resolve_model(cfg, tokenizer):
                                 "or another data.tokenizer")
     if cfg["shard"]["lora"]["r"] and model_cfg["init_from"]:
         check_lora_vocabulary(cfg, tokenizer)
-    if seq_len > model_cfg["max_len"] and shard.rank() == 0:
+    is_scaled = model_cfg["rope_scaling"] is not None
+    if seq_len > model_cfg["max_len"] and not is_scaled and shard.rank() == 0:
         print(f"warning: data.seq_len: {seq_len} is more than the {model_cfg['max_len']} positions "
               f"that the model knows (model.max_len); model.max_len={seq_len} says that it learns "
               "more, and model.rope_scaling stretches those that it knows", file=sys.stderr)

@@ -31,8 +31,8 @@ import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import (LFS_HINT, LICENSES, families, hf_names, is_lfs_pointer, read_model,
-                               resolve_model_dir, resolve_pretrained, rope_kind)
+from configs.hf_config import (LFS_HINT, LICENSES, families, hf_names, is_lfs_pointer, read_json,
+                               read_model, resolve_model_dir, resolve_pretrained, rope_kind)
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key

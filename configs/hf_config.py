@@ -144,13 +144,18 @@ def read_model(folder):
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise configs.UserError(f"model.init_from: {folder} {what_is_there(folder)}")
+    return translate(read_json(path), path)
+
+
+def read_json(path):
+    """A JSON file of a pretrained model, as a dict. Raises UserError if it has no object."""
     try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise configs.UserError(f"{path}: cannot read this JSON file: {error}") from None
-    if not isinstance(hf_config, dict):
-        raise configs.UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
-    return translate(hf_config, path)
+    if not isinstance(value, dict):
+        raise configs.UserError(f"{path}: must be a JSON object; got a {type(value).__name__}")
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,11 +214,11 @@ def standardize(hf_config, family, path):
     hf_config["rope_parameters"] = rope
 
     types = hf_config.get("layer_types") or []
-    same_windows = "sliding_window" in family["keys"] and all(t == "sliding_attention"
-                                                              for t in types)
-    if types and all(t == "full_attention" for t in types):
+    n_types = len(types) if isinstance(types, list) else -1
+    one_window = "sliding_window" in family["keys"] and types == ["sliding_attention"] * n_types
+    if types and types == ["full_attention"] * n_types:
         hf_config |= {"sliding_window": None, "use_sliding_window": False}
-    elif types and not same_windows:
+    elif types and not one_window:
         raise configs.UserError(f"{path}: layer_types must be full_attention for all blocks, or "
                                 f"missing; got {types}, which is not supported")
 
@@ -263,7 +268,7 @@ def find_in_hf_config(hf_config, places):
 
 def rope_kind(scaling):
     """The kind of a rope_scaling or rope_parameters section; older files call it type."""
-    return scaling.get("rope_type", scaling.get("type", "default"))
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 def read_rope_scaling(hf_config, model_cfg, path):

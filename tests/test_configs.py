@@ -476,6 +476,8 @@ def test_translate_takes_the_word_that_the_reference_takes():
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, ["rope_parameters", "for all blocks"]),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
      ["partial_rotary_factor", "0.5"]),
+    ("llama", {"layer_types": 5}, ["layer_types", "5"]),
+    ("llama", {"rope_scaling": {"type": [1]}}, ["rope_scaling.rope_type", "[1]"]),
     ("llama", {"rms_norm_eps": None}, ["rms_norm_eps", "float", "null"]),
     ("llama", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "bool"]),
     ("llama", {"text_config": {"model_type": "llama"}}, ["text_config"]),

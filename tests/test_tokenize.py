@@ -351,7 +351,7 @@ def test_save_tokenizer_carries_the_files_beside_tokenizer_json(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     T.save_tokenizer(BYTES, tmp_path / "in", None)
-    names = ("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    names = ("tokenizer.model", "spiece.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
     for name in names:
         (tmp_path / "in" / name).write_text(f"{name} of the base")
     T.save_tokenizer(T.huggingface_tokenizer(tmp_path / "in"), tmp_path / "out", None)

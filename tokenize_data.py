@@ -48,6 +48,7 @@ import os
 import re
 import shutil
 import sys
+import tokenize
 import unicodedata
 import zlib
 from datetime import datetime
@@ -475,7 +476,8 @@ def read_npy(stream, file, context):
         first = max(start, shift)
         block_weights[:first - start] = 0
         if weights is not None:
-            block_weights[first - start:] = weights[first - shift:end - shift]
+            with np.errstate(over="ignore"):             # compact_weights refuses inf
+                block_weights[first - start:] = weights[first - shift:end - shift]
         if labels is not None:
             block_labels = labels[first - shift:end - shift]
             is_target = block_labels != ignore_index
@@ -493,7 +495,9 @@ def load_array(path, kinds, n_tokens=None):
     """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
     if n_tokens is not None and not os.path.isfile(path):
         return None
-    with error_context(path, (ValueError, EOFError), "no array of token ids: "):
+    # (numpy's parser of the header lets tokenize's errors through)
+    errors = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
+    with error_context(path, errors, "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
@@ -798,6 +802,8 @@ def compile_template(text):
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
+    except SyntaxError as error:             # a {% break %} outside a loop, for example
+        raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
     return ChatTemplate(jinja, "tool_calls" in text)
 
@@ -1122,8 +1128,8 @@ class HFTokenizer(BaseTokenizer):
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
                                "post_processor": None, "truncation": None, "padding": None}
-        # tokenizers raises nothing narrower than Exception
-        with error_context("the tokenizers package cannot read it either", Exception):
+        # tokenizers raises nothing narrower than Exception, and a panic of Rust not even that
+        with error_context("the tokenizers package cannot read it either", BaseException):
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
         self.n_vocab = 1 + max(self.encoder.get_vocab().values())
         self.compile_patterns()

@@ -42,6 +42,9 @@ DEFAULT_SEQ_LEN = 1024                             # upper limit of a data.seq_l
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line; every other exception keeps its traceback."""
 
+    def __str__(self):
+        return " ".join(super().__str__().splitlines()).strip()
+
 
 # --------------------------------------------------------------------------------------------------
 # YAML. Unquoted words have the same meaning in files and on the command line
@@ -304,6 +307,8 @@ def fits(value, constraint):
     kind, _, rest = constraint.partition(" ")
     if type(value) is not TYPES[kind]:
         return False
+    if kind == "int" and abs(value) >= 2**63:
+        return False
     if kind == "list" and rest:
         return all(fits(item, rest.removeprefix("of ")) for item in value)
     if kind in ("int", "float") and rest:
@@ -343,6 +348,7 @@ def checked_value(key, value, constraint, layer):
 
 
 def invalid(key, want, value, layer):
+    layer = "model.init_from's config.json" if layer == "imported" else layer
     return UserError(f"{key}: must be {want}; got {show(value)} (from {layer})")
 
 

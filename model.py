@@ -333,22 +333,13 @@ def varlen_attention(layer, q, k, v, documents):
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
     max_seqlen = max(documents.max_seqlen, 1)
-    groups = layer.n_heads // layer.n_kv_heads
-    if "is_causal" in varlen_parameters():
-        # torch 2.11 has neither windows nor another scale nor grouped heads
-        if layer.window or layer.scale != layer.head_dim ** -0.5:
-            raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch "
-                                    "2.12 on CUDA; pip install 'torch>=2.12'")
-        options = {"is_causal": True}
-        if groups > 1:
-            k = k.repeat_interleave(groups, 1)
-            v = v.repeat_interleave(groups, 1)
-    else:
-        # (tokens before, tokens after) that a query sees; -1: all
-        options = {"window_size": (layer.window - 1 if layer.window else -1, 0),
-                   "scale": layer.scale, "enable_gqa": groups > 1}
+    options = {}
+    if "enable_gqa" in varlen_parameters():              # torch 2.11 takes grouped heads as they are
+        options["enable_gqa"] = layer.n_heads > layer.n_kv_heads
+    # (tokens before, tokens after) that a query sees; -1: all
+    window = (layer.window - 1 if layer.window else -1, 0)
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
-                       max_seqlen, max_seqlen, **options)
+                       max_seqlen, max_seqlen, window_size=window, scale=layer.scale, **options)
 
 
 class Block(nn.Module):

@@ -1143,7 +1143,7 @@ def open_weights(folder):
         if single_file.is_file():
             files = [single_file]
         elif index_file.is_file():
-            index = json.loads(index_file.read_text())
+            index = json.loads(index_file.read_text(encoding="utf-8"))
             files = sorted({folder / name for name in index["weight_map"].values()})
         else:
             files = sorted(folder.glob("*.safetensors"))
@@ -1308,7 +1308,7 @@ def write_safetensors(tensors, path, copy_mode_from):
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------

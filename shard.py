@@ -203,7 +203,7 @@ def write_error_file(error):
     if path:
         details = {"py_callstack": error_text(error), "timestamp": str(int(time.time()))}
         message = {"message": str(error), "extraInfo": details}
-        Path(path).write_text(json.dumps({"message": message}))
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -521,7 +521,8 @@ def save_adapter(model, lora_cfg, folder, base):
         "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
         "target_modules": sorted(n_fused)}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n")
+    text = json.dumps(adapter_config, indent=1) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def layers_of(model, parts):

@@ -870,7 +870,8 @@ def git_describe():
     """`git describe --always --dirty` of the project, or None without git or a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=5,
+                              encoding="utf-8", errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

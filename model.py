@@ -1364,7 +1364,7 @@ def write_safetensors(tensors, path, copy_mode_from):
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def write_error_file(error):
     if path:
         details = {"py_callstack": error_text(error), "timestamp": str(int(time.time()))}
         message = {"message": str(error), "extraInfo": details}
-        Path(path).write_text(json.dumps({"message": message}))
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,11 +19,13 @@ docs/config.md explains the config with examples.
 import copy
 import difflib
 import functools
+import io
 import json
 import math
 import operator
 import os
 import re
+import string
 import sys
 from pathlib import Path
 
@@ -44,6 +46,68 @@ class UserError(ValueError):
 
     def __str__(self):
         return " ".join(super().__str__().splitlines()).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# text files, of all scripts: UTF-8, with or without a byte order mark
+
+ICONV = "iconv -f {0} -t UTF-8 OLD > NEW converts it"
+# the first bytes of a file, how the name of such a file should end, what it is otherwise
+SIGNATURES = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", (), "not UTF-8 but UTF-32 text; " + ICONV.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16")),
+    (rb"[^\0]\0[^\0]\0", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16LE")),
+    (rb"\0[^\0]\0[^\0]", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16BE")),
+    (rb"\x1f\x8b", ".gz", "compressed with gzip; gunzip it, or let its name end in .gz"),
+    (rb"BZh[1-9]1AY", ".bz2", "compressed with bzip2; bunzip2 it, or let its name end in .bz2"),
+    (rb"\xfd7zXZ", ".xz", "compressed with xz; unxz it, or let its name end in .xz"),
+    (rb"\x28\xb5\x2f\xfd", ".zst", "compressed with zstd; zstd -d OLD -o NEW unpacks it"),
+    (rb"PK\x03\x04", ".zip", "a zip archive; unzip unpacks it"),
+    (rb"PAR1[^ -~]", ".parquet", "a parquet file; let its name end in .parquet"),
+    (rb"version https://git-lfs", (), "a Git LFS pointer, not the file; git lfs pull downloads it"),
+    (rb"\s*<(!doctype html|html)", ".txt", "a web page; was the download refused?"))
+
+
+def format_problem(head, name):
+    """What a file is whose first bytes do not fit its name, and what to do; or ""."""
+    for pattern, ends, problem in SIGNATURES:
+        if re.match(pattern, head, re.IGNORECASE) and not name.endswith(ends):
+            return problem
+    return ""
+
+
+def decoding_problem(error):
+    """A UnicodeDecodeError in words, and what to do."""
+    return (f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}); "
+            f"{ICONV.format('LATIN1')}, with the encoding that it has: LATIN1, GBK, ...")
+
+
+def encoding_problem(lines):
+    """The first of a file's lines (bytes) that is not UTF-8, and what to do."""
+    for n, line in enumerate(lines, 1):
+        if b"\0" in line:
+            return f"line {n}: has a zero byte; tr -d '\\000' < OLD > NEW removes them"
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"line {n}: {decoding_problem(error)}"
+
+
+def read_text(path):
+    """The text of a file, with \\n for \\r\\n. Raises UserError if it is not UTF-8."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:               # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    problem = format_problem(data[:1000], str(path))
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, {encoding_problem(data.splitlines())}") from None
+    return text.replace("\r\n", "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,12 +169,7 @@ def construct(node, name):
 
 def read_file(path):
     """A config file as a dict. An empty file is an empty dict."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot read this config file ({reason})") from None
-    value = construct(compose(text, path), path)
+    value = construct(compose(read_text(path), path), path)
     if not isinstance(value, dict | None):
         raise UserError(f"{path}: must be sections of key: value; got {show(value)}")
     return value or {}
@@ -218,7 +277,7 @@ def layer_of(source, key):
 # train.OPTIMIZERS: adamw, muon, sgd"}. The top of defaults.yaml describes constraints
 
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
-         "section": dict, "null": type(None), "name": str, "names": list}
+         "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
                "param_groups.weight_decay": "float >= 0"}
@@ -343,8 +402,20 @@ def checked_value(key, value, constraint, layer):
         return value
     value = coerce(value, constraint)
     if not fits(value, constraint):
+        if re.match(r"data\.(train|validation)\b", key) and constraint.startswith("section"):
+            raise source_without_name(key, value, layer)
         raise invalid(key, constraint, value, layer)
     return value
+
+
+def source_without_name(key, value, layer):
+    """The error for data.train=FILE, data.train.path=FILE and data.train.NAME=FILE."""
+    section, _, name = re.fullmatch(r"(data\.\w+)(\.|$)(.*)", key).groups()
+    option = name if name in read_defaults()[0]["data"]["source"] else "path"
+    if name in ("", option):
+        name = re.sub(r"\W", "_", Path(str(value)).stem) if option == "path" else "NAME"
+    want = f"a section: a source has a name and keys, {section}.{name}.{option}={value}"
+    return invalid(key, want, value, layer)
 
 
 def invalid(key, want, value, layer):
@@ -489,7 +560,26 @@ REFERENCE = re.compile(r"\$\{([^{}]*)\}")         # the innermost one, if they a
 def resolve(cfg, schema, source, env):
     """A copy of cfg with every ${...} replaced."""
     context = {"cfg": cfg, "schema": schema, "source": source, "env": env}
-    return expand(cfg, "", [], context)
+    cfg = expand(cfg, "", [], context)
+    for key, value in flat(cfg).items():
+        if isinstance(value, str) and constraint_of(key, schema) == "path":
+            overlay(cfg, nested(key, expand_path(value, key, context)), "path")
+    return cfg
+
+
+def expand_path(path, key, context):
+    """A path with ~ and environment variables ($NAME) replaced."""
+    try:
+        expanded = os.path.expanduser(string.Template(path).substitute(context["env"]))
+    except KeyError as error:
+        problem = f"the environment variable {error.args[0]} is not set"
+    except ValueError:
+        problem = f"{path} has a $ without a name; $$ is a dollar sign"
+    else:
+        if not expanded.startswith("~"):
+            return expanded
+        problem = f"{path} begins with a ~ that is nobody's home; ./~ is a file of this name"
+    raise reference_error(key, problem, context)
 
 
 def expand(value, key, trail, context):
@@ -534,6 +624,8 @@ def look_up(name, key, trail, context):
     if value is MISSING:
         near = nearest(name, list(flat(context["cfg"])))
         hint = f"; the nearest is {near}" if near else ""
+        if name in context["env"]:
+            hint = f"; the environment variable is ${{oc.env:{name}}}"
         raise reference_error(key, f"${{{name}}} is not a key{hint}", context)
     return expand(value, name, trail, context)
 
@@ -656,9 +748,7 @@ def layer_of_value(source, key):
 
 
 def join_root(root, path):
-    """A path below a root folder. Absolute and empty paths stay as they are; ~ is expanded."""
-    root = os.path.expanduser(root)
-    path = os.path.expanduser(path)
+    """A path below a root folder. Absolute and empty paths stay as they are."""
     return path if root in ("", ".") or not path else os.path.join(root, path)
 
 
@@ -677,6 +767,8 @@ def check(cfg, layers_by_key, defaults):
            "null or [first, last]")
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
+    yield cfg["out_dir"], "out_dir", "a folder"
+    yield cfg["data"]["cache_dir"], "data.cache_dir", "a folder"
     yield from check_model(cfg["model"])
     max_len = cfg["model"]["max_len"]
     yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
@@ -856,7 +948,14 @@ def bind_options(key, function, given, options, supplied=()):
 
 
 def exit_with_help(doc, argv):
-    """Print how to start a script and exit, if it has no arguments or one is --help or -h."""
+    """Print how to start a script and exit, if it has no arguments or one is --help or -h.
+
+    Every script calls this first, so it also prepares the console: what its encoding lacks is
+    printed as \\u2581, and is no error.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not argv or "--help" in argv or "-h" in argv:
         if is_local_rank0():
             print(doc.strip())

@@ -334,7 +334,7 @@ def test_read_defaults_states_a_constraint_for_every_key():
     """Each constraint is readable: a value of the right kind fits, and the default itself does."""
     defaults, schema = configs.read_defaults()
     cfg = configs.load([], env={})[0]
-    kind = r"int|float|bool|str|map|null|one of .+|names? in [\w.]+: .+|section of .+"
+    kind = r"int|float|bool|str|path|map|null|one of .+|names? in [\w.]+: .+|section of .+"
     bounds = r"( (>=|>|<=|<) [\d.]+( and (>=|>|<=|<) [\d.]+)*)?"
     pattern = re.compile(rf"((list|map) of )?({kind}){bounds}")
     for key in configs.flat(defaults):

@@ -161,7 +161,7 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
-    ('{"text": "a"}\n\n{"text": "b"}\n', ["line 2", "empty"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]),
+    ('{"text": "a"}\n\n{"txt": "b"}\n', ["line 3", "txt"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]),
     ("{}\n", ["line 1", "known"]),
     ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
     ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
@@ -512,9 +512,9 @@ def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
                                       '{"text": "c"}\n' + "[" * 100_000 + "\n")
     data = T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
-    assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7
+    assert len(data) == 2 and data.header["skipped"] == 4 and data.header["records"] == 6
     assert "line 2: not valid JSON" in data.header["problems"][0]
-    assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
+    assert "4 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
     wrong(["nothing to train on", "1 skipped", "line 1"], T.load_datasets,
@@ -703,7 +703,7 @@ def test_chats_in_a_column_of_a_csv(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("text\na\nb,c\n", ["a.csv, line 3", "more fields"]), ("a\nb\n", ["a.csv, line 2", "known"]),
     ('text\na\n"b" c\n', ["a.csv, line 3", "not valid CSV"]), ('text\n"a', ["a.csv", "not valid CSV"]),
-    ("text\n\udcff\n", ["a.csv", "not valid CSV"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
+    ("text\n\udcff\n", ["a.csv, line 2: not UTF-8", "0xff", "iconv"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
     ("", ["nothing to train on"])])
 def test_bad_csv_is_named_with_its_line(tmp_path, text, words):
     (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -876,7 +876,7 @@ def test_csv_errors_name_the_first_line_of_a_record(tmp_path):
     (tmp_path / "a.csv").write_text('text,n\n"a\n\nb",1\n"c\nd",2,3\n')
     wrong(["a.csv, line 5: has more fields"], load_one, tmp_path, tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"text\na\n\xff\n")
-    wrong(["a.csv: not valid CSV"], load_one, tmp_path, tmp_path / "a.csv")
+    wrong(["a.csv, line 3: not UTF-8"], load_one, tmp_path, tmp_path / "a.csv")
 
 
 def test_weights_out_of_range_are_errors_of_their_record(tmp_path):

@@ -1172,9 +1172,11 @@ def damage(path, error):
     if not path.is_file():
         return ("is missing, and model.safetensors.index.json says that it holds weights; "
                 "download it again")
-    if configs.is_lfs_pointer(path):
-        return configs.LFS_HINT
     size = path.stat().st_size
+    with open(path, "rb") as file:
+        problem = configs.format_problem(file.read(1000), path.name)
+    if problem:
+        return f"is {problem}"
     return f"is damaged or incomplete ({size:,} bytes; {error}); download it again"
 
 

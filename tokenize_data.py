@@ -113,8 +113,6 @@ def check_type(value, expected, problem):
 def read_json_object(path):
     """Return the JSON object in a file as a dict. Raises UserError if there is none."""
     text = read_text(path)
-    if configs.is_lfs_pointer(path):
-        raise UserError(f"{path}: {configs.LFS_HINT}")
     with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
         value = json.loads(text)
         check_type(value, dict, "expected one")

@@ -33,7 +33,7 @@ import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import (LFS_HINT, LICENSES, families, hf_names, is_lfs_pointer, read_json,
+from configs.hf_config import (LICENSES, families, hf_names, read_json,
                                read_model, resolve_model_dir, resolve_pretrained, rope_kind)
 
 HERE = Path(__file__).resolve().parent
@@ -691,8 +691,9 @@ def derive(cfg, layers_by_key):
 
 def conditional_options(cfg):
     """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
-    for key in ("alpha", "targets"):
-        yield (f"shard.lora.{key}", "shard.lora.r", cfg["shard"]["lora"]["r"],
+    lora = cfg["shard"]["lora"]
+    for key, is_used in (("alpha", lora["r"] or not lora["alpha"]), ("targets", lora["r"])):
+        yield (f"shard.lora.{key}", "shard.lora.r", is_used,
                "without LoRA; shard.lora.r=8 turns it on")
     yield ("min_lr", "schedule", cfg["schedule"] != "constant",
            "with schedule=constant, which stays at lr")
@@ -724,6 +725,7 @@ def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
     options that have no effect.
 
     layer_names  of files and command line, in their order
+    defaults     the values that nobody has set
     """
     for key, decider, is_used, why in conditional_options(cfg):
         default = get(defaults, key)
@@ -847,7 +849,8 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     # a ${...} may have become a section: its keys have the layer of the reference
     source = {key: layer_of(source, key) for key in flat(cfg)}
     if is_own_schema:
-        drop_unused(cfg, source, explicit, [name for name, _ in layers], defaults)
+        without_options, _ = merged([default_layer, imported_layer])
+        drop_unused(cfg, source, explicit, [name for name, _ in layers], without_options)
         derive(cfg, source)
         cfg = validate(cfg, schema, source)        # derived values have ranges, too
         for is_valid, key, want in check(cfg, source, defaults):

@@ -130,15 +130,6 @@ def what_is_there(name):
     return "has no config.json; name the folder of a model in Hugging Face format"
 
 
-LFS_HINT = ("is a pointer of Git LFS instead of the file itself; git lfs pull in its folder "
-            "downloads the file")
-
-
-def is_lfs_pointer(path):
-    with open(path, "rb") as f:
-        return f.read(24) == b"version https://git-lfs."
-
-
 def read_model(folder):
     """The config.json of a pretrained folder as a dict like our model section."""
     path = Path(folder) / "config.json"

@@ -1135,7 +1135,7 @@ def test_a_damaged_folder_is_named_with_what_helps(tmp_path):
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, weights)
     assert f"{name} has dtype F8_E4M3, which is quantized" in error()
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
-    assert "model.safetensors: is a pointer of Git LFS" in error() and "git lfs pull" in error()
+    assert "model.safetensors: is a Git LFS pointer" in error() and "git lfs pull" in error()
     weights.write_bytes(whole[:-100])
     assert "model.safetensors: is damaged or incomplete" in error() and "download it again" in error()
     weights.unlink()

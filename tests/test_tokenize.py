@@ -360,7 +360,7 @@ def test_save_tokenizer_carries_the_files_beside_tokenizer_json(tmp_path):
 
 def test_huggingface_tokenizer_names_a_pointer_of_git_lfs(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
-    with pytest.raises(configs.UserError, match="tokenizer.json: is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(configs.UserError, match="tokenizer.json: a Git LFS pointer.*git lfs pull"):
         T.huggingface_tokenizer(tmp_path)
 
 

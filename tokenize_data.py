@@ -2153,7 +2153,6 @@ def fingerprint_source(cfg, source, tok, files):
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
 
 
-<<<<<<< HEAD
 def fingerprint_tokenizer(cfg, tok):
     can_chat = (cfg["data"]["chat_template"] or tok.template or tok.eos
                 or "<|im_end|>" in tok.special)
@@ -2161,10 +2160,7 @@ def fingerprint_tokenizer(cfg, tok):
     return {"tokenizer": tok.fingerprint, "template": fingerprint(template)}
 
 
-def check_not_empty(writer, name, source):
-=======
 def check_not_empty(writer, name, source, seq_len):
->>>>>>> 65b37b556c4c6b737d3e38c4c26b40937afb5c2e
     counts = writer.counts
     if not counts["documents"]:
         problem = f": {writer.problems[0]}" if writer.problems else ""

@@ -677,6 +677,7 @@ def setup(cfg, explicit):
     """
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
+    shard.rank0_only(log.check_backends, cfg)
     tokenize_data.require_train_data(cfg)
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()

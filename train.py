@@ -21,12 +21,27 @@ import os
 import sys
 
 import configs
+import log
+import tokenize_data
+
+
+def check_inputs(cfg):
+    """Raise UserError for trackers and data files that are missing."""
+    log.check_backends(cfg)
+    tokenize_data.require_train_data(cfg)
+    for kind in ("train", "validation"):
+        for name, source in cfg["data"][kind].items():
+            tokenize_data.find_files(cfg, f"{kind}.{name}", source)
+
 
 if __name__ == "__main__":
-    # Only a check, before torch is imported, so that a wrong key is reported at once. cli() loads
-    # the config again. No experiment is running, so only built-in losses, optimizers, ... exist.
+    # Only checks, before torch is imported, so that mistakes are reported at once. cli() loads the
+    # config again. No experiment is running, so only built-in losses, optimizers, ... exist.
     configs.exit_with_help(__doc__, sys.argv[1:])
-    configs.load_or_exit(sys.argv[1:], builtin_names=True)
+    configs.check_launch()
+    checked_cfg, _, _ = configs.load_or_exit(sys.argv[1:], builtin_names=True)
+    if os.environ.get("RANK", "0") == "0":
+        configs.run(check_inputs, checked_cfg)
 
 # Idle OpenMP threads sleep instead of spinning. Spinning makes steps 10 times slower if another
 # process uses the cores (LOG.md).
@@ -46,11 +61,9 @@ import numpy as np
 import torch
 
 import checkpoint
-import log
 import model as transformer
 import sampler
 import shard
-import tokenize_data
 
 
 # --------------------------------------------------------------------------------------------------
@@ -678,7 +691,7 @@ def setup(cfg, explicit):
     """
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
-    tokenize_data.require_train_data(cfg)
+    shard.rank0_only(check_inputs, cfg)
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     # rank0_only returns rank 0's result on every rank
@@ -1184,6 +1197,7 @@ def cli(argv=None):
     """Run the command line. experiments/*.py call this after they have changed something."""
     argv = sys.argv[1:] if argv is None else argv
     configs.exit_with_help(__doc__, argv)
+    configs.check_launch()
     cfg, _, explicit = configs.load_or_exit(argv)
     shard.run_distributed(main, cfg, explicit)
 

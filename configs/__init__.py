@@ -16,6 +16,7 @@ Layers, each merged over the ones before:
 imports neither torch nor numpy, so a mistyped key is reported in a tenth of a second.
 docs/config.md explains the config with examples.
 """
+import contextlib
 import copy
 import difflib
 import functools
@@ -25,8 +26,10 @@ import math
 import operator
 import os
 import re
+import signal
 import string
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -35,6 +38,9 @@ from configs import hf_config
 # for other scripts: configs.read_model(), ...
 from configs.hf_config import (LICENSES, families, hf_names, read_json,
                                read_model, resolve_model_dir, resolve_pretrained, rope_kind)
+
+if sys.platform == "win32":                        # no fork, no file locks, no links
+    sys.exit("error: Windows is not supported; WSL2 runs this as Linux does")
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key
@@ -121,8 +127,8 @@ def read_text(path):
 YAML_PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INT = r"[-+]?(0|[1-9][0-9]*)"
 FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan"
-WORDS = {"true": True, "True": True, "false": False, "False": False,
-         "null": None, "Null": None, "None": None, "~": None}
+WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+         "null": None, "Null": None, "NULL": None, "None": None, "~": None}
 
 
 def parse_scalar(text):
@@ -279,6 +285,7 @@ def layer_of(source, key):
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
          "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
+SHORT_NAMES = {"bf16": "bfloat16", "fp32": "float32", "gpu": "cuda"}    # of values
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
                "param_groups.weight_decay": "float >= 0"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -385,7 +392,10 @@ def in_range(value, bounds):
 
 
 def coerce(value, constraint):
-    """The value after the conversions that a constraint allows: int to float, a name to a list."""
+    """The value after the conversions that a constraint allows: int to float, a name to a list,
+    a short name to the full one."""
+    if constraint.startswith("one of ") and fits(SHORT_NAMES.get(value), constraint):
+        return SHORT_NAMES[value]
     if isinstance(value, str) and constraint.startswith("names in "):
         return [value]
     if isinstance(value, list) and item_constraint(constraint):
@@ -404,7 +414,8 @@ def checked_value(key, value, constraint, layer):
     if not fits(value, constraint):
         if re.match(r"data\.(train|validation)\b", key) and constraint.startswith("section"):
             raise source_without_name(key, value, layer)
-        raise invalid(key, constraint, value, layer)
+        is_quoted = isinstance(value, str) and fits(parse_scalar(value), constraint)
+        raise invalid(key, constraint, value, layer, "; remove the quotes" if is_quoted else "")
     return value
 
 
@@ -418,9 +429,10 @@ def source_without_name(key, value, layer):
     return invalid(key, want, value, layer)
 
 
-def invalid(key, want, value, layer):
+def invalid(key, want, value, layer, hint=""):
     layer = "model.init_from's config.json" if layer == "imported" else layer
-    return UserError(f"{key}: must be {want}; got {show(value)} (from {layer})")
+    want = want.replace("bool", "true or false").replace("section of", "a section of")
+    return UserError(f"{key}: must be {want}; got {show(value)} (from {layer}){hint}")
 
 
 def validate(section, schema, source, prefix=""):
@@ -758,7 +770,9 @@ def check(cfg, layers_by_key, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
-    yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
+    yield (cfg["resume"].lower() not in ("", "true", "false", "yes", "no"), "resume",
+           "auto (the default: continue the run in out_dir), never, latest or the path of a "
+           "checkpoint")
     for group in cfg["param_groups"]:
         # for its errors only: the values need no conversion
         validate(group, PARAM_GROUP, layers_by_key, "param_groups.")
@@ -867,13 +881,44 @@ def user_layers(argv, default_layer, schema):
         if arg.startswith("-"):
             key = arg.lstrip("-").partition("=")[0].replace("-", "_")
             hint = f"write {key}=..." if key in schema else suggestion(key, schema)
-            raise UserError(f"{arg}: arguments are key=value without dashes; {hint}")
+            raise UserError(f"{arg}: arguments are config files and key=value, without dashes; "
+                            f"{hint}")
         if arg not in overrides:
+            check_config_file(arg, schema)
             layers.append((arg, validate(read_file(arg), schema, {"": arg})))
     for arg in overrides:
         layer = parse_override(arg, schema, [default_layer, *layers])
         layers.append(("cli", validate(layer, schema, {"": "cli"})))
     return layers
+
+
+def check_config_file(path, schema):
+    """Raise UserError, with what was probably meant, if an argument names no config file."""
+    if os.path.isdir(path):
+        found = Path(path) / "config.yaml"
+        hint = str(found) if found.is_file() else "name a .yaml file in it"
+        raise UserError(f"{path}: is a folder, not a config file; {hint}")
+    if path.endswith(DATA_FILES):
+        raise UserError(f"{path}: is not a config file (.yaml); data is named by "
+                        f"data.train.NAME.path={path}")
+    if os.path.exists(path):
+        return
+    folders = {Path(path).parent, Path("."), Path("configs")}
+    names = [str(file) for folder in folders for file in folder.glob("*.yaml")]
+    near = nearest_file(path, names)
+    hint = f"; the nearest is {near}" if near and path not in schema else ""
+    raise UserError(f"{path}: there is no such config file; values are key=value, without spaces"
+                    f"{hint}")
+
+
+DATA_FILES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".npy", ".gz")
+
+
+def nearest_file(path, names):
+    """The file whose name, without folder and extension, is spelled most like a path, or None."""
+    spellings = {Path(name).stem: name for name in names}
+    near = difflib.get_close_matches(Path(path).stem, spellings, n=1, cutoff=0.6)
+    return spellings[near[0]] if near else None
 
 
 def check_builtin_names(cfg, source):
@@ -950,27 +995,100 @@ def bind_options(key, function, given, options, supplied=()):
     return functools.partial(function, **options) if options else function
 
 
+def check_words(words, options):
+    """Raise UserError for a word of a prompt that is meant as an option: temp=0.5, --temperature.
+
+    options  those of pop_options(), with `prompt` among them
+    """
+    for word in words:
+        if re.fullmatch(r"--?[A-Za-z]\S*|[A-Za-z_][\w.]*=\S*", word):
+            raise UserError(f"{word}: is not an option; options are {', '.join(options)}, each as "
+                            f"key=value; prompt={word} makes it the prompt")
+
+
+TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
+                      "MASTER_PORT")
+NUMBER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT",
+                    "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
+                    "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+
+
+def check_launch(env=os.environ):
+    """Exit with one line if the environment variables of torchrun or SLURM contradict each other.
+
+    An earlier command may have left them.
+    """
+    for name in NUMBER_VARIABLES:
+        if not re.fullmatch("[0-9]+", env.get(name, "0")):
+            sys.exit(f"error: {name}: must be a number; got {env[name]!r} (from the environment); "
+                     f"unset {name}")
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", env.get("OMP_NUM_THREADS", "1")):
+        sys.exit(f"error: OMP_NUM_THREADS: must be a number above 0; got {env['OMP_NUM_THREADS']!r}"
+                 " (from the environment); unset OMP_NUM_THREADS")
+    world_size = int(env.get("WORLD_SIZE", 1))
+    missing = [name for name in TORCHRUN_VARIABLES if name not in env]
+    if world_size > 1 and missing:
+        sys.exit(f"error: WORLD_SIZE: is {world_size} in the environment, but {', '.join(missing)} "
+                 f"not set; {unset_hint(env)}")
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(env.get(name, 0)) >= int(env.get(limit, 1)):
+            sys.exit(f"error: {name}: is {env[name]} in the environment, and {limit} is "
+                     f"{env.get(limit, 'not set')}; {unset_hint(env)}")
+    n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    if world_size == 1 and n_tasks > 1:
+        if "SLURM_STEP_NUM_TASKS" in env or int(env.get("SLURM_PROCID", 0)) > 0:
+            sys.exit(f"error: SLURM_PROCID: srun starts this {n_tasks} times, and each would train "
+                     "alone; srun --ntasks-per-node=1 torchrun ... starts one run")
+        print(f"warning: SLURM_NTASKS: is {n_tasks}, but one process trains; torchrun starts more",
+              file=sys.stderr)
+
+
+def unset_hint(env):
+    names = [name for name in (*TORCHRUN_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE") if name in env]
+    return f"if torchrun did not start this process: unset {' '.join(names)}"
+
+
+@contextlib.contextmanager
+def exit_at_signals():
+    """SIGINT and SIGTERM raise SystemExit in the enclosed code, so that it can clean up.
+
+    Elsewhere they end the process at once (but see train.py).
+    """
+    def exit_now(number, frame):
+        sys.exit(128 + number)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, exit_now) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)
+
+
 def exit_with_help(doc, argv):
     """Print how to start a script and exit, if it has no arguments or one is --help or -h.
 
     Every script calls this first, so it also prepares the console: what its encoding lacks is
-    printed as \\u2581, and is no error.
+    printed as \\u2581, and is no error. From here on, Ctrl-C ends the script without a traceback.
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not argv or "--help" in argv or "-h" in argv:
         if is_local_rank0():
             print(doc.strip())
         sys.exit(0)
 
 
-def load_or_exit(argv, builtin_names=False):
+def load_or_exit(argv, builtin_names=False, **options):
     """load(), for the first lines of a script: a UserError is one line, and exit status 2.
 
     builtin_names  also check_builtin_names()
+    options        of the script, see pop_options()
     """
     try:
+        _, argv = pop_options(argv, **options)
         cfg, source, explicit = load(argv)
         if builtin_names:
             check_builtin_names(cfg, source)
@@ -989,11 +1107,25 @@ def run(main, *args):
 
 def die(error, status=2):
     """Print an error in one line, on local rank 0 only, and exit."""
+    write_error_file(error, f"error: {error}")
     if is_local_rank0():
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
+def write_error_file(error, text):
+    """Hand an error to torchrun, if it has started this process: its report then ends with `text`.
+
+    The format is that of torch.distributed.elastic.multiprocessing.errors.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and os.path.isdir(os.path.dirname(path)):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": str(error), "extraInfo": details}
+        Path(path).write_text(json.dumps({"message": message}))
+
+
 def is_local_rank0():
-    """Is this the first process on its machine? torchrun sets LOCAL_RANK."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Is this the first process on its machine? torchrun sets these variables."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"

@@ -162,6 +162,8 @@ def find_files(cfg, name, source):
             raise UserError(f"no file at {os.path.abspath(path)} (a file, a folder or a glob of "
                             f"{FORMATS}, or a hub id: owner/name)")
         for file in files:
+            if not os.path.isfile(file):
+                raise UserError(f"{file} is a link to a file that does not exist")
             if not format_of(file):
                 hint = OTHER_FORMATS.get(Path(file).suffix, "a glob selects files: FOLDER/*.jsonl")
                 raise UserError(f"{file} must end in one of {FORMATS}; {hint}")
@@ -201,7 +203,7 @@ def choose_local_files(folder, files, split):
     formats = {(format_of(file) or "").removesuffix("l") for file in files} - {""}
     if len(formats) > 1:
         raise UserError(f"{folder} has files of several formats ({', '.join(sorted(formats))}); a "
-                        f"glob selects some: {folder}/**/*.{min(formats)}")
+                        f"glob selects some: {folder}/**/*.{min(formats)}*")
     names = [os.path.relpath(file, folder) for file in files]
     if split == "train" and not {"train"} < splits_of(names):
         return files
@@ -209,7 +211,8 @@ def choose_local_files(folder, files, split):
     others = [name for name in names if name not in chosen]
     if others and configs.is_local_rank0():
         print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
-              f"{abridged(others)}; `split` names another, a glob reads all", file=sys.stderr)
+              f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
+              file=sys.stderr)
     return [os.path.join(folder, name) for name in chosen]
 
 
@@ -451,7 +454,7 @@ def split_items(text, n_before, is_list=True):
     """
     items = []
     position = 0
-    between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=\S)")
+    between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
     separator = re.compile(r"\s*\[\s*(?!\s*\])") if is_list and not n_before else between
     while match := separator.match(text, position):
         try:
@@ -565,7 +568,8 @@ def read_csv(stream, file, context):
 def read_parquet(stream, file, context):
     with error_context(file, ImportError, "reading .parquet needs pyarrow; pip install pyarrow: "):
         import pyarrow.parquet
-    with error_context(file, (OSError, pyarrow.ArrowException), "not a .parquet file: "):
+    errors = (OSError, UnicodeDecodeError, pyarrow.ArrowException)
+    with error_context(file, errors, "cannot be read as .parquet: "):
         table = pyarrow.parquet.ParquetFile(file)
         size = os.path.getsize(file)
         n = 1
@@ -692,8 +696,8 @@ def normalize_record(record, place, shape="auto"):
 
 def parse_record(record):
     if isinstance(record, bytes):
-        if not record.strip():
-            raise UserError("is empty; a .jsonl file has one JSON object on each line")
+        if b"\0" in record:
+            raise UserError(configs.ZERO_BYTE)
         record = parse_json(record, "not valid JSON")
     if isinstance(record, str):
         record = {"text": record}

@@ -57,6 +57,7 @@ class UserError(ValueError):
 # --------------------------------------------------------------------------------------------------
 # text files, of all scripts: UTF-8, with or without a byte order mark
 
+ZERO_BYTE = "has a zero byte; tr -d '\\000' < OLD > NEW removes them"
 ICONV = "iconv -f {0} -t UTF-8 OLD > NEW converts it"
 # the first bytes of a file, how the name of such a file should end, what it is otherwise
 SIGNATURES = (
@@ -84,15 +85,17 @@ def format_problem(head, name):
 
 def decoding_problem(error):
     """A UnicodeDecodeError in words, and what to do."""
-    return (f"not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}); "
-            f"{ICONV.format('LATIN1')}, with the encoding that it has: LATIN1, GBK, ...")
+    wrong = error.object[error.start:error.start + 2]
+    likely = "GBK" if len(wrong) == 2 and min(wrong) >= 0x80 else "LATIN1"
+    return (f"not UTF-8 text (byte {error.start + 1} is 0x{wrong[0]:02x}); {ICONV.format(likely)}, "
+            "with the encoding that it has: LATIN1, GBK, ...")
 
 
 def encoding_problem(lines):
     """The first of a file's lines (bytes) that is not UTF-8, and what to do."""
     for n, line in enumerate(lines, 1):
         if b"\0" in line:
-            return f"line {n}: has a zero byte; tr -d '\\000' < OLD > NEW removes them"
+            return f"line {n}: {ZERO_BYTE}"
         try:
             line.decode()
         except UnicodeDecodeError as error:

@@ -1532,8 +1532,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
     """Prompts from held-out chats, with their answers: [(prompt ids, answer ids without the stop
     token)].
 
-    A chat is cut before its last answer. The first `limit` chats are taken that end in a complete
-    answer and whose prompt is shorter than max_prompt_tokens.
+    A chat is cut before its last answer; if inference asks for that with other ids than the chat's,
+    they are the prompt. The first `limit` chats are taken that end in a complete answer and whose
+    prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
@@ -1553,8 +1554,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
                 continue
             start = int(context[-1]) + 1
             answer = ids[start:last_target + 1].tolist()
-            if start < max_prompt_tokens and answer[-1] in stop_ids:
-                prompts.append((ids[:start].tolist(), answer[:-1]))
+            prompt = source.prompt(i).tolist() or ids[:start].tolist()
+            if len(prompt) < max_prompt_tokens and answer[-1] in stop_ids:
+                prompts.append((prompt, answer[:-1]))
     return prompts
 
 

@@ -26,6 +26,8 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
+    prompts.bin    as tokens.bin, for chats that do not begin with what asks for their last answer:
+                   the ids that do; prompt_offsets.bin as offsets.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
@@ -62,7 +64,7 @@ import tiktoken
 import configs
 from configs import UserError, read_text
 
-FORMAT = 5                  # of the token files
+FORMAT = 6                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -993,6 +995,17 @@ class Rendering:
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
     literals: list               # [(start, end)]: the first characters of spelled special tokens
+    prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
+    other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+
+    def prompt(self, i):
+        """The text that asks for message i. None if the template refuses the messages before."""
+        if i not in self.prompts:
+            self.prompts[i] = None
+            with contextlib.suppress(UserError):
+                self.prompts[i] = self.render_other(self.messages[:i], add_generation_prompt=True)
+        return self.prompts[i]
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages."""
@@ -1111,6 +1124,7 @@ class BaseTokenizer:
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
+        self.control_ids = frozenset(self.special_and_added.values())
         # special tokens as JSON spells them
         self.escaped_pattern = compile_alternation([to_json(text)[1:-1] for text in self.special])
 
@@ -1642,6 +1656,31 @@ def spell(token):
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
 
+# Warnings, each with what mends it. They are counted, and the first of a source is an example.
+OTHER_PROMPT = ("an answer does not follow its generation prompt in the training text, so that the "
+                "model is asked in another way than it is trained; mended by a data.chat_template "
+                "that begins answers as it asks for them, or by answers that begin so")
+NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
+          "data.append_eos=true trains EOS there")
+NOT_FOUND = "a message is not found in the rendered text, so that its loss weight is not applied"
+SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of the "
+           "source reads texts that are rendered already")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
+             "another data.tokenizer or data.chat_template fits")
+CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
+# of a chat with tools, where it does not matter which
+TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
+    "type": "object", "properties": {}}}}
+
+
+@dataclasses.dataclass
+class Report:
+    """What encode_chat() finds out about a chat besides ids and loss weights."""
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    # ids that ask for the last answer, if they are not those before it in the chat
+    prompt: list = ()
+
+
 def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
 
@@ -1667,15 +1706,13 @@ def find_message_spans(rendering, wanted):
             replaced[i] = messages[i] | {"content": placeholder(i)}
         with_placeholders = rendering.render_other(replaced)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
-    missing = sorted(set(wanted) - {i for _, _, i in spans})
-    if not missing:
-        return spans
-    opening = opening_of_turn(rendering)
-    for i in missing:
+    for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
-        span = find_span_alone(rendering, i, after, opening)
+        span = find_span_alone(rendering, i, after)
         if span:
             spans.append((*span, i))
+        else:
+            rendering.warnings.append((NOT_FOUND, f"message {i + 1}"))
     return sorted(spans)
 
 
@@ -1718,116 +1755,248 @@ def find_content_end(text, start, content, after):
     return end if end >= 0 and text[start:end] in content else None
 
 
-def opening_of_turn(rendering):
-    """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
-    with_opening = rendering.render_other(rendering.messages, add_generation_prompt=True)
-    if with_opening.startswith(rendering.text):
-        return with_opening.removeprefix(rendering.text)
-    return ""
-
-
-def find_span_alone(rendering, i, after, opening):
+def find_span_alone(rendering, i, after):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
-    The text is compared with a rendering in which only this message has a placeholder:
+    The text is compared with a rendering in which only this message has a placeholder, and neither
+    tool calls nor reasoning:
 
         text   U:2+3?; A:5; U:Sure?; A:Yes;
         other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
 
-    If more than the content changes with the message, or it has tool calls or reasoning, its span
-    is all that the template writes for it after `opening`.
+    An answer's span is all that the template writes for it between its generation prompt and what
+    follows its content.
     """
     text = rendering.text
     messages = rendering.messages
-    with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
+    kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
+    with_placeholder = kept | {"content": placeholder(i)}
     original = text
-    is_whole_chat = True
     try:
         other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
     except UserError:                            # the template has rules for what may follow
-        is_whole_chat = False
         original = rendering.render_other(messages[:i + 1])
         other = rendering.render_other([*messages[:i], with_placeholder])
     before, mark, suffix = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
-    is_content = original.startswith(before) and original[len(before):].endswith(suffix)
-    if not is_content:
+    prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
+    if prompt is not None and original.startswith(prompt):
+        before = prompt
+    elif not original.startswith(before):
         before = os.path.commonprefix([original, other])
-        backwards = [original[len(before):][::-1], other[len(before):][::-1]]
-        suffix = os.path.commonprefix(backwards)
-    written = original[len(before):len(original) - len(suffix)]
-    start = len(before) if is_whole_chat else text.find(written, after)
-    if start < 0:
-        return None
-    end = start + len(written)
-    if not is_content or has_generated_fields(messages[i]):
-        opening_start = text.rfind(opening, after, start)
-        if opening and opening_start >= 0:
-            start = opening_start + len(opening)
-    return (start, end) if start < end else None
+    written = original[len(before):]
+    if not written.endswith(suffix):
+        suffix = os.path.commonprefix([written[::-1], suffix[::-1]])
+    written = written[:len(written) - len(suffix)]
+    if text.startswith(before + written):
+        start = len(before)
+    else:
+        start = text.find(written, after) if written else -1
+    return (start, start + len(written)) if start >= 0 else None
 
 
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables):
+def find_answer_start(rendering, i, start):
+    """Where generation of message i, an answer, starts: at the end of its generation prompt.
+
+    What the template writes between the prompt and the answer's content, which is at `start`, is
+    generated too: an empty <think></think>, for example. Returns `start` if the prompt is not the
+    beginning of the text.
+    """
+    text = rendering.text
+    messages = rendering.messages
+    if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
+        options = {key: value for key, value in rendering.variables.items() if key != "tools"}
+        has_tools = bool(rendering.variables.get("tools"))
+        has_system = messages[0]["role"] == "system"
+        for opening, lead in find_openings(rendering.template, rendering.tok, has_system,
+                                           has_tools, to_json(options)):
+            if text.endswith(opening + lead, 0, start):
+                return start - len(lead)
+    prompt = rendering.prompt(i)
+    if prompt is None or text.startswith(prompt):
+        return start if prompt is None else len(prompt)
+    rendering.other_prompts.append(i)
+    end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
+    near = slice(max(end - 30, 0), end + 30)
+    example = f"message {i + 1}: prompt ...{prompt[near]!r}, text ...{text[near]!r}"
+    rendering.warnings.append((OTHER_PROMPT, example))
+    return start
+
+
+@functools.lru_cache(maxsize=1000)
+def find_openings(template, tok, has_system, has_tools, options):
+    """What a template writes before an answer to a user, so that few prompts must be rendered.
+
+    Two answers are tried:
+
+        text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
+        prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
+        openings  [("; A:", ""), ("; A:", "<think></think>")]
+
+    An opening is the end of the prompt after the user's words. The second part comes between it and
+    the answer. [] if one of the prompts is not the beginning of the text.
+    """
+    variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
+    roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+    openings = set()
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        text, _ = render(template, tok, messages, **variables)
+        for i in (len(roles) - 3, len(roles) - 1):
+            prompt, _ = render(template, tok, messages[:i], True, **variables)
+            opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
+            lead, mark, _ = text[len(prompt):].partition(placeholder(i))
+            if not (text.startswith(prompt) and opening and mark):
+                return []
+            openings |= {(opening, lead), (opening, "")}
+    return sorted(openings)
+
+
+@functools.lru_cache(maxsize=1000)
+def find_missing_tokens(template, tok):
+    """What looks like control tokens in the text of a template, and is none of the vocabulary."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        text, _ = render(template, tok, chat)
+        missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+        return " ".join(sorted(missing))
+
+
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, report=None,
+                **variables):
     """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
 
-    messages   as from normalize_record
-    train_on   "all": the assistant's turns, each with the token that ends it; "last": only the last
-               of them; "everything": all text except the outputs of tools. Templates with
-               {% generation %} say themselves where the turns are
-    weight     a factor of all loss weights
-    variables  for the template: tools
+    messages    as from normalize_record
+    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
+                token that ends it; "last": only the last of them; "everything": all text except the
+                outputs of tools. Templates with {% generation %} say themselves where turns are
+    weight      a factor of all loss weights
+    append_eos  append EOS, as a target, if the last answer ends in no token
+    report      a Report to fill
+    variables   for the template: tools
     """
+    report = report or Report()
     rendering = render_messages(template, tok, messages, **variables)
-    spans = weighted_spans(rendering, train_on)
-    spans = [(start, end, value) for start, end, value in spans if start < end and value]
-    borders = [border for start, end, _ in spans for border in (start, end)]
-    ids, starts, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals,
-                                                         borders)
+    spans = [span for span in weighted_spans(rendering, train_on) if span[0] < span[1] and span[2]]
+    ids, loss_weights, token_spans = encode_spans(rendering, spans, weight)
+    if rendering.literals:
+        start, _ = rendering.literals[0]
+        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
+    missing = find_missing_tokens(template, tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
+    if spans:
+        start, end, value, i = spans[-1]
+        first_token, end_token = token_spans[-1]
+        if i is not None and value * weight > 0:
+            report.prompt = find_other_prompt(rendering, i, start, ids[:first_token])
+        if not tok.control_ids.intersection(ids[:end_token][-2:].tolist()):
+            if append_eos and messages[-1]["role"] == "assistant":
+                ids = np.append(ids, tok.special[tok.eos])
+                loss_weights = np.append(loss_weights, loss_weights[:1])
+                loss_weights[end_token:] = value * weight
+            else:
+                ends = [rendering.text[start:end][-30:], rendering.text[end:end + 30]]
+                rendering.warnings.append((NO_END, f"{ends[0]!r} before {ends[1]!r}"))
+    report.warnings += rendering.warnings
+    return ids, loss_weights
 
+
+def encode_spans(rendering, spans, weight):
+    """Return (ids [n] int64, loss weights [n] float32, the (first, end) token of each span)."""
+    borders = [border for start, end, _, _ in spans for border in (start, end)]
+    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
+                                                                   rendering.literals, borders)
     # a token that overlaps a span has the span's weight
     borders = np.array(borders, np.int64).reshape(-1, 2)
     first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
     end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
+    token_spans = list(zip(first_tokens, end_tokens))
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value), first, end in zip(spans, first_tokens, end_tokens):
-        loss_weights[first:end] = value * weight
-    return ids.astype(np.int64), loss_weights
+    for (_, _, value, _), (first, end) in zip(spans, token_spans):
+        value *= weight
+        if value and not 6e-8 <= abs(value) <= 65504:
+            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must be "
+                            "0 or from 6e-8 to 65504 in absolute value")
+        loss_weights[first:end] = value
+    return ids.astype(np.int64), loss_weights, token_spans
+
+
+def find_other_prompt(rendering, i, start, ids):
+    """Return the ids that ask for answer i, if they are not `ids`, those before its `start`.
+
+    They also differ where the last characters of a prompt are another token with the answer after
+    them: "A: " + "yes" is [A][:][ yes]. Then a warning is added. () if they are the same.
+    """
+    tok = rendering.tok
+    last_token = encode_last_token(tok, rendering.text[max(start - 16, 0):start])
+    if i not in rendering.other_prompts and ids[-1:].tolist() == last_token:
+        return ()
+    if rendering.prompt(i) is None:
+        return ()
+    prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
+    if prompt == ids.tolist():
+        return ()
+    if i not in rendering.other_prompts:
+        tokens = [tok.decode([token]) for token in prompt[-3:]]
+        rendering.warnings.append((OTHER_PROMPT, f"message {i + 1}: the prompt's last tokens are "
+                                   f"{tokens}, in the text {[tok.decode([t]) for t in ids[-3:]]}"))
+    return prompt
+
+
+@functools.lru_cache(maxsize=10_000)
+def encode_last_token(tok, text):
+    """[the id of the last token of a text]"""
+    return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
 def weighted_spans(rendering, train_on):
-    """Return the spans of the text that are targets, with loss weights: [(start, end, weight)]."""
-    tok = rendering.tok
-    text = rendering.text
+    """Return the spans of the text that are targets: [(start, end, weight, index of its answer)].
+
+    The index is None for text that is not of one answer.
+    """
     messages = rendering.messages
     weights = message_weights(messages, train_on)
-    by_marks = rendering.generated and train_on != "everything"
-    by_message = not by_marks and train_on != "everything"
-    wanted = []
-    for i, message in enumerate(messages):
-        is_target = message["role"] == "assistant" and weights[i] != 0
-        needs_span = is_target if by_message else weights[i] != 1
-        if needs_span and (message.get("content") or has_generated_fields(message)):
-            wanted.append(i)
-    found = find_message_spans(rendering, wanted) if wanted else []
-    if by_message:
-        return [(start, end_of_turn(tok, text, end), weights[i]) for start, end, i in found]
-
-    # all marked blocks, or all text, have the weight 1, except for the messages found
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    blocks = rendering.generated
     spans = []
-    if by_marks:
-        for start, end in rendering.generated:
-            weight = 1.0
-            for message_start, message_end, i in found:
-                if message_start < end and start < message_end:
-                    weight = weights[i]
-            spans.append((start, end, weight))
-        return spans
-    position = 0
-    for start, end, i in found:
-        spans += [(position, start, 1.0), (start, end, weights[i])]
-        position = end
-    return [*spans, (position, len(text), 1.0)]
+    if train_on == "everything":                         # all text has the weight 1, except for:
+        wanted = [i for i, weight in enumerate(weights) if weight != 1]
+        position = 0
+        for start, end, i in find_turns(rendering, wanted):
+            spans += [(position, start, 1.0, None), (start, end, weights[i], None)]
+            position = end
+        spans.append((position, len(rendering.text), 1.0, None))
+    elif not blocks:
+        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        for start, end, i in find_turns(rendering, wanted):
+            spans.append((start, end, weights[i], i))
+    elif len(blocks) == len(answers):
+        for (start, end), i in zip(blocks, answers):
+            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
+            spans.append((prompt_end if prompt_end < end else start, end, weights[i], i))
+    else:                                                # a block may be of no answer, or two of one
+        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
+        for start, end in blocks:
+            overlapping = [weights[i] for first, last, i in others if first < end and start < last]
+            spans.append((start, end, overlapping[0] if overlapping else 1.0, None))
+    return spans
+
+
+def has_words(message):
+    return bool(message.get("content")) or has_generated_fields(message)
+
+
+def find_turns(rendering, wanted):
+    """find_message_spans(), where an answer's span is all that is generated, its last token too."""
+    turns = []
+    for start, end, i in find_message_spans(rendering, wanted):
+        if rendering.messages[i]["role"] == "assistant":
+            start = find_answer_start(rendering, i, start)
+            end = end_of_turn(rendering.tok, rendering.text, end)
+        turns.append((start, end, i))
+    return turns
 
 
 def message_weights(messages, train_on):
@@ -1848,22 +2017,26 @@ def end_of_turn(tok, text, end):
     return token.end() if token else end
 
 
-def encode_text(tok, text, weight=1.0, starts=True, ends=True):
+def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
     """Return (BOS + ids + EOS [n] int64, loss weights [n] float32) of a text, or of a part of it.
 
     starts, ends  False: the text started in an earlier part, continues in a later one
+    special       special tokens that the text spells are control tokens. BOS and EOS are not added
+                  to a text that has them
     """
-    ids = tok.encode(tok.clean(text))
-    if starts and tok.bos:
+    text = tok.clean(text)
+    ids, _, _, _ = tok.encode_with_offsets(text, find_special=special)
+    ids = ids.astype(np.int64)
+    if starts and tok.bos and not (special and text.startswith(tok.bos)):
         ids = np.append(tok.special[tok.bos], ids)
-    if ends and tok.eos:
+    if ends and tok.eos and not (special and text.rstrip().endswith(tok.eos)):
         ids = np.append(ids, tok.special[tok.eos])
     return ids, np.full(len(ids), weight, np.float32)
 
 
-def encode_prompt(tok, template, messages):
+def encode_prompt(tok, template, messages, **variables):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    rendering = render_messages(template, tok, messages, add_generation_prompt=True)
+    rendering = render_messages(template, tok, messages, add_generation_prompt=True, **variables)
     ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()
 
@@ -1875,7 +2048,7 @@ def stop_token_ids(tok, template):
     stop_ids = set(ids[loss_weights != 0][-1:].tolist())
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
-    return sorted(stop_ids & set(tok.special.values()))
+    return sorted(stop_ids & tok.control_ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1889,6 +2062,9 @@ class Encoded:
     lengths: np.ndarray          # [D] in tokens
     counts: collections.Counter
     problems: list               # error messages of skipped records
+    warnings: dict               # {kind: (count, the first example)}
+    prompts: np.ndarray          # of the documents, one after the other: see Report.prompt
+    prompt_lengths: np.ndarray   # [D]
 
 
 @dataclasses.dataclass
@@ -1898,22 +2074,26 @@ class EncodedPart:
     ids: np.ndarray              # [n] int64
     weights: np.ndarray          # [n] float32
     ends: bool                   # the last part
+    warnings: dict
 
 
 def encode_chunk(chunk, context):
     """Return a Chunk's documents as Encoded, or as EncodedPart."""
+    warnings = {}
     if not (chunk.starts and chunk.ends):
         document = chunk.records[0]
         if isinstance(document, str):
-            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends)
-        return EncodedPart(chunk.file, *document, chunk.ends)
+            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends,
+                                   context.source["special"])
+            find_spelled(chunk.records[0], context, chunk.file, warnings)
+        return EncodedPart(chunk.file, *document, chunk.ends, warnings)
     documents = []
     problems = []
     counts = collections.Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
-            documents += encode_record(record, place, context, counts)
+            documents += encode_record(record, place, context, counts, warnings)
         except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
@@ -1921,26 +2101,48 @@ def encode_chunk(chunk, context):
                 raise
             counts["skipped"] += 1
             problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems[:3])
+    return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
 
 
-def encode_record(record, place, context, counts):
-    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several."""
+def encode_record(record, place, context, counts, warnings):
+    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several.
+
+    That of a chat may have the ids of a prompt as a third item: see Report.
+    """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
         return split_windows(*record, seq_len)
     record = normalize_record(record, place, context.source["shape"])
     if "text" in record:
-        return split_windows(*encode_text(context.tok, **record), seq_len)
+        find_spelled(record["text"], context, place, warnings)
+        special = context.source["special"]
+        return split_windows(*encode_text(context.tok, **record, special=special), seq_len)
     template = context.template
+    report = Report()
     with error_context(place):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
-                                   **record)
+                                   append_eos=context.data["append_eos"], report=report, **record)
+    for kind, example in report.warnings:
+        add_warning(warnings, kind, 1, f"{place}: {example}")
     counts["chats"] += 1
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
-    return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+        return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+    return [(ids, weights, report.prompt)]
+
+
+def find_spelled(text, context, place, warnings):
+    """Add a warning if a text spells special tokens and data.train.NAME.special is not set."""
+    match = None if context.source["special"] else context.tok.special_pattern.search(text)
+    if match:
+        add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+
+
+def add_warning(warnings, kind, count, example):
+    """Add to warnings, {kind: (count, the first example)}."""
+    n_before, first = warnings.get(kind, (0, example))
+    warnings[kind] = (n_before + count, first)
 
 
 def split_windows(ids, weights, seq_len):
@@ -1955,24 +2157,27 @@ def split_windows(ids, weights, seq_len):
     return windows
 
 
-def concat_documents(documents, context, file, counts, problems):
+def concat_documents(documents, context, file, counts, problems, warnings):
     """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
     kept_ids = []
     kept_weights = []
+    kept_prompts = []
     ignores_ids = context.never_target.any()
-    for ids, weights in documents:
+    for ids, weights, *prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
             kept_ids.append(ids)
             kept_weights.append(weights)
+            kept_prompts.append(prompt[0] if prompt else ())
     counts["dropped"] += len(documents) - len(kept_ids)
     lengths = np.array([len(ids) for ids in kept_ids], np.int64)
-    if not kept_ids:
-        return Encoded(np.zeros(0, context.dtype), np.zeros(0, np.uint8), lengths, counts, problems)
-    ids = np.concatenate(kept_ids).astype(context.dtype)
-    weights = np.concatenate(kept_weights)
-    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems)
+    prompt_lengths = np.array([len(ids) for ids in kept_prompts], np.int64)
+    ids = np.concatenate([np.zeros(0), *kept_ids]).astype(context.dtype)
+    prompts = np.concatenate([np.zeros(0), *kept_prompts]).astype(context.dtype)
+    weights = np.concatenate([np.zeros(0, np.float32), *kept_weights])
+    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings, prompts,
+                   prompt_lengths)
 
 
 def compact_weights(weights, file):
@@ -2001,7 +2206,7 @@ def join_parts_of_documents(results, context):
             if not result.ends:
                 open_ids, open_weights = windows.pop()
             counts = collections.Counter(records=int(result.ends))
-            result = concat_documents(windows, context, result.file, counts, [])
+            result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
 
 
@@ -2049,12 +2254,15 @@ class TokenWriter:
     """Writes the token files of a source into a folder."""
 
     def __init__(self, folder):
-        names = ("tokens", "weights", "offsets", "targets")
+        names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.files["offsets"].write(np.zeros(1, np.int64))
+        self.files["prompt_offsets"].write(np.zeros(1, np.int64))
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
+        self.warnings = {}
         self.n_tokens = 0
+        self.n_prompt_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
                  "cut_away", "skipped")
         self.counts = collections.Counter({name: 0 for name in names})
@@ -2066,13 +2274,20 @@ class TokenWriter:
         self.files["tokens"].write(encoded.ids)
         self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
         self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
-        self.files["targets"].write(count_targets(encoded.weights, lengths))
+        n_targets = count_targets(encoded.weights, lengths)
+        self.files["targets"].write(n_targets)
+        self.files["prompts"].write(encoded.prompts)
+        prompt_ends = self.n_prompt_tokens + np.cumsum(encoded.prompt_lengths)
+        self.files["prompt_offsets"].write(prompt_ends)
         self.n_tokens += len(encoded.ids)
+        self.n_prompt_tokens += len(encoded.prompts)
         self.counts.update(encoded.counts)
         self.counts["documents"] += len(lengths)
-        self.counts["trained"] += int(np.count_nonzero(encoded.weights))
+        self.counts["trained"] += int(n_targets.sum())
         self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
         self.problems = (self.problems + encoded.problems)[:3]
+        for kind, (count, example) in encoded.warnings.items():
+            add_warning(self.warnings, kind, count, example)
 
     def widen_weights(self):
         """Write what is in weights.bin again, as float16."""
@@ -2109,6 +2324,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     label = name.partition(".")[2]
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints)}"
     if (folder / "header.json").is_file():
+        print_warnings(folder, name)
         return folder
     context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
@@ -2124,8 +2340,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
                   "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
-                  "vocabulary": tok.n_vocab,
-                  "problems": writer.problems, **writer.counts}
+                  "vocabulary": tok.n_vocab, "problems": writer.problems,
+                  "warnings": writer.warnings, **writer.counts}
         text = json.dumps(header, indent=1) + "\n"
         (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
@@ -2135,6 +2351,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                             "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    print_warnings(folder, name)
     return folder
 
 
@@ -2144,6 +2361,15 @@ def commit_of(files):
     return match and match[1]
 
 
+def print_warnings(folder, name):
+    """Print the warnings in a header, also if a source was tokenized earlier."""
+    warnings = read_json_object(folder / "header.json")["warnings"]
+    for kind, (count, example) in warnings.items():
+        if configs.is_local_rank0():
+            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
+                  file=sys.stderr, flush=True)
+
+
 def fingerprint_source(cfg, source, tok, files):
     """What the token files of a source depend on, as fingerprints by name."""
     data = cfg["data"]
@@ -2151,10 +2377,11 @@ def fingerprint_source(cfg, source, tok, files):
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
-            "ignore_index", "shift_labels")
+            "ignore_index", "shift_labels", "append_eos")
     options = [data[key] for key in keys]
     return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
-            "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
+            "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
+                                   source["special"])}
 
 
 def fingerprint_tokenizer(cfg, tok):
@@ -2192,12 +2419,17 @@ class Tokens:
         self.weights = self.map_file("weights.bin", self.header["weights"], n_tokens)
         self.offsets = self.map_file("offsets.bin", np.int64, n_documents + 1)[first:last + 1]
         self.n_targets = self.map_file("targets.bin", np.uint32, n_documents)[first:last]
+        prompt_offsets = self.map_file("prompt_offsets.bin", np.int64, n_documents + 1)
+        self.prompt_offsets = prompt_offsets[first:last + 1]
+        self.prompts = self.map_file("prompts.bin", self.header["dtype"], int(prompt_offsets[-1]))
 
     def map_file(self, name, dtype, length):
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != length * np.dtype(dtype).itemsize:
             raise UserError(f"{path}: damaged: it has not the size that header.json says; delete "
                             f"the folder {self.folder}, and it is written again")
+        if not length:                                   # np.memmap refuses it
+            return np.zeros(0, dtype)
         # slices of an array are faster than those of a memmap
         return np.asarray(np.memmap(path, dtype, "r"))
 
@@ -2213,6 +2445,10 @@ class Tokens:
         """Return (token ids [n], loss weights [n]: uint8 or float16)."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.weights[span]
+
+    def prompt(self, i):
+        """The ids that ask for the last answer of chat i, if they are not those before it."""
+        return self.prompts[self.prompt_offsets[i]:self.prompt_offsets[i + 1]]
 
 
 def require_train_data(cfg):
@@ -2299,17 +2535,16 @@ def histogram(tokens):
 def colorize(tok, ids, weights, use_color):
     """The text of a document with its targets in green and special tokens inverted.
 
-    Without color, targets are in [[ ]]. A weight other than 1 is printed after the target: {0.5};
-    targets of negative weight are red.
+    Without color, targets are in [[ ]], and \\ is before text that only spells a special token. A
+    weight other than 1 is printed after the target: {0.5}; targets of negative weight are red.
     """
     parts = []
     borders = np.flatnonzero(np.diff(weights)) + 1
     for span, span_weights in zip(np.split(ids, borders), np.split(weights, borders)):
         weight = float(span_weights[0])
-        text = tok.decode(span)
+        text = mark_special(tok, span, use_color)
         if use_color:
             color = 2 if weight == 0 else 32 if weight > 0 else 31
-            text = tok.special_and_added_pattern.sub(invert, text)
             text = f"\x1b[{color}m{text}\x1b[0m"
         elif weight:
             text = f"[[{text}]]"
@@ -2319,8 +2554,17 @@ def colorize(tok, ids, weights, use_color):
     return "".join(parts)
 
 
-def invert(match):
-    return f"\x1b[7m{match[0]}\x1b[27m"
+def mark_special(tok, ids, use_color):
+    """The text of ids, with special tokens told from text that spells them."""
+    parts = []
+    is_special = np.isin(ids, list(tok.control_ids))
+    for part in np.split(ids, np.flatnonzero(np.diff(is_special)) + 1):
+        text = tok.decode(part)
+        if not tok.control_ids.isdisjoint(part.tolist()):
+            parts.append(f"\x1b[7m{text}\x1b[27m" if use_color else text)
+        else:
+            parts.append(text if use_color else tok.special_pattern.sub(r"\\\g<0>", text))
+    return "".join(parts)
 
 
 def show_document(tok, name, i, ids, weights, show_ids):

@@ -1075,7 +1075,8 @@ def exit_with_help(doc, argv):
     printed as \\u2581, and is no error. From here on, Ctrl-C ends the script without a traceback.
     """
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
+        # (a stdin that has been read from cannot be changed)
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not argv or "--help" in argv or "-h" in argv:

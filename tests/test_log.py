@@ -197,14 +197,14 @@ def test_backend_that_is_not_installed_is_named(tmp_path, name):
     write_run(tmp_path, 1.0)
     message = f"log.to: {name} is not installed; pip install {name}"
     with pytest.raises(configs.UserError, match=message):
-        log.Logger(load_config(tmp_path, f"log.to=[{name}]"), 1)
+        log.check_backends(load_config(tmp_path, f"log.to=[{name}]"))
     assert len(log.read(tmp_path)) == 2
 
 
 def test_backend_that_is_unknown_is_named(tmp_path):
     message = "log.to: must be one of wandb, mlflow, tensorboard; got wandv"
     with pytest.raises(configs.UserError, match=message):
-        log.Logger(load_config(tmp_path, "log.to=[wandv]"), 1)
+        log.check_backends(load_config(tmp_path, "log.to=[wandv]"))
 
 
 def test_tensorboard_backend_writes_events(tmp_path):

@@ -996,24 +996,23 @@ def test_find_files_says_where_it_looked(tmp_path, monkeypatch):
         wrong(["data.train.x.path"], load_one, tmp_path, path)
 
 
-def test_read_chunks_names_files_that_may_not_be_read(tmp_path):
+def test_read_chunks_names_files_that_may_not_be_read():
     """As nobody, because root may read everything."""
-    import os
+    import os, pathlib, tempfile
     if os.geteuid() != 0:
         pytest.skip("needs root to become another user")
-    folder = put_texts(tmp_path / "d", "a.jsonl", "sub/b.jsonl")
-    for path in (*tmp_path.parents, tmp_path):
-        if path.stat().st_uid == 0 and "pytest" in str(path):
-            path.chmod(0o777)
-    for closed in (folder / "a.jsonl", folder / "sub"):
-        mode = closed.stat().st_mode
-        closed.chmod(0)
-        os.seteuid(65534)
-        try:
-            wrong([closed.name, "cannot be read: Permission denied"], load_one, tmp_path, folder)
-        finally:
-            os.seteuid(0)
-        closed.chmod(mode)
+    with tempfile.TemporaryDirectory() as parent:                # pytest's folders are open to root only
+        parent = pathlib.Path(parent)
+        parent.chmod(0o777)
+        folder = put_texts(parent / "d", "a.jsonl", "sub/b.jsonl")
+        for closed in (folder / "sub", folder / "a.jsonl"):
+            closed.chmod(0)
+            os.seteuid(65534)
+            try:
+                wrong([f"{closed}: cannot be read: Permission denied"], load_one, parent, folder)
+            finally:
+                os.seteuid(0)
+            closed.chmod(0o755)
 
 
 TEXT_FILES = {"jsonl": '{"text": "ok"}\n{"text": "%s"}\n', "json": '["ok",\n"%s"]', "txt": "ok\n%s", "csv": "text\n%s\n"}

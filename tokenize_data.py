@@ -210,7 +210,7 @@ def choose_local_files(folder, files, split):
     if split == "train" and not {"train"} < splits_of(names):
         return files
     chosen = choose_split(names, split, folder)
-    others = [name for name in names if name not in chosen]
+    others = set(names) - set(chosen)
     if others and configs.is_local_rank0():
         print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
               f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
@@ -242,10 +242,11 @@ def choose_split(names, split, place):
     # train_sft is a split of its own
     word = re.compile(f"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])")
     chosen = [name for name in names if word.search(name)]
-    if not chosen and split == "train" and splits_of(names) <= {"train"}:
+    if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
         return names
     if not chosen:
-        raise UserError(f"{place} has no split {split!r}; its files: {abridged(names) or 'none'}; "
+        files = abridged(names) or "none that can be read"
+        raise UserError(f"{place} has no split {split!r}; its files: {files}; "
                         "`split` of the source is a word of their names: split=train_sft")
     return chosen
 
@@ -308,7 +309,7 @@ def choose_hub_files(names, dataset, folder, split):
     if folder:
         names = [n for n in names if n.startswith(f"{folder}/")]
     chosen = choose_split(names, split, dataset)
-    best = min([format_of(n) for n in chosen], key=HUB_FORMATS.index, default=None)
+    best = min([format_of(n) for n in chosen], key=HUB_FORMATS.index)
     chosen = sorted(n for n in chosen if format_of(n) == best)
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:

@@ -72,8 +72,9 @@ def resolve_pretrained(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise configs.UserError(f"model.init_from: {name} is not a folder; to download it from the "
-                                "hub, pip install huggingface_hub") from None
+        raise configs.UserError(f"model.init_from: no folder at {Path(name).absolute()}; to "
+                                f"download {name} from the hub, pip install huggingface_hub"
+                                ) from None
     # No pickles, nothing that would be executed, and no subfolders.
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
     # (consolidated.safetensors: the same weights under Mistral's own names)
@@ -82,8 +83,8 @@ def resolve_pretrained(name):
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored)
     except Exception as error:
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-        raise configs.UserError(f"model.init_from: {name} is not a folder, and downloading it from "
-                                f"the hub failed: {reason}") from None
+        raise configs.UserError(f"model.init_from: no folder at {Path(name).absolute()}, and "
+                                f"downloading {name} from the hub failed: {reason}") from None
 
 
 def resolve_model_dir(path):

@@ -118,6 +118,57 @@ def test_load_joins_relative_paths_to_their_roots(tmp_path):
     assert configs.load(["output_root=/x", "out_dir=a"], env={"OUTPUT_ROOT": "/o"})[0]["out_dir"] == "/x/a"
 
 
+PATHS = ("out_dir", "data_root", "output_root", "resume", "reference_model", "data.tokenizer", "data.chat_template",
+         "data.cache_dir", "data.train.a.path", "data.validation.b.path")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_load_expands_home_and_environment_in_every_path(tmp_path, key):
+    """On the command line, in a file, and in a variable that a default or a ${...} takes."""
+    env = {"DISK": "/disk", "WHERE": "$DISK/x"}
+    in_file = file(tmp_path, configs.dump(configs.nested(key, "$DISK/x")))
+    for argv, want in (([f"{key}=~/x"], os.path.expanduser("~/x")), ([f"{key}=$DISK/x"], "/disk/x"), ([in_file], "/disk/x"),
+                       ([f"{key}=${{oc.env:WHERE}}"], "/disk/x"), ([f"{key}=/a$$b"], "/a$b")):
+        cfg, _, explicit = configs.load(argv, env=env)
+        assert configs.get(cfg, key) == want
+        assert configs.get(explicit, key) != want                # a run's config.yaml has it as it was typed
+    for value, words in (("$NOWHERE/x", ["environment variable NOWHERE is not set"]), ("a$", ["$$ is a dollar sign"]),
+                         ("~nobody_of_this_name/x", ["nobody's home"])):
+        assert_names(error_of(configs.load, [f"{key}={value}"], env=env), [key, *words])
+
+
+def test_load_refuses_empty_folders_and_sources_without_a_name():
+    for argv, words in ((["out_dir="], ["out_dir: must be a folder"]), (["data.cache_dir="], ["data.cache_dir: must"]),
+                        (["data.train=d/my-chats.jsonl"], ["data.train:", "data.train.my_chats.path=d/my-chats.jsonl"]),
+                        (["data.train.path=x.txt"], ["data.train.path:", "data.train.x.path=x.txt"]),
+                        (["data.validation.b=x.txt"], ["data.validation.b:", "data.validation.b.path=x.txt"]),
+                        (["data.train.split=test"], ["data.train.NAME.split=test"]),
+                        (["out_dir=${HOME}/x"], ["${HOME} is not a key", "${oc.env:HOME}"])):
+        assert_names(error_of(configs.load, argv, env={"HOME": "/h"}), words)
+
+
+def test_load_says_where_it_looked_for_a_model(monkeypatch, tmp_path):
+    """Relative paths start at the working folder, which may be another one than that of the config."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_names(error_of(configs.load, [str(ROOT / "configs" / "ft.yaml")]), [str(tmp_path / "data" / "base")])
+
+
+def test_read_text_of_all_encodings(tmp_path):
+    """UTF-8 with or without a byte order mark and with any line ends; others are named."""
+    text = "# é\nlr: 0.5\n"
+    for content in (text.encode(), b"\xef\xbb\xbf" + text.encode(), text.replace("\n", "\r\n").encode()):
+        (tmp_path / "x.yaml").write_bytes(content)
+        assert load(str(tmp_path / "x.yaml"))[0]["lr"] == 0.5 and configs.read_text(tmp_path / "x.yaml") == text
+    for encoding in ("UTF-16", "UTF-32", "LATIN1"):
+        (tmp_path / "x.yaml").write_bytes(text.encode(encoding))
+        assert_names(error_of(load, str(tmp_path / "x.yaml")), ["x.yaml", "not UTF-8", f"iconv -f {encoding}"])
+    for content, words in ((b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<!doctype HTML>", "web page"),
+                           (b"\x1f\x8b\x08\0", "gunzip")):
+        (tmp_path / "x.yaml").write_bytes(content)
+        assert_names(error_of(load, str(tmp_path / "x.yaml")), ["x.yaml", words])
+
+
 # ---- values
 
 @pytest.mark.parametrize("text, value", [

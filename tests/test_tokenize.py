@@ -1,10 +1,11 @@
 """tokenize_data.py: shapes, templates, masks, tokenizers, token files (law 6)."""
-import json, random
+import json, os, random, subprocess, sys
 
 import numpy as np
 import pytest
 
 import configs, sampler, tokenize_data as T
+from conftest import ROOT
 
 BYTES = T.bytes_tokenizer()
 CHATML = T.compile_template(T.CHATML)
@@ -67,7 +68,8 @@ def test_generation_marks_in_a_template_say_what_is_trained():
 
 
 def test_templates_that_trim_or_look_into_contents():
-    trims = T.compile_template("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}")
+    trims = T.compile_template("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")
     ids, mask = T.encode_chat(BYTES, trims, chat("  a ", "  b b \n", "c", "[assistant]"))
     assert BYTES.decode(ids) == ("[user]a<|im_end|>[assistant]b b<|im_end|>"
                                  "[user]c<|im_end|>[assistant][assistant]<|im_end|>")
@@ -83,7 +85,8 @@ def test_templates_that_trim_or_look_into_contents():
 def test_a_token_that_overlaps_a_trained_span_is_trained():
     ranks = {bytes([b]): b for b in range(256)} | {b":x": 256}
     tok = T.Tokenizer(ranks, r"[\s\S]+", special={"<e>": 257}, eos="<e>")
-    template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}")
+    template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}"
+                                  "{% if add_generation_prompt %}a:{% endif %}")
     ids, mask = T.encode_chat(tok, template, chat("q", "x!"))
     assert [tok.decode([i]) for i, m in zip(ids, mask) if m] == [":x", "!", "<e>"]
 
@@ -611,7 +614,7 @@ def test_loss_weights_with_generation_marks_and_everything():
     assert told("all", marked) == [("one<|im_end|>", 2.0), ("two<|im_end|>", -1.0), ("three<|im_end|>", 2.0)]
     assert told("last", marked) == [("three<|im_end|>", 2.0)]
     everything = told("everything", CHATML)
-    assert [w for _, w in everything] == [2.0, -1.0, 2.0, 2.0] and everything[1][0] == "two"
+    assert [w for _, w in everything] == [2.0, -1.0, 2.0, 2.0] and everything[1][0] == "two<|im_end|>"
     assert "sun" not in "".join(text for text, _ in everything)
 
 
@@ -635,7 +638,7 @@ def test_weights_beside_ready_token_files(tmp_path):
     np.save(folder / "a.npy", ids)
     np.save(folder / "a_weights.npy", weights)
     data = load_one(tmp_path, folder / "a.npy")
-    assert np.allclose(data.weights, weights, atol=1e-3) and data.header["trained"] == 10
+    assert np.allclose(data.weights, weights, atol=1e-3) and data.header["trained"] == 9    # the first is no target
     np.save(folder / "a_labels.npy", np.where(np.arange(10) < 5, -100, ids.astype(np.int64)))
     data = load_one(tmp_path, folder)                              # the folder: _weights and _labels are no documents
     assert np.allclose(data.weights, np.where(np.arange(10) < 5, 0, weights), atol=1e-3)
@@ -1200,9 +1203,12 @@ def test_two_processes_that_tokenize_the_same_source_share_it(tmp_path):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [load_one(tmp_path, path).folder.name]
 
 
-def test_scripts_print_on_any_console(tmp_path, script):
+def test_scripts_print_on_any_console(tmp_path):
     """Characters that the console's encoding lacks are escaped, and files stay UTF-8."""
     path = put(tmp_path, "é.jsonl", '{"text": "ça 你"}\n'.encode())
-    out = script("tokenize_data.py", f"data.train.x.path={tmp_path}/*.jsonl", "data.tokenizer=bytes",
-                 f"data.cache_dir={tmp_path / 'cache'}", "show=1", LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    # in a process of its own, because Python reads these variables when it starts
+    command = [sys.executable, "tokenize_data.py", f"data.train.x.path={tmp_path}/*.jsonl", "data.tokenizer=bytes",
+               f"data.cache_dir={tmp_path / 'cache'}", "show=1"]
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    out = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True, text=True)
     assert out.returncode == 0 and r"\xe7a \u4f60" in out.stdout, out.stderr

@@ -274,7 +274,7 @@ def test_parse_override_reports_a_wrong_index(tmp_path):
     (["steps=1.5"], ["steps", "must be int", "1.5", "cli"]),
     (["steps=true"], ["steps", "int", "true"]),
     (["lr=abc"], ["lr", "float", "'abc'"]),
-    (["flag=1"], ["flag", "bool", "1"]),
+    (["flag=1"], ["flag", "true or false", "1"]),
     (["list=3"], ["list", "must be list"]),
     (["a=3"], ["a:", "section", "3"]),
     (["a=null"], ["a:", "section", "null"]),
@@ -308,7 +308,7 @@ def test_load_reports_the_file_of_a_mistake(tmp_path):
     (["momentum=1.0"], ["momentum", "< 1"]), (["betas=[0.9]"], ["betas", "two"]), (["betas=[0.9, 1]"], ["betas", "< 1"]),
     (["patience=2"], ["patience", "best"]), (["shard.mesh.shard=0"], ["shard.mesh.shard", ">= 1"]),
     (["shard.mesh.replicate=1.5"], ["shard.mesh.replicate", "int"]), (["max_seconds=-1"], ["max_seconds"]),
-    (["shard.compile=no"], ["shard.compile", "bool or null"]), (["shard.compile=1"], ["shard.compile"]),
+    (["shard.compile=no"], ["shard.compile", "true or false or null"]), (["shard.compile=1"], ["shard.compile"]),
     (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"]),
     (["lr=.inf"], ["lr"]), (["lr=nan"], ["lr"]), (["lr=-1"], ["lr"]), (["resume="], ["resume", "latest"]),
     (["dtype=fp8"], ["dtype: must be one of auto, bfloat16, float32; got 'fp8' (from cli)"]),
@@ -336,7 +336,7 @@ def test_load_reports_what_used_to_pass_or_end_in_a_traceback(tmp_path):
             ([file(tmp_path, "data: {train: {a.path: x}}", "y.yaml")], ["data.train.a.path", "y.yaml"]),
             ([file(tmp_path, "lr: \x00", "z.yaml")], ["z.yaml", "YAML"]),
             ([file(tmp_path, "[1]: 2", "k.yaml")], ["k.yaml", "line 1", "key"]),
-            ([str(tmp_path)], [str(tmp_path), "directory"]),
+            ([str(tmp_path)], [str(tmp_path), "is a folder"]),
             ([f"model.init_from={tmp_path}"], ["config.json", "object", "list"])):
         assert_names(error_of(configs.load, argv), words)
 
@@ -363,7 +363,7 @@ def test_suggestion_of_an_option_with_dashes():
     for argv, hint in ((["--learning_rate", "3e-4"], "it is lr here"), (["--lr", "1"], "write lr=..."),
                        (["--gradient-accumulation-steps=4"], "batch_size counts"), (["-x"], "configs/defaults.yaml lists"),
                        (["--model.d_model=3"], "write model.d_model=...")):
-        assert_names(error_of(configs.load, argv), [argv[0], "key=value without dashes; " + hint])
+        assert_names(error_of(configs.load, argv), [argv[0], "without dashes; " + hint])
 
 
 def test_find_synonym_leads_to_keys_that_exist():
@@ -530,7 +530,7 @@ def test_translate_takes_the_word_that_the_reference_takes():
     ("llama", {"layer_types": 5}, ["layer_types", "5"]),
     ("llama", {"rope_scaling": {"type": [1]}}, ["rope_scaling.rope_type", "[1]"]),
     ("llama", {"rms_norm_eps": None}, ["rms_norm_eps", "float", "null"]),
-    ("llama", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "bool"]),
+    ("llama", {"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
     ("llama", {"text_config": {"model_type": "llama"}}, ["text_config"]),
     ("qwen3", {"use_sliding_window": True}, ["use_sliding_window"]),
     ("phi", {"qk_layernorm": True}, ["qk_layernorm"]),
@@ -616,6 +616,7 @@ def test_bind_options_checks_and_binds():
 @pytest.mark.parametrize("argv, rank, printed", [
     ([], "0", True), (["--help"], "0", True), (["x", "-h"], "0", True), (["--help"], "1", False)])
 def test_exit_with_help_prints_the_doc_once(argv, rank, printed, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as e:
         configs.exit_with_help("\nHow to start.\n", argv)
@@ -625,6 +626,7 @@ def test_exit_with_help_prints_the_doc_once(argv, rank, printed, monkeypatch, ca
 
 def test_load_or_exit_reports_a_mistake_once(monkeypatch, capsys):
     for rank, text in (("0", "error: lrr: unknown key (from cli); the nearest is lr\n"), ("1", "")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as e:
             configs.load_or_exit(["lrr=1"])
@@ -680,7 +682,8 @@ def test_main_accepts_the_configs_of_the_project(script):
 
 def test_load_or_exit_ends_torchrun_before_torch_with_one_line(script):
     out = script("torchrun", "train.py", "configs/ft.yaml", "lrr=1e-4")
-    assert out.returncode and out.stderr.count("lrr: unknown key (from cli); the nearest is lr") == 1
+    assert out.returncode and "error: lrr: unknown key (from cli); the nearest is lr" in out.stderr
+    assert 'train.py", line' not in out.stderr                    # no traceback of ours
     out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
     assert out.returncode == 2 and "| torch" not in out.stderr
     assert out.stderr.splitlines()[-1] == "error: lrr: unknown key (from cli); the nearest is lr"

@@ -254,7 +254,7 @@ def test_a_template_that_strips_thoughts_from_history():
               {"role": "tool", "content": "42"}, *chat("", "d")[1:]]
     ids, mask = T.encode_chat(tok, template, called)
     call = '{"name": "f", "arguments": {"x": "1 & <y>"}}'
-    assert spans(tok, ids, mask) == [f"so:\n<tool_call>\n{call}\n</tool_call><|im_end|>", "d<|im_end|>"]
+    assert spans(tok, ids, mask) == [f"so:\n<tool_call>\n{call}\n</tool_call><|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
 
 
 def test_a_long_chat_takes_few_renderings():

@@ -334,7 +334,7 @@ def varlen_attention(layer, q, k, v, documents):
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
     max_seqlen = max(documents.max_seqlen, 1)
     options = {}
-    if "enable_gqa" in varlen_parameters():              # torch 2.11 takes grouped heads as they are
+    if "enable_gqa" in varlen_parameters():      # torch 2.11 takes grouped heads without it
         options["enable_gqa"] = layer.n_heads > layer.n_kv_heads
     # (tokens before, tokens after) that a query sees; -1: all
     window = (layer.window - 1 if layer.window else -1, 0)

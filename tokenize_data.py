@@ -1664,8 +1664,8 @@ OTHER_PROMPT = ("an answer does not follow its generation prompt in the training
 NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
           "data.append_eos=true trains EOS there")
 NOT_FOUND = "a message is not found in the rendered text, so that its loss weight is not applied"
-SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of the "
-           "source reads texts that are rendered already")
+SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of "
+           "the source reads texts that are rendered already")
 NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
              "another data.tokenizer or data.chat_template fits")
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
@@ -1856,12 +1856,13 @@ def find_openings(template, tok, has_system, has_tools, options):
 
 @functools.lru_cache(maxsize=1000)
 def find_missing_tokens(template, tok):
-    """What looks like control tokens in the text of a template, and is none of the vocabulary."""
+    """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with contextlib.suppress(UserError):                 # the template refuses such a chat
         text, _ = render(template, tok, chat)
         missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
         return " ".join(sorted(missing))
+    return ""
 
 
 def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, report=None,
@@ -1893,7 +1894,9 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
         if i is not None and value * weight > 0:
             report.prompt = find_other_prompt(rendering, i, start, ids[:first_token])
         if not tok.control_ids.intersection(ids[:end_token][-2:].tolist()):
-            if append_eos and messages[-1]["role"] == "assistant":
+            # what the template writes after the last answer is generated before EOS
+            is_at_end = i == len(messages) - 1 or not rendering.text[end:].strip()
+            if append_eos and tok.eos and is_at_end:
                 ids = np.append(ids, tok.special[tok.eos])
                 loss_weights = np.append(loss_weights, loss_weights[:1])
                 loss_weights[end_token:] = value * weight
@@ -1918,8 +1921,8 @@ def encode_spans(rendering, spans, weight):
     for (_, _, value, _), (first, end) in zip(spans, token_spans):
         value *= weight
         if value and not 6e-8 <= abs(value) <= 65504:
-            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must be "
-                            "0 or from 6e-8 to 65504 in absolute value")
+            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must "
+                            "be 0 or from 6e-8 to 65504 in absolute value")
         loss_weights[first:end] = value
     return ids.astype(np.int64), loss_weights, token_spans
 
@@ -1977,11 +1980,14 @@ def weighted_spans(rendering, train_on):
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
             spans.append((prompt_end if prompt_end < end else start, end, weights[i], i))
-    else:                                                # a block may be of no answer, or two of one
+    else:                                        # a block may be of no answer, or two of one
         others = find_turns(rendering, [i for i in answers if weights[i] != 1])
         for start, end in blocks:
-            overlapping = [weights[i] for first, last, i in others if first < end and start < last]
-            spans.append((start, end, overlapping[0] if overlapping else 1.0, None))
+            weight = 1.0
+            for turn_start, turn_end, i in others:
+                if turn_start < end and start < turn_end:
+                    weight = weights[i]
+            spans.append((start, end, weight, None))
     return spans
 
 
@@ -2177,8 +2183,8 @@ def concat_documents(documents, context, file, counts, problems, warnings):
     ids = np.concatenate([np.zeros(0), *kept_ids]).astype(context.dtype)
     prompts = np.concatenate([np.zeros(0), *kept_prompts]).astype(context.dtype)
     weights = np.concatenate([np.zeros(0, np.float32), *kept_weights])
-    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings, prompts,
-                   prompt_lengths)
+    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings,
+                   prompts, prompt_lengths)
 
 
 def compact_weights(weights, file):

@@ -5,6 +5,7 @@ configs/families.yaml describes the families of models. configs.load() uses this
 import difflib
 import functools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -192,7 +193,7 @@ def unsupported(path, key, value, hf_config):
 
 
 def standardize(hf_config, family, path):
-    """A copy of a config.json in which what may be said in several ways is said in one.
+    """A copy of a config.json with one name for each setting that has several.
 
     rope_parameters  also what rope_scaling, its older name, says; always a section
     sliding_window, use_sliding_window    also what layer_types says
@@ -294,7 +295,7 @@ def check_rope_scaling(section, place):
                                 f"got {kind}")
     for key in ROPE_SCALINGS[kind]:
         value = section.get(key)
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
             raise configs.UserError(f"{place}.{key}: {kind} needs a number above 0; got {value}")
     if kind == "llama3" and section["low_freq_factor"] >= section["high_freq_factor"]:
         raise configs.UserError(f"{place}.low_freq_factor: must be below high_freq_factor; got "

@@ -1212,3 +1212,51 @@ def test_scripts_print_on_any_console(tmp_path):
     plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     out = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True, text=True)
     assert out.returncode == 0 and r"\xe7a \u4f60" in out.stdout, out.stderr
+
+
+# ---- answers as inference asks for them, and what a source is warned of
+
+NO_END = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}" \
+         "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+
+
+def load_with_template(tmp_path, template, records, *more):
+    (tmp_path / "t.jinja").write_text(template)
+    return load_one(tmp_path, write(tmp_path, records), f"data.chat_template={tmp_path / 't.jinja'}", *more)
+
+
+def test_encode_chat_trains_what_follows_the_generation_prompt():
+    """Prompt and trained tokens are the training text: a thought that the template writes is trained."""
+    template = T.compile_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if loop.last and m.role == 'assistant' }}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    ids, mask = T.encode_chat(BYTES, template, chat("q", "a", "r", "b"))
+    assert spans(BYTES, ids, mask) == ["a<|im_end|>", "<think></think>b<|im_end|>"]
+    prompt = T.encode_prompt(BYTES, template, chat("q", "a", "r"))
+    assert ids.tolist() == prompt + ids[len(prompt):].tolist() and mask[len(prompt):].all()
+
+
+def test_append_eos_trains_eos_after_the_last_answer(tmp_path):
+    """Only if that is trained: an untrained last answer gets none, and no text before it becomes a target."""
+    untrained = [*chat("q", "a", "r"), {"role": "assistant", "content": "b", "weight": 0}]
+    records = [{"messages": chat("q", "a")}, {"messages": untrained}]
+    data = load_with_template(tmp_path, NO_END, records, "data.append_eos=true")
+    assert spans(BYTES, *data.document(0)) == ["a\n\n<|endoftext|>"]
+    assert spans(BYTES, *data.document(1)) == ["a"]
+
+
+def test_append_eos_without_an_eos_is_a_warning():
+    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special={})
+    report = T.Report()
+    T.encode_chat(tok, T.compile_template(NO_END), chat("q", "a"), append_eos=True, report=report)
+    assert [kind for kind, _ in report.warnings] == [T.NO_END]
+
+
+def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
+    """Also when the source is in the cache: answers that end in no token, spelled control tokens."""
+    records = [{"messages": chat("q <|im_end|>", "a")}] * 3
+    for _ in range(2):
+        data = load_with_template(tmp_path, NO_END, records)
+        warnings = capsys.readouterr().err
+        assert "ends in no token" in warnings and "spells control tokens" in warnings and "3 times" in warnings
+    assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED: 3}

@@ -824,7 +824,7 @@ def test_setup_reports_bad_data_with_file_and_line(tmp_path, script):
 # ---- inputs that changed under a run
 
 def save_base(folder, seed=0, **keys):
-    """A small pretrained model of 259 tokens, as many as data.tokenizer=bytes has."""
+    """A small pretrained model with the 259 tokens of data.tokenizer=bytes."""
     m = configs.load(["model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.vocab_size=259",
                       "model.max_len=64"])[0]["model"]
     M.save_pretrained(M.build(m, seed).get_parameter, m, folder)

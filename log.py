@@ -109,9 +109,9 @@ def check_wandb_login():
     try:
         wandb.login(verify=False)            # a prompt on a terminal; nothing in offline mode
     except wandb.Error as error:
-        problem = " ".join(str(error).split())
-        raise configs.UserError(f"log.to: wandb: {problem} `wandb login` or WANDB_API_KEY sets a "
-                                "key; with WANDB_MODE=offline none is needed") from None
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise configs.UserError(f"log.to: wandb: {problem}; WANDB_API_KEY sets a key, and "
+                                "WANDB_MODE=offline needs none") from None
 
 
 def warn_of_run_id(variable):

@@ -889,6 +889,7 @@ def exit_at_signals():
     Elsewhere they end the process at once (but see train.py).
     """
     def exit_now(number, frame):
+        print(f"stopped by signal {number}", file=sys.stderr)
         sys.exit(128 + number)
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, exit_now) for number in numbers]

@@ -178,7 +178,7 @@ def check_order(folder):
     assert found == [False, *[True] * (shard.world_size() - 1)]
     assert shard.rank0_only(shard.rank) == 0
     assert shard.all_reduce_sum([1.5, shard.rank()]) == [3.0, 1.0]
-    assert shard.all_reduce_max(shard.rank() * 7) == 7
+    assert shard.all_reduce_max([shard.rank() * 7, -shard.rank()]) == [7, 0]
     threads = shard.all_gather_object(torch.get_num_threads())
     assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 

@@ -715,8 +715,7 @@ def user_layers(argv, default_layer, schema):
         if arg.startswith("-"):
             key = arg.lstrip("-").partition("=")[0].replace("-", "_")
             hint = f"write {key}=..." if key in schema else suggestion(key, schema)
-            raise UserError(f"{arg}: arguments are config files and key=value, without dashes; "
-                            f"{hint}")
+            raise UserError(f"{arg}: arguments are key=value without dashes; {hint}")
         if arg not in overrides:
             check_config_file(arg, schema)
             layers.append((arg, validate(read_file(arg), schema, {"": arg})))

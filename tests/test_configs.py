@@ -542,6 +542,7 @@ def test_exit_with_help_prints_the_doc_once(argv, rank, printed, monkeypatch, ca
         configs.exit_with_help("\nHow to start.\n", argv)
     assert e.value.code == 0 and capsys.readouterr().out == ("How to start.\n" if printed else "")
     configs.exit_with_help("doc", ["lr=1"])                          # returns
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL         # Ctrl-C: no traceback
 
 
 def test_load_or_exit_reports_a_mistake_once(monkeypatch, capsys):

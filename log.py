@@ -42,7 +42,7 @@ class WandbBackend:
     def __init__(self, cfg, folder):
         import wandb
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else None
+        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
         if run_id is None:
             warn_of_run_id("WANDB_RUN_ID")
         self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
@@ -533,7 +533,11 @@ def describe_length(run):
     lengths = [(tokens.offsets[-1] - tokens.offsets[0]) / max(len(tokens), 1) - 1
                for tokens in sources.values()]
     length = n_documents @ lengths / n_documents.sum()
-    per_step = cfg["batch_size"] * length
+    batch_size = min(cfg["batch_size"], int(n_documents.sum()))
+    all_there_are = ""
+    if batch_size < cfg["batch_size"]:
+        all_there_are = f" (batch_size is {cfg['batch_size']:,}, more than there are)"
+    per_step = batch_size * length
     world_size = shard.world_size()
     n_micro_batches = math.ceil(per_step / cfg["micro_tokens"] / world_size)
     micro_batches = plural(n_micro_batches, "micro-batch", "micro-batches")
@@ -541,9 +545,10 @@ def describe_length(run):
     total_steps = run.state.total_steps
     epochs = total_steps / run.steps_per_epoch
     return [
-        f"step      {cfg['batch_size']:,} documents x ~{length:,.0f} tokens = {per_step:,.0f} "
-        f"tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} tokens{each}",
-        f"run       {n_documents.sum():,} documents / {cfg['batch_size']:,} = "
+        f"step      {batch_size:,} documents{all_there_are} x ~{length:,.0f} tokens = "
+        f"{per_step:,.0f} tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} "
+        f"tokens{each}",
+        f"run       {n_documents.sum():,} documents / {batch_size:,} = "
         f"{run.steps_per_epoch:,} steps per epoch; {total_steps:,} steps = {epochs:.2f} epochs = "
         f"{total_steps * per_step:,.0f} tokens",
     ]

@@ -527,7 +527,8 @@ def save_adapter(model, lora_cfg, folder, base):
     base  the folder or hub id of the pretrained model, which PEFT loads first; empty if the base
           was drawn from the seed
     """
-    from safetensors.torch import save_file
+    if base and Path(base).is_dir():
+        base = Path(base).resolve()                      # PEFT may be started in another folder
     family = configs.families()[model.cfg["family"]]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -542,7 +543,6 @@ def save_adapter(model, lora_cfg, folder, base):
             tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
             n_fused[hf_module.split(".")[-1]] = len(layers)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
     adapter_config = {
@@ -553,7 +553,9 @@ def save_adapter(model, lora_cfg, folder, base):
         "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
         "target_modules": sorted(n_fused)}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n")
+    config_file = folder / "adapter_config.json"
+    transformer.write_json(config_file, adapter_config)
+    transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)
 
 
 def layers_of(model, parts):

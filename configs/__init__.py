@@ -20,12 +20,14 @@ import contextlib
 import copy
 import difflib
 import functools
+import io
 import json
 import math
 import operator
 import os
 import re
 import signal
+import string
 import sys
 import time
 from pathlib import Path
@@ -34,7 +36,8 @@ import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import families, read_model, resolve_model_dir, resolve_pretrained
+from configs.hf_config import (LICENSES, families, hf_names, read_json,
+                               read_model, resolve_model_dir, resolve_pretrained, rope_kind)
 
 if sys.platform == "win32":                        # no fork, no file locks, no links
     sys.exit("error: Windows is not supported; WSL2 runs this as Linux does")
@@ -46,6 +49,74 @@ DEFAULT_SEQ_LEN = 1024                             # upper limit of a data.seq_l
 
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line; every other exception keeps its traceback."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines()).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# text files, of all scripts: UTF-8, with or without a byte order mark
+
+ZERO_BYTE = "has a zero byte; tr -d '\\000' < OLD > NEW removes them"
+ICONV = "iconv -f {0} -t UTF-8 OLD > NEW converts it"
+# the first bytes of a file, how the name of such a file should end, what it is otherwise
+SIGNATURES = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", (), "not UTF-8 but UTF-32 text; " + ICONV.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16")),
+    (rb"[^\0]\0[^\0]\0", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16LE")),
+    (rb"\0[^\0]\0[^\0]", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16BE")),
+    (rb"\x1f\x8b", ".gz", "compressed with gzip; gunzip it, or let its name end in .gz"),
+    (rb"BZh[1-9]1AY", ".bz2", "compressed with bzip2; bunzip2 it, or let its name end in .bz2"),
+    (rb"\xfd7zXZ", ".xz", "compressed with xz; unxz it, or let its name end in .xz"),
+    (rb"\x28\xb5\x2f\xfd", ".zst", "compressed with zstd; zstd -d OLD -o NEW unpacks it"),
+    (rb"PK\x03\x04", ".zip", "a zip archive; unzip unpacks it"),
+    (rb"PAR1[^ -~]", ".parquet", "a parquet file; let its name end in .parquet"),
+    (rb"version https://git-lfs", (), "a Git LFS pointer, not the file; git lfs pull downloads it"),
+    (rb"\s*<(!doctype html|html)", ".txt", "a web page; was the download refused?"))
+
+
+def format_problem(head, name):
+    """What a file is whose first bytes do not fit its name, and what to do; or ""."""
+    for pattern, ends, problem in SIGNATURES:
+        if re.match(pattern, head, re.IGNORECASE) and not name.endswith(ends):
+            return problem
+    return ""
+
+
+def decoding_problem(error):
+    """A UnicodeDecodeError in words, and what to do."""
+    wrong = error.object[error.start:error.start + 2]
+    likely = "GBK" if len(wrong) == 2 and min(wrong) >= 0x80 else "LATIN1"
+    return (f"not UTF-8 text (byte {error.start + 1} is 0x{wrong[0]:02x}); {ICONV.format(likely)}, "
+            "with the encoding that it has: LATIN1, GBK, ...")
+
+
+def encoding_problem(lines):
+    """The first of a file's lines (bytes) that is not UTF-8, and what to do."""
+    for n, line in enumerate(lines, 1):
+        if b"\0" in line:
+            return f"line {n}: {ZERO_BYTE}"
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"line {n}: {decoding_problem(error)}"
+
+
+def read_text(path):
+    """The text of a file, with \\n for \\r\\n. Raises UserError if it is not UTF-8."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:               # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    problem = format_problem(data[:1000], str(path))
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, {encoding_problem(data.splitlines())}") from None
+    return text.replace("\r\n", "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,12 +178,7 @@ def construct(node, name):
 
 def read_file(path):
     """A config file as a dict. An empty file is an empty dict."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot read this config file ({reason})") from None
-    value = construct(compose(text, path), path)
+    value = construct(compose(read_text(path), path), path)
     if not isinstance(value, dict | None):
         raise UserError(f"{path}: must be sections of key: value; got {show(value)}")
     return value or {}
@@ -220,7 +286,7 @@ def layer_of(source, key):
 # train.OPTIMIZERS: adamw, muon, sgd"}. The top of defaults.yaml describes constraints
 
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
-         "section": dict, "null": type(None), "name": str, "names": list}
+         "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
 SHORT_NAMES = {"bf16": "bfloat16", "fp32": "float32", "gpu": "cuda"}    # of values
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
@@ -310,6 +376,8 @@ def fits(value, constraint):
     kind, _, rest = constraint.partition(" ")
     if type(value) is not TYPES[kind]:
         return False
+    if kind == "int" and abs(value) >= 2**63:
+        return False
     if kind == "list" and rest:
         return all(fits(item, rest.removeprefix("of ")) for item in value)
     if kind in ("int", "float") and rest:
@@ -347,12 +415,25 @@ def checked_value(key, value, constraint, layer):
         return value
     value = coerce(value, constraint)
     if not fits(value, constraint):
+        if re.match(r"data\.(train|validation)\b", key) and constraint.startswith("section"):
+            raise source_without_name(key, value, layer)
         is_quoted = isinstance(value, str) and fits(parse_scalar(value), constraint)
         raise invalid(key, constraint, value, layer, "; remove the quotes" if is_quoted else "")
     return value
 
 
+def source_without_name(key, value, layer):
+    """The error for data.train=FILE, data.train.path=FILE and data.train.NAME=FILE."""
+    section, _, name = re.fullmatch(r"(data\.\w+)(\.|$)(.*)", key).groups()
+    option = name if name in read_defaults()[0]["data"]["source"] else "path"
+    if name in ("", option):
+        name = re.sub(r"\W", "_", Path(str(value)).stem) if option == "path" else "NAME"
+    want = f"a section: a source has a name and keys, {section}.{name}.{option}={value}"
+    return invalid(key, want, value, layer)
+
+
 def invalid(key, want, value, layer, hint=""):
+    layer = "model.init_from's config.json" if layer == "imported" else layer
     want = want.replace("bool", "true or false").replace("section of", "a section of")
     return UserError(f"{key}: must be {want}; got {show(value)} (from {layer}){hint}")
 
@@ -494,7 +575,26 @@ REFERENCE = re.compile(r"\$\{([^{}]*)\}")         # the innermost one, if they a
 def resolve(cfg, schema, source, env):
     """A copy of cfg with every ${...} replaced."""
     context = {"cfg": cfg, "schema": schema, "source": source, "env": env}
-    return expand(cfg, "", [], context)
+    cfg = expand(cfg, "", [], context)
+    for key, value in flat(cfg).items():
+        if isinstance(value, str) and constraint_of(key, schema) == "path":
+            overlay(cfg, nested(key, expand_path(value, key, context)), "path")
+    return cfg
+
+
+def expand_path(path, key, context):
+    """A path with ~ and environment variables ($NAME) replaced."""
+    try:
+        expanded = os.path.expanduser(string.Template(path).substitute(context["env"]))
+    except KeyError as error:
+        problem = f"the environment variable {error.args[0]} is not set"
+    except ValueError:
+        problem = f"{path} has a $ without a name; $$ is a dollar sign"
+    else:
+        if not expanded.startswith("~"):
+            return expanded
+        problem = f"{path} begins with a ~ that is nobody's home; ./~ is a file of this name"
+    raise reference_error(key, problem, context)
 
 
 def expand(value, key, trail, context):
@@ -539,6 +639,8 @@ def look_up(name, key, trail, context):
     if value is MISSING:
         near = nearest(name, list(flat(context["cfg"])))
         hint = f"; the nearest is {near}" if near else ""
+        if name in context["env"]:
+            hint = f"; the environment variable is ${{oc.env:{name}}}"
         raise reference_error(key, f"${{{name}}} is not a key{hint}", context)
     return expand(value, name, trail, context)
 
@@ -602,10 +704,68 @@ def derive(cfg, layers_by_key):
         data_source["path"] = join_root(cfg["data_root"], data_source["path"])
 
 
+def conditional_options(cfg):
+    """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
+    lora = cfg["shard"]["lora"]
+    for key, is_used in (("alpha", lora["r"] or not lora["alpha"]), ("targets", lora["r"])):
+        yield (f"shard.lora.{key}", "shard.lora.r", is_used,
+               "without LoRA; shard.lora.r=8 turns it on")
+    yield ("min_lr", "schedule", cfg["schedule"] != "constant",
+           "with schedule=constant, which stays at lr")
+    yield "decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"
+    yield ("momentum", "optimizer", cfg["optimizer"] != "adamw",
+           "with optimizer=adamw, which has betas")
+    for key in ("betas", "eps"):
+        yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
+    data = cfg["data"]
+    can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
+    for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
+        yield (key, "data.validation", can_evaluate or not cfg[key],
+               "without validation data; data.validation_split=0.05 holds some out")
+    for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
+        yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
+               "with learned positions (model.positions)")
+    for key in ("init_std", "init_by_depth"):
+        yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
+               "with model.init_from, which has the weights")
+    for key in ("tokenizer_pattern", "special_tokens"):
+        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
+               "unless data.tokenizer is a .tiktoken file")
+
+
+def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
+    """Reset options that a later layer has left without effect, in place.
+
+    For example betas of a file, if the command line has optimizer=sgd. Raises UserError for other
+    options that have no effect.
+
+    layer_names  of files and command line, in their order
+    defaults     the values that nobody has set
+    """
+    for key, decider, is_used, why in conditional_options(cfg):
+        default = get(defaults, key)
+        if is_used or get(cfg, key) == default or get(explicit, key) is None:
+            continue
+        layer = layer_of_value(layers_by_key, key)
+        decided_in = layer_of_value(layers_by_key, decider)
+        earlier = layer_names[:layer_names.index(layer) + 1]
+        if decided_in not in layer_names or decided_in in earlier:
+            raise UserError(f"{key}: {show(get(cfg, key))} (from {layer}) has no effect {why}")
+        section, _, name = key.rpartition(".")
+        for d in (cfg, explicit):
+            (get(d, section) if section else d).pop(name)
+        overlay(cfg, nested(key, default), "default")
+        layers_by_key[key] = "default"
+
+
+def layer_of_value(source, key):
+    """layer_of(), also of a section: the layer of one of its keys."""
+    inside = [k for k in source if k.startswith(f"{key}.")]
+    return source[inside[-1]] if inside else layer_of(source, key)
+
+
 def join_root(root, path):
-    """A path below a root folder. Absolute and empty paths stay as they are; ~ is expanded."""
-    root = os.path.expanduser(root)
-    path = os.path.expanduser(path)
+    """A path below a root folder. Absolute and empty paths stay as they are."""
     return path if root in ("", ".") or not path else os.path.join(root, path)
 
 
@@ -626,7 +786,13 @@ def check(cfg, layers_by_key, defaults):
            "null or [first, last]")
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
+    yield cfg["out_dir"], "out_dir", "a folder"
+    yield cfg["data"]["cache_dir"], "data.cache_dir", "a folder"
     yield from check_model(cfg["model"])
+    max_len = cfg["model"]["max_len"]
+    yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
+           "data.seq_len", f"at most {max_len}: the model has no more learned positions "
+           "(model.max_len)")
     yield cfg["model"]["family"] in families(), "model.family", f"one of {', '.join(families())}"
     if cfg["checkpoint"]["export"]:
         yield from hf_config.check_export(cfg["model"], defaults["model"])
@@ -643,6 +809,7 @@ def is_pattern(text):
 
 def check_model(model_cfg):
     """Do the sizes of the model section fit each other? Yields like check()."""
+    hf_config.check_rope_scaling(model_cfg["rope_scaling"] or {}, "model.rope_scaling")
     n_heads = model_cfg["n_heads"]
     n_layers = model_cfg["n_layers"]
     rope_layers = model_cfg["rope_layers"]
@@ -699,6 +866,8 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     # a ${...} may have become a section: its keys have the layer of the reference
     source = {key: layer_of(source, key) for key in flat(cfg)}
     if is_own_schema:
+        without_options, _ = merged([default_layer, imported_layer])
+        drop_unused(cfg, source, explicit, [name for name, _ in layers], without_options)
         derive(cfg, source)
         cfg = validate(cfg, schema, source)        # derived values have ranges, too
         for is_valid, key, want in check(cfg, source, defaults):
@@ -715,7 +884,8 @@ def user_layers(argv, default_layer, schema):
         if arg.startswith("-"):
             key = arg.lstrip("-").partition("=")[0].replace("-", "_")
             hint = f"write {key}=..." if key in schema else suggestion(key, schema)
-            raise UserError(f"{arg}: arguments are key=value without dashes; {hint}")
+            raise UserError(f"{arg}: arguments are config files and key=value, without dashes; "
+                            f"{hint}")
         if arg not in overrides:
             check_config_file(arg, schema)
             layers.append((arg, validate(read_file(arg), schema, {"": arg})))
@@ -902,8 +1072,13 @@ def exit_at_signals():
 def exit_with_help(doc, argv):
     """Print how to start a script and exit, if it has no arguments or one is --help or -h.
 
-    Every script calls this first. From here on, Ctrl-C ends it without a traceback.
+    Every script calls this first, so it also prepares the console: what its encoding lacks is
+    printed as \\u2581, and is no error. From here on, Ctrl-C ends the script without a traceback.
     """
+    for stream in (sys.stdin, sys.stdout):
+        # (a stdin that has been read from cannot be changed)
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not argv or "--help" in argv or "-h" in argv:
         if is_local_rank0():

@@ -417,6 +417,13 @@ def test_describe_run_prints_derived_numbers_as_arithmetic(start):
     assert lines["device"][0].endswith("computing in float32, trained weights in float32")
 
 
+def test_describe_run_states_a_batch_size_above_the_number_of_documents(start):
+    """Its step has all documents, and the arithmetic is of those."""
+    lines = log.describe_run(start("batch_size=100", "micro_tokens=4000"))
+    assert [line for line in lines if line.startswith("step      36 documents (batch_size is 100, more than there are) x ")]
+    assert [line for line in lines if line.startswith("run       36 documents / 36 = 1 steps per epoch")]
+
+
 def test_describe_run_counts_micro_batches(start):
     """A step of 452 tokens takes two micro-batches of 400."""
     step, = [line for line in log.describe_run(start()) if line.startswith("step")]

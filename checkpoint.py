@@ -61,7 +61,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-import log
 import model as transformer
 import shard
 import tokenize_data
@@ -589,7 +588,7 @@ def lock_folder(out_dir):
     that tokenize. On a file system without locks there is none.
     """
     check_writable(Path(out_dir), "out_dir")
-    log.make_folder(Path(out_dir))
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
     file = open(Path(out_dir) / ".lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

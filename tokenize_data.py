@@ -2219,6 +2219,8 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
     n_processes = context.data["processes"] or os.cpu_count()
     if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
         n_processes = len(os.sched_getaffinity(0))
+    if not context.data["processes"] and sys.platform == "darwin":
+        n_processes = 1                                  # macOS may crash forks
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:

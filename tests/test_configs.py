@@ -365,6 +365,12 @@ def test_check_config_file_names_what_was_meant(tmp_path, monkeypatch):
     assert configs.load(["configs/ft.yaml", "configs/pretrain.yaml"])[0]["lr"] == 1
 
 
+def test_source_without_name_shows_an_example_for_null(tmp_path):
+    """A section whose lines are not indented."""
+    path = file(tmp_path, "data:\n  train:\n  a: {path: x}\n")
+    assert "data.train.NAME.path=FILE; got null" in error_of(configs.load, [path])
+
+
 def test_coerce_takes_short_names_of_values(tmp_path):
     """dtype=bf16 is bfloat16, and is recorded so; float16 is refused."""
     for text, dtype in (("bf16", "bfloat16"), ("fp32", "float32"), ("float32", "float32")):

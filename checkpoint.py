@@ -25,17 +25,32 @@ from pathlib import Path
 
 import configs
 
+USAGE = ("python checkpoint.py ls RUN; "
+         "python checkpoint.py export RUN|CHECKPOINT DIR [key=value ...]")
+
+
+def check_arguments(command, path="", *rest):
+    """Raise UserError unless a command line is as in USAGE, and the path holds a checkpoint."""
+    if command not in ("ls", "export") or not path or (command == "export") != bool(rest):
+        raise configs.UserError(USAGE)
+    states = [*Path(path).glob("checkpoints/*/state.json"), *Path(path).glob("state.json")]
+    if not states:
+        problem = "has no checkpoints" if Path(path).exists() else "does not exist"
+        raise configs.UserError(f"{path}: {problem}; name a run's folder or one of its checkpoints")
+
+
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
-    if len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
-        configs.die(f"{sys.argv[2]}: does not exist; name a run's folder or one of its checkpoints")
+    configs.run(check_arguments, *sys.argv[1:])
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -565,6 +580,30 @@ def find_resume_point(cfg):
     return resume_point
 
 
+def lock_folder(out_dir):
+    """Keep other processes out of a run's folder: returns the locked file, which ends the lock when
+    it is closed. On rank 0. Raises UserError if another process has the lock.
+
+    The lock also ends with the process, however that ends. flock() would pass it on to processes
+    that tokenize. On a file system without locks there is none.
+    """
+    check_writable(Path(out_dir), "out_dir")
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    file = open(Path(out_dir) / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise configs.UserError(f"out_dir: {out_dir} is in use by {file.read()}; wait until that "
+                                "has ended, or out_dir=NEW starts another run") from None
+    except OSError:
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 def launch_id():
     """Identifies one launch of a command by torchrun, over all its restarts of the command.
 
@@ -605,6 +644,11 @@ def is_inside(path, folder):
 
 def check_named_checkpoint(folder, cfg):
     """Raise UserError if a run with cfg cannot start from this checkpoint."""
+    if not (folder / "state.json").is_file():
+        hint = "python checkpoint.py ls RUN lists those of a run"
+        if (folder / "checkpoints").is_dir():
+            hint = f"resume={folder}/checkpoints/latest"
+        raise configs.UserError(f"resume: {folder}: no checkpoint here (no state.json); {hint}")
     dtype = read_state(folder)["dtype"]
     problems = []
     if cfg["dtype"] not in ("auto", dtype):
@@ -880,6 +924,7 @@ def git_describe():
 # --------------------------------------------------------------------------------------------------
 # export
 
+@configs.exit_at_signals()
 def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
     """Write a checkpoint as a Hugging Face folder with its tokenizer.
 
@@ -892,6 +937,15 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
     folder = Path(folder)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
+    try:
+        write_export(path, model_cfg, cfg, tokenizer, building, has_chats, adapter_folder)
+        replace_folder(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder):
+    """export(), but `folder` is written in place."""
     template = None
     stop_ids = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
     if has_chats:
@@ -920,10 +974,9 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         read_tensor = shard.MergedWeights(adapted, base.read).read
 
     bos_id = tokenizer.special.get(tokenizer.bos)
-    transformer.save_pretrained(read_tensor, model_cfg, building, init_from, stop_ids, bos_id,
+    transformer.save_pretrained(read_tensor, model_cfg, folder, init_from, stop_ids, bos_id,
                                 set(tokenizer.special.values()))
-    tokenize_data.save_tokenizer(tokenizer, building, template)
-    replace_folder(building, folder)
+    tokenize_data.save_tokenizer(tokenizer, folder, template)
 
 
 def check_export_inputs(path, state, cfg, tokenizer):
@@ -966,11 +1019,7 @@ def export_checkpoint(path, folder, *overrides):
     path = Path(path)
     folder = Path(folder)
     if not (path / "state.json").is_file():
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise configs.UserError(f"{path}: no checkpoint here; name a run's folder or one of "
-                                    "its checkpoints")
-        path = checkpoints[-1]
+        path = list_checkpoints(path)[-1]
     check_writable(folder, "DIR")
     if folder.exists() and any(folder.iterdir()):
         raise configs.UserError(f"{folder}: is not empty; name another folder")
@@ -1002,19 +1051,15 @@ def ls(out_dir):
                  if folder.with_name(name).resolve() == folder.resolve()]
         print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   "
               f"{size / 1e6:,.1f} MB   torch {state['versions']['torch']}", *links, sep="   ")
-    if not checkpoints:
-        raise configs.UserError(f"{out_dir}: no checkpoints here")
 
 
 def main(argv):
+    check_arguments(*argv)
     command, *args = argv
-    if command == "ls" and len(args) == 1:
+    if command == "ls":
         ls(*args)
-    elif command == "export" and len(args) >= 2:
-        export_checkpoint(*args)
     else:
-        raise configs.UserError("python checkpoint.py ls RUN; "
-                                "python checkpoint.py export RUN|CHECKPOINT DIR [key=value ...]")
+        export_checkpoint(*args)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ def check_wandb_login():
     try:
         wandb.login(verify=False)            # a prompt on a terminal; nothing in offline mode
     except wandb.Error as error:
-        problem = " ".join(str(error).split())
-        raise configs.UserError(f"log.to: wandb: {problem} `wandb login` or WANDB_API_KEY sets a "
-                                "key; with WANDB_MODE=offline none is needed") from None
+        problem = " ".join(str(error).split()).rstrip(".")
+        raise configs.UserError(f"log.to: wandb: {problem}; WANDB_API_KEY sets a key, and "
+                                "WANDB_MODE=offline needs none") from None
 
 
 def warn_of_run_id(variable):
@@ -125,7 +125,8 @@ class Tracker:
     """A backend that cannot end the run: its first failure is a warning, and the run continues.
 
     With each record, the backend is opened if that has failed before, and the record before is sent
-    again if it has failed. After a slow failure, this pauses for nine times as long.
+    again if it has failed. After a failure of more than a second, this pauses for nine times as
+    long, so that an unreachable server takes a tenth of the time.
     """
 
     def __init__(self, name, cfg, folder):
@@ -160,7 +161,8 @@ class Tracker:
             function()
         except Exception as error:               # of any kind: backends and networks have many
             now = time.monotonic()
-            self.paused_until = now + 9 * (now - start)
+            if now - start > 1:
+                self.paused_until = now + 9 * (now - start)
             if not self.has_failed:
                 problem = " ".join(f"{type(error).__name__}: {error}".split())
                 warn(f"log.to: {self.name} has failed ({problem}); the run continues, and the next "

@@ -36,11 +36,23 @@ from pathlib import Path
 
 import configs
 
-if __name__ == "__main__":
+OPTIONS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_tokens": 256, "prompt": ""}
+
+
+def parse_arguments(argv):
+    """The command line as (folder of the model, prompt, arguments of generate())."""
+    options, words = configs.pop_options(argv, **OPTIONS)
+    configs.check_words(words, options)
+    if not words:
+        raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
+                                "top_p=1.0 seed=0 max_tokens=256]")
+    prompt = options.pop("prompt") or " ".join(words[1:])
+    return configs.resolve_model_dir(words[0]), prompt, options
+
+
+if __name__ == "__main__":    # report mistakes before the slow import
     configs.exit_with_help(__doc__, sys.argv[1:])
-    paths = [arg for arg in sys.argv[1:] if "=" not in arg]
-    if paths:    # report a wrong path before the slow import
-        configs.run(configs.resolve_model_dir, paths[0])
+    configs.run(parse_arguments, sys.argv[1:])
 
 import numpy as np
 import torch
@@ -1681,13 +1693,7 @@ def encode_question(tokenizer, question):
 
 def main(argv):
     import tokenize_data
-    options, words = configs.pop_options(argv, temperature=0.0, top_k=0, top_p=1.0, seed=0,
-                                         max_tokens=256)
-    if not words:
-        raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
-                                "top_p=1.0 seed=0 max_tokens=256]")
-    folder = configs.resolve_model_dir(words[0])
-    question = " ".join(words[1:])
+    folder, question, options = parse_arguments(argv)
     if not question:
         print_summary(folder)
         return

@@ -253,12 +253,15 @@ def all_reduce_sum(numbers):
     return all_reduce_(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
 
-def all_reduce_max(number):
-    """An int per rank -> the largest. On CPU tensors (gloo), so the GPU is not waited for."""
-    t = torch.tensor(number)
+def all_reduce_max(numbers):
+    """A list of ints per rank -> the largest of each over ranks.
+
+    On CPU tensors (gloo), so the GPU is not waited for.
+    """
+    t = torch.tensor(numbers)
     if world_size() > 1:
         dist.all_reduce(t, dist.ReduceOp.MAX)
-    return int(t)
+    return t.tolist()
 
 
 def all_gather_object(value):

@@ -51,7 +51,9 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import tokenize
 import unicodedata
 import zlib
@@ -2223,6 +2225,8 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
     n_processes = context.data["processes"] or os.cpu_count()
     if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
         n_processes = len(os.sched_getaffinity(0))
+    if not context.data["processes"] and sys.platform == "darwin":
+        n_processes = 1                                  # macOS may crash forks
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:
@@ -2234,7 +2238,8 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
         pool = concurrent.futures.ProcessPoolExecutor(
             n_processes, multiprocessing.get_context("fork"), init_worker, [context])
         problem = "a process was killed, perhaps for lack of memory; fewer need less: "
-        with error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool:
+        with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
+              end_children_on_error()):
             pending = collections.deque()                # two chunks per process
             chunks = iter(chunks)
             while True:
@@ -2247,10 +2252,30 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 bar.update(size)
 
 
+@contextlib.contextmanager
+def end_children_on_error():
+    """After an error or a signal, don't wait for what the pool's processes still have to do."""
+    try:
+        yield
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+
+
 def init_worker(context):
     """Called once in each process of the pool, so that chunks are sent without the context."""
     global worker_context
     worker_context = context
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: the parent ends its children
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    """A process of the pool does not notice by itself that its parent was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def encode_in_worker(chunk):
@@ -2320,6 +2345,7 @@ def count_targets(weights, lengths):
     return np.add.reduceat(is_target, starts, dtype=np.uint32)
 
 
+@configs.exit_at_signals()
 def tokenize_source(cfg, name, source, tok, quiet=False):
     """Return the folder with the token files of a source. They are written if they are missing.
 
@@ -2340,7 +2366,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
         n_bytes = sum(os.path.getsize(file) for file in files)
         results = encode_parallel(chunks, n_bytes, context, name, quiet)
-        with contextlib.closing(TokenWriter(building)) as writer:
+        with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, source, data["seq_len"])

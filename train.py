@@ -49,6 +49,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import contextlib
 import dataclasses
+import functools
 import math
 import platform
 import re
@@ -519,9 +520,14 @@ def group_by_label(cfg, data):
 def evaluate(run):
     """Log the loss and the answers' metrics of every label, and update checkpoints/best.
 
-    Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune.
+    Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune. After a
+    signal nothing is logged: the resumed run evaluates again.
     """
     record = {"step": run.state.step}
+    n_documents = sum(len(dataset) for dataset in run.validation_sets.values())
+    n_answers = sum(len(prompts) for prompts in run.prompts.values())
+    answers_of = f" and {n_answers:,} answers of at most {run.cfg['eval_tokens']:,} tokens"
+    run.logger.print(f"evaluating {n_documents:,} documents{answers_of if n_answers else ''}")
     run.model.eval()
     for label, dataset in run.validation_sets.items():
         record[f"val/{label}/loss"] = validation_loss(run, dataset)
@@ -531,14 +537,21 @@ def evaluate(run):
                 scores = [float(metric(answer, reference)) for _, answer, reference in answers]
                 record[f"val/{label}/{name}"] = sum(scores) / len(scores)
             run.answers[label] = answers
+        if run.stop_signal:
+            break
     shard.reshard(run.model)    # without a backward pass, FSDP keeps gathered weights
     run.model.train()
+    if run.stop_signal:
+        return
     run.logger.validation(record)
     mark_best(run)
 
 
 def validation_loss(run, dataset):
-    """sum(loss_weight * nll) / sum(|loss_weight|) over all documents, as in training."""
+    """sum(loss_weight * nll) / sum(|loss_weight|) over all documents, as in training.
+
+    Over fewer documents if a signal sets run.stop_signal.
+    """
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     loss_sum = 0.0
     weight_sum = 0.0
@@ -551,6 +564,11 @@ def validation_loss(run, dataset):
             batch = to_device(pin_tensors(micro_batch, run.device), run.device)
             micro_loss_sum, _weight_sum, _stats = run.model(batch)
             loss_sum += micro_loss_sum.double()
+            poll_signals(run)
+            if run.stop_signal:
+                break
+        if run.stop_signal:
+            break
     total_loss, total_weight = shard.all_reduce_sum([float(loss_sum), weight_sum])
     return total_loss / total_weight
 
@@ -558,13 +576,12 @@ def validation_loss(run, dataset):
 def generate_answers(run, prompts):
     """Greedy answers to [(prompt ids, reference ids)] -> [(prompt, answer, reference)] as text.
 
-    Ranks share the prompts. On a sharded model every generated token is a collective, so all ranks
-    generate until no rank has an unfinished answer.
+    Ranks share the prompts. All of them generate until no rank has an unfinished answer: on a
+    sharded model every token is a collective. After a signal, answers are incomplete.
     """
     rank = shard.rank()
     world_size = shard.world_size()
-    # keep_going(unfinished: [bool] per prompt) -> bool is called after each token
-    keep_going = any_rank_unfinished if shard.is_sharded(run.model) else any
+    keep_going = functools.partial(keep_generating, run)
     decode = run.tokenizer.decode
     answers = []
     for start in range(0, len(prompts), PROMPTS_PER_RANK * world_size):
@@ -579,12 +596,19 @@ def generate_answers(run, prompts):
         texts_by_rank = shard.all_gather_object(texts)
         # prompt i of the chunk was number i // world_size on rank i % world_size
         answers += [texts_by_rank[i % world_size][i // world_size] for i in range(len(chunk))]
+        if run.stop_signal:
+            break
     return answers
 
 
-def any_rank_unfinished(unfinished):
-    """True if any rank has an unfinished prompt. unfinished: [bool], of this rank's prompts."""
-    return shard.all_reduce_max(int(any(unfinished))) > 0
+def keep_generating(run, unfinished):
+    """Has any rank an unfinished answer, and none a signal? All ranks ask after each token.
+
+    unfinished  [bool], one per prompt of this rank
+    """
+    n_unfinished, run.stop_signal = shard.all_reduce_max(
+        [sum(unfinished), max(run.received, default=0)])
+    return n_unfinished > 0 and not run.stop_signal
 
 
 def mark_best(run):
@@ -652,6 +676,7 @@ class Run:
     resume_path: Path | None
     logger: object
     saver: checkpoint.Saver
+    lock: object                  # of out_dir: an open file on rank 0, see checkpoint.lock_folder
     # fixed at this start
     resumed_step: int = 0
     seconds_before: float = 0.0   # of earlier starts
@@ -663,7 +688,8 @@ class Run:
     data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
     save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
-    stop_signal: int = 0          # the number of a signal that asks the run to stop
+    received: list = dataclasses.field(default_factory=list)    # signals, of this rank
+    stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
     answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
@@ -694,6 +720,7 @@ def setup(cfg, explicit):
     shard.rank0_only(check_inputs, cfg)
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
+    lock = checkpoint.lock_folder(cfg["out_dir"]) if is_rank0 else None
     # rank0_only returns rank 0's result on every rank
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
     saved = checkpoint.read_state(resume_path) if resume_path else None
@@ -750,6 +777,7 @@ def setup(cfg, explicit):
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
         steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
+        lock=lock,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
 
@@ -937,22 +965,34 @@ def write_run_folder(cfg, explicit, state):
 # --------------------------------------------------------------------------------------------------
 # the loop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)    # SLURM can send SIGUSR1 before it kills
+
+
+@contextlib.contextmanager
+def record_signals(received):
+    """Signals do not end the enclosed code; their numbers are appended to `received`."""
+    previous = {}
+    for number in SIGNALS:
+        previous[number] = signal.signal(number, lambda n, _frame: received.append(n))
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def train(run):
-    """Train until the last step, max_seconds, patience, or a signal."""
+    """Train until the last step, max_seconds, patience, or a signal.
+
+    After a signal the step or, in an evaluation, the token is finished.
+    """
     cfg = run.cfg
     state = run.state
-    received = []                                        # signals; the loop finishes its step
-    previous_handlers = {}
-    for number in SIGNALS:
-        previous_handlers[number] = signal.signal(number, lambda n, _frame: received.append(n))
-    poll_stop(run, received)
+    poll_stop(run)
     mark_best(run)                        # a resumed run may name another metric in cfg["best"]
     if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
-        poll_signals(run, received)
+        poll_signals(run)
     run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
     reset_meters(run)
 
@@ -988,7 +1028,7 @@ def train(run):
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            poll_stop(run, received)
+            poll_stop(run)
             run.meter_tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
@@ -1007,26 +1047,22 @@ def train(run):
                 evaluation_start = run.seconds()
                 evaluate(run)
                 run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run, received)              # one may have arrived meanwhile
+                poll_signals(run)                        # one may have arrived meanwhile
                 run.meter_start += run.seconds() - evaluation_start    # throughput is of training
 
-    # a signal may have arrived during the last save; all ranks must agree before finish()
-    poll_signals(run, received)
-    for number, handler in previous_handlers.items():
-        signal.signal(number, handler)
 
-
-def poll_stop(run, received):
+def poll_stop(run):
     """Set run.stop_signal and run.time_is_up, the same on all ranks."""
-    poll_signals(run, received)
+    poll_signals(run)
     max_seconds = run.cfg["max_seconds"]
     if max_seconds:
-        run.time_is_up = shard.all_reduce_max(int(run.seconds() >= max_seconds)) > 0
+        [is_over] = shard.all_reduce_max([int(run.seconds() >= max_seconds)])
+        run.time_is_up = is_over > 0
 
 
-def poll_signals(run, received):
+def poll_signals(run):
     """Set run.stop_signal to the number of a signal that any rank has received."""
-    run.stop_signal = shard.all_reduce_max(max(received, default=0))
+    [run.stop_signal] = shard.all_reduce_max([max(run.received, default=0)])
 
 
 def is_due(run, key):
@@ -1137,18 +1173,17 @@ def save(run):
 # --------------------------------------------------------------------------------------------------
 # the end of a run
 
-def finish(run):
-    """Write the last checkpoint and the export, and print the summary.
+def finish_saving(run):
+    """Write the last checkpoint. After a signal, exit with status 128 + signal.
 
-    After a signal: only save, then exit with status 128 + signal. Raises UserError if the last save
-    failed.
+    Raises UserError if the last save failed.
     """
-    cfg = run.cfg
     step = run.state.step
     written = run.saver.wait()                           # False if the last save failed on any rank
     if not written or run.saved_step < step:
         save(run)                      # retries a failed save too: the disk may have space by now
         written = run.saver.wait()
+    poll_signals(run)                  # one may have arrived during the save
     if run.stop_signal:
         saved = "saved" if written else "not saved"
         run.logger.print(f"stopped by signal {run.stop_signal} after step {step:,}, {saved}; the "
@@ -1159,6 +1194,12 @@ def finish(run):
         run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
+
+
+def finish(run):
+    """Export the model, and print the summary."""
+    cfg = run.cfg
+    step = run.state.step
     if step < run.state.total_steps:
         reason = f"no new best {cfg['best']} in {cfg['patience']} evaluations"
         if run.time_is_up:
@@ -1189,7 +1230,11 @@ def main(cfg, explicit):
     if shard.rank() == 0:
         for line in log.describe_run(run):
             run.logger.print(line)
-    train(run)
+    with record_signals(run.received):
+        train(run)
+        finish_saving(run)
+    if run.received:                                     # after finish_saving() has looked
+        signal.raise_signal(run.received[0])
     finish(run)
 
 

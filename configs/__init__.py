@@ -428,8 +428,10 @@ def source_without_name(key, value, layer):
     option = name if name in read_defaults()[0]["data"]["source"] else "path"
     if name in ("", option):
         name = re.sub(r"\W", "_", Path(str(value)).stem) if option == "path" else "NAME"
-    want = f"a section: a source has a name and keys, {section}.{name}.{option}={value}"
-    return invalid(key, want, value, layer)
+    example = f"{section}.{name}.{option}={value}"
+    if value is None:                              # the lines below it are not indented
+        example = f"{section}.NAME.path=FILE"
+    return invalid(key, f"a section: a source has a name and keys, {example}", value, layer)
 
 
 def invalid(key, want, value, layer, hint=""):
@@ -1058,6 +1060,7 @@ def exit_at_signals():
     Elsewhere they end the process at once (but see train.py).
     """
     def exit_now(number, frame):
+        print(f"stopped by signal {number}", file=sys.stderr)
         sys.exit(128 + number)
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, exit_now) for number in numbers]

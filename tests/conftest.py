@@ -1,5 +1,5 @@
 """Shared by the tests: where real inputs are, how a script is run, and a run small enough for seconds."""
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("release"):
             item.add_marker(pytest.mark.skip(reason="checks the published text; run with CI=true"))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the handlers that a script has set: they would end pytest without its summary."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

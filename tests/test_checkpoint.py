@@ -699,6 +699,33 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
         assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
 
+def test_lock_folder_does_without_locks(tmp_path, monkeypatch):
+    """Some network file systems have none."""
+    def lockf(file, operation):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", lockf)
+    checkpoint.lock_folder(tmp_path).close()
+
+
+def test_check_arguments_needs_no_torch(tmp_path, script):
+    """A wrong path or a missing argument is reported at once."""
+    for args, words in ((["ls"], "checkpoint.py ls RUN"), (["export", tmp_path], "export RUN"),
+                        (["ls", tmp_path / "x"], "does not exist"),
+                        (["export", tmp_path, tmp_path / "x"], "has no checkpoints")):
+        done = script("-X", "importtime", "checkpoint.py", *args)
+        assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
+        assert "| torch" not in done.stderr
+
+
+def test_find_resume_point_names_the_checkpoint_of_a_run_folder(stopped, tiny):
+    """resume=RUN instead of one of its checkpoints, or a word that is none."""
+    cfg = stopped()
+    for resume, words in ((cfg["out_dir"], f"resume={cfg['out_dir']}/checkpoints/latest"), ("latests", "ls RUN")):
+        with pytest.raises(configs.UserError, match="^resume: ") as e:
+            checkpoint.find_resume_point(tiny(f"resume={resume}", out="other")[0])
+        assert words in str(e.value)
+
+
 def test_export_checkpoint_does_not_need_the_loss(finished, script, tmp_path):
     """A run whose experiment registers a loss can be exported without the experiment."""
     out_dir, _ = finished

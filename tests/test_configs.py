@@ -1,8 +1,10 @@
 """configs/: layers and their provenance, the schema, references, errors in one line, helpers of the scripts."""
 import ast
 import copy
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -341,7 +343,72 @@ def test_load_reports_what_used_to_pass_or_end_in_a_traceback(tmp_path):
         assert_names(error_of(configs.load, argv), words)
 
 
+def test_check_config_file_names_what_was_meant(tmp_path, monkeypatch):
+    """A mistyped file, spaces around =, a folder, a run's folder, a data file."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for name in ("ft.yaml", "pretrain.yaml"):
+        (folder / name).write_text("lr: 1\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("lr: 1\n")
+    monkeypatch.chdir(tmp_path)
+    spaces = "values are key=value, without spaces"
+    for argv, text in (
+            (["configs/ft.yam"], "configs/ft.yam: there is no such config file; " + spaces + "; the nearest is configs/ft.yaml"),
+            (["pretrian.yaml"], "the nearest is configs/pretrain.yaml"),
+            (["lr", "=", "1e-4"], "lr: there is no such config file; " + spaces),
+            (["configs/ft.yaml", "lr=", "1e-4"], "1e-4: there is no such config file; " + spaces),
+            (["epochs:3"], spaces), (["configs"], "configs: is a folder, not a config file; name a .yaml file in it"),
+            (["out"], "out: is a folder, not a config file; out/config.yaml"),
+            (["data/chats.jsonl"], "data/chats.jsonl: is not a config file (.yaml); data is named by data.train.NAME.path=")):
+        assert text in error_of(configs.load, argv)
+    assert configs.load(["configs/ft.yaml", "configs/pretrain.yaml"])[0]["lr"] == 1
+
+
+def test_source_without_name_shows_an_example_for_null(tmp_path):
+    """A section whose lines are not indented."""
+    path = file(tmp_path, "data:\n  train:\n  a: {path: x}\n")
+    assert "data.train.NAME.path=FILE; got null" in error_of(configs.load, [path])
+
+
+def test_coerce_takes_short_names_of_values(tmp_path):
+    """dtype=bf16 is bfloat16, and is recorded so; float16 is refused."""
+    for text, dtype in (("bf16", "bfloat16"), ("fp32", "float32"), ("float32", "float32")):
+        cfg, _, explicit = configs.load([f"dtype={text}"])
+        assert cfg["dtype"] == explicit["dtype"] == dtype
+    for text in ("fp16", "float16", "bf"):
+        assert_names(error_of(configs.load, [f"dtype={text}"]), ["dtype: must be one of", "bfloat16", repr(text)])
+
+
+def test_load_reports_values_in_the_words_of_yaml(tmp_path):
+    """true and false in words, quoted numbers, and words for resume that other trainers have."""
+    for word, value in (("TRUE", True), ("FALSE", False), ("NULL", None), ("None", None)):
+        assert configs.load([f"shard.compile={word}"])[0]["shard"]["compile"] is value
+    assert "must be true or false or null; got 'yes'" in error_of(configs.load, ["shard.compile=yes"])
+    path = file(tmp_path, 'lr: "1e-4"\n')
+    assert error_of(configs.load, [path]).endswith(f"got '1e-4' (from {path}); remove the quotes")
+    for word in ("true", "False", "yes", ""):
+        assert_names(error_of(configs.load, [f"resume={word}"]), ["resume: must be auto", "never, latest", repr(word)])
+
+
 # ---- unknown keys
+
+def test_suggestion_knows_the_names_of_other_trainers():
+    """What users of HF, TRL, axolotl, LLaMA-Factory, torchtune and torchrun type, with or without dashes."""
+    keys = {"learning_rate": "lr", "model_name_or_path": "model.init_from", "lora_r": "shard.lora.r",
+            "report_to": "log.to", "bf16": "dtype=bfloat16", "save_steps": "save_every", "lora_target": "shard.lora.targets",
+            "gradient_checkpointing": "shard.recompute", "template": "data.chat_template", "val_size": "data.validation_split",
+            "eval_dataset": "data.validation.NAME.path", "n_epochs": "epochs", "early_stopping": "patience",
+            "resume_from": "resume", "model_id": "model.init_from", "tokenizer_path": "data.tokenizer"}
+    for name, key in keys.items():
+        for arg in (f"{name}=1", f"--{name}", f"--{name.replace('_', '-')}=1"):
+            assert error_of(configs.load, [arg]).endswith(f"; it is {key} here"), name
+    for name, words in (("dropout", "model.resid_pdrop"), ("gradient_accumulation_steps", "batch_size counts"),
+                        ("shard.lora.dropout", "has no dropout"), ("qlora", "not supported"),
+                        ("nproc_per_node", "torchrun --nproc_per_node N"), ("eval_batch_size", "micro_tokens bounds"),
+                        ("split_special_tokens", "always split"), ("trust_remote_code", "never executed")):
+        assert words in error_of(configs.load, [f"{name}=1"]), name
+
 
 @pytest.mark.parametrize("key, hint", [
     ("learning_rate", "it is lr here"), ("bf16", "it is dtype=bfloat16 here"), ("groups", "it is param_groups here"),
@@ -353,7 +420,7 @@ def test_suggestion_names_our_key(key, hint):
     assert error_of(configs.load, [f"{key}=1"]) == f"{key}: unknown key (from cli); {hint}"
 
 
-@pytest.mark.parametrize("key", ["foo", "temperature", "model.foobar", "trainer", "hub_model_id", "chunk", "a.b.c"])
+@pytest.mark.parametrize("key", ["foo", "temperature", "model.foobar", "trainer", "chunk", "a.b.c"])
 def test_suggestion_names_no_key_for_a_far_word(key):
     text = error_of(configs.load, [f"{key}=1"])
     assert text == f"{key}: unknown key (from cli); configs/defaults.yaml lists all keys"
@@ -622,6 +689,7 @@ def test_exit_with_help_prints_the_doc_once(argv, rank, printed, monkeypatch, ca
         configs.exit_with_help("\nHow to start.\n", argv)
     assert e.value.code == 0 and capsys.readouterr().out == ("How to start.\n" if printed else "")
     configs.exit_with_help("doc", ["lr=1"])                          # returns
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL         # Ctrl-C: no traceback
 
 
 def test_load_or_exit_reports_a_mistake_once(monkeypatch, capsys):
@@ -655,6 +723,78 @@ def test_run_shortens_a_user_error_of_a_script_reached_through_a_link(tmp_path):
     assert out.returncode == 1 and out.stderr.startswith("error: lrr") and out.stderr.count("\n") == 1, out.stderr
 
 
+def test_die_hands_torchrun_the_error(tmp_path, monkeypatch, capsys):
+    """torchrun's report then ends with it, instead of with "To enable traceback see"."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        configs.load_or_exit(["lrr=1"])
+    error = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert error["extraInfo"]["py_callstack"] == capsys.readouterr().err.strip()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))    # left by an earlier command
+    with pytest.raises(SystemExit):
+        configs.load_or_exit(["lrr=1"])
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("env, words", [
+    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE: is 2", "RANK", "MASTER_ADDR", "unset WORLD_SIZE"]),
+    ({"RANK": "1"}, ["RANK: is 1", "WORLD_SIZE is not set", "unset RANK"]),
+    ({"LOCAL_RANK": "1"}, ["LOCAL_RANK: is 1", "LOCAL_WORLD_SIZE is not set", "unset LOCAL_RANK"]),
+    (TORCHRUN | {"RANK": "2"}, ["RANK: is 2", "WORLD_SIZE is 2", "unset WORLD_SIZE RANK LOCAL_WORLD_SIZE"]),
+    (TORCHRUN | {"LOCAL_RANK": "7"}, ["LOCAL_RANK: is 7", "LOCAL_WORLD_SIZE is 2"]),
+    ({"WORLD_SIZE": "two"}, ["WORLD_SIZE: must be a number; got 'two'", "unset WORLD_SIZE"]),
+    ({"LOCAL_RANK": ""}, ["LOCAL_RANK: must be a number; got ''"]),
+    ({"TORCHELASTIC_RESTART_COUNT": "x"}, ["TORCHELASTIC_RESTART_COUNT: must be a number"]),
+    ({"OMP_NUM_THREADS": "lots"}, ["OMP_NUM_THREADS: must be a number above 0; got 'lots'"]),
+    ({"OMP_NUM_THREADS": "0"}, ["OMP_NUM_THREADS"]), ({"OMP_NUM_THREADS": "-2"}, ["OMP_NUM_THREADS"]),
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, ["SLURM_PROCID", "starts this 2 times", "torchrun"]),
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}, ["starts this 8 times"])])
+def test_check_launch_names_variables_that_contradict_each_other(env, words):
+    """What torchrun, srun or a shell may have left in the environment."""
+    with pytest.raises(SystemExit) as e:
+        configs.check_launch(env)
+    assert e.value.code.startswith("error: ") and "\n" not in e.value.code
+    assert_names(e.value.code, words)
+
+
+def test_check_launch_accepts_what_fits(capsys):
+    one = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "29500"}
+    for env in ({}, one, TORCHRUN, TORCHRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, {"RANK": "0"},
+                {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"OMP_NUM_THREADS": "4,2"}):
+        configs.check_launch(env)
+    assert capsys.readouterr().err == ""
+    configs.check_launch({"SLURM_NTASKS": "8"})                      # sbatch --ntasks=8 without srun: one process
+    assert capsys.readouterr().err.startswith("warning: SLURM_NTASKS: is 8")
+
+
+def test_check_words_refuses_what_looks_like_an_option():
+    """python model.py RUN hi temp=0.5"""
+    options = {"temperature": 0.0, "prompt": ""}
+    for word in ("temp=0.5", "--temperature", "--temperature=0.5", "-t"):
+        assert_names(error_of(configs.check_words, ["out/ft", "hi", word], options),
+                     [f"{word}: is not an option", "temperature, prompt", f"prompt={word}"])
+    configs.check_words(["out/ft", "x=3, y=4, x+y=?", "-5", "what", "is", "a+b=c", "- an item"], options)
+
+
+def test_exit_at_signals_cleans_up_and_restores_the_handlers(capsys):
+    steps = []
+    @configs.exit_at_signals()
+    def work(number):
+        try:
+            signal.raise_signal(number)
+            steps.append("goes on")
+        finally:
+            steps.append("cleans up")
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(SystemExit) as e:
+            work(number)
+        assert e.value.code == 128 + number and capsys.readouterr().err == f"stopped by signal {number}\n"
+    assert steps == ["cleans up"] * 2 and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_configs_import_neither_torch_nor_numpy():
     code = ("import sys, configs; configs.load(['configs/ft.yaml']); "
             "print([m for m in ('torch', 'numpy') if m in sys.modules])")
@@ -682,7 +822,9 @@ def test_main_accepts_the_configs_of_the_project(script):
 
 def test_load_or_exit_ends_torchrun_before_torch_with_one_line(script):
     out = script("torchrun", "train.py", "configs/ft.yaml", "lrr=1e-4")
-    assert out.returncode and "error: lrr: unknown key (from cli); the nearest is lr" in out.stderr
+    message = "error: lrr: unknown key (from cli); the nearest is lr"
+    lines = out.stderr.splitlines()
+    assert out.returncode and message in lines and lines[-2].endswith(message), out.stderr
     assert 'train.py", line' not in out.stderr                    # no traceback of ours
     out = script("-X", "importtime", "train.py", "configs/ft.yaml", "lrr=1e-4")
     assert out.returncode == 2 and "| torch" not in out.stderr

@@ -207,6 +207,92 @@ def test_backend_that_is_unknown_is_named(tmp_path):
         log.check_backends(load_config(tmp_path, "log.to=[wandv]"))
 
 
+class FlakyBackend:
+    """Collects the steps of its records. The calls whose numbers are in `failing` fail."""
+    failing = ()
+    calls = 0
+    steps = []
+
+    def __init__(self, cfg, folder):
+        self.call()
+
+    def call(self):
+        type(self).calls += 1
+        if self.calls in self.failing:
+            raise OSError(f"API request\nnumber {self.calls} failed")
+
+    def log(self, record):
+        self.call()
+        self.steps.append(record["step"])
+
+    def close(self):
+        self.call()
+
+
+@pytest.mark.parametrize("failing, steps", [
+    ([4], [1, 2, 3, 4, 5, 6]),                               # one record: sent again with the next
+    ([1], [1, 2, 3, 4, 5, 6]),                               # opening: again with the first record
+    ([1, 2], [1, 2, 3, 4, 5, 6]),
+    ([4, 5], [1, 2, 4, 5, 6]),                               # a record that is refused twice
+    ([8], [1, 2, 3, 4, 5, 6]),                               # closing
+    (range(1, 99), []), ([], [1, 2, 3, 4, 5, 6])], ids=str)
+def test_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys, failing, steps):
+    """One warning, in one line; records are retried, and metrics.jsonl has all of them."""
+    backend = type("Backend", (FlakyBackend,), {"failing": failing, "steps": []})
+    monkeypatch.setitem(log.BACKENDS, "flaky", backend)
+    logger = log.Logger(load_config(tmp_path, "log.to=[flaky]"), 6)
+    for step in range(1, 7):
+        logger.validation({"step": step, "val/x/loss": 1.0})
+    logger.close()
+    assert backend.steps == steps and len(log.read(tmp_path)) == 6
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == bool(failing)
+    if failing:
+        assert warnings[0].startswith("warning: log.to: flaky has failed (OSError: API request number ")
+
+
+def test_tracker_pauses_after_a_slow_failure(tmp_path, monkeypatch):
+    """A server that does not answer costs at most a tenth of the time."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+
+    class SlowBackend(FlakyBackend):
+        failing = [2]
+        steps = []
+
+        def log(self, record):
+            clock.now += 60 if self.calls == 1 else 0.1
+            super().log(record)
+    monkeypatch.setitem(log.BACKENDS, "slow", SlowBackend)
+    tracker = log.Tracker("slow", {}, tmp_path)
+    for step, second in enumerate((0, 100, 599, 601, 602), 1):           # fails until 60: a pause until 600
+        clock.now = second
+        tracker.log({"step": step})
+    assert SlowBackend.steps == [3, 4, 5]
+
+
+def test_warn_of_run_id_that_another_run_has_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    log.warn_of_run_id("WANDB_RUN_ID")
+    assert "WANDB_RUN_ID: abc123 is set" in capsys.readouterr().err
+
+
+def test_check_backends_reports_a_missing_wandb_key(tmp_path, monkeypatch):
+    """Before tokenizing and loading. wandb.login() knows keys, netrc and offline mode."""
+    def login(verify):
+        raise Error("No API key configured. Use `wandb login` to log in.")
+    Error = type("Error", (Exception,), {})
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    wandb.login, wandb.Error = login, Error
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log.check_wandb_login.cache_clear()
+    with pytest.raises(configs.UserError, match="^log.to: wandb: No API key.*WANDB_MODE=offline"):
+        log.check_backends(load_config(tmp_path, "log.to=wandb"))
+    wandb.login = lambda verify: True
+    log.check_backends(load_config(tmp_path, "log.to=wandb"))
+
+
 def test_tensorboard_backend_writes_events(tmp_path):
     pytest.importorskip("tensorboard")
     logger = log.Logger(load_config(tmp_path, "log.to=[tensorboard]"), 1)

@@ -178,7 +178,7 @@ def check_order(folder):
     assert found == [False, *[True] * (shard.world_size() - 1)]
     assert shard.rank0_only(shard.rank) == 0
     assert shard.all_reduce_sum([1.5, shard.rank()]) == [3.0, 1.0]
-    assert shard.all_reduce_max(shard.rank() * 7) == 7
+    assert shard.all_reduce_max([shard.rank() * 7, -shard.rank()]) == [7, 0]
     threads = shard.all_gather_object(torch.get_num_threads())
     assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 
@@ -201,6 +201,25 @@ def fail(how, failing_rank):
     if how == "hang":
         time.sleep(1000)
     shard.all_reduce_sum([1.0])
+
+
+def stop_in_evaluation(argv, step, failing_rank):
+    """One rank gets a signal between two tokens: all stop after this token, and save."""
+    tokens = []
+    real = train.keep_generating
+
+    def keep_generating(run, unfinished):
+        tokens.append(run.state.step)
+        if run.state.step == step and tokens.count(step) == 3 and shard.rank() == failing_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, unfinished)
+
+    train.keep_generating = keep_generating
+    with pytest.raises(SystemExit) as e:
+        run(argv)
+    train.keep_generating = real
+    assert e.value.code == 128 + signal.SIGTERM
+    assert shard.all_gather_object(tokens.count(step)) == [3] * shard.world_size()
 
 
 def fail_everywhere():
@@ -695,6 +714,34 @@ def test_train_stops_after_the_same_step_on_all_ranks_at_a_signal(ten_steps):
     saved = checkpoint.list_checkpoints(folder / "ended")
     last_step = int(re.search(r"after step (\d+)", rest)[1])
     assert len(saved) == 1 and checkpoint.verify(saved[0])["step"] == last_step >= 20
+
+
+def test_evaluate_stops_after_the_same_token_on_all_ranks(ten_steps):
+    """In the first evaluation on replicas, in the last one on shards; the resumed run evaluates again."""
+    folder, make_argv = ten_steps
+    jobs = []
+    for out, step, keys in (("first", 0, []), ("last", 10, SHARD2)):
+        argv = make_argv("full", f"stopped {out}", *keys)
+        jobs += [("stop_in_evaluation", argv, step, 1), ("run", argv)]
+    run_jobs(2, jobs, folder)
+    for out, keys in (("first", []), ("last", SHARD2)):
+        figure_keys = ("step", "loss", "grad_norm", "val/chats/loss", "val/chats/exact_match")
+        whole = figures(folder / name_of(("full", 2, keys)), *figure_keys)
+        assert figures(folder / f"stopped {out}", *figure_keys) == whole
+
+
+def test_init_distributed_gives_up_if_nobody_answers(monkeypatch):
+    """Variables that torchrun has left: one line, for the rank that looks for the others and for the one that is
+    looked for."""
+    import datetime
+    monkeypatch.setattr(shard, "JOIN_TIMEOUT", datetime.timedelta(seconds=1))
+    env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29689"}
+    for rank in ("1", "0"):
+        for key, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(configs.UserError, match=f"^MASTER_ADDR: rank {rank} waits for 2 ranks") as e:
+            shard.init_distributed({"device": "cpu", "dtype": "float32"})
+        assert "127.0.0.1:29689" in str(e.value) and "unset WORLD_SIZE RANK LOCAL_WORLD_SIZE" in str(e.value)
 
 
 # --------------------------------------------------------------------------------------------------

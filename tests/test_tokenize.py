@@ -1,5 +1,6 @@
 """tokenize_data.py: shapes, templates, masks, tokenizers, token files (law 6)."""
-import json, os, random, subprocess, sys
+import json, multiprocessing, os, random, signal, subprocess, sys, time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1260,3 +1261,41 @@ def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
         warnings = capsys.readouterr().err
         assert "ends in no token" in warnings and "spells control tokens" in warnings and "3 times" in warnings
     assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED: 3}
+
+
+# ---- signals
+
+def big_file(tmp_path):
+    """About 1.5 MB, so that several processes tokenize it."""
+    return write(tmp_path, [{"messages": chat(f"{i} " + "red green blue " * 10, "ok " * 20)} for i in range(6000)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_tokenize_source_ends_at_a_signal(tmp_path, monkeypatch, number):
+    """No half-written folder and no process is left, and the next start does it."""
+    cfg = cfg_for(tmp_path, big_file(tmp_path), "data.processes=2")
+    monkeypatch.setattr(T.TokenWriter, "write", lambda self, encoded: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as e:
+        T.load_datasets(cfg, quiet=True)
+    assert e.value.code == 128 + number
+    assert os.listdir(tmp_path / "cache") == [] and multiprocessing.active_children() == []
+    monkeypatch.undo()
+    assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 6000
+
+
+def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
+    """kill -9 of the parent; its processes would wait for work for ever."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("finds processes in /proc")
+    command = [sys.executable, "tokenize_data.py", f"data.train.x.path={big_file(tmp_path)}", "data.tokenizer=bytes",
+               f"data.cache_dir={tmp_path / 'cache'}", "data.processes=2"]
+    process = subprocess.Popen(command, cwd=configs.HERE.parent)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(pids := children.read_text().split()) < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(Path("/proc", pid, "cmdline").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path("/proc", pid, "cmdline").exists() for pid in pids)

@@ -240,6 +240,108 @@ def test_train_loses_no_step_to_a_signal_during_evaluation(tiny, monkeypatch):
     assert records(again[0]) == records(whole[0])
 
 
+@pytest.mark.parametrize("place, step, number", [
+    ("keep_generating", 0, signal.SIGTERM), ("keep_generating", 25, signal.SIGUSR1),
+    ("poll_signals", 0, signal.SIGINT), ("poll_signals", 25, signal.SIGTERM)])
+def test_evaluate_ends_at_a_signal_and_is_repeated(tiny, monkeypatch, capsys, place, step, number):
+    """In the loss or between two tokens, before the first step or after the last; records are written once."""
+    whole = tiny("checkpoint.export=true", out="whole")
+    again = tiny("checkpoint.export=true", out="again")
+    run(whole)
+    calls = []
+    real_evaluate = train.evaluate
+    real = getattr(train, place)
+
+    def interrupted(run, *args):
+        if run.state.step == step and calls:
+            calls.append(place)
+            os.kill(os.getpid(), number)
+        return real(run, *args)
+
+    def evaluate(run):
+        if run.state.step == step:
+            calls.append("evaluate")
+        real_evaluate(run)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, place, interrupted)
+    with pytest.raises(SystemExit) as e:
+        main(again)
+    assert e.value.code == 128 + number and f"stopped by signal {number} after step {step}, saved" in capsys.readouterr().out
+    assert calls.count("keep_generating") <= 1
+    assert not log.was_evaluated(log.read(again[0]["out_dir"]), step)
+    assert checkpoint.list_checkpoints(again[0]["out_dir"])[-1].name == f"{step:08}"
+    assert not (Path(again[0]["out_dir"]) / "hf").exists()
+    monkeypatch.undo()
+    run(again)
+    assert records(again[0]) == records(whole[0])
+    assert (Path(again[0]["out_dir"]) / "hf" / "model.safetensors").is_file()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch):
+    """The folder exists complete or not at all, and nothing else is left beside it."""
+    loaded = tiny("checkpoint.export=true", "eval_every=0", "max_steps=2")
+    out = Path(loaded[0]["out_dir"])
+    real = M.save_pretrained
+
+    def interrupted(*args):
+        real(*args)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(M, "save_pretrained", interrupted)
+    with pytest.raises(SystemExit) as e:
+        main(loaded)
+    assert e.value.code == 128 + signal.SIGTERM
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "code", "config.yaml", "metrics.jsonl"]
+    monkeypatch.undo()
+    main(loaded)
+    assert (out / "hf" / "model.safetensors").is_file()
+
+
+def test_finish_saving_is_not_interrupted(tiny, monkeypatch):
+    """A signal during the last save is seen after it; one after that, by the process itself."""
+    loaded = tiny("eval_every=0", "max_steps=2")
+    real = checkpoint.commit
+
+    def commit(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    with pytest.raises(SystemExit) as e:
+        main(loaded)
+    assert e.value.code == 128 + signal.SIGTERM
+    assert [p.name for p in checkpoint.list_checkpoints(loaded[0]["out_dir"])] == ["00000002"]
+
+
+def test_evaluate_says_what_it_does(tiny, capsys):
+    """The answers may take longer than all steps, and nothing else is printed meanwhile."""
+    run(tiny("max_steps=1"))
+    lines = capsys.readouterr().out.splitlines()
+    [first, _] = [i for i, line in enumerate(lines) if line == "evaluating 4 documents and 4 answers of at most 8 tokens"]
+    assert lines[first + 1].startswith("step 0/1  validation: ")
+
+
+def test_setup_refuses_a_folder_in_use(tiny):
+    """The same command started twice at once; a killed process leaves no lock."""
+    loaded = tiny("eval_every=0", "max_steps=1")
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        _lock = checkpoint.lock_folder(loaded[0]["out_dir"])
+        os.write(tell, b".")
+        signal.pause()
+    os.read(ready, 1)
+    with pytest.raises(configs.UserError, match=f"^out_dir: .* is in use by process {child} on .*out_dir=NEW") as e:
+        main(loaded)
+    assert "\n" not in str(e.value)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert run(loaded) and run(loaded)
+
+
 def test_train_saves_before_a_due_evaluation_after_a_signal(tiny, monkeypatch):
     """The time between a signal and the end of the process may be short; the resumed run evaluates."""
     whole = tiny(out="whole")

@@ -745,6 +745,7 @@ def load_template(tok, cfg):
 @dataclasses.dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
+    text: str                    # as jinja2 compiles it
     jinja: object                # jinja2.Template
     writes_tool_calls: bool
 
@@ -790,13 +791,14 @@ def compile_template(text):
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
                                tools=None, documents=None)
+    text = GENERATION_TAG.sub(filter_tag, text)
     try:
-        jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
+        jinja = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(jinja, "tool_calls" in text)
+    return ChatTemplate(text, jinja, "tool_calls" in text)
 
 
 def filter_tag(match):
@@ -1012,12 +1014,14 @@ class Tokenizer(BaseTokenizer):
 
     def __post_init__(self):
         self.check_vocabulary()
+        check_pattern(self.pattern)
         self.compile_patterns()
         ids = list(self.ranks.values())
         tokens = self.special_and_added
         self.n_vocab = 1 + max([*ids, *tokens.values()])
-        self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern, special_tokens=tokens,
-                                          mergeable_ranks=self.ranks)
+        with error_context("tiktoken refuses its pattern", ValueError):
+            self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern,
+                                              special_tokens=tokens, mergeable_ranks=self.ranks)
         self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
         self.token_bytes[ids] = [len(token) for token in self.ranks]
         self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
@@ -1052,8 +1056,8 @@ class Tokenizer(BaseTokenizer):
         except ValueError:                   # tiktoken gives up on a run of a million spaces
             import regex                     # installed with tiktoken
             ids = []
-            for word in regex.findall(self.pattern, text):
-                ids += self.encoding._encode_single_piece(word)
+            for match in regex.finditer(self.pattern, text):
+                ids += self.encoding._encode_single_piece(match[0])
             return np.array(ids, np.uint32)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
@@ -1404,8 +1408,8 @@ def byte_level_tokenizer(spec, tokens, files):
             ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
             raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+    check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
-    check_merges(spec["model"], ranks, pattern)
     return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
 
 
@@ -1420,23 +1424,52 @@ TEST_STRINGS = (
     "if (x==1) {\n    return y;\n}")
 
 
-def check_merges(model, ranks, pattern):
-    """Raise UserError unless tiktoken splits and merges as this tokenizer.json does.
-
-    tokenizer.json merges the pair that comes first in its list, tiktoken the pair whose result has
-    the lowest id. That is the same if the ids of the results ascend, and if all tokens are results.
-    """
+def check_pattern(pattern):
+    """Raise UserError unless a regular expression splits texts without leaving something out."""
     import regex                                             # installed with tiktoken
+    with error_context(f"its pattern {pattern!r}", regex.error):
+        words = regex.compile(pattern)
     for text in TEST_STRINGS:
-        if "".join(regex.findall(pattern, text)) != text:
-            raise unsupported(f"a pattern that leaves something out (seen on {text!r})")
-    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    results = [left + right for left, right in pairs]
-    ids = [model["vocab"][result] for result in results]
+        if "".join(match[0] for match in words.finditer(text)) != text:
+            raise UserError(f"its pattern {pattern!r} leaves something out (seen on {text!r})")
+
+
+def check_merges(model, ranks):
+    """Raise UserError unless tiktoken merges as this tokenizer.json does.
+
+    tokenizer.json merges the pair that comes first in its list, tiktoken any two neighbours that
+    make a token, the lowest id first. That is the same if the ids of the results ascend, and if
+    each token is what the list makes of its characters: then no other pair makes it anywhere. (A
+    token that only ignore_merges finds must have all its pairs in the list.) Long lists come from
+    training or conversion, which make only such tokens; to try all of them takes seconds.
+    """
+    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
+             for pair in model["merges"]]
+    ids = [model["vocab"][left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported("its order of merges")
     if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
         raise unsupported("a vocabulary with tokens that no merge makes")
+    indexes = dict(zip(reversed(pairs), range(len(pairs), 0, -1)))      # the first of equal pairs
+    for token in map(spell, ranks if len(pairs) <= 20_000 else ()):
+        if merge_characters(token, indexes) == [token]:
+            continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        splits = [pair for pair in splits if pair[0] in model["vocab"] and pair[1] in model["vocab"]]
+        if not model.get("ignore_merges") or not indexes.keys() >= set(splits):
+            raise unsupported(f"a vocabulary whose merges do not make {token!r}")
+
+
+def merge_characters(text, indexes):
+    """The tokens that a tokenizer.json's merges, {pair: index}, make of a text's characters."""
+    parts = list(text)
+    while True:
+        pairs = list(zip(parts, parts[1:]))
+        known = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
+        if not known:
+            return parts
+        _, first = min(known)
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
 def recover_merges(ranks):
@@ -1686,8 +1719,11 @@ def find_openings(template, tok, has_system, has_tools, options):
         openings  [("; A:", ""), ("; A:", "<think></think>")]
 
     An opening is the end of the prompt after the user's words. The second part comes between it and
-    the answer. [] if one of the prompts is not the beginning of the text.
+    the answer. [] if one of the prompts is not the beginning of the text, or if prompts depend on
+    what messages say.
     """
+    if not has_constant_prompt(template):
+        return []
     variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
     roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
@@ -1702,6 +1738,24 @@ def find_openings(template, tok, has_system, has_tools, options):
                 return []
             openings |= {(opening, lead), (opening, "")}
     return sorted(openings)
+
+
+def has_constant_prompt(template):
+    """Does a template look at nothing but its arguments where it tests add_generation_prompt?"""
+    import jinja2.meta
+    from jinja2.nodes import CondExpr, If, Name
+    tree = template.jinja.environment.parse(template.text)
+    names = set()
+    n_tests = 0
+    for branch in tree.find_all((If, CondExpr)):
+        tested = [name.name for name in [branch.test, *branch.test.find_all(Name)]
+                  if isinstance(name, Name)]
+        if "add_generation_prompt" in tested:
+            n_tests += 1
+            names |= {name.name for name in branch.find_all(Name)}
+    n_mentions = sum(name.name == "add_generation_prompt" for name in tree.find_all(Name))
+    arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
+    return n_tests == n_mentions and names <= arguments
 
 
 @functools.lru_cache(maxsize=1000)

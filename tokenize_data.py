@@ -851,6 +851,14 @@ class Rendering:
     other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
+    @functools.cached_property
+    def openings(self):          # see find_openings()
+        options = {key: value for key, value in self.variables.items() if key != "tools"}
+        has_tools = bool(self.variables.get("tools"))
+        has_system = self.messages[0]["role"] == "system"
+        return find_openings(self.template, self.tok, has_system, has_tools,
+                             to_json(options) if options else "{}")
+
     def prompt(self, i):
         """The text that asks for message i. None if the template refuses the messages before."""
         if i not in self.prompts:
@@ -1014,12 +1022,11 @@ class Tokenizer(BaseTokenizer):
 
     def __post_init__(self):
         self.check_vocabulary()
-        check_pattern(self.pattern)
         self.compile_patterns()
         ids = list(self.ranks.values())
         tokens = self.special_and_added
         self.n_vocab = 1 + max([*ids, *tokens.values()])
-        with error_context("tiktoken refuses its pattern", ValueError):
+        with error_context("tiktoken refuses its pattern", (ValueError, RecursionError)):
             self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern,
                                               special_tokens=tokens, mergeable_ranks=self.ranks)
         self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
@@ -1258,7 +1265,9 @@ def tiktoken_file(path, pattern, special):
             raise UserError(f"data.special_tokens.{text}: expected an id that no other token has, "
                             f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
-    with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
+    with error_context(place):
+        if len(ranks) > 256:                                 # otherwise it is not used
+            check_pattern(pattern)
         return Tokenizer(ranks, pattern, special=special)
 
 
@@ -1410,6 +1419,7 @@ def byte_level_tokenizer(spec, tokens, files):
             raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
     check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
+    check_pattern(pattern)
     return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
 
 
@@ -1541,16 +1551,18 @@ def spell(token):
 # loss weights: a chat -> token ids and the loss weight of each
 
 # Warnings, each with what mends it. They are counted, and the first of a source is an example.
-OTHER_PROMPT = ("an answer does not follow its generation prompt in the training text, so that the "
-                "model is asked in another way than it is trained; mended by a data.chat_template "
-                "that begins answers as it asks for them, or by answers that begin so")
+OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
+                "training text begins with, so that inference asks in another way than training; "
+                "use a data.chat_template where it is, or answers that begin as the prompt ends")
 NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
           "data.append_eos=true trains EOS there")
-NOT_FOUND = "a message is not found in the rendered text, so that its loss weight is not applied"
-SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of the "
-           "source reads texts that are rendered already")
-NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
-             "another data.tokenizer or data.chat_template fits")
+NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
+             "a data.chat_template with {% generation %} marks says where answers are")
+SPELLED = ("a text or message spells control tokens, which are plain text there; texts that are "
+           "rendered already need data.train.NAME.special=true")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
+             "a data.tokenizer or data.chat_template that fits the other")
+PLAIN_KEYS = {"role", "content", "weight"}                # of a message
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 # of a chat with tools, where it does not matter which
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
@@ -1577,19 +1589,26 @@ def find_message_spans(rendering, wanted):
         between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
         spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
-    A template may trim contents, drop messages, or look into contents, so that other things change
+    Usually a rendering with placeholders for all messages serves all chats with these roles. But a
+    template may trim contents, drop messages, or look into contents, so that other things change
     with them. Messages that are not found in this way, and those with tool calls or reasoning, are
     replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
+    if not rendering.variables and all(message.keys() <= PLAIN_KEYS for message in messages):
+        roles = tuple(message["role"] for message in messages)
+        pieces = render_placeholders(rendering.template, rendering.tok, roles)
+        spans = align_placeholders(rendering.text, pieces, messages)
+        if len(spans) == len(messages):
+            return [span for span in spans if span[2] in wanted]
     plain = [i for i in wanted if not has_generated_fields(messages[i])]
     spans = []
     if plain:
         replaced = list(messages)
         for i in plain:
             replaced[i] = messages[i] | {"content": placeholder(i)}
-        with_placeholders = rendering.render_other(replaced)
-        spans = align_placeholders(rendering.text, with_placeholders, messages)
+        pieces = split_at_placeholders(rendering.render_other(replaced))
+        spans = align_placeholders(rendering.text, pieces, messages)
     for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
         span = find_span_alone(rendering, i, after)
@@ -1601,24 +1620,39 @@ def find_message_spans(rendering, wanted):
 
 
 def has_generated_fields(message):
-    return any(message.get(key) for key in GENERATED_FIELDS)
+    return any(map(message.get, GENERATED_FIELDS))
 
 
 def placeholder(i):
     return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
-def align_placeholders(text, with_placeholders, messages):
+@functools.lru_cache(maxsize=1000)
+def render_placeholders(template, tok, roles):
+    """split_at_placeholders() of messages with these roles. None if the template refuses them."""
+    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+    with contextlib.suppress(UserError):
+        return split_at_placeholders(render(template, tok, messages)[0])
+
+
+def split_at_placeholders(text):
+    """"U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])"""
+    pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
+    return text.partition(PLACEHOLDER_MARK)[0], pieces
+
+
+def align_placeholders(text, pieces, messages):
     """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
 
-    [] if they differ in anything else than contents.
+    pieces  that rendering from split_at_placeholders(), or None
+    Returns [] if they differ in anything else than contents.
     """
-    position = with_placeholders.find(PLACEHOLDER_MARK)
-    if not text.startswith(with_placeholders[:position]):
+    head, pieces = pieces or ("", ())
+    if not text.startswith(head):
         return []
+    position = len(head)
     spans = []
-    for index, between in PLACEHOLDER.findall(with_placeholders):
-        i = int(index)
+    for i, between in pieces:
         end = find_content_end(text, position, messages[i]["content"], between)
         if end is None:
             return spans
@@ -1690,13 +1724,9 @@ def find_answer_start(rendering, i, start):
     text = rendering.text
     messages = rendering.messages
     if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
-        options = {key: value for key, value in rendering.variables.items() if key != "tools"}
-        has_tools = bool(rendering.variables.get("tools"))
-        has_system = messages[0]["role"] == "system"
-        for opening, lead in find_openings(rendering.template, rendering.tok, has_system,
-                                           has_tools, to_json(options)):
-            if text.endswith(opening + lead, 0, start):
-                return start - len(lead)
+        for before, n_generated in rendering.openings:
+            if text.endswith(before, 0, start):
+                return start - n_generated
     prompt = rendering.prompt(i)
     if prompt is None or text.startswith(prompt):
         return start if prompt is None else len(prompt)
@@ -1716,11 +1746,11 @@ def find_openings(template, tok, has_system, has_tools, options):
 
         text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
         prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
-        openings  [("; A:", ""), ("; A:", "<think></think>")]
+        openings  [("; A:", 0), ("; A:<think></think>", 15)]
 
-    An opening is the end of the prompt after the user's words. The second part comes between it and
-    the answer. [] if one of the prompts is not the beginning of the text, or if prompts depend on
-    what messages say.
+    Each is what the template writes between the user's words and the answer's, and how much of that
+    is after the prompt. [] if one of the prompts is not the beginning of the text, or if prompts
+    depend on what messages say.
     """
     if not has_constant_prompt(template):
         return []
@@ -1736,7 +1766,7 @@ def find_openings(template, tok, has_system, has_tools, options):
             lead, mark, _ = text[len(prompt):].partition(placeholder(i))
             if not (text.startswith(prompt) and opening and mark):
                 return []
-            openings |= {(opening, lead), (opening, "")}
+            openings |= {(opening + lead, len(lead)), (opening, 0)}
     return sorted(openings)
 
 
@@ -2263,7 +2293,7 @@ def print_warnings(folder, name):
     warnings = read_json_object(folder / "header.json")["warnings"]
     for kind, (count, example) in warnings.items():
         if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
+            print(f"warning: data.{name}: {kind} ({count:,} in all; the first: {example})",
                   file=sys.stderr, flush=True)
 
 
@@ -2443,7 +2473,7 @@ def mark_special(tok, ids, use_color):
 
 def show_document(tok, name, i, ids, weights, show_ids):
     use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights)} trained, "
+    print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights[1:])} trained, "
           f"{'in green' if use_color else 'in [[ ]]'}")
     print(colorize(tok, ids, weights, use_color))
     if show_ids:

@@ -32,6 +32,7 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
 """
 import base64
 import bisect
+import bz2
 import collections
 import concurrent.futures
 import contextlib
@@ -44,12 +45,14 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
 import re
 import shutil
 import sys
+import tokenize
 import unicodedata
 import zlib
 from datetime import datetime
@@ -59,10 +62,14 @@ import numpy as np
 import tiktoken
 
 import configs
-from configs import UserError
+from configs import UserError, read_text
 
 FORMAT = 6                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
+UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# the start of a JSON file that is one object, with all records in a list
+WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|examples|instances|'
+                     r'items|samples)"\s*:\s*\[\s*\{')
 
 
 class error_context:
@@ -94,6 +101,8 @@ def one_line(error):
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = repr(error)
+    if isinstance(error, UnicodeDecodeError):
+        text = configs.decoding_problem(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
 
@@ -101,11 +110,6 @@ def one_line(error):
 def check_type(value, expected, problem):
     if not isinstance(value, expected):
         raise UserError(f"{problem}, got {type(value).__name__}")
-
-
-def read_text(path):
-    with error_context(path, (OSError, UnicodeDecodeError), "cannot be read as UTF-8 text: "):
-        return Path(path).read_text(encoding="utf-8")
 
 
 def read_json_object(path):
@@ -124,13 +128,15 @@ def fingerprint(*values):
 # --------------------------------------------------------------------------------------------------
 # find files: on this machine, or on the hub
 
-EXTENSIONS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".txt.gz",
-              ".csv.gz", ".tsv.gz", ".parquet", ".npy")
+FORMATS = ".jsonl, .json, .csv, .tsv, .txt (also .gz, .bz2, .xz), .parquet, .npy"
+FILE_NAME = re.compile(r".*\.(?:(jsonl|json|csv|tsv|txt)(?:\.(?:gz|bz2|xz))?|(parquet|npy))")
+OTHER_FORMATS = {".zst": "zstd -d unpacks it", ".zip": "unzip unpacks it",
+                 ".arrow": "to_parquet() of the datasets package writes .parquet"}
 BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
-# owner/name, or owner/name/FOLDER for a folder of the dataset
-HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
-HUB_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv")   # the first wins
-HUB_METADATA = ("dataset_info.json", "dataset_infos.json")
+METADATA = ("dataset_info.json", "dataset_infos.json")    # of a dataset on the hub
+# owner/name, perhaps with @REVISION, perhaps with /FOLDER of the dataset
+HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
+HUB_FORMATS = ("parquet", "jsonl", "json", "csv")         # the first that a dataset has is read
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
                "test": "test|testing|eval|evaluation"}
 
@@ -141,95 +147,175 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
-    key = f"data.{name}.path"
-    if Path(path).is_dir():
-        files = [str(file) for file in Path(path).rglob("*") if file.name.endswith(EXTENSIONS)]
-    elif Path(path).is_file():
-        files = [path]
-    else:
-        files = glob.glob(path, recursive=True)
-    if not files:
-        hub_path = HUB_PATH.fullmatch(os.path.relpath(path, os.path.expanduser(cfg["data_root"])))
-        # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
-        if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
-            with error_context(key):
-                files = download_split(hub_path[1], hub_path[2], source["split"])
-    no_data = BESIDE_NPY + HUB_METADATA
-    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(no_data))
-    if not files:
-        raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
-                        f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
+    hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
+    # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
+    is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
+    with error_context(f"data.{name}.path"):
+        if os.path.isdir(path):
+            files = choose_local_files(path, list_folder(path), source["split"])
+        elif os.path.isfile(path):
+            files = [path]
+        elif hub_path and not is_local and not glob.has_magic(path):
+            files = download_split(*hub_path.groups(), source["split"])
+        else:
+            files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+        files = sorted(file for file in files if not file.endswith(BESIDE_NPY))
+        if not files:
+            raise UserError(f"no file at {os.path.abspath(path)} (a file, a folder or a glob of "
+                            f"{FORMATS}, or a hub id: owner/name)")
+        for file in files:
+            if not os.path.isfile(file):
+                raise UserError(f"{file} is a link to a file that does not exist")
+            if not format_of(file):
+                hint = OTHER_FORMATS.get(Path(file).suffix, "a glob selects files: FOLDER/*.jsonl")
+                raise UserError(f"{file} must end in one of {FORMATS}; {hint}")
+    only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
     for file in files:
-        if not file.endswith(EXTENSIONS):
-            raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
-        extension = file.removesuffix(".gz").rpartition(".")[2]
-        only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
-        if source["shape"] not in only.get(extension, ("auto", "text", "chat")):
+        if source["shape"] not in only.get(format_of(file), ("auto", "text", "chat")):
             raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
+    by_target = {os.path.realpath(file): file for file in reversed(files)}
+    return sorted(by_target.values())                    # each once, also if links name it twice
+
+
+def format_of(file):
+    """"a.jsonl.gz" -> "jsonl"; None if such a file cannot be read."""
+    match = FILE_NAME.fullmatch(file.lower())
+    return match and (match[1] or match[2])
+
+
+def list_folder(folder, above=()):
+    """The data files in a folder and its subfolders, without hidden ones. Links are followed."""
+    with error_context(folder, OSError, "cannot be read: "):
+        names = os.listdir(folder)
+    files = []
+    above = [*above, os.path.realpath(folder)]
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith(".") or name in METADATA or os.path.realpath(path) in above:
+            continue
+        if os.path.isdir(path):
+            files += list_folder(path, above)
+        elif format_of(name) or name.endswith(tuple(OTHER_FORMATS)):
+            files.append(path)
     return files
 
 
-def download_split(dataset, folder, split):
+def choose_local_files(folder, files, split):
+    """Those files of a folder that are of a split, if their names are of train and of another."""
+    formats = {(format_of(file) or "").removesuffix("l") for file in files} - {""}
+    if len(formats) > 1:
+        raise UserError(f"{folder} has files of several formats ({', '.join(sorted(formats))}); a "
+                        f"glob selects some: {folder}/**/*.{min(formats)}*")
+    names = [os.path.relpath(file, folder) for file in files]
+    if split == "train" and not {"train"} < splits_of(names):
+        return files
+    chosen = choose_split(names, split, folder)
+    others = set(names) - set(chosen)
+    if others and configs.is_local_rank0():
+        print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
+              f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
+              file=sys.stderr)
+    return [os.path.join(folder, name) for name in chosen]
+
+
+def abridged(names):
+    names = sorted({re.sub(r"\d{5}-of-\d{5}", "*", name) for name in names})
+    return ", ".join([*names[:8], *["..."][:len(names) - 8]])
+
+
+def splits_of(names):
+    """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv."""
+    splits = set()
+    for split, words in SPLIT_WORDS.items():
+        if any(re.search(f"(?<![a-zA-Z])({words})(?![a-zA-Z])", name) for name in names):
+            splits.add(split)
+    return splits
+
+
+def choose_split(names, split, place):
+    """Return those of a dataset's file names that hold a split.
+
+    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
+    name has a word of another split, all files are the split "train".
+    """
+    words = SPLIT_WORDS.get(split, re.escape(split))
+    # train_sft is a split of its own
+    word = re.compile(f"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])")
+    chosen = [name for name in names if word.search(name)]
+    if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
+        return names
+    if not chosen:
+        files = abridged(names) or "none that can be read"
+        raise UserError(f"{place} has no split {split!r}; its files: {files}; "
+                        "`split` of the source is a word of their names: split=train_sft")
+    return chosen
+
+
+def download_split(dataset, revision, folder, split):
     """Download one split of a dataset on the hub to huggingface_hub's cache; return its files.
 
-    HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected.
+    revision  branch, tag or commit, or None. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected
     """
     place = f"no file or folder at {dataset}, and none from the hub"
     with error_context(place, ImportError, "pip install huggingface_hub to download it: "):
         from huggingface_hub import constants, errors, list_repo_files, snapshot_download
+    repo = {"repo_id": dataset, "repo_type": "dataset", "revision": revision}
+    is_listed = True
     try:
-        names = list_repo_files(dataset, repo_type="dataset")
+        names = list_repo_files(**repo)
     except errors.RepositoryNotFoundError:
         raise UserError(f"{place}: it has no such dataset; a private one needs "
                         "`hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{place}: the dataset has no revision {revision}") from None
     except Exception as error:               # no network, for example
-        names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
+        is_listed = False
+        names = cached_files(Path(constants.HF_HUB_CACHE), dataset, revision or "main")
         if not names:
             raise UserError(f"{place}: {one_line(error)}") from None
-    names = choose_split_files(names, dataset, folder, split)
+    names = choose_hub_files(names, dataset, folder, split)
+    if not is_listed:
+        check_complete(names, dataset)
     with error_context(place, Exception):
-        local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
+        local = snapshot_download(**repo, allow_patterns=names)
     return [str(Path(local, name)) for name in names]
 
 
-def cached_files(cache, dataset):
+def cached_files(cache, dataset, revision):
     """The names of a dataset's files that earlier downloads left in the cache, for use offline."""
     folder = cache / f"datasets--{dataset.replace('/', '--')}"
-    main = folder / "refs" / "main"
-    if not main.is_file():
-        return []
-    snapshot = folder / "snapshots" / main.read_text()
+    ref = folder / "refs" / revision
+    commit = ref.read_text(encoding="utf-8") if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if any(folder.glob("blobs/*.incomplete")):
+        raise UserError(f"{dataset}: a download was interrupted, and the hub cannot be reached to "
+                        f"complete it; a glob reads what is there: {snapshot}/**/*.jsonl")
     return [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
 
 
-def choose_split_files(names, dataset, folder, split):
-    """Return those of a dataset's file names that hold a split, all in one folder and format.
+def check_complete(names, dataset):
+    """Raise UserError if of train-00000-of-00002 and train-00001-of-00002 one is missing."""
+    for name in names:
+        number = re.search(r"\d{5}-of-(\d{5})", name)
+        parts = [n for n in names if number and n.startswith(name[:number.start()])]
+        if number and len(parts) != int(number[1]):
+            raise UserError(f"{dataset}: {len(parts)} of {int(number[1])} files of {name} are in "
+                            "the cache, and the hub cannot be reached for the others")
 
-    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
-    name has such a word, all files are the split "train".
-    """
-    names = [n for n in names if n.endswith(HUB_EXTENSIONS) and Path(n).name not in HUB_METADATA]
+
+def choose_hub_files(names, dataset, folder, split):
+    """Return those of a dataset's file names that hold a split, all in one folder and format."""
+    names = [n for n in names if format_of(n) in HUB_FORMATS and Path(n).name not in METADATA]
     if folder:
         names = [n for n in names if n.startswith(f"{folder}/")]
-    chosen = [n for n in names if has_word(n, SPLIT_WORDS.get(split, re.escape(split)))]
-    has_splits = any(has_word(n, "|".join(SPLIT_WORDS.values())) for n in names)
-    if split == "train" and not has_splits:
-        chosen = names
-    if not chosen:
-        files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
-        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its files: "
-                        f"{files}")
-    extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
-    chosen = sorted(n for n in chosen if n.endswith(extension))
+    chosen = choose_split(names, split, dataset)
+    best = min([format_of(n) for n in chosen], key=HUB_FORMATS.index)
+    chosen = sorted(n for n in chosen if format_of(n) == best)
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
         raise UserError(f"{dataset} has this split in several folders; name one: "
                         f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
     return chosen
-
-
-def has_word(name, words):
-    return re.search(rf"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])", name) is not None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,36 +364,75 @@ class Context:
 
 def read_chunks(file, context):
     """Yield a file as Chunks of about BLOCK bytes, so that memory does not grow with the file."""
-    reader = READERS[file.removesuffix(".gz").rpartition(".")[2]]
-    errors = (OSError, EOFError, zlib.error)
+    reader = READERS[format_of(file)]
+    errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
     position = 0
-    with error_context(file, errors, "cannot be read: "), open(file, "rb") as raw:
-        stream = gzip.open(raw) if file.endswith(".gz") else raw
-        for chunk in reader(stream, file, context):
-            if not chunk.n_bytes:
-                chunk.n_bytes = raw.tell() - position
-                position = raw.tell()
-            yield chunk
+    try:
+        with error_context(file, errors, "cannot be read: "), open(file, "rb") as raw:
+            for chunk in reader(unpack(raw, file), file, context):
+                if not chunk.n_bytes:
+                    chunk.n_bytes = raw.tell() - position
+                    position = raw.tell()
+                yield chunk
+    except UnicodeError:                     # somewhere in the block that was read last
+        with open(file, "rb") as raw:
+            problem = configs.encoding_problem(unpack(raw, file))
+        raise UserError(f"{file}, {problem}") from None
 
 
-def read_jsonl(stream, file, context):
-    n = 1
-    while lines := stream.readlines(BLOCK):
-        yield Chunk(file, "line", range(n, n + len(lines)), lines)
-        n += len(lines)
+def unpack(raw, file):
+    """The stream of a file's content. Raises UserError if it does not begin as its name says."""
+    check_format(raw, file, file)
+    name, extension = os.path.splitext(file)
+    if extension.lower() not in UNPACKERS:
+        return raw
+    stream = UNPACKERS[extension.lower()](raw)
+    check_format(stream, file, name)
+    return stream
+
+
+def check_format(stream, file, name):
+    problem = configs.format_problem(stream.read(1000), name)
+    if problem:
+        raise UserError(f"{file}: {problem}")
+    stream.seek(0)
 
 
 def read_json(stream, file, context):
-    """The items of a list, cut apart here and parsed later; or lines, as in .jsonl."""
+    """.jsonl and .json: an object on each line; or a list, or objects in any lines. The items of
+    the latter two are cut apart here and parsed later."""
+    head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
+    stream.seek(0)
+    wrapper = WRAPPER.match(head)
+    if wrapper:
+        raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
+                        f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
+    is_list = head.startswith("[") or format_of(file) == "json" and not head.startswith("{")
+    if is_list or not has_object_per_line(head):
+        yield from read_json_items(stream, file, is_list)
+        return
+    n = 1
+    while lines := stream.readlines(BLOCK):
+        numbers = [n + i for i, line in enumerate(lines) if not line.isspace()]
+        yield Chunk(file, "line", numbers, [line for line in lines if not line.isspace()])
+        n += len(lines)
+
+
+def has_object_per_line(text):
+    """False if the first JSON value has several lines, or a comma or another value after it."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return True                          # too long, or an error, which its line's number names
+    return "\n" not in text[:end] and not re.match(r"[ \t\r]*[,{]", text[end:])
+
+
+def read_json_items(stream, file, is_list):
     buffer = ""
     n_items = 0
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         buffer += text
-        if n_items == 0 and buffer.lstrip().startswith("{"):
-            stream.seek(0)
-            yield from read_jsonl(stream, file, context)
-            return
-        items, position, error = split_list(buffer, n_items)
+        items, position, error = split_items(buffer, n_items, is_list)
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
@@ -315,14 +440,16 @@ def read_json(stream, file, context):
         if error and n_after_error > BLOCK and "Unterminated" not in str(error):
             break                            # more text would not mend it
         buffer = buffer[position:]
-    if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
+    end = r"\s*,?\s*" if not is_list else r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
+    if error or not re.fullmatch(end, buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
         raise UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
-def split_list(text, n_before):
-    """Cut the complete items off a piece of a JSON list that has n_before items before it.
+def split_items(text, n_before, is_list=True):
+    """Cut the complete items off a piece of a JSON list that has n_before items before it; or of
+    values that may have commas between them.
 
         ', {"a": 1}, {"b": 2}, {"c"'  ->  [b'{"a": 1}', b'{"b": 2}'], 20, the decoder's error
 
@@ -330,7 +457,8 @@ def split_list(text, n_before):
     """
     items = []
     position = 0
-    separator = re.compile(r"\s*,\s*" if n_before else r"\s*\[\s*(?!\s*\])")
+    between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
+    separator = re.compile(r"\s*\[\s*(?!\s*\])") if is_list and not n_before else between
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
@@ -338,19 +466,34 @@ def split_list(text, n_before):
             return items, position, error
         items.append(text[match.end():end].encode())         # bytes: JSON; a str would be a text
         position = end
-        separator = re.compile(r"\s*,\s*")
+        separator = between
     return items, position, None
 
 
-def iter_text(stream, file):
-    """Yield a file's text in blocks; the last one is empty."""
-    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    with error_context(file, UnicodeDecodeError, "not UTF-8 text: "):
-        text = None
-        while text != "":
-            text = text_stream.read(BLOCK)
-            yield text
+def iter_text(stream):
+    """Yield a file's text in blocks, with \\n for \\r\\n; the last one is empty."""
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    text = None
+    while text != "":
+        text = text_stream.read(BLOCK)
+        check_no_zero_byte(text)
+        yield text
     text_stream.detach()                     # otherwise it would close the stream
+
+
+def iter_lines(stream):
+    """Yield a file's lines with their ends, for the csv module."""
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    for line in text_stream:
+        check_no_zero_byte(line)
+        yield line
+    text_stream.detach()
+
+
+def check_no_zero_byte(text):
+    """A damaged file may end in zero bytes, which are valid UTF-8. read_chunks names the line."""
+    if "\0" in text:
+        raise UnicodeError
 
 
 def read_txt(stream, file, context):
@@ -361,7 +504,7 @@ def read_txt(stream, file, context):
         return
     buffer = ""
     starts = True
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         buffer += text
         end = find_split_point(buffer, context.tok.encode) if len(buffer) > BLOCK else 0
         if end:
@@ -375,7 +518,7 @@ def read_txt(stream, file, context):
 def read_separated(stream, file, separator):
     buffer = ""
     n = 1
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         *documents, buffer = (buffer + text).split(separator)
         if not text:                                     # the end of the file
             documents.append(buffer)
@@ -405,13 +548,11 @@ def find_split_point(text, encode, margin=200):
 def read_csv(stream, file, context):
     """Also .tsv. The first line names the columns; a record is {column: text}."""
     csv.field_size_limit(sys.maxsize)
-    is_tsv = file.removesuffix(".gz").endswith(".tsv")
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    delimiter = "\t" if format_of(file) == "tsv" else ","
+    rows = csv.DictReader(iter_lines(stream), delimiter=delimiter, strict=True)
     numbers = []
     records = []
     line = 2
-    problem = "not valid CSV in UTF-8: "
     try:
         for record in rows:
             numbers.append(line)
@@ -422,9 +563,7 @@ def read_csv(stream, file, context):
                 numbers = []
                 records = []
     except csv.Error as error:
-        raise UserError(f"{file}, line {line}: {problem}{one_line(error)}") from None
-    except UnicodeDecodeError as error:          # somewhere in the block that was read last
-        raise UserError(f"{file}: {problem}{one_line(error)}") from None
+        raise UserError(f"{file}, line {line}: not valid CSV: {one_line(error)}") from None
     if records:
         yield Chunk(file, "line", numbers, records)
 
@@ -432,7 +571,8 @@ def read_csv(stream, file, context):
 def read_parquet(stream, file, context):
     with error_context(file, ImportError, "reading .parquet needs pyarrow; pip install pyarrow: "):
         import pyarrow.parquet
-    with error_context(file, (OSError, pyarrow.ArrowException), "not a .parquet file: "):
+    errors = (OSError, UnicodeDecodeError, pyarrow.ArrowException)
+    with error_context(file, errors, "cannot be read as .parquet: "):
         table = pyarrow.parquet.ParquetFile(file)
         size = os.path.getsize(file)
         n = 1
@@ -468,14 +608,18 @@ def read_npy(stream, file, context):
             block = np.append(block, np.int64(labels[-1]))
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
-            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id that "
-                            f"the tokenizer ({context.tok.n_vocab} tokens) lacks")
+            i = start + wrong[0]
+            of_label = f"{file[:-4]}_labels.npy: index {i - 1}"      # of the one after the ids
+            place = f"{file}: index {i}" if i < len(ids) else of_label
+            raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
+                            f"({context.tok.n_vocab} tokens) lacks")
         block_weights = np.ones(len(block), np.float32)
         # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
         first = max(start, shift)
         block_weights[:first - start] = 0
         if weights is not None:
-            block_weights[first - start:] = weights[first - shift:end - shift]
+            with np.errstate(over="ignore"):             # compact_weights refuses inf
+                block_weights[first - start:] = weights[first - shift:end - shift]
         if labels is not None:
             block_labels = labels[first - shift:end - shift]
             is_target = block_labels != ignore_index
@@ -493,7 +637,9 @@ def load_array(path, kinds, n_tokens=None):
     """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
     if n_tokens is not None and not os.path.isfile(path):
         return None
-    with error_context(path, (ValueError, EOFError), "no array of token ids: "):
+    # (numpy's parser of the header lets tokenize's errors through)
+    errors = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
+    with error_context(path, errors, "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
@@ -503,7 +649,7 @@ def load_array(path, kinds, n_tokens=None):
     return array
 
 
-READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_csv,
+READERS = {"jsonl": read_json, "json": read_json, "txt": read_txt, "csv": read_csv,
            "tsv": read_csv, "parquet": read_parquet, "npy": read_npy}
 
 
@@ -553,8 +699,8 @@ def normalize_record(record, place, shape="auto"):
 
 def parse_record(record):
     if isinstance(record, bytes):
-        if not record.strip():
-            raise UserError("is empty; a .jsonl file has one JSON object on each line")
+        if b"\0" in record:
+            raise UserError(configs.ZERO_BYTE)
         record = parse_json(record, "not valid JSON")
     if isinstance(record, str):
         record = {"text": record}
@@ -698,6 +844,9 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
+# what an export takes from there
+TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
+                   "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
 # that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
@@ -797,6 +946,8 @@ def compile_template(text):
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
+    except SyntaxError as error:             # a {% break %} outside a loop, for example
+        raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
     return ChatTemplate(text, jinja, "tool_calls" in text)
 
@@ -1142,8 +1293,8 @@ class HFTokenizer(BaseTokenizer):
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
                                "post_processor": None, "truncation": None, "padding": None}
-        # tokenizers raises nothing narrower than Exception
-        with error_context("the tokenizers package cannot read it either", Exception):
+        # tokenizers raises nothing narrower than Exception, and a panic of Rust not even that
+        with error_context("the tokenizers package cannot read it either", BaseException):
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
         self.n_vocab = 1 + max(self.encoder.get_vocab().values())
         self.compile_patterns()
@@ -1502,10 +1653,9 @@ def save_tokenizer(tok, folder, chat_template):
     if not tok.folder:
         write_json(folder / "tokenizer.json", tokenizer_spec(tok))
     elif tok.folder.resolve() != folder.resolve():
-        for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json",
-                     "merges.txt"):
-            if (tok.folder / name).is_file():
-                shutil.copyfile(tok.folder / name, folder / name)
+        for pattern in TOKENIZER_FILES:
+            for path in filter(Path.is_file, tok.folder.glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
     if config_file.is_file():
         config = read_json_object(config_file)
     else:
@@ -2271,12 +2421,14 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         with contextlib.closing(TokenWriter(building)) as writer:
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
-        check_not_empty(writer, name, source)
+        check_not_empty(writer, name, source, data["seq_len"])
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
-                  "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
-                  "problems": writer.problems, "warnings": writer.warnings, **writer.counts}
-        (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
+                  "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
+                  "vocabulary": tok.n_vocab, "problems": writer.problems,
+                  "warnings": writer.warnings, **writer.counts}
+        text = json.dumps(header, indent=1) + "\n"
+        (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
     except OSError as error:
         if not (folder / "header.json").is_file():       # else another process was faster
@@ -2286,6 +2438,12 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         shutil.rmtree(building, ignore_errors=True)
     print_warnings(folder, name)
     return folder
+
+
+def commit_of(files):
+    """The commit of a dataset on the hub, or None."""
+    match = re.search(r"/datasets--[^/]+/snapshots/(\w+)/", files[0])
+    return match and match[1]
 
 
 def print_warnings(folder, name):
@@ -2303,25 +2461,33 @@ def fingerprint_source(cfg, source, tok, files):
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
-    template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels", "append_eos")
     options = [data[key] for key in keys]
-    return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
-            "template": fingerprint(template),
+    return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
                                    source["special"])}
 
 
-def check_not_empty(writer, name, source):
+def fingerprint_tokenizer(cfg, tok):
+    can_chat = (cfg["data"]["chat_template"] or tok.template or tok.eos
+                or "<|im_end|>" in tok.special)
+    template = template_text(tok, cfg) if can_chat else ""
+    return {"tokenizer": tok.fingerprint, "template": fingerprint(template)}
+
+
+def check_not_empty(writer, name, source, seq_len):
     counts = writer.counts
     if not counts["documents"]:
         problem = f": {writer.problems[0]}" if writer.problems else ""
+        cut = ""
+        if counts["cut_away"]:
+            cut = (f", {counts['cut_away']} of them because data.seq_len={seq_len} cuts the "
+                   f"answers off; a larger one keeps them")
         raise UserError(
             f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
-            f"records, {counts['dropped']} documents without a target, {counts['skipped']} "
-            f"skipped{problem})")
+            f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
+            f"a target{cut})")
 
 
 class Tokens:
@@ -2332,18 +2498,25 @@ class Tokens:
         self.folder = Path(folder)
         self.header = read_json_object(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
-        self.tokens = self.map_file("tokens.bin", self.header["dtype"])
-        self.weights = self.map_file("weights.bin", self.header["weights"])
-        self.offsets = self.map_file("offsets.bin", np.int64)[first:last + 1]
-        self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
-        self.prompts = self.map_file("prompts.bin", self.header["dtype"])
-        self.prompt_offsets = self.map_file("prompt_offsets.bin", np.int64)[first:last + 1]
+        n_tokens = self.header["tokens"]
+        n_documents = self.header["documents"]
+        self.tokens = self.map_file("tokens.bin", self.header["dtype"], n_tokens)
+        self.weights = self.map_file("weights.bin", self.header["weights"], n_tokens)
+        self.offsets = self.map_file("offsets.bin", np.int64, n_documents + 1)[first:last + 1]
+        self.n_targets = self.map_file("targets.bin", np.uint32, n_documents)[first:last]
+        prompt_offsets = self.map_file("prompt_offsets.bin", np.int64, n_documents + 1)
+        self.prompt_offsets = prompt_offsets[first:last + 1]
+        self.prompts = self.map_file("prompts.bin", self.header["dtype"], int(prompt_offsets[-1]))
 
-    def map_file(self, name, dtype):
-        if not os.path.getsize(self.folder / name):      # np.memmap refuses it
+    def map_file(self, name, dtype, length):
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != length * np.dtype(dtype).itemsize:
+            raise UserError(f"{path}: damaged: it has not the size that header.json says; delete "
+                            f"the folder {self.folder}, and it is written again")
+        if not length:                                   # np.memmap refuses it
             return np.zeros(0, dtype)
         # slices of an array are faster than those of a memmap
-        return np.asarray(np.memmap(self.folder / name, dtype, "r"))
+        return np.asarray(np.memmap(path, dtype, "r"))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -2408,12 +2581,20 @@ def count_held_out(split, name, n_documents):
 # show: check here, before a step is trained, that the template marks the right targets
 
 def summary(name, tokens):
-    """One line about a source: documents, tokens, what was cut off, dropped or skipped."""
+    """One line about a source: documents, tokens, what was cut off, dropped or skipped.
+
+    The latter three are of the whole source. If data.validation_split divides it, they are in the
+    line of the first part.
+    """
     header = tokens.header
     n_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
+    n_inputs = n_tokens - len(tokens)                    # each may have a target: the next token
+    n_targets = int(tokens.n_targets.sum(dtype=np.int64))
     parts = [f"{name}: {len(tokens):,} documents",
-             f"{n_tokens:,} tokens ({header['trained'] / header['tokens']:.0%} trained)",
-             f"longest {header['longest']:,}"]
+             f"{n_tokens:,} tokens ({n_targets / n_inputs:.0%} trained)",
+             f"longest {np.diff(tokens.offsets).max():,}"]
+    if tokens.offsets[0] > 0:
+        return ", ".join(parts)
     if header["truncated"]:
         parts.append(f"{header['truncated']:,} cut off")
     if header["dropped"]:

@@ -896,6 +896,7 @@ def load_template(tok, cfg):
 @dataclasses.dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
+    text: str                    # as jinja2 compiles it
     jinja: object                # jinja2.Template
     writes_tool_calls: bool
 
@@ -941,15 +942,16 @@ def compile_template(text):
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
                                tools=None, documents=None)
+    text = GENERATION_TAG.sub(filter_tag, text)
     try:
-        jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
+        jinja = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
     except SyntaxError as error:             # a {% break %} outside a loop, for example
         raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(jinja, "tool_calls" in text)
+    return ChatTemplate(text, jinja, "tool_calls" in text)
 
 
 def filter_tag(match):
@@ -1001,6 +1003,14 @@ class Rendering:
     prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
     other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+
+    @functools.cached_property
+    def openings(self):          # see find_openings()
+        options = {key: value for key, value in self.variables.items() if key != "tools"}
+        has_tools = bool(self.variables.get("tools"))
+        has_system = self.messages[0]["role"] == "system"
+        return find_openings(self.template, self.tok, has_system, has_tools,
+                             to_json(options) if options else "{}")
 
     def prompt(self, i):
         """The text that asks for message i. None if the template refuses the messages before."""
@@ -1169,8 +1179,9 @@ class Tokenizer(BaseTokenizer):
         ids = list(self.ranks.values())
         tokens = self.special_and_added
         self.n_vocab = 1 + max([*ids, *tokens.values()])
-        self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern, special_tokens=tokens,
-                                          mergeable_ranks=self.ranks)
+        with error_context("tiktoken refuses its pattern", (ValueError, RecursionError)):
+            self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern,
+                                              special_tokens=tokens, mergeable_ranks=self.ranks)
         self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
         self.token_bytes[ids] = [len(token) for token in self.ranks]
         self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
@@ -1205,8 +1216,8 @@ class Tokenizer(BaseTokenizer):
         except ValueError:                   # tiktoken gives up on a run of a million spaces
             import regex                     # installed with tiktoken
             ids = []
-            for word in regex.findall(self.pattern, text):
-                ids += self.encoding._encode_single_piece(word)
+            for match in regex.finditer(self.pattern, text):
+                ids += self.encoding._encode_single_piece(match[0])
             return np.array(ids, np.uint32)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
@@ -1407,7 +1418,9 @@ def tiktoken_file(path, pattern, special):
             raise UserError(f"data.special_tokens.{text}: expected an id that no other token has, "
                             f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
-    with error_context(place, (ValueError, RecursionError)):     # of tiktoken, for a bad pattern
+    with error_context(place):
+        if len(ranks) > 256:                                 # otherwise it is not used
+            check_pattern(pattern)
         return Tokenizer(ranks, pattern, special=special)
 
 
@@ -1557,8 +1570,9 @@ def byte_level_tokenizer(spec, tokens, files):
             ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
             raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+    check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
-    check_merges(spec["model"], ranks, pattern)
+    check_pattern(pattern)
     return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
 
 
@@ -1573,23 +1587,52 @@ TEST_STRINGS = (
     "if (x==1) {\n    return y;\n}")
 
 
-def check_merges(model, ranks, pattern):
-    """Raise UserError unless tiktoken splits and merges as this tokenizer.json does.
-
-    tokenizer.json merges the pair that comes first in its list, tiktoken the pair whose result has
-    the lowest id. That is the same if the ids of the results ascend, and if all tokens are results.
-    """
+def check_pattern(pattern):
+    """Raise UserError unless a regular expression splits texts without leaving something out."""
     import regex                                             # installed with tiktoken
+    with error_context(f"its pattern {pattern!r}", regex.error):
+        words = regex.compile(pattern)
     for text in TEST_STRINGS:
-        if "".join(regex.findall(pattern, text)) != text:
-            raise unsupported(f"a pattern that leaves something out (seen on {text!r})")
-    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    results = [left + right for left, right in pairs]
-    ids = [model["vocab"][result] for result in results]
+        if "".join(match[0] for match in words.finditer(text)) != text:
+            raise UserError(f"its pattern {pattern!r} leaves something out (seen on {text!r})")
+
+
+def check_merges(model, ranks):
+    """Raise UserError unless tiktoken merges as this tokenizer.json does.
+
+    tokenizer.json merges the pair that comes first in its list, tiktoken any two neighbours that
+    make a token, the lowest id first. That is the same if the ids of the results ascend, and if
+    each token is what the list makes of its characters: then no other pair makes it anywhere. (A
+    token that only ignore_merges finds must have all its pairs in the list.) Long lists come from
+    training or conversion, which make only such tokens; to try all of them takes seconds.
+    """
+    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
+             for pair in model["merges"]]
+    ids = [model["vocab"][left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported("its order of merges")
     if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
         raise unsupported("a vocabulary with tokens that no merge makes")
+    indexes = dict(zip(reversed(pairs), range(len(pairs), 0, -1)))      # the first of equal pairs
+    for token in map(spell, ranks if len(pairs) <= 20_000 else ()):
+        if merge_characters(token, indexes) == [token]:
+            continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        splits = [pair for pair in splits if pair[0] in model["vocab"] and pair[1] in model["vocab"]]
+        if not model.get("ignore_merges") or not indexes.keys() >= set(splits):
+            raise unsupported(f"a vocabulary whose merges do not make {token!r}")
+
+
+def merge_characters(text, indexes):
+    """The tokens that a tokenizer.json's merges, {pair: index}, make of a text's characters."""
+    parts = list(text)
+    while True:
+        pairs = list(zip(parts, parts[1:]))
+        known = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
+        if not known:
+            return parts
+        _, first = min(known)
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
 def recover_merges(ranks):
@@ -1660,16 +1703,18 @@ def spell(token):
 # loss weights: a chat -> token ids and the loss weight of each
 
 # Warnings, each with what mends it. They are counted, and the first of a source is an example.
-OTHER_PROMPT = ("an answer does not follow its generation prompt in the training text, so that the "
-                "model is asked in another way than it is trained; mended by a data.chat_template "
-                "that begins answers as it asks for them, or by answers that begin so")
+OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
+                "training text begins with, so that inference asks in another way than training; "
+                "use a data.chat_template where it is, or answers that begin as the prompt ends")
 NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
           "data.append_eos=true trains EOS there")
-NOT_FOUND = "a message is not found in the rendered text, so that its loss weight is not applied"
-SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of "
-           "the source reads texts that are rendered already")
-NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
-             "another data.tokenizer or data.chat_template fits")
+NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
+             "a data.chat_template with {% generation %} marks says where answers are")
+SPELLED = ("a text or message spells control tokens, which are plain text there; texts that are "
+           "rendered already need data.train.NAME.special=true")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
+             "a data.tokenizer or data.chat_template that fits the other")
+PLAIN_KEYS = {"role", "content", "weight"}                # of a message
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 # of a chat with tools, where it does not matter which
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
@@ -1696,19 +1741,26 @@ def find_message_spans(rendering, wanted):
         between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
         spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
-    A template may trim contents, drop messages, or look into contents, so that other things change
+    Usually a rendering with placeholders for all messages serves all chats with these roles. But a
+    template may trim contents, drop messages, or look into contents, so that other things change
     with them. Messages that are not found in this way, and those with tool calls or reasoning, are
     replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
+    if not rendering.variables and all(message.keys() <= PLAIN_KEYS for message in messages):
+        roles = tuple(message["role"] for message in messages)
+        pieces = render_placeholders(rendering.template, rendering.tok, roles)
+        spans = align_placeholders(rendering.text, pieces, messages)
+        if len(spans) == len(messages):
+            return [span for span in spans if span[2] in wanted]
     plain = [i for i in wanted if not has_generated_fields(messages[i])]
     spans = []
     if plain:
         replaced = list(messages)
         for i in plain:
             replaced[i] = messages[i] | {"content": placeholder(i)}
-        with_placeholders = rendering.render_other(replaced)
-        spans = align_placeholders(rendering.text, with_placeholders, messages)
+        pieces = split_at_placeholders(rendering.render_other(replaced))
+        spans = align_placeholders(rendering.text, pieces, messages)
     for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
         span = find_span_alone(rendering, i, after)
@@ -1720,24 +1772,39 @@ def find_message_spans(rendering, wanted):
 
 
 def has_generated_fields(message):
-    return any(message.get(key) for key in GENERATED_FIELDS)
+    return any(map(message.get, GENERATED_FIELDS))
 
 
 def placeholder(i):
     return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
-def align_placeholders(text, with_placeholders, messages):
+@functools.lru_cache(maxsize=1000)
+def render_placeholders(template, tok, roles):
+    """split_at_placeholders() of messages with these roles. None if the template refuses them."""
+    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+    with contextlib.suppress(UserError):
+        return split_at_placeholders(render(template, tok, messages)[0])
+
+
+def split_at_placeholders(text):
+    """"U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])"""
+    pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
+    return text.partition(PLACEHOLDER_MARK)[0], pieces
+
+
+def align_placeholders(text, pieces, messages):
     """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
 
-    [] if they differ in anything else than contents.
+    pieces  that rendering from split_at_placeholders(), or None
+    Returns [] if they differ in anything else than contents.
     """
-    position = with_placeholders.find(PLACEHOLDER_MARK)
-    if not text.startswith(with_placeholders[:position]):
+    head, pieces = pieces or ("", ())
+    if not text.startswith(head):
         return []
+    position = len(head)
     spans = []
-    for index, between in PLACEHOLDER.findall(with_placeholders):
-        i = int(index)
+    for i, between in pieces:
         end = find_content_end(text, position, messages[i]["content"], between)
         if end is None:
             return spans
@@ -1809,13 +1876,9 @@ def find_answer_start(rendering, i, start):
     text = rendering.text
     messages = rendering.messages
     if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
-        options = {key: value for key, value in rendering.variables.items() if key != "tools"}
-        has_tools = bool(rendering.variables.get("tools"))
-        has_system = messages[0]["role"] == "system"
-        for opening, lead in find_openings(rendering.template, rendering.tok, has_system,
-                                           has_tools, to_json(options)):
-            if text.endswith(opening + lead, 0, start):
-                return start - len(lead)
+        for before, n_generated in rendering.openings:
+            if text.endswith(before, 0, start):
+                return start - n_generated
     prompt = rendering.prompt(i)
     if prompt is None or text.startswith(prompt):
         return start if prompt is None else len(prompt)
@@ -1835,11 +1898,14 @@ def find_openings(template, tok, has_system, has_tools, options):
 
         text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
         prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
-        openings  [("; A:", ""), ("; A:", "<think></think>")]
+        openings  [("; A:", 0), ("; A:<think></think>", 15)]
 
-    An opening is the end of the prompt after the user's words. The second part comes between it and
-    the answer. [] if one of the prompts is not the beginning of the text.
+    Each is what the template writes between the user's words and the answer's, and how much of that
+    is after the prompt. [] if one of the prompts is not the beginning of the text, or if prompts
+    depend on what messages say.
     """
+    if not has_constant_prompt(template):
+        return []
     variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
     roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
@@ -1852,8 +1918,26 @@ def find_openings(template, tok, has_system, has_tools, options):
             lead, mark, _ = text[len(prompt):].partition(placeholder(i))
             if not (text.startswith(prompt) and opening and mark):
                 return []
-            openings |= {(opening, lead), (opening, "")}
+            openings |= {(opening + lead, len(lead)), (opening, 0)}
     return sorted(openings)
+
+
+def has_constant_prompt(template):
+    """Does a template look at nothing but its arguments where it tests add_generation_prompt?"""
+    import jinja2.meta
+    from jinja2.nodes import CondExpr, If, Name
+    tree = template.jinja.environment.parse(template.text)
+    names = set()
+    n_tests = 0
+    for branch in tree.find_all((If, CondExpr)):
+        tested = [name.name for name in [branch.test, *branch.test.find_all(Name)]
+                  if isinstance(name, Name)]
+        if "add_generation_prompt" in tested:
+            n_tests += 1
+            names |= {name.name for name in branch.find_all(Name)}
+    n_mentions = sum(name.name == "add_generation_prompt" for name in tree.find_all(Name))
+    arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
+    return n_tests == n_mentions and names <= arguments
 
 
 @functools.lru_cache(maxsize=1000)
@@ -2399,7 +2483,7 @@ def print_warnings(folder, name):
     warnings = read_json_object(folder / "header.json")["warnings"]
     for kind, (count, example) in warnings.items():
         if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
+            print(f"warning: data.{name}: {kind} ({count:,} in all; the first: {example})",
                   file=sys.stderr, flush=True)
 
 
@@ -2602,7 +2686,7 @@ def mark_special(tok, ids, use_color):
 
 def show_document(tok, name, i, ids, weights, show_ids):
     use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights)} trained, "
+    print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights[1:])} trained, "
           f"{'in green' if use_color else 'in [[ ]]'}")
     print(colorize(tok, ids, weights, use_color))
     if show_ids:

@@ -59,7 +59,7 @@ import tiktoken
 import configs
 from configs import UserError
 
-FORMAT = 5                  # of the token files
+FORMAT = 6                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 
 
@@ -98,7 +98,8 @@ def one_line(error):
 
 def check_type(value, expected, problem):
     if not isinstance(value, expected):
-        raise UserError(f"{problem}, got {type(value).__name__}")
+        shown = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise UserError(f"{problem}, got {shown}")
 
 
 def read_text(path):
@@ -262,6 +263,7 @@ class Context:
 
     def __post_init__(self):
         self.data = self.cfg["data"]
+        self.now = fixed_time(self.cfg)
         ids = np.arange(self.tok.n_vocab)
         self.never_target = np.isin(ids, self.data["ignore_token_ids"])      # bool [V]
         if self.data["ignore_token_id_range"]:
@@ -271,7 +273,7 @@ class Context:
 
     @functools.cached_property
     def template(self):          # compiled by the first chat: texts need none
-        return load_template(self.tok, self.cfg)
+        return load_template(self.tok, self.cfg, self.now)
 
 
 def read_chunks(file, context):
@@ -511,36 +513,50 @@ READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_
 MESSAGE_KEYS = ("messages", "conversations")
 PROMPT_RESPONSE_KEYS = (("instruction", "output"), ("instruction", "response"),
                         ("prompt", "completion"), ("prompt", "response"),
-                        ("question", "answer"), ("query", "response"))
+                        ("question", "answer"), ("question", "response"), ("query", "response"))
 KNOWN_SHAPES = "messages, conversations, text, " + ", ".join(map(" + ".join, PROMPT_RESPONSE_KEYS))
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         "chatgpt": "assistant", "function_call": "assistant",
-         "tool": "tool", "observation": "tool", "function_response": "tool"}
+         "chatgpt": "assistant", "function_call": "assistant", "tool_call": "assistant",
+         "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
+         "tool_response": "tool", "ipython": "tool"}
+CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
+# names of an answer's thoughts: the first one that is not empty counts
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 # keys of a message that normalize_message replaces
-REPLACED_KEYS = ("role", "from", "content", "value", *MESSAGE_WEIGHT_KEYS)
+REPLACED_KEYS = ("role", "from", "content", "value", "function_call", "tool_calls",
+                 *MESSAGE_WEIGHT_KEYS, *REASONING_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+# columns of a record that are no variables of a template
+SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_KEYS, *MEDIA_KEYS,
+                 "text", "input", "context", "history", "system", "system_prompt", "tools",
+                 "documents", "chat_template_kwargs"}
+# warnings: what a record holds and what is trained on does not contain
+TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
+                    "the source trains on the text")
+MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, and only its text is trained on"
 
 
 def normalize_record(record, place, shape="auto"):
     """Return {"text": str}, or {"messages": [{"role", "content", "weight", ...}], ...}.
 
-    The latter may have "tools", and both "weight", a factor of all loss weights. The result holds
-    the keyword arguments of encode_text() or encode_chat().
+    The latter may have "tools", "documents", "chat_template_kwargs", "columns" and "warnings", and
+    both "weight", a factor of all loss weights. The result holds the keyword arguments of
+    encode_text() or encode_chat().
 
     record  JSON as bytes, or what a reader made of it
     place   begins the error message of a bad record
     """
     with error_context(place):
         record = parse_record(record)
-        is_chat = any(record.get(key) for key in MESSAGE_KEYS)
-        has_text = isinstance(record.get("text"), str)
-        if has_text and (shape == "text" or shape == "auto" and not is_chat):
+        if shape == "text" or shape == "auto" and "text" in record and not has_chat(record):
+            if "text" not in record:
+                raise UserError("data shape is text, and this is a chat or of unknown shape")
+            check_type(record["text"], str, "text: expected text")
             normalized = {"text": record["text"]}
-        elif shape == "text":
-            raise UserError("data shape is text, and this is a chat or of unknown shape")
         else:
             normalized = normalize_chat(record)
         weight = parse_weight(record, RECORD_WEIGHT_KEYS)
@@ -554,12 +570,23 @@ def parse_record(record):
         if not record.strip():
             raise UserError("is empty; a .jsonl file has one JSON object on each line")
         record = parse_json(record, "not valid JSON")
+    elif isinstance(record, dict):
+        # Arrow gives all structs of a column the same keys; those that a struct lacks are null
+        record = {key: without_nulls(value) for key, value in record.items()}
     if isinstance(record, str):
         record = {"text": record}
     check_type(record, dict, f"expected an object ({KNOWN_SHAPES}) or a string")
     if None in record:                                   # csv.DictReader's mark of a long line
         raise UserError("has more fields than the first line has columns")
     return record
+
+
+def without_nulls(value):
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
 
 
 def parse_json(value, problem):
@@ -570,45 +597,154 @@ def parse_json(value, problem):
         return json.loads(value)
 
 
+def parse_column(record, key, expected, description):
+    """A list or dict, perhaps as JSON text. An empty one if it is missing or null."""
+    value = record.get(key)
+    if isinstance(value, str):
+        value = parse_json(value.strip() or "null", f"{key} is no JSON")
+    if value is None:
+        return expected()
+    check_type(value, expected, f"{key}: expected {description}")
+    return value
+
+
+def has_chat(record):
+    """Does a record hold a chat? If it has a text, too, that is the chat as another model's."""
+    if any(record.get(key) for key in MESSAGE_KEYS):
+        return True
+    pair = find_pair(record)
+    return pair is not None and is_filled(record, pair)
+
+
+def find_pair(record):
+    """The pair of PROMPT_RESPONSE_KEYS that a record has, a filled one first; or None."""
+    pairs = [pair for pair in PROMPT_RESPONSE_KEYS if all(key in record for key in pair)]
+    filled = [pair for pair in pairs if is_filled(record, pair)]
+    return next(iter(filled + pairs), None)
+
+
+def is_filled(record, keys):
+    return all(record[key] not in (None, "") for key in keys)
+
+
 def normalize_chat(record):
-    """{"messages": [...], "tools": [...]}, the latter if the record has some."""
+    """{"messages": [...]}, and with what else of a record the chat template may use."""
+    messages = []
+    for n, turn in enumerate(find_turns(record), 1):
+        with error_context(f"message {n}"):
+            messages.append(normalize_message(turn, n))
+    if record.get("system"):
+        check_type(record["system"], str, "system: expected text")
+        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+    if not messages:
+        raise UserError("a chat without messages")
+    tools = []
+    for tool in parse_column(record, "tools", list, "a list of tools"):
+        tools.append(normalize_tool(tool))
+    drop_null_arguments(messages, tools)
+    scalars = {key: value for key, value in record.items() if isinstance(value, (str, int, float))}
+    warnings = []
+    if record.get("text"):
+        warnings.append((TEXT_BESIDE_CHAT, f"{record['text']!r:.60}"))
+    for key in MEDIA_KEYS:
+        if record.get(key):
+            warnings.append((MEDIA_BESIDE_CHAT, key))
+    chat = {
+        "tools": tools,
+        "documents": parse_column(record, "documents", list, "a list of documents"),
+        "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
+        "columns": {key: scalars[key] for key in scalars.keys() - SHAPE_COLUMNS},
+        "warnings": warnings}
+    return {"messages": messages} | {key: value for key, value in chat.items() if value}
+
+
+def find_turns(record):
+    """The messages of a record, as it has them."""
     for key in MESSAGE_KEYS:
         if record.get(key, "") == "":                    # also an empty field of a .csv file
             continue
         turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
         if isinstance(turns, list):
-            break
-    else:
-        turns = prompt_and_response(record)
-    messages = []
-    for n, turn in enumerate(turns, 1):
-        with error_context(f"message {n}"):
-            messages.append(normalize_message(turn, n))
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
-    if not messages:
-        raise UserError("a chat without messages")
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json(tools.strip() or "[]", "tools is no JSON")
-    if not tools:
-        return {"messages": messages}
-    check_type(tools, list, "tools must be a list")
-    return {"messages": messages, "tools": [parse_json(tool, "tools is no JSON") for tool in tools]}
-
-
-def prompt_and_response(record):
-    """The messages of a record like {"instruction": ..., "input": ..., "output": ...}."""
-    for pair in PROMPT_RESPONSE_KEYS:
-        prompt, response = (record.get(key) for key in pair)
-        if isinstance(prompt, str) and isinstance(response, str):
-            if isinstance(record.get("input"), str) and record["input"]:
-                prompt += "\n\n" + record["input"]
-            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return turns
+        if turns is not None:
+            check_type(turns, list, f"{key}: expected a list of messages")
+    pair = find_pair(record)
+    if pair:
+        return prompt_and_response(record, *pair)
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
     raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
                     f"{KNOWN_SHAPES}")
+
+
+def prompt_and_response(record, prompt_key, response_key):
+    """The messages of a record like {"instruction": ..., "input": ..., "output": ...}.
+
+    history  [[prompt, response], ...] of the turns before
+
+    Prompt and response may be lists of messages. Those of the prompt are not targets.
+    """
+    prompt = parse_turns(record[prompt_key], prompt_key)
+    response = parse_turns(record[response_key], response_key)
+    turns = []
+    if record.get("system_prompt"):
+        turns.append({"role": "system", "content": record["system_prompt"]})
+    for n, pair in enumerate(parse_column(record, "history", list, "a list of turns"), 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"history: item {n} must be a list of a prompt and a response")
+        turns.append({"role": "user", "content": pair[0]})
+        turns.append({"role": "assistant", "content": pair[1]})
+    if isinstance(prompt, list):
+        turns += [turn | {"weight": 0} for turn in prompt]
+    else:
+        for key in ("input", "context"):
+            if record.get(key):
+                check_type(record[key], str, f"{key}: expected text")
+                prompt += "\n\n" + record[key]
+        turns.append({"role": "user", "content": prompt})
+    if isinstance(response, list):
+        return turns + response
+    return [*turns, {"role": "assistant", "content": response}]
+
+
+def parse_turns(value, key):
+    """A text, or a list of messages, perhaps as JSON text."""
+    turns = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):    # else it is a text
+            turns = json.loads(value)
+    if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
+        return turns
+    check_type(value, str, f"{key}: expected text")
+    return value
+
+
+def normalize_tool(tool):
+    """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
+    tool = without_nulls(parse_json(tool, "tools is no JSON"))
+    check_type(tool, dict, "tools: expected objects")
+    if "function" not in tool and "name" in tool:
+        tool = {"function": {key: value for key, value in tool.items() if key != "type"}}
+    function = tool.get("function")
+    if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+        function["parameters"] = parse_json(function["parameters"], "tools: parameters is no JSON")
+    return {"type": "function"} | tool if isinstance(function, dict) else tool
+
+
+def drop_null_arguments(messages, tools):
+    """Drop null arguments of calls whose tool does not have them: they are Arrow's, in JSON."""
+    properties = {}
+    for tool in tools:
+        function = tool.get("function")
+        if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
+            properties[function.get("name")] = function["parameters"].get("properties") or {}
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call["function"]
+            if isinstance(function["arguments"], dict):
+                known = properties.get(function.get("name"), {})
+                function["arguments"] = {key: value for key, value in function["arguments"].items()
+                                         if value is not None or key in known}
 
 
 def normalize_message(turn, n):
@@ -620,26 +756,33 @@ def normalize_message(turn, n):
         raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
     message = {}
     for key, value in turn.items():
-        is_empty = not value if key in GENERATED_FIELDS else value is None
-        if key not in REPLACED_KEYS and not is_empty:
+        if key not in REPLACED_KEYS and value is not None:
             message[key] = value
-    if role == "function_call":                          # its content is one call, or a list
-        message["tool_calls"] = parse_function_calls(content, n)
+    thoughts = []
+    for key in REASONING_KEYS:
+        if turn.get(key):
+            check_type(turn[key], str, f"{key}: expected text")
+            thoughts.append(turn[key])
+    if role in CALL_ROLES:
+        calls = parse_function_calls(content, n)
         content = None
-    if role in ("observation", "function_response"):
+    elif turn.get("function_call"):                      # OpenAI's older form
+        calls = parse_function_calls(turn["function_call"], n)
+    else:
+        calls = parse_column(turn, "tool_calls", list, "a list of objects")
+    if calls:
+        message["tool_calls"] = [normalize_call(call) for call in calls]
+    if ROLES[role] == "tool" and role != "tool":
         message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
-    if "tool_calls" in message:
-        problem = "tool_calls must be a list of objects"
-        message["tool_calls"] = parse_json(message["tool_calls"], problem)
-        check_type(message["tool_calls"], list, problem)
-        for call in message["tool_calls"]:
-            check_type(call, dict, problem)
     if isinstance(content, list):
-        content = join_parts(content)
-    if content is None and "tool_calls" in message:
-        content = ""
-    check_type(content, str, "content must be text")
-    check_type(message.get("reasoning_content", ""), str, "reasoning_content must be text")
+        content, thoughts_in_parts = split_parts(content)
+        thoughts += thoughts_in_parts
+        if len(content) < 2:
+            content = "".join(part["text"] for part in content)
+    if thoughts:
+        message["reasoning_content"] = thoughts[0]
+    if not (content is None and has_generated_fields(message)):
+        check_type(content, (str, list), "content: expected text")
     message["content"] = content
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
@@ -661,12 +804,48 @@ def tool_call_id(n):
     return f"call{n:05}"
 
 
-def join_parts(parts):
-    """[{"type": "text", "text": "..."}, ...] -> str. Other lists are returned as they are."""
+def normalize_call(call):
+    """A tool call as servers give it to templates, without null fields:
+
+        {"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}
+    """
+    problem = "tool_calls: expected objects"
+    check_type(call, dict, problem)
+    call = {key: value for key, value in call.items() if value is not None}
+    if "function" not in call:
+        outside = {key: call[key] for key in ("type", "id") if key in call}
+        inside = {key: value for key, value in call.items() if key not in outside}
+        call = outside | {"function": inside}
+    check_type(call["function"], dict, problem)
+    function = {key: value for key, value in call["function"].items() if value is not None}
+    function["arguments"] = function.get("arguments") or {}
+    return {"type": "function"} | call | {"function": function}
+
+
+def split_parts(parts):
+    """A content's parts -> its text parts, and the texts of its thoughts. UserError for images.
+
+        [{"type": "thinking", "thinking": "a"}, {"value": "b"}, "c"]
+            -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], ["a"]
+    """
     texts = []
+    thoughts = []
     for part in parts:
-        texts.append(part.get("text", part.get("value")) if isinstance(part, dict) else part)
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
+        if isinstance(part, str):
+            part = {"text": part}
+        check_type(part, dict, "content: expected parts that are objects")
+        kind = part.get("type") or "text"
+        text = part.get("text", part.get("value"))
+        if kind in REASONING_KEYS:
+            text = part.get(kind, text)
+        elif kind not in ("text", "input_text", "output_text"):
+            raise UserError(f"content: a part of type {kind} cannot be trained on, only text")
+        check_type(text, str, f"content: expected text in a part of type {kind}")
+        if kind in REASONING_KEYS:
+            thoughts.append(text)
+        else:
+            texts.append({"type": "text", "text": text})
+    return texts, ["".join(thoughts)] if thoughts else []
 
 
 def parse_weight(d, keys):
@@ -705,14 +884,30 @@ PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
+MISSING = object()           # content that a message does not have, unlike null
+THOUGHTS_END = "</think>"
+# Warnings: what a record holds and its rendered text does not
+VANISHED = {key: f"the chat template does not write {name} of a record; another data.chat_template may"
+            for key, name in (
+                ("tools", "the tools"), ("documents", "the documents"), ("call", "a tool call"),
+                ("reasoning", "the reasoning"), ("system", "a system message"),
+                ("user", "a user's message"), ("assistant", "an assistant's message"),
+                ("tool", "the output of a tool"))}
+UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def template_text(tok, cfg):
     """The jinja text of data.chat_template."""
     name = cfg["data"]["chat_template"]
+    if name in tok.templates:
+        return tok.templates[name]
+    if tok.templates and not name and not tok.template:
+        raise UserError(f"data.chat_template: must name one of the model's templates, none of which "
+                        f"is the default: {', '.join(tok.templates)}")
     if name not in ("", "chatml"):
-        problem = "neither chatml nor a readable file: "
+        names = ", ".join(["chatml", *tok.templates])
+        problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
     if tok.template and not name:
@@ -728,50 +923,144 @@ def template_text(tok, cfg):
     return PLAIN
 
 
-def load_template(tok, cfg):
-    """template_text(), compiled. An error names the file that the template is from."""
-    text = template_text(tok, cfg)
+def template_texts(tok, cfg):
+    """[template_text(), and the template of chats with tools if the model has one of its own]"""
+    texts = [template_text(tok, cfg)]
+    if "tool_use" in tok.templates and not cfg["data"]["chat_template"]:
+        texts.append(tok.templates["tool_use"])
+    return texts
+
+
+def load_template(tok, cfg, now=None):
+    """template_texts(), compiled. An error names the file that the template is from.
+
+    now  see compile_template
+    """
+    texts = template_texts(tok, cfg)
     place = cfg["data"]["chat_template"] or "built-in template"
     if tok.folder and not cfg["data"]["chat_template"]:
         for name in reversed(TEMPLATE_FILES):
             if (tok.folder / name).is_file():
                 place = tok.folder / name
     with error_context(place, (ValueError, RecursionError)):    # jinja2 raises both
-        return compile_template(text)
+        template = compile_template(texts[0], now)
+        if len(texts) > 1:
+            template.tool_use = compile_template(texts[1], now)
+    return template
+
+
+def template_fingerprint(tok, cfg):
+    """What the rendering of a chat depends on, besides the chat. "" if there is no template."""
+    data = cfg["data"]
+    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
+    if not (data["chat_template"] or tok.template or has_built_in):
+        return ""
+    texts = template_texts(tok, cfg)
+    return fingerprint(texts, tok.names, data["date"] if reads_clock(texts) else None)
+
+
+def reads_clock(texts):
+    return any("strftime_now" in text for text in texts)
+
+
+def fixed_time(cfg):
+    """The time of templates that read the clock: data.date, or today's midnight."""
+    date = cfg["data"]["date"]
+    with error_context("data.date", ValueError, "must be a date like 2026-01-31: "):
+        time = datetime.fromisoformat(date) if date else datetime.now()
+    return time.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 @dataclasses.dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
     jinja: object                # jinja2.Template
-    writes_tool_calls: bool
+    text: str
+    variables: set               # names of those that it reads
+    tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
+
+    def __post_init__(self):
+        self.call_forms = {}                             # see call_form()
+        self.vanished = {}                               # see find_vanished()
 
     @functools.cached_property
-    def takes_json_arguments(self):
-        """Does it write a tool call's arguments that are given as JSON text as they are?"""
-        return '{"a": 1}' in (self.render_call('{"a": 1}') or "")
+    def takes_text(self):
+        """False if it writes contents only if they are lists of parts, as vision models' do."""
+        parts = [{"type": "text", "text": "first"}]
+        return "first" in self.try_content("first") or "first" not in self.try_content(parts)
 
     @functools.cached_property
-    def takes_object_arguments(self):
-        """False if it refuses them, and writes JSON text."""
-        return self.render_call({"a": 1}) is not None or not self.takes_json_arguments
+    def part_separator(self):
+        """(What it writes between two parts of a content, whether it strips each part)."""
+        texts = ("first ", " second")
+        text = self.try_content([{"type": "text", "text": text} for text in texts])
+        between = re.search("first(.*)second", text, re.DOTALL)
+        if not between or "'" in between[1]:             # it takes no parts, or writes Python
+            return "", False
+        return between[1].strip(" "), not between[1].startswith(" ")
 
-    def render_call(self, arguments):
-        """Render a chat with a tool call. None if the template raises an exception."""
+    def join_parts(self, parts):
+        separator, strips = self.part_separator
+        texts = [part["text"].strip() if strips else part["text"] for part in parts]
+        return separator.join(texts)
+
+    @functools.cached_property
+    def reasoning_keys(self):
+        """The names under which it gets reasoning: two for every template, as in transformers."""
+        others = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
+        return {"reasoning_content", "thinking", *others}
+
+    def call_form(self, content, is_json):
+        """How the template writes a message with tool calls: (its content, arguments as JSON?).
+
+        content  the message's: null, empty, or another text
+        is_json  are its arguments JSON text?
+
+        Some templates look for null content, or need arguments as an object. The first form is
+        taken in which name and arguments are in the text; the given one if there is none.
+        """
+        key = (content if not content else "text", is_json)
+        if key not in self.call_forms:
+            # MISSING is what transformers makes of null
+            contents = {None: (MISSING, None, ""), "": ("", MISSING, None)}.get(content, (content,))
+            forms = [(c, j) for c in contents for j in (is_json, not is_json)]
+            fitting = [form for form in forms if self.writes_call(*form)]
+            self.call_forms[key] = (fitting or [(content, is_json)])[0]
+        form, is_json = self.call_forms[key]
+        return content if content else form, is_json
+
+    def writes_call(self, content, is_json):
+        arguments = {"first": "second"}
+        if is_json:
+            arguments = to_json(arguments)
         call = {"type": "function", "id": "call00001",
-                "function": {"name": "f", "arguments": arguments}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        messages = [{"role": "user", "content": "a"}, answer]
+                "function": {"name": "example", "arguments": arguments}}
+        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+        text = self.try_render([{"role": "user", "content": "a"}, without_missing(answer)])
+        # 'first' would be Python's spelling of an object, "None" of null
+        if "None" in text or "'first'" in text:
+            return False
+        return to_json({"first": "second"}) in text if is_json else "first" in text
+
+    def try_content(self, content):
+        return self.try_render([{"role": "user", "content": content}])
+
+    def try_render(self, messages):
+        """Render messages. "" if the template raises an exception."""
         try:
             return self.jinja.render(messages=messages, bos_token="", eos_token="")
         except Exception:
-            return None
+            return ""
 
 
-def compile_template(text):
-    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on."""
+def compile_template(text, now=None):
+    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on.
+
+    now  the time of templates that read the clock, instead of the clock's
+    """
     import jinja2
     import jinja2.ext
+    import jinja2.meta
     import jinja2.sandbox
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -786,15 +1075,18 @@ def compile_template(text):
                               extensions=[jinja2.ext.loopcontrols])
     environment.filters["mark_generation"] = mark_generation
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
-                               tools=None, documents=None)
+    environment.globals.update(raise_exception=raise_exception,
+                               strftime_now=now.strftime if now else strftime_now)
+    source = GENERATION_TAG.sub(filter_tag, text)
     try:
-        jinja = environment.from_string(GENERATION_TAG.sub(filter_tag, text))
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        environment.globals.update(tools=None, documents=None)
+        jinja = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(jinja, "tool_calls" in text)
+    return ChatTemplate(jinja, text, variables - {"messages", "add_generation_prompt"})
 
 
 def filter_tag(match):
@@ -824,14 +1116,27 @@ def strftime_now(form):
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
-    names = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or "",
-                         "add_generation_prompt": add_generation_prompt}
+    variables = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or ""} | variables
+    messages = [template_message(template, message) for message in messages]
     # a template may raise any of Python's exceptions
     with error_context("the chat template refuses these messages", Exception):
-        marked = template.jinja.render(messages=messages, **names, **variables)
+        marked = template.jinja.render(messages=messages, **variables,
+                                       add_generation_prompt=add_generation_prompt)
     parts = marked.split(GENERATION_MARK)                # outside, inside, outside, ...
     ends = list(itertools.accumulate(map(len, parts)))
     return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
+
+
+def template_message(template, message):
+    """A message of normalize_message() as the template expects it."""
+    message = {key: value for key, value in message.items() if key != "weight"}
+    content = message.get("content")
+    if isinstance(content, str) and not template.takes_text:
+        message["content"] = [{"type": "text", "text": content}]
+    if message.get("reasoning_content"):
+        for key in template.reasoning_keys:
+            message[key] = message["reasoning_content"]
+    return message
 
 
 @dataclasses.dataclass
@@ -843,6 +1148,7 @@ class Rendering:
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
     literals: list               # [(start, end)]: the first characters of spelled special tokens
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages."""
@@ -850,20 +1156,35 @@ class Rendering:
                       **self.variables)[0]
 
 
-def render_messages(template, tok, messages, add_generation_prompt=False, **variables):
+def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
+                    chat_template_kwargs=None, **variables):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
-    For the latter, they are rendered once more with each spelled token broken by a mark:
+    columns               of the record; those that are variables of the template are given to it
+    chat_template_kwargs  other variables
+    variables             tools, documents
+
+    For the spelled tokens, they are rendered once more with each spelled token broken by a mark:
 
         message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
-    messages = prepare_tool_calls(template, messages)
+    if template.tool_use and variables.get("tools"):
+        template = template.tool_use
+    variables = variables | (chat_template_kwargs or {})
+    given = variables
+    variables = {key: value for key, value in ((columns or {}) | given).items()
+                 if key in template.variables}
+    messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     if SURROGATES.search(text):
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     rendering = Rendering(template, tok, messages, variables, text, generated, [])
+    if not add_generation_prompt:
+        rendering.warnings += find_vanished(rendering, given)
+        for name in given.keys() - template.variables - VANISHED.keys():
+            rendering.warnings.append((UNUSED, f"{name}={given[name]!r:.60}"))
     values = [messages, variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
@@ -897,40 +1218,159 @@ def map_strings(function, value):
     return value
 
 
-def prepare_tool_calls(template, messages):
-    """Give tool calls the form that the template writes.
+class Marker:
+    """Ends texts with marks that are found in a rendering, and remembers what it marked.
 
-    Arguments become an object, or JSON text, if the template needs it. A template without tool
-    calls gets them as content, so that nothing is lost.
+    Marks are letters and digits, which no template escapes.
+    """
+    PREFIX = f"q{os.urandom(8).hex()}x"
+
+    def __init__(self):
+        self.parts = []          # [(key of VANISHED, index of the message or None, text)]
+
+    def mark(self, key, i, text):
+        self.parts.append((key, i, text))
+        return f"{text}{self.PREFIX}{len(self.parts) - 1}z"
+
+    def mark_values(self, key, i, value):
+        """A JSON value with marks in its texts, and in the names of its objects' values."""
+        if isinstance(value, str):
+            return self.mark(key, i, value)
+        if isinstance(value, list):
+            return [self.mark_values(key, i, item) for item in value]
+        if isinstance(value, dict):
+            return {self.mark(key, i, name): self.mark_values(key, i, item)
+                    for name, item in value.items()}
+        return value
+
+    def mark_message(self, i, message):
+        marked = dict(message)
+        content = message.get("content")
+        if content:
+            thoughts, end, words = content.rpartition(THOUGHTS_END)
+            if end:
+                thoughts = self.mark("reasoning", i, thoughts)
+            if words.strip():
+                words = self.mark(message["role"], i, words)
+            marked["content"] = thoughts + end + words
+        if message.get("reasoning_content"):
+            marked["reasoning_content"] = self.mark("reasoning", i, message["reasoning_content"])
+        if message.get("tool_calls"):
+            marked["tool_calls"] = [self.mark_call(i, call) for call in message["tool_calls"]]
+        return marked
+
+    def mark_call(self, i, call):
+        function = dict(call["function"])
+        if isinstance(function.get("name"), str):
+            function["name"] = self.mark("call", i, function["name"])
+        arguments = function["arguments"]
+        is_json = isinstance(arguments, str)
+        if is_json:
+            with contextlib.suppress(ValueError, RecursionError):    # else it is one text
+                arguments = json.loads(arguments)
+        arguments = self.mark_values("call", i, arguments)
+        function["arguments"] = to_json(arguments) if is_json else arguments
+        return call | {"function": function}
+
+    def mark_tool(self, tool):
+        function = tool.get("function")
+        if not isinstance(function, dict):
+            return tool
+        marked = dict(function)
+        for key in ("name", "description"):
+            if isinstance(function.get(key), str):
+                marked[key] = self.mark("tools", None, function[key])
+        return tool | {"function": marked}
+
+    def is_in(self, n, text):
+        return f"{self.PREFIX}{n}z" in text
+
+
+def find_vanished(rendering, given):
+    """Return what messages, tools and documents hold and the text does not: [(warning, example)].
+
+    given  the variables, also those that the template does not read
+
+    All are rendered once more with a mark in each text. This is done once for all chats with the
+    same parts: the same roles with and without reasoning, calls and so on.
+    """
+    template = rendering.template
+    marker = Marker()
+    messages = [marker.mark_message(i, message) for i, message in enumerate(rendering.messages)]
+    options = rendering.variables.copy()
+    for key in ("tools", "documents"):
+        options.pop(key, None)
+    variables = options.copy()
+    if given.get("tools"):
+        variables["tools"] = [marker.mark_tool(tool) for tool in given["tools"]]
+    if given.get("documents"):
+        variables["documents"] = marker.mark_values("documents", None, given["documents"])
+    parts = marker.parts
+    shape = (to_json(options), *[part[:2] for part in parts])
+    if shape not in template.vanished:
+        try:
+            text, _ = render(template, rendering.tok, messages, **variables)
+        except UserError:                                # the template looks into what is marked
+            text = "".join(f"{marker.PREFIX}{n}z" for n in range(len(parts)))
+        template.vanished[shape] = [n for n in range(len(parts)) if not marker.is_in(n, text)]
+    vanished = {}
+    for n in template.vanished[shape]:
+        key, i, text = parts[n]
+        place = "" if i is None else f"message {i + 1}: "
+        vanished.setdefault(key, f"{place}{text!r:.60}")
+    # templates drop the reasoning of earlier turns on purpose
+    reasoning = [n for n in range(len(parts)) if parts[n][0] == "reasoning"]
+    if not set(reasoning) <= set(template.vanished[shape]):
+        vanished.pop("reasoning", None)
+    return [(VANISHED[key], example) for key, example in vanished.items()]
+
+
+def prepare_messages(template, messages):
+    """Give contents and tool calls the form that the template writes.
+
+    A template without tool calls gets them as content, so that nothing is lost.
     """
     prepared = []
     for message in messages:
-        calls = [prepare_call(template, call) for call in message.get("tool_calls") or []]
-        if calls and template.writes_tool_calls:
-            message = message | {"tool_calls": calls}
+        content = message.get("content")
+        calls = message.get("tool_calls")
+        if isinstance(content, list):
+            content = template.join_parts(content)
+            message = message | {"content": content}
+        if calls and "tool_calls" not in template.text:
+            texts = [content] if content else []
+            for call in calls:
+                texts.append(to_json(with_arguments(call, as_json=False)["function"]))
+            message = message | {"content": "\n".join(texts), "tool_calls": None}
         elif calls:
-            texts = [to_json(call.get("function", call)) for call in calls]
-            content = "\n".join(filter(None, [message["content"], *texts]))
-            message = message | {"content": content, "tool_calls": None}
+            message = prepare_calls(template, message)
         prepared.append(message)
     return prepared
 
 
-def prepare_call(template, call):
-    """A tool call with its arguments as the template needs them."""
-    function = call.get("function", call)
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and not template.takes_json_arguments:
-        with contextlib.suppress(ValueError, RecursionError):    # else the template writes the text
+def prepare_calls(template, message):
+    """A message with tool calls in the form that the template writes."""
+    calls = message["tool_calls"]
+    is_json = isinstance(calls[0]["function"]["arguments"], str)
+    content, as_json = template.call_form(message.get("content"), is_json)
+    calls = [with_arguments(call, as_json) for call in calls]
+    return without_missing(message | {"content": content, "tool_calls": calls})
+
+
+def with_arguments(call, as_json):
+    """A tool call with its arguments as JSON text, or as an object."""
+    arguments = call["function"]["arguments"]
+    is_json = isinstance(arguments, str)
+    if is_json and not as_json:
+        with contextlib.suppress(ValueError, RecursionError):    # else it stays text
             arguments = json.loads(arguments)
-    elif isinstance(arguments, dict) and not template.takes_object_arguments:
+    elif as_json and not is_json:
         arguments = to_json(arguments)
-    else:
-        return call
-    function = function | {"arguments": arguments}
-    return call | {"function": function} if "function" in call else function
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def without_missing(message):
+    return {key: value for key, value in message.items() if value is not MISSING}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -944,6 +1384,7 @@ class BaseTokenizer:
     added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
     bos, eos  texts of special tokens
     template  jinja text of the model's chat template
+    templates {name: jinja text}, if the model has several
     folder    where the Hugging Face files are
     names     {"pad_token": text, ...}, which templates may use
     nfc       text is first brought to Unicode's composed form (Qwen)
@@ -953,6 +1394,7 @@ class BaseTokenizer:
     bos: str = None
     eos: str = None
     template: str = None
+    templates: dict = dataclasses.field(default_factory=dict)
     folder: Path = None
     names: dict = dataclasses.field(default_factory=dict)
     nfc: bool = False
@@ -1255,12 +1697,14 @@ def huggingface_tokenizer(path):
     config = read_json_object(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
-        template = read_template(path.parent, config)
+        templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
         names = token_names(spec, config)
         files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": template, "folder": path.parent, "names": names}
+                 "template": templates.get("default"), "folder": path.parent, "names": names}
+        if len(templates) > 1 or "default" not in templates:
+            files["templates"] = templates
         for key in ("bos", "eos"):
             text = names.get(f"{key}_token")
             files[key] = text if text in files["special"] else None
@@ -1281,19 +1725,23 @@ def package_tokenizer(path, spec, files, problem):
     return tok
 
 
-def read_template(folder, config):
-    """The chat template of a model's folder, or None. A file of its own comes first."""
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        return read_text(template_file)
-    template = config.get("chat_template")
-    place = folder / "tokenizer_config.json"
-    if isinstance(template, list):                           # several: [{"name", "template"}, ...]
-        named = [t["template"] for t in template if t["name"] == "default"]
-        template = named[0] if named else None
-    if template is not None:
-        check_type(template, str, f"{place}: chat_template must be text")
-    return template
+def read_templates(folder, config):
+    """The chat templates of a model's folder by name. Files of their own come first."""
+    templates = {}
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = read_text(folder / "chat_template.jinja")
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = read_text(file)
+    in_config = config.get("chat_template")
+    if templates or in_config is None:
+        return templates
+    if isinstance(in_config, list):                          # [{"name", "template"}, ...]
+        templates = {item["name"]: item["template"] for item in in_config}
+    else:
+        templates = {"default": in_config}
+    for template in templates.values():
+        check_type(template, str, f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+    return templates
 
 
 def token_names(spec, config):
@@ -1309,7 +1757,8 @@ def token_names(spec, config):
     if pieces:
         names["bos_token"] = pieces[0].get("SpecialToken", {}).get("id")
         names["eos_token"] = pieces[-1].get("SpecialToken", {}).get("id")
-    for key, token in config.items():
+    extra = config.get("extra_special_tokens")
+    for key, token in (config | (extra if isinstance(extra, dict) else {})).items():
         text = token.get("content") if isinstance(token, dict) else token
         if key.endswith("_token") and isinstance(text, str):
             names[key] = text
@@ -1449,6 +1898,9 @@ def save_tokenizer(tok, folder, chat_template):
                      "merges.txt"):
             if (tok.folder / name).is_file():
                 shutil.copyfile(tok.folder / name, folder / name)
+        templates = tok.folder / "additional_chat_templates"
+        if templates.is_dir() and chat_template in (None, tok.template):
+            shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
     if config_file.is_file():
         config = read_json_object(config_file)
     else:
@@ -1492,6 +1944,12 @@ def spell(token):
 
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
+
+@dataclasses.dataclass
+class Report:
+    """What encode_chat() finds out about a chat besides ids and loss weights."""
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+
 
 def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
@@ -1619,7 +2077,8 @@ def find_span_alone(rendering, i, after, opening):
     return (start, end) if start < end else None
 
 
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables):
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, warnings=(), report=None,
+                **variables):
     """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
 
     messages   as from normalize_record
@@ -1627,9 +2086,13 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables
                of them; "everything": all text except the outputs of tools. Templates with
                {% generation %} say themselves where the turns are
     weight     a factor of all loss weights
-    variables  for the template: tools
+    warnings   of normalize_record
+    report     a Report to fill
+    variables  for the template, see render_messages: tools
     """
     rendering = render_messages(template, tok, messages, **variables)
+    if report:
+        report.warnings += [*warnings, *rendering.warnings]
     spans = weighted_spans(rendering, train_on)
     spans = [(start, end, value) for start, end, value in spans if start < end and value]
     borders = [border for start, end, _ in spans for border in (start, end)]
@@ -1740,6 +2203,7 @@ class Encoded:
     lengths: np.ndarray          # [D] in tokens
     counts: collections.Counter
     problems: list               # error messages of skipped records
+    warnings: dict = dataclasses.field(default_factory=dict)     # {kind: [count, example]}
 
 
 @dataclasses.dataclass
@@ -1760,11 +2224,12 @@ def encode_chunk(chunk, context):
         return EncodedPart(chunk.file, *document, chunk.ends)
     documents = []
     problems = []
+    warnings = {}
     counts = collections.Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
-            documents += encode_record(record, place, context, counts)
+            documents += encode_record(record, place, context, counts, warnings)
         except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
@@ -1772,10 +2237,18 @@ def encode_chunk(chunk, context):
                 raise
             counts["skipped"] += 1
             problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems[:3])
+    encoded = concat_documents(documents, context, chunk.file, counts, problems[:3])
+    encoded.warnings = warnings
+    return encoded
 
 
-def encode_record(record, place, context, counts):
+def add_warnings(total, warnings):
+    """Add {kind: [count, example]} to another; the first example of a kind stays."""
+    for kind, (count, example) in warnings.items():
+        total.setdefault(kind, [0, example])[0] += count
+
+
+def encode_record(record, place, context, counts, warnings):
     """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several."""
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
@@ -1784,9 +2257,13 @@ def encode_record(record, place, context, counts):
     if "text" in record:
         return split_windows(*encode_text(context.tok, **record), seq_len)
     template = context.template
+    report = Report()
+    options = context.source["chat_template_kwargs"] | record.pop("chat_template_kwargs", {})
     with error_context(place):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
-                                   **record)
+                                   chat_template_kwargs=options, report=report, **record)
+    for kind, example in report.warnings:
+        add_warnings(warnings, {kind: [1, f"{place}: {example}"]})
     counts["chats"] += 1
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
@@ -1905,6 +2382,7 @@ class TokenWriter:
         self.files["offsets"].write(np.zeros(1, np.int64))
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
+        self.warnings = {}
         self.n_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
                  "cut_away", "skipped")
@@ -1924,6 +2402,7 @@ class TokenWriter:
         self.counts["trained"] += int(np.count_nonzero(encoded.weights))
         self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
         self.problems = (self.problems + encoded.problems)[:3]
+        add_warnings(self.warnings, encoded.warnings)
 
     def widen_weights(self):
         """Write what is in weights.bin again, as float16."""
@@ -1972,10 +2451,12 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, source)
+        if writer.counts["chats"] and reads_clock(template_texts(tok, cfg)):
+            fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
                   "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
-                  "problems": writer.problems, **writer.counts}
+                  "problems": writer.problems, "warnings": writer.warnings, **writer.counts}
         (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
         os.replace(building, folder)
     except OSError as error:
@@ -1993,14 +2474,13 @@ def fingerprint_source(cfg, source, tok, files):
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
-    template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels")
     options = [data[key] for key in keys]
     return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
-            "template": fingerprint(template),
-            "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
+            "template": template_fingerprint(tok, cfg),
+            "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
+                                   source["chat_template_kwargs"])}
 
 
 def check_not_empty(writer, name, source):
@@ -2063,6 +2543,8 @@ def load_datasets(cfg, tok=None, quiet=False):
         for name, source in cfg["data"][kind].items():
             folder = tokenize_source(cfg, f"{kind}.{name}", source, tok, quiet)
             datasets[kind][name] = Tokens(folder)
+            if not quiet:
+                print_warnings(f"data.{kind}.{name}", datasets[kind][name].header)
     split = cfg["data"]["validation_split"]
     if split:
         for name, tokens in list(datasets["train"].items()):
@@ -2073,6 +2555,12 @@ def load_datasets(cfg, tok=None, quiet=False):
             datasets["train"][name] = Tokens(tokens.folder, 0, n_train)
             datasets["validation"][name] = Tokens(tokens.folder, n_train)
     return datasets
+
+
+def print_warnings(name, header):
+    for kind, (count, example) in header["warnings"].items():
+        print(f"warning: {name}: {kind} ({count:,} of {header['chats']:,} chats; {example})",
+              file=sys.stderr, flush=True)
 
 
 def count_held_out(split, name, n_documents):

@@ -686,7 +686,7 @@ def test_chats_in_a_column_of_a_csv(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("text\na\nb,c\n", ["a.csv, line 3", "more fields"]), ("a\nb\n", ["a.csv, line 2", "known"]),
     ('text\na\n"b" c\n', ["a.csv, line 3", "not valid CSV"]), ('text\n"a', ["a.csv", "not valid CSV"]),
-    ("text\n\udcff\n", ["a.csv", "not valid CSV"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
+    ("text\n\udcff\n", ["a.csv", "not valid CSV"]), ("prompt,completion\na\n", ["a.csv, line 2: completion: expected text, got null"]),
     ("", ["nothing to train on"])])
 def test_bad_csv_is_named_with_its_line(tmp_path, text, words):
     (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -716,7 +716,7 @@ def test_json_in_strings_is_parsed():
     messages = chat("a", "b")
     record = {"messages": json.dumps(messages), "tools": json.dumps([{"name": "f"}])}
     got = T.normalize_record(record, "x")
-    assert [m["content"] for m in got["messages"]] == ["a", "b"] and got["tools"] == [{"name": "f"}]
+    assert [m["content"] for m in got["messages"]] == ["a", "b"] and got["tools"] == [{"type": "function", "function": {"name": "f"}}]
     call = json.dumps([{"function": {"name": "f", "arguments": {}}}])
     answer = {"role": "assistant", "content": None, "tool_calls": call}
     got = T.normalize_record({"messages": [messages[0], answer]}, "x")
@@ -834,9 +834,8 @@ def test_a_hub_dataset_without_network_or_library_is_one_line(hub, tmp_path, mon
 
 def test_tojson_takes_the_options_of_transformers():
     template = T.compile_template("{{ messages | tojson(ensure_ascii=True, indent=1, separators=(',', '='), sort_keys=True) }}")
-    text, _ = T.render(template, BYTES, {"b": "é<", "a": 1})
-    assert text == '{\n "a"=1,\n "b"="\\u00e9<"\n}'
-    assert T.render(T.compile_template("{{ messages | tojson }}"), BYTES, ["é<"])[0] == '["é<"]'
+    assert template.jinja.render(messages={"b": "é<", "a": 1}) == '{\n "a"=1,\n "b"="\\u00e9<"\n}'
+    assert T.compile_template("{{ messages | tojson }}").jinja.render(messages=["é<"]) == '["é<"]'
 
 
 def test_tool_calls_without_function_and_tools_as_json_texts():
@@ -844,7 +843,7 @@ def test_tool_calls_without_function_and_tools_as_json_texts():
                                   "{{ c.arguments | tojson }}{% endfor %}{% endfor %}")
     answer = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}
     got = T.normalize_record({"messages": [*chat("?"), answer], "tools": [json.dumps({"name": "f"})]}, "x")
-    assert BYTES.decode(T.encode_chat(BYTES, template, **got)[0]) == '[{"name": "f"}]{"a": 1}'
+    assert BYTES.decode(T.encode_chat(BYTES, template, **got)[0]) == '[{"type": "function", "function": {"name": "f"}}]{"a": 1}'
 
 
 def test_empty_and_null_columns_are_skipped():

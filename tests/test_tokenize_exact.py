@@ -305,9 +305,9 @@ def test_function_calls_and_tools_of_conversations():
     ids, mask = T.encode_chat(BYTES, CHATML, **got)                  # a template that knows no calls: nothing is lost
     assert spans(BYTES, ids, mask) == [f"{call}<|im_end|>", "It is 4.<|im_end|>"]
     for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"),
-                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls must be a list"),
+                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls is no JSON"),
                        ({"role": "assistant", "content": "x", "reasoning_content": 3},
-                        "reasoning_content must be text")):
+                        "reasoning_content: expected text, got int 3")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
             T.normalize_record({"messages": [bad]}, "x")
     with pytest.raises(ValueError, match="tools is no JSON"):

@@ -536,8 +536,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
                  "documents", "chat_template_kwargs"}
 # warnings: what a record holds and what is trained on does not contain
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
-                    "the source trains on the text")
-MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, and only its text is trained on"
+                    "the source trains on the text, shape=chat says that this is right")
+MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
 
 
 def normalize_record(record, place, shape="auto"):
@@ -559,6 +559,9 @@ def normalize_record(record, place, shape="auto"):
             normalized = {"text": record["text"]}
         else:
             normalized = normalize_chat(record)
+            if shape == "auto" and record.get("text"):
+                warning = (TEXT_BESIDE_CHAT, f"{record['text']!r:.60}")
+                normalized.setdefault("warnings", []).append(warning)
         weight = parse_weight(record, RECORD_WEIGHT_KEYS)
         if weight != 1:
             normalized["weight"] = weight
@@ -643,18 +646,13 @@ def normalize_chat(record):
         tools.append(normalize_tool(tool))
     drop_null_arguments(messages, tools)
     scalars = {key: value for key, value in record.items() if isinstance(value, (str, int, float))}
-    warnings = []
-    if record.get("text"):
-        warnings.append((TEXT_BESIDE_CHAT, f"{record['text']!r:.60}"))
-    for key in MEDIA_KEYS:
-        if record.get(key):
-            warnings.append((MEDIA_BESIDE_CHAT, key))
+    documents = record.get("documents") if isinstance(record.get("documents"), list) else []
     chat = {
         "tools": tools,
-        "documents": parse_column(record, "documents", list, "a list of documents"),
+        "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
         "columns": {key: scalars[key] for key in scalars.keys() - SHAPE_COLUMNS},
-        "warnings": warnings}
+        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]}
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 
@@ -723,21 +721,23 @@ def normalize_tool(tool):
     """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
     tool = without_nulls(parse_json(tool, "tools is no JSON"))
     check_type(tool, dict, "tools: expected objects")
-    if "function" not in tool and "name" in tool:
-        tool = {"function": {key: value for key, value in tool.items() if key != "type"}}
-    function = tool.get("function")
-    if isinstance(function, dict) and isinstance(function.get("parameters"), str):
-        function["parameters"] = parse_json(function["parameters"], "tools: parameters is no JSON")
-    return {"type": "function"} | tool if isinstance(function, dict) else tool
+    if "function" not in tool:
+        tool = {"function": {key: value for key, value in tool.items()
+                             if (key, value) != ("type", "function")}}
+    check_type(tool["function"], dict, "tools: expected objects")
+    parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
+    if parameters is not None:
+        tool["function"]["parameters"] = parameters
+    return {"type": "function"} | tool
 
 
 def drop_null_arguments(messages, tools):
     """Drop null arguments of calls whose tool does not have them: they are Arrow's, in JSON."""
     properties = {}
     for tool in tools:
-        function = tool.get("function")
-        if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
-            properties[function.get("name")] = function["parameters"].get("properties") or {}
+        parameters = tool["function"].get("parameters")
+        if isinstance(parameters, dict):
+            properties[tool["function"].get("name")] = parameters.get("properties") or {}
     for message in messages:
         for call in message.get("tool_calls") or []:
             function = call["function"]
@@ -884,7 +884,6 @@ PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
-MISSING = object()           # content that a message does not have, unlike null
 THOUGHTS_END = "</think>"
 # Warnings: what a record holds and its rendered text does not
 VANISHED = {key: f"the chat template does not write {name} of a record; another data.chat_template may"
@@ -978,10 +977,7 @@ class ChatTemplate:
     text: str
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-
-    def __post_init__(self):
-        self.call_forms = {}                             # see call_form()
-        self.vanished = {}                               # see find_vanished()
+    vanished: dict = dataclasses.field(default_factory=dict)     # see find_vanished()
 
     @functools.cached_property
     def takes_text(self):
@@ -995,7 +991,7 @@ class ChatTemplate:
         texts = ("first ", " second")
         text = self.try_content([{"type": "text", "text": text} for text in texts])
         between = re.search("first(.*)second", text, re.DOTALL)
-        if not between or "'" in between[1]:             # it takes no parts, or writes Python
+        if not between or '"type"' in between[1].replace("'", '"'):      # Python or JSON
             return "", False
         return between[1].strip(" "), not between[1].startswith(" ")
 
@@ -1010,37 +1006,17 @@ class ChatTemplate:
         others = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
         return {"reasoning_content", "thinking", *others}
 
-    def call_form(self, content, is_json):
-        """How the template writes a message with tool calls: (its content, arguments as JSON?).
-
-        content  the message's: null, empty, or another text
-        is_json  are its arguments JSON text?
-
-        Some templates look for null content, or need arguments as an object. The first form is
-        taken in which name and arguments are in the text; the given one if there is none.
-        """
-        key = (content if not content else "text", is_json)
-        if key not in self.call_forms:
-            # MISSING is what transformers makes of null
-            contents = {None: (MISSING, None, ""), "": ("", MISSING, None)}.get(content, (content,))
-            forms = [(c, j) for c in contents for j in (is_json, not is_json)]
-            fitting = [form for form in forms if self.writes_call(*form)]
-            self.call_forms[key] = (fitting or [(content, is_json)])[0]
-        form, is_json = self.call_forms[key]
-        return content if content else form, is_json
-
     def writes_call(self, content, is_json):
+        """Does it write a call beside {"content": ...}, with its arguments as they should be?"""
         arguments = {"first": "second"}
-        if is_json:
-            arguments = to_json(arguments)
-        call = {"type": "function", "id": "call00001",
-                "function": {"name": "example", "arguments": arguments}}
-        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
-        text = self.try_render([{"role": "user", "content": "a"}, without_missing(answer)])
-        # 'first' would be Python's spelling of an object, "None" of null
-        if "None" in text or "'first'" in text:
+        text = to_json(arguments)
+        function = {"name": "example", "arguments": text if is_json else arguments}
+        call = {"type": "function", "id": "call00001", "function": function}
+        answer = {"role": "assistant", "tool_calls": [call]} | content
+        written = self.try_render([{"role": "user", "content": "a"}, answer])
+        if "None" in written or "'first'" in written:    # Python's spelling of null and objects
             return False
-        return to_json({"first": "second"}) in text if is_json else "first" in text
+        return (text if is_json else "first") in written
 
     def try_content(self, content):
         return self.try_render([{"role": "user", "content": content}])
@@ -1219,7 +1195,7 @@ def map_strings(function, value):
 
 
 class Marker:
-    """Ends texts with marks that are found in a rendering, and remembers what it marked.
+    """Ends texts with marks that can be found in a rendering, and remembers what it marked.
 
     Marks are letters and digits, which no template escapes.
     """
@@ -1229,61 +1205,36 @@ class Marker:
         self.parts = []          # [(key of VANISHED, index of the message or None, text)]
 
     def mark(self, key, i, text):
+        if not text.strip():
+            return text
         self.parts.append((key, i, text))
         return f"{text}{self.PREFIX}{len(self.parts) - 1}z"
 
-    def mark_values(self, key, i, value):
-        """A JSON value with marks in its texts, and in the names of its objects' values."""
-        if isinstance(value, str):
-            return self.mark(key, i, value)
-        if isinstance(value, list):
-            return [self.mark_values(key, i, item) for item in value]
-        if isinstance(value, dict):
-            return {self.mark(key, i, name): self.mark_values(key, i, item)
-                    for name, item in value.items()}
-        return value
+    def find_missing(self, text):
+        return [n for n in range(len(self.parts)) if f"{self.PREFIX}{n}z" not in text]
 
     def mark_message(self, i, message):
         marked = dict(message)
-        content = message.get("content")
-        if content:
-            thoughts, end, words = content.rpartition(THOUGHTS_END)
-            if end:
-                thoughts = self.mark("reasoning", i, thoughts)
-            if words.strip():
-                words = self.mark(message["role"], i, words)
-            marked["content"] = thoughts + end + words
+        if message.get("content"):
+            thoughts, end, words = message["content"].rpartition(THOUGHTS_END)
+            thoughts = self.mark("reasoning", i, thoughts)
+            marked["content"] = thoughts + end + self.mark(message["role"], i, words)
         if message.get("reasoning_content"):
             marked["reasoning_content"] = self.mark("reasoning", i, message["reasoning_content"])
         if message.get("tool_calls"):
-            marked["tool_calls"] = [self.mark_call(i, call) for call in message["tool_calls"]]
+            mark = functools.partial(self.mark, "call", i)
+            marked["tool_calls"] = []
+            for call in message["tool_calls"]:
+                function = {key: map_strings(mark, value)
+                            for key, value in call["function"].items()}
+                marked["tool_calls"].append(call | {"function": function})
         return marked
 
-    def mark_call(self, i, call):
-        function = dict(call["function"])
-        if isinstance(function.get("name"), str):
-            function["name"] = self.mark("call", i, function["name"])
-        arguments = function["arguments"]
-        is_json = isinstance(arguments, str)
-        if is_json:
-            with contextlib.suppress(ValueError, RecursionError):    # else it is one text
-                arguments = json.loads(arguments)
-        arguments = self.mark_values("call", i, arguments)
-        function["arguments"] = to_json(arguments) if is_json else arguments
-        return call | {"function": function}
-
-    def mark_tool(self, tool):
-        function = tool.get("function")
-        if not isinstance(function, dict):
-            return tool
-        marked = dict(function)
-        for key in ("name", "description"):
-            if isinstance(function.get(key), str):
-                marked[key] = self.mark("tools", None, function[key])
-        return tool | {"function": marked}
-
-    def is_in(self, n, text):
-        return f"{self.PREFIX}{n}z" in text
+    def mark_values(self, key, value, names):
+        """An object with marks in the texts that have these names."""
+        texts = {name: self.mark(key, None, value[name]) for name in names
+                 if isinstance(value.get(name), str)}
+        return value | texts
 
 
 def find_vanished(rendering, given):
@@ -1301,18 +1252,20 @@ def find_vanished(rendering, given):
     for key in ("tools", "documents"):
         options.pop(key, None)
     variables = options.copy()
-    if given.get("tools"):
-        variables["tools"] = [marker.mark_tool(tool) for tool in given["tools"]]
-    if given.get("documents"):
-        variables["documents"] = marker.mark_values("documents", None, given["documents"])
+    for tool in given.get("tools", []):
+        function = marker.mark_values("tools", tool["function"], ("name", "description"))
+        variables.setdefault("tools", []).append(tool | {"function": function})
+    for document in given.get("documents", []):
+        document = marker.mark_values("documents", document, document)
+        variables.setdefault("documents", []).append(document)
     parts = marker.parts
     shape = (to_json(options), *[part[:2] for part in parts])
     if shape not in template.vanished:
         try:
             text, _ = render(template, rendering.tok, messages, **variables)
+            template.vanished[shape] = marker.find_missing(text)
         except UserError:                                # the template looks into what is marked
-            text = "".join(f"{marker.PREFIX}{n}z" for n in range(len(parts)))
-        template.vanished[shape] = [n for n in range(len(parts)) if not marker.is_in(n, text)]
+            template.vanished[shape] = []
     vanished = {}
     for n in template.vanished[shape]:
         key, i, text = parts[n]
@@ -1332,29 +1285,46 @@ def prepare_messages(template, messages):
     """
     prepared = []
     for message in messages:
-        content = message.get("content")
-        calls = message.get("tool_calls")
-        if isinstance(content, list):
-            content = template.join_parts(content)
-            message = message | {"content": content}
-        if calls and "tool_calls" not in template.text:
-            texts = [content] if content else []
-            for call in calls:
-                texts.append(to_json(with_arguments(call, as_json=False)["function"]))
-            message = message | {"content": "\n".join(texts), "tool_calls": None}
-        elif calls:
+        if isinstance(message.get("content"), list):
+            message = message | {"content": template.join_parts(message["content"])}
+        if message.get("tool_calls"):
             message = prepare_calls(template, message)
         prepared.append(message)
     return prepared
 
 
 def prepare_calls(template, message):
-    """A message with tool calls in the form that the template writes."""
+    content = message.get("content")
     calls = message["tool_calls"]
+    if "tool_calls" not in template.text:
+        texts = [content] if content else []
+        for call in calls:
+            texts.append(to_json(with_arguments(call, as_json=False)["function"]))
+        return message | {"content": "\n".join(texts), "tool_calls": None}
     is_json = isinstance(calls[0]["function"]["arguments"], str)
-    content, as_json = template.call_form(message.get("content"), is_json)
-    calls = [with_arguments(call, as_json) for call in calls]
-    return without_missing(message | {"content": content, "tool_calls": calls})
+    form, as_json = find_call_form(template, content and "text", is_json)
+    if not content:
+        message = {key: value for key, value in message.items() if key != "content"} | form
+    return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
+
+
+@functools.lru_cache(maxsize=1000)
+def find_call_form(template, content, is_json):
+    """The form in which a template writes tool calls: ({"content": ...} or {}, arguments as JSON?).
+
+    content  of the message that has them: null, empty, or another text
+    is_json  are the arguments JSON text?
+
+    Some templates look for null content, or need arguments as an object. The given form is returned
+    if they are written in none. Null content is left out as in transformers.
+    """
+    given = {} if content is None else {"content": content}
+    forms = [given] if content else [given, {}, {"content": None}, {"content": ""}]
+    for form in forms:
+        for as_json in (is_json, not is_json):
+            if template.writes_call(form, as_json):
+                return form, as_json
+    return given, is_json
 
 
 def with_arguments(call, as_json):
@@ -1367,10 +1337,6 @@ def with_arguments(call, as_json):
     elif as_json and not is_json:
         arguments = to_json(arguments)
     return call | {"function": call["function"] | {"arguments": arguments}}
-
-
-def without_missing(message):
-    return {key: value for key, value in message.items() if value is not MISSING}
 
 
 # --------------------------------------------------------------------------------------------------

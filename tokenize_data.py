@@ -626,8 +626,9 @@ def find_pair(record):
     return next(iter(filled + pairs), None)
 
 
-def is_filled(record, keys):
-    return all(record[key] not in (None, "") for key in keys)
+def is_filled(record, pair):
+    prompt, response = (record[key] for key in pair)
+    return prompt is not None and response not in (None, "")
 
 
 def normalize_chat(record):
@@ -645,13 +646,14 @@ def normalize_chat(record):
     for tool in parse_column(record, "tools", list, "a list of tools"):
         tools.append(normalize_tool(tool))
     drop_null_arguments(messages, tools)
-    scalars = {key: value for key, value in record.items() if isinstance(value, (str, int, float))}
+    columns = {key: value for key, value in record.items()
+               if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
     documents = record.get("documents") if isinstance(record.get("documents"), list) else []
     chat = {
         "tools": tools,
         "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
-        "columns": {key: scalars[key] for key in scalars.keys() - SHAPE_COLUMNS},
+        "columns": columns,
         "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]}
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
@@ -725,6 +727,7 @@ def normalize_tool(tool):
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
     check_type(tool["function"], dict, "tools: expected objects")
+    check_type(tool["function"].get("name", ""), str, "tools: expected a name that is text")
     parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
     if parameters is not None:
         tool["function"]["parameters"] = parameters
@@ -736,8 +739,8 @@ def drop_null_arguments(messages, tools):
     properties = {}
     for tool in tools:
         parameters = tool["function"].get("parameters")
-        if isinstance(parameters, dict):
-            properties[tool["function"].get("name")] = parameters.get("properties") or {}
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            properties[tool["function"].get("name")] = parameters["properties"]
     for message in messages:
         for call in message.get("tool_calls") or []:
             function = call["function"]
@@ -766,7 +769,7 @@ def normalize_message(turn, n):
     if role in CALL_ROLES:
         calls = parse_function_calls(content, n)
         content = None
-    elif turn.get("function_call"):                      # OpenAI's older form
+    elif turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
         calls = parse_function_calls(turn["function_call"], n)
     else:
         calls = parse_column(turn, "tool_calls", list, "a list of objects")
@@ -818,6 +821,7 @@ def normalize_call(call):
         call = outside | {"function": inside}
     check_type(call["function"], dict, problem)
     function = {key: value for key, value in call["function"].items() if value is not None}
+    check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     function["arguments"] = function.get("arguments") or {}
     return {"type": "function"} | call | {"function": function}
 
@@ -923,9 +927,13 @@ def template_text(tok, cfg):
 
 
 def template_texts(tok, cfg):
-    """[template_text(), and the template of chats with tools if the model has one of its own]"""
+    """[template_text(), and that of chats with tools if the model has another one]; [] if none."""
+    name = cfg["data"]["chat_template"]
+    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
+    if not (name or tok.template or has_built_in):
+        return []
     texts = [template_text(tok, cfg)]
-    if "tool_use" in tok.templates and not cfg["data"]["chat_template"]:
+    if "tool_use" in tok.templates and not name:
         texts.append(tok.templates["tool_use"])
     return texts
 
@@ -935,7 +943,7 @@ def load_template(tok, cfg, now=None):
 
     now  see compile_template
     """
-    texts = template_texts(tok, cfg)
+    texts = template_texts(tok, cfg) or [template_text(tok, cfg)]
     place = cfg["data"]["chat_template"] or "built-in template"
     if tok.folder and not cfg["data"]["chat_template"]:
         for name in reversed(TEMPLATE_FILES):
@@ -948,18 +956,8 @@ def load_template(tok, cfg, now=None):
     return template
 
 
-def template_fingerprint(tok, cfg):
-    """What the rendering of a chat depends on, besides the chat. "" if there is no template."""
-    data = cfg["data"]
-    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
-    if not (data["chat_template"] or tok.template or has_built_in):
-        return ""
-    texts = template_texts(tok, cfg)
-    return fingerprint(texts, tok.names, data["date"] if reads_clock(texts) else None)
-
-
-def reads_clock(texts):
-    return any("strftime_now" in text for text in texts)
+def reads_clock(tok, cfg):
+    return any("strftime_now" in text for text in template_texts(tok, cfg))
 
 
 def fixed_time(cfg):
@@ -1145,12 +1143,12 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
         message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
+    given = variables
+    options = chat_template_kwargs or {}
+    variables = (columns or {}) | options | given
     if template.tool_use and variables.get("tools"):
         template = template.tool_use
-    variables = variables | (chat_template_kwargs or {})
-    given = variables
-    variables = {key: value for key, value in ((columns or {}) | given).items()
-                 if key in template.variables}
+    variables = {key: value for key, value in variables.items() if key in template.variables}
     messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     if SURROGATES.search(text):
@@ -1159,8 +1157,8 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     rendering = Rendering(template, tok, messages, variables, text, generated, [])
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
-        for name in given.keys() - template.variables - VANISHED.keys():
-            rendering.warnings.append((UNUSED, f"{name}={given[name]!r:.60}"))
+        unused = [name for name in options if name not in template.variables]
+        rendering.warnings += [(UNUSED, f"{name}={options[name]!r:.60}") for name in unused]
     values = [messages, variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
@@ -1240,7 +1238,7 @@ class Marker:
 def find_vanished(rendering, given):
     """Return what messages, tools and documents hold and the text does not: [(warning, example)].
 
-    given  the variables, also those that the template does not read
+    given  {"tools": ..., "documents": ...}, if there are some
 
     All are rendered once more with a mark in each text. This is done once for all chats with the
     same parts: the same roles with and without reasoning, calls and so on.
@@ -2403,7 +2401,10 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     files = find_files(cfg, name, source)
     fingerprints = fingerprint_source(cfg, source, tok, files)
     label = name.partition(".")[2]
-    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints)}"
+    # a source that was tokenized on another day keeps its date, unless data.date sets one
+    has_date = reads_clock(tok, cfg)
+    set_date = data["date"] if has_date else ""
+    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
     if (folder / "header.json").is_file():
         return folder
     context = Context(cfg, source, tok)
@@ -2417,7 +2418,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, source)
-        if writer.counts["chats"] and reads_clock(template_texts(tok, cfg)):
+        if writer.counts["chats"] and has_date:
             fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
@@ -2444,7 +2445,7 @@ def fingerprint_source(cfg, source, tok, files):
             "ignore_index", "shift_labels")
     options = [data[key] for key in keys]
     return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
-            "template": template_fingerprint(tok, cfg),
+            "template": fingerprint(template_texts(tok, cfg), tok.names),
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
                                    source["chat_template_kwargs"])}
 

@@ -962,6 +962,7 @@ def test_normalize_a_text_beside_a_chat_is_no_silent_choice():
     assert [kind for kind, _ in T.normalize_record(record, "x")["warnings"]] == [T.TEXT_BESIDE_CHAT]
     assert "warnings" not in T.normalize_record(record, "x", "chat")
     assert T.normalize_record({"text": "c", "prompt": "", "completion": None}, "x") == {"text": "c"}
+    assert "messages" in T.normalize_record({"instruction": "", "input": "a", "output": "b", "text": "c"}, "x")
 
 
 @pytest.mark.parametrize("answer", [
@@ -1105,7 +1106,7 @@ def test_tokenize_warnings_are_counted_and_said_again_for_cached_sources(tmp_pat
 
 
 def test_tokenize_fixes_the_date_of_templates_that_read_the_clock(tmp_path):
-    """The date is that of the tokenizing or data.date, is recorded, and is no part of the fingerprint unless it is given."""
+    """The date is that of the tokenizing or data.date, and is recorded, so that a resumed run knows that it has changed."""
     from datetime import date
     (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y %H:%M') }}{% for m in messages %}|{{ m.content }}{% endfor %}")
     path = write(tmp_path, [{"messages": chat("a", "b")}])
@@ -1115,17 +1116,20 @@ def test_tokenize_fixes_the_date_of_templates_that_read_the_clock(tmp_path):
     assert BYTES.decode(today.document(0)[0]) == date.today().strftime("%d %b %Y 00:00|a|b")
     leap = load_one(tmp_path, path, template, "data.date=2024-02-29")
     assert BYTES.decode(leap.document(0)[0]) == "29 Feb 2024 00:00|a|b" and leap.header["fingerprints"]["date"] == "2024-02-29"
+    assert load_one(tmp_path, path, template).folder == today.folder != leap.folder
+    same = load_one(tmp_path, path, template, f"data.date={date.today()}")
+    assert same.header["fingerprints"] == today.header["fingerprints"]
     wrong(["data.date: must be a date like 2026-01-31"], load_one, tmp_path, path, template, "data.date=today")
     plain = load_one(tmp_path, path)
     assert "date" not in plain.header["fingerprints"] and load_one(tmp_path, path, "data.date=2024-02-29").folder == plain.folder
 
 
-def test_template_fingerprint_holds_the_names_of_special_tokens(tmp_path):
+def test_fingerprint_source_holds_the_names_of_special_tokens(tmp_path):
     tok = T.bytes_tokenizer()
     cfg = cfg_for(tmp_path, "x")
-    before = T.template_fingerprint(tok, cfg)
+    before = T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"]
     tok.names = {"pad_token": "<pad>"}
-    assert T.template_fingerprint(tok, cfg) != before
+    assert T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"] != before
 
 
 def test_normalize_pictures_beside_a_chat_are_reported():

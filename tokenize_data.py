@@ -584,11 +584,13 @@ def parse_record(record):
     return record
 
 
-def without_nulls(value):
+def without_nulls(value, kept=()):
+    """A JSON value without the null fields of its objects, except those named in `kept`."""
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: without_nulls(item, kept) for key, item in value.items()
+                if item is not None or key in kept}
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        return [without_nulls(item, kept) for item in value]
     return value
 
 
@@ -612,7 +614,7 @@ def parse_column(record, key, expected, description):
 
 
 def has_chat(record):
-    """Does a record hold a chat? If it has a text, too, that is the chat as another model's."""
+    """Does a record hold a chat? A text beside it, as Alpaca has one, is the rendered chat."""
     if any(record.get(key) for key in MESSAGE_KEYS):
         return True
     pair = find_pair(record)
@@ -721,7 +723,8 @@ def parse_turns(value, key):
 
 def normalize_tool(tool):
     """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
-    tool = without_nulls(parse_json(tool, "tools is no JSON"))
+    # of JSON schema's fields only a default can be null: others are Arrow's, in JSON
+    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default",))
     check_type(tool, dict, "tools: expected objects")
     if "function" not in tool:
         tool = {"function": {key: value for key, value in tool.items()
@@ -890,12 +893,12 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
 # Warnings: what a record holds and its rendered text does not
-VANISHED = {key: f"the chat template does not write {name} of a record; another data.chat_template may"
-            for key, name in (
-                ("tools", "the tools"), ("documents", "the documents"), ("call", "a tool call"),
-                ("reasoning", "the reasoning"), ("system", "a system message"),
-                ("user", "a user's message"), ("assistant", "an assistant's message"),
-                ("tool", "the output of a tool"))}
+WHAT_VANISHES = {"tools": "the tools", "documents": "the documents", "call": "a tool call",
+                 "reasoning": "the reasoning", "system": "a system message",
+                 "user": "a user's message", "assistant": "an assistant's message",
+                 "tool": "the output of a tool"}
+VANISHED = {key: f"the chat template does not write {what} of a record; another data.chat_template "
+                 "may" for key, what in WHAT_VANISHES.items()}
 UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -906,7 +909,7 @@ def template_text(tok, cfg):
     if name in tok.templates:
         return tok.templates[name]
     if tok.templates and not name and not tok.template:
-        raise UserError(f"data.chat_template: must name one of the model's templates, none of which "
+        raise UserError("data.chat_template: must name one of the model's templates, of which none "
                         f"is the default: {', '.join(tok.templates)}")
     if name not in ("", "chatml"):
         names = ", ".join(["chatml", *tok.templates])

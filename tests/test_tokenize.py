@@ -988,13 +988,14 @@ def test_normalize_tools_and_calls_in_all_forms_render_alike(answer, tool):
 
 def test_normalize_null_columns_of_arrow_are_left_out():
     """Arrow gives all structs of a column the same keys. In JSON, null of an argument that the tool has is kept."""
-    tool = {"name": "f", "parameters": {"properties": {"a": {"type": ["null", "string"]}, "b": None}}}
+    tool = {"name": "f", "parameters": {"properties": {"a": {"type": ["null", "string"], "default": None, "enum": None}, "b": None}}}
     call = {"name": "f", "arguments": {"a": None, "b": None}}
     record = {"messages": [*chat("q"), {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}], "tools": [tool]}
     from_arrow = T.normalize_record(record, "x")
     assert from_arrow["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
     assert "b" not in from_arrow["tools"][0]["function"]["parameters"]["properties"]
     from_json = T.normalize_record(json.dumps(record).encode(), "x")
+    assert from_json["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": ["null", "string"], "default": None}}
     assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None}}
 
 

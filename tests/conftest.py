@@ -8,7 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")                        # as trai
 
 import pytest
 
-import configs
+import configs, launch
 
 REALDATA = Path(os.environ.get("REALDATA", ROOT.parent / "shared" / "realdata"))
 
@@ -37,11 +37,17 @@ def realdata():
 
 @pytest.fixture(scope="session")
 def script():
-    """script("model.py", "data/base") -> the finished process, its output as text."""
+    """script("model.py", "data/base") -> the finished process, its output as text.
+
+    The first word may also be "torchrun", or an option of Python.
+    """
     def call(*args, cwd=ROOT, timeout=300, **env):
         command = ["-m", "torch.distributed.run", *args[1:]] if args[0] == "torchrun" else args
-        return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=os.environ | env,
-                              capture_output=True, text=True, timeout=timeout)
+        if str(command[0]) in ("-c", "-X"):                            # about what is imported
+            return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=os.environ | env,
+                                  capture_output=True, text=True, timeout=timeout)
+        done, = launch.run(command, cwd, timeout, **env)
+        return done
     return call
 
 

@@ -1,6 +1,6 @@
 """checkpoint.py: a checkpoint exists complete or not at all (guarantee 4); runs are not mixed (8).
 
-This file is also what the ranks of its tests run: torchrun tests/test_checkpoint.py JOB FOLDER
+This file is also what the ranks of its tests run: tests/test_checkpoint.py JOB FOLDER
 """
 import json
 import os
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configs
+import launch
 import model as M
 import shard
 
@@ -121,9 +122,9 @@ if __name__ == "__main__":
                           {"device": "cpu", "dtype": "float32"}, *sys.argv[1:])
 
 
-def on_two_ranks(script, job, folder):
-    done = script("torchrun", "--nproc_per_node", 2, "tests/test_checkpoint.py", job, folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+def on_two_ranks(job, folder):
+    for done in launch.run_ranks(2, ["tests/test_checkpoint.py", job, folder]):
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,27 +151,36 @@ def again(loaded, *more):
 
 def test_saver_killed_at_any_moment_leaves_complete_checkpoints(tmp_path):
     """A process that only saves is killed at random moments; what has its final name verifies."""
-    code = ("import sys, torch, checkpoint\n"
+    code = ("import os, sys, torch, checkpoint\n"
+            "torch.set_num_threads(1)\n"                # forks have no threads
             "model = torch.nn.Linear(300_000, 1, bias=False)\n"
             "torch.nn.init.ones_(model.weight)\n"
             "optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)\n"
             "model(torch.ones(300_000)).backward()\n"
             "optimizer.step()\n"
-            "print('go', flush=True)\n"
-            "step = int(sys.argv[2])\n"
-            "saver = checkpoint.Saver(sys.argv[1], 2, print)\n"
-            "while True:\n"
-            "    step += 1\n"
-            "    saver.save(model, optimizer, {}, {'step': step})\n")
+            "for step in map(int, sys.stdin):\n"
+            "    pid = os.fork()\n"
+            "    if pid > 0:\n"
+            "        print(pid, flush=True)\n"
+            "        os.wait()\n"
+            "        print('killed', flush=True)\n"
+            "        continue\n"
+            "    saver = checkpoint.Saver(sys.argv[1], 2, print)\n"
+            "    while True:\n"
+            "        step += 1\n"
+            "        saver.save(model, optimizer, {}, {'step': step})\n")
     rng = random.Random(0)
     step = 0
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path, str(step)], cwd=ROOT,
-                                   stdout=subprocess.PIPE)
-        process.stdout.readline()
+        print(step, file=process.stdin, flush=True)
+        pid = int(process.stdout.readline())
+        while step == 0 and not checkpoint.list_checkpoints(tmp_path):
+            time.sleep(0.01)                             # the first kill follows the first save
         time.sleep(rng.uniform(0.01, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(pid, signal.SIGKILL)
+        assert process.stdout.readline() == "killed\n"
         checkpoints = checkpoint.list_checkpoints(tmp_path)
         for folder in checkpoints:
             state = checkpoint.verify(folder)
@@ -180,7 +190,8 @@ def test_saver_killed_at_any_moment_leaves_complete_checkpoints(tmp_path):
             assert (tmp_path / "checkpoints" / "latest" / "state.json").is_file()
             assert state["step"] >= step
             step = state["step"]
-    assert step > 0
+    process.stdin.close()
+    assert step > 0 and process.wait() == 0
 
 
 def test_saver_removes_what_a_killed_process_left(finished):
@@ -227,9 +238,9 @@ def test_saver_reports_an_error_in_the_thread(tmp_path, capsys):
     assert "rank 0, NotADirectoryError" in capsys.readouterr().out
 
 
-def test_saver_exchanges_errors_between_ranks(script, tmp_path):
+def test_saver_exchanges_errors_between_ranks(tmp_path):
     """An error of any rank in any stage ends the save on all ranks; the next one succeeds."""
-    on_two_ranks(script, "fail_on_rank_1", tmp_path)
+    on_two_ranks("fail_on_rank_1", tmp_path)
 
 
 def test_commit_fsyncs_every_file_before_the_rename(tmp_path, monkeypatch):
@@ -404,12 +415,12 @@ def test_load_checkpoint_returns_the_sampler_state(tmp_path):
         assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
 
 
-def test_load_checkpoint_moves_factored_state_between_layouts(script, tmp_path):
+def test_load_checkpoint_moves_factored_state_between_layouts(tmp_path):
     """2 shards -> 1 rank and 2 shards, 1 rank -> 2 shards; the files are the same bytes."""
     model = small_model()
     optimizer = Factored(model.parameters())
     assert save(tmp_path / "one", model, optimizer)
-    on_two_ranks(script, "move_sharded", tmp_path)
+    on_two_ranks("move_sharded", tmp_path)
     for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
         one, two = (tmp_path / n / "checkpoints" / "latest" / file for n in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()

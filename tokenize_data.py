@@ -111,7 +111,8 @@ def one_line(error):
 
 def check_type(value, expected, problem):
     if not isinstance(value, expected):
-        raise UserError(f"{problem}, got {type(value).__name__}")
+        shown = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
+        raise UserError(f"{problem}, got {shown}")
 
 
 def read_json_object(path):
@@ -352,6 +353,7 @@ class Context:
 
     def __post_init__(self):
         self.data = self.cfg["data"]
+        self.now = fixed_time(self.cfg)
         ids = np.arange(self.tok.n_vocab)
         self.never_target = np.isin(ids, self.data["ignore_token_ids"])      # bool [V]
         if self.data["ignore_token_id_range"]:
@@ -361,7 +363,7 @@ class Context:
 
     @functools.cached_property
     def template(self):          # compiled by the first chat: texts need none
-        return load_template(self.tok, self.cfg)
+        return load_template(self.tok, self.cfg, self.now)
 
 
 def read_chunks(file, context):
@@ -661,38 +663,55 @@ READERS = {"jsonl": read_json, "json": read_json, "txt": read_txt, "csv": read_c
 MESSAGE_KEYS = ("messages", "conversations")
 PROMPT_RESPONSE_KEYS = (("instruction", "output"), ("instruction", "response"),
                         ("prompt", "completion"), ("prompt", "response"),
-                        ("question", "answer"), ("query", "response"))
+                        ("question", "answer"), ("question", "response"), ("query", "response"))
 KNOWN_SHAPES = "messages, conversations, text, " + ", ".join(map(" + ".join, PROMPT_RESPONSE_KEYS))
 ROLES = {"user": "user", "human": "user", "system": "system", "developer": "system",
          "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         "chatgpt": "assistant", "function_call": "assistant",
-         "tool": "tool", "observation": "tool", "function_response": "tool"}
+         "chatgpt": "assistant", "function_call": "assistant", "tool_call": "assistant",
+         "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
+         "tool_response": "tool", "ipython": "tool"}
+CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
+# names of an answer's thoughts: the first one that is not empty counts
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 # keys of a message that normalize_message replaces
-REPLACED_KEYS = ("role", "from", "content", "value", *MESSAGE_WEIGHT_KEYS)
+REPLACED_KEYS = ("role", "from", "content", "value", "function_call", "tool_calls",
+                 *MESSAGE_WEIGHT_KEYS, *REASONING_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+# columns of a record that are no variables of a template
+SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_KEYS, *MEDIA_KEYS,
+                 "text", "input", "context", "history", "system", "system_prompt", "tools",
+                 "documents", "chat_template_kwargs"}
+# warnings: what a record holds and what is trained on does not contain
+TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
+                    "the source trains on the text, shape=chat says that this is right")
+MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
 
 
 def normalize_record(record, place, shape="auto"):
     """Return {"text": str}, or {"messages": [{"role", "content", "weight", ...}], ...}.
 
-    The latter may have "tools", and both "weight", a factor of all loss weights. The result holds
-    the keyword arguments of encode_text() or encode_chat().
+    The latter may have "tools", "documents", "chat_template_kwargs", "columns" and "warnings", and
+    both "weight", a factor of all loss weights. The result holds the keyword arguments of
+    encode_text() or encode_chat().
 
     record  JSON as bytes, or what a reader made of it
     place   begins the error message of a bad record
     """
     with error_context(place):
         record = parse_record(record)
-        is_chat = any(record.get(key) for key in MESSAGE_KEYS)
-        has_text = isinstance(record.get("text"), str)
-        if has_text and (shape == "text" or shape == "auto" and not is_chat):
+        if shape == "text" or shape == "auto" and "text" in record and not has_chat(record):
+            if "text" not in record:
+                raise UserError("data shape is text, and this is a chat or of unknown shape")
+            check_type(record["text"], str, "text: expected text")
             normalized = {"text": record["text"]}
-        elif shape == "text":
-            raise UserError("data shape is text, and this is a chat or of unknown shape")
         else:
             normalized = normalize_chat(record)
+            if shape == "auto" and record.get("text"):
+                warning = (TEXT_BESIDE_CHAT, f"{record['text']!r:.60}")
+                normalized.setdefault("warnings", []).append(warning)
         weight = parse_weight(record, RECORD_WEIGHT_KEYS)
         if weight != 1:
             normalized["weight"] = weight
@@ -704,12 +723,25 @@ def parse_record(record):
         if b"\0" in record:
             raise UserError(configs.ZERO_BYTE)
         record = parse_json(record, "not valid JSON")
+    elif isinstance(record, dict):
+        # Arrow gives all structs of a column the same keys; those that a struct lacks are null
+        record = {key: without_nulls(value) for key, value in record.items()}
     if isinstance(record, str):
         record = {"text": record}
     check_type(record, dict, f"expected an object ({KNOWN_SHAPES}) or a string")
     if None in record:                                   # csv.DictReader's mark of a long line
         raise UserError("has more fields than the first line has columns")
     return record
+
+
+def without_nulls(value, kept=()):
+    """A JSON value without the null fields of its objects, except those named in `kept`."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item, kept) for key, item in value.items()
+                if item is not None or key in kept}
+    if isinstance(value, list):
+        return [without_nulls(item, kept) for item in value]
+    return value
 
 
 def parse_json(value, problem):
@@ -720,45 +752,155 @@ def parse_json(value, problem):
         return json.loads(value)
 
 
+def parse_column(record, key, expected, description):
+    """A list or dict, perhaps as JSON text. An empty one if it is missing or null."""
+    value = record.get(key)
+    if isinstance(value, str):
+        value = parse_json(value.strip() or "null", f"{key} is no JSON")
+    if value is None:
+        return expected()
+    check_type(value, expected, f"{key}: expected {description}")
+    return value
+
+
+def has_chat(record):
+    """Does a record hold a chat? A text beside it, as Alpaca has one, is the rendered chat."""
+    if any(record.get(key) for key in MESSAGE_KEYS):
+        return True
+    pair = find_pair(record)
+    return pair is not None and is_filled(record, pair)
+
+
+def find_pair(record):
+    """The pair of PROMPT_RESPONSE_KEYS that a record has, a filled one first; or None."""
+    pairs = [pair for pair in PROMPT_RESPONSE_KEYS if all(key in record for key in pair)]
+    filled = [pair for pair in pairs if is_filled(record, pair)]
+    return next(iter(filled + pairs), None)
+
+
+def is_filled(record, pair):
+    prompt, response = (record[key] for key in pair)
+    return prompt is not None and response not in (None, "")
+
+
 def normalize_chat(record):
-    """{"messages": [...], "tools": [...]}, the latter if the record has some."""
+    """{"messages": [...]}, and with what else of a record the chat template may use."""
+    messages = []
+    for n, turn in enumerate(find_messages(record), 1):
+        with error_context(f"message {n}"):
+            messages.append(normalize_message(turn, n))
+    if record.get("system"):
+        check_type(record["system"], str, "system: expected text")
+        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+    if not messages:
+        raise UserError("a chat without messages")
+    tools = []
+    for tool in parse_column(record, "tools", list, "a list of tools"):
+        tools.append(normalize_tool(tool))
+    drop_null_arguments(messages, tools)
+    columns = {key: value for key, value in record.items()
+               if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
+    documents = record.get("documents") if isinstance(record.get("documents"), list) else []
+    chat = {
+        "tools": tools,
+        "documents": [document for document in documents if isinstance(document, dict)],
+        "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
+        "columns": columns,
+        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]}
+    return {"messages": messages} | {key: value for key, value in chat.items() if value}
+
+
+def find_messages(record):
+    """The messages of a record, as it has them."""
     for key in MESSAGE_KEYS:
         if record.get(key, "") == "":                    # also an empty field of a .csv file
             continue
         turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
         if isinstance(turns, list):
-            break
-    else:
-        turns = prompt_and_response(record)
-    messages = []
-    for n, turn in enumerate(turns, 1):
-        with error_context(f"message {n}"):
-            messages.append(normalize_message(turn, n))
-    if isinstance(record.get("system"), str) and record["system"]:
-        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
-    if not messages:
-        raise UserError("a chat without messages")
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json(tools.strip() or "[]", "tools is no JSON")
-    if not tools:
-        return {"messages": messages}
-    check_type(tools, list, "tools must be a list")
-    return {"messages": messages, "tools": [parse_json(tool, "tools is no JSON") for tool in tools]}
-
-
-def prompt_and_response(record):
-    """The messages of a record like {"instruction": ..., "input": ..., "output": ...}."""
-    for pair in PROMPT_RESPONSE_KEYS:
-        prompt, response = (record.get(key) for key in pair)
-        if isinstance(prompt, str) and isinstance(response, str):
-            if isinstance(record.get("input"), str) and record["input"]:
-                prompt += "\n\n" + record["input"]
-            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return turns
+        if turns is not None:
+            check_type(turns, list, f"{key}: expected a list of messages")
+    pair = find_pair(record)
+    if pair:
+        return prompt_and_response(record, *pair)
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
     raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
                     f"{KNOWN_SHAPES}")
+
+
+def prompt_and_response(record, prompt_key, response_key):
+    """The messages of a record like {"instruction": ..., "input": ..., "output": ...}.
+
+    history  [[prompt, response], ...] of the turns before
+
+    Prompt and response may be lists of messages. Those of the prompt are not targets.
+    """
+    prompt = parse_turns(record[prompt_key], prompt_key)
+    response = parse_turns(record[response_key], response_key)
+    turns = []
+    if record.get("system_prompt"):
+        turns.append({"role": "system", "content": record["system_prompt"]})
+    for n, pair in enumerate(parse_column(record, "history", list, "a list of turns"), 1):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"history: item {n} must be a list of a prompt and a response")
+        turns.append({"role": "user", "content": pair[0]})
+        turns.append({"role": "assistant", "content": pair[1]})
+    if isinstance(prompt, list):
+        turns += [turn | {"weight": 0} for turn in prompt]
+    else:
+        for key in ("input", "context"):
+            if record.get(key):
+                check_type(record[key], str, f"{key}: expected text")
+                prompt += "\n\n" + record[key]
+        turns.append({"role": "user", "content": prompt})
+    if isinstance(response, list):
+        return turns + response
+    return [*turns, {"role": "assistant", "content": response}]
+
+
+def parse_turns(value, key):
+    """A text, or a list of messages, perhaps as JSON text."""
+    turns = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):    # else it is a text
+            turns = json.loads(value)
+    if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
+        return turns
+    check_type(value, str, f"{key}: expected text")
+    return value
+
+
+def normalize_tool(tool):
+    """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
+    # of JSON schema's fields only a default can be null: others are Arrow's, in JSON
+    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default",))
+    check_type(tool, dict, "tools: expected objects")
+    if "function" not in tool:
+        tool = {"function": {key: value for key, value in tool.items()
+                             if (key, value) != ("type", "function")}}
+    check_type(tool["function"], dict, "tools: expected objects")
+    check_type(tool["function"].get("name", ""), str, "tools: expected a name that is text")
+    parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
+    if parameters is not None:
+        tool["function"]["parameters"] = parameters
+    return {"type": "function"} | tool
+
+
+def drop_null_arguments(messages, tools):
+    """Drop null arguments of calls whose tool does not have them: they are Arrow's, in JSON."""
+    properties = {}
+    for tool in tools:
+        parameters = tool["function"].get("parameters")
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            properties[tool["function"].get("name")] = parameters["properties"]
+    for message in messages:
+        for call in message.get("tool_calls") or []:
+            function = call["function"]
+            if isinstance(function["arguments"], dict):
+                known = properties.get(function.get("name"), {})
+                function["arguments"] = {key: value for key, value in function["arguments"].items()
+                                         if value is not None or key in known}
 
 
 def normalize_message(turn, n):
@@ -770,26 +912,33 @@ def normalize_message(turn, n):
         raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
     message = {}
     for key, value in turn.items():
-        is_empty = not value if key in GENERATED_FIELDS else value is None
-        if key not in REPLACED_KEYS and not is_empty:
+        if key not in REPLACED_KEYS and value is not None:
             message[key] = value
-    if role == "function_call":                          # its content is one call, or a list
-        message["tool_calls"] = parse_function_calls(content, n)
+    thoughts = []
+    for key in REASONING_KEYS:
+        if turn.get(key):
+            check_type(turn[key], str, f"{key}: expected text")
+            thoughts.append(turn[key])
+    if role in CALL_ROLES:
+        calls = parse_function_calls(content, n)
         content = None
-    if role in ("observation", "function_response"):
+    elif turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
+        calls = parse_function_calls(turn["function_call"], n)
+    else:
+        calls = parse_column(turn, "tool_calls", list, "a list of objects")
+    if calls:
+        message["tool_calls"] = [normalize_call(call) for call in calls]
+    if ROLES[role] == "tool" and role != "tool":
         message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
-    if "tool_calls" in message:
-        problem = "tool_calls must be a list of objects"
-        message["tool_calls"] = parse_json(message["tool_calls"], problem)
-        check_type(message["tool_calls"], list, problem)
-        for call in message["tool_calls"]:
-            check_type(call, dict, problem)
     if isinstance(content, list):
-        content = join_parts(content)
-    if content is None and "tool_calls" in message:
-        content = ""
-    check_type(content, str, "content must be text")
-    check_type(message.get("reasoning_content", ""), str, "reasoning_content must be text")
+        content, thoughts_in_parts = split_parts(content)
+        thoughts += thoughts_in_parts
+        if len(content) < 2:
+            content = "".join(part["text"] for part in content)
+    if thoughts:
+        message["reasoning_content"] = thoughts[0]
+    if not (content is None and has_generated_fields(message)):
+        check_type(content, (str, list), "content: expected text")
     message["content"] = content
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
@@ -811,12 +960,49 @@ def tool_call_id(n):
     return f"call{n:05}"
 
 
-def join_parts(parts):
-    """[{"type": "text", "text": "..."}, ...] -> str. Other lists are returned as they are."""
+def normalize_call(call):
+    """A tool call as servers give it to templates, without null fields:
+
+        {"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}
+    """
+    problem = "tool_calls: expected objects"
+    check_type(call, dict, problem)
+    call = {key: value for key, value in call.items() if value is not None}
+    if "function" not in call:
+        outside = {key: call[key] for key in ("type", "id") if key in call}
+        inside = {key: value for key, value in call.items() if key not in outside}
+        call = outside | {"function": inside}
+    check_type(call["function"], dict, problem)
+    function = {key: value for key, value in call["function"].items() if value is not None}
+    check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
+    function["arguments"] = function.get("arguments") or {}
+    return {"type": "function"} | call | {"function": function}
+
+
+def split_parts(parts):
+    """A content's parts -> its text parts, and the texts of its thoughts. UserError for images.
+
+        [{"type": "thinking", "thinking": "a"}, {"value": "b"}, "c"]
+            -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], ["a"]
+    """
     texts = []
+    thoughts = []
     for part in parts:
-        texts.append(part.get("text", part.get("value")) if isinstance(part, dict) else part)
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else parts
+        if isinstance(part, str):
+            part = {"text": part}
+        check_type(part, dict, "content: expected parts that are objects")
+        kind = part.get("type") or "text"
+        text = part.get("text", part.get("value"))
+        if kind in REASONING_KEYS:
+            text = part.get(kind, text)
+        elif kind not in ("text", "input_text", "output_text"):
+            raise UserError(f"content: a part of type {kind} cannot be trained on, only text")
+        check_type(text, str, f"content: expected text in a part of type {kind}")
+        if kind in REASONING_KEYS:
+            thoughts.append(text)
+        else:
+            texts.append({"type": "text", "text": text})
+    return texts, ["".join(thoughts)] if thoughts else []
 
 
 def parse_weight(d, keys):
@@ -858,14 +1044,29 @@ PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
+THOUGHTS_END = "</think>"
+# Warnings: what a record holds and its rendered text does not
+WHAT_VANISHES = {"tools": "the tools", "documents": "the documents", "call": "a tool call",
+                 "reasoning": "the reasoning", "system": "a system message",
+                 "user": "a user's message", "assistant": "an assistant's message",
+                 "tool": "the output of a tool"}
+VANISHED = {key: f"the chat template does not write {what} of a record; another data.chat_template "
+                 "may" for key, what in WHAT_VANISHES.items()}
+UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def template_text(tok, cfg):
     """The jinja text of data.chat_template."""
     name = cfg["data"]["chat_template"]
+    if name in tok.templates:
+        return tok.templates[name]
+    if tok.templates and not name and not tok.template:
+        raise UserError("data.chat_template: must name one of the model's templates, of which none "
+                        f"is the default: {', '.join(tok.templates)}")
     if name not in ("", "chatml"):
-        problem = "neither chatml nor a readable file: "
+        names = ", ".join(["chatml", *tok.templates])
+        problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
     if tok.template and not name:
@@ -881,51 +1082,115 @@ def template_text(tok, cfg):
     return PLAIN
 
 
-def load_template(tok, cfg):
-    """template_text(), compiled. An error names the file that the template is from."""
-    text = template_text(tok, cfg)
+def template_texts(tok, cfg):
+    """[template_text(), and that of chats with tools if the model has another one]; [] if none."""
+    name = cfg["data"]["chat_template"]
+    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
+    if not (name or tok.template or has_built_in):
+        return []
+    texts = [template_text(tok, cfg)]
+    if "tool_use" in tok.templates and not name:
+        texts.append(tok.templates["tool_use"])
+    return texts
+
+
+def load_template(tok, cfg, now=None):
+    """template_texts(), compiled. An error names the file that the template is from.
+
+    now  see compile_template
+    """
+    texts = template_texts(tok, cfg) or [template_text(tok, cfg)]
     place = cfg["data"]["chat_template"] or "built-in template"
     if tok.folder and not cfg["data"]["chat_template"]:
         for name in reversed(TEMPLATE_FILES):
             if (tok.folder / name).is_file():
                 place = tok.folder / name
     with error_context(place, (ValueError, RecursionError)):    # jinja2 raises both
-        return compile_template(text)
+        template = compile_template(texts[0], now)
+        if len(texts) > 1:
+            template.tool_use = compile_template(texts[1], now)
+    return template
+
+
+def reads_clock(tok, cfg):
+    return any("strftime_now" in text for text in template_texts(tok, cfg))
+
+
+def fixed_time(cfg):
+    """The time of templates that read the clock: data.date, or today's midnight."""
+    date = cfg["data"]["date"]
+    with error_context("data.date", ValueError, "must be a date like 2026-01-31: "):
+        time = datetime.fromisoformat(date) if date else datetime.now()
+    return time.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 @dataclasses.dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
-    text: str                    # as jinja2 compiles it
     jinja: object                # jinja2.Template
-    writes_tool_calls: bool
+    text: str                    # as jinja2 compiles it
+    variables: set               # names of those that it reads
+    tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
+    vanished: dict = dataclasses.field(default_factory=dict)     # see find_vanished()
 
     @functools.cached_property
-    def takes_json_arguments(self):
-        """Does it write a tool call's arguments that are given as JSON text as they are?"""
-        return '{"a": 1}' in (self.render_call('{"a": 1}') or "")
+    def takes_text(self):
+        """False if it writes contents only if they are lists of parts, as vision models' do."""
+        parts = [{"type": "text", "text": "first"}]
+        return "first" in self.try_content("first") or "first" not in self.try_content(parts)
 
     @functools.cached_property
-    def takes_object_arguments(self):
-        """False if it refuses them, and writes JSON text."""
-        return self.render_call({"a": 1}) is not None or not self.takes_json_arguments
+    def part_separator(self):
+        """(What it writes between two parts of a content, whether it strips each part)."""
+        texts = ("first ", " second")
+        text = self.try_content([{"type": "text", "text": text} for text in texts])
+        between = re.search("first(.*)second", text, re.DOTALL)
+        if not between or '"type"' in between[1].replace("'", '"'):      # Python or JSON
+            return "", False
+        return between[1].strip(" "), not between[1].startswith(" ")
 
-    def render_call(self, arguments):
-        """Render a chat with a tool call. None if the template raises an exception."""
-        call = {"type": "function", "id": "call00001",
-                "function": {"name": "f", "arguments": arguments}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
-        messages = [{"role": "user", "content": "a"}, answer]
+    def join_parts(self, parts):
+        separator, strips = self.part_separator
+        texts = [part["text"].strip() if strips else part["text"] for part in parts]
+        return separator.join(texts)
+
+    @functools.cached_property
+    def reasoning_keys(self):
+        """The names under which it gets reasoning: two for every template, as in transformers."""
+        others = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
+        return {"reasoning_content", "thinking", *others}
+
+    def writes_call(self, content, is_json):
+        """Does it write a call beside {"content": ...}, with its arguments as they should be?"""
+        arguments = {"first": "second"}
+        text = to_json(arguments)
+        function = {"name": "example", "arguments": text if is_json else arguments}
+        call = {"type": "function", "id": "call00001", "function": function}
+        answer = {"role": "assistant", "tool_calls": [call]} | content
+        written = self.try_render([{"role": "user", "content": "a"}, answer])
+        if "None" in written or "'first'" in written:    # Python's spelling of null and objects
+            return False
+        return (text if is_json else "first") in written
+
+    def try_content(self, content):
+        return self.try_render([{"role": "user", "content": content}])
+
+    def try_render(self, messages):
+        """Render messages. "" if the template raises an exception."""
         try:
             return self.jinja.render(messages=messages, bos_token="", eos_token="")
         except Exception:
-            return None
+            return ""
 
 
-def compile_template(text):
-    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on."""
+def compile_template(text, now=None):
+    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on.
+
+    now  the time of templates that read the clock, instead of the clock's
+    """
     import jinja2
     import jinja2.ext
+    import jinja2.meta
     import jinja2.sandbox
 
     class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -940,10 +1205,12 @@ def compile_template(text):
                               extensions=[jinja2.ext.loopcontrols])
     environment.filters["mark_generation"] = mark_generation
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
-                               tools=None, documents=None)
+    environment.globals.update(raise_exception=raise_exception,
+                               strftime_now=now.strftime if now else strftime_now)
     text = GENERATION_TAG.sub(filter_tag, text)
     try:
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        environment.globals.update(tools=None, documents=None)
         jinja = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
@@ -951,7 +1218,7 @@ def compile_template(text):
     except SyntaxError as error:             # a {% break %} outside a loop, for example
         raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
-    return ChatTemplate(text, jinja, "tool_calls" in text)
+    return ChatTemplate(jinja, text, variables - {"messages", "add_generation_prompt"})
 
 
 def filter_tag(match):
@@ -981,14 +1248,27 @@ def strftime_now(form):
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
-    names = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or "",
-                         "add_generation_prompt": add_generation_prompt}
+    variables = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or ""} | variables
+    messages = [template_message(template, message) for message in messages]
     # a template may raise any of Python's exceptions
     with error_context("the chat template refuses these messages", Exception):
-        marked = template.jinja.render(messages=messages, **names, **variables)
+        marked = template.jinja.render(messages=messages, **variables,
+                                       add_generation_prompt=add_generation_prompt)
     parts = marked.split(GENERATION_MARK)                # outside, inside, outside, ...
     ends = list(itertools.accumulate(map(len, parts)))
     return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
+
+
+def template_message(template, message):
+    """A message of normalize_message() as the template expects it."""
+    message = {key: value for key, value in message.items() if key != "weight"}
+    content = message.get("content")
+    if isinstance(content, str) and not template.takes_text:
+        message["content"] = [{"type": "text", "text": content}]
+    if message.get("reasoning_content"):
+        for key in template.reasoning_keys:
+            message[key] = message["reasoning_content"]
+    return message
 
 
 @dataclasses.dataclass
@@ -1026,20 +1306,35 @@ class Rendering:
                       **self.variables)[0]
 
 
-def render_messages(template, tok, messages, add_generation_prompt=False, **variables):
+def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
+                    chat_template_kwargs=None, **variables):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
-    For the latter, they are rendered once more with each spelled token broken by a mark:
+    columns               of the record; those that are variables of the template are given to it
+    chat_template_kwargs  other variables
+    variables             tools, documents
+
+    For the spelled tokens, they are rendered once more with each spelled token broken by a mark:
 
         message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
         broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
     """
-    messages = prepare_tool_calls(template, messages)
+    given = variables
+    options = chat_template_kwargs or {}
+    variables = (columns or {}) | options | given
+    if template.tool_use and variables.get("tools"):
+        template = template.tool_use
+    variables = {key: value for key, value in variables.items() if key in template.variables}
+    messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     if SURROGATES.search(text):
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     rendering = Rendering(template, tok, messages, variables, text, generated, [])
+    if not add_generation_prompt:
+        rendering.warnings += find_vanished(rendering, given)
+        unused = [name for name in options if name not in template.variables]
+        rendering.warnings += [(UNUSED, f"{name}={options[name]!r:.60}") for name in unused]
     values = [messages, variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
@@ -1073,40 +1368,149 @@ def map_strings(function, value):
     return value
 
 
-def prepare_tool_calls(template, messages):
-    """Give tool calls the form that the template writes.
+class Marker:
+    """Ends texts with marks that can be found in a rendering, and remembers what it marked.
 
-    Arguments become an object, or JSON text, if the template needs it. A template without tool
-    calls gets them as content, so that nothing is lost.
+    Marks are letters and digits, which no template escapes.
+    """
+    PREFIX = f"q{os.urandom(8).hex()}x"
+
+    def __init__(self):
+        self.parts = []          # [(key of VANISHED, index of the message or None, text)]
+
+    def mark(self, key, i, text):
+        if not text.strip():
+            return text
+        self.parts.append((key, i, text))
+        return f"{text}{self.PREFIX}{len(self.parts) - 1}z"
+
+    def find_missing(self, text):
+        return [n for n in range(len(self.parts)) if f"{self.PREFIX}{n}z" not in text]
+
+    def mark_message(self, i, message):
+        marked = dict(message)
+        if message.get("content"):
+            thoughts, end, words = message["content"].rpartition(THOUGHTS_END)
+            thoughts = self.mark("reasoning", i, thoughts)
+            marked["content"] = thoughts + end + self.mark(message["role"], i, words)
+        if message.get("reasoning_content"):
+            marked["reasoning_content"] = self.mark("reasoning", i, message["reasoning_content"])
+        if message.get("tool_calls"):
+            mark = functools.partial(self.mark, "call", i)
+            marked["tool_calls"] = []
+            for call in message["tool_calls"]:
+                function = {key: map_strings(mark, value)
+                            for key, value in call["function"].items()}
+                marked["tool_calls"].append(call | {"function": function})
+        return marked
+
+    def mark_values(self, key, value, names):
+        """An object with marks in the texts that have these names."""
+        texts = {name: self.mark(key, None, value[name]) for name in names
+                 if isinstance(value.get(name), str)}
+        return value | texts
+
+
+def find_vanished(rendering, given):
+    """Return what messages, tools and documents hold and the text does not: [(warning, example)].
+
+    given  {"tools": ..., "documents": ...}, if there are some
+
+    All are rendered once more with a mark in each text. This is done once for all chats with the
+    same parts: the same roles with and without reasoning, calls and so on.
+    """
+    template = rendering.template
+    marker = Marker()
+    messages = [marker.mark_message(i, message) for i, message in enumerate(rendering.messages)]
+    options = rendering.variables.copy()
+    for key in ("tools", "documents"):
+        options.pop(key, None)
+    variables = options.copy()
+    for tool in given.get("tools", []):
+        function = marker.mark_values("tools", tool["function"], ("name", "description"))
+        variables.setdefault("tools", []).append(tool | {"function": function})
+    for document in given.get("documents", []):
+        document = marker.mark_values("documents", document, document)
+        variables.setdefault("documents", []).append(document)
+    parts = marker.parts
+    shape = (to_json(options), *[part[:2] for part in parts])
+    if shape not in template.vanished:
+        try:
+            text, _ = render(template, rendering.tok, messages, **variables)
+            template.vanished[shape] = marker.find_missing(text)
+        except UserError:                                # the template looks into what is marked
+            template.vanished[shape] = []
+    vanished = {}
+    for n in template.vanished[shape]:
+        key, i, text = parts[n]
+        place = "" if i is None else f"message {i + 1}: "
+        vanished.setdefault(key, f"{place}{text!r:.60}")
+    # templates drop the reasoning of earlier turns on purpose
+    reasoning = [n for n in range(len(parts)) if parts[n][0] == "reasoning"]
+    if not set(reasoning) <= set(template.vanished[shape]):
+        vanished.pop("reasoning", None)
+    return [(VANISHED[key], example) for key, example in vanished.items()]
+
+
+def prepare_messages(template, messages):
+    """Give contents and tool calls the form that the template writes.
+
+    A template without tool calls gets them as content, so that nothing is lost.
     """
     prepared = []
     for message in messages:
-        calls = [prepare_call(template, call) for call in message.get("tool_calls") or []]
-        if calls and template.writes_tool_calls:
-            message = message | {"tool_calls": calls}
-        elif calls:
-            texts = [to_json(call.get("function", call)) for call in calls]
-            content = "\n".join(filter(None, [message["content"], *texts]))
-            message = message | {"content": content, "tool_calls": None}
+        if isinstance(message.get("content"), list):
+            message = message | {"content": template.join_parts(message["content"])}
+        if message.get("tool_calls"):
+            message = prepare_calls(template, message)
         prepared.append(message)
     return prepared
 
 
-def prepare_call(template, call):
-    """A tool call with its arguments as the template needs them."""
-    function = call.get("function", call)
-    if not isinstance(function, dict):
-        return call
-    arguments = function.get("arguments")
-    if isinstance(arguments, str) and not template.takes_json_arguments:
-        with contextlib.suppress(ValueError, RecursionError):    # else the template writes the text
+def prepare_calls(template, message):
+    content = message.get("content")
+    calls = message["tool_calls"]
+    if "tool_calls" not in template.text:
+        texts = [content] if content else []
+        for call in calls:
+            texts.append(to_json(with_arguments(call, as_json=False)["function"]))
+        return message | {"content": "\n".join(texts), "tool_calls": None}
+    is_json = isinstance(calls[0]["function"]["arguments"], str)
+    form, as_json = find_call_form(template, content and "text", is_json)
+    if not content:
+        message = {key: value for key, value in message.items() if key != "content"} | form
+    return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
+
+
+@functools.lru_cache(maxsize=1000)
+def find_call_form(template, content, is_json):
+    """The form in which a template writes tool calls: ({"content": ...} or {}, arguments as JSON?).
+
+    content  of the message that has them: null, empty, or another text
+    is_json  are the arguments JSON text?
+
+    Some templates look for null content, or need arguments as an object. The given form is returned
+    if they are written in none. Null content is left out as in transformers.
+    """
+    given = {} if content is None else {"content": content}
+    forms = [given] if content else [given, {}, {"content": None}, {"content": ""}]
+    for form in forms:
+        for as_json in (is_json, not is_json):
+            if template.writes_call(form, as_json):
+                return form, as_json
+    return given, is_json
+
+
+def with_arguments(call, as_json):
+    """A tool call with its arguments as JSON text, or as an object."""
+    arguments = call["function"]["arguments"]
+    is_json = isinstance(arguments, str)
+    if is_json and not as_json:
+        with contextlib.suppress(ValueError, RecursionError):    # else it stays text
             arguments = json.loads(arguments)
-    elif isinstance(arguments, dict) and not template.takes_object_arguments:
+    elif as_json and not is_json:
         arguments = to_json(arguments)
-    else:
-        return call
-    function = function | {"arguments": arguments}
-    return call | {"function": function} if "function" in call else function
+    return call | {"function": call["function"] | {"arguments": arguments}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1120,6 +1524,7 @@ class BaseTokenizer:
     added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
     bos, eos  texts of special tokens
     template  jinja text of the model's chat template
+    templates {name: jinja text}, if the model has several
     folder    where the Hugging Face files are
     names     {"pad_token": text, ...}, which templates may use
     nfc       text is first brought to Unicode's composed form (Qwen)
@@ -1129,6 +1534,7 @@ class BaseTokenizer:
     bos: str = None
     eos: str = None
     template: str = None
+    templates: dict = dataclasses.field(default_factory=dict)
     folder: Path = None
     names: dict = dataclasses.field(default_factory=dict)
     nfc: bool = False
@@ -1435,12 +1841,14 @@ def huggingface_tokenizer(path):
     config = read_json_object(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
-        template = read_template(path.parent, config)
+        templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
         names = token_names(spec, config)
         files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": template, "folder": path.parent, "names": names}
+                 "template": templates.get("default"), "folder": path.parent, "names": names}
+        if len(templates) > 1 or "default" not in templates:
+            files["templates"] = templates
         for key in ("bos", "eos"):
             text = names.get(f"{key}_token")
             files[key] = text if text in files["special"] else None
@@ -1461,19 +1869,23 @@ def package_tokenizer(path, spec, files, problem):
     return tok
 
 
-def read_template(folder, config):
-    """The chat template of a model's folder, or None. A file of its own comes first."""
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        return read_text(template_file)
-    template = config.get("chat_template")
-    place = folder / "tokenizer_config.json"
-    if isinstance(template, list):                           # several: [{"name", "template"}, ...]
-        named = [t["template"] for t in template if t["name"] == "default"]
-        template = named[0] if named else None
-    if template is not None:
-        check_type(template, str, f"{place}: chat_template must be text")
-    return template
+def read_templates(folder, config):
+    """The chat templates of a model's folder by name. Files of their own come first."""
+    templates = {}
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = read_text(folder / "chat_template.jinja")
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        templates[file.stem] = read_text(file)
+    in_config = config.get("chat_template")
+    if templates or in_config is None:
+        return templates
+    if isinstance(in_config, list):                          # [{"name", "template"}, ...]
+        templates = {item["name"]: item["template"] for item in in_config}
+    else:
+        templates = {"default": in_config}
+    for template in templates.values():
+        check_type(template, str, f"{folder / 'tokenizer_config.json'}: chat_template must be text")
+    return templates
 
 
 def token_names(spec, config):
@@ -1489,7 +1901,8 @@ def token_names(spec, config):
     if pieces:
         names["bos_token"] = pieces[0].get("SpecialToken", {}).get("id")
         names["eos_token"] = pieces[-1].get("SpecialToken", {}).get("id")
-    for key, token in config.items():
+    extra = config.get("extra_special_tokens")
+    for key, token in (config | (extra if isinstance(extra, dict) else {})).items():
         text = token.get("content") if isinstance(token, dict) else token
         if key.endswith("_token") and isinstance(text, str):
             names[key] = text
@@ -1658,6 +2071,9 @@ def save_tokenizer(tok, folder, chat_template):
         for pattern in TOKENIZER_FILES:
             for path in filter(Path.is_file, tok.folder.glob(pattern)):
                 shutil.copyfile(path, folder / path.name)
+        templates = tok.folder / "additional_chat_templates"
+        if templates.is_dir() and chat_template in (None, tok.template):
+            shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
     if config_file.is_file():
         config = read_json_object(config_file)
     else:
@@ -1951,8 +2367,8 @@ def find_missing_tokens(template, tok):
     return ""
 
 
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, report=None,
-                **variables):
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
+                report=None, **variables):
     """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
 
     messages    as from normalize_record
@@ -1961,8 +2377,9 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
                 outputs of tools. Templates with {% generation %} say themselves where turns are
     weight      a factor of all loss weights
     append_eos  append EOS, as a target, if the last answer ends in no token
+    warnings    of normalize_record
     report      a Report to fill
-    variables   for the template: tools
+    variables   for the template, see render_messages: tools
     """
     report = report or Report()
     rendering = render_messages(template, tok, messages, **variables)
@@ -1971,7 +2388,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
     if rendering.literals:
         start, _ = rendering.literals[0]
         rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
-    missing = find_missing_tokens(template, tok)
+    missing = find_missing_tokens(rendering.template, tok)
     if missing:
         rendering.warnings.append((NO_TOKENS, missing))
     if spans:
@@ -1989,7 +2406,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
             else:
                 ends = [rendering.text[start:end][-30:], rendering.text[end:end + 30]]
                 rendering.warnings.append((NO_END, f"{ends[0]!r} before {ends[1]!r}"))
-    report.warnings += rendering.warnings
+    report.warnings += [*warnings, *rendering.warnings]
     return ids, loss_weights
 
 
@@ -2212,9 +2629,11 @@ def encode_record(record, place, context, counts, warnings):
         return split_windows(*encode_text(context.tok, **record, special=special), seq_len)
     template = context.template
     report = Report()
+    options = context.source["chat_template_kwargs"] | record.pop("chat_template_kwargs", {})
     with error_context(place):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
-                                   append_eos=context.data["append_eos"], report=report, **record)
+                                   append_eos=context.data["append_eos"], report=report,
+                                   chat_template_kwargs=options, **record)
     for kind, example in report.warnings:
         add_warning(warnings, kind, 1, f"{place}: {example}")
     counts["chats"] += 1
@@ -2439,7 +2858,10 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     files = find_files(cfg, name, source)
     fingerprints = fingerprint_source(cfg, source, tok, files)
     label = name.partition(".")[2]
-    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints)}"
+    # a source that was tokenized on another day keeps its date, unless data.date sets one
+    has_date = reads_clock(tok, cfg)
+    set_date = data["date"] if has_date else ""
+    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
     if (folder / "header.json").is_file():
         print_warnings(folder, name)
         return folder
@@ -2454,6 +2876,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, source, data["seq_len"])
+        if writer.counts["chats"] and has_date:
+            fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
                   "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
@@ -2498,14 +2922,12 @@ def fingerprint_source(cfg, source, tok, files):
     options = [data[key] for key in keys]
     return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
-                                   source["special"])}
+                                   source["special"], source["chat_template_kwargs"])}
 
 
 def fingerprint_tokenizer(cfg, tok):
-    can_chat = (cfg["data"]["chat_template"] or tok.template or tok.eos
-                or "<|im_end|>" in tok.special)
-    template = template_text(tok, cfg) if can_chat else ""
-    return {"tokenizer": tok.fingerprint, "template": fingerprint(template)}
+    template = fingerprint(template_texts(tok, cfg), tok.names)
+    return {"tokenizer": tok.fingerprint, "template": template}
 
 
 def check_not_empty(writer, name, source, seq_len):

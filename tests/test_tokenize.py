@@ -707,7 +707,8 @@ def test_chats_in_a_column_of_a_csv(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("text\na\nb,c\n", ["a.csv, line 3", "more fields"]), ("a\nb\n", ["a.csv, line 2", "known"]),
     ('text\na\n"b" c\n', ["a.csv, line 3", "not valid CSV"]), ('text\n"a', ["a.csv", "not valid CSV"]),
-    ("text\n\udcff\n", ["a.csv, line 2: not UTF-8", "0xff", "iconv"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
+    ("text\n\udcff\n", ["a.csv, line 2: not UTF-8", "0xff", "iconv"]),
+    ("prompt,completion\na\n", ["a.csv, line 2: completion: expected text, got null"]),
     ("", ["nothing to train on"])])
 def test_bad_csv_is_named_with_its_line(tmp_path, text, words):
     (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -737,7 +738,7 @@ def test_json_in_strings_is_parsed():
     messages = chat("a", "b")
     record = {"messages": json.dumps(messages), "tools": json.dumps([{"name": "f"}])}
     got = T.normalize_record(record, "x")
-    assert [m["content"] for m in got["messages"]] == ["a", "b"] and got["tools"] == [{"name": "f"}]
+    assert [m["content"] for m in got["messages"]] == ["a", "b"] and got["tools"] == [{"type": "function", "function": {"name": "f"}}]
     call = json.dumps([{"function": {"name": "f", "arguments": {}}}])
     answer = {"role": "assistant", "content": None, "tool_calls": call}
     got = T.normalize_record({"messages": [messages[0], answer]}, "x")
@@ -855,9 +856,8 @@ def test_a_hub_dataset_without_network_or_library_is_one_line(hub, tmp_path, mon
 
 def test_tojson_takes_the_options_of_transformers():
     template = T.compile_template("{{ messages | tojson(ensure_ascii=True, indent=1, separators=(',', '='), sort_keys=True) }}")
-    text, _ = T.render(template, BYTES, {"b": "é<", "a": 1})
-    assert text == '{\n "a"=1,\n "b"="\\u00e9<"\n}'
-    assert T.render(T.compile_template("{{ messages | tojson }}"), BYTES, ["é<"])[0] == '["é<"]'
+    assert template.jinja.render(messages={"b": "é<", "a": 1}) == '{\n "a"=1,\n "b"="\\u00e9<"\n}'
+    assert T.compile_template("{{ messages | tojson }}").jinja.render(messages=["é<"]) == '["é<"]'
 
 
 def test_tool_calls_without_function_and_tools_as_json_texts():
@@ -865,7 +865,7 @@ def test_tool_calls_without_function_and_tools_as_json_texts():
                                   "{{ c.arguments | tojson }}{% endfor %}{% endfor %}")
     answer = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": '{"a": 1}'}]}
     got = T.normalize_record({"messages": [*chat("?"), answer], "tools": [json.dumps({"name": "f"})]}, "x")
-    assert BYTES.decode(T.encode_chat(BYTES, template, **got)[0]) == '[{"name": "f"}]{"a": 1}'
+    assert BYTES.decode(T.encode_chat(BYTES, template, **got)[0]) == '[{"type": "function", "function": {"name": "f"}}]{"a": 1}'
 
 
 def test_empty_and_null_columns_are_skipped():
@@ -925,6 +925,244 @@ def test_metadata_of_a_dataset_is_no_data(tmp_path):
     assert len(load_one(tmp_path, folder)) == 1
 
 
+# ---- records and templates as people have them
+
+CALLS = ("{% for t in tools or [] %}T:{{ t | tojson }}\n{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content or '' }}"
+         "{% for c in m.tool_calls or [] %}C:{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}")
+
+
+def rendered(template, record):
+    """(the text of a record in a line of .jsonl, the warnings of what is not in it, without what mends them)"""
+    template = T.compile_template(template) if isinstance(template, str) else template
+    record = T.normalize_record(json.dumps(record).encode(), "x")
+    report = T.Report()
+    ids, _ = T.encode_chat(BYTES, template, report=report, **record)
+    return BYTES.decode(ids), [(kind.split(";")[0], example) for kind, example in report.warnings
+                               if kind in (*T.VANISHED.values(), T.UNUSED)]
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"instruction": "2+3", "input": "", "output": 5}, "output: expected text, got int 5"),
+    ({"text": None}, "text: expected text, got null"), ({"prompt": "a", "completion": None}, "completion: expected text, got null"),
+    ({"messages": 3}, "messages: expected a list of messages, got int 3"),
+    ({"instruction": "a", "input": {"b": 1}, "output": "c"}, "input: expected text, got dict {'b': 1}"),
+    ({"prompt": "a", "response": "b", "history": [["c"]]}, "history: item 1 must be a list of a prompt and a response"),
+    ({"messages": [{"role": "user", "content": 3}]}, "message 1: content: expected text, got int 3"),
+    ({"messages": [{"role": "user", "content": None}]}, "message 1: content: expected text, got null"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning": ["b"]}]}, "reasoning: expected text, got list ['b']"),
+    ({"messages": [{"role": "assistant", "content": "a", "tool_calls": {"name": "f"}}]}, "tool_calls: expected a list of objects, got dict"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]}, "content: a part of type image cannot be trained on"),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": ["f"]}, "tools is no JSON"),
+    ({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object, got list [1]")])
+def test_normalize_names_the_key_and_the_type_that_is_wrong(record, words):
+    wrong(["x: ", words], T.normalize_record, json.dumps(record).encode(), "x")
+
+
+@pytest.mark.parametrize("record, want", [
+    ({"instruction": "c", "output": "d", "history": [["a", "b"]]}, "user:a assistant:b user:c assistant:d"),
+    ({"query": "c", "response": "d", "history": '[["a", "b"]]'}, "user:a assistant:b user:c assistant:d"),
+    ({"prompt": chat("a"), "completion": [{"role": "assistant", "content": "b"}]}, "user:a assistant:b"),
+    ({"prompt": json.dumps(chat("a")), "completion": json.dumps([{"role": "assistant", "content": "b"}])}, "user:a assistant:b"),
+    ({"prompt": "[1, 2]", "completion": "[[3]]"}, "user:[1, 2] assistant:[[3]]"),
+    ({"instruction": "a", "context": "b", "response": "c"}, "user:a\n\nb assistant:c"),
+    ({"system_prompt": "s", "question": "a", "response": "b"}, "system:s user:a assistant:b"),
+    ({"messages": [*chat("a"), {"role": "assistant", "content": "b"}, {"role": "ipython", "content": "1"}]}, "user:a assistant:b tool:1"),
+    ({"instruction": "a", "output": "b", "text": "### a b"}, "user:a assistant:b")])
+def test_normalize_shapes_of_other_trainers(record, want):
+    messages = T.normalize_record(json.dumps(record).encode(), "x")["messages"]
+    assert " ".join(f"{m['role']}:{m['content']}" for m in messages) == want
+
+
+def test_normalize_prompt_of_messages_is_not_trained():
+    """The prompt of TRL's conversational prompt and completion has no targets, not even its answers."""
+    record = {"prompt": chat("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]}
+    assert spans(BYTES, *T.encode_chat(BYTES, CHATML, **T.normalize_record(record, "x"))) == ["d<|im_end|>"]
+
+
+def test_normalize_a_text_beside_a_chat_is_no_silent_choice():
+    record = {"instruction": "a", "output": "b", "text": "### a b"}
+    assert T.normalize_record(record, "x", "text") == {"text": "### a b"}
+    assert [kind for kind, _ in T.normalize_record(record, "x")["warnings"]] == [T.TEXT_BESIDE_CHAT]
+    assert "warnings" not in T.normalize_record(record, "x", "chat")
+    assert T.normalize_record({"text": "c", "prompt": "", "completion": None}, "x") == {"text": "c"}
+    assert "messages" in T.normalize_record({"instruction": "", "input": "a", "output": "b", "text": "c"}, "x")
+
+
+ANSWERS_WITH_CALLS = [
+    {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
+    {"tool_calls": [{"id": None, "function": {"arguments": '{"a": 1}', "name": "f", "x": None}}]},
+    {"tool_calls": [{"name": "f", "arguments": {"a": 1}}]}, {"tool_calls": json.dumps([{"name": "f", "arguments": {"a": 1}}])},
+    {"function_call": {"name": "f", "arguments": '{"a": 1}'}}, {"content": "", "function_call": {"name": "f", "arguments": {"a": 1}}},
+    {"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'},
+    {"tool_calls": [{"name": "f", "arguments": {"a": 1, "of another call": None}}]}]
+TOOL_FORMS = [
+    {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}},
+    {"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}, "strict": None},
+    {"function": {"name": "f", "parameters": '{"properties": {"a": {"type": "integer"}}}'}},
+    json.dumps({"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}})]
+
+
+def test_normalize_tools_and_calls_in_all_forms_render_alike():
+    for answer in ANSWERS_WITH_CALLS:
+        for tool in TOOL_FORMS:
+            answer = {"role": "assistant", "content": None} | answer
+            text, warnings = rendered(CALLS, {"messages": [*chat("q"), answer], "tools": [tool]})
+            head, body = text.split("\n", 1)
+            assert head == 'T:{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}}'
+            call = json.loads(body.partition("C:")[2].partition("<")[0])
+            assert call == {"name": "f", "arguments": {"a": 1}} and not warnings
+
+
+def test_normalize_null_columns_of_arrow_are_left_out():
+    """Arrow gives all structs of a column the same keys. In JSON, null of an argument that the tool has is kept."""
+    tool = {"name": "f", "parameters": {"properties": {"a": {"type": ["null", "string"], "default": None, "enum": None}, "b": None}}}
+    call = {"name": "f", "arguments": {"a": None, "b": None}}
+    record = {"messages": [*chat("q"), {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}], "tools": [tool]}
+    from_arrow = T.normalize_record(record, "x")
+    assert from_arrow["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert "b" not in from_arrow["tools"][0]["function"]["parameters"]["properties"]
+    from_json = T.normalize_record(json.dumps(record).encode(), "x")
+    assert from_json["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": ["null", "string"], "default": None}}
+    assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None}}
+
+
+def test_encode_chat_null_content_keeps_tool_calls():
+    """A template that writes calls only beside null content (DeepSeek R1's distilled models), and adds arguments to text."""
+    template = ("{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"
+                "{{ c['type'] + ' ' + c['function']['name'] + c['function']['arguments'] }}{% endfor %}"
+                "{% else %}{{ '<' + m['content'] + '>' }}{% endif %}{% endfor %}<|im_end|>")
+    for content in (None, ""):
+        for arguments in ({"a": 1}, '{"a": 1}'):
+            answer = {"role": "assistant", "content": content, "tool_calls": [{"name": "f", "arguments": arguments}]}
+            assert rendered(template, {"messages": [*chat("q"), answer]}) == ('<q>function f{"a": 1}<|im_end|>', [])
+    text, warnings = rendered(template, {"messages": [*chat("q"), answer | {"content": "so"}]})
+    assert text == "<q><so><|im_end|>" and warnings == [("the chat template does not write a tool call of a record", "message 2: 'f'")]
+
+
+def test_encode_chat_reports_what_the_template_drops():
+    """Tools, documents, a system message, reasoning and variables, each with an example; earlier turns' reasoning is no loss."""
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+    think = lambda content, thought: {"role": "assistant", "content": content, "reasoning_content": thought}
+    record = {"messages": [*chat(system="be good"), *chat("a"), think("b", "hm")], "tools": [{"name": "f"}],
+              "documents": [{"title": "t", "text": "d"}], "chat_template_kwargs": {"enable_thinking": False}}
+    does_not = "the chat template does not write"
+    text, warnings = rendered(drops, record)
+    assert text == "a<|im_end|>b<|im_end|>" and sorted(warnings) == sorted([
+        (f"{does_not} a system message of a record", "message 1: 'be good'"), (f"{does_not} the tools of a record", "'f'"),
+        (f"{does_not} the reasoning of a record", "message 3: 'hm'"), (f"{does_not} the documents of a record", "'t'"),
+        ("chat_template_kwargs has a variable that the chat template does not use", "enable_thinking=False")])
+    last = "{% for m in messages %}{{ m.thinking if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
+    turns = [*chat("a"), think("b", "hm"), *chat("c"), think("d", "so")]
+    assert rendered(last, {"messages": turns}) == ("a<|im_end|>b<|im_end|>c<|im_end|>sod<|im_end|>", [])
+    assert rendered(last, {"messages": turns[:3]})[1] == [(f"{does_not} the reasoning of a record", "message 2: 'hm'")]
+
+
+def test_render_content_parts_as_the_template_joins_them():
+    two = [{"type": "text", "text": " a "}, {"type": "text", "text": "b "}]
+    for part, want in (("{{ p.text }}", " a b |"), ("{{ p.text | trim }}", "ab|"), ("{{ p.text }}\n", " a \nb |")):
+        template = ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}" + part
+                    + "{% endfor %}{% endif %}|{% endfor %}")
+        assert rendered(template, {"messages": [{"role": "user", "content": two}]})[0] == want
+    only_lists = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}"
+    assert rendered(only_lists, {"messages": chat("a", "b")})[0] == "a|b|"
+    thinks = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "b"}]}
+    assert rendered("{% for m in messages %}{{ m.reasoning_content }}>{{ m.content }}|{% endfor %}",
+                    {"messages": [*chat("a"), thinks]})[0] == ">a|hm>b|"
+
+
+def test_render_template_variables_of_records_and_sources(tmp_path):
+    """chat_template_kwargs of a record win over those of its source; so do columns that the template reads."""
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}{{ thinks }}{{ range(1) | length }}<|im_end|>{% endfor %}")
+    record = {"messages": chat("a", "b")}
+    path = write(tmp_path, [record | {"chat_template_kwargs": {"thinks": 1}}, record | {"thinks": 2, "range": "no variable"}, record])
+    texts = []
+    for value in (3, 4):
+        data = load_one(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}", f"data.train.x.chat_template_kwargs.thinks={value}")
+        texts.append([BYTES.decode(data.document(i)[0])[1] for i in range(3)])
+    assert texts == [["1", "3", "3"], ["1", "4", "4"]]
+    data = load_one(tmp_path, path, f"data.chat_template={tmp_path / 't.jinja'}")
+    assert [BYTES.decode(data.document(i)[0])[1] for i in range(2)] == ["1", "2"]
+
+
+def named_templates(folder, form):
+    """A tokenizer's folder with the templates default, tool_use and rag."""
+    folder.mkdir(parents=True)
+    T.save_tokenizer(BYTES, folder, None)
+    texts = {name: "{% for m in messages %}" + name + " {{ m.content }}<|im_end|>{% endfor %}" for name in ("default", "tool_use", "rag")}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if form == "list":
+        config["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    else:
+        config["chat_template"] = "in files of their own instead"
+        (folder / "chat_template.jinja").write_text(texts["default"])
+        (folder / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (folder / "additional_chat_templates" / f"{name}.jinja").write_text(texts[name])
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_load_template_chooses_among_named_templates_as_transformers(tmp_path, form):
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    named_templates(tmp_path / "model", form)
+    tok = T.huggingface_tokenizer(tmp_path / "model")
+    record = {"messages": chat("a", "b"), "tools": [{"type": "function", "function": {"name": "f"}}]}
+    (tmp_path / "export").mkdir()
+    T.save_tokenizer(tok, tmp_path / "export", tok.template)
+    for folder in ("model", "export"):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        for tools in (None, record["tools"]):
+            want = theirs.apply_chat_template(record["messages"], tools=tools, tokenize=False)
+            got = rendered(T.load_template(tok, cfg_for(tmp_path, "x")), record | {"tools": tools})[0]
+            assert got == want and want.startswith("tool_use" if tools else "default")
+    rag = T.load_template(tok, cfg_for(tmp_path, "x", "data.chat_template=rag"))
+    assert rendered(rag, record)[0].startswith("rag a")
+    wrong(["data.chat_template: none of chatml, default"], T.load_template, tok, cfg_for(tmp_path, "x", "data.chat_template=rga"))
+    del tok.templates["default"]
+    tok.template = None
+    wrong(["data.chat_template: must name", "tool_use", "rag"], T.load_template, tok, cfg_for(tmp_path, "x"))
+
+
+def test_tokenize_warnings_are_counted_and_said_again_for_cached_sources(tmp_path, capsys):
+    path = write(tmp_path, [{"messages": chat("a", "b"), "tools": [{"name": name}]} for name in "fg"] + [{"messages": chat("a", "b")}])
+    for _ in range(2):
+        data = T.load_datasets(cfg_for(tmp_path, path))["train"]["x"]
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("warning: data.train.x: the chat template does not write the tools of a record; another data.chat_template")
+        assert "2 times; the first is" in line and f"{path}, line 1: 'f'" in line
+    assert len(data) == 3
+
+
+def test_tokenize_fixes_the_date_of_templates_that_read_the_clock(tmp_path):
+    """The date is that of the tokenizing or data.date, and is recorded, so that a resumed run knows that it has changed."""
+    from datetime import date
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %b %Y %H:%M') }}{% for m in messages %}|{{ m.content }}{% endfor %}")
+    path = write(tmp_path, [{"messages": chat("a", "b")}])
+    template = f"data.chat_template={tmp_path / 't.jinja'}"
+    today = load_one(tmp_path, path, template)
+    assert today.header["fingerprints"]["date"] == str(date.today())
+    assert BYTES.decode(today.document(0)[0]) == date.today().strftime("%d %b %Y 00:00|a|b")
+    leap = load_one(tmp_path, path, template, "data.date=2024-02-29")
+    assert BYTES.decode(leap.document(0)[0]) == "29 Feb 2024 00:00|a|b" and leap.header["fingerprints"]["date"] == "2024-02-29"
+    assert load_one(tmp_path, path, template).folder == today.folder != leap.folder
+    same = load_one(tmp_path, path, template, f"data.date={date.today()}")
+    assert same.header["fingerprints"] == today.header["fingerprints"]
+    wrong(["data.date: must be a date like 2026-01-31"], load_one, tmp_path, path, template, "data.date=today")
+    plain = load_one(tmp_path, path)
+    assert "date" not in plain.header["fingerprints"] and load_one(tmp_path, path, "data.date=2024-02-29").folder == plain.folder
+
+
+def test_fingerprint_source_holds_the_names_of_special_tokens(tmp_path):
+    tok = T.bytes_tokenizer()
+    cfg = cfg_for(tmp_path, "x")
+    before = T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"]
+    tok.names = {"pad_token": "<pad>"}
+    assert T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"] != before
+
+
+def test_normalize_pictures_beside_a_chat_are_reported():
+    record = {"messages": chat("what is it?", "a cat"), "images": ["cat.png"], "videos": []}
+    assert T.normalize_record(record, "x")["warnings"] == [(T.MEDIA_BESIDE_CHAT, "images")]
 # ---- files as people have them
 
 def texts_of(tmp_path, path, *more):

@@ -1,10 +1,11 @@
 """tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
-import gzip, json, random
+import functools, gzip, itertools, json, random
+from pathlib import Path
 
 import pytest
 
 import configs, tokenize_data as T
-from conftest import ROOT
+from conftest import REALDATA, ROOT
 from test_tokenize import BYTES, CHATML, cfg_for, chat, spans
 
 NASTY = [*T.TEST_STRINGS, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
@@ -264,7 +265,7 @@ def test_a_long_chat_takes_few_renderings():
     template.jinja.globals["seen"] = lambda: times.append(1) or ""
     got = spans(tok, *T.encode_chat(tok, template, chat(*turns)))
     assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"]
-    assert len(times) < 12
+    assert len(times) < 13
 
 
 def test_what_spells_a_control_token_is_text_wherever_it_stands_in_a_record():
@@ -306,13 +307,195 @@ def test_function_calls_and_tools_of_conversations():
     ids, mask = T.encode_chat(BYTES, CHATML, **got)                  # a template that knows no calls: nothing is lost
     assert spans(BYTES, ids, mask) == [f"{call}<|im_end|>", "It is 4.<|im_end|>"]
     for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"),
-                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls must be a list"),
+                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls is no JSON"),
                        ({"role": "assistant", "content": "x", "reasoning_content": 3},
-                        "reasoning_content must be text")):
+                        "reasoning_content: expected text, got int 3")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
             T.normalize_record({"messages": [bad]}, "x")
     with pytest.raises(ValueError, match="tools is no JSON"):
         T.normalize_record(record | {"tools": "{"}, "x")
+
+# ---- every template that is here, against transformers
+
+def chat_templates():
+    """{name: text} of the templates of TRL and transformers, as far as they are installed, and of ../shared."""
+    import ast, importlib.util
+    folders = [REALDATA / "templates", REALDATA.parent / "cases" / "templates"]
+    if importlib.util.find_spec("trl"):
+        folders.append(Path(importlib.util.find_spec("trl").origin).parent / "chat_templates")
+    texts = {f"{path.parent.name}/{path.stem}": path.read_text(encoding="utf-8")
+             for folder in folders for path in sorted(folder.glob("*.jinja"))}
+    for path in Path(importlib.util.find_spec("transformers").origin).parent.glob("models/*/processing_*.py"):
+        source = path.read_bytes()
+        for node in ast.walk(ast.parse(source)) if b"{%" in source else ():
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "{% endfor" in node.value:
+                texts[f"transformers/{path.stem}"] = node.value
+    return texts | {"inline/like Qwen3": QWEN3, "inline/chatml": T.CHATML}
+
+
+WEATHER = {"type": "function", "function": {
+    "name": "get_weather", "description": "Looks out of the window.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"},
+                                                    "days": {"type": "integer"}}, "required": ["city"]}}}
+
+
+def call(arguments, n=1):
+    return {"type": "function", "id": f"call0000{n}", "function": {"name": "get_weather", "arguments": arguments}}
+
+
+def tool_chat(content, *calls, **fields):
+    answer = {"role": "assistant", "content": content, "tool_calls": list(calls), **fields}
+    outputs = [{"role": "tool", "name": "get_weather", "content": f"sunny{n}", "tool_call_id": c["id"]}
+               for n, c in enumerate(calls)]
+    return {"messages": [*chat("rain?"), answer, *outputs, *chat("", "it is fine")[1:]], "tools": [WEATHER]}
+
+
+def answer(content, **fields):
+    return {"messages": [*chat("well?"), {"role": "assistant", "content": content, **fields}]}
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+PARIS = {"city": "Paris <&> é", "days": 3}
+TO_RENDER = {
+    "plain": {"messages": chat("hi", "yo")}, "spaces": {"messages": chat(" hi\n", "  yo \n", "", "so")},
+    "system": {"messages": chat("hi", "yo", "so", "it goes", system="be good")},
+    "developer": {"messages": [{"role": "developer", "content": "be good"}, *chat("hi", "yo")]},
+    "one part": {"messages": chat(parts("hi "), parts("yo"))},
+    "two parts": {"messages": chat(parts("hi ", " you"), parts("yo ", "so"))},
+    **{name: answer("yo", **{name: "because"}) for name in T.REASONING_KEYS},
+    "reasoning in all turns": {"messages": [m | {"reasoning_content": f"because{n}"} if n % 2 else m
+                                            for n, m in enumerate(chat("a?", "yo", "b?", "so"))]},
+    "reasoning in content": {"messages": chat("a?", "<think>\nhm1\n</think>\n\nyo", "b?", "<think>\nhm2\n</think>\n\nso")},
+    "tools": {"messages": chat("hi", "yo"), "tools": [WEATHER]},
+    "bare tools": {"messages": chat("hi", "yo"), "tools": [WEATHER["function"]]},
+    "null content": tool_chat(None, call(PARIS)), "empty content": tool_chat("", call(PARIS)),
+    "content and call": tool_chat("let me see", call(PARIS)), "two calls": tool_chat("", call(PARIS), call({"city": "Rome"}, 2)),
+    "arguments as JSON": tool_chat(None, call(json.dumps(PARIS, ensure_ascii=False))), "no arguments": tool_chat("", call({})),
+    "nested arguments": tool_chat("", call({"city": {"names": ["Rome", None, 1.5]}, "days": True})),
+    "null argument": tool_chat("", call({"city": None})),
+    "reasoning and call": tool_chat("", call(PARIS), reasoning_content="because"),
+    "ends with a call": {"messages": tool_chat(None, call(PARIS))["messages"][:2], "tools": [WEATHER]},
+    "documents": {"messages": chat("hi", "yo"), "documents": [{"title": "about", "text": "a document"}]},
+    "enable_thinking": {"messages": chat("hi", "yo"), "chat_template_kwargs": {"enable_thinking": False}}}
+
+
+def each_message(change):
+    return lambda record: record | {"messages": [change(m) for m in record["messages"]]}
+
+
+def calls_as_content(message):
+    calls = [c["function"] | {"arguments": loaded(c["function"]["arguments"])} for c in message.get("tool_calls", [])]
+    if not calls:
+        return message
+    lines = [message["content"]] * bool(message["content"]) + [json.dumps(c, ensure_ascii=False) for c in calls]
+    return {"role": "assistant", "content": "\n".join(lines)}
+
+
+def loaded(arguments):
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def with_arguments(message, form):
+    if "tool_calls" not in message:
+        return message
+    return message | {"tool_calls": [c | {"function": c["function"] | {"arguments": form(c["function"]["arguments"])}}
+                                     for c in message["tool_calls"]]}
+
+
+NULL = "content is null where the template looks for it, instead of missing or empty"
+ONLY_LISTS = "texts are parts where the template takes only lists"
+# Where we differ from transformers, we render what it renders for another chat: the reason, and that chat.
+DIFFERENCES = {
+    "developer is another name of system": each_message(
+        lambda m: m | {"role": "system"} if m["role"] == "developer" else m),
+    "thought and thoughts are other names of reasoning_content": each_message(
+        lambda m: m | {"reasoning_content": "because"} if "thought" in m or "thoughts" in m else m),
+    "servers wrap tools into functions": lambda record: record | {"tools": [WEATHER]} if "tools" in record else record,
+    NULL: each_message(
+        lambda m: m | {"content": m["content"] or None} if "tool_calls" in m else m),
+    "null content is empty where the template refuses a missing one": each_message(
+        lambda m: m | {"content": m["content"] or ""} if "tool_calls" in m else m),
+    "arguments become an object where JSON text would be quoted or refused": each_message(
+        lambda m: with_arguments(m, loaded)),
+    "arguments become JSON text where an object is refused": each_message(
+        lambda m: with_arguments(m, lambda a: json.dumps(loaded(a), ensure_ascii=False))),
+    "calls are content where the template has no place for them": each_message(calls_as_content),
+    "parts are joined where the template takes no lists": each_message(
+        lambda m: m | {"content": "".join(p["text"] for p in m["content"])} if isinstance(m["content"], list) else m),
+    ONLY_LISTS: each_message(
+        lambda m: m | {"content": parts(m["content"])} if isinstance(m["content"], str) else m)}
+
+
+def test_render_every_template_as_transformers_does():
+    """The text of every chat and template is transformers', or its text of the chat that a reason in DIFFERENCES
+    gives. What is not in the text is a warning, and only that."""
+    transformers_utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    tok = T.Tokenizer(BYTES.ranks, BYTES.pattern, special=T.BYTES_SPECIAL, bos="<s>", eos="</s>")
+
+    def theirs(record, text, as_users_do=True):
+        messages, given = record["messages"], record.get("chat_template_kwargs", {})
+        if as_users_do:                                              # tokenizer.apply_chat_template drops null
+            messages = transformers_utils._normalize_chat_messages(messages)
+        try:
+            return transformers_utils.render_jinja_template(
+                [messages], tools=record.get("tools"), documents=record.get("documents"), chat_template=text,
+                **names, **given)[0][0]
+        except Exception:
+            return None
+
+    used = set()
+    templates = chat_templates()
+    for template_name, text in templates.items():
+        template = T.compile_template(text)
+        for name, record in TO_RENDER.items():
+            normalized = T.normalize_record(json.dumps(record).encode(), "x")
+            try:
+                rendering = T.render_messages(template, tok, **normalized)
+            except T.UserError:
+                rendering = None
+            ours = rendering and rendering.text
+            if ours != theirs(record, text):
+                applicable = [why for why in DIFFERENCES if why in (NULL, ONLY_LISTS) or DIFFERENCES[why](record) != record]
+                reasons = next((reasons for n in (1, 2, 3) for reasons in itertools.combinations(applicable, n)
+                                if ours == theirs(functools.reduce(lambda r, why: DIFFERENCES[why](r), reasons, record),
+                                                  text, NULL not in reasons)), None)
+                assert reasons, (template_name, name, ours, theirs(record, text))
+                used |= set(reasons)
+            if rendering:
+                check_warnings(record, rendering, (template_name, name))
+    assert len(templates) < 50 or used == set(DIFFERENCES), set(DIFFERENCES) - used
+    absent = {"trl", "templates"} - {"trl" if "chat_templates" in name else name.split("/")[0] for name in templates}
+    if absent:
+        pytest.skip(f"compared {len(templates)} templates; not here: {', '.join(sorted(absent))}")
+
+
+def check_warnings(record, rendering, place):
+    """There is a warning for exactly what is missing."""
+    texts = {}
+    for m in record["messages"]:
+        content = m["content"] if isinstance(m["content"], list) else parts(m["content"] or "")
+        for part in content:
+            thought, end, words = part["text"].rpartition("</think>")
+            texts.setdefault("reasoning", []).append(thought.replace("<think>", ""))
+            texts.setdefault(m["role"].replace("developer", "system"), []).append(words)
+        texts["reasoning"] += [m[key] for key in T.REASONING_KEYS if key in m]
+        for c in m.get("tool_calls", []):
+            arguments = loaded(c["function"]["arguments"])
+            texts.setdefault("call", []).append("get_weather")
+            texts["call"] += [a.split()[0] for a in arguments.values() if isinstance(a, str)] + list(arguments)
+    texts["tools"] = ["Looks out of the window."] * ("tools" in record)
+    texts["documents"] = ["a document"] * ("documents" in record)
+    missing = {kind: [t for t in map(str.strip, found) if t and t not in rendering.text] for kind, found in texts.items()}
+    if len(missing["reasoning"]) < len([t for t in texts["reasoning"] if t]):
+        missing["reasoning"] = []                                    # earlier turns' is dropped on purpose
+    want = {T.VANISHED[kind] for kind, found in missing.items() if found}
+    if "chat_template_kwargs" in record and "enable_thinking" not in rendering.template.variables:
+        want.add(T.UNUSED)
+    assert {kind for kind, _ in rendering.warnings} == want, (place, rendering.warnings, rendering.text)
 
 
 # ---- damaged inputs

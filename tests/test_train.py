@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, train
+import checkpoint, configs, launch, log, model as M, sampler, shard, tokenize_data, train
 
 
 def records(cfg, *keys):
@@ -500,9 +500,9 @@ def copied(tmp_path, chats):
             "dtype=float32", "checkpoint.export=false", "out_dir=out/run", "checkpoint.keep=9"]
 
     def start(*more, ranks=1):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        return subprocess.run([sys.executable, *launcher, "train.py", *base, *more], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", ranks]
+        done, = launch.run([*launcher, "train.py", *base, *more], cwd=tmp_path)
+        return done
     start.folder = tmp_path
     return start
 

@@ -2,12 +2,13 @@
 
     python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
-                                                   (or another, by its folder instead of out/ft)
+                                                   (or another, by its folder instead of out/ft);
+                                                   at the end, key=value for what has moved
 
     out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
                                 sampler.safetensors     the state of a sampler with feedback
-                                state.json              step, config, code, data, checksums
+                                state.json              step, config, code, data, base, checksums
     out/ft/checkpoints/latest -> 00000100               the newest; best: the best by cfg["best"]
 
 A checkpoint is written under a temporary name, fsynced and renamed. Whenever the process is killed,
@@ -510,6 +511,7 @@ MAY_CHANGE = (
     "data_root", "output_root", "out_dir", "data.cache_dir", "data.processes", "data.validation",
     "micro_tokens", "device", "shard.mesh", "shard.reshard_after_forward", "shard.recompute",
     "shard.compile",
+    "model.init_from", "reference_model",    # base_hashes() compares what is there
 )
 
 
@@ -643,18 +645,65 @@ def check_same_data(state, fingerprints, cfg):
     state         the checkpoint's
     fingerprints  of the data now, {source: {what: hash}}
     """
-    if cfg["resume"] == "latest" or starts_new_run(cfg):
-        return
-    changed = []
-    for name in sorted(state["data"].keys() | fingerprints.keys()):
-        saved = state["data"].get(name, {})
-        current = fingerprints.get(name, {})
-        parts = [key for key in sorted(saved | current) if saved.get(key) != current.get(key)]
-        if parts:
-            changed.append(f"data.train.{name}: {', '.join(parts)}")
-    if changed:
+    changed = changed_inputs(state["data"], fingerprints, "data.train.")
+    if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
         raise configs.UserError(f"out_dir: the data of the run in {cfg['out_dir']} has changed "
-                                f"({'; '.join(changed)}); {resume_choices('data')}")
+                                f"({changed}); {resume_choices('data')}")
+
+
+def check_same_base(state, hashes, cfg):
+    """Raise UserError if a pretrained model has changed since a checkpoint.
+
+    state   the checkpoint's
+    hashes  base_hashes(cfg)
+    """
+    changed = changed_inputs(state.get("base", hashes), hashes)
+    if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
+        raise configs.UserError(f"out_dir: the run in {cfg['out_dir']} started from another model "
+                                f"({changed}); {resume_choices('model')}")
+
+
+def changed_inputs(saved, current, prefix=""):
+    """Compare {name: {part: hash}} -> "PREFIX a: part, part; PREFIX b: part", or ""."""
+    changed = []
+    for name in sorted(saved | current):
+        parts = changed_files(saved.get(name, {}), current.get(name, {}))
+        if parts:
+            changed.append(f"{prefix}{name}: {', '.join(parts)}")
+    return "; ".join(changed)
+
+
+HASHED_BLOCK = 1 << 16       # bytes
+
+
+def base_hashes(cfg):
+    """{key of cfg: {file: hash}} of the pretrained models that a run reads.
+
+    Paths do not count, so a copy is the same model, nor do keys of config.json that we don't read.
+    """
+    hashes = {}
+    for key in ("model.init_from", "reference_model"):
+        if configs.get(cfg, key):
+            folder = configs.resolve_model_dir(configs.get(cfg, key))
+            section = json.dumps(configs.read_model(folder), sort_keys=True).encode()
+            hashes[key] = {"config.json": hashlib.sha256(section).hexdigest()[:16]}
+            # raise UserError for a damaged file now, not after training
+            transformer.open_weights(folder)
+            transformer.read_source(folder, "generation_config.json")
+            for path in transformer.weight_files(folder):
+                hashes[key][path.name] = weights_hash(path)
+    return hashes
+
+
+def weights_hash(path):
+    """Hash of a file's size and content: of a file above 64 MB, 1024 blocks at equal distances."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as f:
+        for offset in range(0, size, max(HASHED_BLOCK, size // 1024)):
+            f.seek(offset)
+            digest.update(f.read(HASHED_BLOCK))
+    return digest.hexdigest()[:16]
 
 
 def resume_choices(what):
@@ -671,8 +720,10 @@ def config_diff(out_dir, cfg):
     path = Path(out_dir) / "config.yaml"
     if not path.is_file():
         return {}
-    roots = [f"{key}={cfg[key]}" for key in ("data_root", "output_root")]    # they may have moved
-    saved_cfg, _, _ = configs.load([str(path), *roots])
+    # these may have moved
+    paths = [f"{key}={configs.get(cfg, key)}"
+             for key in ("data_root", "output_root", "model.init_from")]
+    saved_cfg, _, _ = configs.load([str(path), *paths])
     may_change = list(MAY_CHANGE)
     if can_be_extended(out_dir, saved_cfg) and can_be_extended(out_dir, cfg):
         may_change += ["max_steps", "epochs"]
@@ -819,7 +870,8 @@ def git_describe():
     """`git describe --always --dirty` of the project, or None without git or a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=5)
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=5,
+                              encoding="utf-8", errors="replace")
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -861,22 +913,56 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         assert not loaded.unexpected_keys, loaded.unexpected_keys
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
+            tokenize_data.save_tokenizer(tokenizer, adapter_folder, template)
         # A checkpoint does not hold the frozen weights. They are read from init_from or, if the
         # model was new, drawn again from the seed.
         base = transformer.weights_reader(model_cfg, cfg["seed"])
         read_tensor = shard.MergedWeights(adapted, base.read).read
 
     bos_id = tokenizer.special.get(tokenizer.bos)
-    transformer.save_pretrained(read_tensor, model_cfg, building, init_from, stop_ids, bos_id)
+    transformer.save_pretrained(read_tensor, model_cfg, building, init_from, stop_ids, bos_id,
+                                set(tokenizer.special.values()))
     tokenize_data.save_tokenizer(tokenizer, building, template)
     replace_folder(building, folder)
+
+
+def check_export_inputs(path, state, cfg, tokenizer):
+    """Raise UserError if what an export takes from elsewhere is not what a run was trained with.
+
+    That is the tokenizer, the chat template, and the pretrained model: under LoRA its weights,
+    otherwise only its config.json, if it still exists.
+
+    state  what state.json holds
+    """
+    is_lora = cfg["shard"]["lora"]["r"] > 0
+    init_from = cfg["model"]["init_from"]
+    changed = []
+    if init_from and (is_lora or Path(configs.resolve_pretrained(init_from)).is_dir()):
+        current = base_hashes(cfg)["model.init_from"]
+        saved = state.get("base", {}).get("model.init_from", current)
+        files = [name for name in changed_files(saved, current) if is_lora or name == "config.json"]
+        changed += [f"model.init_from: {name}" for name in files]
+    current = tokenize_data.fingerprint_tokenizer(cfg, tokenizer)
+    saved = next(iter(state["data"].values()), current)
+    for part in ["tokenizer", "template"] if state["has_chats"] else ["tokenizer"]:
+        if saved[part] != current[part]:
+            changed.append(part)
+    if changed:
+        raise configs.UserError(
+            f"{path}: cannot be exported: files that it was trained with have changed "
+            f"({', '.join(changed)}); put the old ones back, or name copies of them in "
+            "python checkpoint.py export CHECKPOINT DIR model.init_from=... data.tokenizer=... "
+            "data.chat_template=...; resume=latest there exports with the files as they are")
 
 
 # --------------------------------------------------------------------------------------------------
 # command line
 
-def export_checkpoint(path, folder):
-    """Export a checkpoint, or the newest of a run. Raises UserError if `folder` is in use."""
+def export_checkpoint(path, folder, *overrides):
+    """Export a checkpoint, or the newest of a run. Raises UserError if `folder` is in use.
+
+    overrides  key=value for the run's config, such as the new place of model.init_from
+    """
     path = Path(path)
     folder = Path(folder)
     if not (path / "state.json").is_file():
@@ -889,12 +975,16 @@ def export_checkpoint(path, folder):
     if folder.exists() and any(folder.iterdir()):
         raise configs.UserError(f"{folder}: is not empty; name another folder")
     # export=true: the family must be able to express the model
-    cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true"])
+    cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true",
+                              *overrides])
     tokenizer = tokenize_data.load_tokenizer(cfg)
     # A loss that an experiment has registered is unknown here. Weights do not depend on it.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}
     model_cfg = transformer.resolve_vocab_size(section, tokenizer.n_vocab)
-    export(path, model_cfg, cfg, tokenizer, folder, read_state(path)["has_chats"])
+    state = read_state(path)
+    if cfg["resume"] != "latest":
+        check_export_inputs(path, state, cfg, tokenizer)
+    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"])
     print(f"{path} -> {folder}")
 
 
@@ -920,11 +1010,11 @@ def main(argv):
     command, *args = argv
     if command == "ls" and len(args) == 1:
         ls(*args)
-    elif command == "export" and len(args) == 2:
+    elif command == "export" and len(args) >= 2:
         export_checkpoint(*args)
     else:
         raise configs.UserError("python checkpoint.py ls RUN; "
-                                "python checkpoint.py export RUN|CHECKPOINT DIR")
+                                "python checkpoint.py export RUN|CHECKPOINT DIR [key=value ...]")
 
 
 if __name__ == "__main__":

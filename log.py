@@ -12,7 +12,9 @@ This module is ordered like a run: backends, the logger, the profile of one step
 the first step and after the last one, and the comparison of finished runs.
 """
 import contextlib
+import functools
 import html
+import importlib.util
 import itertools
 import json
 import math
@@ -22,6 +24,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import configs
@@ -39,7 +42,9 @@ class WandbBackend:
     def __init__(self, cfg, folder):
         import wandb
         id_file = folder / "wandb_id"
-        run_id = id_file.read_text() if id_file.is_file() else None
+        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
+        if run_id is None:
+            warn_of_run_id("WANDB_RUN_ID")
         self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
                               config=cfg, id=run_id, resume="allow")
         write_atomic(id_file, self.run.id)
@@ -54,6 +59,7 @@ class WandbBackend:
 class MlflowBackend:
     def __init__(self, cfg, folder):
         import mlflow
+        warn_of_run_id("MLFLOW_RUN_ID")
         self.mlflow = mlflow
         mlflow.set_experiment(cfg["log"]["project"])
         mlflow.start_run(run_name=folder.name)
@@ -82,19 +88,88 @@ class TensorboardBackend:
 BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": TensorboardBackend}
 
 
-def open_backends(cfg, folder):
-    """The backends that log.to names. Raises UserError if one is unknown or not installed."""
-    backends = []
+PACKAGES = tuple(BACKENDS)                        # each is a package of that name
+
+
+def check_backends(cfg):
+    """Raise UserError for a backend of log.to that is unknown, not installed or not logged in."""
     for name in cfg["log"]["to"]:
         if name not in BACKENDS:
             known = ", ".join(BACKENDS)
             raise configs.UserError(f"log.to: must be one of {known}; got {name}")
+        if name in PACKAGES and importlib.util.find_spec(name) is None:
+            raise configs.UserError(f"log.to: {name} is not installed; pip install {name}")
+        if name == "wandb":
+            check_wandb_login()
+
+
+@functools.cache
+def check_wandb_login():
+    import wandb
+    try:
+        wandb.login(verify=False)            # a prompt on a terminal; nothing in offline mode
+    except wandb.Error as error:
+        problem = " ".join(str(error).split())
+        raise configs.UserError(f"log.to: wandb: {problem} `wandb login` or WANDB_API_KEY sets a "
+                                "key; with WANDB_MODE=offline none is needed") from None
+
+
+def warn_of_run_id(variable):
+    """An environment variable that another run may have left would join this run to that one."""
+    if os.environ.get(variable):
+        warn(f"{variable}: {os.environ[variable]} is set in the environment, so this run is added "
+             f"to that one; unset {variable} for a run of its own")
+
+
+class Tracker:
+    """A backend that cannot end the run: its first failure is a warning, and the run continues.
+
+    With each record, the backend is opened if that has failed before, and the record before is sent
+    again if it has failed. After a slow failure, this pauses for nine times as long.
+    """
+
+    def __init__(self, name, cfg, folder):
+        self.name = name
+        self.arguments = (cfg, folder)
+        self.backend = None                      # until it is open
+        self.unsent = []                         # records, at most two
+        self.paused_until = 0.0                  # of time.monotonic()
+        self.has_failed = False
+        self.attempt(self.send)
+
+    def log(self, record):
+        self.unsent = [*self.unsent[-1:], record]
+        if time.monotonic() >= self.paused_until:
+            self.attempt(self.send)
+
+    def send(self):
+        if self.backend is None:
+            self.backend = BACKENDS[self.name](*self.arguments)
+        while self.unsent:
+            self.backend.log(self.unsent[0])
+            del self.unsent[0]
+
+    def close(self):
+        if self.backend is not None:
+            self.attempt(self.send)
+            self.attempt(self.backend.close)
+
+    def attempt(self, function):
+        start = time.monotonic()
         try:
-            backends.append(BACKENDS[name](cfg, folder))
-        except ImportError:
-            message = f"log.to: {name} is not installed; pip install {name}"
-            raise configs.UserError(message) from None
-    return backends
+            function()
+        except Exception as error:               # of any kind: backends and networks have many
+            now = time.monotonic()
+            self.paused_until = now + 9 * (now - start)
+            if not self.has_failed:
+                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                warn(f"log.to: {self.name} has failed ({problem}); the run continues, and the next "
+                     "records are sent; metrics.jsonl has all of them")
+            self.has_failed = True
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +182,7 @@ class Logger:
     resumed_step    the step that the run resumes from; 0 for a new run
     seconds_before  seconds of the earlier starts of the run
 
-    Raises UserError if the folder cannot be created, or for a backend (see open_backends).
+    Raises UserError if the folder cannot be created. check_backends() checks log.to before.
     """
 
     def __init__(self, cfg, total_steps, resumed_step=0, seconds_before=0.0):
@@ -118,7 +193,7 @@ class Logger:
         self.pending = None                      # the record of a step that is not written yet
         self.unwritten = b""                     # lines for which the disk had no room
         make_folder(folder)
-        self.backends = open_backends(cfg, folder)
+        self.trackers = [Tracker(name, cfg, folder) for name in cfg["log"]["to"]]
         self.path = folder / "metrics.jsonl"
         self.file = open_metrics(self.path, resumed_step)
 
@@ -164,15 +239,15 @@ class Logger:
         except OSError as e:
             print(f"{self.path} cannot be written ({e.strerror}); the run continues", flush=True)
         known = {key: value for key, value in record.items() if value is not None}
-        for backend in self.backends:
-            backend.log(known)
+        for tracker in self.trackers:
+            tracker.log(known)
         return record
 
     def close(self):
         self.flush()
         self.file.close()
-        for backend in self.backends:
-            backend.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def format_step(self, record):
         step = record["step"]
@@ -456,7 +531,11 @@ def describe_length(run):
     lengths = [(tokens.offsets[-1] - tokens.offsets[0]) / max(len(tokens), 1) - 1
                for tokens in sources.values()]
     length = n_documents @ lengths / n_documents.sum()
-    per_step = cfg["batch_size"] * length
+    batch_size = min(cfg["batch_size"], int(n_documents.sum()))
+    all_there_are = ""
+    if batch_size < cfg["batch_size"]:
+        all_there_are = f" (batch_size is {cfg['batch_size']:,}, more than there are)"
+    per_step = batch_size * length
     world_size = shard.world_size()
     n_micro_batches = math.ceil(per_step / cfg["micro_tokens"] / world_size)
     micro_batches = plural(n_micro_batches, "micro-batch", "micro-batches")
@@ -464,9 +543,10 @@ def describe_length(run):
     total_steps = run.state.total_steps
     epochs = total_steps / run.steps_per_epoch
     return [
-        f"step      {cfg['batch_size']:,} documents x ~{length:,.0f} tokens = {per_step:,.0f} "
-        f"tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} tokens{each}",
-        f"run       {n_documents.sum():,} documents / {cfg['batch_size']:,} = "
+        f"step      {batch_size:,} documents{all_there_are} x ~{length:,.0f} tokens = "
+        f"{per_step:,.0f} tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} "
+        f"tokens{each}",
+        f"run       {n_documents.sum():,} documents / {batch_size:,} = "
         f"{run.steps_per_epoch:,} steps per epoch; {total_steps:,} steps = {epochs:.2f} epochs = "
         f"{total_steps * per_step:,.0f} tokens",
     ]

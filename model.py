@@ -87,32 +87,6 @@ class Norm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-# the keys of config.json's rope_scaling that each kind needs
-ROPE_SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def rope_scaling(m):
-    """Return (kind, section) of model.rope_scaling. Raises UserError if it is not complete."""
-    section = m["rope_scaling"] or {}
-    if not isinstance(section, dict):
-        raise configs.UserError("model.rope_scaling: must be null or a section like that of "
-                                f"config.json; got {section}")
-    kind = section.get("rope_type", section.get("type", "default"))
-    if kind not in ROPE_SCALINGS:
-        raise configs.UserError("model.rope_scaling.rope_type: must be one of "
-                                f"{', '.join(ROPE_SCALINGS)}; got {kind}")
-    for key in ROPE_SCALINGS[kind]:
-        value = section.get(key)
-        if type(value) not in (int, float) or value <= 0:
-            raise configs.UserError(f"model.rope_scaling.{key}: {kind} needs a number above 0; "
-                                    f"got {value}")
-    return kind, section
-
-
 def rope_freqs(positions, m):
     """Return cos and sin of the rotary embedding (arXiv:2104.09864), each [T, 1, R/2] in fp32.
 
@@ -122,7 +96,8 @@ def rope_freqs(positions, m):
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
     freqs = m["rope_theta"] ** -exponents                                          # [R/2]
-    kind, scaling = rope_scaling(m)
+    scaling = m["rope_scaling"] or {}
+    kind = configs.rope_kind(scaling)
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     elif kind == "llama3":
@@ -358,22 +333,13 @@ def varlen_attention(layer, q, k, v, documents):
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
     max_seqlen = max(documents.max_seqlen, 1)
-    groups = layer.n_heads // layer.n_kv_heads
-    if "is_causal" in varlen_parameters():
-        # torch 2.11 has neither windows nor another scale nor grouped heads
-        if layer.window or layer.scale != layer.head_dim ** -0.5:
-            raise configs.UserError("model.sliding_window, model.attention_multiplier: need torch "
-                                    "2.12 on CUDA; pip install 'torch>=2.12'")
-        options = {"is_causal": True}
-        if groups > 1:
-            k = k.repeat_interleave(groups, 1)
-            v = v.repeat_interleave(groups, 1)
-    else:
-        # (tokens before, tokens after) that a query sees; -1: all
-        options = {"window_size": (layer.window - 1 if layer.window else -1, 0),
-                   "scale": layer.scale, "enable_gqa": groups > 1}
+    options = {}
+    if "enable_gqa" in varlen_parameters():              # torch 2.11 takes grouped heads as they are
+        options["enable_gqa"] = layer.n_heads > layer.n_kv_heads
+    # (tokens before, tokens after) that a query sees; -1: all
+    window = (layer.window - 1 if layer.window else -1, 0)
     return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
-                       max_seqlen, max_seqlen, **options)
+                       max_seqlen, max_seqlen, window_size=window, scale=layer.scale, **options)
 
 
 class Block(nn.Module):
@@ -815,13 +781,15 @@ class Transformer(nn.Module):
 
 def check_choices(m):
     """Raise UserError for a name in the model section that does not exist."""
-    rope_scaling(m)
     choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS,
                "norm": ("rmsnorm", "layernorm"), "positions": ("rope", "learned"),
                "qk_norm": ("none", "head", "all")}
+    hf_keys = configs.families()[m["family"]].get("keys", {})
     for key, names in choices.items():
         if m[key] not in names:
-            raise configs.UserError(f"model.{key}: must be one of {', '.join(names)}; got {m[key]}")
+            in_file = f" ({configs.hf_names(hf_keys[key])[-1]})" if key in hf_keys else ""
+            raise configs.UserError(f"model.{key}{in_file}: must be one of {', '.join(names)}; "
+                                    f"got {m[key]}")
 
 
 def resolve_vocab_size(m, n_tokens):
@@ -1017,6 +985,9 @@ def load(path, m=None, device="cpu"):
     return load_weights(model, PretrainedWeights(folder, m).read).eval(), m
 
 
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
 class PretrainedWeights:
     """Reads the weights of a pretrained folder (or a run's, or a hub id's), in their stored dtype.
 
@@ -1039,6 +1010,10 @@ class PretrainedWeights:
         layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
         self.slices = {name: [(self.find(tensor), first, rows) for tensor, first, rows in slices]
                        for name, slices in layout.items()}
+        self.head = self.find(self.family.get("weights", {}).get("head.weight", "head.weight"))
+        [(embed, first, rows)] = self.slices["embed.weight"]
+        if m["tie_embeddings"] and embed not in self.files and self.head in self.files:
+            self.slices["embed.weight"] = [(self.head, first, rows)]
         self.means = {}
         self.check()
 
@@ -1101,20 +1076,42 @@ class PretrainedWeights:
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
-            stored_shape = self.files[tensor].get_slice(tensor).get_shape()
-            if stored_shape != shape:
-                wrong.append(f"{tensor} is {stored_shape}, and the config makes it {shape}")
+            stored = self.files[tensor].get_slice(tensor)
+            if stored.get_shape() != shape:
+                wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
+            elif stored.get_dtype() not in STORED_DTYPES:
+                wrong.append(f"{tensor} has dtype {stored.get_dtype()}, which is quantized")
         ignored = tuple(self.family.get("ignore", ()))
         if self.stored_config.get("tie_embeddings"):     # some files store the tied head, too
-            ignored += (self.family["weights"].get("head.weight", "head.weight"),)
+            ignored += (self.head,)
         for tensor in sorted(self.files):
             if tensor not in name_of and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")
         if wrong:
-            contradictions = contradicting_keys(self.m, self.stored_config)
-            hint = f"; {shorten(contradictions)}" if contradictions else ""
+            hints = contradicting_keys(self.m, self.stored_config)
+            if f"{self.head} is missing" in wrong and not self.stored_config.get("tie_embeddings"):
+                hints.append("model.tie_embeddings=true takes the embedding for it")
+            hint = f"; {shorten(hints)}" if hints else ""
             raise configs.UserError(f"{self.folder}: weights don't fit the model: "
                                     f"{shorten(wrong)}{hint}")
+        self.check_tied_head()
+
+    def check_tied_head(self):
+        """Raise UserError if the head is tied, and the files have another matrix for it."""
+        [(embed, _, rows)] = self.slices["embed.weight"]
+        if not self.m["tie_embeddings"] or self.head not in self.files or self.head == embed:
+            return
+        a = self.files[embed].get_slice(embed)
+        b = self.files[self.head].get_slice(self.head)
+        is_same = a.get_shape() == b.get_shape()
+        for start in range(0, rows, 8192):
+            end = min(start + 8192, rows)
+            is_same = is_same and torch.equal(a[start:end].float(), b[start:end].float())
+        if not is_same:
+            raise configs.UserError(
+                f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
+                "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
+                "both, as transformers does")
 
 
 def contradicting_keys(m, stored_config):
@@ -1125,9 +1122,33 @@ def contradicting_keys(m, stored_config):
     for key, value in stored_config.items():
         if key == "rope_layers" or value is None or m[key] == value:
             continue
-        if parameter_shapes(m | {key: value}) != shapes:
+        if key == "family" or parameter_shapes(m | {key: value}) != shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
     return contradictions
+
+
+def weight_files(folder):
+    """The safetensors files of a model: [Path]. Raises UserError if there is none."""
+    single_file = folder / "model.safetensors"
+    index_file = folder / "model.safetensors.index.json"
+    if single_file.is_file():
+        return [single_file]
+    if index_file.is_file():
+        index = configs.read_json(index_file)
+        try:
+            return sorted({folder / name for name in index["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError) as e:
+            raise configs.UserError(f"{index_file}: a damaged file: {e!r}") from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
+        hint = "download its weights"
+        if pickles:
+            hint = (f"but {', '.join(pickles)}: pickles can run code and are not read; this "
+                    "converts one: python -c \"from transformers import AutoModelForCausalLM as M"
+                    f"; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+        raise configs.UserError(f"{folder}: holds no *.safetensors, {hint}")
+    return files
 
 
 def open_weights(folder):
@@ -1136,31 +1157,27 @@ def open_weights(folder):
     Raises UserError if there is no such file, or a damaged one.
     """
     from safetensors import SafetensorError, safe_open
-    single_file = folder / "model.safetensors"
-    index_file = folder / "model.safetensors.index.json"
-    current = index_file                                 # the file that is being read
-    try:
-        if single_file.is_file():
-            files = [single_file]
-        elif index_file.is_file():
-            index = json.loads(index_file.read_text())
-            files = sorted({folder / name for name in index["weight_map"].values()})
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        tensors = {}
-        for current in files:
-            opened = safe_open(current, framework="pt")
-            tensors |= dict.fromkeys(opened.keys(), opened)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
-        raise configs.UserError(f"{current}: a damaged or missing safetensors file: {e}") from None
-    if not files:
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
-        found = f", but {', '.join(pickles)}" if pickles else ""
-        raise configs.UserError(
-            f"{folder}: holds no *.safetensors{found}: pickles can run code and are not read; this "
-            "converts one: python -c \"from transformers import AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            opened = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise configs.UserError(f"{path}: {damage(path, error)}") from None
+        tensors |= dict.fromkeys(opened.keys(), opened)
     return tensors
+
+
+def damage(path, error):
+    """Why a safetensors file cannot be read, and what helps."""
+    if not path.is_file():
+        return ("is missing, and model.safetensors.index.json says that it holds weights; "
+                "download it again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        problem = configs.format_problem(file.read(1000), path.name)
+    if problem:
+        return f"is {problem}"
+    return f"is damaged or incomplete ({size:,} bytes; {error}); download it again"
 
 
 def shorten(items, limit=8):
@@ -1172,14 +1189,16 @@ def shorten(items, limit=8):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: out
 
-def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4 << 30):
+def save_pretrained(read, m, folder, source="", stop=(), bos=None, control_ids=None,
+                    shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors.
 
     read         name -> that parameter, the whole tensor: model.get_parameter, for example. Only
                  one file's tensors are in memory at a time
-    source       the folder or hub id of the pretrained model: other keys of its config.json are
-                 kept, and its dtype
-    stop, bos    ids that end a generation, and the id that begins a text
+    source       the folder or hub id of the pretrained model: its dtype is kept, its license, and
+                 all other keys of its config.json and generation_config.json
+    stop, bos    ids that end a generation, beside those of source, and the id that begins a text
+    control_ids  of the tokenizer: token ids of source that are none of them are dropped. None: kept
     shard_bytes  a larger model is written as several files
     """
     folder = Path(folder)
@@ -1190,10 +1209,19 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, shard_bytes=4
         # is stored apart, as it is.
         read = ScaledEmbedding(read, m).read
         m = m | {"embed": "plain", "tie_embeddings": False}
-    config = hf_config(m, source, stop, bos)
+    # a path as it is, or the folder of a hub id; it may have been deleted since
+    source = Path(configs.resolve_pretrained(str(source))) if source else None
+    config = hf_config(m, source)
+    generation = read_source(source, "generation_config.json")
+    if not generation:
+        generation = {key: config[key] for key in TOKEN_ID_KEYS} | {"do_sample": False}
+    for section in (config, generation):
+        set_token_ids(section, stop, bos, control_ids)
     write_json(folder / "config.json", config)
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
-    write_json(folder / "generation_config.json", generation | {"do_sample": False})
+    write_json(folder / "generation_config.json", generation)
+    for pattern in configs.LICENSES if source else ():
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
 
     dtype = getattr(torch, config["dtype"])
     files = split_into_files(m, dtype, shard_bytes)
@@ -1230,34 +1258,54 @@ class ScaledEmbedding:
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def hf_config(m, source, stop, bos):
-    """The config.json of an exported model, as a dict."""
+def read_source(folder, name):
+    """A JSON file of the pretrained model; {} if there is none."""
+    if folder is None or not (folder / name).is_file():
+        return {}
+    return configs.read_json(folder / name)
+
+
+def set_token_ids(config, stop, bos, control_ids):
+    """Set the token ids of config.json or generation_config.json, in place.
+
+    stop, bos, control_ids  see save_pretrained
+    """
+    for key in TOKEN_ID_KEYS:
+        value = config.get(key)
+        ids = value if isinstance(value, list) else [value]
+        ids = [i for i in ids if type(i) is int and (control_ids is None or i in control_ids)]
+        if key == "eos_token_id":
+            ids += [i for i in stop if i not in ids]
+        if key == "bos_token_id" and bos is not None:
+            ids = [bos]
+        if key in config or ids:
+            config[key] = ids if len(ids) > 1 else (ids or [None])[0]
+
+
+def hf_config(m, source):
+    """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
     # transformers replaces a missing token id by that of a released model, so null is written.
-    config = dict.fromkeys(TOKEN_ID_KEYS)
-    # a path as it is, or the folder of a hub id; it may have been deleted since
-    source_folder = configs.resolve_pretrained(str(source)) if source else None
-    if source_folder and (Path(source_folder) / "config.json").is_file():
-        config = json.loads((Path(source_folder) / "config.json").read_text(encoding="utf-8"))
-    dtype = config.pop("torch_dtype", None)
-    dtype = config.get("dtype") or dtype
-    if dtype not in ("float32", "bfloat16", "float16"):
-        dtype = "float32"
-    config.pop("rope_parameters", None)                  # written as rope_scaling and rope_theta
+    config = dict.fromkeys(TOKEN_ID_KEYS) | read_source(source, "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype not in STORED_DTYPES.values():
+        dtype = stored_dtype(source)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
                "dtype": dtype}
-    if stop or bos is not None:              # those of the tokenizer, also if it has only one
-        config["bos_token_id"] = bos
-        config["eos_token_id"] = list(stop) or None
-        if len(stop) == 1:
-            config["eos_token_id"] = stop[0]
+    if "torch_dtype" in config:                          # the older name
+        config["torch_dtype"] = dtype
+    # auto_map names files of source. The others could contradict what is written below
+    for key in ("auto_map", "layer_types", "original_max_position_embeddings",
+                "partial_rotary_factor"):
+        config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
     written_if_null = [*TOKEN_ID_KEYS]
-    # families.yaml:  key: hf_key,  or  key: [hf_key, older_hf_key, ..., default]
     for key, places in family["keys"].items():
-        hf_key = places[0] if isinstance(places, list) else places
+        *other_names, hf_key = configs.hf_names(places)
+        for name in other_names:
+            config.pop(name, None)
         config[hf_key] = m[key]
         # without the key, transformers would take its default, places[-1]
         if isinstance(places, list) and places[-1] is not None:
@@ -1265,6 +1313,16 @@ def hf_config(m, source, stop, bos):
     config = {key: value for key, value in config.items()
               if value is not None or key in written_if_null}
     return config | family.get("only", {})               # {hf_key: the only supported value}
+
+
+def stored_dtype(folder):
+    """The dtype of a pretrained model whose config.json does not say it: that of most tensors."""
+    if folder is None or not (folder / "config.json").is_file():
+        return "float32"
+    count = collections.Counter(file.get_slice(tensor).get_dtype()
+                                for tensor, file in open_weights(folder).items())
+    [(name, _)] = count.most_common(1)
+    return STORED_DTYPES.get(name, "float32")
 
 
 def split_into_files(m, dtype, shard_bytes):
@@ -1308,7 +1366,7 @@ def write_safetensors(tensors, path, copy_mode_from):
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1474,8 +1532,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
     """Prompts from held-out chats, with their answers: [(prompt ids, answer ids without the stop
     token)].
 
-    A chat is cut before its last answer. The first `limit` chats are taken that end in a complete
-    answer and whose prompt is shorter than max_prompt_tokens.
+    A chat is cut before its last answer; if inference asks for that with other ids than the chat's,
+    they are the prompt. The first `limit` chats are taken that end in a complete answer and whose
+    prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
@@ -1495,8 +1554,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
                 continue
             start = int(context[-1]) + 1
             answer = ids[start:last_target + 1].tolist()
-            if start < max_prompt_tokens and answer[-1] in stop_ids:
-                prompts.append((ids[:start].tolist(), answer[:-1]))
+            prompt = source.prompt(i).tolist() or ids[:start].tolist()
+            if len(prompt) < max_prompt_tokens and answer[-1] in stop_ids:
+                prompts.append((prompt, answer[:-1]))
     return prompts
 
 

@@ -40,7 +40,9 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -50,6 +52,7 @@ import configs
 
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
+    configs.load_or_exit(sys.argv[1:], gpus=1)
 
 import torch
 import torch.distributed as dist
@@ -82,6 +85,9 @@ def local_world_size():
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks have started
+
+
 def init_distributed(cfg):
     """Join the process group of all ranks. Raises UserError if the launch command can't work."""
     device, _ = pick_device(cfg)
@@ -94,12 +100,44 @@ def init_distributed(cfg):
                 f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    store, this_rank, n_ranks = next(rendezvous("env://"))
-    store = store_of_this_start(store)
-    dist.init_process_group(backend, store=store, rank=this_rank, world_size=n_ranks,
-                            device_id=device if device.type == "cuda" else None)
+    env = os.environ
+    message = (f"MASTER_ADDR: rank {env['RANK']} waits for {env['WORLD_SIZE']} ranks to meet at "
+               f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}; {configs.unset_hint(env)}")
+    timer = threading.Timer(5, print, [message], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        wait_for_store()
+        store, this_rank, n_ranks = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store = store_of_this_start(store)
+        dist.init_process_group(backend, store=store, rank=this_rank, world_size=n_ranks,
+                                device_id=device if device.type == "cuda" else None)
+    except (dist.DistError, TimeoutError):
+        raise configs.UserError(f"{message} (no answer)") from None
+    finally:
+        timer.cancel()
     if this_rank > 0:
         warnings.simplefilter("ignore")    # rank 0 prints the same warnings
+
+
+def wait_for_store():
+    """Wait until the store through which ranks meet accepts connections. Raises TimeoutError.
+
+    torch would wait as well, but print a stack trace for each attempt.
+    """
+    # torchrun's own store is there before it starts a rank; otherwise rank 0 opens it
+    has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ["RANK"] == "0" and not has_agent_store:
+        return
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    give_up_at = time.monotonic() + (60 if has_agent_store else JOIN_TIMEOUT.total_seconds())
+    while time.monotonic() < give_up_at:
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError
 
 
 def store_of_this_start(store):
@@ -125,6 +163,7 @@ def run_distributed(main, cfg, *args):
     If a rank fails, torchrun ends the others and prints the error of the failed rank last. A
     UserError is printed as one line, every other exception with its traceback.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # ends also a rank that waits for others
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         configs.run(run_alone, main, cfg, *args)
         return
@@ -141,7 +180,7 @@ def run_distributed(main, cfg, *args):
     except Exception as error:
         wait_for_termination(error)
         print(error_text(error), file=sys.stderr, flush=True)
-        write_error_file(error)
+        configs.write_error_file(error, error_text(error))
         os._exit(1)    # don't wait for communication that can't complete any more
     dist.destroy_process_group()
     # End without winding up the interpreter: gloo's threads may still hold tensors, and then abort
@@ -156,7 +195,7 @@ def run_alone(main, cfg, *args):
     try:
         main(cfg, *args)
     except Exception as error:
-        write_error_file(error)
+        configs.write_error_file(error, error_text(error))
         raise
 
 
@@ -194,16 +233,6 @@ def error_text(error):
         text += ("\nThis rank lost its connection to another rank. If that rank runs on another "
                  "node, the cause is printed there.")
     return text
-
-
-def write_error_file(error):
-    """Hand an error to torchrun, in the format of torch.distributed.elastic.multiprocessing.errors.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        details = {"py_callstack": error_text(error), "timestamp": str(int(time.time()))}
-        message = {"message": str(error), "extraInfo": details}
-        Path(path).write_text(json.dumps({"message": message}))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,7 +524,8 @@ def save_adapter(model, lora_cfg, folder, base):
     base  the folder or hub id of the pretrained model, which PEFT loads first; empty if the base
           was drawn from the seed
     """
-    from safetensors.torch import save_file
+    if base and Path(base).is_dir():
+        base = Path(base).resolve()                      # PEFT may be started in another folder
     family = configs.families()[model.cfg["family"]]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -510,7 +540,6 @@ def save_adapter(model, lora_cfg, folder, base):
             tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
             tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
             n_fused[hf_module.split(".")[-1]] = len(layers)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
     adapter_config = {
@@ -521,7 +550,9 @@ def save_adapter(model, lora_cfg, folder, base):
         "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
         "target_modules": sorted(n_fused)}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n")
+    config_file = folder / "adapter_config.json"
+    transformer.write_json(config_file, adapter_config)
+    transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)
 
 
 def layers_of(model, parts):

@@ -26,10 +26,13 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
+    prompts.bin    as tokens.bin, for chats that do not begin with what asks for their last answer:
+                   the ids that do; prompt_offsets.bin as offsets.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
 import bisect
+import bz2
 import collections
 import concurrent.futures
 import contextlib
@@ -42,12 +45,14 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
 import re
 import shutil
 import sys
+import tokenize
 import unicodedata
 import zlib
 from datetime import datetime
@@ -57,10 +62,14 @@ import numpy as np
 import tiktoken
 
 import configs
-from configs import UserError
+from configs import UserError, read_text
 
-FORMAT = 5                  # of the token files
+FORMAT = 6                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
+UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# the start of a JSON file that is one object, with all records in a list
+WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|examples|instances|'
+                     r'items|samples)"\s*:\s*\[\s*\{')
 
 
 class error_context:
@@ -92,6 +101,8 @@ def one_line(error):
     text = getattr(error, "strerror", None) or str(error)
     if isinstance(error, KeyError):
         text = repr(error)
+    if isinstance(error, UnicodeDecodeError):
+        text = configs.decoding_problem(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) < 600 else f"{text[:300]} ... {text[-200:]}"
 
@@ -99,11 +110,6 @@ def one_line(error):
 def check_type(value, expected, problem):
     if not isinstance(value, expected):
         raise UserError(f"{problem}, got {type(value).__name__}")
-
-
-def read_text(path):
-    with error_context(path, (OSError, UnicodeDecodeError), "cannot be read as UTF-8 text: "):
-        return Path(path).read_text(encoding="utf-8")
 
 
 def read_json_object(path):
@@ -122,13 +128,15 @@ def fingerprint(*values):
 # --------------------------------------------------------------------------------------------------
 # find files: on this machine, or on the hub
 
-EXTENSIONS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".txt.gz",
-              ".csv.gz", ".tsv.gz", ".parquet", ".npy")
+FORMATS = ".jsonl, .json, .csv, .tsv, .txt (also .gz, .bz2, .xz), .parquet, .npy"
+FILE_NAME = re.compile(r".*\.(?:(jsonl|json|csv|tsv|txt)(?:\.(?:gz|bz2|xz))?|(parquet|npy))")
+OTHER_FORMATS = {".zst": "zstd -d unpacks it", ".zip": "unzip unpacks it",
+                 ".arrow": "to_parquet() of the datasets package writes .parquet"}
 BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
-# owner/name, or owner/name/FOLDER for a folder of the dataset
-HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(.+))?")
-HUB_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv")   # the first wins
-HUB_METADATA = ("dataset_info.json", "dataset_infos.json")
+METADATA = ("dataset_info.json", "dataset_infos.json")    # of a dataset on the hub
+# owner/name, perhaps with @REVISION, perhaps with /FOLDER of the dataset
+HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
+HUB_FORMATS = ("parquet", "jsonl", "json", "csv")         # the first that a dataset has is read
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
                "test": "test|testing|eval|evaluation"}
 
@@ -139,95 +147,175 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
-    key = f"data.{name}.path"
-    if Path(path).is_dir():
-        files = [str(file) for file in Path(path).rglob("*") if file.name.endswith(EXTENSIONS)]
-    elif Path(path).is_file():
-        files = [path]
-    else:
-        files = glob.glob(path, recursive=True)
-    if not files:
-        hub_path = HUB_PATH.fullmatch(os.path.relpath(path, os.path.expanduser(cfg["data_root"])))
-        # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
-        if hub_path and not Path(path).parent.is_dir() and not path.endswith(EXTENSIONS):
-            with error_context(key):
-                files = download_split(hub_path[1], hub_path[2], source["split"])
-    no_data = BESIDE_NPY + HUB_METADATA
-    files = sorted(f for f in files if Path(f).is_file() and not f.endswith(no_data))
-    if not files:
-        raise UserError(f"{key}: no file at {path} (a file, a folder or a glob of "
-                        f"{', '.join(EXTENSIONS)}, or a hub id: owner/name)")
+    hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
+    # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
+    is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
+    with error_context(f"data.{name}.path"):
+        if os.path.isdir(path):
+            files = choose_local_files(path, list_folder(path), source["split"])
+        elif os.path.isfile(path):
+            files = [path]
+        elif hub_path and not is_local and not glob.has_magic(path):
+            files = download_split(*hub_path.groups(), source["split"])
+        else:
+            files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+        files = sorted(file for file in files if not file.endswith(BESIDE_NPY))
+        if not files:
+            raise UserError(f"no file at {os.path.abspath(path)} (a file, a folder or a glob of "
+                            f"{FORMATS}, or a hub id: owner/name)")
+        for file in files:
+            if not os.path.isfile(file):
+                raise UserError(f"{file} is a link to a file that does not exist")
+            if not format_of(file):
+                hint = OTHER_FORMATS.get(Path(file).suffix, "a glob selects files: FOLDER/*.jsonl")
+                raise UserError(f"{file} must end in one of {FORMATS}; {hint}")
+    only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
     for file in files:
-        if not file.endswith(EXTENSIONS):
-            raise UserError(f"{key}: {file} must end in one of {', '.join(EXTENSIONS)}")
-        extension = file.removesuffix(".gz").rpartition(".")[2]
-        only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
-        if source["shape"] not in only.get(extension, ("auto", "text", "chat")):
+        if source["shape"] not in only.get(format_of(file), ("auto", "text", "chat")):
             raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
+    by_target = {os.path.realpath(file): file for file in reversed(files)}
+    return sorted(by_target.values())                    # each once, also if links name it twice
+
+
+def format_of(file):
+    """"a.jsonl.gz" -> "jsonl"; None if such a file cannot be read."""
+    match = FILE_NAME.fullmatch(file.lower())
+    return match and (match[1] or match[2])
+
+
+def list_folder(folder, above=()):
+    """The data files in a folder and its subfolders, without hidden ones. Links are followed."""
+    with error_context(folder, OSError, "cannot be read: "):
+        names = os.listdir(folder)
+    files = []
+    above = [*above, os.path.realpath(folder)]
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith(".") or name in METADATA or os.path.realpath(path) in above:
+            continue
+        if os.path.isdir(path):
+            files += list_folder(path, above)
+        elif format_of(name) or name.endswith(tuple(OTHER_FORMATS)):
+            files.append(path)
     return files
 
 
-def download_split(dataset, folder, split):
+def choose_local_files(folder, files, split):
+    """Those files of a folder that are of a split, if their names are of train and of another."""
+    formats = {(format_of(file) or "").removesuffix("l") for file in files} - {""}
+    if len(formats) > 1:
+        raise UserError(f"{folder} has files of several formats ({', '.join(sorted(formats))}); a "
+                        f"glob selects some: {folder}/**/*.{min(formats)}*")
+    names = [os.path.relpath(file, folder) for file in files]
+    if split == "train" and not {"train"} < splits_of(names):
+        return files
+    chosen = choose_split(names, split, folder)
+    others = set(names) - set(chosen)
+    if others and configs.is_local_rank0():
+        print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
+              f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
+              file=sys.stderr)
+    return [os.path.join(folder, name) for name in chosen]
+
+
+def abridged(names):
+    names = sorted({re.sub(r"\d{5}-of-\d{5}", "*", name) for name in names})
+    return ", ".join([*names[:8], *["..."][:len(names) - 8]])
+
+
+def splits_of(names):
+    """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv."""
+    splits = set()
+    for split, words in SPLIT_WORDS.items():
+        if any(re.search(f"(?<![a-zA-Z])({words})(?![a-zA-Z])", name) for name in names):
+            splits.add(split)
+    return splits
+
+
+def choose_split(names, split, place):
+    """Return those of a dataset's file names that hold a split.
+
+    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
+    name has a word of another split, all files are the split "train".
+    """
+    words = SPLIT_WORDS.get(split, re.escape(split))
+    # train_sft is a split of its own
+    word = re.compile(f"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])")
+    chosen = [name for name in names if word.search(name)]
+    if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
+        return names
+    if not chosen:
+        files = abridged(names) or "none that can be read"
+        raise UserError(f"{place} has no split {split!r}; its files: {files}; "
+                        "`split` of the source is a word of their names: split=train_sft")
+    return chosen
+
+
+def download_split(dataset, revision, folder, split):
     """Download one split of a dataset on the hub to huggingface_hub's cache; return its files.
 
-    HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected.
+    revision  branch, tag or commit, or None. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are respected
     """
     place = f"no file or folder at {dataset}, and none from the hub"
     with error_context(place, ImportError, "pip install huggingface_hub to download it: "):
         from huggingface_hub import constants, errors, list_repo_files, snapshot_download
+    repo = {"repo_id": dataset, "repo_type": "dataset", "revision": revision}
+    is_listed = True
     try:
-        names = list_repo_files(dataset, repo_type="dataset")
+        names = list_repo_files(**repo)
     except errors.RepositoryNotFoundError:
         raise UserError(f"{place}: it has no such dataset; a private one needs "
                         "`hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{place}: the dataset has no revision {revision}") from None
     except Exception as error:               # no network, for example
-        names = cached_files(Path(constants.HF_HUB_CACHE), dataset)
+        is_listed = False
+        names = cached_files(Path(constants.HF_HUB_CACHE), dataset, revision or "main")
         if not names:
             raise UserError(f"{place}: {one_line(error)}") from None
-    names = choose_split_files(names, dataset, folder, split)
+    names = choose_hub_files(names, dataset, folder, split)
+    if not is_listed:
+        check_complete(names, dataset)
     with error_context(place, Exception):
-        local = snapshot_download(dataset, repo_type="dataset", allow_patterns=names)
+        local = snapshot_download(**repo, allow_patterns=names)
     return [str(Path(local, name)) for name in names]
 
 
-def cached_files(cache, dataset):
+def cached_files(cache, dataset, revision):
     """The names of a dataset's files that earlier downloads left in the cache, for use offline."""
     folder = cache / f"datasets--{dataset.replace('/', '--')}"
-    main = folder / "refs" / "main"
-    if not main.is_file():
-        return []
-    snapshot = folder / "snapshots" / main.read_text()
+    ref = folder / "refs" / revision
+    commit = ref.read_text(encoding="utf-8") if ref.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if any(folder.glob("blobs/*.incomplete")):
+        raise UserError(f"{dataset}: a download was interrupted, and the hub cannot be reached to "
+                        f"complete it; a glob reads what is there: {snapshot}/**/*.jsonl")
     return [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
 
 
-def choose_split_files(names, dataset, folder, split):
-    """Return those of a dataset's file names that hold a split, all in one folder and format.
+def check_complete(names, dataset):
+    """Raise UserError if of train-00000-of-00002 and train-00001-of-00002 one is missing."""
+    for name in names:
+        number = re.search(r"\d{5}-of-(\d{5})", name)
+        parts = [n for n in names if number and n.startswith(name[:number.start()])]
+        if number and len(parts) != int(number[1]):
+            raise UserError(f"{dataset}: {len(parts)} of {int(number[1])} files of {name} are in "
+                            "the cache, and the hub cannot be reached for the others")
 
-    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
-    name has such a word, all files are the split "train".
-    """
-    names = [n for n in names if n.endswith(HUB_EXTENSIONS) and Path(n).name not in HUB_METADATA]
+
+def choose_hub_files(names, dataset, folder, split):
+    """Return those of a dataset's file names that hold a split, all in one folder and format."""
+    names = [n for n in names if format_of(n) in HUB_FORMATS and Path(n).name not in METADATA]
     if folder:
         names = [n for n in names if n.startswith(f"{folder}/")]
-    chosen = [n for n in names if has_word(n, SPLIT_WORDS.get(split, re.escape(split)))]
-    has_splits = any(has_word(n, "|".join(SPLIT_WORDS.values())) for n in names)
-    if split == "train" and not has_splits:
-        chosen = names
-    if not chosen:
-        files = ", ".join(names[:8]) or f"no {', '.join(HUB_EXTENSIONS)}"
-        raise UserError(f"{dataset} has no split {split!r} (`split` of the source); its files: "
-                        f"{files}")
-    extension = next(e for e in HUB_EXTENSIONS if any(n.endswith(e) for n in chosen))
-    chosen = sorted(n for n in chosen if n.endswith(extension))
+    chosen = choose_split(names, split, dataset)
+    best = min([format_of(n) for n in chosen], key=HUB_FORMATS.index)
+    chosen = sorted(n for n in chosen if format_of(n) == best)
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
         raise UserError(f"{dataset} has this split in several folders; name one: "
                         f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
     return chosen
-
-
-def has_word(name, words):
-    return re.search(rf"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])", name) is not None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,36 +364,75 @@ class Context:
 
 def read_chunks(file, context):
     """Yield a file as Chunks of about BLOCK bytes, so that memory does not grow with the file."""
-    reader = READERS[file.removesuffix(".gz").rpartition(".")[2]]
-    errors = (OSError, EOFError, zlib.error)
+    reader = READERS[format_of(file)]
+    errors = (OSError, EOFError, zlib.error, lzma.LZMAError)
     position = 0
-    with error_context(file, errors, "cannot be read: "), open(file, "rb") as raw:
-        stream = gzip.open(raw) if file.endswith(".gz") else raw
-        for chunk in reader(stream, file, context):
-            if not chunk.n_bytes:
-                chunk.n_bytes = raw.tell() - position
-                position = raw.tell()
-            yield chunk
+    try:
+        with error_context(file, errors, "cannot be read: "), open(file, "rb") as raw:
+            for chunk in reader(unpack(raw, file), file, context):
+                if not chunk.n_bytes:
+                    chunk.n_bytes = raw.tell() - position
+                    position = raw.tell()
+                yield chunk
+    except UnicodeError:                     # somewhere in the block that was read last
+        with open(file, "rb") as raw:
+            problem = configs.encoding_problem(unpack(raw, file))
+        raise UserError(f"{file}, {problem}") from None
 
 
-def read_jsonl(stream, file, context):
-    n = 1
-    while lines := stream.readlines(BLOCK):
-        yield Chunk(file, "line", range(n, n + len(lines)), lines)
-        n += len(lines)
+def unpack(raw, file):
+    """The stream of a file's content. Raises UserError if it does not begin as its name says."""
+    check_format(raw, file, file)
+    name, extension = os.path.splitext(file)
+    if extension.lower() not in UNPACKERS:
+        return raw
+    stream = UNPACKERS[extension.lower()](raw)
+    check_format(stream, file, name)
+    return stream
+
+
+def check_format(stream, file, name):
+    problem = configs.format_problem(stream.read(1000), name)
+    if problem:
+        raise UserError(f"{file}: {problem}")
+    stream.seek(0)
 
 
 def read_json(stream, file, context):
-    """The items of a list, cut apart here and parsed later; or lines, as in .jsonl."""
+    """.jsonl and .json: an object on each line; or a list, or objects in any lines. The items of
+    the latter two are cut apart here and parsed later."""
+    head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
+    stream.seek(0)
+    wrapper = WRAPPER.match(head)
+    if wrapper:
+        raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
+                        f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
+    is_list = head.startswith("[") or format_of(file) == "json" and not head.startswith("{")
+    if is_list or not has_object_per_line(head):
+        yield from read_json_items(stream, file, is_list)
+        return
+    n = 1
+    while lines := stream.readlines(BLOCK):
+        numbers = [n + i for i, line in enumerate(lines) if not line.isspace()]
+        yield Chunk(file, "line", numbers, [line for line in lines if not line.isspace()])
+        n += len(lines)
+
+
+def has_object_per_line(text):
+    """False if the first JSON value has several lines, or a comma or another value after it."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return True                          # too long, or an error, which its line's number names
+    return "\n" not in text[:end] and not re.match(r"[ \t\r]*[,{]", text[end:])
+
+
+def read_json_items(stream, file, is_list):
     buffer = ""
     n_items = 0
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         buffer += text
-        if n_items == 0 and buffer.lstrip().startswith("{"):
-            stream.seek(0)
-            yield from read_jsonl(stream, file, context)
-            return
-        items, position, error = split_list(buffer, n_items)
+        items, position, error = split_items(buffer, n_items, is_list)
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
@@ -313,14 +440,16 @@ def read_json(stream, file, context):
         if error and n_after_error > BLOCK and "Unterminated" not in str(error):
             break                            # more text would not mend it
         buffer = buffer[position:]
-    if error or not re.fullmatch(r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*", buffer):
+    end = r"\s*,?\s*" if not is_list else r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
+    if error or not re.fullmatch(end, buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
         raise UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
-def split_list(text, n_before):
-    """Cut the complete items off a piece of a JSON list that has n_before items before it.
+def split_items(text, n_before, is_list=True):
+    """Cut the complete items off a piece of a JSON list that has n_before items before it; or of
+    values that may have commas between them.
 
         ', {"a": 1}, {"b": 2}, {"c"'  ->  [b'{"a": 1}', b'{"b": 2}'], 20, the decoder's error
 
@@ -328,7 +457,8 @@ def split_list(text, n_before):
     """
     items = []
     position = 0
-    separator = re.compile(r"\s*,\s*" if n_before else r"\s*\[\s*(?!\s*\])")
+    between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
+    separator = re.compile(r"\s*\[\s*(?!\s*\])") if is_list and not n_before else between
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
@@ -336,19 +466,34 @@ def split_list(text, n_before):
             return items, position, error
         items.append(text[match.end():end].encode())         # bytes: JSON; a str would be a text
         position = end
-        separator = re.compile(r"\s*,\s*")
+        separator = between
     return items, position, None
 
 
-def iter_text(stream, file):
-    """Yield a file's text in blocks; the last one is empty."""
-    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    with error_context(file, UnicodeDecodeError, "not UTF-8 text: "):
-        text = None
-        while text != "":
-            text = text_stream.read(BLOCK)
-            yield text
+def iter_text(stream):
+    """Yield a file's text in blocks, with \\n for \\r\\n; the last one is empty."""
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    text = None
+    while text != "":
+        text = text_stream.read(BLOCK)
+        check_no_zero_byte(text)
+        yield text
     text_stream.detach()                     # otherwise it would close the stream
+
+
+def iter_lines(stream):
+    """Yield a file's lines with their ends, for the csv module."""
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    for line in text_stream:
+        check_no_zero_byte(line)
+        yield line
+    text_stream.detach()
+
+
+def check_no_zero_byte(text):
+    """A damaged file may end in zero bytes, which are valid UTF-8. read_chunks names the line."""
+    if "\0" in text:
+        raise UnicodeError
 
 
 def read_txt(stream, file, context):
@@ -359,7 +504,7 @@ def read_txt(stream, file, context):
         return
     buffer = ""
     starts = True
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         buffer += text
         end = find_split_point(buffer, context.tok.encode) if len(buffer) > BLOCK else 0
         if end:
@@ -373,7 +518,7 @@ def read_txt(stream, file, context):
 def read_separated(stream, file, separator):
     buffer = ""
     n = 1
-    for text in iter_text(stream, file):
+    for text in iter_text(stream):
         *documents, buffer = (buffer + text).split(separator)
         if not text:                                     # the end of the file
             documents.append(buffer)
@@ -403,13 +548,11 @@ def find_split_point(text, encode, margin=200):
 def read_csv(stream, file, context):
     """Also .tsv. The first line names the columns; a record is {column: text}."""
     csv.field_size_limit(sys.maxsize)
-    is_tsv = file.removesuffix(".gz").endswith(".tsv")
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if is_tsv else ",", strict=True)
+    delimiter = "\t" if format_of(file) == "tsv" else ","
+    rows = csv.DictReader(iter_lines(stream), delimiter=delimiter, strict=True)
     numbers = []
     records = []
     line = 2
-    problem = "not valid CSV in UTF-8: "
     try:
         for record in rows:
             numbers.append(line)
@@ -420,9 +563,7 @@ def read_csv(stream, file, context):
                 numbers = []
                 records = []
     except csv.Error as error:
-        raise UserError(f"{file}, line {line}: {problem}{one_line(error)}") from None
-    except UnicodeDecodeError as error:          # somewhere in the block that was read last
-        raise UserError(f"{file}: {problem}{one_line(error)}") from None
+        raise UserError(f"{file}, line {line}: not valid CSV: {one_line(error)}") from None
     if records:
         yield Chunk(file, "line", numbers, records)
 
@@ -430,7 +571,8 @@ def read_csv(stream, file, context):
 def read_parquet(stream, file, context):
     with error_context(file, ImportError, "reading .parquet needs pyarrow; pip install pyarrow: "):
         import pyarrow.parquet
-    with error_context(file, (OSError, pyarrow.ArrowException), "not a .parquet file: "):
+    errors = (OSError, UnicodeDecodeError, pyarrow.ArrowException)
+    with error_context(file, errors, "cannot be read as .parquet: "):
         table = pyarrow.parquet.ParquetFile(file)
         size = os.path.getsize(file)
         n = 1
@@ -466,14 +608,18 @@ def read_npy(stream, file, context):
             block = np.append(block, np.int64(labels[-1]))
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
-            raise UserError(f"{file}: index {start + wrong[0]}: {block[wrong[0]]} is an id that "
-                            f"the tokenizer ({context.tok.n_vocab} tokens) lacks")
+            i = start + wrong[0]
+            of_label = f"{file[:-4]}_labels.npy: index {i - 1}"      # of the one after the ids
+            place = f"{file}: index {i}" if i < len(ids) else of_label
+            raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
+                            f"({context.tok.n_vocab} tokens) lacks")
         block_weights = np.ones(len(block), np.float32)
         # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
         first = max(start, shift)
         block_weights[:first - start] = 0
         if weights is not None:
-            block_weights[first - start:] = weights[first - shift:end - shift]
+            with np.errstate(over="ignore"):             # compact_weights refuses inf
+                block_weights[first - start:] = weights[first - shift:end - shift]
         if labels is not None:
             block_labels = labels[first - shift:end - shift]
             is_target = block_labels != ignore_index
@@ -491,7 +637,9 @@ def load_array(path, kinds, n_tokens=None):
     """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
     if n_tokens is not None and not os.path.isfile(path):
         return None
-    with error_context(path, (ValueError, EOFError), "no array of token ids: "):
+    # (numpy's parser of the header lets tokenize's errors through)
+    errors = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
+    with error_context(path, errors, "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
             wanted = "floats" if "f" in kinds else "ints"
@@ -501,7 +649,7 @@ def load_array(path, kinds, n_tokens=None):
     return array
 
 
-READERS = {"jsonl": read_jsonl, "json": read_json, "txt": read_txt, "csv": read_csv,
+READERS = {"jsonl": read_json, "json": read_json, "txt": read_txt, "csv": read_csv,
            "tsv": read_csv, "parquet": read_parquet, "npy": read_npy}
 
 
@@ -551,8 +699,8 @@ def normalize_record(record, place, shape="auto"):
 
 def parse_record(record):
     if isinstance(record, bytes):
-        if not record.strip():
-            raise UserError("is empty; a .jsonl file has one JSON object on each line")
+        if b"\0" in record:
+            raise UserError(configs.ZERO_BYTE)
         record = parse_json(record, "not valid JSON")
     if isinstance(record, str):
         record = {"text": record}
@@ -696,6 +844,9 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
+# what an export takes from there
+TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
+                   "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
 # that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
@@ -793,6 +944,8 @@ def compile_template(text):
     except jinja2.TemplateSyntaxError as error:
         problem = f"the chat template's line {error.lineno}: {one_line(error.message)}"
         raise UserError(problem) from None
+    except SyntaxError as error:             # a {% break %} outside a loop, for example
+        raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
     return ChatTemplate(jinja, "tool_calls" in text)
 
@@ -843,6 +996,17 @@ class Rendering:
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
     literals: list               # [(start, end)]: the first characters of spelled special tokens
+    prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
+    other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+
+    def prompt(self, i):
+        """The text that asks for message i. None if the template refuses the messages before."""
+        if i not in self.prompts:
+            self.prompts[i] = None
+            with contextlib.suppress(UserError):
+                self.prompts[i] = self.render_other(self.messages[:i], add_generation_prompt=True)
+        return self.prompts[i]
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages."""
@@ -961,6 +1125,7 @@ class BaseTokenizer:
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
+        self.control_ids = frozenset(self.special_and_added.values())
         # special tokens as JSON spells them
         self.escaped_pattern = compile_alternation([to_json(text)[1:-1] for text in self.special])
 
@@ -1117,8 +1282,8 @@ class HFTokenizer(BaseTokenizer):
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
                                "post_processor": None, "truncation": None, "padding": None}
-        # tokenizers raises nothing narrower than Exception
-        with error_context("the tokenizers package cannot read it either", Exception):
+        # tokenizers raises nothing narrower than Exception, and a panic of Rust not even that
+        with error_context("the tokenizers package cannot read it either", BaseException):
             self.encoder = tokenizers.Tokenizer.from_str(json.dumps(renamed))
         self.n_vocab = 1 + max(self.encoder.get_vocab().values())
         self.compile_patterns()
@@ -1445,10 +1610,9 @@ def save_tokenizer(tok, folder, chat_template):
     if not tok.folder:
         write_json(folder / "tokenizer.json", tokenizer_spec(tok))
     elif tok.folder.resolve() != folder.resolve():
-        for name in ("tokenizer.json", *TEMPLATE_FILES, "special_tokens_map.json", "vocab.json",
-                     "merges.txt"):
-            if (tok.folder / name).is_file():
-                shutil.copyfile(tok.folder / name, folder / name)
+        for pattern in TOKENIZER_FILES:
+            for path in filter(Path.is_file, tok.folder.glob(pattern)):
+                shutil.copyfile(path, folder / path.name)
     if config_file.is_file():
         config = read_json_object(config_file)
     else:
@@ -1493,6 +1657,31 @@ def spell(token):
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
 
+# Warnings, each with what mends it. They are counted, and the first of a source is an example.
+OTHER_PROMPT = ("an answer does not follow its generation prompt in the training text, so that the "
+                "model is asked in another way than it is trained; mended by a data.chat_template "
+                "that begins answers as it asks for them, or by answers that begin so")
+NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
+          "data.append_eos=true trains EOS there")
+NOT_FOUND = "a message is not found in the rendered text, so that its loss weight is not applied"
+SPELLED = ("a text or message spells control tokens, which are plain text there; special=true of the "
+           "source reads texts that are rendered already")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
+             "another data.tokenizer or data.chat_template fits")
+CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
+# of a chat with tools, where it does not matter which
+TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
+    "type": "object", "properties": {}}}}
+
+
+@dataclasses.dataclass
+class Report:
+    """What encode_chat() finds out about a chat besides ids and loss weights."""
+    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    # ids that ask for the last answer, if they are not those before it in the chat
+    prompt: list = ()
+
+
 def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
 
@@ -1518,15 +1707,13 @@ def find_message_spans(rendering, wanted):
             replaced[i] = messages[i] | {"content": placeholder(i)}
         with_placeholders = rendering.render_other(replaced)
         spans = align_placeholders(rendering.text, with_placeholders, messages)
-    missing = sorted(set(wanted) - {i for _, _, i in spans})
-    if not missing:
-        return spans
-    opening = opening_of_turn(rendering)
-    for i in missing:
+    for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
-        span = find_span_alone(rendering, i, after, opening)
+        span = find_span_alone(rendering, i, after)
         if span:
             spans.append((*span, i))
+        else:
+            rendering.warnings.append((NOT_FOUND, f"message {i + 1}"))
     return sorted(spans)
 
 
@@ -1569,116 +1756,248 @@ def find_content_end(text, start, content, after):
     return end if end >= 0 and text[start:end] in content else None
 
 
-def opening_of_turn(rendering):
-    """What the template writes to ask for an answer: <|im_start|>assistant. "" if unknown."""
-    with_opening = rendering.render_other(rendering.messages, add_generation_prompt=True)
-    if with_opening.startswith(rendering.text):
-        return with_opening.removeprefix(rendering.text)
-    return ""
-
-
-def find_span_alone(rendering, i, after, opening):
+def find_span_alone(rendering, i, after):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
-    The text is compared with a rendering in which only this message has a placeholder:
+    The text is compared with a rendering in which only this message has a placeholder, and neither
+    tool calls nor reasoning:
 
         text   U:2+3?; A:5; U:Sure?; A:Yes;
         other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
 
-    If more than the content changes with the message, or it has tool calls or reasoning, its span
-    is all that the template writes for it after `opening`.
+    An answer's span is all that the template writes for it between its generation prompt and what
+    follows its content.
     """
     text = rendering.text
     messages = rendering.messages
-    with_placeholder = {"role": messages[i]["role"], "content": placeholder(i)}
+    kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
+    with_placeholder = kept | {"content": placeholder(i)}
     original = text
-    is_whole_chat = True
     try:
         other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
     except UserError:                            # the template has rules for what may follow
-        is_whole_chat = False
         original = rendering.render_other(messages[:i + 1])
         other = rendering.render_other([*messages[:i], with_placeholder])
     before, mark, suffix = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
-    is_content = original.startswith(before) and original[len(before):].endswith(suffix)
-    if not is_content:
+    prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
+    if prompt is not None and original.startswith(prompt):
+        before = prompt
+    elif not original.startswith(before):
         before = os.path.commonprefix([original, other])
-        backwards = [original[len(before):][::-1], other[len(before):][::-1]]
-        suffix = os.path.commonprefix(backwards)
-    written = original[len(before):len(original) - len(suffix)]
-    start = len(before) if is_whole_chat else text.find(written, after)
-    if start < 0:
-        return None
-    end = start + len(written)
-    if not is_content or has_generated_fields(messages[i]):
-        opening_start = text.rfind(opening, after, start)
-        if opening and opening_start >= 0:
-            start = opening_start + len(opening)
-    return (start, end) if start < end else None
+    written = original[len(before):]
+    if not written.endswith(suffix):
+        suffix = os.path.commonprefix([written[::-1], suffix[::-1]])
+    written = written[:len(written) - len(suffix)]
+    if text.startswith(before + written):
+        start = len(before)
+    else:
+        start = text.find(written, after) if written else -1
+    return (start, start + len(written)) if start >= 0 else None
 
 
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, **variables):
+def find_answer_start(rendering, i, start):
+    """Where generation of message i, an answer, starts: at the end of its generation prompt.
+
+    What the template writes between the prompt and the answer's content, which is at `start`, is
+    generated too: an empty <think></think>, for example. Returns `start` if the prompt is not the
+    beginning of the text.
+    """
+    text = rendering.text
+    messages = rendering.messages
+    if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
+        options = {key: value for key, value in rendering.variables.items() if key != "tools"}
+        has_tools = bool(rendering.variables.get("tools"))
+        has_system = messages[0]["role"] == "system"
+        for opening, lead in find_openings(rendering.template, rendering.tok, has_system,
+                                           has_tools, to_json(options)):
+            if text.endswith(opening + lead, 0, start):
+                return start - len(lead)
+    prompt = rendering.prompt(i)
+    if prompt is None or text.startswith(prompt):
+        return start if prompt is None else len(prompt)
+    rendering.other_prompts.append(i)
+    end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
+    near = slice(max(end - 30, 0), end + 30)
+    example = f"message {i + 1}: prompt ...{prompt[near]!r}, text ...{text[near]!r}"
+    rendering.warnings.append((OTHER_PROMPT, example))
+    return start
+
+
+@functools.lru_cache(maxsize=1000)
+def find_openings(template, tok, has_system, has_tools, options):
+    """What a template writes before an answer to a user, so that few prompts must be rendered.
+
+    Two answers are tried:
+
+        text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
+        prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
+        openings  [("; A:", ""), ("; A:", "<think></think>")]
+
+    An opening is the end of the prompt after the user's words. The second part comes between it and
+    the answer. [] if one of the prompts is not the beginning of the text.
+    """
+    variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
+    roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+    openings = set()
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        text, _ = render(template, tok, messages, **variables)
+        for i in (len(roles) - 3, len(roles) - 1):
+            prompt, _ = render(template, tok, messages[:i], True, **variables)
+            opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
+            lead, mark, _ = text[len(prompt):].partition(placeholder(i))
+            if not (text.startswith(prompt) and opening and mark):
+                return []
+            openings |= {(opening, lead), (opening, "")}
+    return sorted(openings)
+
+
+@functools.lru_cache(maxsize=1000)
+def find_missing_tokens(template, tok):
+    """What looks like control tokens in the text of a template, and is none of the vocabulary."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        text, _ = render(template, tok, chat)
+        missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+        return " ".join(sorted(missing))
+
+
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, report=None,
+                **variables):
     """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
 
-    messages   as from normalize_record
-    train_on   "all": the assistant's turns, each with the token that ends it; "last": only the last
-               of them; "everything": all text except the outputs of tools. Templates with
-               {% generation %} say themselves where the turns are
-    weight     a factor of all loss weights
-    variables  for the template: tools
+    messages    as from normalize_record
+    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
+                token that ends it; "last": only the last of them; "everything": all text except the
+                outputs of tools. Templates with {% generation %} say themselves where turns are
+    weight      a factor of all loss weights
+    append_eos  append EOS, as a target, if the last answer ends in no token
+    report      a Report to fill
+    variables   for the template: tools
     """
+    report = report or Report()
     rendering = render_messages(template, tok, messages, **variables)
-    spans = weighted_spans(rendering, train_on)
-    spans = [(start, end, value) for start, end, value in spans if start < end and value]
-    borders = [border for start, end, _ in spans for border in (start, end)]
-    ids, starts, ends, borders = tok.encode_with_offsets(rendering.text, rendering.literals,
-                                                         borders)
+    spans = [span for span in weighted_spans(rendering, train_on) if span[0] < span[1] and span[2]]
+    ids, loss_weights, token_spans = encode_spans(rendering, spans, weight)
+    if rendering.literals:
+        start, _ = rendering.literals[0]
+        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
+    missing = find_missing_tokens(template, tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
+    if spans:
+        start, end, value, i = spans[-1]
+        first_token, end_token = token_spans[-1]
+        if i is not None and value * weight > 0:
+            report.prompt = find_other_prompt(rendering, i, start, ids[:first_token])
+        if not tok.control_ids.intersection(ids[:end_token][-2:].tolist()):
+            if append_eos and messages[-1]["role"] == "assistant":
+                ids = np.append(ids, tok.special[tok.eos])
+                loss_weights = np.append(loss_weights, loss_weights[:1])
+                loss_weights[end_token:] = value * weight
+            else:
+                ends = [rendering.text[start:end][-30:], rendering.text[end:end + 30]]
+                rendering.warnings.append((NO_END, f"{ends[0]!r} before {ends[1]!r}"))
+    report.warnings += rendering.warnings
+    return ids, loss_weights
 
+
+def encode_spans(rendering, spans, weight):
+    """Return (ids [n] int64, loss weights [n] float32, the (first, end) token of each span)."""
+    borders = [border for start, end, _, _ in spans for border in (start, end)]
+    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
+                                                                   rendering.literals, borders)
     # a token that overlaps a span has the span's weight
     borders = np.array(borders, np.int64).reshape(-1, 2)
     first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
     end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
+    token_spans = list(zip(first_tokens, end_tokens))
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value), first, end in zip(spans, first_tokens, end_tokens):
-        loss_weights[first:end] = value * weight
-    return ids.astype(np.int64), loss_weights
+    for (_, _, value, _), (first, end) in zip(spans, token_spans):
+        value *= weight
+        if value and not 6e-8 <= abs(value) <= 65504:
+            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must be "
+                            "0 or from 6e-8 to 65504 in absolute value")
+        loss_weights[first:end] = value
+    return ids.astype(np.int64), loss_weights, token_spans
+
+
+def find_other_prompt(rendering, i, start, ids):
+    """Return the ids that ask for answer i, if they are not `ids`, those before its `start`.
+
+    They also differ where the last characters of a prompt are another token with the answer after
+    them: "A: " + "yes" is [A][:][ yes]. Then a warning is added. () if they are the same.
+    """
+    tok = rendering.tok
+    last_token = encode_last_token(tok, rendering.text[max(start - 16, 0):start])
+    if i not in rendering.other_prompts and ids[-1:].tolist() == last_token:
+        return ()
+    if rendering.prompt(i) is None:
+        return ()
+    prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
+    if prompt == ids.tolist():
+        return ()
+    if i not in rendering.other_prompts:
+        tokens = [tok.decode([token]) for token in prompt[-3:]]
+        rendering.warnings.append((OTHER_PROMPT, f"message {i + 1}: the prompt's last tokens are "
+                                   f"{tokens}, in the text {[tok.decode([t]) for t in ids[-3:]]}"))
+    return prompt
+
+
+@functools.lru_cache(maxsize=10_000)
+def encode_last_token(tok, text):
+    """[the id of the last token of a text]"""
+    return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
 def weighted_spans(rendering, train_on):
-    """Return the spans of the text that are targets, with loss weights: [(start, end, weight)]."""
-    tok = rendering.tok
-    text = rendering.text
+    """Return the spans of the text that are targets: [(start, end, weight, index of its answer)].
+
+    The index is None for text that is not of one answer.
+    """
     messages = rendering.messages
     weights = message_weights(messages, train_on)
-    by_marks = rendering.generated and train_on != "everything"
-    by_message = not by_marks and train_on != "everything"
-    wanted = []
-    for i, message in enumerate(messages):
-        is_target = message["role"] == "assistant" and weights[i] != 0
-        needs_span = is_target if by_message else weights[i] != 1
-        if needs_span and (message.get("content") or has_generated_fields(message)):
-            wanted.append(i)
-    found = find_message_spans(rendering, wanted) if wanted else []
-    if by_message:
-        return [(start, end_of_turn(tok, text, end), weights[i]) for start, end, i in found]
-
-    # all marked blocks, or all text, have the weight 1, except for the messages found
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    blocks = rendering.generated
     spans = []
-    if by_marks:
-        for start, end in rendering.generated:
-            weight = 1.0
-            for message_start, message_end, i in found:
-                if message_start < end and start < message_end:
-                    weight = weights[i]
-            spans.append((start, end, weight))
-        return spans
-    position = 0
-    for start, end, i in found:
-        spans += [(position, start, 1.0), (start, end, weights[i])]
-        position = end
-    return [*spans, (position, len(text), 1.0)]
+    if train_on == "everything":                         # all text has the weight 1, except for:
+        wanted = [i for i, weight in enumerate(weights) if weight != 1]
+        position = 0
+        for start, end, i in find_turns(rendering, wanted):
+            spans += [(position, start, 1.0, None), (start, end, weights[i], None)]
+            position = end
+        spans.append((position, len(rendering.text), 1.0, None))
+    elif not blocks:
+        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        for start, end, i in find_turns(rendering, wanted):
+            spans.append((start, end, weights[i], i))
+    elif len(blocks) == len(answers):
+        for (start, end), i in zip(blocks, answers):
+            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
+            spans.append((prompt_end if prompt_end < end else start, end, weights[i], i))
+    else:                                                # a block may be of no answer, or two of one
+        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
+        for start, end in blocks:
+            overlapping = [weights[i] for first, last, i in others if first < end and start < last]
+            spans.append((start, end, overlapping[0] if overlapping else 1.0, None))
+    return spans
+
+
+def has_words(message):
+    return bool(message.get("content")) or has_generated_fields(message)
+
+
+def find_turns(rendering, wanted):
+    """find_message_spans(), where an answer's span is all that is generated, its last token too."""
+    turns = []
+    for start, end, i in find_message_spans(rendering, wanted):
+        if rendering.messages[i]["role"] == "assistant":
+            start = find_answer_start(rendering, i, start)
+            end = end_of_turn(rendering.tok, rendering.text, end)
+        turns.append((start, end, i))
+    return turns
 
 
 def message_weights(messages, train_on):
@@ -1699,22 +2018,26 @@ def end_of_turn(tok, text, end):
     return token.end() if token else end
 
 
-def encode_text(tok, text, weight=1.0, starts=True, ends=True):
+def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
     """Return (BOS + ids + EOS [n] int64, loss weights [n] float32) of a text, or of a part of it.
 
     starts, ends  False: the text started in an earlier part, continues in a later one
+    special       special tokens that the text spells are control tokens. BOS and EOS are not added
+                  to a text that has them
     """
-    ids = tok.encode(tok.clean(text))
-    if starts and tok.bos:
+    text = tok.clean(text)
+    ids, _, _, _ = tok.encode_with_offsets(text, find_special=special)
+    ids = ids.astype(np.int64)
+    if starts and tok.bos and not (special and text.startswith(tok.bos)):
         ids = np.append(tok.special[tok.bos], ids)
-    if ends and tok.eos:
+    if ends and tok.eos and not (special and text.rstrip().endswith(tok.eos)):
         ids = np.append(ids, tok.special[tok.eos])
     return ids, np.full(len(ids), weight, np.float32)
 
 
-def encode_prompt(tok, template, messages):
+def encode_prompt(tok, template, messages, **variables):
     """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
-    rendering = render_messages(template, tok, messages, add_generation_prompt=True)
+    rendering = render_messages(template, tok, messages, add_generation_prompt=True, **variables)
     ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()
 
@@ -1726,7 +2049,7 @@ def stop_token_ids(tok, template):
     stop_ids = set(ids[loss_weights != 0][-1:].tolist())
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
-    return sorted(stop_ids & set(tok.special.values()))
+    return sorted(stop_ids & tok.control_ids)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1740,6 +2063,9 @@ class Encoded:
     lengths: np.ndarray          # [D] in tokens
     counts: collections.Counter
     problems: list               # error messages of skipped records
+    warnings: dict               # {kind: (count, the first example)}
+    prompts: np.ndarray          # of the documents, one after the other: see Report.prompt
+    prompt_lengths: np.ndarray   # [D]
 
 
 @dataclasses.dataclass
@@ -1749,22 +2075,26 @@ class EncodedPart:
     ids: np.ndarray              # [n] int64
     weights: np.ndarray          # [n] float32
     ends: bool                   # the last part
+    warnings: dict
 
 
 def encode_chunk(chunk, context):
     """Return a Chunk's documents as Encoded, or as EncodedPart."""
+    warnings = {}
     if not (chunk.starts and chunk.ends):
         document = chunk.records[0]
         if isinstance(document, str):
-            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends)
-        return EncodedPart(chunk.file, *document, chunk.ends)
+            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends,
+                                   context.source["special"])
+            find_spelled(chunk.records[0], context, chunk.file, warnings)
+        return EncodedPart(chunk.file, *document, chunk.ends, warnings)
     documents = []
     problems = []
     counts = collections.Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
-            documents += encode_record(record, place, context, counts)
+            documents += encode_record(record, place, context, counts, warnings)
         except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
@@ -1772,26 +2102,48 @@ def encode_chunk(chunk, context):
                 raise
             counts["skipped"] += 1
             problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems[:3])
+    return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
 
 
-def encode_record(record, place, context, counts):
-    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several."""
+def encode_record(record, place, context, counts, warnings):
+    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several.
+
+    That of a chat may have the ids of a prompt as a third item: see Report.
+    """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
         return split_windows(*record, seq_len)
     record = normalize_record(record, place, context.source["shape"])
     if "text" in record:
-        return split_windows(*encode_text(context.tok, **record), seq_len)
+        find_spelled(record["text"], context, place, warnings)
+        special = context.source["special"]
+        return split_windows(*encode_text(context.tok, **record, special=special), seq_len)
     template = context.template
+    report = Report()
     with error_context(place):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
-                                   **record)
+                                   append_eos=context.data["append_eos"], report=report, **record)
+    for kind, example in report.warnings:
+        add_warning(warnings, kind, 1, f"{place}: {example}")
     counts["chats"] += 1
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
-    return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+        return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+    return [(ids, weights, report.prompt)]
+
+
+def find_spelled(text, context, place, warnings):
+    """Add a warning if a text spells special tokens and data.train.NAME.special is not set."""
+    match = None if context.source["special"] else context.tok.special_pattern.search(text)
+    if match:
+        add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+
+
+def add_warning(warnings, kind, count, example):
+    """Add to warnings, {kind: (count, the first example)}."""
+    n_before, first = warnings.get(kind, (0, example))
+    warnings[kind] = (n_before + count, first)
 
 
 def split_windows(ids, weights, seq_len):
@@ -1806,24 +2158,27 @@ def split_windows(ids, weights, seq_len):
     return windows
 
 
-def concat_documents(documents, context, file, counts, problems):
+def concat_documents(documents, context, file, counts, problems, warnings):
     """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
     kept_ids = []
     kept_weights = []
+    kept_prompts = []
     ignores_ids = context.never_target.any()
-    for ids, weights in documents:
+    for ids, weights, *prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
             kept_ids.append(ids)
             kept_weights.append(weights)
+            kept_prompts.append(prompt[0] if prompt else ())
     counts["dropped"] += len(documents) - len(kept_ids)
     lengths = np.array([len(ids) for ids in kept_ids], np.int64)
-    if not kept_ids:
-        return Encoded(np.zeros(0, context.dtype), np.zeros(0, np.uint8), lengths, counts, problems)
-    ids = np.concatenate(kept_ids).astype(context.dtype)
-    weights = np.concatenate(kept_weights)
-    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems)
+    prompt_lengths = np.array([len(ids) for ids in kept_prompts], np.int64)
+    ids = np.concatenate([np.zeros(0), *kept_ids]).astype(context.dtype)
+    prompts = np.concatenate([np.zeros(0), *kept_prompts]).astype(context.dtype)
+    weights = np.concatenate([np.zeros(0, np.float32), *kept_weights])
+    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings, prompts,
+                   prompt_lengths)
 
 
 def compact_weights(weights, file):
@@ -1852,7 +2207,7 @@ def join_parts_of_documents(results, context):
             if not result.ends:
                 open_ids, open_weights = windows.pop()
             counts = collections.Counter(records=int(result.ends))
-            result = concat_documents(windows, context, result.file, counts, [])
+            result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
 
 
@@ -1900,12 +2255,15 @@ class TokenWriter:
     """Writes the token files of a source into a folder."""
 
     def __init__(self, folder):
-        names = ("tokens", "weights", "offsets", "targets")
+        names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.files["offsets"].write(np.zeros(1, np.int64))
+        self.files["prompt_offsets"].write(np.zeros(1, np.int64))
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
+        self.warnings = {}
         self.n_tokens = 0
+        self.n_prompt_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
                  "cut_away", "skipped")
         self.counts = collections.Counter({name: 0 for name in names})
@@ -1917,13 +2275,20 @@ class TokenWriter:
         self.files["tokens"].write(encoded.ids)
         self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
         self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
-        self.files["targets"].write(count_targets(encoded.weights, lengths))
+        n_targets = count_targets(encoded.weights, lengths)
+        self.files["targets"].write(n_targets)
+        self.files["prompts"].write(encoded.prompts)
+        prompt_ends = self.n_prompt_tokens + np.cumsum(encoded.prompt_lengths)
+        self.files["prompt_offsets"].write(prompt_ends)
         self.n_tokens += len(encoded.ids)
+        self.n_prompt_tokens += len(encoded.prompts)
         self.counts.update(encoded.counts)
         self.counts["documents"] += len(lengths)
-        self.counts["trained"] += int(np.count_nonzero(encoded.weights))
+        self.counts["trained"] += int(n_targets.sum())
         self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
         self.problems = (self.problems + encoded.problems)[:3]
+        for kind, (count, example) in encoded.warnings.items():
+            add_warning(self.warnings, kind, count, example)
 
     def widen_weights(self):
         """Write what is in weights.bin again, as float16."""
@@ -1960,6 +2325,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     label = name.partition(".")[2]
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints)}"
     if (folder / "header.json").is_file():
+        print_warnings(folder, name)
         return folder
     context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
@@ -1971,12 +2337,14 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         with contextlib.closing(TokenWriter(building)) as writer:
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
-        check_not_empty(writer, name, source)
+        check_not_empty(writer, name, source, data["seq_len"])
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
-                  "fingerprints": fingerprints, "files": files, "vocabulary": tok.n_vocab,
-                  "problems": writer.problems, **writer.counts}
-        (building / "header.json").write_text(json.dumps(header, indent=1) + "\n")
+                  "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
+                  "vocabulary": tok.n_vocab, "problems": writer.problems,
+                  "warnings": writer.warnings, **writer.counts}
+        text = json.dumps(header, indent=1) + "\n"
+        (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
     except OSError as error:
         if not (folder / "header.json").is_file():       # else another process was faster
@@ -1984,7 +2352,23 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                             "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
+    print_warnings(folder, name)
     return folder
+
+
+def commit_of(files):
+    """The commit of a dataset on the hub, or None."""
+    match = re.search(r"/datasets--[^/]+/snapshots/(\w+)/", files[0])
+    return match and match[1]
+
+
+def print_warnings(folder, name):
+    """Print the warnings in a header, also if a source was tokenized earlier."""
+    warnings = read_json_object(folder / "header.json")["warnings"]
+    for kind, (count, example) in warnings.items():
+        if configs.is_local_rank0():
+            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
+                  file=sys.stderr, flush=True)
 
 
 def fingerprint_source(cfg, source, tok, files):
@@ -1993,24 +2377,33 @@ def fingerprint_source(cfg, source, tok, files):
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
-    can_chat = data["chat_template"] or tok.template or tok.eos or "<|im_end|>" in tok.special
-    template = template_text(tok, cfg) if can_chat else ""
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
-            "ignore_index", "shift_labels")
+            "ignore_index", "shift_labels", "append_eos")
     options = [data[key] for key in keys]
-    return {"source": fingerprint(stats), "tokenizer": tok.fingerprint,
-            "template": fingerprint(template),
-            "options": fingerprint(FORMAT, options, source["shape"], source["separator"])}
+    return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
+            "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
+                                   source["special"])}
 
 
-def check_not_empty(writer, name, source):
+def fingerprint_tokenizer(cfg, tok):
+    can_chat = (cfg["data"]["chat_template"] or tok.template or tok.eos
+                or "<|im_end|>" in tok.special)
+    template = template_text(tok, cfg) if can_chat else ""
+    return {"tokenizer": tok.fingerprint, "template": fingerprint(template)}
+
+
+def check_not_empty(writer, name, source, seq_len):
     counts = writer.counts
     if not counts["documents"]:
         problem = f": {writer.problems[0]}" if writer.problems else ""
+        cut = ""
+        if counts["cut_away"]:
+            cut = (f", {counts['cut_away']} of them because data.seq_len={seq_len} cuts the "
+                   f"answers off; a larger one keeps them")
         raise UserError(
             f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
-            f"records, {counts['dropped']} documents without a target, {counts['skipped']} "
-            f"skipped{problem})")
+            f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
+            f"a target{cut})")
 
 
 class Tokens:
@@ -2021,14 +2414,25 @@ class Tokens:
         self.folder = Path(folder)
         self.header = read_json_object(self.folder / "header.json")
         last = self.header["documents"] if last is None else last
-        self.tokens = self.map_file("tokens.bin", self.header["dtype"])
-        self.weights = self.map_file("weights.bin", self.header["weights"])
-        self.offsets = self.map_file("offsets.bin", np.int64)[first:last + 1]
-        self.n_targets = self.map_file("targets.bin", np.uint32)[first:last]    # of each document
+        n_tokens = self.header["tokens"]
+        n_documents = self.header["documents"]
+        self.tokens = self.map_file("tokens.bin", self.header["dtype"], n_tokens)
+        self.weights = self.map_file("weights.bin", self.header["weights"], n_tokens)
+        self.offsets = self.map_file("offsets.bin", np.int64, n_documents + 1)[first:last + 1]
+        self.n_targets = self.map_file("targets.bin", np.uint32, n_documents)[first:last]
+        prompt_offsets = self.map_file("prompt_offsets.bin", np.int64, n_documents + 1)
+        self.prompt_offsets = prompt_offsets[first:last + 1]
+        self.prompts = self.map_file("prompts.bin", self.header["dtype"], int(prompt_offsets[-1]))
 
-    def map_file(self, name, dtype):
+    def map_file(self, name, dtype, length):
+        path = self.folder / name
+        if not path.is_file() or path.stat().st_size != length * np.dtype(dtype).itemsize:
+            raise UserError(f"{path}: damaged: it has not the size that header.json says; delete "
+                            f"the folder {self.folder}, and it is written again")
+        if not length:                                   # np.memmap refuses it
+            return np.zeros(0, dtype)
         # slices of an array are faster than those of a memmap
-        return np.asarray(np.memmap(self.folder / name, dtype, "r"))
+        return np.asarray(np.memmap(path, dtype, "r"))
 
     def __len__(self):
         return len(self.offsets) - 1
@@ -2042,6 +2446,10 @@ class Tokens:
         """Return (token ids [n], loss weights [n]: uint8 or float16)."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.weights[span]
+
+    def prompt(self, i):
+        """The ids that ask for the last answer of chat i, if they are not those before it."""
+        return self.prompts[self.prompt_offsets[i]:self.prompt_offsets[i + 1]]
 
 
 def require_train_data(cfg):
@@ -2089,12 +2497,20 @@ def count_held_out(split, name, n_documents):
 # show: check here, before a step is trained, that the template marks the right targets
 
 def summary(name, tokens):
-    """One line about a source: documents, tokens, what was cut off, dropped or skipped."""
+    """One line about a source: documents, tokens, what was cut off, dropped or skipped.
+
+    The latter three are of the whole source. If data.validation_split divides it, they are in the
+    line of the first part.
+    """
     header = tokens.header
     n_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
+    n_inputs = n_tokens - len(tokens)                    # each may have a target: the next token
+    n_targets = int(tokens.n_targets.sum(dtype=np.int64))
     parts = [f"{name}: {len(tokens):,} documents",
-             f"{n_tokens:,} tokens ({header['trained'] / header['tokens']:.0%} trained)",
-             f"longest {header['longest']:,}"]
+             f"{n_tokens:,} tokens ({n_targets / n_inputs:.0%} trained)",
+             f"longest {np.diff(tokens.offsets).max():,}"]
+    if tokens.offsets[0] > 0:
+        return ", ".join(parts)
     if header["truncated"]:
         parts.append(f"{header['truncated']:,} cut off")
     if header["dropped"]:
@@ -2120,17 +2536,16 @@ def histogram(tokens):
 def colorize(tok, ids, weights, use_color):
     """The text of a document with its targets in green and special tokens inverted.
 
-    Without color, targets are in [[ ]]. A weight other than 1 is printed after the target: {0.5};
-    targets of negative weight are red.
+    Without color, targets are in [[ ]], and \\ is before text that only spells a special token. A
+    weight other than 1 is printed after the target: {0.5}; targets of negative weight are red.
     """
     parts = []
     borders = np.flatnonzero(np.diff(weights)) + 1
     for span, span_weights in zip(np.split(ids, borders), np.split(weights, borders)):
         weight = float(span_weights[0])
-        text = tok.decode(span)
+        text = mark_special(tok, span, use_color)
         if use_color:
             color = 2 if weight == 0 else 32 if weight > 0 else 31
-            text = tok.special_and_added_pattern.sub(invert, text)
             text = f"\x1b[{color}m{text}\x1b[0m"
         elif weight:
             text = f"[[{text}]]"
@@ -2140,8 +2555,17 @@ def colorize(tok, ids, weights, use_color):
     return "".join(parts)
 
 
-def invert(match):
-    return f"\x1b[7m{match[0]}\x1b[27m"
+def mark_special(tok, ids, use_color):
+    """The text of ids, with special tokens told from text that spells them."""
+    parts = []
+    is_special = np.isin(ids, list(tok.control_ids))
+    for part in np.split(ids, np.flatnonzero(np.diff(is_special)) + 1):
+        text = tok.decode(part)
+        if not tok.control_ids.isdisjoint(part.tolist()):
+            parts.append(f"\x1b[7m{text}\x1b[27m" if use_color else text)
+        else:
+            parts.append(text if use_color else tok.special_pattern.sub(r"\\\g<0>", text))
+    return "".join(parts)
 
 
 def show_document(tok, name, i, ids, weights, show_ids):

@@ -21,12 +21,27 @@ import os
 import sys
 
 import configs
+import log
+import tokenize_data
+
+
+def check_inputs(cfg):
+    """Raise UserError for trackers and data files that are missing."""
+    log.check_backends(cfg)
+    tokenize_data.require_train_data(cfg)
+    for kind in ("train", "validation"):
+        for name, source in cfg["data"][kind].items():
+            tokenize_data.find_files(cfg, f"{kind}.{name}", source)
+
 
 if __name__ == "__main__":
-    # Only a check, before torch is imported, so that a wrong key is reported at once. cli() loads
-    # the config again. No experiment is running, so only built-in losses, optimizers, ... exist.
+    # Only checks, before torch is imported, so that mistakes are reported at once. cli() loads the
+    # config again. No experiment is running, so only built-in losses, optimizers, ... exist.
     configs.exit_with_help(__doc__, sys.argv[1:])
-    configs.load_or_exit(sys.argv[1:], builtin_names=True)
+    configs.check_launch()
+    checked_cfg, _, _ = configs.load_or_exit(sys.argv[1:], builtin_names=True)
+    if os.environ.get("RANK", "0") == "0":
+        configs.run(check_inputs, checked_cfg)
 
 # Idle OpenMP threads sleep instead of spinning. Spinning makes steps 10 times slower if another
 # process uses the cores (LOG.md).
@@ -46,11 +61,9 @@ import numpy as np
 import torch
 
 import checkpoint
-import log
 import model as transformer
 import sampler
 import shard
-import tokenize_data
 
 
 # --------------------------------------------------------------------------------------------------
@@ -609,6 +622,7 @@ class TrainState:
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
+    base: dict                    # {key: hashes of the files of a pretrained model}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
     launch: str                   # of the start that saved it, see checkpoint.launch_id
@@ -677,12 +691,15 @@ def setup(cfg, explicit):
     """
     is_rank0 = shard.rank() == 0
     check_registered_names(cfg)
-    tokenize_data.require_train_data(cfg)
+    shard.rank0_only(check_inputs, cfg)
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     # rank0_only returns rank 0's result on every rank
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
     saved = checkpoint.read_state(resume_path) if resume_path else None
+    base = shard.rank0_only(checkpoint.base_hashes, cfg)
+    if saved:
+        checkpoint.check_same_base(saved, base, cfg)
 
     # data
     tokenizer = tokenize_data.load_tokenizer(cfg)
@@ -697,6 +714,9 @@ def setup(cfg, explicit):
     dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
+    if cfg["reference_model"] and "reference_logits" not in model.loss_inputs:
+        raise configs.UserError(f"reference_model: has no effect with model.loss="
+                                f"{model_cfg['loss']}, which compares with no model; remove it")
     if "reference_logits" in model.loss_inputs:
         # in a list: as an attribute, it would be a submodule, trained and saved with the model
         model.references.append(load_reference(cfg, model_cfg))
@@ -704,7 +724,8 @@ def setup(cfg, explicit):
     train_sampler = sampler.make_sampler(cfg, dataset)
 
     # evaluation
-    state = new_state(explicit, cfg, data, total_steps)
+    state = new_state(explicit, cfg, data, base, total_steps)
+    check_chat_options(explicit, state.has_chats)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
     validation_sets = group_by_label(cfg, data)
     prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
@@ -731,6 +752,14 @@ def setup(cfg, explicit):
         steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
+
+
+def check_chat_options(explicit, has_chats):
+    """Raise UserError for an option of chats if no source has any."""
+    for key in ("data.chat_template", "data.train_on"):
+        if configs.get(explicit, key) and not has_chats:
+            raise configs.UserError(f"{key}: has no effect, because no source holds chats; remove "
+                                    "it, or see what was found: python tokenize_data.py ... show=1")
 
 
 def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
@@ -782,13 +811,33 @@ def resolve_model(cfg, tokenizer):
         raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
                                 f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null "
                                 "or another data.tokenizer")
-    if model_cfg["positions"] == "learned" and seq_len > model_cfg["max_len"]:
-        raise configs.UserError(f"data.seq_len: {seq_len} is more than the model's "
-                                f"{model_cfg['max_len']} learned positions (model.max_len); "
-                                f"data.seq_len={model_cfg['max_len']}")
+    if cfg["shard"]["lora"]["r"] and model_cfg["init_from"]:
+        check_lora_vocabulary(cfg, tokenizer)
+    is_scaled = model_cfg["rope_scaling"] is not None
+    if seq_len > model_cfg["max_len"] and not is_scaled and shard.rank() == 0:
+        print(f"warning: data.seq_len: {seq_len} is more than the {model_cfg['max_len']} positions "
+              f"that the model knows (model.max_len); model.max_len={seq_len} says that it learns "
+              "more, and model.rope_scaling stretches those that it knows", file=sys.stderr)
     if cfg["checkpoint"]["export"]:
         transformer.hf_layout(model_cfg)    # raises UserError now, not after training
     return model_cfg, transformer.weights_reader(model_cfg, cfg["seed"]).read
+
+
+def check_lora_vocabulary(cfg, tokenizer):
+    """Raise UserError if the tokenizer has tokens that the pretrained model was not trained with.
+
+    The embedding is frozen under LoRA. Some models have more rows in it than their tokenizer ids.
+    """
+    folder = configs.resolve_model_dir(cfg["model"]["init_from"])
+    known = configs.read_model(folder)["vocab_size"]
+    if cfg["data"]["tokenizer"] and (folder / "tokenizer.json").is_file():
+        known = min(known, tokenize_data.huggingface_tokenizer(folder).n_vocab)
+    if tokenizer.n_vocab > known:
+        raise configs.UserError(
+            f"shard.lora.r: the tokenizer has {tokenizer.n_vocab:,} ids, {folder} only {known:,}, "
+            "and LoRA leaves the rows of new ones untrained (there are no modules_to_save); "
+            "shard.lora.r=0 trains all weights, after which LoRA can start from that run's hf/, "
+            "and an empty data.tokenizer is the model's own")
 
 
 def load_reference(cfg, model_cfg):
@@ -836,7 +885,7 @@ def count_steps(cfg, sizes):
     return steps_per_epoch, min(limit for limit in limits if limit)
 
 
-def new_state(explicit, cfg, data, total_steps):
+def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
@@ -844,18 +893,21 @@ def new_state(explicit, cfg, data, total_steps):
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
-        code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
+        base=base, code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
         launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
 def continue_state(state, saved):
-    """Copy the counters of a checkpoint's state, and record code and data that have changed."""
+    """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
     for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "changes"):
         setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
     changed += [f"data.train.{name}" for name in sorted(saved["data"] | state.data)
                 if saved["data"].get(name) != state.data.get(name)]
+    saved_base = saved.get("base", state.base)
+    changed += [key for key in sorted(saved_base | state.base)
+                if saved_base.get(key) != state.base.get(key)]
     if changed:
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
@@ -1126,6 +1178,7 @@ def export(run):
     best = run.saver.folder / "best"
     path = best if run.cfg["best"] and best.is_dir() else run.saver.folder / "latest"
     adapter = out_dir / "adapter" if run.cfg["shard"]["lora"]["r"] else None
+    checkpoint.check_export_inputs(path, vars(run.state), run.cfg, run.tokenizer)
     checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf",
                       run.state.has_chats, adapter)
 
@@ -1144,6 +1197,7 @@ def cli(argv=None):
     """Run the command line. experiments/*.py call this after they have changed something."""
     argv = sys.argv[1:] if argv is None else argv
     configs.exit_with_help(__doc__, argv)
+    configs.check_launch()
     cfg, _, explicit = configs.load_or_exit(argv)
     shard.run_distributed(main, cfg, explicit)
 

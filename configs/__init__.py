@@ -16,22 +16,31 @@ Layers, each merged over the ones before:
 imports neither torch nor numpy, so a mistyped key is reported in a tenth of a second.
 docs/config.md explains the config with examples.
 """
+import contextlib
 import copy
 import difflib
 import functools
+import io
 import json
 import math
 import operator
 import os
 import re
+import signal
+import string
 import sys
+import time
 from pathlib import Path
 
 import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import families, read_model, resolve_model_dir, resolve_pretrained
+from configs.hf_config import (LICENSES, families, hf_names, read_json,
+                               read_model, resolve_model_dir, resolve_pretrained, rope_kind)
+
+if sys.platform == "win32":                        # no fork, no file locks, no links
+    sys.exit("error: Windows is not supported; WSL2 runs this as Linux does")
 
 HERE = Path(__file__).resolve().parent
 MISSING = object()                                 # returned by get() for a missing key
@@ -40,6 +49,74 @@ DEFAULT_SEQ_LEN = 1024                             # upper limit of a data.seq_l
 
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line; every other exception keeps its traceback."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines()).strip()
+
+
+# --------------------------------------------------------------------------------------------------
+# text files, of all scripts: UTF-8, with or without a byte order mark
+
+ZERO_BYTE = "has a zero byte; tr -d '\\000' < OLD > NEW removes them"
+ICONV = "iconv -f {0} -t UTF-8 OLD > NEW converts it"
+# the first bytes of a file, how the name of such a file should end, what it is otherwise
+SIGNATURES = (
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", (), "not UTF-8 but UTF-32 text; " + ICONV.format("UTF-32")),
+    (rb"\xff\xfe|\xfe\xff", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16")),
+    (rb"[^\0]\0[^\0]\0", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16LE")),
+    (rb"\0[^\0]\0[^\0]", (), "not UTF-8 but UTF-16 text; " + ICONV.format("UTF-16BE")),
+    (rb"\x1f\x8b", ".gz", "compressed with gzip; gunzip it, or let its name end in .gz"),
+    (rb"BZh[1-9]1AY", ".bz2", "compressed with bzip2; bunzip2 it, or let its name end in .bz2"),
+    (rb"\xfd7zXZ", ".xz", "compressed with xz; unxz it, or let its name end in .xz"),
+    (rb"\x28\xb5\x2f\xfd", ".zst", "compressed with zstd; zstd -d OLD -o NEW unpacks it"),
+    (rb"PK\x03\x04", ".zip", "a zip archive; unzip unpacks it"),
+    (rb"PAR1[^ -~]", ".parquet", "a parquet file; let its name end in .parquet"),
+    (rb"version https://git-lfs", (), "a Git LFS pointer, not the file; git lfs pull downloads it"),
+    (rb"\s*<(!doctype html|html)", ".txt", "a web page; was the download refused?"))
+
+
+def format_problem(head, name):
+    """What a file is whose first bytes do not fit its name, and what to do; or ""."""
+    for pattern, ends, problem in SIGNATURES:
+        if re.match(pattern, head, re.IGNORECASE) and not name.endswith(ends):
+            return problem
+    return ""
+
+
+def decoding_problem(error):
+    """A UnicodeDecodeError in words, and what to do."""
+    wrong = error.object[error.start:error.start + 2]
+    likely = "GBK" if len(wrong) == 2 and min(wrong) >= 0x80 else "LATIN1"
+    return (f"not UTF-8 text (byte {error.start + 1} is 0x{wrong[0]:02x}); {ICONV.format(likely)}, "
+            "with the encoding that it has: LATIN1, GBK, ...")
+
+
+def encoding_problem(lines):
+    """The first of a file's lines (bytes) that is not UTF-8, and what to do."""
+    for n, line in enumerate(lines, 1):
+        if b"\0" in line:
+            return f"line {n}: {ZERO_BYTE}"
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"line {n}: {decoding_problem(error)}"
+
+
+def read_text(path):
+    """The text of a file, with \\n for \\r\\n. Raises UserError if it is not UTF-8."""
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:               # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    problem = format_problem(data[:1000], str(path))
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, {encoding_problem(data.splitlines())}") from None
+    return text.replace("\r\n", "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,8 +130,8 @@ class UserError(ValueError):
 YAML_PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INT = r"[-+]?(0|[1-9][0-9]*)"
 FLOAT = r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.?inf|\.?nan"
-WORDS = {"true": True, "True": True, "false": False, "False": False,
-         "null": None, "Null": None, "None": None, "~": None}
+WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+         "null": None, "Null": None, "NULL": None, "None": None, "~": None}
 
 
 def parse_scalar(text):
@@ -101,12 +178,7 @@ def construct(node, name):
 
 def read_file(path):
     """A config file as a dict. An empty file is an empty dict."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path}: cannot read this config file ({reason})") from None
-    value = construct(compose(text, path), path)
+    value = construct(compose(read_text(path), path), path)
     if not isinstance(value, dict | None):
         raise UserError(f"{path}: must be sections of key: value; got {show(value)}")
     return value or {}
@@ -214,8 +286,9 @@ def layer_of(source, key):
 # train.OPTIMIZERS: adamw, muon, sgd"}. The top of defaults.yaml describes constraints
 
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
-         "section": dict, "null": type(None), "name": str, "names": list}
+         "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
+SHORT_NAMES = {"bf16": "bfloat16", "fp32": "float32", "gpu": "cuda"}    # of values
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
                "param_groups.weight_decay": "float >= 0"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
@@ -303,6 +376,8 @@ def fits(value, constraint):
     kind, _, rest = constraint.partition(" ")
     if type(value) is not TYPES[kind]:
         return False
+    if kind == "int" and abs(value) >= 2**63:
+        return False
     if kind == "list" and rest:
         return all(fits(item, rest.removeprefix("of ")) for item in value)
     if kind in ("int", "float") and rest:
@@ -320,7 +395,10 @@ def in_range(value, bounds):
 
 
 def coerce(value, constraint):
-    """The value after the conversions that a constraint allows: int to float, a name to a list."""
+    """The value after the conversions that a constraint allows: int to float, a name to a list,
+    a short name to the full one."""
+    if constraint.startswith("one of ") and fits(SHORT_NAMES.get(value), constraint):
+        return SHORT_NAMES[value]
     if isinstance(value, str) and constraint.startswith("names in "):
         return [value]
     if isinstance(value, list) and item_constraint(constraint):
@@ -337,12 +415,27 @@ def checked_value(key, value, constraint, layer):
         return value
     value = coerce(value, constraint)
     if not fits(value, constraint):
-        raise invalid(key, constraint, value, layer)
+        if re.match(r"data\.(train|validation)\b", key) and constraint.startswith("section"):
+            raise source_without_name(key, value, layer)
+        is_quoted = isinstance(value, str) and fits(parse_scalar(value), constraint)
+        raise invalid(key, constraint, value, layer, "; remove the quotes" if is_quoted else "")
     return value
 
 
-def invalid(key, want, value, layer):
-    return UserError(f"{key}: must be {want}; got {show(value)} (from {layer})")
+def source_without_name(key, value, layer):
+    """The error for data.train=FILE, data.train.path=FILE and data.train.NAME=FILE."""
+    section, _, name = re.fullmatch(r"(data\.\w+)(\.|$)(.*)", key).groups()
+    option = name if name in read_defaults()[0]["data"]["source"] else "path"
+    if name in ("", option):
+        name = re.sub(r"\W", "_", Path(str(value)).stem) if option == "path" else "NAME"
+    want = f"a section: a source has a name and keys, {section}.{name}.{option}={value}"
+    return invalid(key, want, value, layer)
+
+
+def invalid(key, want, value, layer, hint=""):
+    layer = "model.init_from's config.json" if layer == "imported" else layer
+    want = want.replace("bool", "true or false").replace("section of", "a section of")
+    return UserError(f"{key}: must be {want}; got {show(value)} (from {layer}){hint}")
 
 
 def validate(section, schema, source, prefix=""):
@@ -482,7 +575,26 @@ REFERENCE = re.compile(r"\$\{([^{}]*)\}")         # the innermost one, if they a
 def resolve(cfg, schema, source, env):
     """A copy of cfg with every ${...} replaced."""
     context = {"cfg": cfg, "schema": schema, "source": source, "env": env}
-    return expand(cfg, "", [], context)
+    cfg = expand(cfg, "", [], context)
+    for key, value in flat(cfg).items():
+        if isinstance(value, str) and constraint_of(key, schema) == "path":
+            overlay(cfg, nested(key, expand_path(value, key, context)), "path")
+    return cfg
+
+
+def expand_path(path, key, context):
+    """A path with ~ and environment variables ($NAME) replaced."""
+    try:
+        expanded = os.path.expanduser(string.Template(path).substitute(context["env"]))
+    except KeyError as error:
+        problem = f"the environment variable {error.args[0]} is not set"
+    except ValueError:
+        problem = f"{path} has a $ without a name; $$ is a dollar sign"
+    else:
+        if not expanded.startswith("~"):
+            return expanded
+        problem = f"{path} begins with a ~ that is nobody's home; ./~ is a file of this name"
+    raise reference_error(key, problem, context)
 
 
 def expand(value, key, trail, context):
@@ -527,6 +639,8 @@ def look_up(name, key, trail, context):
     if value is MISSING:
         near = nearest(name, list(flat(context["cfg"])))
         hint = f"; the nearest is {near}" if near else ""
+        if name in context["env"]:
+            hint = f"; the environment variable is ${{oc.env:{name}}}"
         raise reference_error(key, f"${{{name}}} is not a key{hint}", context)
     return expand(value, name, trail, context)
 
@@ -590,10 +704,68 @@ def derive(cfg, layers_by_key):
         data_source["path"] = join_root(cfg["data_root"], data_source["path"])
 
 
+def conditional_options(cfg):
+    """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
+    lora = cfg["shard"]["lora"]
+    for key, is_used in (("alpha", lora["r"] or not lora["alpha"]), ("targets", lora["r"])):
+        yield (f"shard.lora.{key}", "shard.lora.r", is_used,
+               "without LoRA; shard.lora.r=8 turns it on")
+    yield ("min_lr", "schedule", cfg["schedule"] != "constant",
+           "with schedule=constant, which stays at lr")
+    yield "decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"
+    yield ("momentum", "optimizer", cfg["optimizer"] != "adamw",
+           "with optimizer=adamw, which has betas")
+    for key in ("betas", "eps"):
+        yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
+    data = cfg["data"]
+    can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
+    for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
+        yield (key, "data.validation", can_evaluate or not cfg[key],
+               "without validation data; data.validation_split=0.05 holds some out")
+    for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
+        yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
+               "with learned positions (model.positions)")
+    for key in ("init_std", "init_by_depth"):
+        yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
+               "with model.init_from, which has the weights")
+    for key in ("tokenizer_pattern", "special_tokens"):
+        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
+               "unless data.tokenizer is a .tiktoken file")
+
+
+def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
+    """Reset options that a later layer has left without effect, in place.
+
+    For example betas of a file, if the command line has optimizer=sgd. Raises UserError for other
+    options that have no effect.
+
+    layer_names  of files and command line, in their order
+    defaults     the values that nobody has set
+    """
+    for key, decider, is_used, why in conditional_options(cfg):
+        default = get(defaults, key)
+        if is_used or get(cfg, key) == default or get(explicit, key) is None:
+            continue
+        layer = layer_of_value(layers_by_key, key)
+        decided_in = layer_of_value(layers_by_key, decider)
+        earlier = layer_names[:layer_names.index(layer) + 1]
+        if decided_in not in layer_names or decided_in in earlier:
+            raise UserError(f"{key}: {show(get(cfg, key))} (from {layer}) has no effect {why}")
+        section, _, name = key.rpartition(".")
+        for d in (cfg, explicit):
+            (get(d, section) if section else d).pop(name)
+        overlay(cfg, nested(key, default), "default")
+        layers_by_key[key] = "default"
+
+
+def layer_of_value(source, key):
+    """layer_of(), also of a section: the layer of one of its keys."""
+    inside = [k for k in source if k.startswith(f"{key}.")]
+    return source[inside[-1]] if inside else layer_of(source, key)
+
+
 def join_root(root, path):
-    """A path below a root folder. Absolute and empty paths stay as they are; ~ is expanded."""
-    root = os.path.expanduser(root)
-    path = os.path.expanduser(path)
+    """A path below a root folder. Absolute and empty paths stay as they are."""
     return path if root in ("", ".") or not path else os.path.join(root, path)
 
 
@@ -601,7 +773,9 @@ def check(cfg, layers_by_key, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
-    yield cfg["resume"], "resume", "auto, never, latest or the path of a checkpoint"
+    yield (cfg["resume"].lower() not in ("", "true", "false", "yes", "no"), "resume",
+           "auto (the default: continue the run in out_dir), never, latest or the path of a "
+           "checkpoint")
     for group in cfg["param_groups"]:
         # for its errors only: the values need no conversion
         validate(group, PARAM_GROUP, layers_by_key, "param_groups.")
@@ -612,7 +786,13 @@ def check(cfg, layers_by_key, defaults):
            "null or [first, last]")
     for name, section in named_sources(cfg).items():
         yield section["path"], f"{name}.path", "a file, a folder or a glob"
+    yield cfg["out_dir"], "out_dir", "a folder"
+    yield cfg["data"]["cache_dir"], "data.cache_dir", "a folder"
     yield from check_model(cfg["model"])
+    max_len = cfg["model"]["max_len"]
+    yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
+           "data.seq_len", f"at most {max_len}: the model has no more learned positions "
+           "(model.max_len)")
     yield cfg["model"]["family"] in families(), "model.family", f"one of {', '.join(families())}"
     if cfg["checkpoint"]["export"]:
         yield from hf_config.check_export(cfg["model"], defaults["model"])
@@ -629,6 +809,7 @@ def is_pattern(text):
 
 def check_model(model_cfg):
     """Do the sizes of the model section fit each other? Yields like check()."""
+    hf_config.check_rope_scaling(model_cfg["rope_scaling"] or {}, "model.rope_scaling")
     n_heads = model_cfg["n_heads"]
     n_layers = model_cfg["n_layers"]
     rope_layers = model_cfg["rope_layers"]
@@ -685,6 +866,8 @@ def load(argv, imported=None, defaults=None, env=os.environ):
     # a ${...} may have become a section: its keys have the layer of the reference
     source = {key: layer_of(source, key) for key in flat(cfg)}
     if is_own_schema:
+        without_options, _ = merged([default_layer, imported_layer])
+        drop_unused(cfg, source, explicit, [name for name, _ in layers], without_options)
         derive(cfg, source)
         cfg = validate(cfg, schema, source)        # derived values have ranges, too
         for is_valid, key, want in check(cfg, source, defaults):
@@ -701,13 +884,44 @@ def user_layers(argv, default_layer, schema):
         if arg.startswith("-"):
             key = arg.lstrip("-").partition("=")[0].replace("-", "_")
             hint = f"write {key}=..." if key in schema else suggestion(key, schema)
-            raise UserError(f"{arg}: arguments are key=value without dashes; {hint}")
+            raise UserError(f"{arg}: arguments are config files and key=value, without dashes; "
+                            f"{hint}")
         if arg not in overrides:
+            check_config_file(arg, schema)
             layers.append((arg, validate(read_file(arg), schema, {"": arg})))
     for arg in overrides:
         layer = parse_override(arg, schema, [default_layer, *layers])
         layers.append(("cli", validate(layer, schema, {"": "cli"})))
     return layers
+
+
+def check_config_file(path, schema):
+    """Raise UserError, with what was probably meant, if an argument names no config file."""
+    if os.path.isdir(path):
+        found = Path(path) / "config.yaml"
+        hint = str(found) if found.is_file() else "name a .yaml file in it"
+        raise UserError(f"{path}: is a folder, not a config file; {hint}")
+    if path.endswith(DATA_FILES):
+        raise UserError(f"{path}: is not a config file (.yaml); data is named by "
+                        f"data.train.NAME.path={path}")
+    if os.path.exists(path):
+        return
+    folders = {Path(path).parent, Path("."), Path("configs")}
+    names = [str(file) for folder in folders for file in folder.glob("*.yaml")]
+    near = nearest_file(path, names)
+    hint = f"; the nearest is {near}" if near and path not in schema else ""
+    raise UserError(f"{path}: there is no such config file; values are key=value, without spaces"
+                    f"{hint}")
+
+
+DATA_FILES = (".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".npy", ".gz")
+
+
+def nearest_file(path, names):
+    """The file whose name, without folder and extension, is spelled most like a path, or None."""
+    spellings = {Path(name).stem: name for name in names}
+    near = difflib.get_close_matches(Path(path).stem, spellings, n=1, cutoff=0.6)
+    return spellings[near[0]] if near else None
 
 
 def check_builtin_names(cfg, source):
@@ -784,20 +998,101 @@ def bind_options(key, function, given, options, supplied=()):
     return functools.partial(function, **options) if options else function
 
 
+def check_words(words, options):
+    """Raise UserError for a word of a prompt that is meant as an option: temp=0.5, --temperature.
+
+    options  those of pop_options(), with `prompt` among them
+    """
+    for word in words:
+        if re.fullmatch(r"--?[A-Za-z]\S*|[A-Za-z_][\w.]*=\S*", word):
+            raise UserError(f"{word}: is not an option; options are {', '.join(options)}, each as "
+                            f"key=value; prompt={word} makes it the prompt")
+
+
+TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR",
+                      "MASTER_PORT")
+NUMBER_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT",
+                    "GROUP_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
+                    "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+
+
+def check_launch(env=os.environ):
+    """Exit with one line if the environment variables of torchrun or SLURM contradict each other.
+
+    An earlier command may have left them.
+    """
+    for name in NUMBER_VARIABLES:
+        if not re.fullmatch("[0-9]+", env.get(name, "0")):
+            sys.exit(f"error: {name}: must be a number; got {env[name]!r} (from the environment); "
+                     f"unset {name}")
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", env.get("OMP_NUM_THREADS", "1")):
+        sys.exit(f"error: OMP_NUM_THREADS: must be a number above 0; got {env['OMP_NUM_THREADS']!r}"
+                 " (from the environment); unset OMP_NUM_THREADS")
+    world_size = int(env.get("WORLD_SIZE", 1))
+    missing = [name for name in TORCHRUN_VARIABLES if name not in env]
+    if world_size > 1 and missing:
+        sys.exit(f"error: WORLD_SIZE: is {world_size} in the environment, but {', '.join(missing)} "
+                 f"not set; {unset_hint(env)}")
+    for name, limit in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if int(env.get(name, 0)) >= int(env.get(limit, 1)):
+            sys.exit(f"error: {name}: is {env[name]} in the environment, and {limit} is "
+                     f"{env.get(limit, 'not set')}; {unset_hint(env)}")
+    n_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    if world_size == 1 and n_tasks > 1:
+        if "SLURM_STEP_NUM_TASKS" in env or int(env.get("SLURM_PROCID", 0)) > 0:
+            sys.exit(f"error: SLURM_PROCID: srun starts this {n_tasks} times, and each would train "
+                     "alone; srun --ntasks-per-node=1 torchrun ... starts one run")
+        print(f"warning: SLURM_NTASKS: is {n_tasks}, but one process trains; torchrun starts more",
+              file=sys.stderr)
+
+
+def unset_hint(env):
+    names = [name for name in (*TORCHRUN_VARIABLES, "TORCHELASTIC_USE_AGENT_STORE") if name in env]
+    return f"if torchrun did not start this process: unset {' '.join(names)}"
+
+
+@contextlib.contextmanager
+def exit_at_signals():
+    """SIGINT and SIGTERM raise SystemExit in the enclosed code, so that it can clean up.
+
+    Elsewhere they end the process at once (but see train.py).
+    """
+    def exit_now(number, frame):
+        sys.exit(128 + number)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, exit_now) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)
+
+
 def exit_with_help(doc, argv):
-    """Print how to start a script and exit, if it has no arguments or one is --help or -h."""
+    """Print how to start a script and exit, if it has no arguments or one is --help or -h.
+
+    Every script calls this first, so it also prepares the console: what its encoding lacks is
+    printed as \\u2581, and is no error. From here on, Ctrl-C ends the script without a traceback.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        # (a stdin that has been read from cannot be changed)
+        with contextlib.suppress(AttributeError, io.UnsupportedOperation):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not argv or "--help" in argv or "-h" in argv:
         if is_local_rank0():
             print(doc.strip())
         sys.exit(0)
 
 
-def load_or_exit(argv, builtin_names=False):
+def load_or_exit(argv, builtin_names=False, **options):
     """load(), for the first lines of a script: a UserError is one line, and exit status 2.
 
     builtin_names  also check_builtin_names()
+    options        of the script, see pop_options()
     """
     try:
+        _, argv = pop_options(argv, **options)
         cfg, source, explicit = load(argv)
         if builtin_names:
             check_builtin_names(cfg, source)
@@ -816,11 +1111,25 @@ def run(main, *args):
 
 def die(error, status=2):
     """Print an error in one line, on local rank 0 only, and exit."""
+    write_error_file(error, f"error: {error}")
     if is_local_rank0():
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
+def write_error_file(error, text):
+    """Hand an error to torchrun, if it has started this process: its report then ends with `text`.
+
+    The format is that of torch.distributed.elastic.multiprocessing.errors.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and os.path.isdir(os.path.dirname(path)):
+        details = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": str(error), "extraInfo": details}
+        Path(path).write_text(json.dumps({"message": message}))
+
+
 def is_local_rank0():
-    """Is this the first process on its machine? torchrun sets LOCAL_RANK."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Is this the first process on its machine? torchrun sets these variables."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0"

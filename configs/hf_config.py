@@ -2,8 +2,10 @@
 
 configs/families.yaml describes the families of models. configs.load() uses this file.
 """
+import difflib
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +16,20 @@ import configs
 NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
                     "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
                     "pad_vocab_size_multiple")
+
+# The kinds of rope_scaling that model.py computes, and the numbers that each needs
+ROPE_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+# Keys of config.json with which transformers computes something else, unless they are missing or
+# have this value
+INERT_KEYS = {"is_causal": True, "per_layer_config": None, "text_config": None}
+
+# Files of a pretrained model that its descendants must keep
+LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 @functools.cache
@@ -56,16 +72,19 @@ def resolve_pretrained(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise configs.UserError(f"model.init_from: {name} is not a folder; to download it from the "
-                                "hub, pip install huggingface_hub") from None
+        raise configs.UserError(f"model.init_from: no folder at {Path(name).absolute()}; to "
+                                f"download {name} from the hub, pip install huggingface_hub"
+                                ) from None
     # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
+    # (consolidated.safetensors: the same weights under Mistral's own names)
+    ignored = ["*/*", "consolidated*"]
     try:
-        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored)
     except Exception as error:
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-        raise configs.UserError(f"model.init_from: {name} is not a folder, and downloading it from "
-                                f"the hub failed: {reason}") from None
+        raise configs.UserError(f"model.init_from: no folder at {Path(name).absolute()}, and "
+                                f"downloading {name} from the hub failed: {reason}") from None
 
 
 def resolve_model_dir(path):
@@ -77,28 +96,62 @@ def resolve_model_dir(path):
     for folder in (Path(path), Path(path) / "hf"):
         if (folder / "config.json").is_file():
             return folder
-    hint = "name a model folder, a run's folder or a hub id (owner/name)"
-    if (Path(path) / "checkpoints").is_dir():
-        hint = f"python checkpoint.py export {path} DIR makes one"
-    raise configs.UserError(f"{path}: no model in Hugging Face format here (config.json); {hint}")
+    raise configs.UserError(f"{path}: {what_is_there(path)}")
+
+
+def what_is_there(name):
+    """Why a path has no model in Hugging Face format, and what helps."""
+    path = Path(name)
+    if "://" in str(name):
+        owner_and_name = "/".join(str(name).split("/")[3:5])
+        return f"is a URL; a model on the hub is named by owner/name: {owner_and_name}"
+    if not path.exists():
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        return (f"does not exist (the current folder is {Path.cwd()}); name a model's folder, a "
+                f"run's, or a model on the hub as owner/name{hint}")
+    if path.is_file():
+        return "is a file; name the folder of a model in Hugging Face format (config.json)"
+    if (path / "state.json").is_file():
+        return (f"is a checkpoint; python checkpoint.py export {path} DIR makes a model of it, "
+                f"resume={path} continues its run")
+    if (path / "hf" / "config.json").is_file():
+        return f"is the folder of a run; its model is {path / 'hf'}"
+    if (path / "checkpoints").is_dir():
+        return (f"is the folder of a run without an export; python checkpoint.py export {path} DIR "
+                "makes a model of it")
+    if (path / "adapter_config.json").is_file():
+        merged = path.parent / "hf"
+        if (merged / "config.json").is_file():
+            return f"is an adapter, not a whole model; {merged} has it merged into its base"
+        return ("is an adapter, not a whole model; merge it into its base: python -c \"from peft "
+                f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
+                ".merge_and_unload().save_pretrained('DIR')\"")
+    return "has no config.json; name the folder of a model in Hugging Face format"
 
 
 def read_model(folder):
     """The config.json of a pretrained folder as a dict like our model section."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        hint = "give a model folder in Hugging Face format"
-        if (Path(folder) / "hf").is_dir():
-            hint = f"{folder}/hf has one"
-        raise configs.UserError(f"model.init_from: {folder} has no config.json; {hint}")
-    try:
-        hf_config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise configs.UserError(f"{path}: cannot read this JSON file: {error}") from None
-    if not isinstance(hf_config, dict):
-        raise configs.UserError(f"{path}: must be a JSON object; got a {type(hf_config).__name__}")
-    return translate(hf_config, path)
+        raise configs.UserError(f"model.init_from: {folder} {what_is_there(folder)}")
+    return translate(read_json(path), path)
 
+
+def read_json(path):
+    """A JSON file of a pretrained model, as a dict. Raises UserError if it has no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise configs.UserError(f"{path}: cannot read this JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise configs.UserError(f"{path}: must be a JSON object; got a {type(value).__name__}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json -> our model section, with the values that transformers 5 uses
 
 def translate(hf_config, path):
     """A config.json's dict -> a dict like our model section. `path` is for error messages."""
@@ -110,22 +163,83 @@ def translate(hf_config, path):
                                 "configs/families.yaml")
     name = names[model_type]
     family = families()[name]
-    for key, value in family.get("only", {}).items():
-        if hf_config.get(key, value) != value:
-            raise configs.UserError(f"{path}: {key} must be {value!r}; got {hf_config[key]!r}, "
-                                    "which is not supported")
     if family.get("native"):                       # our own keys; others describe the export
         known = configs.read_defaults()[0]["model"]
         return {"family": name} | {key: hf_config[key] for key in hf_config if key in known}
+    if hf_config.get("quantization_config"):
+        raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
+                                "supported; use the model that they were made from")
+    hf_config = standardize(hf_config, family, path)
+    for key, value in (INERT_KEYS | family.get("only", {})).items():
+        if hf_config.get(key, value) != value:
+            raise unsupported(path, key, value, hf_config)
     model_cfg = {"family": name} | family["fixed"]
     for key, places in family["keys"].items():
-        value = find_in_hf_config(hf_config, places)
-        if value is configs.MISSING:
-            raise configs.UserError(f"{path}: {places} is missing, a {name} model's {key}")
-        model_cfg[key] = value
+        model_cfg[key] = read_key(hf_config, key, places, path)
+    if "head_dim" not in family["keys"] and model_cfg["positions"] == "rope":
+        # transformers rotates with this width, but cuts heads by the other
+        head_dim = model_cfg["d_model"] // model_cfg["n_heads"]
+        if hf_config.get("head_dim") not in (None, head_dim):
+            raise unsupported(path, "head_dim", head_dim, hf_config)
     if "rope_scaling" in model_cfg:
-        model_cfg["rope_scaling"] = clean_rope_scaling(model_cfg["rope_scaling"], path)
+        model_cfg["rope_scaling"] = read_rope_scaling(hf_config, model_cfg, path)
     return model_cfg
+
+
+def unsupported(path, key, value, hf_config):
+    return configs.UserError(f"{path}: {key} must be {configs.show(value)}, or missing; got "
+                             f"{configs.show(hf_config[key])}, which is not supported")
+
+
+def standardize(hf_config, family, path):
+    """A copy of a config.json in which what may be said in several ways is said in one.
+
+    rope_parameters  also what rope_scaling, its older name, says; always a section
+    sliding_window, use_sliding_window    also what layer_types says
+    no_rope_layers   also what no_rope_layer_interval says
+    """
+    hf_config = dict(hf_config)
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
+                                f"for all blocks; got {rope!r}")
+    hf_config["rope_parameters"] = rope
+
+    types = hf_config.get("layer_types") or []
+    n_types = len(types) if isinstance(types, list) else -1
+    one_window = "sliding_window" in family["keys"] and types == ["sliding_attention"] * n_types
+    if types and types == ["full_attention"] * n_types:
+        hf_config |= {"sliding_window": None, "use_sliding_window": False}
+    elif types and not one_window:
+        raise configs.UserError(f"{path}: layer_types must be full_attention for all blocks, or "
+                                f"missing; got {types}, which is not supported")
+
+    if hf_config.get("no_rope_layers") is None and "rope_layers" in family["keys"]:
+        interval = hf_config.get("no_rope_layer_interval", 4)
+        n_layers = hf_config.get("num_hidden_layers")
+        if type(interval) is int and interval > 0 and type(n_layers) is int:
+            hf_config["no_rope_layers"] = [int(i % interval != 0) for i in range(1, n_layers + 1)]
+    return hf_config
+
+
+def read_key(hf_config, key, places, path):
+    """The value of one of our keys. Raises UserError that names the key of config.json."""
+    hf_key = hf_names(places)[-1]
+    value = find_in_hf_config(hf_config, places)
+    if value is configs.MISSING:
+        raise configs.UserError(f"{path}: {hf_key} is missing (it is model.{key} here)")
+    constraint = configs.read_defaults()[1][f"model.{key}"]
+    value = configs.coerce(value, constraint)
+    if not configs.fits(value, constraint):
+        raise configs.UserError(f"{path}: {hf_key} must be {constraint}; got "
+                                f"{configs.show(value)}")
+    return value
+
+
+def hf_names(places):
+    """The names of an entry of `keys` in families.yaml: ["a", "b.c", 0.5] -> ["a", "b.c"]"""
+    places = places if isinstance(places, list) else [places]
+    return [place for place in places if isinstance(place, str)]
 
 
 def find_in_hf_config(hf_config, places):
@@ -134,30 +248,60 @@ def find_in_hf_config(hf_config, places):
     A last item that is not a string is the value if none of the keys exists: {default: gelu}, or
     any other value as it is.
     """
-    places = places if isinstance(places, list) else [places]
-    for place in places:
-        if isinstance(place, dict) and list(place) == ["default"]:
-            return place["default"]
-        if not isinstance(place, str):
-            return place
-        value = configs.get(hf_config, place, configs.MISSING)
+    for name in hf_names(places):
+        value = configs.get(hf_config, name, configs.MISSING)
         if value is not configs.MISSING:
             return value
-    return configs.MISSING
+    default = places[-1] if isinstance(places, list) else places
+    if isinstance(default, str):
+        return configs.MISSING
+    return default["default"] if isinstance(default, dict) else default
 
 
-def clean_rope_scaling(scaling, path):
-    """A config.json's rope_scaling or rope_parameters, without entries that are keys of their own
-    here. None if rope is not scaled."""
-    if not scaling:
+def rope_kind(scaling):
+    """The kind of a rope_scaling or rope_parameters section; older files call it type."""
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def read_rope_scaling(hf_config, model_cfg, path):
+    """rope_parameters -> model.rope_scaling: None, or a section with what its kind needs.
+
+    The rest of rope_parameters is keys of their own here, or not read by transformers either.
+    """
+    section = hf_config["rope_parameters"]
+    kind = rope_kind(section)
+    if kind == "default":
         return None
-    if not isinstance(scaling, dict):
-        raise configs.UserError(f"{path}: rope_scaling must be a section; got {scaling!r}")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type == "default":
-        return None
-    other_keys = ("rope_theta", "partial_rotary_factor")
-    return {key: value for key, value in scaling.items() if key not in other_keys}
+    name = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
+    needed = ROPE_SCALINGS.get(kind, ())
+    scaling = {"rope_type": kind} | {key: section[key] for key in needed if key in section}
+    key = "original_max_position_embeddings"
+    if key in needed:                              # beside the section, it counts more
+        scaling[key] = hf_config.get(key, section.get(key, model_cfg["max_len"]))
+    check_rope_scaling(scaling, f"{path}: {name}")
+    rotary = section.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
+    if "partial_rotary_factor" not in model_cfg and rotary not in (None, 1.0):
+        raise configs.UserError(f"{path}: partial_rotary_factor must be 1.0 where rope is scaled; "
+                                f"got {rotary}")
+    return scaling
+
+
+def check_rope_scaling(section, place):
+    """Raise UserError unless rope can be scaled so. `place` is where the section is written."""
+    kind = rope_kind(section)
+    if kind not in ROPE_SCALINGS:
+        raise configs.UserError(f"{place}.rope_type: must be one of {', '.join(ROPE_SCALINGS)}; "
+                                f"got {kind}")
+    for key in ROPE_SCALINGS[kind]:
+        value = section.get(key)
+        if type(value) not in (int, float) or value <= 0:
+            raise configs.UserError(f"{place}.{key}: {kind} needs a number above 0; got {value}")
+    if kind == "llama3" and section["low_freq_factor"] >= section["high_freq_factor"]:
+        raise configs.UserError(f"{place}.low_freq_factor: must be below high_freq_factor; got "
+                                f"{section['low_freq_factor']}")
+    for key in section:
+        if key not in ("rope_type", "type", *ROPE_SCALINGS[kind]):
+            raise configs.UserError(f"{place}.{key}: has no effect with {kind}; remove it")
 
 
 def check_export(model_cfg, defaults):
@@ -182,8 +326,7 @@ def check_export(model_cfg, defaults):
                    "config.json has no other value (configs/families.yaml); model.family=native "
                    "exports any model, checkpoint.export=false none")
             continue
-        places = family["keys"][key]
-        hf_key = places[0] if isinstance(places, list) else places
+        hf_key = hf_names(family["keys"][key])[-1]
         shared = hf_values.setdefault(hf_key, value)
         yield (value == shared, f"model.{key}",
                f"{configs.show(shared)}: a {name} model has one {hf_key} for both")

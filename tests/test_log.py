@@ -197,14 +197,14 @@ def test_backend_that_is_not_installed_is_named(tmp_path, name):
     write_run(tmp_path, 1.0)
     message = f"log.to: {name} is not installed; pip install {name}"
     with pytest.raises(configs.UserError, match=message):
-        log.Logger(load_config(tmp_path, f"log.to=[{name}]"), 1)
+        log.check_backends(load_config(tmp_path, f"log.to=[{name}]"))
     assert len(log.read(tmp_path)) == 2
 
 
 def test_backend_that_is_unknown_is_named(tmp_path):
     message = "log.to: must be one of wandb, mlflow, tensorboard; got wandv"
     with pytest.raises(configs.UserError, match=message):
-        log.Logger(load_config(tmp_path, "log.to=[wandv]"), 1)
+        log.check_backends(load_config(tmp_path, "log.to=[wandv]"))
 
 
 def test_tensorboard_backend_writes_events(tmp_path):
@@ -329,6 +329,13 @@ def test_describe_run_prints_derived_numbers_as_arithmetic(start):
                             f"{25 * per_step:,.0f} tokens"]
     assert lines["device"][0].startswith("cpu, ")
     assert lines["device"][0].endswith("computing in float32, trained weights in float32")
+
+
+def test_describe_run_states_a_batch_size_above_the_number_of_documents(start):
+    """Its step has all documents, and the arithmetic is of those."""
+    lines = log.describe_run(start("batch_size=100", "micro_tokens=4000"))
+    assert [line for line in lines if line.startswith("step      36 documents (batch_size is 100, more than there are) x ")]
+    assert [line for line in lines if line.startswith("run       36 documents / 36 = 1 steps per epoch")]
 
 
 def test_describe_run_counts_micro_batches(start):

@@ -1,5 +1,5 @@
 """model.py: the same numbers as the reference library, document by document (law 5), in and out of its files."""
-import atexit, functools, json, logging.handlers, math, re, shutil, sys, tempfile, warnings
+import atexit, collections, functools, json, logging.handlers, math, os, random, re, shutil, sys, tempfile, warnings
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -168,7 +168,7 @@ def export(ours, m, theirs, folder):
     """Saved in parts, loaded by them without a warning: numbers of weights and logits that differ; and ours again."""
     transformers = pytest.importorskip("transformers")
     out, said = folder.with_name("out"), logging.handlers.BufferingHandler(10 ** 6)
-    M.save_pretrained(ours.get_parameter, m, out, folder, stop=[1, 2], bos=3, shard_bytes=40_000)
+    M.save_pretrained(ours.get_parameter, m, out, folder, [1, 2], bos=3, control_ids={1, 2, 3}, shard_bytes=40_000)
     assert (out / "model.safetensors.index.json").is_file()
     transformers.logging.get_logger().addHandler(said)
     with warnings.catch_warnings(record=True) as warned:
@@ -177,7 +177,7 @@ def export(ours, m, theirs, folder):
     transformers.logging.get_logger().removeHandler(said)
     assert not warned and not [r.getMessage() for r in said.buffer if r.levelno >= logging.WARNING]
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert again.config.eos_token_id == [1, 2]
+    assert sorted(again.config.eos_token_id) == [1, 2]
     ids = torch.tensor(documents(m["vocab_size"], 60))
     first = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     reloaded, m2 = M.load(out)
@@ -246,6 +246,125 @@ def test_new_weights_export_too(tmp_path):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
         ids = documents(64, 30)
         assert close(ours.logits(M.pack_prompts(ids)), theirs(torch.tensor(ids)).logits[0], 1e-5), family
+
+
+# ---- config.json in old and new words: the same numbers as the reference, or an error that names the key
+
+def draw_rope(choose):
+    """A rope_scaling or rope_parameters section: often incomplete, sometimes of a kind that we don't compute."""
+    section = {"rope_type": choose("default", "linear", "linear", "llama3", "llama3", "yarn"),
+               "rope_theta": choose(500.0, 100_000), "factor": choose(2.0, 8), "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": choose(16, 64),
+               "partial_rotary_factor": choose(0.5, 1.0), "full_attention": {"rope_theta": 7.0}}
+    rare = {"full_attention": 0.03, "partial_rotary_factor": 0.15, "rope_theta": 0.5,
+            "original_max_position_embeddings": 0.6}
+    section = {key: value for key, value in section.items() if choose.often(rare.get(key, 0.93))}
+    if choose.often(0.3):
+        section["type"] = section.pop("rope_type", "linear")           # its older name
+    return section
+
+
+def draw_config(choose, kind):
+    """A config.json with keys that its family reads and keys that it doesn't, missing or given twice."""
+    small = {"gpt2": dict(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=128)}
+    config = small.get(kind, dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                                  vocab_size=101, pad_token_id=None))
+    config |= dict(model_type=kind, bos_token_id=0, eos_token_id=0)
+    if kind in ("mistral", "qwen2", "qwen3"):                          # their defaults are those of large models
+        config["num_key_value_heads"] = 2
+    usual = {"rope_theta": (100.0, 500_000), "rope_scaling": (None, {}, draw_rope), "rope_parameters": (None, draw_rope),
+             "partial_rotary_factor": (0.5, 1.0), "rotary_pct": (0.5, 1.0), "rotary_emb_base": (50, 1000.0),
+             "max_position_embeddings": (64, 256), "original_max_position_embeddings": (16, 64),
+             "head_dim": (8, 16, 24, None), "num_key_value_heads": (1, 2, 4, None),
+             "tie_word_embeddings": (True, False), "attention_bias": (True, False), "mlp_bias": (True, False),
+             "hidden_act": ("gelu", "gelu_new", "relu", "silu"), "activation_function": ("relu", "gelu_new"),
+             "rms_norm_eps": (1e-3, 1e-5), "layer_norm_eps": (1e-3,), "layer_norm_epsilon": (1e-3,),
+             "sliding_window": (5, None), "max_window_layers": (0, 1, 28), "use_sliding_window": (False,),
+             "no_rope_layers": ([1, 0], [0, 1]), "no_rope_layer_interval": (1, 2, 3), "hidden_size": (64,),
+             "num_attention_heads": (4,), "n_inner": (80, None), "use_parallel_residual": (True, False),
+             "reorder_and_upcast_attn": (True, False), "torch_dtype": ("float32",), "logits_scaling": (3,),
+             "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,)}
+    rare = {"layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
+            "use_sliding_window": (True,), "is_causal": (True, False), "hidden_act": ("quick_gelu",),
+            "scale_attn_weights": (True, False), "scale_attn_by_inverse_layer_idx": (True, False),
+            "qk_layernorm": (True,), "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
+            "text_config": (None, {"model_type": "llama"}), "quantization_config": ({"quant_method": "gptq"},)}
+    for keys, probability in ((usual, 0.25), (rare, 0.025)):
+        for key, values in keys.items():
+            if choose.often(probability):
+                value = choose(*values)
+                config[key] = value(choose) if callable(value) else value
+    return config
+
+
+def draw_weights(choose, model):
+    """Random weights for one of their models, as a file has them: with, without, or with another head than is tied."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, p in model.state_dict().items():
+        tensors[name] = (0 if p.dim() > 1 else p) + torch.randn(p.shape, generator=generator) * 0.15
+    head = tensors.pop("lm_head.weight")
+    [embed] = [name for name in tensors if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))]
+    way = "as the config says" if choose.often(0.8) else choose("both", "the same twice", "head only", "embedding only")
+    if way == "the same twice":
+        head = tensors[embed].clone()
+    if way == "head only":
+        del tensors[embed]
+    if way != "embedding only" and (way != "as the config says" or not model.config.tie_word_embeddings):
+        tensors["embed_out.weight" if "embed_in" in embed else "lm_head.weight"] = head
+    return tensors
+
+
+def compare_reading(choose, kind, folder):
+    """Draw a folder, load it with them and with us -> "equal", "refused by us", "... by them"."""
+    import transformers
+    from safetensors.torch import save_file
+    config = draw_config(choose, kind)
+    (folder / "config.json").write_text(json.dumps(config))
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, attn_implementation="eager")
+    ids = documents(101, 60)
+    logits = lambda model: model.eval()(torch.tensor(ids), use_cache=False).logits[0]
+    try:
+        new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+        save_file(draw_weights(choose, new), folder / "model.safetensors", {"format": "pt"})
+        theirs, info = load(folder, output_loading_info=True)
+        want = None if info["missing_keys"] else logits(theirs)        # None: with new, random weights
+    except Exception:                                                  # of any kind; most have no message of use
+        want = None
+    try:
+        ours, m = M.load(folder)
+    except configs.UserError as error:
+        named = {*config, "rope_type", "lm_head", "embed_out", "model.safetensors", "factor", "wte", "embed_", "safetensors"}
+        assert any(key in str(error).replace(str(folder), "") for key in named), (config, error)
+        assert "\n" not in str(error)
+        return "refused by us"
+    if want is None:
+        return "refused by them"
+    assert apart(ours.logits(M.pack_prompts(ids)), want) < 1e-4, config
+    if choose.often(0.3):
+        M.save_pretrained(ours.get_parameter, m, folder / "out", folder)
+        assert apart(logits(load(folder / "out")), want) < 1e-4, config
+    return "equal"
+
+
+@pytest.mark.parametrize("kind", [name for name in configs.families() if name != "native"])
+def test_config_json_is_read_as_the_reference_reads_it(kind, tmp_path):
+    """CONFIG_DRAWS=1000 draws more than the 15 of each family."""
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    random_choice = random.Random(f"{kind} 0")
+    choose = lambda *values: random_choice.choice(values)
+    choose.often = lambda probability: random_choice.random() < probability
+    results = collections.Counter()
+    for n in range(int(os.environ.get("CONFIG_DRAWS", 15))):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results[compare_reading(choose, kind, folder)] += 1
+        shutil.rmtree(folder)
+    transformers.logging.set_verbosity_warning()
+    assert results["equal"] > results.total() / 4, results
 
 
 # ---- law 5
@@ -590,7 +709,7 @@ def test_a_bf16_checkpoint_in_parts_comes_back_bitwise(tmp_path):
     assert again.keys() == parts.keys()
     assert all(t.dtype == torch.bfloat16 and torch.equal(t, parts[name]) for name, t in again.items())
     next((tmp_path / "in").glob("*-00002-*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="a damaged or missing safetensors file: .*00002"):
+    with pytest.raises(ValueError, match="00002.*: is missing, and model.safetensors.index.json"):
         M.load(tmp_path / "in")
 
 
@@ -971,6 +1090,88 @@ def test_weights_that_dont_fit_are_all_named_at_once(tmp_path):
         M.load(tmp_path)
     with pytest.raises(ValueError, match="nowhere"):
         M.load("nowhere")
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused_or_kept(tmp_path):
+    """config.json ties two matrices that the file has apart: transformers keeps both, as tie_embeddings=false does."""
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    from safetensors.torch import load_file, save_file
+    model = noisy(M.build(M_TINY))
+    M.save_pretrained(model.get_parameter, M_TINY, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embed = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embed.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(M.load(tmp_path)[0].embed.weight, embed)
+    save_file(tensors | {"lm_head.weight": embed.flip(0)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(configs.UserError, match="lm_head.weight differs.*tie_word_embeddings.*tie_embeddings=false"):
+        M.load(tmp_path)
+    m = configs.load([f"model.init_from={tmp_path}", "model.tie_embeddings=false"])[0]["model"]
+    ids = documents(101, 30)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours, _ = M.load(tmp_path, m)
+    assert apart(ours.logits(M.pack_prompts(ids)), theirs(torch.tensor(ids)).logits[0]) < 1e-5
+    M.save_pretrained(ours.get_parameter, m, tmp_path / "out", tmp_path)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_damaged_folder_is_named_with_what_helps(tmp_path):
+    """A missing head, quantized weights, a pointer of Git LFS, a truncated file, a missing one, none at all."""
+    from safetensors.torch import load_file, save_file
+    M.save_pretrained(M.build(M_TINY).get_parameter, M_TINY, tmp_path)
+    weights, config_file = tmp_path / "model.safetensors", tmp_path / "config.json"
+    config, tensors, whole = json.loads(config_file.read_text()), load_file(weights), weights.read_bytes()
+
+    def error():
+        with pytest.raises(configs.UserError) as e:
+            M.load(tmp_path)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+        return str(e.value)
+    config_file.write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert "lm_head.weight is missing; model.tie_embeddings=true" in error()
+    config_file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert "config.json: quantization_config" in error()
+    config_file.write_text(json.dumps(config))
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, weights)
+    assert f"{name} has dtype F8_E4M3, which is quantized" in error()
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+    assert "model.safetensors: is a Git LFS pointer" in error() and "git lfs pull" in error()
+    weights.write_bytes(whole[:-100])
+    assert "model.safetensors: is damaged or incomplete" in error() and "download it again" in error()
+    weights.unlink()
+    assert "holds no *.safetensors, download its weights" in error()
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    assert "model.safetensors.index.json: a damaged file" in error()
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "00001-of-00002.safetensors: is missing, and model.safetensors.index.json" in error()
+
+
+def test_save_pretrained_keeps_what_its_base_says(tmp_path):
+    """All fields of generation_config.json, all ends of a generation, both names of the dtype, BOS, the license."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = M.build(M_TINY)
+    M.save_pretrained(model.get_parameter, M_TINY, base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"torch_dtype": "bfloat16", "bos_token_id": 3, "eos_token_id": 5, "auto_map": {"AutoConfig": "x.py"}}
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": 3, "eos_token_id": [5, 6, 50], "pad_token_id": 6, "do_sample": True,
+                  "temperature": 0.7, "top_p": 0.8}
+    (base / "generation_config.json").write_text(json.dumps(generation))
+    (base / "LICENSE.txt").write_text("the license")
+    # 50 is no control token: of another tokenizer
+    M.save_pretrained(model.get_parameter, M_TINY, out, base, stop=[5, 7], control_ids={3, 5, 6, 7})
+    assert json.loads((out / "generation_config.json").read_text()) == generation | {"eos_token_id": [5, 6, 7]}
+    written = json.loads((out / "config.json").read_text())
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16" and "auto_map" not in written
+    assert written["bos_token_id"] == 3 and written["eos_token_id"] == [5, 7]
+    assert (out / "LICENSE.txt").read_text() == "the license"
+    # a config.json without a dtype: that of the weights
+    del written["dtype"], written["torch_dtype"]
+    (out / "config.json").write_text(json.dumps(written))
+    M.save_pretrained(model.get_parameter, M_TINY, tmp_path / "again", out)
+    assert safe_open(tmp_path / "again" / "model.safetensors", "pt").get_slice("model.norm.weight").get_dtype() == "BF16"
 
 
 # ---- on real inputs

@@ -67,13 +67,20 @@ def test_merged_weights_give_a_plain_model_with_the_same_logits(targets):
     assert not torch.allclose(merged.logits(micro_batch()), plain.logits(micro_batch()), atol=1e-3)
 
 
-@pytest.mark.parametrize("base, written", [("data/base", "data/base"), ("", None), (None, None)])
+@pytest.mark.parametrize("base, written", [
+    (configs.HERE.parent / "data" / "base", str(configs.HERE.parent / "data" / "base")),
+    (os.path.relpath(configs.HERE), str(configs.HERE)),
+    ("owner/name", "owner/name"), ("", None), (None, None)])
 def test_save_adapter_names_the_base(tmp_path, base, written):
-    """A base that is drawn from the seed has no name: null."""
+    """A folder by its absolute path, a hub id as it is; null if the base is drawn from the seed.
+
+    The weights have the permissions of other files."""
     model = model_with_lora(["q_proj"])
     shard.save_adapter(model, {"r": 4, "alpha": 8.0}, tmp_path, base)
-    adapter_config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert adapter_config["base_model_name_or_path"] == written
+    config_file = tmp_path / "adapter_config.json"
+    assert json.loads(config_file.read_text())["base_model_name_or_path"] == written
+    weights = tmp_path / "adapter_model.safetensors"
+    assert weights.stat().st_mode == config_file.stat().st_mode
 
 
 def test_init_adapters_draws_an_adapter_whatever_else_is_adapted():

@@ -1,10 +1,11 @@
 """tokenize_data.py: shapes, templates, masks, tokenizers, token files (law 6)."""
-import json, random
+import json, os, random, subprocess, sys
 
 import numpy as np
 import pytest
 
 import configs, sampler, tokenize_data as T
+from conftest import ROOT
 
 BYTES = T.bytes_tokenizer()
 CHATML = T.compile_template(T.CHATML)
@@ -67,7 +68,8 @@ def test_generation_marks_in_a_template_say_what_is_trained():
 
 
 def test_templates_that_trim_or_look_into_contents():
-    trims = T.compile_template("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}")
+    trims = T.compile_template("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}<|im_end|>{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")
     ids, mask = T.encode_chat(BYTES, trims, chat("  a ", "  b b \n", "c", "[assistant]"))
     assert BYTES.decode(ids) == ("[user]a<|im_end|>[assistant]b b<|im_end|>"
                                  "[user]c<|im_end|>[assistant][assistant]<|im_end|>")
@@ -83,7 +85,8 @@ def test_templates_that_trim_or_look_into_contents():
 def test_a_token_that_overlaps_a_trained_span_is_trained():
     ranks = {bytes([b]): b for b in range(256)} | {b":x": 256}
     tok = T.Tokenizer(ranks, r"[\s\S]+", special={"<e>": 257}, eos="<e>")
-    template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}")
+    template = T.compile_template("{% for m in messages %}{{ m.role[0] }}:{{ m.content }}<e>{% endfor %}"
+                                  "{% if add_generation_prompt %}a:{% endif %}")
     ids, mask = T.encode_chat(tok, template, chat("q", "x!"))
     assert [tok.decode([i]) for i, m in zip(ids, mask) if m] == [":x", "!", "<e>"]
 
@@ -161,7 +164,7 @@ def test_txt_is_one_document_or_split_by_a_separator(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ('{"text": "a"}\n{"text": \n', ["line 2", "not valid JSON"]),
-    ('{"text": "a"}\n\n{"text": "b"}\n', ["line 2", "empty"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]),
+    ('{"text": "a"}\n\n{"txt": "b"}\n', ["line 3", "txt"]), ('{"txt": "a"}\n', ["line 1", "txt", "messages"]),
     ("{}\n", ["line 1", "known"]),
     ("3\n", ["line 1", "int"]), ('{"messages": []}\n', ["line 1", "without messages"]),
     ('{"messages": [{"role": "robot", "content": "x"}]}\n', ["line 1", "robot"]),
@@ -347,6 +350,23 @@ def test_a_saved_tokenizer_is_the_same_in_transformers(tmp_path):
     assert theirs.decode(ids) == ours.decode(ids)
 
 
+def test_save_tokenizer_carries_the_files_beside_tokenizer_json(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    T.save_tokenizer(BYTES, tmp_path / "in", None)
+    names = ("tokenizer.model", "spiece.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    for name in names:
+        (tmp_path / "in" / name).write_text(f"{name} of the base")
+    T.save_tokenizer(T.huggingface_tokenizer(tmp_path / "in"), tmp_path / "out", None)
+    assert all((tmp_path / "out" / name).read_text() == f"{name} of the base" for name in names)
+
+
+def test_huggingface_tokenizer_names_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+    with pytest.raises(configs.UserError, match="tokenizer.json: a Git LFS pointer.*git lfs pull"):
+        T.huggingface_tokenizer(tmp_path)
+
+
 def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_ids(realdata, tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(realdata / "tokenizers" / "tiktoken_cache"))
@@ -495,9 +515,9 @@ def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
                                       '{"text": "c"}\n' + "[" * 100_000 + "\n")
     data = T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
-    assert len(data) == 2 and data.header["skipped"] == 5 and data.header["records"] == 7
+    assert len(data) == 2 and data.header["skipped"] == 4 and data.header["records"] == 6
     assert "line 2: not valid JSON" in data.header["problems"][0]
-    assert "5 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
+    assert "4 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
     wrong(["nothing to train on", "1 skipped", "line 1"], T.load_datasets,
@@ -594,7 +614,7 @@ def test_loss_weights_with_generation_marks_and_everything():
     assert told("all", marked) == [("one<|im_end|>", 2.0), ("two<|im_end|>", -1.0), ("three<|im_end|>", 2.0)]
     assert told("last", marked) == [("three<|im_end|>", 2.0)]
     everything = told("everything", CHATML)
-    assert [w for _, w in everything] == [2.0, -1.0, 2.0, 2.0] and everything[1][0] == "two"
+    assert [w for _, w in everything] == [2.0, -1.0, 2.0, 2.0] and everything[1][0] == "two<|im_end|>"
     assert "sun" not in "".join(text for text, _ in everything)
 
 
@@ -618,7 +638,7 @@ def test_weights_beside_ready_token_files(tmp_path):
     np.save(folder / "a.npy", ids)
     np.save(folder / "a_weights.npy", weights)
     data = load_one(tmp_path, folder / "a.npy")
-    assert np.allclose(data.weights, weights, atol=1e-3) and data.header["trained"] == 10
+    assert np.allclose(data.weights, weights, atol=1e-3) and data.header["trained"] == 9    # the first is no target
     np.save(folder / "a_labels.npy", np.where(np.arange(10) < 5, -100, ids.astype(np.int64)))
     data = load_one(tmp_path, folder)                              # the folder: _weights and _labels are no documents
     assert np.allclose(data.weights, np.where(np.arange(10) < 5, 0, weights), atol=1e-3)
@@ -686,7 +706,7 @@ def test_chats_in_a_column_of_a_csv(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("text\na\nb,c\n", ["a.csv, line 3", "more fields"]), ("a\nb\n", ["a.csv, line 2", "known"]),
     ('text\na\n"b" c\n', ["a.csv, line 3", "not valid CSV"]), ('text\n"a', ["a.csv", "not valid CSV"]),
-    ("text\n\udcff\n", ["a.csv", "not valid CSV"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
+    ("text\n\udcff\n", ["a.csv, line 2: not UTF-8", "0xff", "iconv"]), ("prompt,completion\na\n", ["a.csv, line 2", "known"]),
     ("", ["nothing to train on"])])
 def test_bad_csv_is_named_with_its_line(tmp_path, text, words):
     (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -735,9 +755,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         names = [str(f.relative_to(root)) for f in sorted(root.rglob("*")) if f.is_file()]
         name = path.rpartition("/resolve/")[2].partition("/")[2]
         kind, headers = "application/json", {}
-        if not path.startswith(("/api/datasets/someone/sums", "/datasets/someone/sums/resolve/")):
+        if "/gone" in path or not path.startswith(("/api/datasets/someone/sums", "/datasets/someone/sums/resolve/")):
             self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Code", "RevisionNotFound" if "/gone" in path else "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -859,7 +879,7 @@ def test_csv_errors_name_the_first_line_of_a_record(tmp_path):
     (tmp_path / "a.csv").write_text('text,n\n"a\n\nb",1\n"c\nd",2,3\n')
     wrong(["a.csv, line 5: has more fields"], load_one, tmp_path, tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"text\na\n\xff\n")
-    wrong(["a.csv: not valid CSV"], load_one, tmp_path, tmp_path / "a.csv")
+    wrong(["a.csv, line 3: not UTF-8"], load_one, tmp_path, tmp_path / "a.csv")
 
 
 def test_weights_out_of_range_are_errors_of_their_record(tmp_path):
@@ -902,3 +922,293 @@ def test_metadata_of_a_dataset_is_no_data(tmp_path):
     write(folder, [{"text": "a"}])
     (folder / "dataset_infos.json").write_text("{}")
     assert len(load_one(tmp_path, folder)) == 1
+
+
+# ---- files as people have them
+
+def texts_of(tmp_path, path, *more):
+    """The documents of a source of texts, with bytes as tokens."""
+    data = load_one(tmp_path, path, *more)
+    return [BYTES.decode(data.document(i)[0][1:-1]) for i in range(len(data))]
+
+
+def put(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def put_texts(folder, *names):
+    """Files of one text each, its file's name."""
+    for name in names:
+        put(folder, name, json.dumps({"text": name}).encode() + b"\n")
+    return folder
+
+
+def test_find_files_skips_hidden_files_and_folders(tmp_path):
+    """.ipynb_checkpoints, ._x of macOS and the hub's .cache are no data, in a folder and in a glob."""
+    put_texts(tmp_path / "d", "a.jsonl", "sub/b.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl",
+              ".x.jsonl", ".cache/huggingface/c.jsonl", "sub/.old/d.jsonl")
+    for path in (tmp_path / "d", tmp_path / "d" / "**" / "*.jsonl"):
+        assert texts_of(tmp_path, path) == ["a.jsonl", "sub/b.jsonl"]
+    assert len(texts_of(tmp_path, tmp_path / "d" / ".ipynb_checkpoints")) == 1       # named, so meant
+
+
+def test_find_files_reads_one_split_of_a_folder_and_says_so(tmp_path, capsys):
+    """A local clone of a dataset: README and metadata are no data, the other split is another source's."""
+    clone = put_texts(tmp_path / "clone", "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl",
+                      "data/test-00000-of-00001.jsonl")
+    put(clone, "README.md", b"train")
+    put(clone, "dataset_infos.json", b"{}")
+    train = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    assert texts_of(tmp_path, clone) == train
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "split train" in note and "not data/test-*.jsonl" in note
+    assert texts_of(tmp_path, clone, "data.train.x.split=test") == ["data/test-00000-of-00001.jsonl"]
+    assert len(texts_of(tmp_path, clone / "**" / "*.jsonl")) == 3
+    wrong(["data.train.x.path", "no split 'validation'", "data/test-*.jsonl"],
+          load_one, tmp_path, clone, "data.train.x.split=validation")
+    for n, names in enumerate((["train_a.jsonl", "b.jsonl"], ["test.jsonl"], ["latest.jsonl", "training_day.jsonl"])):
+        assert len(texts_of(tmp_path, put_texts(tmp_path / f"own{n}", *names))) == len(names)
+
+
+@pytest.mark.parametrize("word", ["sft", "data"])
+def test_find_files_asks_which_split_where_names_have_longer_words(tmp_path, word):
+    """split=train of train_sft and test_sft took both."""
+    folder = put_texts(tmp_path / "d", f"train_{word}.jsonl", f"test_{word}.jsonl")
+    wrong(["no split 'train'", f"train_{word}.jsonl", f"test_{word}.jsonl", "`split`"], load_one, tmp_path, folder)
+    assert texts_of(tmp_path, folder, f"data.train.x.split=train_{word}") == [f"train_{word}.jsonl"]
+
+
+def test_find_files_refuses_a_folder_of_which_it_would_read_a_part(tmp_path):
+    for beside, words in (("LICENSE.txt", ["several formats", "json, txt", "glob"]), ("b.jsonl.zst", ["zstd -d"]),
+                          ("b.arrow", ["to_parquet"])):
+        folder = put_texts(tmp_path / beside, "a.jsonl", beside)
+        wrong(["data.train.x.path", *words], load_one, tmp_path, folder)
+        assert texts_of(tmp_path, folder / "*.jsonl") == ["a.jsonl"]
+
+
+def test_find_files_takes_a_file_once_whatever_links_to_it(tmp_path):
+    folder = put_texts(tmp_path / "d", "v1/a.jsonl")
+    (folder / "latest").symlink_to("v1")
+    (folder / "v1" / "b.jsonl").symlink_to("a.jsonl")
+    (folder / "v1" / "up").symlink_to("..")
+    (folder / "v1" / "here").symlink_to(".")
+    assert texts_of(tmp_path, folder) == ["v1/a.jsonl"]
+    elsewhere = put_texts(tmp_path / "elsewhere", "c.jsonl")
+    (folder / "more").symlink_to(elsewhere)
+    assert sorted(texts_of(tmp_path, folder)) == ["c.jsonl", "v1/a.jsonl"]
+    (folder / "gone.jsonl").symlink_to("nowhere.jsonl")
+    wrong(["data.train.x.path", "gone.jsonl", "does not exist"], load_one, tmp_path, folder)
+
+
+def test_find_files_of_a_large_folder(tmp_path):
+    put_texts(tmp_path / "many", *[f"{n:05}.jsonl" for n in range(500)])
+    assert texts_of(tmp_path, tmp_path / "many", "data.processes=1") == [f"{n:05}.jsonl" for n in range(500)]
+
+
+def test_find_files_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong(["data.train.x.path", str(tmp_path / "none.jsonl")], load_one, tmp_path, "none.jsonl")
+    wrong(["data.train.x.path", str(tmp_path / "d" / "*.csv")], load_one, tmp_path, "d/*.csv")
+    for path in ("a\0b", "a" * 3000, "/dev/null"):
+        wrong(["data.train.x.path"], load_one, tmp_path, path)
+
+
+def test_read_chunks_names_files_that_may_not_be_read():
+    """As nobody, because root may read everything."""
+    import os, pathlib, tempfile
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    with tempfile.TemporaryDirectory() as parent:                # pytest's folders are open to root only
+        parent = pathlib.Path(parent)
+        parent.chmod(0o777)
+        folder = put_texts(parent / "d", "a.jsonl", "sub/b.jsonl")
+        for closed in (folder / "sub", folder / "a.jsonl"):
+            closed.chmod(0)
+            os.seteuid(65534)
+            try:
+                wrong([f"{closed}: cannot be read: Permission denied"], load_one, parent, folder)
+            finally:
+                os.seteuid(0)
+            closed.chmod(0o755)
+
+
+TEXT_FILES = {"jsonl": '{"text": "ok"}\n{"text": "%s"}\n', "json": '["ok",\n"%s"]', "txt": "ok\n%s", "csv": "text\n%s\n"}
+
+
+@pytest.mark.parametrize("extension", TEXT_FILES)
+def test_read_chunks_takes_utf8_and_names_other_encodings(tmp_path, extension):
+    """One line with the file, the line and the command that converts it."""
+    text = TEXT_FILES[extension]
+    name = f"a.{extension}"
+    for content in (text % "café", "\ufeff" + text % "café", (text % "café").replace("\n", "\r\n")):
+        assert "café" in texts_of(tmp_path, put(tmp_path, name, content.encode()))[-1]
+    for encoding in ("UTF-16", "UTF-16LE", "UTF-16BE", "UTF-32"):
+        put(tmp_path, name, (text % "café").encode(encoding))
+        wrong([name, "not UTF-8", f"iconv -f {encoding} -t UTF-8"], load_one, tmp_path, tmp_path / name)
+    for encoding, word in (("LATIN1", "café"), ("GBK", "你好")):
+        put(tmp_path, name, (text % word).encode(encoding))
+        wrong([f"{name}, line 2: ", "not UTF-8", f"iconv -f {encoding}"], load_one, tmp_path, tmp_path / name)
+    put(tmp_path, name, (text % "x").encode() + b"\0" * 100)             # what a crash may leave
+    where = "record" if extension == "json" else "line"
+    wrong([f"{name}, ", "zero byte", "tr -d"], load_one, tmp_path, tmp_path / name)
+
+
+def test_read_chunks_skips_lines_of_another_encoding_where_that_is_asked_for(tmp_path):
+    path = put(tmp_path, "a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n{"text": "\0"}\n{"text": "b"}\n')
+    assert texts_of(tmp_path, path, "data.on_error=skip") == ["a", "b"]
+
+
+def test_read_chunks_unpacks_gz_bz2_and_xz(tmp_path):
+    import bz2, gzip, lzma
+    lines = "".join(json.dumps({"text": f"é {i}"}, ensure_ascii=False) + "\n" for i in range(100))
+    for extension, compress, name in (("gz", gzip.compress, "gzip"), ("bz2", bz2.compress, "bzip2"),
+                                      ("xz", lzma.compress, "xz")):
+        path = put(tmp_path, f"a.jsonl.{extension}", compress(lines.encode()))
+        assert texts_of(tmp_path, path) == [f"é {i}" for i in range(100)]
+        path.write_bytes(path.read_bytes()[:-20])
+        wrong([path.name, "cannot be read"], load_one, tmp_path, path)
+        path.write_bytes(compress(lines.encode("latin-1")))
+        wrong([f"{path.name}, line 1", "not UTF-8"], load_one, tmp_path, path)
+        wrong([name, f".{extension}"], load_one, tmp_path, put(tmp_path, "b.jsonl", compress(b"{}")))
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", ["Git LFS pointer", "git lfs pull"]),
+    (b"\n<!DOCTYPE html>\n<html>404</html>", ["web page"]), (b"PK\x03\x04\x14\0\0\0", ["zip archive"]),
+    (b"\x28\xb5\x2f\xfd\x04\0", ["zstd -d"])])
+def test_read_chunks_names_files_that_are_something_else(tmp_path, content, words):
+    for name in ("a.jsonl", "a.json", "a.csv", "a.npy", "a.jsonl.gz"):
+        wrong([f"{name}: ", *words], load_one, tmp_path, put(tmp_path, name, content))
+    wrong(["t.jinja: ", *words], load_one, tmp_path, put(tmp_path, "a.txt", b"a"),
+          f"data.chat_template={put(tmp_path, 't.jinja', content)}")
+
+
+def test_read_chunks_names_a_parquet_file_with_another_name(tmp_path):
+    wrong(["a.jsonl: ", ".parquet"], load_one, tmp_path, put(tmp_path, "a.jsonl", b"PAR1\x15\x04\x15\x20"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_read_json_takes_objects_however_they_are_separated(tmp_path, name):
+    """One on each line, with blank lines; over several lines; with commas; one alone; in a list."""
+    a, b = {"text": "a", "more": [1, {"b": "},\n"}]}, {"text": "b"}
+    compact, pretty = json.dumps, lambda value: json.dumps(value, indent=2)
+    for text in (f"{compact(a)}\n{compact(b)}", f"\n\n{compact(a)}\r\n \t\n{compact(b)}\n\n",
+                 f"{pretty(a)}\n{pretty(b)}\n", f"{pretty(a)}{pretty(b)}", f"{compact(a)},\n{compact(b)}\n",
+                 f"{compact(a)},\n{compact(b)},\n", f"{compact(a)}\r{compact(b)}\r", pretty([a, b]), compact([a, b])):
+        assert texts_of(tmp_path, put(tmp_path, name, text.encode())) == ["a", "b"], text
+    assert texts_of(tmp_path, put(tmp_path, name, pretty(a).encode())) == ["a"]
+    put(tmp_path, name, f"{compact(a)}\n\n\n{{}}\n".encode())
+    wrong([f"{name}, line 4: keys none"], load_one, tmp_path, tmp_path / name)
+    put(tmp_path, name, f"{pretty(a)}\n{{'text'".encode())
+    wrong([f"{name}, record 2: not valid JSON"], load_one, tmp_path, tmp_path / name)
+
+
+def test_read_json_names_the_key_of_a_wrapped_list(tmp_path):
+    for key, wrapped in (("data", {"version": "1.1", "data": [{"text": "a"}]}), ("train", {"train": [{"text": "a"}]})):
+        for indent in (None, 2):
+            put(tmp_path, "a.json", json.dumps(wrapped, indent=indent).encode())
+            wrong(["a.json", f"jq -c '.{key}[]'"], load_one, tmp_path, tmp_path / "a.json")
+    chats = {"id": "1", "messages": chat("a", "b")}
+    assert len(load_one(tmp_path, put(tmp_path, "a.json", json.dumps(chats).encode()))) == 1
+
+
+def test_read_txt_has_line_ends_like_python(tmp_path):
+    """A separator is found in files of Windows, too, and the text is that of open().read()."""
+    path = put(tmp_path, "a.txt", b"one\r\n\r\ntwo\r\nlines")
+    assert texts_of(tmp_path, path, "data.train.x.separator=\n\n") == ["one", "two\nlines"]
+    assert texts_of(tmp_path, path) == [path.read_text()]
+
+
+def test_read_npy_names_file_and_index_of_a_wrong_label(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(5))
+    for labels, more, words in (([1, 2, 9, 4, 5], ["data.shift_labels=false"], ["a_labels.npy: index 2: the label"]),
+                                ([1, 2, 3, 4, 999], ["data.shift_labels=false"], ["a_labels.npy: index 4: 999 is"]),
+                                ([0, 1, 9, 3, 4], [], ["a_labels.npy: index 2: the label"])):
+        np.save(tmp_path / "a_labels.npy", np.array(labels))
+        wrong(words, load_one, tmp_path, tmp_path / "a.npy", *more)
+
+
+def test_a_hub_dataset_has_a_revision_and_is_whole_or_refused(hub, tmp_path):
+    """Its commit is recorded. Without network, a split of which a part was downloaded is not the split."""
+    train = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
+    got = hub("someone/sums", "someone/sums@v1.0 data.train.x.split=test", "someone/sums@gone")
+    assert got[:2] == [[7, train], [1, ["data/test.jsonl"]]] and "no revision gone" in got[2]
+    headers = [json.loads(path.read_text()) for path in tmp_path.glob("tokens/x-*/header.json")]
+    assert {header["commit"] for header in headers} == {"0" * 40}
+    cache = tmp_path / "home" / "hub" / "datasets--someone--sums"
+    next(cache.glob("snapshots/*/data/train-00001-of-00002.jsonl")).unlink()
+    part, test, other = hub("someone/sums", "someone/sums@v1.0/data data.train.x.split=test", "someone/sums@v2",
+                            HF_HUB_OFFLINE="1")
+    assert "data.train.x.path: someone/sums: 1 of 2 files" in part and "train-00000-of-00002" in part
+    assert test == [1, []] and "someone/sums" in other
+    assert len(T.cached_files(cache.parent, "someone/sums", "0" * 40)) == 2
+    (cache / "blobs" / "0.1234.incomplete").write_text("")
+    wrong(["someone/sums", "interrupted"], T.cached_files, cache.parent, "someone/sums", "main")
+
+
+# ---- token files and their summary
+
+def test_summary_is_of_the_part_that_validation_split_leaves(tmp_path):
+    records = [{"messages": chat("a", "b" * n)} for n in (50, 1, 1, 200)]
+    cfg = cfg_for(tmp_path, write(tmp_path, records), "data.validation_split=1", "data.seq_len=150")
+    data = T.load_datasets(cfg, quiet=True)
+    train, validation = data["train"]["x"], data["validation"]["x"]
+    lengths = [train.offsets[-1], validation.offsets[-1] - validation.offsets[0]]
+    assert lengths[1] == 151 and "(87% trained), longest 151" in T.summary("v", validation)
+    assert "longest 72" in T.summary("t", train) and "1 cut off" in T.summary("t", train)
+    assert "cut off" not in T.summary("v", validation)
+
+
+def test_cutting_is_named_as_the_reason_where_nothing_is_left(tmp_path):
+    path = write(tmp_path, [{"messages": chat("x " * 300, "y")}])
+    wrong(["data.train.x", "1 of them because data.seq_len=256"], load_one, tmp_path, path, "data.seq_len=256")
+
+
+def test_token_files_that_are_not_whole_are_not_read(tmp_path):
+    """A full disk is named with its key, and leaves nothing; a file that was cut later is refused."""
+    import resource
+    path = write(tmp_path, [{"text": "abc " * 20_000}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        wrong(["cannot write token files", "data.cache_dir"], load_one, tmp_path, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").iterdir())
+    folder = load_one(tmp_path, path).folder
+    for name in ("tokens.bin", "weights.bin", "offsets.bin", "targets.bin"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-4])
+        wrong([name, "damaged", f"delete the folder {folder}"], load_one, tmp_path, path)
+        (folder / name).write_bytes(whole)
+    assert len(load_one(tmp_path, path)) > 1
+
+
+def test_two_processes_that_tokenize_the_same_source_share_it(tmp_path):
+    import os
+    path = write(tmp_path, [{"text": f"some words {n}"} for n in range(500)])
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(len(load_one(tmp_path, path, "data.processes=1")) != 500)
+            finally:
+                os._exit(2)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [load_one(tmp_path, path).folder.name]
+
+
+def test_scripts_print_on_any_console(tmp_path):
+    """Characters that the console's encoding lacks are escaped, and files stay UTF-8."""
+    path = put(tmp_path, "é.jsonl", '{"text": "ça 你"}\n'.encode())
+    # in a process of its own, because Python reads these variables when it starts
+    command = [sys.executable, "tokenize_data.py", f"data.train.x.path={tmp_path}/*.jsonl", "data.tokenizer=bytes",
+               f"data.cache_dir={tmp_path / 'cache'}", "show=1"]
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    out = subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True, text=True)
+    assert out.returncode == 0 and r"\xe7a \u4f60" in out.stdout, out.stderr

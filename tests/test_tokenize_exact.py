@@ -137,7 +137,7 @@ def test_every_kind_of_tokenizer_is_exact_or_borrowed_and_says_so(kind, tmp_path
                                   "{% endfor %}")
     ids, mask = T.encode_chat(ours, template, chat("hi </s>", "to be"))
     assert [int((ids == ours.special[s]).sum()) for s in ("<s>", "[INST]", "</s>")] == [1, 2, 2]
-    assert ids[mask > 0][-1] == 2 and 2 <= mask.sum() <= 7
+    assert ids[mask > 0][-1] == 2 and 2 <= mask.sum() <= 8
 
 
 def test_without_the_tokenizers_package_one_line_names_the_feature(tmp_path, monkeypatch):
@@ -248,12 +248,13 @@ def test_a_template_that_strips_thoughts_from_history():
     apart = [m | ({"reasoning_content": "so"} if m["role"] == "assistant" else {}) for m in chat("a", "b", "c", "d")]
     assert spans(tok, *T.encode_chat(tok, template, apart)) == ["b<|im_end|>", "<think>\nso\n</think>\n\nd<|im_end|>"]
     said = spans(tok, *T.encode_chat(tok, template, chat("a", "b", "c", "d")))
-    assert said[-1] == "d<|im_end|>"                                 # the empty thought is the template's
+    # the empty thought is trained: the generation prompt ends before it, so a model has to generate it
+    assert said == ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
     called = [*chat("a"), {"role": "assistant", "content": "so:", "tool_calls": CALL},
               {"role": "tool", "content": "42"}, *chat("", "d")[1:]]
     ids, mask = T.encode_chat(tok, template, called)
     call = '{"name": "f", "arguments": {"x": "1 & <y>"}}'
-    assert spans(tok, ids, mask) == [f"so:\n<tool_call>\n{call}\n</tool_call><|im_end|>", "d<|im_end|>"]
+    assert spans(tok, ids, mask) == [f"so:\n<tool_call>\n{call}\n</tool_call><|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]
 
 
 def test_a_long_chat_takes_few_renderings():
@@ -263,7 +264,7 @@ def test_a_long_chat_takes_few_renderings():
     template.jinja.globals["seen"] = lambda: times.append(1) or ""
     got = spans(tok, *T.encode_chat(tok, template, chat(*turns)))
     assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"]
-    assert len(times) < 8
+    assert len(times) < 12
 
 
 def test_what_spells_a_control_token_is_text_wherever_it_stands_in_a_record():

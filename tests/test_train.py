@@ -752,10 +752,10 @@ def _argv(explicit):
 
 def test_lr_at_and_every_n_steps(tiny):
     def lrs(*more, total=100):
-        c = configs.load(["lr=1.0", "min_lr=0.1", *more])[0]
+        c = configs.load(["lr=1.0", *more])[0]
         return [train.lr_at(s, total, c) for s in range(total)]
     for schedule in ("cosine", "linear", "constant", "wsd"):
-        lr = lrs(f"schedule={schedule}", "warmup_steps=10", "decay_steps=0.2")
+        lr = lrs(f"schedule={schedule}", "warmup_steps=10")
         assert lr[0] == pytest.approx(0.1) and lr[9] == 1.0 and max(lr) == 1.0
         assert lr[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
     assert lrs("schedule=wsd", "warmup_steps=10", "decay_steps=20")[79] == 1.0 > lrs("schedule=wsd", "warmup_steps=10", "decay_steps=20")[80]
@@ -819,6 +819,122 @@ def test_setup_reports_bad_data_with_file_and_line(tmp_path, script):
                  f"data.cache_dir={tmp_path / 'c'}", f"out_dir={tmp_path / 'o'}")
     assert out.returncode == 1 and out.stderr.startswith("error: ") and out.stderr.count("\n") == 1
     assert "bad.jsonl, line 2" in out.stderr and not (tmp_path / "o").exists()
+
+
+# ---- inputs that changed under a run
+
+def save_base(folder, seed=0, **keys):
+    """A small pretrained model of 259 tokens, as many as data.tokenizer=bytes has."""
+    m = configs.load(["model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.vocab_size=259",
+                      "model.max_len=64"])[0]["model"]
+    M.save_pretrained(M.build(m, seed).get_parameter, m, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    return folder
+
+
+def from_base(tiny, base, *more, out="run"):
+    argv = _argv(tiny("max_steps=4", "save_every=2", "eval_every=0", "checkpoint.export=true", out=out)[2])
+    return configs.load([*argv, f"model.init_from={base}", *more])
+
+
+def test_a_base_that_changed_under_a_run_is_refused_by_name(tiny, tmp_path):
+    """At a resume and at an export. A copy is the same base, and so is one with another eos_token_id."""
+    base = save_base(tmp_path / "base")
+    copy = shutil.copytree(base, tmp_path / "copy")
+    main(from_base(tiny, base, "shard.lora.r=2"))
+    out = tmp_path / "run"
+    wanted = load_file(out / "hf" / "model.safetensors")
+    state = checkpoint.read_state(out / "checkpoints" / "latest")
+    assert set(state["base"]["model.init_from"]) == {"config.json", "model.safetensors"}
+    save_base(base, seed=1)                                            # retrained: the same shapes
+    shutil.rmtree(out / "checkpoints" / "00000004")
+    (out / "checkpoints" / "latest").unlink()
+    with pytest.raises(configs.UserError, match="model.init_from: model.safetensors") as e:
+        main(from_base(tiny, base, "shard.lora.r=2"))
+    assert "\n" not in str(e.value)
+    assert all(way in str(e.value) for way in ("out_dir=NEW", "resume=never", "resume=latest"))
+    with pytest.raises(configs.UserError, match="cannot be exported.*model.init_from: model.safetensors.*put the old"):
+        checkpoint.export_checkpoint(out, tmp_path / "exported")
+    save_base(copy, eos_token_id=7)
+    shutil.rmtree(base)                                                # moved, rather
+    main(from_base(tiny, copy, "shard.lora.r=2"))
+    again = load_file(out / "hf" / "model.safetensors")
+    assert all(torch.equal(wanted[name], again[name]) for name in wanted)
+    main(from_base(tiny, save_base(base, seed=1), "shard.lora.r=2", "resume=latest"))
+    save_base(copy, rope_theta=5.0)
+    with pytest.raises(configs.UserError, match="model.init_from: config.json"):
+        main(from_base(tiny, copy, "shard.lora.r=2"))
+
+
+def test_export_after_full_fine_tuning_needs_the_config_of_its_base_only(tiny, tmp_path):
+    base = save_base(tmp_path / "base")
+    main(from_base(tiny, base))
+    save_base(base, seed=1)
+    checkpoint.export_checkpoint(tmp_path / "run", tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "run/hf/model.safetensors").read_bytes()
+    save_base(base, rope_theta=5.0)
+    with pytest.raises(configs.UserError, match="cannot be exported.*model.init_from: config.json"):
+        checkpoint.export_checkpoint(tmp_path / "run", tmp_path / "b")
+    checkpoint.export_checkpoint(tmp_path / "run", tmp_path / "b", "resume=latest")
+
+
+def test_export_with_another_template_or_tokenizer_is_refused_by_name(tiny, tmp_path):
+    template = tmp_path / "chat.jinja"
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    template.write_text(text)
+    loaded = tiny("max_steps=2", "eval_every=0", f"data.chat_template={template}")
+    main(loaded)
+    out = loaded[0]["out_dir"]
+    for keys, what in (([], "template"), (["data.eos_token=<|im_end|>"], "tokenizer, template")):
+        template.write_text(text.replace(":", " -"))
+        with pytest.raises(configs.UserError, match=rf"cannot be exported.*\({what}\).*data.chat_template="):
+            checkpoint.export_checkpoint(out, tmp_path / "hf", *keys)
+    template.with_name("copy.jinja").write_text(text)
+    checkpoint.export_checkpoint(out, tmp_path / "hf", f"data.chat_template={template.with_name('copy.jinja')}")
+
+
+def test_lora_refuses_a_vocabulary_that_grows(tiny, tmp_path):
+    """More ids than rows, or more than the model's own tokenizer has, even if there are rows for them."""
+    base = save_base(tmp_path / "base")
+    larger = tokenize_data.bytes_tokenizer()
+    larger.special = larger.special | {"<|new|>": 259}
+    larger.n_vocab = 260
+    (tmp_path / "larger").mkdir()
+    tokenize_data.save_tokenizer(larger, tmp_path / "larger", None)
+    keys = ["shard.lora.r=2", f"data.tokenizer={tmp_path / 'larger'}"]
+    with pytest.raises(configs.UserError, match="shard.lora.r: .*260 ids.*only 259.*modules_to_save.*shard.lora.r=0"):
+        main(from_base(tiny, base, *keys))
+    tokenize_data.save_tokenizer(tokenize_data.bytes_tokenizer(), base, None)
+    m = configs.load([f"model.init_from={base}"])[0]["model"] | {"vocab_size": 300}
+    M.save_pretrained(M.build(m).get_parameter, m, base)
+    with pytest.raises(configs.UserError, match="shard.lora.r: .*260 ids.*only 259"):
+        main(from_base(tiny, base, *keys))
+    main(from_base(tiny, base, "shard.lora.r=2", f"data.tokenizer={base}"))
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert tokenize_data.huggingface_tokenizer(adapter).n_vocab == 259
+
+
+def test_setup_warns_of_more_tokens_than_the_model_has_positions(tiny, tmp_path, capsys):
+    base = save_base(tmp_path / "base")                                # of 64 positions
+    for seq_len, warns in ((64, False), (65, True)):
+        loaded = from_base(tiny, base, f"data.seq_len={seq_len}", out=str(seq_len))
+        train.resolve_model(loaded[0], tokenize_data.load_tokenizer(loaded[0]))
+        warning = capsys.readouterr().err
+        assert ("warning: data.seq_len: 65 is more than the 64 positions" in warning) == warns, warning
+
+
+@pytest.mark.parametrize("more, words", [
+    (["reference_model=data/base"], "reference_model: has no effect with model.loss=cross_entropy"),
+    (["data.train.chats.shape=text", "data.train_on=last"], "data.train_on: has no effect.*no source holds chats")])
+def test_setup_refuses_an_option_without_effect(tiny, tmp_path, monkeypatch, more, words):
+    monkeypatch.chdir(configs.HERE.parent)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    more = [*more, f"data.train.chats.path={texts}"] if "data.train_on=last" in more else more
+    with pytest.raises(configs.UserError, match=words):
+        main(tiny("max_steps=1", "eval_every=0", *more))
 
 
 # ---- on real inputs

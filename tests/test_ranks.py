@@ -613,12 +613,12 @@ def wait_for_steps(out, steps):
 
 
 @pytest.fixture(scope="module")
-def forty_steps(six_steps):
+def long_run(six_steps):
     """A run on 2 shards that is not interrupted. Returns a function that makes its arguments."""
     folder, make_argv = six_steps
 
     def make(out):
-        return make_argv("full", out, "max_steps=40", "save_every=5", "eval_every=0", *SHARD2)
+        return make_argv("full", out, "max_steps=24", "save_every=4", "eval_every=0", *SHARD2)
     run_jobs(2, [("run", make("unkilled"))], folder)
     return make
 
@@ -638,27 +638,27 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(),
 
 
 @needs_proc
-def test_max_restarts_resumes_after_sigkill(six_steps, forty_steps):
+def test_max_restarts_resumes_after_sigkill(six_steps, long_run):
     """Rank 1 is killed here; on two nodes, rank 0."""
     folder, _ = six_steps
     command = [*LAUNCH, "--nproc_per_node", "2", "--max-restarts", "2", "train.py",
-               *forty_steps("killed1")]
+               *long_run("killed1")]
     output = folder / "killed1.output"
     with open(output, "w") as f:
         agent = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT)
-    wait_for_steps(folder / "killed1", 12)
+    wait_for_steps(folder / "killed1", 8)
     os.kill(child_pids(agent.pid)[-1], signal.SIGKILL)
     check_restarted_run(folder, "killed1", [output], [agent.wait(timeout=100)])
 
 
 @needs_proc
-def test_max_restarts_resumes_after_sigkill_on_two_nodes(six_steps, forty_steps):
+def test_max_restarts_resumes_after_sigkill_on_two_nodes(six_steps, long_run):
     folder, _ = six_steps
     outputs = [folder / f"killed2.output{node}" for node in range(2)]
-    words = ["--nproc_per_node", "1", "--max-restarts", "2", "train.py", *forty_steps("killed2")]
+    words = ["--nproc_per_node", "1", "--max-restarts", "2", "train.py", *long_run("killed2")]
     with Nodes() as nodes:
         agents = [nodes.start_elastic(node, words, outputs[node]) for node in range(2)]
-        wait_for_steps(folder / "killed2", 12)
+        wait_for_steps(folder / "killed2", 8)
         os.kill(child_pids(agents[0].pid)[-1], signal.SIGKILL)
         codes = [agent.wait(timeout=100) for agent in agents]
     check_restarted_run(folder, "killed2", outputs, codes)
@@ -681,18 +681,18 @@ def test_run_distributed_ends_the_other_node_too(tmp_path):
 
 def test_train_stops_after_the_same_step_on_all_ranks_at_a_signal(six_steps):
     folder, make_argv = six_steps
-    argv = make_argv("full", "ended", "max_steps=400", "save_every=0", "eval_every=0", *SHARD2)
+    argv = make_argv("full", "ended", "max_steps=200", "save_every=0", "eval_every=0", *SHARD2)
     process = subprocess.Popen([*LAUNCH, "--nproc_per_node", "2", "train.py", *argv], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if re.match(r"step +20/", line):
+        if re.match(r"step +8/", line):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.communicate(timeout=60)[0]
     assert "stopped by signal 15 after step" in rest and "saved" in rest
     saved = checkpoint.list_checkpoints(folder / "ended")
     last_step = int(re.search(r"after step (\d+)", rest)[1])
-    assert len(saved) == 1 and checkpoint.verify(saved[0])["step"] == last_step >= 20
+    assert len(saved) == 1 and checkpoint.verify(saved[0])["step"] == last_step >= 8
 
 
 # --------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance
     # ten steps that don't amplify rounding by themselves
     more = (*more, "max_steps=10", "lr=1e-3")
     want = run(tiny(*more, "micro_tokens=2000", out="whole"))
-    for tokens in (1000, 400, 240):
+    for tokens in (1000, 240):
         got = run(tiny(*more, f"micro_tokens={tokens}", out=f"rows{tokens}"))
         assert float((losses(got) / losses(want) - 1).abs().max()) < tolerance
     vals = [records(tiny(out=out)[0], "val/chats/loss", "val/chats/exact_match")[-1] for out in ("whole", "rows240")]
@@ -101,7 +101,7 @@ CELLS = {
 def test_resume_is_bitwise(tiny, cell):
     """A run stopped after any step and resumed equals the run that was not stopped (guarantee 3)."""
     more, k = CELLS[cell]
-    more = [*more, "save_every=1", "checkpoint.keep=100"]
+    more = [*more, f"max_steps={k + 5}", "save_every=1", "checkpoint.keep=100"]
     whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
     run(whole)
     shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
@@ -109,8 +109,8 @@ def test_resume_is_bitwise(tiny, cell):
     for folder in checkpoint.list_checkpoints(again[0]["out_dir"])[k:]:
         shutil.rmtree(folder)
     run(again)
-    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= 25
-    for step in (k + 1, 25):
+    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= k + 5
+    for step in (k + 1, k + 5):
         a, b = weights(whole[0], step), weights(again[0], step)
         assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f])
         assert a["model.safetensors"].keys() == b["model.safetensors"].keys()

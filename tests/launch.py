@@ -44,11 +44,14 @@ def run(command, cwd=ROOT, timeout=300, ranks=[{}], **env):
     return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
 
 
+def free_port():
+    with socket.socket() as socket_of_any_port:
+        socket_of_any_port.bind(("127.0.0.1", 0))
+        return socket_of_any_port.getsockname()[1]
+
+
 def run_ranks(n, command, **options):
     """Run `python COMMAND` on n ranks with torchrun's environment variables, without torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
     return run(command, ranks=ranks, WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), OMP_NUM_THREADS="1",
-               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **options)
+               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), **options)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import configs, sampler, tokenize_data
+import configs, launch, sampler, tokenize_data
 
 
 # ---- feedback.py
@@ -112,18 +112,18 @@ def test_systematic_sample_of_a_million_documents_follows_their_weights(feedback
 
 
 @pytest.fixture(scope="module")
-def start_feedback(script, chats, tmp_path_factory):
+def start_feedback(chats, tmp_path_factory):
     """start_feedback(name, ranks) runs eight steps of the experiment; it returns the run's folder."""
     folder = tmp_path_factory.mktemp("feedback")
 
     def start(name, ranks):
-        launcher = ["torchrun", "--nproc_per_node", ranks] if ranks > 1 else []
-        out = script(*launcher, "-m", "experiments.feedback", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
+        command = ["-m", "experiments.feedback", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
                      "data.validation_split=4", f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / name}",
                      "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "batch_size=6", "micro_tokens=240",
                      "max_steps=8", "epochs=0", "save_every=4", "checkpoint.keep=9", "eval_every=0", "log_every=1",
-                     "lr=1e-2", "dtype=float32", "checkpoint.export=false", OMP_NUM_THREADS="1")
-        assert out.returncode == 0, out.stderr
+                     "lr=1e-2", "dtype=float32", "checkpoint.export=false"]
+        for out in launch.run_ranks(ranks, command):
+            assert out.returncode == 0, out.stderr
         return folder / name
     return start
 
@@ -184,21 +184,22 @@ def test_feedback_without_arguments_prints_how_to_start(script):
 
 # ---- majority_vote.py
 
-def start_majority_vote(script, chats, folder, *more, ranks=1):
-    launcher = ["torchrun", "--nproc_per_node", ranks] if ranks > 1 else []
-    return script(*launcher, "-m", "experiments.majority_vote", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
+def start_majority_vote(chats, folder, *more, ranks=1):
+    """Returns the finished process of each rank."""
+    command = ["-m", "experiments.majority_vote", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
                   f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / f'ranks{ranks}'}", "model.n_layers=2",
                   "model.d_model=32", "model.n_heads=4", "batch_size=4", "micro_tokens=240", "data.seq_len=240",
                   "max_steps=20", "epochs=0", "save_every=20", "eval_every=0", "log_every=1", "optimizer=sgd",
                   "momentum=0.0", "lr=2e-3", "grad_clip=0.0", "weight_decay=0.0", "dtype=float32",
-                  "checkpoint.export=false", *more, OMP_NUM_THREADS="1")
+                  "checkpoint.export=false", *more]
+    return launch.run_ranks(ranks, command)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_majority_vote_reduces_the_loss(script, chats, tmp_path, ranks):
+def test_majority_vote_reduces_the_loss(chats, tmp_path, ranks):
     """Every gradient is +1, -1 or 0, so its norm is at most the root of the number of parameters."""
-    out = start_majority_vote(script, chats, tmp_path, ranks=ranks)
-    assert out.returncode == 0, out.stderr
+    for out in start_majority_vote(chats, tmp_path, ranks=ranks):
+        assert out.returncode == 0, out.stderr
     run = tmp_path / f"ranks{ranks}"
     losses, norms = figures(run), figures(run, "grad_norm")
     n_parameters = sum(t.size for t in load_file(run / "checkpoints" / "00000020" / "model.safetensors").values())
@@ -208,7 +209,7 @@ def test_majority_vote_reduces_the_loss(script, chats, tmp_path, ranks):
         assert round(squared) <= n_parameters and abs(squared - round(squared)) < 0.1
 
 
-def test_majority_vote_refuses_a_sharded_model(script, chats, tmp_path):
+def test_majority_vote_refuses_a_sharded_model(chats, tmp_path):
     """Under FSDP no rank has the gradient of its own micro-batch, so the vote would be another algorithm."""
-    out = start_majority_vote(script, chats, tmp_path, "shard.mesh.shard=2", ranks=2)
+    out = start_majority_vote(chats, tmp_path, "shard.mesh.shard=2", ranks=2)[0]
     assert out.returncode != 0 and "error: shard.mesh.shard: gradients per micro-batch" in out.stderr

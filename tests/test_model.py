@@ -743,37 +743,10 @@ def test_scaled_embeddings_are_exported_in_the_weights(tmp_path):
 
 
 HUB = """
-import http.server, json, os, pathlib, sys, threading
-folder, commit = pathlib.Path(sys.argv[1]), "0" * 39 + "1"
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path, name = self.path.split("?")[0], self.path.split("?")[0].rsplit("/", 1)[-1]
-        if path == "/api/models/someone/tiny/revision/main":
-            files = [{"rfilename": p.name} for p in folder.iterdir()]
-            body = json.dumps({"id": "someone/tiny", "sha": commit, "siblings": files}).encode()
-            kind = "application/json"
-        elif "/tree/" in path:
-            files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "1"} for p in folder.iterdir()]
-            body, kind = json.dumps(files).encode(), "application/json"
-        elif "/resolve/" in path and (folder / name).is_file():
-            body, kind = (folder / name).read_bytes(), "application/octet-stream"
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        headers = {"Content-Length": len(body), "Content-Type": kind, "ETag": f'"{name}"', "X-Repo-Commit": commit}
-        for key, value in headers.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            asked.append(name)
-            self.wfile.write(body)
-    do_HEAD = do_GET
-    def log_message(self, *args):
-        pass
-asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+import pathlib, sys
+sys.path.append("tests")
+import hub
+asked = hub.start("models/someone/tiny", pathlib.Path(sys.argv[1]))
 import configs, model, tokenize_data
 cfg, source, explicit = configs.load(["model.init_from=someone/tiny"])
 loaded, m = model.load("someone/tiny")

@@ -1,10 +1,10 @@
 """shard.py in one process: LoRA, precision, compilation, predicted memory."""
-import json, os, shutil, subprocess, sys
+import json, shutil
 
 import pytest
 import torch
 
-import configs, model as M, shard, train
+import configs, launch, model as M, shard, train
 
 TINY = configs.load(["model.n_layers=2", "model.d_model=48", "model.n_heads=4",
                      "model.n_kv_heads=2", "model.vocab_size=101"])[0]["model"]
@@ -179,11 +179,8 @@ def test_run_distributed_prints_the_text_of_sys_exit(tmp_path):
             "    sys.exit('the reason')\n"
             "shard.run_distributed(main, {'device': 'cpu', 'dtype': 'float32'})\n")
     (tmp_path / "leave.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               tmp_path / "leave.py"]
-    done = subprocess.run(command, cwd=configs.HERE.parent, capture_output=True, text=True,
-                          timeout=200, env=os.environ | {"PYTHONPATH": str(configs.HERE.parent)})
-    assert done.returncode == 1 and "the reason\n" in done.stderr
+    for done in launch.run_ranks(2, [tmp_path / "leave.py"], PYTHONPATH=str(configs.HERE.parent)):
+        assert done.returncode == 1 and "the reason\n" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------

@@ -749,42 +749,9 @@ def test_json_in_strings_is_parsed():
 # ---- datasets of a hub
 
 HUB = """
-import http.server, json, os, pathlib, sys, threading
-root, commit, data = pathlib.Path(sys.argv[1]), "0" * 40, pathlib.Path(sys.argv[2])
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        names = [str(f.relative_to(root)) for f in sorted(root.rglob("*")) if f.is_file()]
-        name = path.rpartition("/resolve/")[2].partition("/")[2]
-        kind, headers = "application/json", {}
-        if "/gone" in path or not path.startswith(("/api/datasets/someone/sums", "/datasets/someone/sums/resolve/")):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RevisionNotFound" if "/gone" in path else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if "/tree/" in path:
-            body = [{"type": "file", "path": n, "size": (root / n).stat().st_size, "oid": "1"} for n in names]
-        elif path.startswith("/api/"):
-            body = {"id": "someone/sums", "sha": commit, "siblings": [{"rfilename": n} for n in names]}
-        else:
-            body, kind = (root / name).read_bytes(), "application/octet-stream"
-            headers = {"ETag": f'"{len(body)}"', "X-Repo-Commit": commit}
-            if self.command == "GET":
-                asked.append(name)
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(200)
-        for key, value in (headers | {"Content-Length": len(body), "Content-Type": kind}).items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-    do_HEAD = do_GET
-    def log_message(self, *args):
-        pass
-asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+import json, pathlib, sys, hub
+data = pathlib.Path(sys.argv[2])
+asked = hub.start("datasets/someone/sums", pathlib.Path(sys.argv[1]))
 import configs, tokenize_data
 def load(name, *more):
     asked.clear()
@@ -814,13 +781,13 @@ def hub(tmp_path):
         (root / name).write_bytes(gzip.compress(raw.encode()) if name.endswith("gz") else raw.encode())
     (root / "README.md").write_text("train")
     (root / "dataset_infos.json").write_text("{}")
-    (tmp_path / "hub.py").write_text(HUB)
+    (tmp_path / "client.py").write_text(HUB)
     env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                        "PYTHONPATH": str(configs.HERE.parent)}
+                        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     env.pop("HF_HUB_OFFLINE", None)
 
     def call(*lines, **more):
-        done = subprocess.run([sys.executable, tmp_path / "hub.py", root, tmp_path], input="\n".join(lines), cwd=tmp_path,
+        done = subprocess.run([sys.executable, tmp_path / "client.py", root, tmp_path], input="\n".join(lines), cwd=tmp_path,
                               env=env | more, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint, configs, log, model as M, sampler, shard, tokenize_data, train
+import checkpoint, configs, launch, log, model as M, sampler, shard, tokenize_data, train
 
 
 def records(cfg, *keys):
@@ -62,7 +62,7 @@ def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance
     # ten steps that don't amplify rounding by themselves
     more = (*more, "max_steps=10", "lr=1e-3")
     want = run(tiny(*more, "micro_tokens=2000", out="whole"))
-    for tokens in (1000, 400, 240):
+    for tokens in (1000, 240):
         got = run(tiny(*more, f"micro_tokens={tokens}", out=f"rows{tokens}"))
         assert float((losses(got) / losses(want) - 1).abs().max()) < tolerance
     vals = [records(tiny(out=out)[0], "val/chats/loss", "val/chats/exact_match")[-1] for out in ("whole", "rows240")]
@@ -101,7 +101,7 @@ CELLS = {
 def test_resume_is_bitwise(tiny, cell):
     """A run stopped after any step and resumed equals the run that was not stopped (guarantee 3)."""
     more, k = CELLS[cell]
-    more = [*more, "save_every=1", "checkpoint.keep=100"]
+    more = [*more, f"max_steps={k + 5}", "save_every=1", "checkpoint.keep=100"]
     whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
     run(whole)
     shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
@@ -109,8 +109,8 @@ def test_resume_is_bitwise(tiny, cell):
     for folder in checkpoint.list_checkpoints(again[0]["out_dir"])[k:]:
         shutil.rmtree(folder)
     run(again)
-    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= 25
-    for step in (k + 1, 25):
+    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= k + 5
+    for step in (k + 1, k + 5):
         a, b = weights(whole[0], step), weights(again[0], step)
         assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f])
         assert a["model.safetensors"].keys() == b["model.safetensors"].keys()
@@ -206,7 +206,7 @@ def test_resume_keeps_the_dtype_chosen_at_the_first_start(tiny, monkeypatch):
 
 
 def test_train_saves_on_sigterm_and_resumes(tiny, tmp_path):
-    whole, again = (tiny("max_steps=300", "eval_every=0", "log_every=1", out=out) for out in ("whole", "again"))
+    whole, again = (tiny("max_steps=100", "eval_every=0", "log_every=1", out=out) for out in ("whole", "again"))
     (tmp_path / "again.yaml").write_text(configs.dump(again[2]))
     process = subprocess.Popen([sys.executable, "train.py", tmp_path / "again.yaml"], cwd=configs.HERE.parent,
                                stdout=subprocess.PIPE, text=True,
@@ -218,7 +218,7 @@ def test_train_saves_on_sigterm_and_resumes(tiny, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 128 + signal.SIGTERM and "saved" in rest
     step = checkpoint.read_state(checkpoint.list_checkpoints(again[0]["out_dir"])[-1])["step"]
-    assert 0 < step < 300
+    assert 0 < step < 100
     assert run(again) == run(whole)
 
 
@@ -602,9 +602,9 @@ def copied(tmp_path, chats):
             "dtype=float32", "checkpoint.export=false", "out_dir=out/run", "checkpoint.keep=9"]
 
     def start(*more, ranks=1):
-        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        return subprocess.run([sys.executable, *launcher, "train.py", *base, *more], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", ranks]
+        done, = launch.run([*launcher, "train.py", *base, *more], cwd=tmp_path)
+        return done
     start.folder = tmp_path
     return start
 

@@ -2907,7 +2907,7 @@ def print_warnings(folder, name):
     warnings = read_json_object(folder / "header.json")["warnings"]
     for kind, (count, example) in warnings.items():
         if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({count:,} in all; the first: {example})",
+            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
                   file=sys.stderr, flush=True)
 
 

@@ -714,11 +714,12 @@ def test_train_stops_after_the_same_step_on_all_ranks_at_a_signal(six_steps):
     assert len(saved) == 1 and checkpoint.verify(saved[0])["step"] == last_step >= 8
 
 
-def test_evaluate_stops_after_the_same_token_on_all_ranks(ten_steps):
+def test_evaluate_stops_after_the_same_token_on_all_ranks(six_steps, layout_runs):
     """In the first evaluation on replicas, in the last one on shards; the resumed run evaluates again."""
-    folder, make_argv = ten_steps
+    folder, make_argv = six_steps
+    layout_runs(2)
     jobs = []
-    for out, step, keys in (("first", 0, []), ("last", 10, SHARD2)):
+    for out, step, keys in (("first", 0, []), ("last", 6, SHARD2)):
         argv = make_argv("full", f"stopped {out}", *keys)
         jobs += [("stop_in_evaluation", argv, step, 1), ("run", argv)]
     run_jobs(2, jobs, folder)

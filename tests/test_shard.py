@@ -1,5 +1,5 @@
 """shard.py in one process: LoRA, precision, compilation, predicted memory."""
-import json, shutil
+import json, os, shutil
 
 import pytest
 import torch

@@ -265,7 +265,7 @@ def test_a_long_chat_takes_few_renderings():
     template.jinja.globals["seen"] = lambda: times.append(1) or ""
     got = spans(tok, *T.encode_chat(tok, template, chat(*turns)))
     assert got == [*(f"b{i}<|im_end|>" for i in range(1, 199, 2)), "<think>\nhm 199\n</think>\n\nb199<|im_end|>"]
-    assert len(times) < 13
+    assert len(times) < 20
 
 
 def test_what_spells_a_control_token_is_text_wherever_it_stands_in_a_record():

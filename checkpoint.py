@@ -3,7 +3,8 @@
     python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
                                                    (or another, by its folder instead of out/ft);
-                                                   at the end, key=value for what has moved
+                                                   at the end, key=value for what has moved;
+                                                   adapter=DIR writes LoRA's adapters, too
 
     out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
@@ -26,7 +27,7 @@ from pathlib import Path
 import configs
 
 USAGE = ("python checkpoint.py ls RUN; "
-         "python checkpoint.py export RUN|CHECKPOINT DIR [key=value ...]")
+         "python checkpoint.py export RUN|CHECKPOINT DIR [adapter=DIR] [key=value ...]")
 
 
 def check_arguments(command, path="", *rest):
@@ -1014,18 +1015,26 @@ def check_export_inputs(path, state, cfg, tokenizer):
 def export_checkpoint(path, folder, *overrides):
     """Export a checkpoint, or the newest of a run. Raises UserError if `folder` is in use.
 
-    overrides  key=value for the run's config, such as the new place of model.init_from
+    overrides  key=value for the run's config, such as the new place of model.init_from; and
+               adapter=DIR, the folder for LoRA's adapters
     """
     path = Path(path)
-    folder = Path(folder)
+    options, overrides = configs.pop_options(overrides, adapter="")
+    adapter = options["adapter"]
     if not (path / "state.json").is_file():
         path = list_checkpoints(path)[-1]
-    check_writable(folder, "DIR")
-    if folder.exists() and any(folder.iterdir()):
-        raise configs.UserError(f"{folder}: is not empty; name another folder")
+    for key, new in {"DIR": folder, "adapter": adapter or folder}.items():
+        check_writable(Path(new), key)
+        if Path(new).exists() and any(Path(new).iterdir()):
+            raise configs.UserError(f"{new}: is not empty; name another folder")
+    if adapter and is_inside(Path(adapter, "x"), folder):
+        raise configs.UserError(f"adapter: {adapter} is in {folder}; name another folder")
     # export=true: the family must be able to express the model
     cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true",
                               *overrides])
+    if adapter and not cfg["shard"]["lora"]["r"]:
+        raise configs.UserError(f"adapter: {path} has none, because all weights were trained; "
+                                "remove it")
     tokenizer = tokenize_data.load_tokenizer(cfg)
     # A loss that an experiment has registered is unknown here. Weights do not depend on it.
     section = cfg["model"] | {"loss": "cross_entropy", "loss_options": {}}
@@ -1033,8 +1042,8 @@ def export_checkpoint(path, folder, *overrides):
     state = read_state(path)
     if cfg["resume"] != "latest":
         check_export_inputs(path, state, cfg, tokenizer)
-    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"])
-    print(f"{path} -> {folder}")
+    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"], adapter)
+    print(f"{path} -> {folder}", adapter)
 
 
 def ls(out_dir):

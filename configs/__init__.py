@@ -724,6 +724,12 @@ def conditional_options(cfg):
     for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
         yield (key, "data.validation", can_evaluate or not cfg[key],
                "without validation data; data.validation_split=0.05 holds some out")
+    yield ("log.project", "log.to", cfg["log"]["to"],
+           "without a tracker; log.to=wandb names one")
+    mesh = cfg["shard"]["mesh"]
+    yield ("shard.reshard_after_forward", "shard.mesh",
+           mesh["replicate"] or (mesh["shard"] or 1) > 1,
+           "on unsharded ranks; shard.mesh.shard=2 shards over two")
     for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
@@ -767,8 +773,13 @@ def layer_of_value(source, key):
 
 
 def join_root(root, path):
-    """A path below a root folder. Absolute and empty paths stay as they are."""
-    return path if root in ("", ".") or not path else os.path.join(root, path)
+    """A path below a root folder. Absolute and empty paths stay as they are.
+
+    It is absolute, so that a printed config means the same when it is loaded again.
+    """
+    if root in ("", ".") or not path:
+        return path
+    return os.path.join(os.path.abspath(root), path)
 
 
 def check(cfg, layers_by_key, defaults):

@@ -693,6 +693,9 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
                         (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
                         (["export", out_dir], ""),
                         (["export", tmp_path, tmp_path / "x"], "no checkpoint"),
+                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'early'}"], "not empty"),
+                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'new/a'}"], "adapter: "),
+                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'a'}"], "all weights were trained"),
                         (["export", out_dir, tmp_path / "file"], "is a file")):
         wrong = script("checkpoint.py", *args)
         assert wrong.returncode == 1 and words in wrong.stderr

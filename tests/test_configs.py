@@ -120,6 +120,16 @@ def test_load_joins_relative_paths_to_their_roots(tmp_path):
     assert configs.load(["output_root=/x", "out_dir=a"], env={"OUTPUT_ROOT": "/o"})[0]["out_dir"] == "/x/a"
 
 
+def test_load_joins_a_relative_root_once(tmp_path):
+    """A printed config, all of it loaded again, names the same folders."""
+    cfg, _, _ = configs.load(["data_root=d", "output_root=o", "data.train.a.path=a.jsonl", "out_dir=run"], env={})
+    assert cfg["out_dir"] == os.path.abspath("o/run") and cfg["data"]["cache_dir"] == os.path.abspath("o/out/tokens")
+    for value in (cfg["data"]["train"]["a"]["path"], os.path.abspath("d/a.jsonl")):
+        again, _, _ = configs.load(["data_root=d", "output_root=o", f"out_dir={cfg['out_dir']}",
+                                    f"data.cache_dir={cfg['data']['cache_dir']}", f"data.train.a.path={value}"], env={})
+        assert again == cfg
+
+
 PATHS = ("out_dir", "data_root", "output_root", "resume", "reference_model", "data.tokenizer", "data.chat_template",
          "data.cache_dir", "data.train.a.path", "data.validation.b.path")
 
@@ -639,6 +649,8 @@ def test_read_model_says_what_is_there_and_what_helps(tmp_path):
     (["model.positions=learned", "model.rope_theta=5.0", "model.family=native"], ["model.rope_theta", "positions"]),
     (["model.init_from=data/base", "model.init_std=0.1"], ["model.init_std", "model.init_from"]),
     (["data.tokenizer=bytes", "data.tokenizer_pattern=x"], ["data.tokenizer_pattern", ".tiktoken"]),
+    (["log.project=x"], ["log.project", "log.to=wandb"]),
+    (["shard.reshard_after_forward=false", "shard.mesh.shard=1"], ["shard.reshard_after_forward", "shard.mesh.shard=2"]),
     (["model.rope_scaling={type: linear, factor: 2.0, rope_theta: 5.0}"], ["model.rope_scaling.rope_theta", "linear"])])
 def test_load_refuses_an_option_without_effect(argv, words, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -2916,7 +2916,9 @@ def fingerprint_source(cfg, source, tok, files):
     data = cfg["data"]
     beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
-    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in inputs]
+    root = os.path.join(os.path.abspath(cfg["data_root"]), "")    # it may have moved
+    stats = [(path.removeprefix(root), os.stat(path).st_size, os.stat(path).st_mtime_ns)
+             for path in inputs]
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels", "append_eos")
     options = [data[key] for key in keys]

@@ -965,14 +965,18 @@ def write_run_folder(cfg, explicit, state):
 # --------------------------------------------------------------------------------------------------
 # the loop
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)    # SLURM can send SIGUSR1 before it kills
+# SLURM can send SIGUSR1 before it kills; a terminal that is closed sends SIGHUP
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def record_signals(received):
-    """Signals do not end the enclosed code; their numbers are appended to `received`."""
+    """Signals do not end the enclosed code; their numbers are appended to `received`.
+
+    One that is ignored stays so: nohup ignores SIGHUP.
+    """
     previous = {}
-    for number in SIGNALS:
+    for number in [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]:
         previous[number] = signal.signal(number, lambda n, _frame: received.append(n))
     try:
         yield
@@ -1230,9 +1234,13 @@ def main(cfg, explicit):
     if shard.rank() == 0:
         for line in log.describe_run(run):
             run.logger.print(line)
-    with record_signals(run.received):
-        train(run)
-        finish_saving(run)
+    try:
+        with record_signals(run.received):
+            train(run)
+            finish_saving(run)
+    except Exception:
+        run.saver.wait()                  # an error must not cut off a checkpoint being written
+        raise
     if run.received:                                     # after finish_saving() has looked
         signal.raise_signal(run.received[0])
     finish(run)

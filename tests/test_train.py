@@ -279,6 +279,43 @@ def test_evaluate_ends_at_a_signal_and_is_repeated(tiny, monkeypatch, capsys, pl
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+def test_record_signals_takes_sighup_unless_it_is_ignored():
+    """A terminal that is closed sends it, and a run with nohup goes on."""
+    previous = signal.getsignal(signal.SIGHUP)
+    for handler, want in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+        signal.signal(signal.SIGHUP, handler)
+        received = []
+        with train.record_signals(received):
+            signal.raise_signal(signal.SIGHUP)
+        assert received == want and signal.getsignal(signal.SIGHUP) == handler
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_train_waits_for_a_checkpoint_if_an_evaluation_fails(tiny, monkeypatch):
+    """The process ends with the error, and would cut off the thread that writes."""
+    loaded = tiny("max_steps=2", "save_every=1", "eval_every=1")
+    write = checkpoint.Saver.write
+    monkeypatch.setattr(checkpoint.Saver, "write", lambda *args: time.sleep(0.5) or write(*args))
+
+    def out_of_memory(run):
+        if run.state.step:
+            raise MemoryError
+    monkeypatch.setattr(train, "evaluate", out_of_memory)
+    with pytest.raises(MemoryError):
+        main(loaded)
+    assert [p.name for p in checkpoint.list_checkpoints(loaded[0]["out_dir"])] == ["00000001"]
+
+
+def test_resume_after_data_root_has_moved(tiny, tmp_path, chats):
+    """Its files have other paths, and are the same."""
+    for root in ("here", "there"):
+        (tmp_path / root).mkdir()
+        shutil.copy2(chats, tmp_path / root / "chats.jsonl")
+        more = [f"data_root={tmp_path / root}", "data.train.chats.path=chats.jsonl", "max_steps=2", "eval_every=0"]
+        run(tiny(*more))
+        (tmp_path / root / "chats.jsonl").unlink()
+
+
 def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch):
     """The folder exists complete or not at all, and nothing else is left beside it."""
     loaded = tiny("checkpoint.export=true", "eval_every=0", "max_steps=2")

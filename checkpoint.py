@@ -822,8 +822,8 @@ def start_over(out_dir):
     for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
         for folder in out_dir.glob(pattern):
             shutil.rmtree(folder)
-    (out_dir / "metrics.jsonl").unlink(missing_ok=True)
-    (out_dir / "wandb_id").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "wandb_id", "mlflow_id"):
+        (out_dir / name).unlink(missing_ok=True)
 
 
 def check_writable(folder, key):

@@ -57,12 +57,18 @@ class WandbBackend:
 
 
 class MlflowBackend:
+    """A resumed run continues its mlflow run, whose id is in out_dir/mlflow_id."""
+
     def __init__(self, cfg, folder):
         import mlflow
-        warn_of_run_id("MLFLOW_RUN_ID")
         self.mlflow = mlflow
-        mlflow.set_experiment(cfg["log"]["project"])
-        mlflow.start_run(run_name=folder.name)
+        id_file = folder / "mlflow_id"
+        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
+        if run_id is None:
+            warn_of_run_id("MLFLOW_RUN_ID")
+            mlflow.set_experiment(cfg["log"]["project"])
+        run = mlflow.start_run(run_id=run_id, run_name=folder.name)
+        write_atomic(id_file, run.info.run_id)
 
     def log(self, record):
         self.mlflow.log_metrics(record, step=record["step"])
@@ -74,7 +80,9 @@ class MlflowBackend:
 class TensorboardBackend:
     def __init__(self, cfg, folder):
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder))
+        # the files of earlier starts may hold later steps, which this one repeats
+        last_step = max((record["step"] for record in read(folder)), default=-1)
+        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def log(self, record):
         for key, value in record.items():
@@ -195,9 +203,9 @@ class Logger:
         self.pending = None                      # the record of a step that is not written yet
         self.unwritten = b""                     # lines for which the disk had no room
         make_folder(folder)
-        self.trackers = [Tracker(name, cfg, folder) for name in cfg["log"]["to"]]
         self.path = folder / "metrics.jsonl"
         self.file = open_metrics(self.path, resumed_step)
+        self.trackers = [Tracker(name, cfg, folder) for name in cfg["log"]["to"]]
 
     def print(self, text=""):
         """Print a line that is not a record."""
@@ -452,9 +460,9 @@ def sort_steps_by(records, best):
     points = [point for point in series(records, key) if point[0] > 0]
     points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
     steps = [step for step, _ in points]
-    evaluated = {record["step"] for record in records if is_eval_record(record)}
-    if not steps:
-        return [], 0
+    evaluated = {record["step"]: record for record in records if is_eval_record(record)}
+    if not steps:                                        # all are NaN, or the metric is new
+        return [], sum(step > 0 and key in record for step, record in evaluated.items())
     return steps, sum(step > steps[0] for step in evaluated)
 
 

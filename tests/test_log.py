@@ -303,6 +303,32 @@ def test_tensorboard_backend_writes_events(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
 
 
+def test_tensorboard_backend_forgets_steps_that_a_resumed_run_repeats(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    for resumed_step, steps in ((0, (1, 2, 3, 4, 5)), (2, (3, 4)), (0, (1,))):
+        logger = log.Logger(load_config(tmp_path, "log.to=[tensorboard]"), 5, resumed_step)
+        for step in steps:
+            logger.step(step_record(step, torch.tensor(float(resumed_step))))
+        logger.close()
+        events = EventAccumulator(str(tmp_path)).Reload()
+        want = {0: [(step, 0.0) for step in steps], 2: [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]}
+        assert [(event.step, event.value) for event in events.Scalars("loss")] == want[resumed_step]
+
+
+def test_mlflow_backend_continues_the_run_that_it_started(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    for step in (1, 2):
+        backend = log.MlflowBackend(load_config(tmp_path), tmp_path)
+        backend.log({"step": step, "loss": 1.0})
+        backend.close()
+    [run] = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [metric.step for metric in history] == [1, 2] and run.info.status == "FINISHED"
+
+
 # --------------------------------------------------------------------------------------------------
 # the profile, the hardware, the best checkpoint
 
@@ -342,6 +368,8 @@ def test_sort_steps_by_orders_steps_and_counts_evaluations():
     assert log.sort_steps_by(records, "loss") == ([55], 0)
     assert log.sort_steps_by(records, "val/y/loss") == ([], 0)
     assert log.sort_steps_by([], "val/x/loss") == ([], 0)
+    nan = [{"step": step, "val/x/loss": None} for step in (0, 10, 20)]
+    assert log.sort_steps_by(nan, "val/x/loss") == ([], 2)       # patience ends such a run, too
 
 
 def test_was_evaluated_ignores_records_of_training():

@@ -941,6 +941,9 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
     try:
         write_export(path, model_cfg, cfg, tokenizer, building, has_chats, adapter_folder)
         replace_folder(building, folder)
+    except OSError as error:                             # such as a full disk
+        raise configs.UserError(f"{folder}: cannot be written ({error}); {path} is complete, and "
+                                "the same command exports it again") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

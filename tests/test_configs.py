@@ -638,6 +638,11 @@ def test_read_model_says_what_is_there_and_what_helps(tmp_path):
     assert_names(error, ["model.init_from: https:", "is a URL", "owner/name: owner/name"])
 
 
+def test_load_refuses_an_eps_of_zero():
+    """Without a gradient, such as that of a token that never occurs, adamw would divide 0 by 0."""
+    assert_names(error_of(configs.load, ["eps=0"]), ["eps: must be float > 0", "got 0 (from cli)"])
+
+
 @pytest.mark.parametrize("argv, words", [
     (["shard.lora.targets=[q_proj]"], ["shard.lora.targets: ['q_proj'] (from cli) has no effect", "shard.lora.r=8"]),
     (["shard.lora.alpha=16"], ["shard.lora.alpha", "shard.lora.r=8"]),

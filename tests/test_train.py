@@ -336,6 +336,21 @@ def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch
     assert (out / "hf" / "model.safetensors").is_file()
 
 
+def test_export_on_a_full_disk_is_made_by_the_next_start(tiny, monkeypatch):
+    """The training is saved, and the message says so."""
+    loaded = tiny("checkpoint.export=true", "eval_every=0", "max_steps=2")
+    hf = Path(loaded[0]["out_dir"]) / "hf"
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(M, "save_pretrained", full_disk)
+    with pytest.raises(configs.UserError, match=f"^{hf}: .*No space left.*same command exports it again"):
+        main(loaded)
+    monkeypatch.undo()
+    main(loaded)
+    assert (hf / "model.safetensors").is_file()
+
+
 def test_finish_saving_is_not_interrupted(tiny, monkeypatch):
     """A signal during the last save is seen after it; one after that, by the process itself."""
     loaded = tiny("eval_every=0", "max_steps=2")

@@ -590,6 +590,7 @@ def lock_folder(out_dir):
     """
     check_writable(Path(out_dir), "out_dir")
     Path(out_dir).mkdir(parents=True, exist_ok=True)
+    check_symlinks(Path(out_dir))
     file = open(Path(out_dir) / ".lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -603,6 +604,18 @@ def lock_folder(out_dir):
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def check_symlinks(out_dir):
+    """Raise UserError if a folder cannot hold symbolic links: FAT and some cloud drives lack them."""
+    link = out_dir / ".link"
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to("checkpoints")
+    except OSError as error:
+        raise configs.UserError(f"out_dir: {out_dir} cannot hold the symbolic link `latest` "
+                                f"({error.strerror}); name a folder on another disk") from None
+    link.unlink()
 
 
 def launch_id():

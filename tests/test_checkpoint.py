@@ -711,6 +711,18 @@ def test_lock_folder_does_without_locks(tmp_path, monkeypatch):
     checkpoint.lock_folder(tmp_path).close()
 
 
+def test_lock_folder_refuses_a_disk_without_symbolic_links(tmp_path, monkeypatch):
+    """Before the training, whose checkpoints would all fail."""
+    checkpoint.lock_folder(tmp_path).close()
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+    def symlink(*args, **options):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(os, "symlink", symlink)
+    with pytest.raises(configs.UserError, match="^out_dir: .*Operation not supported.*another disk"):
+        checkpoint.lock_folder(tmp_path)
+
+
 def test_check_arguments_needs_no_torch(tmp_path, script):
     """A wrong path or a missing argument is reported at once."""
     for args, words in ((["ls"], "checkpoint.py ls RUN"), (["export", tmp_path], "export RUN"),

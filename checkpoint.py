@@ -607,7 +607,7 @@ def lock_folder(out_dir):
 
 
 def check_symlinks(out_dir):
-    """Raise UserError if a folder cannot hold symbolic links: FAT and some cloud drives lack them."""
+    """Raise UserError if a folder cannot hold symbolic links, which FAT and cloud drives lack."""
     link = out_dir / ".link"
     link.unlink(missing_ok=True)
     try:

@@ -671,7 +671,7 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
          "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
          "tool_response": "tool", "ipython": "tool"}
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
-MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
+MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
 # names of an answer's thoughts: the first one that is not empty counts
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
@@ -920,6 +920,10 @@ def normalize_message(turn, n):
             check_type(turn[key], str, f"{key}: expected text")
             thoughts.append(turn[key])
     if role in CALL_ROLES:
+        if isinstance(content, str):                     # a thought may precede the call
+            thought, _, content = content.rpartition(THOUGHTS_END)
+            thought = thought.strip().removeprefix("<think>").strip()
+            thoughts += [thought] if thought else []
         calls = parse_function_calls(content, n)
         content = None
     elif turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
@@ -2135,6 +2139,7 @@ CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|e
 # of a chat with tools, where it does not matter which
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
     "type": "object", "properties": {}}}}
+CALL = {"name": "f", "arguments": {"a": 1}}
 
 
 @dataclasses.dataclass
@@ -2504,9 +2509,22 @@ def find_turns(rendering, wanted):
     for start, end, i in find_message_spans(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
+            end = min(end, find_output_start(rendering, i) or end)
             end = end_of_turn(rendering.tok, rendering.text, end)
         turns.append((start, end, i))
     return turns
+
+
+def find_output_start(rendering, i):
+    """Where the output of a tool that answer i calls may start; None if that is not known.
+
+    Some templates write it between the call and the token that ends the answer (Gemma 4).
+    """
+    if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
+        return None
+    with contextlib.suppress(UserError):                 # the template refuses to end there
+        before = rendering.render_other(rendering.messages[:i + 1]).rstrip()
+        return len(before) if rendering.text.startswith(before) else None
 
 
 def message_weights(messages, train_on):
@@ -2553,12 +2571,28 @@ def encode_prompt(tok, template, messages, **variables):
 
 def stop_token_ids(tok, template):
     """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, loss_weights = encode_chat(tok, template, chat)
-    stop_ids = set(ids[loss_weights != 0][-1:].tolist())
+    user = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "b"}
+    stop_ids = find_end_token(tok, template, [user, answer])
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        # the next role's token may end an answer (GLM)
+        stop_ids = stop_ids or find_end_token(tok, template, [user, answer, user])
+    with contextlib.suppress(UserError):
+        calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
+        outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        stop_ids |= find_end_token(tok, template, [user, answer, *outputs], tools=[TOOL])
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
-    return sorted(stop_ids & tok.control_ids)
+    return sorted(stop_ids)
+
+
+def find_end_token(tok, template, messages, **variables):
+    """{the id that ends the last answer}, which no other token of it is; empty if there is none."""
+    ids, loss_weights = encode_chat(tok, template, messages, **variables)
+    trained = ids[loss_weights != 0].tolist()
+    last = [i for i in trained[-2:] if i in tok.control_ids]     # a line break may follow it
+    return {i for i in last[-1:] if trained.count(i) == 1}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import tokenize
 import unicodedata
 import zlib
@@ -2772,12 +2773,14 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 yield encode_chunk(chunk, context)
                 bar.update(chunk.n_bytes)
             return
-        pool = concurrent.futures.ProcessPoolExecutor(
-            n_processes, multiprocessing.get_context("fork"), init_worker, [context])
+        fork = multiprocessing.get_context("fork")
+        is_over = fork.Event()
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker,
+                                                      [context, is_over])
         problem = "a process was killed, perhaps for lack of memory; fewer need less: "
+        pending = collections.deque()                    # two chunks per process
         with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
-              end_children_on_error()):
-            pending = collections.deque()                # two chunks per process
+              end_children_on_error(pool, is_over)):
             chunks = iter(chunks)
             while True:
                 for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
@@ -2790,20 +2793,29 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
 
 
 @contextlib.contextmanager
-def end_children_on_error():
-    """After an error or a signal, don't wait for what the pool's processes still have to do."""
+def end_children_on_error(pool, is_over):
+    """After an error or a signal, don't wait for what the pool's processes still have to do.
+
+    One that is killed while it sends a result leaves the pool waiting for the rest of it for ever.
+    So is_over lets them end after their chunk, and only one that takes long is killed.
+    """
     try:
         yield
     except BaseException:
+        is_over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + 3
         for process in multiprocessing.active_children():
+            process.join(max(0, deadline - time.monotonic()))
             process.terminate()
         raise
 
 
-def init_worker(context):
+def init_worker(context, is_over):
     """Called once in each process of the pool, so that chunks are sent without the context."""
-    global worker_context
+    global worker_context, worker_is_over
     worker_context = context
+    worker_is_over = is_over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: the parent ends its children
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -2816,7 +2828,7 @@ def exit_with_parent():
 
 
 def encode_in_worker(chunk):
-    return encode_chunk(chunk, worker_context)
+    return None if worker_is_over.is_set() else encode_chunk(chunk, worker_context)
 
 
 class TokenWriter:

@@ -680,6 +680,9 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thou
 REPLACED_KEYS = ("role", "from", "content", "value", "function_call", "tool_calls",
                  *MESSAGE_WEIGHT_KEYS, *REASONING_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
+LABEL_KEYS = ("label", "kto_tag")                         # of an answer: good or bad
+# names of a call's arguments, from LangChain, Llama and Anthropic
+ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 # columns of a record that are no variables of a template
 SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_KEYS, *MEDIA_KEYS,
@@ -689,6 +692,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
+REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false), and it is "
+                   "trained on; remove such records, or give them the weight 0")
 
 
 def normalize_record(record, place, shape="auto"):
@@ -807,7 +812,8 @@ def normalize_chat(record):
         "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
         "columns": columns,
-        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]}
+        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
+                    + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 
@@ -853,7 +859,7 @@ def prompt_and_response(record, prompt_key, response_key):
         for key in ("input", "context"):
             if record.get(key):
                 check_type(record[key], str, f"{key}: expected text")
-                prompt += "\n\n" + record[key]
+                prompt = "\n\n".join([prompt, record[key]] if prompt else [record[key]])
         turns.append({"role": "user", "content": prompt})
     if isinstance(response, list):
         return turns + response
@@ -980,7 +986,8 @@ def normalize_call(call):
     check_type(call["function"], dict, problem)
     function = {key: value for key, value in call["function"].items() if value is not None}
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
-    function["arguments"] = function.get("arguments") or {}
+    values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
+    function["arguments"] = values[0] if values and values[0] else {}
     return {"type": "function"} | call | {"function": function}
 
 

@@ -1574,3 +1574,25 @@ def test_normalize_a_thought_before_a_function_call(thought):
     message = T.normalize_record(record, "x")["messages"][1]
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
     assert message.get("reasoning_content") == ("hm" if "hm" in thought else None)
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
+def test_normalize_call_arguments_under_the_names_of_other_libraries(key):
+    """A call without arguments would be trained."""
+    call = {"id": "call00001", "name": "f", key: {"a": 1}}
+    messages = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    message = T.normalize_record({"messages": messages}, "x")["messages"][1]
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_normalize_an_answer_that_is_marked_as_bad_is_reported():
+    """TRL's and LLaMA-Factory's unpaired preferences, of which others are good answers."""
+    for record in ({"prompt": "q", "completion": "a", "label": False}, {"messages": chat("q", "a"), "kto_tag": False}):
+        assert [kind for kind, _ in T.normalize_record(record, "x")["warnings"]] == [T.REJECTED_ANSWER]
+    for label in (True, None, "no", 0):
+        assert "warnings" not in T.normalize_record({"prompt": "q", "completion": "a", "label": label}, "x")
+
+
+def test_normalize_an_empty_instruction_beside_an_input():
+    record = {"instruction": "", "input": "q", "output": "a"}
+    assert T.normalize_record(record, "x")["messages"][0]["content"] == "q"

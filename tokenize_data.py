@@ -67,7 +67,7 @@ import tiktoken
 import configs
 from configs import UserError, read_text
 
-FORMAT = 6                  # of the token files
+FORMAT = 7                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -692,8 +692,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
-REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false), and it is "
-                   "trained on; remove such records, or give them the weight 0")
+REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false) and trained "
+                   "on; remove such records, or give them the weight 0")
 
 
 def normalize_record(record, place, shape="auto"):
@@ -1047,6 +1047,9 @@ TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a mode
 # what an export takes from there
 TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
                    "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+# transformers 5 builds these anew, to split text as GPT-2 does, whatever tokenizer.json says
+REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
+                   for suffix in ("", "Fast")]
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
 # that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
@@ -2091,6 +2094,9 @@ def save_tokenizer(tok, folder, chat_template):
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
+    is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
+    if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if tok.bos:
         config["bos_token"] = tok.bos
     if tok.eos:

@@ -692,8 +692,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
-REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false) and trained "
-                   "on; remove such records, or give them the weight 0")
+REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false) and is "
+                   "trained on; remove such records, or give them the weight 0")
 
 
 def normalize_record(record, place, shape="auto"):

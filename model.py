@@ -1272,7 +1272,7 @@ TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def read_source(folder, name):
     """A JSON file of the pretrained model; {} if there is none."""
-    if folder is None or not (folder / name).is_file():
+    if not folder or not (folder / name).is_file():
         return {}
     return configs.read_json(folder / name)
 
@@ -1292,6 +1292,14 @@ def set_token_ids(config, stop, bos, control_ids):
             ids = [bos]
         if key in config or ids:
             config[key] = ids if len(ids) > 1 else (ids or [None])[0]
+
+
+def all_stop_ids(folder, stop, control_ids):
+    """`stop`, and the ids at which transformers ends a generation of this folder's model too."""
+    config = read_source(folder, "generation_config.json")
+    set_token_ids(config, stop, None, control_ids)
+    ids = config.get("eos_token_id")
+    return ids if isinstance(ids, list) else [ids] if ids is not None else []
 
 
 def hf_config(m, source):
@@ -1541,7 +1549,7 @@ def generate_all(model, prompts, max_tokens, stop, **sampling):
 
 
 def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
-    """Prompts from held-out chats, with their answers: [(prompt ids, answer ids without the stop
+    """Prompts from held-out chats, with their answers: [(prompt ids, answer ids before the stop
     token)].
 
     A chat is cut before its last answer; if inference asks for that with other ids than the chat's,
@@ -1567,8 +1575,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
             start = int(context[-1]) + 1
             answer = ids[start:last_target + 1].tolist()
             prompt = source.prompt(i).tolist() or ids[:start].tolist()
-            if len(prompt) < max_prompt_tokens and answer[-1] in stop_ids:
-                prompts.append((prompt, answer[:-1]))
+            ends = [n for n, token in enumerate(answer) if token in stop_ids]
+            if len(prompt) < max_prompt_tokens and ends:
+                prompts.append((prompt, answer[:ends[0]]))
     return prompts
 
 
@@ -1700,6 +1709,7 @@ def main(argv):
     model, _ = load(folder)
     tokenizer = tokenize_data.huggingface_tokenizer(folder)
     prompt, stop = encode_question(tokenizer, question)
+    stop = all_stop_ids(folder, stop, tokenizer.control_ids)
     if not tokenizer.template:                           # the model continues the text
         print(question, end="")
     answer = []

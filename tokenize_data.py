@@ -54,6 +54,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import tokenize
 import unicodedata
 import zlib
@@ -66,7 +67,7 @@ import tiktoken
 import configs
 from configs import UserError, read_text
 
-FORMAT = 6                  # of the token files
+FORMAT = 7                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -671,7 +672,7 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
          "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
          "tool_response": "tool", "ipython": "tool"}
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
-MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
+MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
 # names of an answer's thoughts: the first one that is not empty counts
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
@@ -679,6 +680,9 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thou
 REPLACED_KEYS = ("role", "from", "content", "value", "function_call", "tool_calls",
                  *MESSAGE_WEIGHT_KEYS, *REASONING_KEYS)
 GENERATED_FIELDS = ("tool_calls", "reasoning_content")    # what an answer may have besides content
+LABEL_KEYS = ("label", "kto_tag")                         # of an answer: good or bad
+# names of a call's arguments, from LangChain, Llama and Anthropic
+ARGUMENT_KEYS = ("arguments", "args", "parameters", "input")
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 # columns of a record that are no variables of a template
 SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_KEYS, *MEDIA_KEYS,
@@ -688,6 +692,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
+REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false) and is "
+                   "trained on; remove such records, or give them the weight 0")
 
 
 def normalize_record(record, place, shape="auto"):
@@ -806,7 +812,8 @@ def normalize_chat(record):
         "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
         "columns": columns,
-        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]}
+        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
+                    + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 
@@ -852,7 +859,7 @@ def prompt_and_response(record, prompt_key, response_key):
         for key in ("input", "context"):
             if record.get(key):
                 check_type(record[key], str, f"{key}: expected text")
-                prompt += "\n\n" + record[key]
+                prompt = "\n\n".join([prompt, record[key]] if prompt else [record[key]])
         turns.append({"role": "user", "content": prompt})
     if isinstance(response, list):
         return turns + response
@@ -920,6 +927,10 @@ def normalize_message(turn, n):
             check_type(turn[key], str, f"{key}: expected text")
             thoughts.append(turn[key])
     if role in CALL_ROLES:
+        if isinstance(content, str):                     # a thought may precede the call
+            thought, _, content = content.rpartition(THOUGHTS_END)
+            thought = thought.strip().removeprefix("<think>").strip()
+            thoughts += [thought] if thought else []
         calls = parse_function_calls(content, n)
         content = None
     elif turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
@@ -975,7 +986,8 @@ def normalize_call(call):
     check_type(call["function"], dict, problem)
     function = {key: value for key, value in call["function"].items() if value is not None}
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
-    function["arguments"] = function.get("arguments") or {}
+    values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
+    function["arguments"] = values[0] if values and values[0] else {}
     return {"type": "function"} | call | {"function": function}
 
 
@@ -1035,6 +1047,9 @@ TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a mode
 # what an export takes from there
 TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
                    "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+# transformers 5 builds these anew, to split text as GPT-2 does, whatever tokenizer.json says
+REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
+                   for suffix in ("", "Fast")]
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
 # that no message contains them.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
@@ -2079,6 +2094,9 @@ def save_tokenizer(tok, folder, chat_template):
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
+    is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
+    if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if tok.bos:
         config["bos_token"] = tok.bos
     if tok.eos:
@@ -2135,6 +2153,7 @@ CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|e
 # of a chat with tools, where it does not matter which
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
     "type": "object", "properties": {}}}}
+CALL = {"name": "f", "arguments": {"a": 1}}
 
 
 @dataclasses.dataclass
@@ -2504,9 +2523,22 @@ def find_turns(rendering, wanted):
     for start, end, i in find_message_spans(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
+            end = min(end, find_output_start(rendering, i) or end)
             end = end_of_turn(rendering.tok, rendering.text, end)
         turns.append((start, end, i))
     return turns
+
+
+def find_output_start(rendering, i):
+    """Where the output of a tool that answer i calls may start; None if that is not known.
+
+    Some templates write it between the call and the token that ends the answer (Gemma 4).
+    """
+    if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
+        return None
+    with contextlib.suppress(UserError):                 # the template refuses to end there
+        before = rendering.render_other(rendering.messages[:i + 1]).rstrip()
+        return len(before) if rendering.text.startswith(before) else None
 
 
 def message_weights(messages, train_on):
@@ -2553,12 +2585,28 @@ def encode_prompt(tok, template, messages, **variables):
 
 def stop_token_ids(tok, template):
     """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, loss_weights = encode_chat(tok, template, chat)
-    stop_ids = set(ids[loss_weights != 0][-1:].tolist())
+    user = {"role": "user", "content": "a"}
+    answer = {"role": "assistant", "content": "b"}
+    stop_ids = find_end_token(tok, template, [user, answer])
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        # the next role's token may end an answer (GLM)
+        stop_ids = stop_ids or find_end_token(tok, template, [user, answer, user])
+    with contextlib.suppress(UserError):
+        calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
+        outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
+        answer = {"role": "assistant", "content": None, "tool_calls": calls}
+        stop_ids |= find_end_token(tok, template, [user, answer, *outputs], tools=[TOOL])
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
-    return sorted(stop_ids & tok.control_ids)
+    return sorted(stop_ids)
+
+
+def find_end_token(tok, template, messages, **variables):
+    """{the id that ends the last answer}, which no other token of it is; empty if there is none."""
+    ids, loss_weights = encode_chat(tok, template, messages, **variables)
+    trained = ids[loss_weights != 0].tolist()
+    last = [i for i in trained[-2:] if i in tok.control_ids]     # a line break may follow it
+    return {i for i in last[-1:] if trained.count(i) == 1}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2738,12 +2786,14 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 yield encode_chunk(chunk, context)
                 bar.update(chunk.n_bytes)
             return
-        pool = concurrent.futures.ProcessPoolExecutor(
-            n_processes, multiprocessing.get_context("fork"), init_worker, [context])
+        fork = multiprocessing.get_context("fork")
+        is_over = fork.Event()
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker,
+                                                      [context, is_over])
         problem = "a process was killed, perhaps for lack of memory; fewer need less: "
+        pending = collections.deque()                    # two chunks per process
         with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
-              end_children_on_error()):
-            pending = collections.deque()                # two chunks per process
+              end_children_on_error(pool, is_over)):
             chunks = iter(chunks)
             while True:
                 for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
@@ -2756,20 +2806,29 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
 
 
 @contextlib.contextmanager
-def end_children_on_error():
-    """After an error or a signal, don't wait for what the pool's processes still have to do."""
+def end_children_on_error(pool, is_over):
+    """After an error or a signal, don't wait for what the pool's processes still have to do.
+
+    One that is killed while it sends a result leaves the pool waiting for the rest of it for ever.
+    So is_over lets them end after their chunk, and only one that takes long is killed.
+    """
     try:
         yield
     except BaseException:
+        is_over.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        deadline = time.monotonic() + 3
         for process in multiprocessing.active_children():
+            process.join(max(0, deadline - time.monotonic()))
             process.terminate()
         raise
 
 
-def init_worker(context):
+def init_worker(context, is_over):
     """Called once in each process of the pool, so that chunks are sent without the context."""
-    global worker_context
+    global worker_context, worker_is_over
     worker_context = context
+    worker_is_over = is_over
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: the parent ends its children
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -2782,7 +2841,7 @@ def exit_with_parent():
 
 
 def encode_in_worker(chunk):
-    return encode_chunk(chunk, worker_context)
+    return None if worker_is_over.is_set() else encode_chunk(chunk, worker_context)
 
 
 class TokenWriter:

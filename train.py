@@ -803,8 +803,11 @@ def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
 
 
 def answer_stop_ids(cfg, tokenizer):
+    """The ids that end an answer: those of the chat template, and the pretrained model's."""
     template = tokenize_data.load_template(tokenizer, cfg)
-    return tokenize_data.stop_token_ids(tokenizer, template)
+    stop_ids = tokenize_data.stop_token_ids(tokenizer, template)
+    base = configs.resolve_pretrained(cfg["model"]["init_from"])
+    return transformer.all_stop_ids(base and Path(base), stop_ids, tokenizer.control_ids)
 
 
 def check_registered_names(cfg):

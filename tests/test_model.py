@@ -1136,6 +1136,9 @@ def test_save_pretrained_keeps_what_its_base_says(tmp_path):
     # 50 is no control token: of another tokenizer
     M.save_pretrained(model.get_parameter, M_TINY, out, base, stop=[5, 7], control_ids={3, 5, 6, 7})
     assert json.loads((out / "generation_config.json").read_text()) == generation | {"eos_token_id": [5, 6, 7]}
+    # our own generation ends at the same ids as transformers'
+    assert M.all_stop_ids(base, [5, 7], {3, 5, 6, 7}) == M.all_stop_ids(out, [], {3, 5, 6, 7}) == [5, 6, 7]
+    assert M.all_stop_ids(None, [5], {5}) == [5] and M.all_stop_ids(tmp_path, [], {5}) == []
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == "bfloat16" and "auto_map" not in written
     assert written["bos_token_id"] == 3 and written["eos_token_id"] == [5, 7]

@@ -1504,3 +1504,95 @@ def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
     while any(Path("/proc", pid, "cmdline").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path("/proc", pid, "cmdline").exists() for pid in pids)
+
+
+# ---- what public trackers report
+
+PLAIN_TURNS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# GLM: the next role's token ends a turn
+NEXT_ROLE_ENDS = ("{% for m in messages %}{% if m.role == 'tool' %}<|tool|>{{ m.content }}{% elif m.role == 'user' %}"
+                  "<|user|>{{ m.content }}{% else %}<|assistant|>{{ m.content or '' }}"
+                  "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}{% endif %}{% endfor %}"
+                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+# Gemma 4: a turn holds calls, their outputs and the answer
+OUTPUT_IN_TURN = ("{% for m in messages %}{% set before = messages[loop.index0 - 1] if loop.index0 else none %}"
+                  "{% if m.role == 'tool' %}={{ m.content }}<|/tool|>"
+                  "{% elif m.role == 'user' %}<|user|>{{ m.content }}<|end|>"
+                  "{% else %}{% if before and before.role != 'tool' %}<|assistant|>{% endif %}{{ m.content or '' }}"
+                  "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+                  "{{ '<|tool|>' if m.tool_calls else '<|end|>' }}{% endif %}{% endfor %}"
+                  "{% if add_generation_prompt and messages[-1].role != 'tool' %}<|assistant|>{% endif %}")
+ENDS_WITH_LINE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+                  "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CALLED = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {}}}
+
+
+def control_tokenizer(*special):
+    tokens = {text: 256 + i for i, text in enumerate(["<eos>", *special])}
+    added = {text: 256 + len(tokens) + i for i, text in enumerate(["<call>", "</call>"])}
+    return T.Tokenizer(BYTES.ranks, BYTES.pattern, special=tokens, added=added, eos="<eos>")
+
+
+@pytest.mark.parametrize("template, special, ends", [
+    (PLAIN_TURNS, ["<|im_start|>", "<|im_end|>"], {"<|im_end|>"}),
+    (NEXT_ROLE_ENDS, ["<|user|>", "<|assistant|>", "<|tool|>"], {"<|user|>", "<|tool|>"}),
+    (OUTPUT_IN_TURN, ["<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>", "<|end|>"], {"<|end|>", "<|tool|>"}),
+    (ENDS_WITH_LINE, ["<|im_start|>", "<|im_end|>"], {"<|im_end|>"})])
+def test_stop_token_ids_are_all_that_end_an_answer_or_a_call(template, special, ends):
+    """Also if the next role's token ends it (GLM), an output follows a call (Gemma 4), or a line break follows."""
+    tok = control_tokenizer(*special)
+    assert {tok.decode([i]) for i in T.stop_token_ids(tok, T.compile_template(template))} == {"<eos>", *ends}
+
+
+def test_encode_chat_does_not_train_outputs_of_tools_inside_of_answers():
+    tok = control_tokenizer("<|user|>", "<|assistant|>", "<|tool|>", "<|/tool|>", "<|end|>")
+    messages = [*chat("q"), {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+                {"role": "tool", "content": "out"}, {"role": "assistant", "content": "a"}]
+    ids, mask = T.encode_chat(tok, T.compile_template(OUTPUT_IN_TURN), messages)
+    assert tok.decode(ids) == "<|user|>q<|end|><|assistant|><call>f</call><|tool|>=out<|/tool|>a<|end|>"
+    assert spans(tok, ids, mask) == ["<call>f</call><|tool|>", "a<|end|>"]
+
+
+@pytest.mark.parametrize("key, value, weight", [("loss", False, 0), ("loss", True, 1), ("loss_scale", 0.5, 0.5),
+                                                ("training", False, 0), ("loss", None, 1)])
+def test_normalize_loss_weights_of_messages_under_the_names_of_other_trainers(key, value, weight):
+    """Also of a call (ms-swift, axolotl)."""
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}', key: value}
+    answer = {"role": "assistant", "content": "a", key: value}
+    messages = T.normalize_record({"messages": [*chat("q"), call, answer]}, "x")["messages"]
+    assert [message["weight"] for message in messages[1:]] == [weight, weight]
+    assert all(key not in message for message in messages)
+
+
+@pytest.mark.parametrize("thought", ["<think>\nhm\n</think>\n\n", "hm</think>", "<think>\n\n</think>\n\n", ""])
+def test_normalize_a_thought_before_a_function_call(thought):
+    """As LLaMA-Factory's files have them."""
+    value = thought + '{"name": "f", "arguments": {"a": 1}}'
+    record = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": value}]}
+    message = T.normalize_record(record, "x")["messages"][1]
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert message.get("reasoning_content") == ("hm" if "hm" in thought else None)
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
+def test_normalize_call_arguments_under_the_names_of_other_libraries(key):
+    """A call without arguments would be trained."""
+    call = {"id": "call00001", "name": "f", key: {"a": 1}}
+    messages = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    message = T.normalize_record({"messages": messages}, "x")["messages"][1]
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+
+
+def test_normalize_an_answer_that_is_marked_as_bad_is_reported():
+    """TRL's and LLaMA-Factory's unpaired preferences, of which others are good answers."""
+    for record in ({"prompt": "q", "completion": "a", "label": False}, {"messages": chat("q", "a"), "kto_tag": False}):
+        assert [kind for kind, _ in T.normalize_record(record, "x")["warnings"]] == [T.REJECTED_ANSWER]
+    for label in (True, None, "no", 0):
+        assert "warnings" not in T.normalize_record({"prompt": "q", "completion": "a", "label": label}, "x")
+
+
+def test_normalize_an_empty_instruction_beside_an_input():
+    record = {"instruction": "", "input": "q", "output": "a"}
+    assert T.normalize_record(record, "x")["messages"][0]["content"] == "q"

@@ -1,5 +1,5 @@
 """tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
-import functools, gzip, itertools, json, random
+import functools, gzip, itertools, json, random, shutil
 from pathlib import Path
 
 import pytest
@@ -314,6 +314,23 @@ def test_function_calls_and_tools_of_conversations():
             T.normalize_record({"messages": [bad]}, "x")
     with pytest.raises(ValueError, match="tools is no JSON"):
         T.normalize_record(record | {"tools": "{"}, "x")
+
+@pytest.mark.parametrize("name, written", [("llama3", "PreTrainedTokenizerFast"), ("gpt2", "GPT2Tokenizer")])
+def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(realdata, tmp_path, name, written):
+    """transformers 5 builds a GPT2Tokenizer anew, with GPT-2's words (SmolLM2, OLMo2)."""
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    shutil.copytree(realdata / "tokenizers" / name, tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = T.huggingface_tokenizer(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    T.save_tokenizer(tok, tmp_path / "out", None)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == written
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "<think>\nOkay 12345 I'LL,  x"
+    assert theirs.encode(text, add_special_tokens=False) == tok.encode(text).tolist()
+
 
 # ---- every template that is here, against transformers
 

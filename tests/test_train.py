@@ -875,6 +875,23 @@ def test_finish_leaves_the_folder_the_readme_shows(tiny):
     assert sorted(stop) == [256, 258] and M.generate_all(ours, [prompt], 20, stop)[0] == [i for i in got if i not in stop]
 
 
+def test_build_eval_prompts_takes_answers_that_end_in_a_line_break(tmp_path):
+    """A template's {% generation %} block may hold the line break after the token that ends a turn."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    cfg = configs.load([f"data.validation.x.path={tmp_path / 'x.jsonl'}", f"data.train.x.path={tmp_path / 'x.jsonl'}",
+                        "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'cache'}",
+                        f"data.chat_template={tmp_path / 't.jinja'}"])[0]
+    data = tokenize_data.load_datasets(cfg, quiet=True)
+    tok = tokenize_data.load_tokenizer(cfg)
+    for dataset in train.group_by_label(cfg, data).values():
+        (prompt, answer), = M.build_eval_prompts(dataset, train.answer_stop_ids(cfg, tok), 4, 100)
+        assert tok.decode(prompt).endswith("<|im_start|>assistant\n") and tok.decode(answer) == "a"
+
+
 def test_lora_trains_adapters_only_and_peft_loads_them(tiny):
     peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
     transformers = pytest.importorskip("transformers")

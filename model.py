@@ -265,7 +265,8 @@ def padded_attention(layer, q, k, v, mask, seeds):
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
+    if seeds is not None and layer.dropout:
+        probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 
 
@@ -568,6 +569,10 @@ def dft(logits, targets):
     return nll * (-nll).detach().exp()
 
 
+def is_plain_loss(m):
+    return m["loss"] == "cross_entropy" and not m["loss_options"]
+
+
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
@@ -582,6 +587,7 @@ class TokenLosses:
         self.batch = batch
         self.token_index = token_index
         self.targets = batch["targets"][token_index]                               # [N]
+        self.nll = torch.zeros(len(token_index), device=token_index.device)        # see logs_nll()
         self.vocab_size = model.cfg["vocab_size"]
         self.reference = None
         if "reference_logits" in model.loss_inputs:
@@ -602,7 +608,10 @@ class TokenLosses:
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
         logits = self.model.finish_logits(logits)
-        return self.model.loss(logits, self.targets[start:end], **inputs)
+        targets = self.targets[start:end]
+        if self.model.logs_nll():
+            self.nll[start:end] = cross_entropy(logits, targets)
+        return self.model.loss(logits, targets, **inputs)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -738,7 +747,8 @@ class Transformer(nn.Module):
 
         loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
-        {...}       statistics of each document; "loss": its part of loss_sum
+        {...}       statistics of each document; "loss": its part of loss_sum; in evaluation of a
+                    loss that is not plain cross entropy also "nll": what that would be
         """
         x = self.compute_hidden(batch)                                                    # [T, C]
         index = batch.get("target_index")
@@ -753,10 +763,14 @@ class Transformer(nn.Module):
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
-        document_losses = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)        # [D]
+        stats = {"loss": losses * loss_weights}
+        if self.logs_nll():
+            stats["nll"] = compute_losses.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]
-        document_losses.index_add_(0, documents, losses * loss_weights)
-        return loss_sum, loss_weights.abs().sum(), {"loss": document_losses}
+        for name, values in stats.items():
+            zeros = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)     # [D]
+            stats[name] = zeros.index_add_(0, documents, values)
+        return loss_sum, loss_weights.abs().sum(), stats
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -796,6 +810,10 @@ class Transformer(nn.Module):
                 x = block(*args)
         return self.norm(x)
 
+    def logs_nll(self):
+        """In evaluation, plain cross entropy is computed beside another loss: runs compare by it."""
+        return not self.training and not is_plain_loss(self.cfg)
+
     def has_noise(self, batch):
         """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
         return self.training and "noise_seed" in batch
@@ -812,7 +830,9 @@ class Transformer(nn.Module):
     def finish_logits(self, logits):
         """What follows the head, for losses and generation: fp32 [n, V] -> fp32 [n, V]."""
         scaling = self.cfg["logits_scaling"]
-        return logits if scaling == 1.0 else logits / scaling
+        if scaling != 1.0:
+            logits = logits / scaling
+        return logits
 
     def logits(self, batch, layout=None, index=None):
         """Return logits, fp32 [T, V], or those of the tokens `index` [n]: for generation, tests."""

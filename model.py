@@ -36,7 +36,14 @@ from pathlib import Path
 
 import configs
 
-OPTIONS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_tokens": 256, "prompt": ""}
+OPTIONS = {                  # of the command line, and their defaults
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "seed": 0,
+    "max_tokens": 256,
+    "prompt": "",
+}
 
 
 def parse_arguments(argv):
@@ -107,8 +114,8 @@ def rope_freqs(positions, m):
     computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
     """
     R = int(m["head_dim"] * m["partial_rotary_factor"])
-    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
-    freqs = m["rope_theta"] ** -exponents                                          # [R/2]
+    first_of_pair = torch.arange(0, R, 2, device=positions.device)
+    freqs = m["rope_theta"] ** (-first_of_pair.double() / R)                       # [R/2]
     scaling = m["rope_scaling"] or {}
     kind = configs.rope_kind(scaling)
     if kind == "linear":
@@ -120,7 +127,7 @@ def rope_freqs(positions, m):
         rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = (positions.double()[:, None] * freqs)[:, None]                        # [T, 1, R/2]
+    angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
     return angles.cos().float(), angles.sin().float()
 
 
@@ -140,8 +147,13 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
-               "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
 
 
 class MLP(nn.Module):
@@ -182,17 +194,20 @@ class Attention(nn.Module):
 
         C = m["d_model"]
         E = m["head_dim"]
-        self.q_proj = Linear(C, self.n_heads * E, bias=m["qkv_bias"])
-        self.k_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
-        self.v_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
-        self.o_proj = Linear(self.n_heads * E, C, bias=m["out_bias"])
+        q_width = self.n_heads * E
+        kv_width = self.n_kv_heads * E
+        bias = m["qkv_bias"]
+        self.q_proj = Linear(C, q_width, bias=bias)
+        self.k_proj = Linear(C, kv_width, bias=bias)
+        self.v_proj = Linear(C, kv_width, bias=bias)
+        self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
         if self.qk_norm == "head":                       # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
         elif self.qk_norm == "all":                      # of all heads together
-            self.q_norm = Norm(m, self.n_heads * E)
-            self.k_norm = Norm(m, self.n_kv_heads * E)
+            self.q_norm = Norm(m, q_width)
+            self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
         """Must attention be computed step by step? Fused kernels do not show the probabilities."""
@@ -258,10 +273,14 @@ def padded_attention(layer, q, k, v, mask, seeds):
     """
     if not layer.needs_probabilities(training=seeds is not None):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=layer.scale,
-            enable_gqa=layer.n_heads != layer.n_kv_heads)
-    k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)                  # [d, H, t', E]
-    v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)                  # [d, H, t', E]
+            q, k, v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=layer.scale,
+            enable_gqa=layer.n_heads > layer.n_kv_heads)
+    group_size = layer.n_heads // layer.n_kv_heads
+    k = k.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
+    v = v.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -334,7 +353,8 @@ class PackedDocuments:
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
         *_, H, E = outputs[0].shape
-        documents = [outputs[0].new_empty(0, H, E)] * len(self.lengths)
+        empty = outputs[0].new_empty(0, H, E)
+        documents = [empty] * len(self.lengths)
         for output, (_, indices) in zip(outputs, self.groups):
             for i, document in zip(indices, output):
                 documents[i] = document[:self.lengths[i]]
@@ -376,9 +396,11 @@ def varlen_attention(layer, q, k, v, documents):
     if "enable_gqa" in varlen_parameters():      # torch 2.11 takes grouped heads without it
         options["enable_gqa"] = layer.n_heads > layer.n_kv_heads
     n_before = layer.window - 1 if layer.window else -1  # keys before a query that it sees; -1: all
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
-                       max_seqlen, max_seqlen, window_size=(n_before, 0), scale=layer.scale,
-                       **options)
+    return varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(),
+        cu_seqlens, cu_seqlens,
+        max_seqlen, max_seqlen,
+        window_size=(n_before, 0), scale=layer.scale, **options)
 
 
 class Block(nn.Module):
@@ -460,8 +482,9 @@ def hash_int32(x):
 def document_index(batch):
     """The document of each token, int64 [T]. Padding counts to the last one."""
     ends = batch["cu_seqlens"][1:].long()
+    last = len(ends) - 1
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
-    return torch.bucketize(tokens, ends, right=True).clamp(max=len(ends) - 1)
+    return torch.bucketize(tokens, ends, right=True).clamp(max=last)
 
 
 def token_seeds(batch):
@@ -477,7 +500,8 @@ def token_seeds(batch):
 def head_seeds(seeds, n_heads):
     """Seeds [d, t] -> those of n_heads heads [d, H, t]."""
     heads = torch.arange(n_heads, device=seeds.device)
-    return hash_int32(seeds[:, None, :] + hash_int32(heads)[:, None])
+    offsets = hash_int32(heads)[:, None]                                           # [H, 1]
+    return hash_int32(seeds[:, None, :] + offsets)
 
 
 def dropout(x, p, seeds):
@@ -811,7 +835,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logs_nll(self):
-        """In evaluation, plain cross entropy is computed beside another loss: runs compare by it."""
+        """Is plain cross entropy computed beside the loss, to compare runs? In evaluation only."""
         return not self.training and not is_plain_loss(self.cfg)
 
     def has_noise(self, batch):
@@ -903,16 +927,19 @@ def load_weights(model, read):
     return model
 
 
+ROWS_AT_ONCE = 1024          # of a parameter; NewWeights draws as many with one seed
+
+
 def load_parameter(name, p, read, local_shard):
-    """Copy rows of a parameter, some MB at a time.
+    """Copy rows of a parameter, a part at a time: read() may need memory for what it returns.
 
     local_shard  (a tensor of rows start ... end - 1 of p, start, end)
     """
     local, start, end = local_shard
-    rows = max(1, (1 << 20) // math.prod(p.shape[1:]))
-    for first in range(start, end, rows):
-        last = min(first + rows, end)
-        local[first - start:last - start].copy_(read(name, first, last))
+    for first in range(start - start % ROWS_AT_ONCE, end, ROWS_AT_ONCE):
+        low = max(first, start)
+        high = min(first + ROWS_AT_ONCE, end)
+        local[low - start:high - start].copy_(read(name, low, high))
 
 
 def parameter_shapes(m):
@@ -929,41 +956,34 @@ class NewWeights:
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
     are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
-    Each block of 1024 rows is drawn with a seed of its own, made from the run's seed, the
-    parameter's name and the first row. It does not depend on other parameters or on ranks.
+    Each 1024 rows are drawn with a seed of their own, made from the run's seed, the parameter's
+    name and the first row. They do not depend on other parameters or on ranks.
     """
-
-    ROWS = 1024
 
     def __init__(self, m, seed):
         self.m = m
         self.seed = seed
         self.shapes = parameter_shapes(m)
-        self.last = (None, None)     # ((name, first row), rows) of the last draw()
 
     def read(self, name, start, end):
         if len(self.shapes[name]) < 2:
             value = 1.0 if name.endswith("weight") else 0.0
             return torch.full((end - start,), value)
-        begin = start // self.ROWS * self.ROWS
-        blocks = [self.draw(name, first) for first in range(begin, end, self.ROWS)]
-        return torch.cat(blocks)[start - begin:end - begin]
+        begin = start - start % ROWS_AT_ONCE
+        parts = [self.draw(name, first) for first in range(begin, end, ROWS_AT_ONCE)]
+        return torch.cat(parts)[start - begin:end - begin]
 
     def draw(self, name, first):
-        """The rows from `first` on, at most ROWS."""
-        key, rows = self.last        # load_parameter() may ask for parts of the same rows
-        if key == (name, first):
-            return rows
+        """The rows from `first` on, at most ROWS_AT_ONCE."""
         m = self.m
         n_rows, *rest = self.shapes[name]
         std = m["init_std"]
         if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
             std = std / math.sqrt(2 * m["n_layers"])
-        rows = torch.zeros(min(self.ROWS, n_rows - first), *rest)
+        rows = torch.zeros(min(ROWS_AT_ONCE, n_rows - first), *rest)
         n_drawn = max(0, unpadded_rows(name, n_rows, m) - first)
         generator = make_generator(self.seed, f"{name} {first}")
         rows[:n_drawn].normal_(0, std, generator=generator)
-        self.last = ((name, first), rows)
         return rows
 
 
@@ -973,7 +993,9 @@ def make_generator(seed, name):
 
 def weights_reader(m, seed):
     """The reader of the weights that training starts from: pretrained, or new ones."""
-    return PretrainedWeights(m["init_from"], m) if m["init_from"] else NewWeights(m, seed)
+    if m["init_from"]:
+        return PretrainedWeights(m["init_from"], m)
+    return NewWeights(m, seed)
 
 
 def is_block_matrix(name, p):
@@ -1040,7 +1062,8 @@ def hf_tensors(m):
     for name, slices in hf_layout(m).items():
         row = 0
         for tensor, first, rows in slices:
-            parts.setdefault(tensor, []).append((first, name, row, rows))
+            part = (first, name, row, rows)
+            parts.setdefault(tensor, []).append(part)
             row += rows
     tensors = {}
     for tensor in parts:
@@ -1071,7 +1094,12 @@ def load(path, m=None, device="cpu"):
     return model.eval(), m
 
 
-STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 class PretrainedWeights:
@@ -1143,8 +1171,8 @@ class PretrainedWeights:
         if tensor not in self.means:
             stored = self.files[tensor].get_slice(tensor)
             total = 0
-            for start in range(0, self.stored_vocab_size, 8192):
-                end = min(start + 8192, self.stored_vocab_size)
+            for start in range(0, self.stored_vocab_size, ROWS_AT_ONCE):
+                end = min(start + ROWS_AT_ONCE, self.stored_vocab_size)
                 total = total + stored[start:end].double().sum(0)
             self.means[tensor] = (total / self.stored_vocab_size).float()
         return self.means[tensor]
@@ -1194,9 +1222,9 @@ class PretrainedWeights:
         a = self.files[embed].get_slice(embed)
         b = self.files[self.head].get_slice(self.head)
         is_same = a.get_shape() == b.get_shape()
-        for start in range(0, rows, 8192):
+        for start in range(0, rows, ROWS_AT_ONCE):
             if is_same:
-                end = min(start + 8192, rows)
+                end = min(start + ROWS_AT_ONCE, rows)
                 is_same = torch.equal(a[start:end].float(), b[start:end].float())
         if not is_same:
             raise configs.UserError(
@@ -1280,8 +1308,8 @@ def shorten(items, limit=8):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: out
 
-def save_pretrained(read, m, folder, source="", stop=(), bos=None, control_ids=None,
-                    shard_bytes=4 << 30):
+def save_pretrained(read, m, folder, source="", stop=(), bos=None,
+                    control_ids=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors.
 
     read         name -> that parameter, the whole tensor: model.get_parameter, for example. Only
@@ -1411,7 +1439,9 @@ def hf_config(m, source):
             written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
               if value is not None or key in written_if_null}
-    return config | {hf_key: values[0] for hf_key, values in family["only"].items()}
+    for hf_key, supported in family["only"].items():
+        config[hf_key] = supported[0]
+    return config
 
 
 def stored_dtype(folder):
@@ -1446,11 +1476,15 @@ def collect_tensors(read, m, layout, dtype):
     family = configs.families()[m["family"]]
     tensors = {}
     for tensor_name, parts in layout.items():
-        names = dict.fromkeys(name for name, _, _ in parts)
-        params = {name: read(name).detach().to("cpu", dtype) for name in names}
-        rows = [params[name][first:first + n_rows] for name, first, n_rows in parts]
-        tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
-        if is_transposed(parts[0][0], family):
+        params = {}
+        slices = []
+        for name, first, n_rows in parts:
+            if name not in params:
+                params[name] = read(name).detach().to("cpu", dtype)
+            slices.append(params[name][first:first + n_rows])
+        tensor = torch.cat(slices) if len(slices) > 1 else slices[0]
+        first_name, _, _ = parts[0]
+        if is_transposed(first_name, family):
             tensor = tensor.T
         tensors[tensor_name] = tensor.contiguous()
     return tensors
@@ -1506,15 +1540,17 @@ class KVCache:
 
     def advance(self):
         """Go to the next token. An answer that is finished and full stays at its last position."""
-        self.n_tokens = (self.n_tokens + 1).clamp(max=self.capacity - 1)
-        self.longest = min(self.longest + 1, self.capacity - 1)
+        last = self.capacity - 1
+        self.n_tokens = (self.n_tokens + 1).clamp(max=last)
+        self.longest = min(self.longest + 1, last)
 
     def store(self, layer, k, v, sequences, positions):
         """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
         if layer not in self.keys:
-            shape = (len(self.n_tokens), self.capacity, *k.shape[1:])
-            self.keys[layer] = k.new_zeros(shape)
-            self.values[layer] = v.new_zeros(shape)
+            B = len(self.n_tokens)
+            _, K, E = k.shape
+            self.keys[layer] = k.new_zeros(B, self.capacity, K, E)
+            self.values[layer] = v.new_zeros(B, self.capacity, K, E)
         self.keys[layer][sequences, positions] = k
         self.values[layer][sequences, positions] = v
 
@@ -1525,7 +1561,8 @@ class KVCache:
         t = self.longest + 1
         keys = self.keys[layer][:, :t].transpose(1, 2)
         values = self.values[layer][:, :t].transpose(1, 2)
-        distance = self.n_tokens[:, None] - torch.arange(t, device=q.device)       # [B, t]
+        positions = torch.arange(t, device=q.device)
+        distance = self.n_tokens[:, None] - positions                              # [B, t]
         mask = distance >= 0
         if layer.window:
             mask = mask & (distance < layer.window)
@@ -1541,8 +1578,8 @@ class Prefill(PackedDocuments):
 
     def __init__(self, batch, cache):
         # use_varlen would bypass padded_groups(), which fills the cache
-        super().__init__(batch["cu_seqlens"], len(batch["tokens"]), batch["max_seqlen"],
-                         use_varlen=False)
+        n_tokens = len(batch["tokens"])
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], use_varlen=False)
         self.cache = cache
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
@@ -1553,7 +1590,8 @@ class Prefill(PackedDocuments):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0,
+def generate(model, prompts, max_tokens=256, stop=(),
+             temperature=0.0, top_k=0, top_p=1.0, seed=0,
              keep_going=any):
     """Continue B prompts, lists of token ids. Yields [token id or None] of length B, per token.
 
@@ -1693,28 +1731,34 @@ def flops(model, lengths, n_targets):
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
-SUMMARY_PARTS = {"embedding": r"embed|pos\.", "attention": r"attn\..*_proj", "mlp": "mlp",
-                 "norms": "norm", "head": r"head"}
+SUMMARY_PARTS = {            # and the pattern of their parameters' names
+    "embedding": r"embed|pos\.",
+    "attention": r"attn\..*_proj",
+    "mlp": "mlp",
+    "norms": "norm",
+    "head": "head",
+}
 
 
 def summary(model):
     """A table of the model's parameters, with FLOPs and bytes, as text."""
     m = model.cfg
-    params = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
-    total = sum(n for _, _, n in params)
+    params = dict(model.named_parameters())
+    total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
              f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
-    for name, shape, n in params:
+    for name, p in params.items():
         in_block = name.startswith("blocks.")
         if not in_block or name.startswith("blocks.0."):
             times = f"  x {m['n_layers']}" if in_block else ""
             name = name.replace("blocks.0", "blocks.*")
-            lines.append(f"  {name:<28} {'x'.join(map(str, shape)):>14} {n:>14,}{times}")
+            shape = "x".join(map(str, p.shape))
+            lines.append(f"  {name:<28} {shape:>14} {p.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
-        n = sum(n for name, _, n in params if re.search(pattern, name))
+        n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))
         if n:
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
@@ -1739,8 +1783,9 @@ class CPURMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):                                              # x [..., C]
         x_fp32 = x.float()
+        C = x.shape[-1]
         norm = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)              # [..., 1]
-        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse_rms = norm.square_().div_(C).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x_fp32 * inverse_rms).mul_(weight).to(x.dtype)
 
@@ -1752,10 +1797,13 @@ class CPURMSNorm(torch.autograd.Function):
         grad_times_normalized = grad * normalized
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_times_normalized.flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = grad_times_normalized.flatten(0, -2).sum(0)
+            grad_weight = grad_weight.to(weight.dtype)
         # n = x * inverse_rms, g = grad * weight:  grad_x = inverse_rms * (g - n * mean(g * n))
-        minus_mean = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
-        grad_x = normalized.mul_(minus_mean).addcmul_(grad, weight.float()).mul_(inverse_rms)
+        weight = weight.float()
+        minus_mean = (grad_times_normalized @ weight).div_(-x.shape[-1])
+        grad_x = normalized.mul_(minus_mean[..., None])
+        grad_x = grad_x.addcmul_(grad, weight).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight, None
 
 

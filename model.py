@@ -241,7 +241,7 @@ def layer_types(m):
 
 
 def sliding_windows(m):
-    """The number of tokens that a token of each block attends to, itself included; None: all."""
+    """Per block, the number of tokens that a token attends to, itself included, or None: all."""
     window = m["sliding_window"]
     return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
 
@@ -325,7 +325,7 @@ class PackedDocuments:
         for i in longest_first:
             length = self.lengths[i]
             if not groups or 3 * length < 2 * groups[-1][0]:
-                if groups and length == 0:   # no tokens, nor has any that follows
+                if groups and length == 0:   # no tokens, and none in those that follow
                     break
                 groups.append((length, []))
             groups[-1][1].append(i)
@@ -594,6 +594,7 @@ def dft(logits, targets):
 
 
 def is_plain_loss(m):
+    """Is model.loss the negative log-likelihood and nothing else?"""
     return m["loss"] == "cross_entropy" and not m["loss_options"]
 
 
@@ -611,7 +612,7 @@ class TokenLosses:
         self.batch = batch
         self.token_index = token_index
         self.targets = batch["targets"][token_index]                               # [N]
-        self.nll = torch.zeros(len(token_index), device=token_index.device)        # see logs_nll()
+        self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
         self.reference = None
         if "reference_logits" in model.loss_inputs:
@@ -633,7 +634,7 @@ class TokenLosses:
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
         logits = self.model.finish_logits(logits)
         targets = self.targets[start:end]
-        if self.model.logs_nll():
+        if self.model.computes_nll():
             self.nll[start:end] = cross_entropy(logits, targets)
         return self.model.loss(logits, targets, **inputs)
 
@@ -644,9 +645,9 @@ class ChunkedLoss(torch.autograd.Function):
     forward() also computes the gradients, while a chunk's logits exist, and overwrites them. What
     is left for backward() is to multiply these gradients by that of loss_sum, which is one number.
 
-    x             [N, C], in the compute dtype
-    head          [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
-    loss_weights  fp32 [N]
+    x               [N, C], in the compute dtype
+    head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
+    loss_weights    fp32 [N]
     compute_losses  a TokenLosses
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
@@ -654,7 +655,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, bias, loss_weights, compute_losses):
         weight = head.to(x.dtype)                                                  # [V', C]
-        bias_or_none = None if bias is None else bias.to(x.dtype)                  # [V']
+        if bias is not None:
+            bias = bias.to(x.dtype)                                                # [V']
         want_x, want_head, want_bias, *_ = ctx.needs_input_grad
         want_gradient = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if want_x else None
@@ -667,7 +669,7 @@ class ChunkedLoss(torch.autograd.Function):
             # Multiples of 64 tokens, because a CPU's bf16 kernels are prepared anew for each shape.
             n_padding = -(end - start) % 64
             x_chunk = F.pad(x[start:end], (0, 0, 0, n_padding))                    # [n, C]
-            logits = F.linear(x_chunk, weight, bias_or_none)                       # [n, V']
+            logits = F.linear(x_chunk, weight, bias)                               # [n, V']
             losses[start:end] = losses_and_gradient_(
                 logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
@@ -708,7 +710,7 @@ def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece
             losses.append(piece_losses.detach())
             if want_gradient:
                 weighted_sum = (piece_losses * loss_weights[first:last]).sum()
-                gradient, = torch.autograd.grad(weighted_sum, piece_fp32)
+                [gradient] = torch.autograd.grad(weighted_sum, piece_fp32)
                 piece.copy_(gradient)
                 del weighted_sum, gradient
         del piece_fp32, piece_losses         # and their graph, before the next piece is allocated
@@ -774,7 +776,7 @@ class Transformer(nn.Module):
         {...}       statistics of each document; "loss": its part of loss_sum; in evaluation of a
                     loss that is not plain cross entropy also "nll": what that would be
         """
-        x = self.compute_hidden(batch)                                                    # [T, C]
+        x = self.compute_hidden(batch)                                             # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -788,7 +790,7 @@ class Transformer(nn.Module):
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
         stats = {"loss": losses * loss_weights}
-        if self.logs_nll():
+        if self.computes_nll():
             stats["nll"] = compute_losses.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]
         for name, values in stats.items():
@@ -834,7 +836,7 @@ class Transformer(nn.Module):
                 x = block(*args)
         return self.norm(x)
 
-    def logs_nll(self):
+    def computes_nll(self):
         """Is plain cross entropy computed beside the loss, to compare runs? In evaluation only."""
         return not self.training and not is_plain_loss(self.cfg)
 
@@ -875,6 +877,7 @@ class Transformer(nn.Module):
 
 
 def embedding_multiplier(m):
+    """model.embedding_multiplier as a number."""
     multiplier = m["embedding_multiplier"]
     return math.sqrt(m["d_model"]) if multiplier == "sqrt_d_model" else multiplier
 

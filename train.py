@@ -557,7 +557,7 @@ def validation_losses(run, dataset):
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     sums = {"loss": 0.0}
     weight_sum = 0.0
-    if run.model.logs_nll():
+    if run.model.computes_nll():
         sums["nll"] = 0.0
     for start in range(0, len(dataset), PACK_TOGETHER):
         indices = np.arange(start, min(start + PACK_TOGETHER, len(dataset)))

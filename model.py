@@ -36,7 +36,14 @@ from pathlib import Path
 
 import configs
 
-OPTIONS = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_tokens": 256, "prompt": ""}
+OPTIONS = {                  # of the command line, and their defaults
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "seed": 0,
+    "max_tokens": 256,
+    "prompt": "",
+}
 
 
 def parse_arguments(argv):
@@ -93,7 +100,8 @@ class Norm(nn.Module):
     def forward(self, x):
         weight = self.weight.to(x.dtype)
         if self.bias is not None:
-            return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
+            bias = self.bias.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         if not x.is_cuda:
             return CPURMSNorm.apply(x, weight, self.eps)    # the same, see "faster on a CPU"
         return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -106,8 +114,8 @@ def rope_freqs(positions, m):
     computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
     """
     R = int(m["head_dim"] * m["partial_rotary_factor"])
-    exponents = torch.arange(0, R, 2, dtype=torch.float64, device=positions.device) / R
-    freqs = m["rope_theta"] ** -exponents                                          # [R/2]
+    first_of_pair = torch.arange(0, R, 2, device=positions.device)
+    freqs = m["rope_theta"] ** (-first_of_pair.double() / R)                       # [R/2]
     scaling = m["rope_scaling"] or {}
     kind = configs.rope_kind(scaling)
     if kind == "linear":
@@ -119,7 +127,7 @@ def rope_freqs(positions, m):
         rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    angles = (positions.double()[:, None] * freqs)[:, None]                        # [T, 1, R/2]
+    angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
     return angles.cos().float(), angles.sin().float()
 
 
@@ -127,16 +135,25 @@ def apply_rotary_emb(x, cos, sin):
     """Rotate the pairs (x_i, x_(i + R/2)) of every head. x [T, H, E]; cos, sin [T, 1, R/2]."""
     R = 2 * cos.shape[-1]
     x1, x2 = x[..., :R].float().chunk(2, -1)                                       # [T, H, R/2]
-    rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).to(x.dtype)
-    return rotated if R == x.shape[-1] else torch.cat([rotated, x[..., R:]], -1)
+    y1 = x1 * cos - x2 * sin
+    y2 = x2 * cos + x1 * sin
+    rotated = torch.cat([y1, y2], -1).to(x.dtype)                                  # [T, H, R]
+    if R == x.shape[-1]:
+        return rotated
+    return torch.cat([rotated, x[..., R:]], -1)
 
 
 def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu,
-               "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
 
 
 class MLP(nn.Module):
@@ -153,9 +170,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(d_ff, C, bias=bias)
 
     def forward(self, x):                                                          # [T, C]
+        h = self.up_proj(x)                                                        # [T, F]
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+            h = self.activation(h)
+        else:
+            h = self.activation(self.gate_proj(x)) * h
+        return self.down_proj(h)
 
 
 class Attention(nn.Module):
@@ -167,42 +187,63 @@ class Attention(nn.Module):
         self.n_kv_heads = m["n_kv_heads"]
         self.head_dim = m["head_dim"]
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
-        self.window = m["sliding_window"]
+        self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
-        self.use_rope = m["positions"] == "rope"
-        if m["rope_layers"]:
-            self.use_rope = self.use_rope and bool(m["rope_layers"][layer_idx])
+        has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
+        self.use_rope = m["positions"] == "rope" and has_rope
 
         C = m["d_model"]
         E = m["head_dim"]
-        self.q_proj = Linear(C, self.n_heads * E, bias=m["qkv_bias"])
-        self.k_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
-        self.v_proj = Linear(C, self.n_kv_heads * E, bias=m["qkv_bias"])
-        self.o_proj = Linear(self.n_heads * E, C, bias=m["out_bias"])
-        self.q_norm = None
-        self.k_norm = None
-        if m["qk_norm"] == "head":                       # of each head (arXiv:2302.05442)
+        q_width = self.n_heads * E
+        kv_width = self.n_kv_heads * E
+        bias = m["qkv_bias"]
+        self.q_proj = Linear(C, q_width, bias=bias)
+        self.k_proj = Linear(C, kv_width, bias=bias)
+        self.v_proj = Linear(C, kv_width, bias=bias)
+        self.o_proj = Linear(q_width, C, bias=m["out_bias"])
+        self.qk_norm = m["qk_norm"]
+        if self.qk_norm == "head":                       # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
-        elif m["qk_norm"] == "all":                      # of all heads together
-            self.q_norm = Norm(m, self.n_heads * E)
-            self.k_norm = Norm(m, self.n_kv_heads * E)
+        elif self.qk_norm == "all":                      # of all heads together
+            self.q_norm = Norm(m, q_width)
+            self.k_norm = Norm(m, kv_width)
+
+    def needs_probabilities(self, training):
+        """Must attention be computed step by step? Fused kernels do not show the probabilities."""
+        return training and self.dropout > 0
 
     def project(self, x, rope):                                                    # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
         q = self.q_proj(x)                                                         # [T, H E]
         k = self.k_proj(x)                                                         # [T, K E]
         v = self.v_proj(x)                                                         # [T, K E]
-        if self.q_norm is not None:    # "head": each of [T, H, E]; "all": of [T, 1, H E]
-            q = self.q_norm(q.unflatten(-1, (-1, len(self.q_norm.weight)))).flatten(1)
-            k = self.k_norm(k.unflatten(-1, (-1, len(self.k_norm.weight)))).flatten(1)
+        if self.qk_norm == "all":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         q = q.unflatten(-1, (self.n_heads, self.head_dim))                         # [T, H, E]
         k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))                      # [T, K, E]
         v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))                      # [T, K, E]
+        if self.qk_norm == "head":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if self.use_rope:
-            q = apply_rotary_emb(q, *rope)
-            k = apply_rotary_emb(k, *rope)
+            cos, sin = rope
+            q = apply_rotary_emb(q, cos, sin)
+            k = apply_rotary_emb(k, cos, sin)
         return q, k, v
+
+
+def layer_types(m):
+    """The kind of each block's attention: sliding_attention or full_attention."""
+    pattern = m["layer_types"] or ["sliding_attention"]
+    return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
+
+
+def sliding_windows(m):
+    """Per block, the number of tokens that a token attends to, itself included, or None: all."""
+    window = m["sliding_window"]
+    return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
 
 
 def attention(layer, q, k, v, layout, seeds=None):
@@ -214,31 +255,38 @@ def attention(layer, q, k, v, layout, seeds=None):
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    # Fused kernels do not show the probabilities. What changes them is computed step by step below.
-    step_by_step = seeds is not None and layer.dropout > 0
+    step_by_step = layer.needs_probabilities(training=seeds is not None)
     if layout.use_varlen and not step_by_step:
         return varlen_attention(layer, q, k, v, layout)
-
-    dtype = q.dtype
     outputs = []
     for group in layout.padded_groups(layer, q, k, v, seeds, need_mask=step_by_step):
-        # d documents of t tokens: q [d, H, t, E], k and v [d, K, t', E], seeds [d, t]. mask is True
-        # where a query sees a key and broadcasts to [d, 1, t, t']; None: causal
-        q, k, v, mask, seeds = group
-        if step_by_step:
-            k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
-            v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
-            scores = (q @ k.transpose(-1, -2)).float() * layer.scale               # [d, H, t, t']
-            probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-            probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
-            y = probs.to(v.dtype) @ v
-        else:
-            is_causal = mask is None
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, scale=layer.scale,
-                enable_gqa=layer.n_heads != layer.n_kv_heads)
-        outputs.append(y.transpose(1, 2).to(dtype))                                # [d, t, H, E]
+        y = padded_attention(layer, *group)                                        # [d, H, t, E]
+        outputs.append(y.transpose(1, 2).to(q.dtype))
     return layout.unpad(outputs)
+
+
+def padded_attention(layer, q, k, v, mask, seeds):
+    """attention() of d documents, padded to t tokens. Returns [d, H, t, E].
+
+    q      [d, H, t, E];  k, v  [d, K, t', E];  seeds  [d, t]
+    mask   True where a query sees a key; broadcasts to [d, 1, t, t']. None: causal
+    """
+    if not layer.needs_probabilities(training=seeds is not None):
+        return F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=layer.scale,
+            enable_gqa=layer.n_heads > layer.n_kv_heads)
+    group_size = layer.n_heads // layer.n_kv_heads
+    k = k.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
+    v = v.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
+    scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
+    scores = scores.float() * layer.scale
+    probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    if seeds is not None and layer.dropout:
+        probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
+    return probs.to(v.dtype) @ v
 
 
 # Tokens. On a CPU, bf16 takes five times as long as fp32 for documents of 64 tokens (LOG.md).
@@ -271,42 +319,41 @@ class PackedDocuments:
     @functools.cached_property
     def groups(self):
         """[(number of tokens to pad to, indices of the documents)]"""
-        longest_first = sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
+        documents = range(len(self.lengths))
+        longest_first = sorted(documents, key=self.lengths.__getitem__, reverse=True)
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            if groups and length == 0:
-                break                        # empty, and so are all that follow
             if not groups or 3 * length < 2 * groups[-1][0]:
+                if groups and length == 0:   # no tokens, and none in those that follow
+                    break
                 groups.append((length, []))
             groups[-1][1].append(i)
         return groups
 
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield (q, k, v, mask, seeds) of each group, as [d, heads, t, E]; see attention()."""
-        q_by_document = q.split(self.lengths)
-        k_by_document = k.split(self.lengths)
-        v_by_document = v.split(self.lengths)
+        qkv_by_document = [x.split(self.lengths) for x in (q, k, v)]
         for length, indices in self.groups:
-            group_q = pad_and_stack(q_by_document, indices, length).transpose(1, 2)
-            group_k = pad_and_stack(k_by_document, indices, length).transpose(1, 2)
-            group_v = pad_and_stack(v_by_document, indices, length).transpose(1, 2)
-            if not q.is_cuda and length < FP32_ATTENTION_BELOW:
-                group_q = group_q.float()
-                group_k = group_k.float()
-                group_v = group_v.float()
-            window = layer.window if layer.window and layer.window < length else None
+            group = []
+            for documents in qkv_by_document:
+                x = pad_and_stack(documents, indices, length)                      # [d, t, ., E]
+                if not x.is_cuda and length < FP32_ATTENTION_BELOW:
+                    x = x.float()
+                group.append(x.transpose(1, 2))
+            window = min(layer.window or length, length)
             mask = None
-            if window or need_mask:
-                mask = causal_mask(length, window or length, q.device)             # [t, t]
+            if need_mask or window < length:
+                mask = causal_mask(length, window, q.device)                       # [t, t]
             group_seeds = None
             if seeds is not None:
                 group_seeds = pad_and_stack(seeds.split(self.lengths), indices, length)
-            yield group_q, group_k, group_v, mask, group_seeds
+            yield *group, mask, group_seeds
 
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
-        empty = outputs[0].new_empty(0, *outputs[0].shape[2:])                     # [0, H, E]
+        *_, H, E = outputs[0].shape
+        empty = outputs[0].new_empty(0, H, E)
         documents = [empty] * len(self.lengths)
         for output, (_, indices) in zip(outputs, self.groups):
             for i, document in zip(indices, output):
@@ -316,11 +363,11 @@ class PackedDocuments:
 
 def pad_and_stack(documents, indices, length):
     """Chosen documents [n, ...] -> [d, length, ...]"""
+    other_dimensions = [0, 0] * (documents[0].dim() - 1)                 # are not padded
     padded = []
     for i in indices:
-        x = documents[i]
-        no_padding = [0, 0] * (x.dim() - 1)
-        padded.append(F.pad(x, [*no_padding, 0, length - len(x)]))
+        n_padding = length - len(documents[i])
+        padded.append(F.pad(documents[i], [*other_dimensions, 0, n_padding]))
     return torch.stack(padded)
 
 
@@ -348,10 +395,12 @@ def varlen_attention(layer, q, k, v, documents):
     options = {}
     if "enable_gqa" in varlen_parameters():      # torch 2.11 takes grouped heads without it
         options["enable_gqa"] = layer.n_heads > layer.n_kv_heads
-    # (tokens before, tokens after) that a query sees; -1: all
-    window = (layer.window - 1 if layer.window else -1, 0)
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
-                       max_seqlen, max_seqlen, window_size=window, scale=layer.scale, **options)
+    n_before = layer.window - 1 if layer.window else -1  # keys before a query that it sees; -1: all
+    return varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(),
+        cu_seqlens, cu_seqlens,
+        max_seqlen, max_seqlen,
+        window_size=(n_before, 0), scale=layer.scale, **options)
 
 
 class Block(nn.Module):
@@ -389,16 +438,20 @@ class Block(nn.Module):
         return h, *self.attn.project(h, rope)
 
     def post_attention(self, x, h, y, seeds):
+        """x and h: the block's input, and what attention has read; y [T, H, E]: its result."""
         y = self.attn.o_proj(y.flatten(1))                                         # [T, C]
-        if self.parallel_residual:
-            h = h if self.norm2 is None else self.norm2(x)
-            x = self.add(x, y, seeds, 1)
-            return self.add(x, self.mlp(h), seeds, 2)
         if self.norm_after:
-            x = self.add(x, self.norm1(y), seeds, 1)
-            return self.add(x, self.norm2(self.mlp(x)), seeds, 2)
+            y = self.norm1(y)
+        block_input = x
         x = self.add(x, y, seeds, 1)
-        return self.add(x, self.mlp(self.norm2(x)), seeds, 2)
+        if not self.parallel_residual:
+            h = x if self.norm_after else self.norm2(x)
+        elif self.norm2 is not None:
+            h = self.norm2(block_input)
+        y = self.mlp(h)
+        if self.norm_after:
+            y = self.norm2(y)
+        return self.add(x, y, seeds, 2)
 
     def add(self, x, y, seeds, place):
         """x + y, with residual_multiplier and dropout. `place` makes the two dropouts differ."""
@@ -429,23 +482,26 @@ def hash_int32(x):
 def document_index(batch):
     """The document of each token, int64 [T]. Padding counts to the last one."""
     ends = batch["cu_seqlens"][1:].long()
+    last = len(ends) - 1
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
-    return torch.bucketize(tokens, ends, right=True).clamp(max=len(ends) - 1)
+    return torch.bucketize(tokens, ends, right=True).clamp(max=last)
 
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
     if not len(batch["doc_ids"]):                        # a micro-batch of padding alone
         return batch["positions"].int()
-    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31
+    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
     documents = batch["doc_ids"][document_index(batch)].int()
-    return hash_int32(hash_int32(documents ^ seed) + batch["positions"].int())
+    document_seeds = hash_int32(documents ^ seed)                                  # [T]
+    return hash_int32(document_seeds + batch["positions"].int())
 
 
 def head_seeds(seeds, n_heads):
     """Seeds [d, t] -> those of n_heads heads [d, H, t]."""
     heads = torch.arange(n_heads, device=seeds.device)
-    return hash_int32(seeds[:, None, :] + hash_int32(heads)[:, None])
+    offsets = hash_int32(heads)[:, None]                                           # [H, 1]
+    return hash_int32(seeds[:, None, :] + offsets)
 
 
 def dropout(x, p, seeds):
@@ -454,8 +510,9 @@ def dropout(x, p, seeds):
     seeds  int32, of the shape of x without its last dimension
     """
     columns = torch.arange(x.shape[-1], device=x.device)
-    hashed = hash_int32(seeds[..., None] ^ hash_int32(columns))      # uniform in the range of int32
-    keep = hashed >= int(p * 2**32) - 2**31
+    hashed = hash_int32(seeds[..., None] ^ hash_int32(columns))
+    smallest_kept = int(p * 2**32) - 2**31               # the hashes are uniform in int32's range
+    keep = hashed >= smallest_kept
     return torch.where(keep, x / (1 - p), 0.0)
 
 
@@ -477,11 +534,13 @@ def neftune(model, batch, alpha):
     x = plain(model, batch)
     if not model.has_noise(batch) or not len(batch["doc_ids"]):
         return x
-    columns = torch.arange(x.shape[1], device=x.device)
+    C = x.shape[1]
+    columns = torch.arange(C, device=x.device)
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
     noise = hash_int32(seeds[:, None] ^ hash_int32(columns)) / 2**31               # [T, C]
-    lengths = batch["cu_seqlens"].diff()[document_index(batch)][:, None]           # [T, 1]
-    return x + noise * alpha / (lengths * x.shape[1]).sqrt()
+    lengths = batch["cu_seqlens"].diff()                                           # [D]
+    lengths = lengths[document_index(batch), None]                                 # [T, 1]
+    return x + noise * alpha / (lengths * C).sqrt()
 
 
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
@@ -498,8 +557,9 @@ def previous_tokens(batch, n):
     if "history" in batch:
         previous = batch["history"].gather(1, positions.clamp(min=0))
     else:
-        index = torch.arange(len(batch["tokens"]), device=offsets.device)[:, None] - offsets
-        previous = batch["tokens"][index.clamp(min=0)]
+        tokens = batch["tokens"]
+        index = torch.arange(len(tokens), device=tokens.device)[:, None] - offsets
+        previous = tokens[index.clamp(min=0)]
     return previous.masked_fill(positions < 0, -1)
 
 
@@ -533,6 +593,11 @@ def dft(logits, targets):
     return nll * (-nll).detach().exp()
 
 
+def is_plain_loss(m):
+    """Is model.loss the negative log-likelihood and nothing else?"""
+    return m["loss"] == "cross_entropy" and not m["loss_options"]
+
+
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
@@ -547,7 +612,9 @@ class TokenLosses:
         self.batch = batch
         self.token_index = token_index
         self.targets = batch["targets"][token_index]                               # [N]
+        self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
+        self.reference = None
         if "reference_logits" in model.loss_inputs:
             [self.reference] = model.references
             with torch.no_grad():
@@ -558,29 +625,29 @@ class TokenLosses:
 
         logits  fp32 [end - start, V], as they come from the head
         """
-        index = self.token_index[start:end]
-        inputs = {}
-        if "token_index" in self.model.loss_inputs:
-            inputs["token_index"] = index
-        if "batch" in self.model.loss_inputs:
-            inputs["batch"] = self.batch
-        if "reference_logits" in self.model.loss_inputs:
-            # Under FSDP2, hidden() has left the head gathered: it belongs to the root module.
+        inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
+        if self.reference is not None:
+            # Under FSDP2, hidden() has gathered the head: the root module, which the head belongs
+            # to, keeps its weights gathered after a forward pass.
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
+        inputs = {name: inputs[name] for name in self.model.loss_inputs}
         logits = self.model.finish_logits(logits)
-        return self.model.loss(logits, self.targets[start:end], **inputs)
+        targets = self.targets[start:end]
+        if self.model.computes_nll():
+            self.nll[start:end] = cross_entropy(logits, targets)
+        return self.model.loss(logits, targets, **inputs)
 
 
 class ChunkedLoss(torch.autograd.Function):
     """The head and the loss, chunk by chunk, so that the logits of all tokens never exist at once.
 
-    The gradient of a chunk is computed in the forward pass, while its logits exist, and overwrites
-    them. backward() multiplies the accumulated gradients by that of the sum, which is one number.
+    forward() also computes the gradients, while a chunk's logits exist, and overwrites them. What
+    is left for backward() is to multiply these gradients by that of loss_sum, which is one number.
 
-    x             [N, C], in the compute dtype
-    head          [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
-    loss_weights  fp32 [N]
+    x               [N, C], in the compute dtype
+    head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
+    loss_weights    fp32 [N]
     compute_losses  a TokenLosses
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
@@ -588,7 +655,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, bias, loss_weights, compute_losses):
         weight = head.to(x.dtype)                                                  # [V', C]
-        bias_or_none = None if bias is None else bias.to(x.dtype)                  # [V']
+        if bias is not None:
+            bias = bias.to(x.dtype)                                                # [V']
         want_x, want_head, want_bias, *_ = ctx.needs_input_grad
         want_gradient = any(ctx.needs_input_grad)
         dx = torch.empty_like(x) if want_x else None
@@ -599,8 +667,9 @@ class ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(x), chunk_size):
             end = min(start + chunk_size, len(x))
             # Multiples of 64 tokens, because a CPU's bf16 kernels are prepared anew for each shape.
-            x_chunk = F.pad(x[start:end], (0, 0, 0, -(end - start) % 64))          # [n, C]
-            logits = F.linear(x_chunk, weight, bias_or_none)                       # [n, V']
+            n_padding = -(end - start) % 64
+            x_chunk = F.pad(x[start:end], (0, 0, 0, n_padding))                    # [n, C]
+            logits = F.linear(x_chunk, weight, bias)                               # [n, V']
             losses[start:end] = losses_and_gradient_(
                 logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
@@ -641,7 +710,7 @@ def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece
             losses.append(piece_losses.detach())
             if want_gradient:
                 weighted_sum = (piece_losses * loss_weights[first:last]).sum()
-                gradient, = torch.autograd.grad(weighted_sum, piece_fp32)
+                [gradient] = torch.autograd.grad(weighted_sum, piece_fp32)
                 piece.copy_(gradient)
                 del weighted_sum, gradient
         del piece_fp32, piece_losses         # and their graph, before the next piece is allocated
@@ -677,7 +746,8 @@ class Transformer(nn.Module):
         self.cfg = m
         multiple = m["pad_vocab_size_multiple"]
         self.padded_vocab_size = math.ceil(m["vocab_size"] / multiple) * multiple
-        V, C = self.padded_vocab_size, m["d_model"]
+        V = self.padded_vocab_size
+        C = m["d_model"]
         self.embed = Embedding(V, C)
         self.pos = Embedding(m["max_len"], C) if m["positions"] == "learned" else None
         self.blocks = nn.ModuleList(Block(m, i) for i in range(m["n_layers"]))
@@ -686,12 +756,11 @@ class Transformer(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
 
         # both are called with two arguments: (model, batch) and (logits, targets)
-        self.embedding = configs.bind_options(
-            "model.embed", EMBEDDINGS[m["embed"]], 2, m["embed_options"])
+        embedding = EMBEDDINGS[m["embed"]]
         loss = LOSSES[m["loss"]]
+        self.embedding = configs.bind_options("model.embed", embedding, 2, m["embed_options"])
         self.loss = configs.bind_options("model.loss", loss, 2, m["loss_options"], LOSS_INPUTS)
-        self.loss_inputs = [name for name in inspect.signature(loss).parameters
-                            if name in LOSS_INPUTS]
+        self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
         # train.load_reference's frozen Transformer; in a list, because it is not a submodule
         self.references = []
         # set by shard.parallelize: the dtype of the computation, and whether to keep only a block's
@@ -704,9 +773,10 @@ class Transformer(nn.Module):
 
         loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
-        {...}       statistics of each document; "loss": its part of loss_sum
+        {...}       statistics of each document; "loss": its part of loss_sum; in evaluation of a
+                    loss that is not plain cross entropy also "nll": what that would be
         """
-        x = self._hidden(batch)                                                    # [T, C]
+        x = self.compute_hidden(batch)                                             # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -719,18 +789,23 @@ class Transformer(nn.Module):
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
-        document_losses = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)        # [D]
+        stats = {"loss": losses * loss_weights}
+        if self.computes_nll():
+            stats["nll"] = compute_losses.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]
-        document_losses.index_add_(0, documents, losses * loss_weights)
-        return loss_sum, loss_weights.abs().sum(), {"loss": document_losses}
+        for name, values in stats.items():
+            zeros = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)     # [D]
+            stats[name] = zeros.index_add_(0, documents, values)
+        return loss_sum, loss_weights.abs().sum(), stats
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
-        return self._hidden(batch)
+        return self.compute_hidden(batch)
 
-    def _hidden(self, batch, layout=None):
-        """hidden(), for calls within this class. Under FSDP2, forward(), hidden() and logits()
-        gather sharded weights (see shard.apply_fsdp), so that they must not call each other.
+    def compute_hidden(self, batch, layout=None):
+        """hidden(), for forward() and logits(). Under FSDP2, each of the three gathers the sharded
+        weights first and releases them last (see shard.apply_fsdp). If one called another, the
+        inner one would release what the outer one still needs.
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -740,15 +815,15 @@ class Transformer(nn.Module):
             layout = PackedDocuments(batch["cu_seqlens"], len(positions), batch["max_seqlen"],
                                      self.can_use_varlen())
         x = self.embedding(self, batch)                                            # [T, C]
-        if m["embedding_multiplier"] != 1.0:
-            x = x * m["embedding_multiplier"]
+        multiplier = embedding_multiplier(m)
+        if multiplier != 1.0:
+            x = x * multiplier
         if self.pos is not None:
             x = x + self.pos(positions)
-        seeds = None
-        if self.has_noise(batch) and (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]):
-            seeds = token_seeds(batch)                                             # [T]
-            if m["embd_pdrop"]:
-                x = dropout(x, m["embd_pdrop"], seeds)
+        has_dropout = m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]
+        seeds = token_seeds(batch) if has_dropout and self.has_noise(batch) else None        # [T]
+        if seeds is not None and m["embd_pdrop"]:
+            x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
         rope = rope_freqs(positions, m) if m["positions"] == "rope" else None
         for i, block in enumerate(self.blocks):
@@ -759,8 +834,11 @@ class Transformer(nn.Module):
                     block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
-        x = self.norm(x)
-        return x
+        return self.norm(x)
+
+    def computes_nll(self):
+        """Is plain cross entropy computed beside the loss, to compare runs? In evaluation only."""
+        return not self.training and not is_plain_loss(self.cfg)
 
     def has_noise(self, batch):
         """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
@@ -769,7 +847,8 @@ class Transformer(nn.Module):
     def can_use_varlen(self):
         """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head."""
         E = self.cfg["head_dim"]
-        return self.embed.weight.is_cuda and self.dtype != torch.float32 and E % 8 == 0 and E <= 256
+        can_take_width = E % 8 == 0 and E <= 256
+        return self.embed.weight.is_cuda and self.dtype != torch.float32 and can_take_width
 
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]
@@ -777,25 +856,38 @@ class Transformer(nn.Module):
     def finish_logits(self, logits):
         """What follows the head, for losses and generation: fp32 [n, V] -> fp32 [n, V]."""
         scaling = self.cfg["logits_scaling"]
-        return logits if scaling == 1.0 else logits / scaling
+        if scaling != 1.0:
+            logits = logits / scaling
+        return logits
 
     def logits(self, batch, layout=None, index=None):
         """Return logits, fp32 [T, V], or those of the tokens `index` [n]: for generation, tests."""
-        x = self._hidden(batch, layout)
-        return self.head_logits(x if index is None else x[index])
+        x = self.compute_hidden(batch, layout)
+        if index is not None:
+            x = x[index]
+        return self.head_logits(x)
 
     def head_logits(self, x):
         """Hidden states [n, C] -> logits, fp32 [n, V]."""
+        weight = self.head_weight().to(x.dtype)
         bias = None if self.head_bias is None else self.head_bias.to(x.dtype)
-        logits = F.linear(x, self.head_weight().to(x.dtype), bias)
-        return self.finish_logits(logits[:, :self.cfg["vocab_size"]].float())
+        logits = F.linear(x, weight, bias)                                         # [n, V']
+        logits = logits[:, :self.cfg["vocab_size"]]
+        return self.finish_logits(logits.float())
+
+
+def embedding_multiplier(m):
+    """model.embedding_multiplier as a number."""
+    multiplier = m["embedding_multiplier"]
+    return math.sqrt(m["d_model"]) if multiplier == "sqrt_d_model" else multiplier
 
 
 def check_choices(m):
-    """Raise UserError for a name in the model section that does not exist."""
-    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS,
-               "norm": ("rmsnorm", "layernorm"), "positions": ("rope", "learned"),
-               "qk_norm": ("none", "head", "all")}
+    """Raise UserError for a name that is in none of the dicts of functions.
+
+    The config's schema cannot know them all: an experiment may add some.
+    """
+    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS}
     hf_keys = configs.families()[m["family"]].get("keys", {})
     for key, names in choices.items():
         if m[key] not in names:
@@ -820,7 +912,8 @@ def resolve_vocab_size(m, n_tokens):
 
 def build(m, seed=0, device="cpu"):
     """Return a model with new weights. m: a complete model section."""
-    return load_weights(build_on_meta(m).to_empty(device=device), NewWeights(m, seed).read)
+    model = build_on_meta(m).to_empty(device=device)
+    return load_weights(model, NewWeights(m, seed).read)
 
 
 def build_on_meta(m):
@@ -837,16 +930,19 @@ def load_weights(model, read):
     return model
 
 
+ROWS_AT_ONCE = 1024          # of a parameter; NewWeights draws as many with one seed
+
+
 def load_parameter(name, p, read, local_shard):
-    """Copy rows of a parameter, some MB at a time.
+    """Copy rows of a parameter, a part at a time: read() may need memory for what it returns.
 
     local_shard  (a tensor of rows start ... end - 1 of p, start, end)
     """
     local, start, end = local_shard
-    rows = max(1, (1 << 20) // math.prod(p.shape[1:]))
-    for first in range(start, end, rows):
-        last = min(first + rows, end)
-        local[first - start:last - start].copy_(read(name, first, last))
+    for first in range(start - start % ROWS_AT_ONCE, end, ROWS_AT_ONCE):
+        low = max(first, start)
+        high = min(first + ROWS_AT_ONCE, end)
+        local[low - start:high - start].copy_(read(name, low, high))
 
 
 def parameter_shapes(m):
@@ -863,40 +959,34 @@ class NewWeights:
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
     are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
-    Each block of 1024 rows is drawn with a seed of its own, made from the run's seed, the
-    parameter's name and the first row. It does not depend on other parameters or on ranks.
+    Each 1024 rows are drawn with a seed of their own, made from the run's seed, the parameter's
+    name and the first row. They do not depend on other parameters or on ranks.
     """
-
-    ROWS = 1024
 
     def __init__(self, m, seed):
         self.m = m
         self.seed = seed
         self.shapes = parameter_shapes(m)
-        self.last = (None, None)     # ((name, first row), rows) of the last draw()
 
     def read(self, name, start, end):
         if len(self.shapes[name]) < 2:
-            return torch.full((end - start,), 1.0 if name.endswith("weight") else 0.0)
-        begin = start // self.ROWS * self.ROWS
-        blocks = [self.draw(name, first) for first in range(begin, end, self.ROWS)]
-        return torch.cat(blocks)[start - begin:end - begin]
+            value = 1.0 if name.endswith("weight") else 0.0
+            return torch.full((end - start,), value)
+        begin = start - start % ROWS_AT_ONCE
+        parts = [self.draw(name, first) for first in range(begin, end, ROWS_AT_ONCE)]
+        return torch.cat(parts)[start - begin:end - begin]
 
     def draw(self, name, first):
-        """The rows from `first` on, at most ROWS."""
-        key, rows = self.last        # load_parameter() may ask for parts of the same rows
-        if key == (name, first):
-            return rows
+        """The rows from `first` on, at most ROWS_AT_ONCE."""
         m = self.m
         n_rows, *rest = self.shapes[name]
         std = m["init_std"]
         if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
             std = std / math.sqrt(2 * m["n_layers"])
-        rows = torch.zeros(min(self.ROWS, n_rows - first), *rest)
+        rows = torch.zeros(min(ROWS_AT_ONCE, n_rows - first), *rest)
         n_drawn = max(0, unpadded_rows(name, n_rows, m) - first)
         generator = make_generator(self.seed, f"{name} {first}")
         rows[:n_drawn].normal_(0, std, generator=generator)
-        self.last = ((name, first), rows)
         return rows
 
 
@@ -906,7 +996,9 @@ def make_generator(seed, name):
 
 def weights_reader(m, seed):
     """The reader of the weights that training starts from: pretrained, or new ones."""
-    return PretrainedWeights(m["init_from"], m) if m["init_from"] else NewWeights(m, seed)
+    if m["init_from"]:
+        return PretrainedWeights(m["init_from"], m)
+    return NewWeights(m, seed)
 
 
 def is_block_matrix(name, p):
@@ -937,7 +1029,8 @@ def hf_slices(name, shapes, m):
     block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
     module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
     if pattern in family["weights"]:
-        return [(family["weights"][pattern].replace("{i}", block), 0, rows)]
+        tensor = family["weights"][pattern].replace("{i}", block)
+        return [(tensor, 0, rows)]
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
@@ -946,9 +1039,11 @@ def hf_slices(name, shapes, m):
         if family.get("fused_by_head"):
             assert m["n_heads"] == m["n_kv_heads"]
             E = m["head_dim"]
-            return [(tensor, (head * len(parts) + place) * E, E) for head in range(m["n_heads"])]
+            n_slices = len(parts) * m["n_heads"]
+            return [(tensor, i * E, E) for i in range(place, n_slices, len(parts))]
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
-        return [(tensor, sum(shapes[part][0] for part in before), rows)]
+        first = sum(shapes[part][0] for part in before)
+        return [(tensor, first, rows)]
     raise configs.UserError(f"model.family: {m['family']} has no name for {name} in "
                             "configs/families.yaml; model.family=native keeps our names")
 
@@ -970,9 +1065,13 @@ def hf_tensors(m):
     for name, slices in hf_layout(m).items():
         row = 0
         for tensor, first, rows in slices:
-            parts.setdefault(tensor, []).append((first, name, row, rows))
+            part = (first, name, row, rows)
+            parts.setdefault(tensor, []).append(part)
             row += rows
-    return {tensor: [part[1:] for part in sorted(parts[tensor])] for tensor in parts}
+    tensors = {}
+    for tensor in parts:
+        tensors[tensor] = [part for _first, *part in sorted(parts[tensor])]
+    return tensors
 
 
 def is_transposed(name, family):
@@ -994,10 +1093,16 @@ def load(path, m=None, device="cpu"):
     if m is None:
         m = configs.load([f"model.init_from={folder}"])[0]["model"]
     model = build_on_meta(m).to_empty(device=device)
-    return load_weights(model, PretrainedWeights(folder, m).read).eval(), m
+    load_weights(model, PretrainedWeights(folder, m).read)
+    return model.eval(), m
 
 
-STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}
 
 
 class PretrainedWeights:
@@ -1020,9 +1125,11 @@ class PretrainedWeights:
         # a smaller m["vocab_size"] is an error that check() reports
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
         layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
-        self.slices = {name: [(self.find(tensor), first, rows) for tensor, first, rows in slices]
-                       for name, slices in layout.items()}
-        self.head = self.find(self.family.get("weights", {}).get("head.weight", "head.weight"))
+        self.slices = {}
+        for name, slices in layout.items():
+            self.slices[name] = [(self.find(tensor), *rows) for tensor, *rows in slices]
+        names = self.family.get("weights", {})
+        self.head = self.find(names.get("head.weight", "head.weight"))
         [(embed, first, rows)] = self.slices["embed.weight"]
         if m["tie_embeddings"] and embed not in self.files and self.head in self.files:
             self.slices["embed.weight"] = [(self.head, first, rows)]
@@ -1058,7 +1165,8 @@ class PretrainedWeights:
         new = torch.zeros(end - start, *self.shapes[name][1:])
         n_tokens = max(self.m["vocab_size"] - start, 0)
         if n_tokens:
-            new[:n_tokens] = self.mean(self.slices[name][0][0])
+            [(tensor, _, _)] = self.slices[name]
+            new[:n_tokens] = self.mean(tensor)
         return new
 
     def mean(self, tensor):
@@ -1066,8 +1174,8 @@ class PretrainedWeights:
         if tensor not in self.means:
             stored = self.files[tensor].get_slice(tensor)
             total = 0
-            for start in range(0, self.stored_vocab_size, 8192):
-                end = min(start + 8192, self.stored_vocab_size)
+            for start in range(0, self.stored_vocab_size, ROWS_AT_ONCE):
+                end = min(start + ROWS_AT_ONCE, self.stored_vocab_size)
                 total = total + stored[start:end].double().sum(0)
             self.means[tensor] = (total / self.stored_vocab_size).float()
         return self.means[tensor]
@@ -1111,14 +1219,16 @@ class PretrainedWeights:
     def check_tied_head(self):
         """Raise UserError if the head is tied, and the files have another matrix for it."""
         [(embed, _, rows)] = self.slices["embed.weight"]
-        if not self.m["tie_embeddings"] or self.head not in self.files or self.head == embed:
+        has_both = self.head in self.files and self.head != embed
+        if not self.m["tie_embeddings"] or not has_both:
             return
         a = self.files[embed].get_slice(embed)
         b = self.files[self.head].get_slice(self.head)
         is_same = a.get_shape() == b.get_shape()
-        for start in range(0, rows, 8192):
-            end = min(start + 8192, rows)
-            is_same = is_same and torch.equal(a[start:end].float(), b[start:end].float())
+        for start in range(0, rows, ROWS_AT_ONCE):
+            if is_same:
+                end = min(start + ROWS_AT_ONCE, rows)
+                is_same = torch.equal(a[start:end].float(), b[start:end].float())
         if not is_same:
             raise configs.UserError(
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
@@ -1152,15 +1262,15 @@ def weight_files(folder):
         except (KeyError, TypeError, AttributeError) as e:
             raise configs.UserError(f"{index_file}: a damaged file: {e!r}") from None
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth"))
-        hint = "download its weights"
-        if pickles:
-            hint = (f"but {', '.join(pickles)}: pickles can run code and are not read; this "
-                    "converts one: python -c \"from transformers import AutoModelForCausalLM as M"
-                    f"; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
-        raise configs.UserError(f"{folder}: holds no *.safetensors, {hint}")
-    return files
+    if files:
+        return files
+    pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
+    hint = "download its weights"
+    if pickles:
+        hint = (f"but {', '.join(sorted(pickles))}: pickles can run code and are not read; this "
+                "converts one: python -c \"from transformers import AutoModelForCausalLM as M"
+                f"; M.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+    raise configs.UserError(f"{folder}: holds no *.safetensors, {hint}")
 
 
 def open_weights(folder):
@@ -1201,8 +1311,8 @@ def shorten(items, limit=8):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: out
 
-def save_pretrained(read, m, folder, source="", stop=(), bos=None, control_ids=None,
-                    shard_bytes=4 << 30):
+def save_pretrained(read, m, folder, source="", stop=(), bos=None,
+                    control_ids=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors.
 
     read         name -> that parameter, the whole tensor: model.get_parameter, for example. Only
@@ -1216,7 +1326,8 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None, control_ids=N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = configs.families()[m["family"]]
-    if m["embed"] == "scaled" and "embed" not in family["fixed"] and not family.get("native"):
+    can_express = family.get("native") or "embed" in family["fixed"]
+    if m["embed"] == "scaled" and not can_express:
         # The family's config.json has no key for it, so the table is stored scaled. A tied head
         # is stored apart, as it is.
         read = ScaledEmbedding(read, m).read
@@ -1285,13 +1396,19 @@ def set_token_ids(config, stop, bos, control_ids):
     for key in TOKEN_ID_KEYS:
         value = config.get(key)
         ids = value if isinstance(value, list) else [value]
-        ids = [i for i in ids if type(i) is int and (control_ids is None or i in control_ids)]
+        ids = [i for i in ids if type(i) is int]
+        if control_ids is not None:
+            ids = [i for i in ids if i in control_ids]
         if key == "eos_token_id":
             ids += [i for i in stop if i not in ids]
         if key == "bos_token_id" and bos is not None:
             ids = [bos]
-        if key in config or ids:
-            config[key] = ids if len(ids) > 1 else (ids or [None])[0]
+        if len(ids) > 1:
+            config[key] = ids
+        elif ids:
+            config[key] = ids[0]
+        elif key in config:
+            config[key] = None
 
 
 def all_stop_ids(folder, stop, control_ids):
@@ -1314,25 +1431,28 @@ def hf_config(m, source):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
-    # auto_map names files of source. The others could contradict what is written below
+    # auto_map names files of source. The others could contradict what is written below.
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor"):
         config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
+    m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
     written_if_null = [*TOKEN_ID_KEYS]
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
-        config[hf_key] = m[key]
+        config[hf_key] = configs.to_hf(m[key], places)
         # without the key, transformers would take its default, places[-1]
         if isinstance(places, list) and places[-1] is not None:
             written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
               if value is not None or key in written_if_null}
-    return config | family.get("only", {})               # {hf_key: the only supported value}
+    for hf_key, supported in family["only"].items():
+        config[hf_key] = supported[0]
+    return config
 
 
 def stored_dtype(folder):
@@ -1341,8 +1461,8 @@ def stored_dtype(folder):
         return "float32"
     count = collections.Counter(file.get_slice(tensor).get_dtype()
                                 for tensor, file in open_weights(folder).items())
-    [(name, _)] = count.most_common(1)
-    return STORED_DTYPES.get(name, "float32")
+    [(most_common, _)] = count.most_common(1)
+    return STORED_DTYPES.get(most_common, "float32")
 
 
 def split_into_files(m, dtype, shard_bytes):
@@ -1351,12 +1471,14 @@ def split_into_files(m, dtype, shard_bytes):
     files = [{}]
     size = 0
     for tensor, parts in hf_tensors(m).items():
-        numbers = sum(rows * math.prod(shapes[name][1:]) for name, _, rows in parts)
-        if files[-1] and size + numbers * dtype.itemsize > shard_bytes:
+        n_bytes = 0
+        for name, _, rows in parts:
+            n_bytes += rows * math.prod(shapes[name][1:]) * dtype.itemsize
+        if files[-1] and size + n_bytes > shard_bytes:
             files.append({})
             size = 0
         files[-1][tensor] = parts
-        size += numbers * dtype.itemsize
+        size += n_bytes
     return files
 
 
@@ -1365,11 +1487,15 @@ def collect_tensors(read, m, layout, dtype):
     family = configs.families()[m["family"]]
     tensors = {}
     for tensor_name, parts in layout.items():
-        names = dict.fromkeys(name for name, _, _ in parts)
-        params = {name: read(name).detach().to("cpu", dtype) for name in names}
-        rows = [params[name][first:first + n_rows] for name, first, n_rows in parts]
-        tensor = torch.cat(rows) if len(rows) > 1 else rows[0]
-        if is_transposed(parts[0][0], family):
+        params = {}
+        slices = []
+        for name, first, n_rows in parts:
+            if name not in params:
+                params[name] = read(name).detach().to("cpu", dtype)
+            slices.append(params[name][first:first + n_rows])
+        tensor = torch.cat(slices) if len(slices) > 1 else slices[0]
+        first_name, _, _ = parts[0]
+        if is_transposed(first_name, family):
             tensor = tensor.T
         tensors[tensor_name] = tensor.contiguous()
     return tensors
@@ -1396,10 +1522,12 @@ def pack_prompts(prompts, device="cpu"):
     """Lists of token ids -> a micro-batch without targets."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
     return {
         "tokens": tokens.to(device),
-        "positions": torch.cat([torch.arange(n) for n in lengths]).to(device),
-        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).int().to(device),
+        "positions": positions.to(device),
+        "cu_seqlens": cu_seqlens.int().to(device),
         "max_seqlen": int(lengths.max()),
     }
 
@@ -1423,15 +1551,17 @@ class KVCache:
 
     def advance(self):
         """Go to the next token. An answer that is finished and full stays at its last position."""
-        self.n_tokens = (self.n_tokens + 1).clamp(max=self.capacity - 1)
-        self.longest = min(self.longest + 1, self.capacity - 1)
+        last = self.capacity - 1
+        self.n_tokens = (self.n_tokens + 1).clamp(max=last)
+        self.longest = min(self.longest + 1, last)
 
     def store(self, layer, k, v, sequences, positions):
         """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
         if layer not in self.keys:
-            shape = (len(self.n_tokens), self.capacity, *k.shape[1:])
-            self.keys[layer] = k.new_zeros(shape)
-            self.values[layer] = v.new_zeros(shape)
+            B = len(self.n_tokens)
+            _, K, E = k.shape
+            self.keys[layer] = k.new_zeros(B, self.capacity, K, E)
+            self.values[layer] = v.new_zeros(B, self.capacity, K, E)
         self.keys[layer][sequences, positions] = k
         self.values[layer][sequences, positions] = v
 
@@ -1442,11 +1572,13 @@ class KVCache:
         t = self.longest + 1
         keys = self.keys[layer][:, :t].transpose(1, 2)
         values = self.values[layer][:, :t].transpose(1, 2)
-        distance = self.n_tokens[:, None] - torch.arange(t, device=q.device)       # [B, t]
+        positions = torch.arange(t, device=q.device)
+        distance = self.n_tokens[:, None] - positions                              # [B, t]
         mask = distance >= 0
         if layer.window:
             mask = mask & (distance < layer.window)
-        yield q[:, :, None], keys, values, mask[:, None, None], seeds
+        queries = q[:, :, None]                                                    # [B, H, 1, E]
+        yield queries, keys, values, mask[:, None, None], seeds
 
     def unpad(self, outputs):
         return outputs[0][:, 0]                                                    # [B, H, E]
@@ -1457,8 +1589,8 @@ class Prefill(PackedDocuments):
 
     def __init__(self, batch, cache):
         # use_varlen would bypass padded_groups(), which fills the cache
-        super().__init__(batch["cu_seqlens"], len(batch["tokens"]), batch["max_seqlen"],
-                         use_varlen=False)
+        n_tokens = len(batch["tokens"])
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], use_varlen=False)
         self.cache = cache
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
@@ -1469,7 +1601,8 @@ class Prefill(PackedDocuments):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_tokens=256, stop=(), temperature=0.0, top_k=0, top_p=1.0, seed=0,
+def generate(model, prompts, max_tokens=256, stop=(),
+             temperature=0.0, top_k=0, top_p=1.0, seed=0,
              keep_going=any):
     """Continue B prompts, lists of token ids. Yields [token id or None] of length B, per token.
 
@@ -1598,37 +1731,46 @@ def flops(model, lengths, n_targets):
     for p in model.blocks.parameters():
         if p.dim() == 2:
             per_token += p.numel() * (6 if p.requires_grad else 4)
-    per_target = m["vocab_size"] * m["d_model"] * (6 if model.head_weight().requires_grad else 4)
+    head_factor = 6 if model.head_weight().requires_grad else 4
+    per_target = head_factor * m["vocab_size"] * m["d_model"]
+    lengths = [int(length) for length in lengths]
     pairs = 0                                            # a query and a key that it sees
-    for length in map(int, lengths):
-        outside_window = length - m["sliding_window"] if m["sliding_window"] else 0
-        pairs += (length ** 2 - max(0, outside_window) ** 2) / 2
-    per_pair = 12 * m["n_layers"] * m["n_heads"] * m["head_dim"]
-    return per_token * int(sum(lengths)) + per_target * int(n_targets) + int(per_pair * pairs)
+    for window, n_blocks in collections.Counter(sliding_windows(m)).items():
+        for length in lengths:
+            outside_window = max(0, length - window) if window else 0
+            pairs += n_blocks * (length ** 2 - outside_window ** 2) / 2
+    per_pair = 12 * m["n_heads"] * m["head_dim"]
+    return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
-SUMMARY_PARTS = {"embedding": r"embed|pos\.", "attention": r"attn\..*_proj", "mlp": "mlp",
-                 "norms": "norm", "head": r"head"}
+SUMMARY_PARTS = {            # and the pattern of their parameters' names
+    "embedding": r"embed|pos\.",
+    "attention": r"attn\..*_proj",
+    "mlp": "mlp",
+    "norms": "norm",
+    "head": "head",
+}
 
 
 def summary(model):
     """A table of the model's parameters, with FLOPs and bytes, as text."""
     m = model.cfg
-    params = [(name, list(p.shape), p.numel()) for name, p in model.named_parameters()]
-    total = sum(n for _, _, n in params)
+    params = dict(model.named_parameters())
+    total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
              f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
-    for name, shape, n in params:
+    for name, p in params.items():
         in_block = name.startswith("blocks.")
         if not in_block or name.startswith("blocks.0."):
             times = f"  x {m['n_layers']}" if in_block else ""
             name = name.replace("blocks.0", "blocks.*")
-            lines.append(f"  {name:<28} {'x'.join(map(str, shape)):>14} {n:>14,}{times}")
+            shape = "x".join(map(str, p.shape))
+            lines.append(f"  {name:<28} {shape:>14} {p.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
-        n = sum(n for name, _, n in params if re.search(pattern, name))
+        n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))
         if n:
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
@@ -1653,8 +1795,9 @@ class CPURMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):                                              # x [..., C]
         x_fp32 = x.float()
+        C = x.shape[-1]
         norm = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)              # [..., 1]
-        inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse_rms = norm.square_().div_(C).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x_fp32 * inverse_rms).mul_(weight).to(x.dtype)
 
@@ -1666,10 +1809,13 @@ class CPURMSNorm(torch.autograd.Function):
         grad_times_normalized = grad * normalized
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = grad_times_normalized.flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = grad_times_normalized.flatten(0, -2).sum(0)
+            grad_weight = grad_weight.to(weight.dtype)
         # n = x * inverse_rms, g = grad * weight:  grad_x = inverse_rms * (g - n * mean(g * n))
-        minus_mean = (grad_times_normalized @ weight.float()).div_(-x.shape[-1]).unsqueeze(-1)
-        grad_x = normalized.mul_(minus_mean).addcmul_(grad, weight.float()).mul_(inverse_rms)
+        weight = weight.float()
+        minus_mean = (grad_times_normalized @ weight).div_(-x.shape[-1])
+        grad_x = normalized.mul_(minus_mean[..., None])
+        grad_x = grad_x.addcmul_(grad, weight).mul_(inverse_rms)
         return grad_x.to(x.dtype), grad_weight, None
 
 

@@ -861,6 +861,9 @@ class StepSize:
         self.is_lora = lora_cfg["r"] > 0
         # null counts as false: choose_recompute asks what a step without it needs
         self.recompute = cfg["shard"]["recompute"]
+        # of a block
+        self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        self.keeps_probabilities = block.attn.needs_probabilities(training=True)
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
@@ -957,7 +960,7 @@ def block_activation_bytes(s):
     C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    norms = s.element * (2 if m["shared_norm"] else 4) * C
+    norms = s.element * 2 * s.norms * C
     if m["qk_norm"] != "none":
         norms += s.element * (H + K) * E
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
@@ -969,7 +972,7 @@ def block_activation_bytes(s):
         attention += s.element * H * E
     # Dropout: a mask of one byte per number; in attention also the probabilities.
     dropout = 2 * C if m["resid_pdrop"] else 0
-    if m["attn_pdrop"]:
+    if s.keeps_probabilities:
         # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
         dropout += H * length * (1 + 4 + attention_element)
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.

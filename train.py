@@ -530,7 +530,8 @@ def evaluate(run):
     run.logger.print(f"evaluating {n_documents:,} documents{answers_of if n_answers else ''}")
     run.model.eval()
     for label, dataset in run.validation_sets.items():
-        record[f"val/{label}/loss"] = validation_loss(run, dataset)
+        for name, value in validation_losses(run, dataset).items():
+            record[f"val/{label}/{name}"] = value
         if run.prompts[label]:
             answers = generate_answers(run, run.prompts[label])
             for name, metric in METRICS.items():
@@ -547,14 +548,17 @@ def evaluate(run):
     mark_best(run)
 
 
-def validation_loss(run, dataset):
-    """sum(loss_weight * nll) / sum(|loss_weight|) over all documents, as in training.
+def validation_losses(run, dataset):
+    """{"loss": sum(loss_weight * loss) / sum(|loss_weight|) over all documents, as in training}
 
-    Over fewer documents if a signal sets run.stop_signal.
+    With a loss of one's own also the same of plain cross entropy, as "nll". Over fewer documents
+    if a signal sets run.stop_signal.
     """
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
-    loss_sum = 0.0
+    sums = {"loss": 0.0}
     weight_sum = 0.0
+    if run.model.computes_nll():
+        sums["nll"] = 0.0
     for start in range(0, len(dataset), PACK_TOGETHER):
         indices = np.arange(start, min(start + PACK_TOGETHER, len(dataset)))
         micro_batches, _ = sampler.load_micro_batches(
@@ -562,15 +566,16 @@ def validation_loss(run, dataset):
         weight_sum += sampler.sum_loss_weights(micro_batches)
         for micro_batch in micro_batches:
             batch = to_device(pin_tensors(micro_batch, run.device), run.device)
-            micro_loss_sum, _weight_sum, _stats = run.model(batch)
-            loss_sum += micro_loss_sum.double()
+            _loss_sum, _weight_sum, stats = run.model(batch)
+            for name in sums:
+                sums[name] += stats[name].double().sum()
             poll_signals(run)
             if run.stop_signal:
                 break
         if run.stop_signal:
             break
-    total_loss, total_weight = shard.all_reduce_sum([float(loss_sum), weight_sum])
-    return total_loss / total_weight
+    *totals, total_weight = shard.all_reduce_sum([*map(float, sums.values()), weight_sum])
+    return {name: total / total_weight for name, total in zip(sums, totals)}
 
 
 def generate_answers(run, prompts):
@@ -798,6 +803,8 @@ def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
         prompts[label] = transformer.build_eval_prompts(
             validation_set, stop_ids, cfg["eval_prompts"], model_cfg["max_len"])
         metric_names[label] = list(METRICS) if prompts[label] else []
+        if not transformer.is_plain_loss(model_cfg):
+            metric_names[label].append("nll")
     log.check_best(cfg, list(validation_sets), metric_names)
     return prompts
 

@@ -36,8 +36,8 @@ import yaml
 
 from configs import hf_config
 # for other scripts: configs.read_model(), ...
-from configs.hf_config import (LICENSES, families, hf_names, read_json,
-                               read_model, resolve_model_dir, resolve_pretrained, rope_kind)
+from configs.hf_config import (LICENSES, families, hf_names, read_json, read_model,
+                               resolve_model_dir, resolve_pretrained, rope_kind, to_hf)
 
 if sys.platform == "win32":                        # no fork, no file locks, no links
     sys.exit("error: Windows is not supported; WSL2 runs this as Linux does")
@@ -688,10 +688,12 @@ def derive(cfg, layers_by_key):
               "model.n_kv_heads": model_cfg["n_heads"],
               "model.head_dim": head_dim,
               "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
-    # rope_layers and attention_multiplier stay null in families whose config.json lacks them
+    # stay null in families whose config.json lacks them
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
         values["model.rope_layers"] = [1] * model_cfg["n_layers"]
+    if "layer_types" in family_keys:
+        values["model.layer_types"] = family_keys["layer_types"][-1]["default"]
     if "attention_multiplier" in family_keys:
         # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
@@ -733,6 +735,8 @@ def conditional_options(cfg):
     for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
+    yield ("model.layer_types", "model.sliding_window", cfg["model"]["sliding_window"],
+           "without model.sliding_window")
     for key in ("init_std", "init_by_depth"):
         yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
                "with model.init_from, which has the weights")

@@ -26,8 +26,8 @@ ROPE_SCALINGS = {
 }
 
 # Keys of config.json with which transformers computes something else, unless they are missing or
-# have this value
-INERT_KEYS = {"is_causal": True, "per_layer_config": None, "text_config": None}
+# have one of these values
+INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
 
 # Files of a pretrained model that its descendants must keep
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -48,6 +48,9 @@ def families():
         for key in ("keys", "fixed", "weights"):
             items = base.get(key, {}) | family.get(key, {})
             table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
+        table[name]["only"] = {}
+        for key, values in family.get("only", {}).items():
+            table[name]["only"][key] = values if isinstance(values, list) else [values]
     return table
 
 
@@ -171,9 +174,9 @@ def translate(hf_config, path):
         raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
                                 "supported; use the model that they were made from")
     hf_config = standardize(hf_config, family, path)
-    for key, value in (INERT_KEYS | family.get("only", {})).items():
-        if hf_config.get(key, value) != value:
-            raise unsupported(path, key, value, hf_config)
+    for key, values in (INERT_KEYS | family["only"]).items():
+        if hf_config.get(key, values[0]) not in values:
+            raise unsupported(path, key, values[0], hf_config)
     model_cfg = {"family": name} | family["fixed"]
     for key, places in family["keys"].items():
         model_cfg[key] = read_key(hf_config, key, places, path)
@@ -207,6 +210,8 @@ def standardize(hf_config, family, path):
     hf_config["rope_parameters"] = rope
 
     types = hf_config.get("layer_types") or []
+    if "layer_types" in family["keys"]:
+        types = []                                 # they need no translation
     n_types = len(types) if isinstance(types, list) else -1
     one_window = "sliding_window" in family["keys"] and types == ["sliding_attention"] * n_types
     if types and types == ["full_attention"] * n_types:
@@ -234,7 +239,24 @@ def read_key(hf_config, key, places, path):
     if not configs.fits(value, constraint):
         raise configs.UserError(f"{path}: {hf_key} must be {constraint}; got "
                                 f"{configs.show(value)}")
-    return value
+    power = power_of(places)
+    return value if power == 1 or not value else value ** power
+
+
+def to_hf(value, places):
+    """The inverse of read_key(): a value of our key, as config.json has it."""
+    power = power_of(places)
+    if power == 1 or not value:
+        return value
+    original = value ** (1 / power)
+    nearest = round(original)
+    return nearest if math.isclose(original, nearest) else original
+
+
+def power_of(places):
+    """The `power` of an entry of `keys` in families.yaml: {default: 256, power: -0.5}"""
+    last = places[-1] if isinstance(places, list) else None
+    return last.get("power", 1) if isinstance(last, dict) else 1
 
 
 def hf_names(places):
@@ -256,7 +278,7 @@ def find_in_hf_config(hf_config, places):
     default = places[-1] if isinstance(places, list) else places
     if isinstance(default, str):
         return configs.MISSING
-    return default["default"] if isinstance(default, dict) else default
+    return default.get("default", configs.MISSING) if isinstance(default, dict) else default
 
 
 def rope_kind(scaling):
@@ -327,7 +349,9 @@ def check_export(model_cfg, defaults):
                    "config.json has no other value (configs/families.yaml); model.family=native "
                    "exports any model, checkpoint.export=false none")
             continue
-        hf_key = hf_names(family["keys"][key])[-1]
+        places = family["keys"][key]
+        hf_key = hf_names(places)[-1]
+        value = to_hf(value, places)
         shared = hf_values.setdefault(hf_key, value)
         yield (value == shared, f"model.{key}",
                f"{configs.show(shared)}: a {name} model has one {hf_key} for both")

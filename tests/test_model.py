@@ -492,6 +492,15 @@ def test_a_forward_pass_without_gradients_takes_none_in_the_head_either():
     assert 2 * 5000 * 48 * 128 <= count.get_total_flops() < 1.5 * 2 * 5000 * 48 * 128
 
 
+def test_another_loss_is_evaluated_with_plain_nll_beside_it():
+    """In evaluation alone: training computes what it needs."""
+    model, plain, batch = noisy(M.build(M_TINY | {"loss": "dft"})), noisy(M.build(M_TINY)), row(documents(101, 12, 9))
+    batch["loss_weights"][::2] = 0.5
+    assert model(batch)[2].keys() == {"loss"}
+    assert close(model.eval()(batch)[2]["nll"], plain.eval()(batch)[2]["loss"], 1e-6)
+    assert plain(batch)[2].keys() == {"loss"}
+
+
 def test_losses_are_their_formulas():
     logits, targets = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))
     logs = logits.log_softmax(-1)
@@ -936,6 +945,38 @@ def test_scaled_embeddings_of_a_family_are_not_stored_scaled(tmp_path, monkeypat
     M.save_pretrained(ours.get_parameter, ours.cfg, tmp_path)
     again, m = M.load(tmp_path)
     assert m["embed"] == "scaled" and m["tie_embeddings"] and torch.equal(again.embed.weight, ours.embed.weight)
+
+
+def test_a_family_converts_values_and_has_a_window_in_some_blocks(tmp_path, monkeypatch):
+    """Powers, a pattern of layer_types, several values that mean the same: in, and out again."""
+    families = configs.families()
+    keys = {"attention_multiplier": ["query_pre_attn_scalar", {"default": 256, "power": -0.5}],
+            "sliding_window": ["sliding_window", 8],
+            "layer_types": ["layer_types", {"default": ["sliding_attention", "full_attention"]}]}
+    family = families["llama"] | {"keys": families["llama"]["keys"] | keys, "only": {"use_bidirectional": [None, False]}}
+    family["fixed"] = family["fixed"] | {"embedding_multiplier": "sqrt_d_model"}
+    monkeypatch.setitem(families, "llama", family)
+    m = configs.load(["model.n_layers=3", "model.d_model=48", "model.head_dim=144", "model.sliding_window=7",
+                      "model.embedding_multiplier=sqrt_d_model", "model.vocab_size=101", "model.embed=neftune",
+                      "model.embed_options={alpha: 1.0}"])[0]["model"]
+    ours = noisy(M.build(m))
+    assert [block.attn.window for block in ours.blocks] == [7, None, 7] == M.sliding_windows(m)
+    assert ours.blocks[0].attn.scale == 1 / 12
+    same = noisy(M.build(m | {"layer_types": None, "sliding_window": None, "embedding_multiplier": math.sqrt(48)}))
+    same.blocks[0].attn.window = same.blocks[2].attn.window = 7
+    batch = row(documents(101, 30, 5))
+    assert torch.equal(ours.logits(batch), same.logits(batch))
+    M.save_pretrained(ours.get_parameter, m, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["query_pre_attn_scalar"] == 144 and type(config["query_pre_attn_scalar"]) is int
+    assert config["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert "embedding_multiplier" not in config and config["use_bidirectional"] is None
+    for change in ({}, {"use_bidirectional": False, "layer_types": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        assert torch.equal(M.load(tmp_path)[0].logits(batch), ours.logits(batch))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional": True}))
+    with pytest.raises(configs.UserError, match="use_bidirectional must be null"):
+        M.load(tmp_path)
 
 
 def test_negative_loss_weights_count_with_their_absolute_value():

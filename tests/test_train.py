@@ -376,6 +376,14 @@ def test_evaluate_says_what_it_does(tiny, capsys):
     assert lines[first + 1].startswith("step 0/1  validation: ")
 
 
+def test_evaluate_logs_plain_nll_beside_another_loss(tiny):
+    """Runs with different losses compare by it, and `best` may name it."""
+    loaded = tiny("max_steps=1", "model.loss=dft", "eval_prompts=0", "best=val/chats/nll")
+    run(loaded)
+    loss, nll = records(loaded[0], "val/chats/loss", "val/chats/nll")[0]
+    assert 5 < nll < 6 and 0 < loss < 0.1                            # p = 1/259: log(259), and a 259th of it
+
+
 def test_setup_refuses_a_folder_in_use(tiny):
     """The same command started twice at once; a killed process leaves no lock."""
     loaded = tiny("eval_every=0", "max_steps=1")

@@ -94,7 +94,7 @@ class Norm(nn.Module):
         weight = self.weight.to(x.dtype)
         if self.bias is not None:
             return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
-        if not x.is_cuda:
+        if not x.is_cuda and not torch.compiler.is_compiling():
             return CPURMSNorm.apply(x, weight, self.eps)    # the same, see "faster on a CPU"
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -225,9 +225,10 @@ def attention(layer, q, k, v, layout, seeds=None):
         # d documents of t tokens: q [d, H, t, E], k and v [d, K, t', E], seeds [d, t]. mask is True
         # where a query sees a key and broadcasts to [d, 1, t, t']; None: causal
         q, k, v, mask, seeds = group
-        if step_by_step:
+        if step_by_step or q.is_cuda:    # no CUDA kernel has grouped heads with fp32 or a mask
             k = k.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
             v = v.repeat_interleave(layer.n_heads // layer.n_kv_heads, 1)          # [d, H, t', E]
+        if step_by_step:
             scores = (q @ k.transpose(-1, -2)).float() * layer.scale               # [d, H, t, t']
             probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
             probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
@@ -236,7 +237,7 @@ def attention(layer, q, k, v, layout, seeds=None):
             is_causal = mask is None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=is_causal, scale=layer.scale,
-                enable_gqa=layer.n_heads != layer.n_kv_heads)
+                enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(y.transpose(1, 2).to(dtype))                                # [d, t, H, E]
     return layout.unpad(outputs)
 
@@ -341,6 +342,8 @@ def varlen_parameters():
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
+    if not len(q):                               # the kernel's backward pass refuses no tokens
+        return q + k.sum() + v.sum()
     cu_seqlens = documents.cu_seqlens
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
@@ -546,7 +549,6 @@ class TokenLosses:
         self.model = model
         self.batch = batch
         self.token_index = token_index
-        self.targets = batch["targets"][token_index]                               # [N]
         self.vocab_size = model.cfg["vocab_size"]
         if "reference_logits" in model.loss_inputs:
             [self.reference] = model.references
@@ -569,7 +571,7 @@ class TokenLosses:
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         logits = self.model.finish_logits(logits)
-        return self.model.loss(logits, self.targets[start:end], **inputs)
+        return self.model.loss(logits, self.batch["targets"][index], **inputs)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -694,10 +696,10 @@ class Transformer(nn.Module):
                             if name in LOSS_INPUTS]
         # train.load_reference's frozen Transformer; in a list, because it is not a submodule
         self.references = []
-        # set by shard.parallelize: the dtype of the computation, and whether to keep only a block's
-        # input for the backward pass
+        # set by shard.parallelize: the dtype of the computation, and for how many blocks, from the
+        # first, only the input is kept for the backward pass
         self.dtype = torch.float32
-        self.recompute = False
+        self.recompute = 0
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -754,7 +756,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
             args = (x, rope, layout, block_seeds)
-            if self.recompute and torch.is_grad_enabled():
+            if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, *args, use_reentrant=False, preserve_rng_state=False)
             else:

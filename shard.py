@@ -697,8 +697,10 @@ def warm_up(model, cfg):
     n_tokens = cfg["micro_tokens"]
     length = min(cfg["data"]["seq_len"], n_tokens)
     batch = transformer.pack_prompts([[0] * length] * (n_tokens // length), device)
+    n_tokens = len(batch["tokens"])
     batch["targets"] = batch["tokens"]
-    batch["loss_weights"] = torch.ones(len(batch["tokens"]), device=device)
+    batch["target_index"] = torch.arange(n_tokens, device=device)
+    batch["loss_weights"] = torch.ones(n_tokens, device=device)
     batch["doc_ids"] = torch.arange(n_tokens // length, device=device)
     model.train()
     loss_sum, _, _ = model(batch | {"noise_seed": 0})

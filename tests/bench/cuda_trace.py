@@ -120,7 +120,7 @@ def waits():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             places.append(f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}")
 
 

@@ -199,7 +199,7 @@ def waits(cfg, model, optimizer):
             step(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     return {"waits": [place for place in places if not place.startswith("gpu.py")]}
 
 

@@ -1699,7 +1699,7 @@ def main(argv):
     if not question:
         print_summary(folder)
         return
-    model, _ = load(folder)
+    model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenize_data.huggingface_tokenizer(folder)
     prompt, stop = encode_question(tokenizer, question)
     if not tokenizer.template:                           # the model continues the text

@@ -1022,6 +1022,8 @@ def block_activation_bytes(s):
     # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
     in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
     attention_element = 4 if in_fp32 else s.element
+    if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
+        K = H
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E

@@ -68,7 +68,7 @@ MEMORY = [    # (model, keys, tokens of a micro-batch)
     ("0.5B", [*gpu.LORA, "shard.recompute=false"], 8192), ("0.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
     ("0.5B", ["shard.recompute=false", "dtype=float32"], 8192),
     ("1.5B", ["shard.recompute=false"], 8192), ("1.5B", ["shard.recompute=true"], 32768),
-    ("1.5B", ["shard.recompute=8"], 32768), ("1.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
+    ("1.5B", ["shard.recompute=16"], 32768), ("1.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
     ("8B", ["shard.recompute=true"], 8192), ("8B", [*gpu.LORA, "shard.recompute=true"], 32768)]
 
 

@@ -576,7 +576,8 @@ def describe_device(run):
     dtype = str(run.model.dtype).removeprefix("torch.")
     text += f", computing in {dtype}, trained weights in float32"
     if run.model.recompute:
-        text += ", blocks recomputed in the backward pass"
+        blocks = plural(run.model.recompute, "block", "blocks")
+        text += f", {blocks} recomputed in the backward pass"
     return text
 
 

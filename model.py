@@ -102,7 +102,7 @@ class Norm(nn.Module):
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        if not x.is_cuda:
+        if not x.is_cuda and not torch.compiler.is_compiling():
             return CPURMSNorm.apply(x, weight, self.eps)    # the same, see "faster on a CPU"
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -271,16 +271,18 @@ def padded_attention(layer, q, k, v, mask, seeds):
     q      [d, H, t, E];  k, v  [d, K, t', E];  seeds  [d, t]
     mask   True where a query sees a key; broadcasts to [d, 1, t, t']. None: causal
     """
-    if not layer.needs_probabilities(training=seeds is not None):
+    uses_kernel = not layer.needs_probabilities(training=seeds is not None)
+    if q.is_cuda or not uses_kernel:     # no CUDA kernel has grouped heads with fp32 or a mask
+        group_size = layer.n_heads // layer.n_kv_heads
+        k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
+        v = v.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
+    if uses_kernel:
         return F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
             is_causal=mask is None,
             scale=layer.scale,
-            enable_gqa=layer.n_heads > layer.n_kv_heads)
-    group_size = layer.n_heads // layer.n_kv_heads
-    k = k.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
-    v = v.repeat_interleave(group_size, 1)                                         # [d, H, t', E]
+            enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
@@ -388,6 +390,8 @@ def varlen_parameters():
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
+    if not len(q):                               # the kernel's backward pass refuses no tokens
+        return q + k.sum() + v.sum()
     cu_seqlens = documents.cu_seqlens
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
     cu_seqlens = torch.cat([cu_seqlens, end])            # padding is one more document, maybe empty
@@ -611,7 +615,6 @@ class TokenLosses:
         self.model = model
         self.batch = batch
         self.token_index = token_index
-        self.targets = batch["targets"][token_index]                               # [N]
         self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
         self.reference = None
@@ -633,7 +636,7 @@ class TokenLosses:
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
         logits = self.model.finish_logits(logits)
-        targets = self.targets[start:end]
+        targets = self.batch["targets"][self.token_index[start:end]]
         if self.model.computes_nll():
             self.nll[start:end] = cross_entropy(logits, targets)
         return self.model.loss(logits, targets, **inputs)
@@ -763,10 +766,10 @@ class Transformer(nn.Module):
         self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
         # train.load_reference's frozen Transformer; in a list, because it is not a submodule
         self.references = []
-        # set by shard.parallelize: the dtype of the computation, and whether to keep only a block's
-        # input for the backward pass
+        # set by shard.parallelize: the dtype of the computation, and for how many blocks, from the
+        # first, only the input is kept for the backward pass
         self.dtype = torch.float32
-        self.recompute = False
+        self.recompute = 0
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -829,7 +832,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
             args = (x, rope, layout, block_seeds)
-            if self.recompute and torch.is_grad_enabled():
+            if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -1852,7 +1855,7 @@ def main(argv):
     if not question:
         print_summary(folder)
         return
-    model, _ = load(folder)
+    model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenize_data.huggingface_tokenizer(folder)
     prompt, stop = encode_question(tokenizer, question)
     stop = all_stop_ids(folder, stop, tokenizer.control_ids)

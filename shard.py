@@ -640,11 +640,18 @@ def cast_frozen_weights(model, dtype):
 
 
 def choose_recompute(model_cfg, cfg, device):
-    """shard.recompute; if null, recompute only if the predicted memory exceeds the budget."""
-    if cfg["shard"]["recompute"] is not None:
-        return cfg["shard"]["recompute"]
-    _, held = peak_phase(predict_memory(model_cfg, cfg, world_size()))
-    return sum(held.values()) > memory_budget(device)
+    """The number of blocks to recompute: shard.recompute, or as few as make a step fit."""
+    n_blocks = model_cfg["n_layers"]
+    recompute = cfg["shard"]["recompute"]
+    if recompute is not None:
+        return n_blocks if recompute is True else min(int(recompute), n_blocks)
+    budget = memory_budget(device)
+    for recompute in range(n_blocks):
+        shard_cfg = cfg["shard"] | {"recompute": recompute}
+        phases = predict_memory(model_cfg, cfg | {"shard": shard_cfg}, world_size())
+        if sum(peak_phase(phases)[1].values()) <= budget:
+            return recompute
+    return n_blocks
 
 
 def memory_budget(device):
@@ -664,10 +671,44 @@ def should_compile(cfg, device):
 
 
 def compile_blocks(model):
-    """Compile what comes before and after attention. Equal blocks share the compiled code."""
+    """Compile what comes before and after attention, and on a GPU the loss.
+
+    Equal blocks share the compiled code. dynamic=True: it serves all lengths of micro-batches.
+    """
+    # graphs per function. Blocks with and without rope have graphs of their own, each with and
+    # without a backward pass, and for 0, 1 and more tokens
+    torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
-        block.pre_attention = torch.compile(block.pre_attention)
-        block.post_attention = torch.compile(block.post_attention)
+        block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
+        block.post_attention = torch.compile(block.post_attention, dynamic=True)
+    if model.embed.weight.is_cuda:
+        model.loss = torch.compile(model.loss, dynamic=True)
+
+
+def warm_up(model, cfg):
+    """If the model is compiled: forward and backward of a full micro-batch, which is discarded.
+
+    The compiler divides sums over tokens by the length that it sees first. With the same first
+    length in every process, a resumed run computes bitwise what an uninterrupted one does.
+    """
+    device = model.embed.weight.device
+    if not should_compile(cfg, device):
+        return
+    n_tokens = cfg["micro_tokens"]
+    length = min(cfg["data"]["seq_len"], n_tokens)
+    batch = transformer.pack_prompts([[0] * length] * (n_tokens // length), device)
+    n_tokens = len(batch["tokens"])
+    batch["targets"] = batch["tokens"]
+    batch["target_index"] = torch.arange(n_tokens, device=device)
+    batch["loss_weights"] = torch.ones(n_tokens, device=device)
+    batch["doc_ids"] = torch.arange(n_tokens // length, device=device)
+    model.train()
+    loss_sum, _, _ = model(batch | {"noise_seed": 0})
+    loss_sum.backward()
+    model.zero_grad()
+    with torch.no_grad():                                # validation
+        model.eval()(batch)
+    model.train()
 
 
 def mesh_sizes(cfg, world_size):
@@ -859,11 +900,13 @@ class StepSize:
         self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
         self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
         self.is_lora = lora_cfg["r"] > 0
-        # null counts as false: choose_recompute asks what a step without it needs
-        self.recompute = cfg["shard"]["recompute"]
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
+        # in how many blocks activations are recomputed; null counts as none
+        recompute = cfg["shard"]["recompute"] or 0
+        self.n_blocks = model_cfg["n_layers"]
+        self.recompute = self.n_blocks if recompute is True else min(recompute, self.n_blocks)
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
@@ -894,6 +937,7 @@ def predict_memory(model_cfg, cfg, world_size=1):
     gradients = 4 * s.trained
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
     accumulated = gradients if s.micro_batches > 1 else 0
+    all_gradients = gradients if s.micro_batches > 1 else gradients // s.shards
     head_gradient = 0 if s.is_lora else 4 * s.head
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
@@ -907,8 +951,13 @@ def predict_memory(model_cfg, cfg, world_size=1):
         # in the last micro-batch, after the forward pass, which keeps the activations of all blocks
         "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
         # the backward pass of the last block, the first to run: all other activations are kept
-        "in the backward pass": in_use | {"gradients": in_backward,
-                                          "block backward": block_backward_bytes(s)},
+        "in the last block's backward pass": in_use | {
+            "gradients": in_backward, "block backward": block_backward_bytes(s, last=True)},
+        # that of the first block, the last to run: nearly all gradients exist
+        "in the first block's backward pass": state | {
+            "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
+            "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
+            "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients // s.shards}}
     if s.is_replicated:    # see all_reduce_gradients
         phases["at the all-reduce"] = state | {"gradients": 2 * gradients}
@@ -930,28 +979,37 @@ def optimizer_bytes(s):
     return 4 * numbers
 
 
-def gathered_or_cast_bytes(s):
-    """Weights besides the stored ones: gathered by FSDP, or cast to bf16 and kept for backward."""
-    blocks = s.model_cfg["n_layers"]
+def gathered_or_cast_bytes(s, blocks=None):
+    """Weights besides the stored ones: gathered by FSDP, or cast to bf16 and kept for backward.
+
+    blocks  how many, from the first; None: all
+    """
+    blocks = blocks or s.n_blocks
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         outside = s.outside * (s.element if s.is_lora else 4)
         return outside + blocks * s.block * s.element
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
-    if s.element == 4 or s.is_lora or s.recompute:
+    if s.element == 4 or s.is_lora:
         return 0
-    return blocks * s.block * s.element
+    return max(0, blocks - s.recompute) * s.block * s.element
 
 
-def activation_bytes(s):
-    """What the forward pass keeps for the backward pass: in all blocks, before and after them."""
+def activation_bytes(s, blocks=None):
+    """What the forward pass keeps for the backward pass: in all blocks, before and after them.
+
+    blocks  how many, from the first; None: all
+    """
     C = s.model_cfg["d_model"]
-    per_block = s.element * C if s.recompute else block_activation_bytes(s)
+    blocks = blocks or s.n_blocks
+    n_recomputed = min(s.recompute, blocks)
+    in_blocks = n_recomputed * s.element * C
+    in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
     embedding = 8 * C                     # in fp32, and its gradient in the backward pass
     last_norm = 2 * s.element * C         # input and output
     outside = embedding + last_norm
-    return s.tokens * (s.model_cfg["n_layers"] * per_block + outside)
+    return s.tokens * (in_blocks + outside)
 
 
 def block_activation_bytes(s):
@@ -967,6 +1025,8 @@ def block_activation_bytes(s):
     # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
     in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
     attention_element = 4 if in_fp32 else s.element
+    if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
+        K = H
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
@@ -998,11 +1058,12 @@ def loss_bytes(s):
     return logits + input_gradient + 4 * s.head + bf16_head
 
 
-def block_backward_bytes(s):
-    """What the backward pass of one block needs besides the activations that were kept."""
+def block_backward_bytes(s, last):
+    """What the backward pass of the last or first block needs besides the kept activations."""
+    is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
     mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
     is_gated = s.model_cfg["glu"]
-    if not s.recompute:
+    if not is_recomputed:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
         total = mlp_gradient * (3 if is_gated else 2)
     else:
@@ -1045,8 +1106,8 @@ def main(argv):
         print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / 2**20:>12,.1f} MiB")
     if cfg["shard"]["recompute"] is None:
-        print("if this is more than 90% of a device's memory, the run recomputes activations; "
-              "shard.recompute=true predicts its peak")
+        print("if this is more than 90% of a device's memory, the run recomputes activations of as "
+              "many blocks as needed; shard.recompute=true predicts the peak with all of them")
 
 
 if __name__ == "__main__":

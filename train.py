@@ -752,6 +752,7 @@ def setup(cfg, explicit):
     if "reference_logits" in model.loss_inputs:
         # in a list: as an attribute, it would be a submodule, trained and saved with the model
         model.references.append(load_reference(cfg, model_cfg))
+    shard.warm_up(model, cfg)
     optimizer = make_optimizer(model, cfg)
     train_sampler = sampler.make_sampler(cfg, dataset)
 

@@ -1,25 +1,50 @@
-"""One CUDA device, one call of under eight minutes: is it right, how fast is it, where does the time go.
+"""Our trainer on one GPU, in one call of under eight minutes: is it right, and how fast is it?
 
-    python tests/bench/gpu.py              --quick: two minutes, the two small models, ours only
+    python tests/bench/gpu.py
+    python tests/bench/gpu.py parts=right,resume        some of the parts
+    python tests/bench/gpu.py models=0.5B,1.5B seconds=200
 
-Right: logits, loss and gradients of packed rows in bf16 and fp32 on the device against fp32 on the CPU; a step repeated
-with deterministic kernels (the default) is bitwise the same; a step makes the device wait once. Fast: tokens a second
-(device events, median of the steps behind the first ones), model FLOPs utilization, most memory and the kernels that
-took longest, for the shapes of Qwen2.5-0.5B and 1.5B and Llama-3.1-8B with random weights; full fine-tuning and LoRA of
-rank 16 on all linear layers; packed chats (lognormal, median 300, at most 4,096) and windows of 4,096; against
-transformers (+ peft) with sdpa on the same device: "any order" is ours with shard.deterministic=false; theirs are chats
-padded to the longest of 16, bf16 by autocast, fused AdamW, no recompute where it fits. Prints a table and one line of
-JSON. Without CUDA it goes through the same lines with a tiny model, so that they are known to run.
+right    logits, loss and gradients in bf16 and fp32 against fp32 on the CPU, for full fine-tuning, LoRA, recompute,
+         a window, fp32 with grouped heads, and a micro-batch without documents; how often a step waits for the device
+resume   train.py, killed by SIGKILL and resumed with other lengths first, equals an uninterrupted run bitwise
+fast     tokens per second, model FLOPs utilization, measured and predicted memory: the shapes of Qwen2.5-0.5B and 1.5B
+         and Llama-3.1-8B with random weights; full fine-tuning and LoRA of rank 16 on all linear layers; packed chats
+         (lengths lognormal, median 300, at most 4,096) and windows of 4,096. 8B only with LoRA: its full states take
+         16 bytes per parameter
+kernels  the kernels that took longest in a step of 0.5B
+bound    the matrix products of the same step, and nothing else: what a perfect trainer would reach
+peers    transformers and peft on the same data: as shipped (padded, sdpa), and packed (flex_attention)
+
+Times are medians of CUDA events. Rows have 32,768 tokens and four different lengths in turn, so that graphs for dynamic
+shapes are timed, as in a run. A part that fails prints its traceback, and the next one starts. Every result is printed
+at once, as a line for people and as one of JSON, and no part starts after `seconds`. Without CUDA, everything runs with
+a tiny model, so that the lines are known to run.
 """
-import argparse, gc, json, statistics, sys, time, traceback
+import gc
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-import configs, log, model as M, shard, train
+import configs
+import log
+import model as transformer
+import shard
+import train
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -29,11 +54,12 @@ MODELS = {
     "0.5B": [*QWEN2, "model.d_model=896", "model.n_layers=24", "model.n_heads=14", "model.d_ff=4864"],
     "1.5B": [*QWEN2, "model.d_model=1536", "model.n_layers=28", "model.n_heads=12", "model.d_ff=8960"],
     "8B": ["model.d_model=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=8", "model.d_ff=14336",
-           "model.vocab_size=128256", "model.rope_theta=500000.0"]}
+           "model.vocab_size=128256", "model.rope_theta=500000.0", "model.tie_embeddings=false"]}
 TINY = ["model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=128",
         "model.vocab_size=1000"]
 LORA = ["shard.lora.r=16", "shard.lora.alpha=16"]
-ROW = 32_768 if CUDA else 2048                                         # tokens in a row
+ROW = 32_768 if CUDA else 2048               # tokens of a micro-batch
+LONGEST = 4096 if CUDA else 256              # tokens of a document
 
 
 def sync():
@@ -41,11 +67,11 @@ def sync():
         torch.cuda.synchronize()
 
 
-def ours(keys):
-    """-> (cfg, model with random weights on the device, its optimizer)"""
-    cfg = configs.load([*keys, "model.max_len=4096", f"device={DEVICE.type}"])[0]
+def build(*keys):
+    """Return (cfg, model with random weights on the device, optimizer)."""
+    cfg, _, _ = configs.load([*keys, f"model.max_len={LONGEST}", f"data.seq_len={LONGEST}", f"device={DEVICE.type}"])
     m = cfg["model"]
-    shapes = {name: p.shape for name, p in M.build_on_meta(m).named_parameters()}
+    shapes = {name: p.shape for name, p in transformer.build_on_meta(m).named_parameters()}
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def random(name, start, end):
@@ -53,246 +79,389 @@ def ours(keys):
             return torch.full((end - start,), float(name.endswith("weight")), device=DEVICE)
         rows = torch.empty(end - start, *shapes[name][1:], device=DEVICE)
         return rows.normal_(0, 0.02, generator=generator)
-    model = shard.parallelize(M.build_on_meta(m), cfg, random)
+    model = shard.parallelize(transformer.build_on_meta(m), cfg, random)
+    shard.warm_up(model, cfg)
     return cfg, model, train.make_optimizer(model, cfg)
 
 
-def row(lengths, vocab, rng, pad_to):
-    """A row of random documents of these lengths, the second half of each trained."""
-    docs = [rng.integers(0, vocab, n + 1) for n in lengths]
-    out = M.pack_prompts([d[:-1].tolist() for d in docs])
-    total = out["tokens"].numel()
-    trained = torch.cat([torch.arange(n) >= n // 2 for n in lengths])
-    targets = torch.where(trained, torch.cat([torch.from_numpy(d[1:]) for d in docs]), -100)
-    fill = -total % pad_to
-    pad = lambda t, value: torch.nn.functional.pad(t, (0, fill), value=value)
-    out |= {"tokens": pad(out["tokens"], 0), "positions": pad(out["positions"], 0), "targets": pad(targets, -100),
-            "loss_weights": pad(trained.float(), 0.0), "doc_ids": torch.arange(len(docs)), "max_seqlen": max([fill, *lengths])}
-    out["target_index"] = (out["targets"] >= 0).nonzero().squeeze(1)
-    return {key: t.to(DEVICE) if torch.is_tensor(t) else t for key, t in out.items()}
+def make_batch(lengths, vocab_size, seed=0, pad_to=256, device=DEVICE):
+    """A micro-batch of random documents of these lengths. The second half of each is trained."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, vocab_size, n).tolist() for n in lengths]
+    batch = transformer.pack_prompts(prompts or [[]], "cpu")
+    is_target = torch.cat([torch.arange(n) >= n // 2 for n in lengths or [0]])
+    padding = -len(batch["tokens"]) % pad_to if lengths else pad_to
+    batch["targets"] = F.pad(batch["tokens"].roll(-1).where(is_target, -100), (0, padding), value=-100)
+    batch["loss_weights"] = F.pad(is_target.float(), (0, padding))
+    batch["tokens"] = F.pad(batch["tokens"].long(), (0, padding))
+    batch["positions"] = F.pad(batch["positions"].long(), (0, padding))
+    batch["target_index"] = is_target.nonzero().squeeze(1)
+    batch["doc_ids"] = torch.arange(len(lengths))
+    batch["max_seqlen"] = max([padding, *lengths])
+    if not lengths:
+        batch["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
+    return {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
 
 
-def chat_lengths(rng, tokens):
-    """Lengths of chats that fill `tokens`, as packing would."""
+def chat_lengths(n_tokens, seed=0):
+    """Lengths of chats that fill n_tokens, as packing does."""
+    rng = np.random.default_rng(seed)
     lengths = []
-    while (left := tokens - sum(lengths)) > 0:
-        lengths.append(min(left, int(np.clip(rng.lognormal(np.log(300), 1.0), 16, 4096 if CUDA else 256))))
+    while sum(lengths) < n_tokens:
+        length = int(np.clip(rng.lognormal(np.log(300), 1.0), 16, LONGEST))
+        lengths.append(min(length, n_tokens - sum(lengths)))
     return lengths
 
 
-# ---- right
-
-def right():
-    results = {}
-    keys = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999",
-            "model.d_ff=512"]
-    lengths = [1, 300, 77, 512, 2, 130]
-
-    def numbers(dtype, device, more=()):
-        cfg = configs.load([*keys, *more, "model.max_len=4096", f"device={device.type}", f"dtype={dtype}"])[0]
-        model = shard.parallelize(M.build_on_meta(cfg["model"]), cfg, M.NewWeights(cfg["model"], 0).read)
-        batch = row(lengths, 999, np.random.default_rng(1), 256)
-        batch = {key: t.to(device) if torch.is_tensor(t) else t for key, t in batch.items()}
-        with torch.no_grad():
-            logits = model.logits(batch)[:sum(lengths)].float().cpu()
-        loss_sum, weight, _ = model(batch)
-        (loss_sum / weight).backward()
-        gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
-        return logits, float(loss_sum.detach() / weight), gradients
-
-    for more, what in (((), ""), (("shard.recompute=true",), ", recompute"), (tuple(LORA), ", lora")):
-        want = numbers("float32", torch.device("cpu"), more)
-        for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
-            got = numbers(dtype, DEVICE, more)
-            off = lambda a, b: float((a - b).norm() / b.norm().clamp(min=1e-12))
-            worst = max(off(got[2][name], g) for name, g in want[2].items() if g.norm() > 1e-8)
-            off_by = {"logits": off(got[0], want[0]), "loss": abs(got[1] / want[1] - 1), "gradients": worst}
-            results[dtype + what] = off_by
-            limit = 3e-2 if dtype == "bfloat16" else 1e-3
-            assert max(off_by.values()) < limit, (dtype, what, off_by)
-
-    runs = []
-    for _ in range(2):
-        cfg, model, optimizer = ours([*TINY, "dtype=bfloat16" if CUDA else "dtype=float32"])
-        chats = chat_lengths(np.random.default_rng(2), 2048)
-        rows = [row(chats, 1000, np.random.default_rng(3), 256) for _ in range(2)]
-        for _ in range(3):
-            train.train_step(model, optimizer, rows, 1000.0, 1e-3, cfg)
-        runs.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    results["bitwise repeat"] = all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    if CUDA:
-        import warnings
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train.train_step(model, optimizer, rows, 1000.0, 1e-3, cfg)
-        torch.cuda.set_sync_debug_mode("default")
-        waits = [w for w in caught if "synchroniz" in str(w.message).lower()]
-        results["waits in a step"] = [str(w.filename).rsplit("/", 1)[-1] + f":{w.lineno}" for w in waits]
-    for key, value in results.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{k} {v:.1e}" for k, v in value.items())
-        print(f"{key:<32} {value}")
-    return results
-
-
-# ---- fast
-
-def timed(step, count, skip=3):
-    """Median seconds of a step, by device events where there are any."""
-    times = []
-    for n in range(skip + count):
-        sync()
-        if CUDA:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-        start = time.perf_counter()
-        step()
-        if CUDA:
-            end.record()
-        sync()
-        times += [begin.elapsed_time(end) / 1e3 if CUDA else time.perf_counter() - start] if n >= skip else []
-    return statistics.median(times)
+def step_lengths(kind):
+    """Lengths of the documents of four micro-batches, which have different numbers of tokens."""
+    totals = [ROW, ROW * 15 // 16, ROW * 14 // 16, ROW]
+    if kind == "chats":
+        return [chat_lengths(total, seed) for seed, total in enumerate(totals)]
+    return [[LONGEST] * (total // LONGEST) for total in totals]
 
 
 def clean():
+    """Free what the part before has left, compiled graphs too."""
+    torch._dynamo.reset()
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def memory():
-    return torch.cuda.max_memory_allocated() if CUDA else 0
+def report(name, values):
+    """Print a result for people and as a line of JSON."""
+    texts = []
+    for key, value in values.items():
+        texts.append(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}")
+    print(f"{name:<32} {'   '.join(texts)}", flush=True)
+    print(json.dumps({"name": name} | values, default=str), flush=True)
 
 
-def measure_ours(keys, kind, count, look=False):
-    cfg, model, optimizer = ours(keys)
-    rng, vocab = np.random.default_rng(0), cfg["model"]["vocab_size"]
-    multiple = shard.pad_multiple(DEVICE, model.dtype, ROW)
-    window = 4096 if CUDA else 256
-    lengths = [chat_lengths(rng, ROW) if kind == "chats" else [window] * (ROW // window) for _ in range(4)]
-    rows, turn = [row(n, vocab, rng, multiple) for n in lengths], [0]
+# --------------------------------------------------------------------------------------------------
+# right
+
+SMALL = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999",
+         "model.d_ff=512", "micro_tokens=2048"]
+VARIANTS = {"full": [], "lora": LORA, "recompute one block": ["shard.recompute=1"],
+            "recompute": ["shard.recompute=true"], "window": ["model.family=mistral", "model.sliding_window=64"]}
+LENGTHS = [1, 300, 77, 512, 2, 130]
+
+
+def results_of(keys, dtype, device, lengths):
+    """(logits, loss, {name: gradient}), fp32 on the CPU, of a model with the weights of seed 0."""
+    cfg, _, _ = configs.load([*SMALL, *keys, "model.max_len=1024", f"device={device.type}", f"dtype={dtype}"])
+    m = cfg["model"]
+    model = shard.parallelize(transformer.build_on_meta(m), cfg, transformer.NewWeights(m, 0).read)
+    batch = make_batch(lengths, m["vocab_size"], device=device)
+    with torch.no_grad():
+        logits = model.logits(batch)[:sum(lengths)].cpu()
+    loss_sum, weight_sum, _ = model(batch)
+    loss = loss_sum / weight_sum.clamp(min=1)
+    loss.backward()
+    gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return logits, float(loss.detach()), gradients
+
+
+def distance(a, b):
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def right():
+    for name, keys in VARIANTS.items():
+        want_logits, want_loss, want_gradients = results_of(keys, "float32", torch.device("cpu"), LENGTHS)
+        for dtype in ("float32", "bfloat16") if CUDA else ("float32",):
+            clean()
+            logits, loss, gradients = results_of(keys, dtype, DEVICE, LENGTHS)
+            worst = max(distance(gradients[key], g) for key, g in want_gradients.items() if g.norm() > 1e-8)
+            values = {"logits": distance(logits, want_logits), "loss": abs(loss / want_loss - 1), "gradients": worst}
+            values["ok"] = max(values.values()) < (1e-3 if dtype == "float32" else 3e-2)
+            report(f"right: {name}, {dtype}", values)
+    _, _, gradients = results_of([], "auto", DEVICE, [])
+    report("right: no documents", {"ok": all(g.isfinite().all() for g in gradients.values())})
+    report("waits in a step", waits(*build(*SMALL)))
+
+
+def waits(cfg, model, optimizer):
+    """The lines at which a step waits for the device."""
+    def step(seed):
+        batch = make_batch(chat_lengths(1024, seed), cfg["model"]["vocab_size"])
+        sync()
+        train.train_step(model, optimizer, [batch], 500.0, 1e-3, cfg)
+    step(0)
+    if not CUDA:
+        return {"waits": "needs a GPU"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
+    return {"waits": [place for place in places if not place.startswith("gpu.py")]}
+
+
+# --------------------------------------------------------------------------------------------------
+# resume
+
+def resume():
+    """Kill a run after its first checkpoint; the resumed one must end with the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", "configs/ft.yaml", f"device={DEVICE.type}", "max_steps=24",
+                   "save_every=8", "eval_every=0", "eval_prompts=0", "log_every=1", "checkpoint.export=false"]
+        output = {"cwd": ROOT, "stdout": subprocess.DEVNULL}
+        subprocess.run([*command, f"out_dir={folder}/whole"], check=True, **output)
+        process = subprocess.Popen([*command, f"out_dir={folder}/killed"], **output)
+        while not list(Path(folder, "killed").glob("checkpoints/0*")) and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run([*command, f"out_dir={folder}/killed"], check=True, **output)
+        file = "checkpoints/00000024/model.safetensors"
+        whole, killed = (Path(folder, run, file).read_bytes() for run in ("whole", "killed"))
+    report("resume", {"bitwise": whole == killed})
+
+
+# --------------------------------------------------------------------------------------------------
+# fast
+
+def median_seconds(step, n_steps, skip):
+    """Median time of a step, after `skip` of them."""
+    seconds = []
+    for _ in range(skip + n_steps):
+        sync()
+        start = time.perf_counter()
+        if CUDA:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        step()
+        if CUDA:
+            events[1].record()
+        sync()
+        seconds.append(events[0].elapsed_time(events[1]) / 1000 if CUDA else time.perf_counter() - start)
+    return statistics.median(seconds[skip:])
+
+
+def cells(models):
+    for name in models:
+        for how, keys in (("full", []), ("lora", LORA)):
+            if (name, how) != ("8B", "full"):
+                yield f"{name} {how}", name, [*(MODELS[name] if CUDA else TINY), *keys, f"micro_tokens={ROW}"]
+
+
+def fast(models, is_late):
+    for title, name, keys in cells(models):
+        if is_late():
+            return
+        clean()
+        try:
+            run_cell(title, *build(*keys))
+        except torch.OutOfMemoryError as error:
+            report(title, {"out of memory": str(error)[:100]})
+
+
+def run_cell(title, cfg, model, optimizer):
+    vocab_size = cfg["model"]["vocab_size"]
+    pad_to = shard.pad_multiple(DEVICE, model.dtype, ROW)
+    _, held = shard.peak_phase(shard.predict_memory(model.cfg, with_recompute(cfg, model)))
+    for kind in ("chats", "windows"):
+        lengths = step_lengths(kind)
+        batches = [make_batch(n, vocab_size, seed, pad_to) for seed, n in enumerate(lengths)]
+        turn = 0
+
+        def step():
+            nonlocal turn
+            batch = batches[turn % len(batches)]
+            turn += 1
+            train.train_step(model, optimizer, [batch], float(len(batch["target_index"])), 1e-5, cfg)
+        seconds = median_seconds(step, n_steps=8, skip=4)
+        n_tokens = statistics.mean(map(sum, lengths))
+        flops = statistics.mean(transformer.flops(model, n, len(b["target_index"])) for n, b in zip(lengths, batches))
+        peak_flops = log.peak_flops(DEVICE, model.dtype)
+        report(f"{title} {kind}", {
+            "tokens/s": n_tokens / seconds, "mfu": flops / seconds / peak_flops if peak_flops else "unknown",
+            "GiB": log.peak_memory(DEVICE) / 2**30, "predicted GiB": sum(held.values()) / 2**30,
+            "blocks recomputed": int(model.recompute), "graphs": shard.num_graphs()})
+
+
+def with_recompute(cfg, model):
+    return cfg | {"shard": cfg["shard"] | {"recompute": model.recompute}}
+
+
+def kernels():
+    if not CUDA:
+        return
+    cfg, model, optimizer = build(*MODELS["0.5B"], f"micro_tokens={ROW}")
+    batch = make_batch(chat_lengths(ROW), cfg["model"]["vocab_size"])
 
     def step():
-        turn[0] += 1
-        one = rows[turn[0] % len(rows)]
-        train.train_step(model, optimizer, [one], float(len(one["target_index"])), 1e-5, cfg)
-    seconds = timed(step, count, skip=6)
-    tokens = statistics.mean(map(sum, lengths))
-    work = statistics.mean(M.flops(model, n, len(r["target_index"])) for n, r in zip(lengths, rows))
-    peak = log.peak_flops(DEVICE, model.dtype)
-    out = {"tok_per_s": tokens / seconds, "mfu": work / seconds / peak if peak else None,
-           "memory_gib": memory() / 2**30}
-    if look and CUDA:
-        from torch.profiler import ProfilerActivity, profile
-        with profile(activities=[ProfilerActivity.CUDA]) as prof:
-            step()
-            sync()
-        spent = lambda e: e.self_device_time_total
-        events = sorted((e for e in prof.key_averages() if spent(e) > 0), key=spent, reverse=True)
-        total = sum(map(spent, events))
-        for e in events[:12]:
-            print(f"      {spent(e) / total:6.1%} {spent(e) / 1e3:9.2f} ms {e.count:5} x  {e.key[:90]}")
-    return out
+        train.train_step(model, optimizer, [batch], float(len(batch["target_index"])), 1e-5, cfg)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        sync()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    for event in events[:15]:
+        share = event.self_device_time_total / total
+        report("kernel", {"share": share, "ms": event.self_device_time_total / 1000, "calls": event.count,
+                          "kernel": event.key[:80]})
 
 
-def measure_theirs(keys, kind, count):
+def bound(models):
+    """The matrix products of a step of windows without recompute, forward and backward, in bf16."""
+    for title, name, keys in cells(models):
+        if "lora" in title:
+            continue
+        clean()
+        cfg, _, _ = configs.load([*keys, f"model.max_len={LONGEST}"])
+        m = cfg["model"]
+        C, E = m["d_model"], m["head_dim"]
+        q, kv = m["n_heads"] * E, (m["n_kv_heads"] or m["n_heads"]) * E
+        shapes = {(C, q): 2, (C, kv): 2, (C, m["d_ff"]): 3}          # {(in, out): in each block}
+        dtype = torch.bfloat16 if CUDA else torch.float32
+        seconds = 0.0
+        for (n_in, n_out), count in shapes.items():
+            seconds += m["n_layers"] * count * product_seconds(ROW, n_in, n_out, dtype)
+        seconds += product_seconds(ROW // 2, C, m["vocab_size"], dtype)          # half of the tokens are targets
+        report(f"{name} bound", {"tokens/s": ROW / seconds})
+
+
+def product_seconds(n, n_in, n_out, dtype):
+    """Seconds of x W^T and of both its gradients."""
+    x = torch.randn(n, n_in, device=DEVICE, dtype=dtype)
+    weight = torch.randn(n_out, n_in, device=DEVICE, dtype=dtype)
+    dy = torch.randn(n, n_out, device=DEVICE, dtype=dtype)
+
+    def products():
+        x @ weight.T
+        dy @ weight
+        dy.T @ x
+    return median_seconds(products, n_steps=5, skip=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# peers
+
+def peers(models, is_late):
+    for title, name, keys in cells(models):
+        for how in ("as shipped", "packed"):
+            if is_late():
+                return
+            clean()
+            try:
+                run_peer(f"{title} chats, transformers {how}", keys, how)
+            except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
+                report(f"{title} chats, transformers {how}", {"failed": str(error)[:200]})
+
+
+def build_peer(m, attention, use_lora):
     import transformers
-    torch.use_deterministic_algorithms(False)
-    m = configs.load([*keys, "model.max_len=4096", f"device={DEVICE.type}"])[0]["model"]
-    big, lora = m["d_model"] >= 4096, any("lora" in key for key in keys)
-    kind_of = transformers.Qwen2Config if m["family"] == "qwen2" else transformers.LlamaConfig
-    shape = kind_of(hidden_size=m["d_model"], num_hidden_layers=m["n_layers"], num_attention_heads=m["n_heads"],
-                    num_key_value_heads=m["n_kv_heads"], intermediate_size=m["d_ff"], vocab_size=m["vocab_size"],
-                    max_position_embeddings=4096, tie_word_embeddings=m["tie_embeddings"], rope_theta=m["rope_theta"],
-                    attn_implementation="sdpa", use_cache=False)
-    torch.set_default_dtype(torch.bfloat16 if big or lora else torch.float32)
+    kind = transformers.Qwen2Config if m["family"] == "qwen2" else transformers.LlamaConfig
+    config = kind(hidden_size=m["d_model"], num_hidden_layers=m["n_layers"], num_attention_heads=m["n_heads"],
+                  num_key_value_heads=m["n_kv_heads"], intermediate_size=m["d_ff"], vocab_size=m["vocab_size"],
+                  max_position_embeddings=LONGEST, tie_word_embeddings=m["tie_embeddings"],
+                  attn_implementation=attention, use_cache=False)
     with DEVICE:
-        model = transformers.AutoModelForCausalLM.from_config(shape)
-    torch.set_default_dtype(torch.float32)
-    model.train()
-    if lora:
+        dtype = torch.bfloat16 if use_lora and CUDA else torch.float32
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    if use_lora:
         import peft
         adapters = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, adapters)
-    if big:
+    if m["d_model"] >= 4096:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        if lora:
-            model.enable_input_require_grads()
+    return model
+
+
+def padded_batch(lengths, vocab_size):
+    """Four documents, padded to the longest."""
+    longest = max(lengths)
+    rows = [F.pad(torch.arange(n) % vocab_size, (0, longest - n)) for n in lengths]
+    is_token = torch.stack([torch.arange(longest) < n for n in lengths])
+    is_target = torch.stack([(torch.arange(longest) >= n // 2) & (torch.arange(longest) < n) for n in lengths])
+    ids = torch.stack(rows)
+    return {"input_ids": ids, "attention_mask": is_token.long(), "labels": ids.where(is_target, -100)}
+
+
+def packed_batch(lengths, vocab_size):
+    """All documents in one row, with positions that start again."""
+    ids = torch.cat([torch.arange(n) % vocab_size for n in lengths])[None]
+    is_target = torch.cat([torch.arange(n) >= max(1, n // 2) for n in lengths])[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.where(is_target, -100)}
+
+
+def run_peer(title, keys, how):
+    torch.use_deterministic_algorithms(False)
+    cfg, _, _ = configs.load([*keys, f"model.max_len={LONGEST}"])
+    m = cfg["model"]
+    use_lora = any("lora" in key for key in keys)
+    is_packed = how == "packed"
+    attention = "flex_attention" if is_packed and CUDA else "sdpa"
+    model = build_peer(m, attention, use_lora)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer, rng = torch.optim.AdamW(params, lr=1e-5, fused=True), np.random.default_rng(0)
-    longest = 4096 if CUDA else 256
-    batches = []
-    for _ in range(4):
-        lengths = [longest] * 4
-        if kind == "chats":
-            lengths = [int(np.clip(rng.lognormal(np.log(300), 1.0), 16, longest)) for _ in range(16)]
-        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, n in enumerate(lengths):
-            ids[i, :n], mask[i, :n] = torch.from_numpy(rng.integers(0, m["vocab_size"], n)), 1
-            labels[i, n // 2:n] = ids[i, n // 2:n]
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        batches.append(({key: t.to(DEVICE) for key, t in batch.items()}, sum(lengths)))
-    turn = [0]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
+    # a step has the tokens of one of our micro-batches: a quarter of a row, or four documents, at a time
+    steps = []
+    for lengths in step_lengths("chats"):
+        size = math.ceil(len(lengths) / 4) if is_packed else 4
+        groups = [lengths[i:i + size] for i in range(0, len(lengths), size)]
+        make = packed_batch if is_packed else padded_batch
+        steps.append([make(group, m["vocab_size"]) for group in groups])
+    turn = 0
 
     def step():
-        turn[0] += 1
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = model(**batches[turn[0] % 4][0]).loss
-        loss.backward()
+        nonlocal turn
+        batches = steps[turn % len(steps)]
+        turn += 1
+        for batch in batches:
+            batch = {key: t.to(DEVICE) for key, t in batch.items()}
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+                loss = model(**batch).loss
+            (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    seconds = timed(step, count)
-    return {"tok_per_s": statistics.mean(n for _, n in batches) / seconds, "mfu": None, "memory_gib": memory() / 2**30}
+    seconds = median_seconds(step, n_steps=4, skip=4 if is_packed else 1)
+    n_tokens = statistics.mean(map(sum, step_lengths("chats")))
+    report(title, {"tokens/s": n_tokens / seconds, "GiB": log.peak_memory(DEVICE) / 2**30})
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seconds", type=int, default=440, help="begin nothing new after so many")
-    args = parser.parse_args()
-    started, device = time.perf_counter(), torch.cuda.get_device_name(0) if CUDA else "cpu"
-    result = {"device": device, "torch": torch.__version__}
-    print(f"{result['device']}, torch {result['torch']}")
-    try:
-        result["right"] = right()
-    except Exception:                                                  # figures of what is wrong still help to mend it
-        traceback.print_exc()
-        result["right"] = "failed"
-    models = {name: MODELS[name] for name in (("0.5B", "1.5B") if args.quick else MODELS)} if CUDA else {"tiny": TINY}
-    cells = []
-    for name, keys in models.items():
-        recompute = ["shard.recompute=true"] if name == "8B" else []
-        for how, more in (("full", recompute), ("lora", LORA + recompute)):
-            for kind in ("chats", "windows"):
-                cells.append((name, how, kind, keys + more))
-    result["cells"] = {}
-    for name, how, kind, keys in cells:
-        for side, measure in (("ours", measure_ours), ("any order", measure_ours), ("transformers", measure_theirs)):
-            if side == "any order" and (how, kind) != ("full", "chats"):
-                continue
-            ours_alone = args.quick or kind == "windows" and name == "8B"
-            if side == "transformers" and ours_alone or time.perf_counter() - started > args.seconds:
-                continue
-            clean()
-            try:
-                more = {"look": kind == "chats" and how == "full"} if side == "ours" else {}
-                keys = keys + ["shard.deterministic=false"] * (side == "any order")
-                out = measure(keys, kind, 5 if name == "8B" else 8, **more)
-            except Exception as e:                                     # out of memory, say: the rest still counts
-                out = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}"}
-            result["cells"][f"{name} {how} {kind} {side}"] = out
-            text = out.get("error")
-            if text is None:
-                mfu = f"mfu {out['mfu']:.1%}" if out["mfu"] else ""
-                text = f"{out['tok_per_s']:>10,.0f} tokens/s   {mfu:<10}   {out['memory_gib']:6.1f} GiB"
-            took = f"({time.perf_counter() - started:.0f} s)"
-            print(f"{name:<5} {how:<5} {kind:<8} {side:<13} {text}   {took}", flush=True)
-    print(json.dumps(result, default=str))
+
+# --------------------------------------------------------------------------------------------------
+
+def main(argv):
+    options = {"parts": "right,resume,fast,kernels,bound,peers", "models": ",".join(MODELS), "seconds": "440"}
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key not in options:
+            sys.exit(f"{key}: unknown; {', '.join(options)}")
+        options[key] = value
+    models = options["models"].split(",") if CUDA else ["0.5B"]
+    start = time.perf_counter()
+
+    def is_late():
+        return time.perf_counter() - start > float(options["seconds"])
+    device = torch.cuda.get_device_name(0) if CUDA else "cpu"
+    report("machine", {"device": device, "torch": torch.__version__})
+    parts = {"right": right, "resume": resume, "fast": lambda: fast(models, is_late), "kernels": kernels,
+             "bound": lambda: bound(models), "peers": lambda: peers(models, is_late)}
+    for part in options["parts"].split(","):
+        if is_late():
+            break
+        clean()
+        try:
+            parts[part]()
+        except Exception:
+            traceback.print_exc()
+            report(part, {"failed": traceback.format_exc(limit=1).splitlines()[-1][:200]})
+        report("time", {"after": part, "seconds": time.perf_counter() - start})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2965,8 +2965,9 @@ def print_warnings(folder, name):
     """Print the warnings in a header, also if a source was tokenized earlier."""
     warnings = read_json_object(folder / "header.json")["warnings"]
     for kind, (count, example) in warnings.items():
+        how_often = "once" if count == 1 else f"{count:,} times"
         if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({count:,} times; the first is {example})",
+            print(f"warning: data.{name}: {kind} ({how_often}; the first is {example})",
                   file=sys.stderr, flush=True)
 
 

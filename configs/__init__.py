@@ -397,8 +397,8 @@ def in_range(value, bounds):
 def coerce(value, constraint):
     """The value after the conversions that a constraint allows: int to float, a name to a list,
     a short name to the full one."""
-    if constraint.startswith("one of ") and fits(SHORT_NAMES.get(value), constraint):
-        return SHORT_NAMES[value]
+    if constraint.startswith("one of ") and isinstance(value, str) and value in SHORT_NAMES:
+        value = SHORT_NAMES[value] if fits(SHORT_NAMES[value], constraint) else value
     if isinstance(value, str) and constraint.startswith("names in "):
         return [value]
     if isinstance(value, list) and item_constraint(constraint):
@@ -543,6 +543,8 @@ def parse_override(arg, schema, layers):
             config.json sets cannot be changed singly
     """
     key, _, text = arg.partition("=")
+    if not is_utf8(arg):
+        raise UserError(f"{ascii(key)[1:-1]}: is not UTF-8: {text!a} (from cli)")
     value = parse_value(text, key, constraint_of(key, schema) or "any")
     match = re.match(r"(.+?)\.([0-9]+)(\.|$)", key)
     if match and (constraint_of(match[1], schema) or "").startswith(("list", "names")):
@@ -551,6 +553,11 @@ def parse_override(arg, schema, layers):
         change = nested(key.removeprefix(f"{list_key}."), value)
         return nested(list_key, change_item(items, match[2], change, list_key))
     return nested(key, value)
+
+
+def is_utf8(text):
+    """False for what Python makes of other bytes on the command line."""
+    return text == text.encode(errors="ignore").decode()
 
 
 def change_item(items, index, change, key):

@@ -312,7 +312,7 @@ class Template(Data):
         file.write_bytes(to_json_bytes(chat) + b"\n")
         names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
         try:
-            (theirs,), _ = render_jinja_template([chat["messages"]], chat_template=template.read_text("utf-8"), **names)
+            (theirs,), _ = render_jinja_template([chat["messages"]], chat_template=template.read_text("utf-8-sig"), **names)
         except Exception:                                # jinja2's, Python's, transformers'
             theirs = None
         try:

@@ -74,28 +74,18 @@ WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|exam
                      r'items|samples)"\s*:\s*\[\s*\{')
 
 
-class error_context:
+@contextlib.contextmanager
+def error_context(place, errors=(UserError, RecursionError), problem=""):
     """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
         with error_context("x.jsonl, line 3"):
             with error_context("tools", ValueError, "not valid JSON: "):
                 json.loads("{")        ->  x.jsonl, line 3: tools: not valid JSON: Expecting ...
-
-    (A class, because records are read in it, and contextlib's generators take 3 times as long.)
     """
-
-    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
-        self.place = place
-        self.errors = errors
-        self.problem = problem
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error_type, error, traceback):
-        if isinstance(error, self.errors):
-            text = f"{self.place}: {self.problem}{one_line(error)}"
-            raise UserError(text) from None
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{place}: {problem}{one_line(error)}") from None
 
 
 def one_line(error):
@@ -440,9 +430,11 @@ def read_json_items(stream, file, is_list):
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
+        # An item that the next block continues fails at the end of this one, or as "Unterminated
+        # string" where its last string starts. Other errors remain, however much is read.
         n_after_error = len(buffer) - getattr(error, "pos", 0)
         if error and n_after_error > BLOCK and "Unterminated" not in str(error):
-            break                            # more text would not mend it
+            break
         buffer = buffer[position:]
     end = r"\s*,?\s*" if not is_list else r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
     if error or not re.fullmatch(end, buffer):
@@ -479,25 +471,16 @@ def iter_text(stream):
     text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig")
     text = None
     while text != "":
-        text = text_stream.read(BLOCK)
-        check_no_zero_byte(text)
+        text = refuse_zero_bytes(text_stream.read(BLOCK))
         yield text
     text_stream.detach()                     # otherwise it would close the stream
 
 
-def iter_lines(stream):
-    """Yield a file's lines with their ends, for the csv module."""
-    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    for line in text_stream:
-        check_no_zero_byte(line)
-        yield line
-    text_stream.detach()
-
-
-def check_no_zero_byte(text):
-    """A damaged file may end in zero bytes, which are valid UTF-8. read_chunks names the line."""
+def refuse_zero_bytes(text):
+    """Return the text. A damaged file may end in zero bytes; read_chunks names their line."""
     if "\0" in text:
         raise UnicodeError
+    return text
 
 
 def read_txt(stream, file, context):
@@ -553,7 +536,8 @@ def read_csv(stream, file, context):
     """Also .tsv. The first line names the columns; a record is {column: text}."""
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if format_of(file) == "tsv" else ","
-    rows = csv.DictReader(iter_lines(stream), delimiter=delimiter, strict=True)
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(map(refuse_zero_bytes, lines), delimiter=delimiter, strict=True)
     numbers = []
     records = []
     line = 2
@@ -601,9 +585,9 @@ def read_npy(stream, file, context):
     labels = load_array(f"{file[:-4]}_labels.npy", "iu", len(ids))
     weights = load_array(f"{file[:-4]}_weights.npy", "fiu", len(ids))
     ignore_index = context.data["ignore_index"]
-    shift = 0 if context.data["shift_labels"] else 1
+    offset = 0 if context.data["shift_labels"] else 1        # labels[i] is of token i + offset
     n = len(ids)
-    if shift and labels is not None and n and labels[-1] != ignore_index:
+    if offset and labels is not None and n and labels[-1] != ignore_index:
         n += 1
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
@@ -613,26 +597,27 @@ def read_npy(stream, file, context):
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
             i = start + wrong[0]
-            of_label = f"{file[:-4]}_labels.npy: index {i - 1}"      # of the one after the ids
-            place = f"{file}: index {i}" if i < len(ids) else of_label
+            place = f"{file}: index {i}"
+            if i == len(ids):                            # the last label
+                place = f"{file[:-4]}_labels.npy: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        block_weights = np.ones(len(block), np.float32)
-        # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
-        first = max(start, shift)
-        block_weights[:first - start] = 0
-        if weights is not None:
-            with np.errstate(over="ignore"):             # compact_weights refuses inf
-                block_weights[first - start:] = weights[first - shift:end - shift]
+        # labels and weights of this block; token 0 has none with an offset, and the weight 0
+        first = max(start, offset)
+        in_block = slice(first - start, None)
+        in_arrays = slice(first - offset, end - offset)
+        block_weights = np.zeros(len(block), np.float32)
+        with np.errstate(over="ignore"):                 # compact_weights refuses inf
+            block_weights[in_block] = 1 if weights is None else weights[in_arrays]
         if labels is not None:
-            block_labels = labels[first - shift:end - shift]
+            block_labels = labels[in_arrays]
             is_target = block_labels != ignore_index
-            wrong = np.flatnonzero(is_target & (block_labels != block[first - start:]))
+            wrong = np.flatnonzero(is_target & (block_labels != block[in_block]))
             if len(wrong):
                 raise UserError(
-                    f"{file[:-4]}_labels.npy: index {first - shift + wrong[0]}: the label must be "
-                    "data.ignore_index or the id there (the next id: data.shift_labels=false)")
-            block_weights[first - start:][~is_target] = 0
+                    f"{file[:-4]}_labels.npy: index {in_arrays.start + wrong[0]}: the label must "
+                    "be data.ignore_index or the id there (the next id: data.shift_labels=false)")
+            block_weights[in_block] *= is_target
         yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
                     ends=end == n, n_bytes=len(block) * ids.itemsize)
 

@@ -617,7 +617,7 @@ def read_npy(stream, file, context):
                 raise UserError(
                     f"{file[:-4]}_labels.npy: index {in_arrays.start + wrong[0]}: the label must "
                     "be data.ignore_index or the id there (the next id: data.shift_labels=false)")
-            block_weights[in_block] *= is_target
+            block_weights[in_block][~is_target] = 0
         yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
                     ends=end == n, n_bytes=len(block) * ids.itemsize)
 
@@ -1070,10 +1070,12 @@ def template_text(tok, cfg):
 def template_texts(tok, cfg):
     """[template_text(), and that of chats with tools if the model has another one]; [] if none."""
     name = cfg["data"]["chat_template"]
-    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
-    if not (name or tok.template or has_built_in):
-        return []
-    texts = [template_text(tok, cfg)]
+    try:
+        texts = [template_text(tok, cfg)]
+    except UserError:
+        if name:
+            raise
+        return []                            # texts need none
     if "tool_use" in tok.templates and not name:
         texts.append(tok.templates["tool_use"])
     return texts
@@ -1358,7 +1360,7 @@ class Marker:
 
     Marks are letters and digits, which no template escapes.
     """
-    PREFIX = f"q{os.urandom(8).hex()}x"
+    prefix = f"q{os.urandom(8).hex()}x"
 
     def __init__(self):
         self.parts = []          # [(key of VANISHED, index of the message or None, text)]
@@ -1367,10 +1369,11 @@ class Marker:
         if not text.strip():
             return text
         self.parts.append((key, i, text))
-        return f"{text}{self.PREFIX}{len(self.parts) - 1}z"
+        return f"{text}{self.prefix}{len(self.parts) - 1}z"
 
     def find_missing(self, text):
-        return [n for n in range(len(self.parts)) if f"{self.PREFIX}{n}z" not in text]
+        """The indexes of the parts that a rendering does not hold."""
+        return {n for n in range(len(self.parts)) if f"{self.prefix}{n}z" not in text}
 
     def mark_message(self, i, message):
         marked = dict(message)
@@ -1378,22 +1381,19 @@ class Marker:
             thoughts, end, words = message["content"].rpartition(THOUGHTS_END)
             thoughts = self.mark("reasoning", i, thoughts)
             marked["content"] = thoughts + end + self.mark(message["role"], i, words)
-        if message.get("reasoning_content"):
-            marked["reasoning_content"] = self.mark("reasoning", i, message["reasoning_content"])
+        marked |= self.mark_values("reasoning", i, message, ["reasoning_content"])
         if message.get("tool_calls"):
-            mark = functools.partial(self.mark, "call", i)
             marked["tool_calls"] = []
             for call in message["tool_calls"]:
-                function = {key: map_strings(mark, value)
-                            for key, value in call["function"].items()}
+                function = call["function"]
+                function = function | self.mark_values("call", i, function, function)
                 marked["tool_calls"].append(call | {"function": function})
         return marked
 
-    def mark_values(self, key, value, names):
-        """An object with marks in the texts that have these names."""
-        texts = {name: self.mark(key, None, value[name]) for name in names
-                 if isinstance(value.get(name), str)}
-        return value | texts
+    def mark_values(self, key, i, value, names):
+        """{name: value[name]} with marks, for those of the names that a value has."""
+        mark = functools.partial(self.mark, key, i)
+        return {name: map_strings(mark, value[name]) for name in names if value.get(name)}
 
 
 def find_vanished(rendering, given):
@@ -1407,33 +1407,33 @@ def find_vanished(rendering, given):
     template = rendering.template
     marker = Marker()
     messages = [marker.mark_message(i, message) for i, message in enumerate(rendering.messages)]
-    options = rendering.variables.copy()
-    for key in ("tools", "documents"):
-        options.pop(key, None)
-    variables = options.copy()
+    tools = []
     for tool in given.get("tools", []):
-        function = marker.mark_values("tools", tool["function"], ("name", "description"))
-        variables.setdefault("tools", []).append(tool | {"function": function})
+        function = tool["function"]
+        marks = marker.mark_values("tools", None, function, ("name", "description"))
+        tools.append(tool | {"function": function | marks})
+    documents = []
     for document in given.get("documents", []):
-        document = marker.mark_values("documents", document, document)
-        variables.setdefault("documents", []).append(document)
-    parts = marker.parts
-    shape = (to_json(options), *[part[:2] for part in parts])
+        texts = [name for name, value in document.items() if isinstance(value, str)]
+        documents.append(document | marker.mark_values("documents", None, document, texts))
+    options = {key: value for key, value in rendering.variables.items()
+               if key not in ("tools", "documents")}
+    shape = (to_json(options), *[part[:2] for part in marker.parts])
     if shape not in template.vanished:
-        try:
-            text, _ = render(template, rendering.tok, messages, **variables)
+        template.vanished[shape] = set()
+        with contextlib.suppress(UserError):             # the template looks into what is marked
+            text, _ = render(template, rendering.tok, messages, tools=tools or None,
+                             documents=documents or None, **options)
             template.vanished[shape] = marker.find_missing(text)
-        except UserError:                                # the template looks into what is marked
-            template.vanished[shape] = []
+    missing = template.vanished[shape]
+    written = {key for n, (key, _, _) in enumerate(marker.parts) if n not in missing}
     vanished = {}
-    for n in template.vanished[shape]:
-        key, i, text = parts[n]
+    for n in sorted(missing):
+        key, i, text = marker.parts[n]
+        if key == "reasoning" and key in written:        # that of earlier turns is dropped on purpose
+            continue
         place = "" if i is None else f"message {i + 1}: "
         vanished.setdefault(key, f"{place}{text!r:.60}")
-    # templates drop the reasoning of earlier turns on purpose
-    reasoning = [n for n in range(len(parts)) if parts[n][0] == "reasoning"]
-    if not set(reasoning) <= set(template.vanished[shape]):
-        vanished.pop("reasoning", None)
     return [(VANISHED[key], example) for key, example in vanished.items()]
 
 

@@ -1119,6 +1119,7 @@ class ChatTemplate:
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
     vanished: dict = dataclasses.field(default_factory=dict)     # see find_vanished()
+    openings: dict = dataclasses.field(default_factory=dict)     # see Rendering.openings
 
     @functools.cached_property
     def takes_text(self):
@@ -1262,22 +1263,30 @@ def template_message(template, message):
 class Rendering:
     template: ChatTemplate
     tok: object
-    messages: list               # as rendered: see prepare_tool_calls
+    messages: list               # as rendered: see prepare_messages
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    literals: list               # [(start, end)]: the first characters of spelled special tokens
+    literals: list = ()          # [(start, end)]: the first characters of spelled special tokens
     prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
     other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
     @functools.cached_property
-    def openings(self):          # see find_openings()
-        options = {key: value for key, value in self.variables.items() if key != "tools"}
+    def options(self):
+        """The variables that many chats have in common."""
+        return {key: value for key, value in self.variables.items()
+                if key not in ("tools", "documents")}
+
+    @functools.cached_property
+    def openings(self):
+        """find_openings(), once for all chats of this kind."""
+        has_documents = bool(self.variables.get("documents"))
         has_tools = bool(self.variables.get("tools"))
-        has_system = self.messages[0]["role"] == "system"
-        return find_openings(self.template, self.tok, has_system, has_tools,
-                             to_json(options) if options else "{}")
+        kind = (self.messages[0]["role"], has_tools, has_documents, to_json(self.options))
+        if kind not in self.template.openings:
+            self.template.openings[kind] = find_openings(self)
+        return self.template.openings[kind]
 
     def prompt(self, i):
         """The text that asks for message i. None if the template refuses the messages before."""
@@ -1294,19 +1303,13 @@ class Rendering:
 
 
 def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
-                    chat_template_kwargs=None, **variables):
+                    chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
     columns               of the record; those that are variables of the template are given to it
     chat_template_kwargs  other variables
-    variables             tools, documents
-
-    For the spelled tokens, they are rendered once more with each spelled token broken by a mark:
-
-        message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
-        broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
+    given                 tools, documents
     """
-    given = variables
     options = chat_template_kwargs or {}
     variables = (columns or {}) | options | given
     if template.tool_use and variables.get("tools"):
@@ -1317,26 +1320,43 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     if SURROGATES.search(text):
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
-    rendering = Rendering(template, tok, messages, variables, text, generated, [])
+    rendering = Rendering(template, tok, messages, variables, text, generated)
+    rendering.literals = find_literals(rendering, add_generation_prompt)
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
-        unused = [name for name in options if name not in template.variables]
-        rendering.warnings += [(UNUSED, f"{name}={options[name]!r:.60}") for name in unused]
-    values = [messages, variables]
+        for name in options.keys() - template.variables:
+            rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
+        for start, _ in rendering.literals[:1]:
+            rendering.warnings.append((SPELLED, repr(text[start:start + 30])))
+        missing = find_missing_tokens(template, tok)
+        if missing:
+            rendering.warnings.append((NO_TOKENS, missing))
+    return rendering
+
+
+def find_literals(rendering, add_generation_prompt):
+    """Return where in the text a message or variable spells special tokens: see Rendering.
+
+    All are rendered once more with each spelled token broken by a mark:
+
+        message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
+        broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
+    """
+    tok = rendering.tok
+    values = [rendering.messages, rendering.variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
-        return rendering
+        return []
     insert_break = functools.partial(tok.special_pattern.sub, break_token)
-    broken_messages, broken_variables = map_strings(insert_break, values)
-    broken, _ = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
+    messages, variables = map_strings(insert_break, values)
+    broken, _ = render(rendering.template, tok, messages, add_generation_prompt, **variables)
     parts = broken.split(BREAK)
-    if "".join(parts) != text:
+    if "".join(parts) != rendering.text:
         spelled = sorted(set(tok.special_pattern.findall(to_json(values))))
         raise UserError(f"the chat template looks for {' or '.join(spelled)} in messages, where it "
                         "is text and no control token; reasoning goes into reasoning_content")
     breaks = itertools.accumulate(map(len, parts[:-1]))
-    rendering.literals = [(end - 1, end) for end in breaks]
-    return rendering
+    return [(end - 1, end) for end in breaks]
 
 
 def break_token(match):
@@ -1416,21 +1436,20 @@ def find_vanished(rendering, given):
     for document in given.get("documents", []):
         texts = [name for name, value in document.items() if isinstance(value, str)]
         documents.append(document | marker.mark_values("documents", None, document, texts))
-    options = {key: value for key, value in rendering.variables.items()
-               if key not in ("tools", "documents")}
-    shape = (to_json(options), *[part[:2] for part in marker.parts])
+    shape = (to_json(rendering.options), *[part[:2] for part in marker.parts])
     if shape not in template.vanished:
         template.vanished[shape] = set()
         with contextlib.suppress(UserError):             # the template looks into what is marked
             text, _ = render(template, rendering.tok, messages, tools=tools or None,
-                             documents=documents or None, **options)
+                             documents=documents or None, **rendering.options)
             template.vanished[shape] = marker.find_missing(text)
     missing = template.vanished[shape]
     written = {key for n, (key, _, _) in enumerate(marker.parts) if n not in missing}
     vanished = {}
     for n in sorted(missing):
         key, i, text = marker.parts[n]
-        if key == "reasoning" and key in written:        # that of earlier turns is dropped on purpose
+        # templates drop the reasoning of earlier turns on purpose
+        if key == "reasoning" and key in written:
             continue
         place = "" if i is None else f"message {i + 1}: "
         vanished.setdefault(key, f"{place}{text!r:.60}")
@@ -2117,9 +2136,7 @@ NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks,
              "a data.tokenizer or data.chat_template that fits the other")
 PLAIN_KEYS = {"role", "content", "weight"}                # of a message
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
-# of a chat with tools, where it does not matter which
-TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
-    "type": "object", "properties": {}}}}
+
 
 
 @dataclasses.dataclass
@@ -2229,42 +2246,41 @@ def find_content_end(text, start, content, after):
 def find_span_alone(rendering, i, after):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
-    The text is compared with a rendering in which only this message has a placeholder, and neither
-    tool calls nor reasoning:
+    The text is compared with another rendering, in which only this message has a placeholder, and
+    neither tool calls nor reasoning. What differs is the message:
 
         text   U:2+3?; A:5; U:Sure?; A:Yes;
         other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
 
-    An answer's span is all that the template writes for it between its generation prompt and what
-    follows its content.
+    An answer starts at the end of its generation prompt, if the text has that.
     """
     text = rendering.text
     messages = rendering.messages
     kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
-    with_placeholder = kept | {"content": placeholder(i)}
-    original = text
+    replaced = [*messages[:i], kept | {"content": placeholder(i)}]
     try:
-        other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
+        other = rendering.render_other([*replaced, *messages[i + 1:]])
     except UserError:                            # the template has rules for what may follow
-        original = rendering.render_other(messages[:i + 1])
-        other = rendering.render_other([*messages[:i], with_placeholder])
-    before, mark, suffix = other.partition(placeholder(i))
+        other = rendering.render_other(replaced)
+        text = rendering.render_other(messages[:i + 1])
+    before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
     prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
-    if prompt is not None and original.startswith(prompt):
+    if prompt is not None and text.startswith(prompt):
         before = prompt
-    elif not original.startswith(before):
-        before = os.path.commonprefix([original, other])
-    written = original[len(before):]
-    if not written.endswith(suffix):
-        suffix = os.path.commonprefix([written[::-1], suffix[::-1]])
-    written = written[:len(written) - len(suffix)]
-    if text.startswith(before + written):
-        start = len(before)
-    else:
-        start = text.find(written, after) if written else -1
+    start = count_common(text, before)
+    end = len(text) - count_common(text[start:][::-1], behind[::-1])
+    if rendering.text.startswith(text[:end]):
+        return start, end
+    written = text[start:end]
+    start = rendering.text.find(written, after) if written else -1
     return (start, start + len(written)) if start >= 0 else None
+
+
+def count_common(text, start):
+    """The number of characters with which two texts start alike."""
+    return len(start) if text.startswith(start) else len(os.path.commonprefix([text, start]))
 
 
 def find_answer_start(rendering, i, start):
@@ -2291,8 +2307,7 @@ def find_answer_start(rendering, i, start):
     return start
 
 
-@functools.lru_cache(maxsize=1000)
-def find_openings(template, tok, has_system, has_tools, options):
+def find_openings(rendering):
     """What a template writes before an answer to a user, so that few prompts must be rendered.
 
     Two answers are tried:
@@ -2305,16 +2320,16 @@ def find_openings(template, tok, has_system, has_tools, options):
     is after the prompt. [] if one of the prompts is not the beginning of the text, or if prompts
     depend on what messages say.
     """
-    if not has_constant_prompt(template):
+    if not has_constant_prompt(rendering.template):
         return []
-    variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
+    has_system = rendering.messages[0]["role"] == "system"
     roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
     openings = set()
     with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, messages, **variables)
+        text = rendering.render_other(messages)
         for i in (len(roles) - 3, len(roles) - 1):
-            prompt, _ = render(template, tok, messages[:i], True, **variables)
+            prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
             opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
             lead, mark, _ = text[len(prompt):].partition(placeholder(i))
             if not (text.startswith(prompt) and opening and mark):
@@ -2352,6 +2367,17 @@ def find_missing_tokens(template, tok):
     return ""
 
 
+@dataclasses.dataclass
+class Span:
+    """A part of a chat's text that has a loss weight."""
+    start: int
+    end: int
+    weight: float
+    answer: int = None           # the index of the message, if all of the span is one answer
+    first_token: int = None
+    end_token: int = None
+
+
 def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
                 report=None, **variables):
     """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
@@ -2368,69 +2394,69 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
     """
     report = report or Report()
     rendering = render_messages(template, tok, messages, **variables)
-    spans = [span for span in weighted_spans(rendering, train_on) if span[0] < span[1] and span[2]]
-    ids, loss_weights, token_spans = encode_spans(rendering, spans, weight)
-    if rendering.literals:
-        start, _ = rendering.literals[0]
-        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
-    missing = find_missing_tokens(rendering.template, tok)
-    if missing:
-        rendering.warnings.append((NO_TOKENS, missing))
+    spans = [span for span in find_spans(rendering, train_on)
+             if span.start < span.end and span.weight]
+    for span in spans:
+        span.weight *= weight
+        if span.weight and not 6e-8 <= abs(span.weight) <= 65504:
+            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
+                            "must be 0 or from 6e-8 to 65504 in absolute value")
+    ids, loss_weights = encode_spans(rendering, spans)
     if spans:
-        start, end, value, i = spans[-1]
-        first_token, end_token = token_spans[-1]
-        if i is not None and value * weight > 0:
-            report.prompt = find_other_prompt(rendering, i, start, ids[:first_token])
-        if not tok.control_ids.intersection(ids[:end_token][-2:].tolist()):
-            # what the template writes after the last answer is generated before EOS
-            is_at_end = i == len(messages) - 1 or not rendering.text[end:].strip()
+        last = spans[-1]
+        report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
+        if not tok.control_ids.intersection(ids[:last.end_token][-2:].tolist()):
+            is_at_end = last.answer == len(messages) - 1 or not rendering.text[last.end:].strip()
             if append_eos and tok.eos and is_at_end:
+                # what the template writes after the answer is generated before EOS
                 ids = np.append(ids, tok.special[tok.eos])
-                loss_weights = np.append(loss_weights, loss_weights[:1])
-                loss_weights[end_token:] = value * weight
+                loss_weights = np.append(loss_weights, np.float32(0))
+                loss_weights[last.end_token:] = last.weight
             else:
-                ends = [rendering.text[start:end][-30:], rendering.text[end:end + 30]]
-                rendering.warnings.append((NO_END, f"{ends[0]!r} before {ends[1]!r}"))
+                warn_of_no_end(rendering, last)
     report.warnings += [*warnings, *rendering.warnings]
     return ids, loss_weights
 
 
-def encode_spans(rendering, spans, weight):
-    """Return (ids [n] int64, loss weights [n] float32, the (first, end) token of each span)."""
-    borders = [border for start, end, _, _ in spans for border in (start, end)]
+def encode_spans(rendering, spans):
+    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
+    borders = [border for span in spans for border in (span.start, span.end)]
     ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
                                                                    rendering.literals, borders)
     # a token that overlaps a span has the span's weight
-    borders = np.array(borders, np.int64).reshape(-1, 2)
-    first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
-    token_spans = list(zip(first_tokens, end_tokens))
+    first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
+    end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value, _), (first, end) in zip(spans, token_spans):
-        value *= weight
-        if value and not 6e-8 <= abs(value) <= 65504:
-            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must "
-                            "be 0 or from 6e-8 to 65504 in absolute value")
-        loss_weights[first:end] = value
-    return ids.astype(np.int64), loss_weights, token_spans
+    for span, span.first_token, span.end_token in zip(spans, first_tokens, end_tokens):
+        loss_weights[span.first_token:span.end_token] = span.weight
+    return ids.astype(np.int64), loss_weights
 
 
-def find_other_prompt(rendering, i, start, ids):
-    """Return the ids that ask for answer i, if they are not `ids`, those before its `start`.
+def warn_of_no_end(rendering, span):
+    end = rendering.text[span.start:span.end][-30:]
+    after = rendering.text[span.end:span.end + 30]
+    rendering.warnings.append((NO_END, f"{end!r} before {after!r}"))
+
+
+def find_other_prompt(rendering, span, ids):
+    """Return the ids that ask for an answer, if they are not `ids`, those before its span.
 
     They also differ where the last characters of a prompt are another token with the answer after
     them: "A: " + "yes" is [A][:][ yes]. Then a warning is added. () if they are the same.
     """
     tok = rendering.tok
-    last_token = encode_last_token(tok, rendering.text[max(start - 16, 0):start])
-    if i not in rendering.other_prompts and ids[-1:].tolist() == last_token:
+    i = span.answer
+    if i is None or span.weight <= 0:
         return ()
-    if rendering.prompt(i) is None:
+    # the last token tells whether they differ, if the texts are the same
+    last_token = encode_last_token(tok, rendering.text[max(span.start - 16, 0):span.start])
+    is_other = i in rendering.other_prompts
+    if not is_other and ids[-1:].tolist() == last_token or rendering.prompt(i) is None:
         return ()
     prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
     if prompt == ids.tolist():
         return ()
-    if i not in rendering.other_prompts:
+    if not is_other:
         tokens = [tok.decode([token]) for token in prompt[-3:]]
         rendering.warnings.append((OTHER_PROMPT, f"message {i + 1}: the prompt's last tokens are "
                                    f"{tokens}, in the text {[tok.decode([t]) for t in ids[-3:]]}"))
@@ -2443,11 +2469,8 @@ def encode_last_token(tok, text):
     return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
-def weighted_spans(rendering, train_on):
-    """Return the spans of the text that are targets: [(start, end, weight, index of its answer)].
-
-    The index is None for text that is not of one answer.
-    """
+def find_spans(rendering, train_on):
+    """Return the Spans of the text that are targets."""
     messages = rendering.messages
     weights = message_weights(messages, train_on)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -2457,17 +2480,17 @@ def weighted_spans(rendering, train_on):
         wanted = [i for i, weight in enumerate(weights) if weight != 1]
         position = 0
         for start, end, i in find_turns(rendering, wanted):
-            spans += [(position, start, 1.0, None), (start, end, weights[i], None)]
+            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
             position = end
-        spans.append((position, len(rendering.text), 1.0, None))
+        spans.append(Span(position, len(rendering.text), 1.0))
     elif not blocks:
         wanted = [i for i in answers if weights[i] and has_words(messages[i])]
         for start, end, i in find_turns(rendering, wanted):
-            spans.append((start, end, weights[i], i))
+            spans.append(Span(start, end, weights[i], i))
     elif len(blocks) == len(answers):
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            spans.append((prompt_end if prompt_end < end else start, end, weights[i], i))
+            spans.append(Span(prompt_end if prompt_end < end else start, end, weights[i], i))
     else:                                        # a block may be of no answer, or two of one
         others = find_turns(rendering, [i for i in answers if weights[i] != 1])
         for start, end in blocks:
@@ -2475,7 +2498,7 @@ def weighted_spans(rendering, train_on):
             for turn_start, turn_end, i in others:
                 if turn_start < end and start < turn_end:
                     weight = weights[i]
-            spans.append((start, end, weight, None))
+            spans.append(Span(start, end, weight))
     return spans
 
 

@@ -60,8 +60,14 @@ import zlib
 from datetime import datetime
 from pathlib import Path
 
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
 import numpy as np
+import regex                    # installed with tiktoken
 import tiktoken
+from jinja2 import nodes
+from tqdm import tqdm
 
 import configs
 from configs import UserError, read_text
@@ -127,11 +133,12 @@ OTHER_FORMATS = {".zst": "zstd -d unpacks it", ".zip": "unzip unpacks it",
                  ".arrow": "to_parquet() of the datasets package writes .parquet"}
 BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
 METADATA = ("dataset_info.json", "dataset_infos.json")    # of a dataset on the hub
-# owner/name, perhaps with @REVISION, perhaps with /FOLDER of the dataset
+# of a path in the config file: owner/name, perhaps with @REVISION, perhaps with /FOLDER
 HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
 HUB_FORMATS = ("parquet", "jsonl", "json", "csv")         # the first that a dataset has is read
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
                "test": "test|testing|eval|evaluation"}
+NO_LETTER_BEFORE = "(?<![a-zA-Z])"
 
 
 def find_files(cfg, name, source):
@@ -140,6 +147,7 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
+    # as it is in the config file: configs made it a path in data_root
     hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
     # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
     is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
@@ -220,7 +228,7 @@ def splits_of(names):
     """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv."""
     splits = set()
     for split, words in SPLIT_WORDS.items():
-        if any(re.search(f"(?<![a-zA-Z])({words})(?![a-zA-Z])", name) for name in names):
+        if any(re.search(f"{NO_LETTER_BEFORE}({words})(?![a-zA-Z])", name) for name in names):
             splits.add(split)
     return splits
 
@@ -232,8 +240,8 @@ def choose_split(names, split, place):
     name has a word of another split, all files are the split "train".
     """
     words = SPLIT_WORDS.get(split, re.escape(split))
-    # train_sft is a split of its own
-    word = re.compile(f"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])")
+    # train_sft is no file of train, but a split of its own
+    word = re.compile(f"{NO_LETTER_BEFORE}({words})(?!_?[a-zA-Z])")
     chosen = [name for name in names if word.search(name)]
     if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
         return names
@@ -1171,30 +1179,33 @@ class ChatTemplate:
             return ""
 
 
-def compile_template(text, now=None):
-    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on.
+class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, with the names that chat templates rely on.
 
-    now  the time of templates that read the clock, instead of the clock's
+    now  the time of templates that read the clock
     """
-    import jinja2
-    import jinja2.ext
-    import jinja2.meta
-    import jinja2.sandbox
 
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def getattr(self, obj, attribute):
-            # message.role is a key: jinja2 tries getattr first, and the exception takes half of
-            # the time of a rendering
-            if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
-                return obj[attribute]
-            return super().getattr(obj, attribute)
+    def __init__(self, now):
+        super().__init__(trim_blocks=True, lstrip_blocks=True,
+                         extensions=[jinja2.ext.loopcontrols])
+        self.filters["mark_generation"] = mark_generation
+        self.filters["tojson"] = tojson
+        self.globals.update(raise_exception=raise_exception, strftime_now=now.strftime)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True,
-                              extensions=[jinja2.ext.loopcontrols])
-    environment.filters["mark_generation"] = mark_generation
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception,
-                               strftime_now=now.strftime if now else strftime_now)
+    def getattr(self, obj, attribute):
+        # message.role is a key: jinja2 tries getattr first, and the exception takes half of the
+        # time of a rendering
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+def compile_template(text, now=None):
+    """Compile jinja text.
+
+    now  the time of templates that read the clock; None: the time at which it is compiled
+    """
+    environment = ChatEnvironment(now or datetime.now())
     text = GENERATION_TAG.sub(filter_tag, text)
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
@@ -1229,9 +1240,6 @@ def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=Fa
 def raise_exception(message):
     raise ValueError(message)
 
-
-def strftime_now(form):
-    return datetime.now().strftime(form)
 
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
@@ -1599,10 +1607,10 @@ class Tokenizer(BaseTokenizer):
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        # tiktoken finds special and added tokens itself, unless one starts with another
+        # does tiktoken find special and added tokens itself? Not if one starts with another
         in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
-        self.native_special = not overlap and len(ids) > 256
+        self.native_special = not overlap and self.byte_ids is None
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1624,7 +1632,6 @@ class Tokenizer(BaseTokenizer):
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:                   # tiktoken gives up on a run of a million spaces
-            import regex                     # installed with tiktoken
             ids = []
             for match in regex.finditer(self.pattern, text):
                 ids += self.encoding._encode_single_piece(match[0])
@@ -1725,7 +1732,7 @@ class HFTokenizer(BaseTokenizer):
             moved[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # tokens of one character all have its start and its end
+        # of a character that several tokens spell, each of them has its start and its end
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
         return np.array(encoded.ids, np.uint32), starts, ends, moved
 
@@ -1762,8 +1769,9 @@ def bytes_to_unicode():
 BYTES_TO_UNICODE = bytes_to_unicode()
 UNICODE_TO_BYTES = {character: b for b, character in BYTES_TO_UNICODE.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's with digits split off before (StarCoder): each one, or runs of them
-DIGITS_PATTERN = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# GPT-2's for texts from which digits were split off before (StarCoder)
+WITHOUT_DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|"
+                          r"\s+(?![^\s\p{N}])|\s+")
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 
 
@@ -1938,16 +1946,18 @@ def unsupported_part(spec, tokens):
         return f"{description} with a prefix space"
     if split_pattern(steps) is None:
         return description
+    # The tokenizers package searches normalized tokens last, and in normalized text; tiktoken all
+    # at once. That is the same for tokens that the normalizer keeps (NeoX's runs of spaces) and
+    # that cannot overlap with others, because they have no character in common with them.
     searched_first = "".join(t["content"] for t in tokens if not t["normalized"])
     for token in tokens:
         content = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
                 return f"the {flag} added token {content!r}"
-        # normalized tokens are searched last, in normalized text: the same unless they overlap
-        # others or change (NeoX's runs of spaces do not)
-        changes = normalizer and not content.isspace()
-        if token["normalized"] and (changes or set(content) & set(searched_first)):
+        may_change = normalizer and not content.isspace()
+        may_overlap = not set(content).isdisjoint(searched_first)
+        if token["normalized"] and (may_change or may_overlap):
             return f"the normalized added token {content!r}"
     return None
 
@@ -1967,7 +1977,8 @@ def split_pattern(steps):
         return GPT2_PATTERN if splits else r"[\s\S]+"
     step = before[0]
     if step.get("type") == "Digits" and splits:
-        return (r"\p{N}" if step["individual_digits"] else r"\p{N}+") + DIGITS_PATTERN
+        digits = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+        return f"{digits}|{WITHOUT_DIGITS_PATTERN}"
     how = (step.get("behavior"), step.get("invert"))
     if splits or how not in (("Isolated", False), ("Removed", True)):
         return None
@@ -2006,7 +2017,6 @@ TEST_STRINGS = (
 
 def check_pattern(pattern):
     """Raise UserError unless a regular expression splits texts without leaving something out."""
-    import regex                                             # installed with tiktoken
     with error_context(f"its pattern {pattern!r}", regex.error):
         words = regex.compile(pattern)
     for text in TEST_STRINGS:
@@ -2340,20 +2350,22 @@ def find_openings(rendering):
 
 def has_constant_prompt(template):
     """Does a template look at nothing but its arguments where it tests add_generation_prompt?"""
-    import jinja2.meta
-    from jinja2.nodes import CondExpr, If, Name
     tree = template.jinja.environment.parse(template.text)
     names = set()
     n_tests = 0
-    for branch in tree.find_all((If, CondExpr)):
-        tested = [name.name for name in [branch.test, *branch.test.find_all(Name)]
-                  if isinstance(name, Name)]
-        if "add_generation_prompt" in tested:
+    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+        # in a node of its own, because find_all skips the node itself
+        test = names_in(nodes.Output([branch.test]))
+        if "add_generation_prompt" in test:
             n_tests += 1
-            names |= {name.name for name in branch.find_all(Name)}
-    n_mentions = sum(name.name == "add_generation_prompt" for name in tree.find_all(Name))
+            names.update(names_in(branch))
+    n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
     return n_tests == n_mentions and names <= arguments
+
+
+def names_in(tree):
+    return [name.name for name in tree.find_all(nodes.Name)]
 
 
 @functools.lru_cache(maxsize=1000)
@@ -2732,12 +2744,9 @@ def join_parts_of_documents(results, context):
 
 def encode_parallel(chunks, n_bytes, context, name, quiet):
     """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
-    from tqdm import tqdm
-    n_processes = context.data["processes"] or os.cpu_count()
-    if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
-        n_processes = len(os.sched_getaffinity(0))
-    if not context.data["processes"] and sys.platform == "darwin":
-        n_processes = 1                                  # macOS may crash forks
+    n_processes = context.data["processes"]
+    if not n_processes:                                  # macOS may crash forks
+        n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:

@@ -409,9 +409,9 @@ def read_json(stream, file, context):
     if wrapper:
         raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
                         f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
-    is_list = head.startswith("[") or format_of(file) == "json" and not head.startswith("{")
-    if is_list or not has_object_per_line(head):
-        yield from read_json_items(stream, file, is_list)
+    is_object = head.startswith("{") or format_of(file) == "jsonl" and not head.startswith("[")
+    if not (is_object and has_object_per_line(head)):
+        yield from read_json_items(stream, file, is_list=not is_object)
         return
     n = 1
     while lines := stream.readlines(BLOCK):
@@ -444,7 +444,9 @@ def read_json_items(stream, file, is_list):
         if error and n_after_error > BLOCK and "Unterminated" not in str(error):
             break
         buffer = buffer[position:]
-    end = r"\s*,?\s*" if not is_list else r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
+    end = r"\s*,?\s*"
+    if is_list:
+        end = r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
     if error or not re.fullmatch(end, buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
@@ -462,7 +464,9 @@ def split_items(text, n_before, is_list=True):
     items = []
     position = 0
     between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
-    separator = re.compile(r"\s*\[\s*(?!\s*\])") if is_list and not n_before else between
+    separator = between
+    if is_list and not n_before:
+        separator = re.compile(r"\s*\[\s*(?!\s*\])")         # the start of a list, unless empty
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
@@ -2463,7 +2467,8 @@ def find_other_prompt(rendering, span, ids):
     # the last token tells whether they differ, if the texts are the same
     last_token = encode_last_token(tok, rendering.text[max(span.start - 16, 0):span.start])
     is_other = i in rendering.other_prompts
-    if not is_other and ids[-1:].tolist() == last_token or rendering.prompt(i) is None:
+    is_same = not is_other and ids[-1:].tolist() == last_token
+    if is_same or rendering.prompt(i) is None:
         return ()
     prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
     if prompt == ids.tolist():
@@ -2635,9 +2640,9 @@ def encode_chunk(chunk, context):
 
 
 def encode_record(record, place, context, counts, warnings):
-    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several.
+    """Return the documents of a record, of which a text may have many: [(ids, loss weights, prompt)]
 
-    That of a chat may have the ids of a prompt as a third item: see Report.
+    prompt  see Report
     """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
@@ -2660,7 +2665,7 @@ def encode_record(record, place, context, counts, warnings):
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
-        return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+        return [(ids[:seq_len + 1], weights[:seq_len + 1], ())]
     return [(ids, weights, report.prompt)]
 
 
@@ -2678,38 +2683,34 @@ def add_warning(warnings, kind, count, example):
 
 
 def split_windows(ids, weights, seq_len):
-    """Cut a document into windows of at most seq_len targets.
+    """Cut a document into windows of at most seq_len targets: [(ids, loss weights, no prompt)].
 
     The last target of a window is the first token of the next one.
     """
     windows = []
     for start in range(0, max(len(ids) - 1, 1), seq_len):
         end = start + seq_len + 1
-        windows.append((ids[start:end], weights[start:end]))
+        windows.append((ids[start:end], weights[start:end], ()))
     return windows
 
 
 def concat_documents(documents, context, file, counts, problems, warnings):
-    """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
-    kept_ids = []
-    kept_weights = []
-    kept_prompts = []
+    """[(ids, loss weights, prompt)] -> Encoded, without documents that have no targets."""
+    kept = []
     ignores_ids = context.never_target.any()
-    for ids, weights, *prompt in documents:
+    for ids, weights, prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
-            kept_ids.append(ids)
-            kept_weights.append(weights)
-            kept_prompts.append(prompt[0] if prompt else ())
-    counts["dropped"] += len(documents) - len(kept_ids)
-    lengths = np.array([len(ids) for ids in kept_ids], np.int64)
-    prompt_lengths = np.array([len(ids) for ids in kept_prompts], np.int64)
-    ids = np.concatenate([np.zeros(0), *kept_ids]).astype(context.dtype)
-    prompts = np.concatenate([np.zeros(0), *kept_prompts]).astype(context.dtype)
-    weights = np.concatenate([np.zeros(0, np.float32), *kept_weights])
-    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings,
-                   prompts, prompt_lengths)
+            kept.append((ids, weights, prompt))
+    counts["dropped"] += len(documents) - len(kept)
+    lengths = np.array([len(ids) for ids, _, _ in kept], np.int64)
+    prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
+    ids = np.concatenate([np.zeros(0), *(ids for ids, _, _ in kept)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
+    prompts = np.concatenate([np.zeros(0), *(prompt for _, _, prompt in kept)])
+    return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
+                   problems, warnings, prompts.astype(context.dtype), prompt_lengths)
 
 
 def compact_weights(weights, file):
@@ -2736,7 +2737,7 @@ def join_parts_of_documents(results, context):
             open_ids = open_ids[:0]
             open_weights = open_weights[:0]
             if not result.ends:
-                open_ids, open_weights = windows.pop()
+                open_ids, open_weights, _ = windows.pop()
             counts = collections.Counter(records=int(result.ends))
             result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
@@ -2808,38 +2809,39 @@ class TokenWriter:
     def __init__(self, folder):
         names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
-        self.files["offsets"].write(np.zeros(1, np.int64))
-        self.files["prompt_offsets"].write(np.zeros(1, np.int64))
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.warnings = {}
-        self.n_tokens = 0
-        self.n_prompt_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
                  "cut_away", "skipped")
         self.counts = collections.Counter({name: 0 for name in names})
+        self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
+        for name in self.last_offsets:
+            self.write_offsets(name, [0])
 
     def write(self, encoded):
-        lengths = encoded.lengths
         if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
             self.widen_weights()
         self.files["tokens"].write(encoded.ids)
         self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
-        self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
-        n_targets = count_targets(encoded.weights, lengths)
-        self.files["targets"].write(n_targets)
         self.files["prompts"].write(encoded.prompts)
-        prompt_ends = self.n_prompt_tokens + np.cumsum(encoded.prompt_lengths)
-        self.files["prompt_offsets"].write(prompt_ends)
-        self.n_tokens += len(encoded.ids)
-        self.n_prompt_tokens += len(encoded.prompts)
+        self.write_offsets("offsets", encoded.lengths)
+        self.write_offsets("prompt_offsets", encoded.prompt_lengths)
+        n_targets = count_targets(encoded.weights, encoded.lengths)
+        self.files["targets"].write(n_targets)
         self.counts.update(encoded.counts)
-        self.counts["documents"] += len(lengths)
+        self.counts["documents"] += len(encoded.lengths)
         self.counts["trained"] += int(n_targets.sum())
-        self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
+        longest = int(encoded.lengths.max(initial=0))
+        self.counts["longest"] = max(self.counts["longest"], longest)
         self.problems = (self.problems + encoded.problems)[:3]
         for kind, (count, example) in encoded.warnings.items():
             add_warning(self.warnings, kind, count, example)
+
+    def write_offsets(self, name, lengths):
+        offsets = self.last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
+        self.files[name].write(offsets)
+        self.last_offsets[name] += int(np.sum(lengths))
 
     def widen_weights(self):
         """Write what is in weights.bin again, as float16."""
@@ -2896,7 +2898,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         if writer.counts["chats"] and has_date:
             fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
-                  "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
+                  "weights": writer.weights_dtype.name, "tokens": writer.last_offsets["offsets"],
                   "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
                   "vocabulary": tok.n_vocab, "problems": writer.problems,
                   "warnings": writer.warnings, **writer.counts}
@@ -3088,6 +3090,9 @@ def histogram(tokens):
     return lines
 
 
+COLORS = {0: 2, 1: 32, -1: 31}          # by the sign of a loss weight: dim, green, red
+
+
 def colorize(tok, ids, weights, use_color):
     """The text of a document with its targets in green and special tokens inverted.
 
@@ -3100,8 +3105,7 @@ def colorize(tok, ids, weights, use_color):
         weight = float(span_weights[0])
         text = mark_special(tok, span, use_color)
         if use_color:
-            color = 2 if weight == 0 else 32 if weight > 0 else 31
-            text = f"\x1b[{color}m{text}\x1b[0m"
+            text = f"\x1b[{COLORS[np.sign(weight)]}m{text}\x1b[0m"
         elif weight:
             text = f"[[{text}]]"
         if weight not in (0, 1):

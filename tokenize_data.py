@@ -2148,7 +2148,7 @@ SPELLED = ("a text or message spells control tokens, which are plain text there;
            "rendered already need data.train.NAME.special=true")
 NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
              "a data.tokenizer or data.chat_template that fits the other")
-PLAIN_KEYS = {"role", "content", "weight"}                # of a message
+
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 
 
@@ -2168,31 +2168,27 @@ def find_message_spans(rendering, wanted):
     template writes between the placeholders is also between the contents. With wanted = [1, 3]:
 
         messages      user "2+3?", assistant "5", user "Sure?", assistant "Yes"
+        placeholders  U:<0>; A:<1>; U:<2>; A:<3>;
+        between       "U:"   "; A:"   "; U:"   "; A:"   ";"
         text          U:2+3?; A:5; U:Sure?; A:Yes;
-        placeholders  U:2+3?; A:<1>; U:Sure?; A:<3>;
-        between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
         spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
-    Usually a rendering with placeholders for all messages serves all chats with these roles. But a
-    template may trim contents, drop messages, or look into contents, so that other things change
-    with them. Messages that are not found in this way, and those with tool calls or reasoning, are
-    replaced one at a time: find_span_alone().
+    A template may trim contents, drop messages, or look into contents, so that other things change
+    with them. So the next try replaces the wanted messages only. Those that are still not found,
+    and those with tool calls or reasoning, are replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
-    if not rendering.variables and all(message.keys() <= PLAIN_KEYS for message in messages):
-        roles = tuple(message["role"] for message in messages)
-        pieces = render_placeholders(rendering.template, rendering.tok, roles)
-        spans = align_placeholders(rendering.text, pieces, messages)
-        if len(spans) == len(messages):
-            return [span for span in spans if span[2] in wanted]
-    plain = [i for i in wanted if not has_generated_fields(messages[i])]
+    plain = [i for i, message in enumerate(messages) if not has_generated_fields(message)]
     spans = []
-    if plain:
-        replaced = list(messages)
-        for i in plain:
-            replaced[i] = messages[i] | {"content": placeholder(i)}
-        pieces = split_at_placeholders(rendering.render_other(replaced))
-        spans = align_placeholders(rendering.text, pieces, messages)
+    for replaced in (plain, [i for i in plain if i in wanted]):
+        if len(spans) < len(replaced):
+            others = list(messages)
+            for i in replaced:               # loss weights, too: no template sees them
+                others[i] = messages[i] | {"content": placeholder(i), "weight": 1}
+            pieces = render_placeholders(rendering.template, rendering.tok,
+                                         to_json([others, rendering.variables]))
+            spans = align_placeholders(rendering.text, pieces, messages)
+    spans = [span for span in spans if span[2] in wanted]
     for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
         span = find_span_alone(rendering, i, after)
@@ -2212,23 +2208,24 @@ def placeholder(i):
 
 
 @functools.lru_cache(maxsize=1000)
-def render_placeholders(template, tok, roles):
-    """split_at_placeholders() of messages with these roles. None if the template refuses them."""
-    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+def render_placeholders(template, tok, values):
+    """The pieces of [messages, variables], as JSON, since all chats with the same roles share them.
+
+        "U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])
+
+    None if the template refuses the messages.
+    """
+    messages, variables = json.loads(values)
     with contextlib.suppress(UserError):
-        return split_at_placeholders(render(template, tok, messages)[0])
-
-
-def split_at_placeholders(text):
-    """"U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])"""
-    pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
-    return text.partition(PLACEHOLDER_MARK)[0], pieces
+        text, _ = render(template, tok, messages, **variables)
+        pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
+        return text.partition(PLACEHOLDER_MARK)[0], pieces
 
 
 def align_placeholders(text, pieces, messages):
     """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
 
-    pieces  that rendering from split_at_placeholders(), or None
+    pieces  of render_placeholders()
     Returns [] if they differ in anything else than contents.
     """
     head, pieces = pieces or ("", ())
@@ -3081,12 +3078,10 @@ def summary(name, tokens):
 def histogram(tokens):
     """The lengths of the documents, as lines: one for each power of two."""
     powers = np.ceil(np.log2(np.diff(tokens.offsets))).astype(int)
-    counts = np.bincount(powers).tolist()
     lines = []
-    for power, count in enumerate(counts):
-        if count:
-            bar = "#" * math.ceil(40 * count / max(counts))
-            lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
+    for power, count in zip(*np.unique(powers, return_counts=True)):
+        bar = "#" * math.ceil(40 * count / np.bincount(powers).max())
+        lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
     return lines
 
 

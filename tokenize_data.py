@@ -1058,7 +1058,9 @@ def template_text(tok, cfg):
     name = cfg["data"]["chat_template"]
     if name in tok.templates:
         return tok.templates[name]
-    if tok.templates and not name and not tok.template:
+    if not name and tok.template:
+        return tok.template
+    if not name and tok.templates:
         raise UserError("data.chat_template: must name one of the model's templates, of which none "
                         f"is the default: {', '.join(tok.templates)}")
     if name not in ("", "chatml"):
@@ -1066,8 +1068,6 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if tok.template and not name:
-        return tok.template
     if "<|im_end|>" in tok.special:
         return CHATML
     if name:
@@ -2039,18 +2039,22 @@ def check_merges(model, ranks):
     """
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
-    ids = [model["vocab"][left + right] for left, right in pairs]
+    vocab = model["vocab"]
+    ids = [vocab[left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported("its order of merges")
-    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
+    ignore_merges = model.get("ignore_merges")
+    if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
         raise unsupported("a vocabulary with tokens that no merge makes")
+    if len(pairs) > 20_000:
+        return
     indexes = dict(zip(reversed(pairs), range(len(pairs), 0, -1)))      # the first of equal pairs
-    for token in map(spell, ranks if len(pairs) <= 20_000 else ()):
+    for token in map(spell, ranks):
         if merge_characters(token, indexes) == [token]:
             continue
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        splits = [pair for pair in splits if pair[0] in model["vocab"] and pair[1] in model["vocab"]]
-        if not model.get("ignore_merges") or not indexes.keys() >= set(splits):
+        splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
+        if not ignore_merges or not indexes.keys() >= splits:
             raise unsupported(f"a vocabulary whose merges do not make {token!r}")
 
 
@@ -2146,9 +2150,10 @@ NOT_FOUND = ("a message is not found in the rendered text, so that its loss weig
              "a data.chat_template with {% generation %} marks says where answers are")
 SPELLED = ("a text or message spells control tokens, which are plain text there; texts that are "
            "rendered already need data.train.NAME.special=true")
-NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
-             "a data.tokenizer or data.chat_template that fits the other")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
+             "use a data.tokenizer or data.chat_template that fits the other")
 
+SHORT_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 
 
@@ -2372,12 +2377,11 @@ def names_in(tree):
 @functools.lru_cache(maxsize=1000)
 def find_missing_tokens(template, tok):
     """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = ""
     with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, chat)
-        missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
-        return " ".join(sorted(missing))
-    return ""
+        text, _ = render(template, tok, SHORT_CHAT)
+    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+    return " ".join(sorted(missing))
 
 
 @dataclasses.dataclass
@@ -2418,17 +2422,27 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
     if spans:
         last = spans[-1]
         report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
-        if not tok.control_ids.intersection(ids[:last.end_token][-2:].tolist()):
-            is_at_end = last.answer == len(messages) - 1 or not rendering.text[last.end:].strip()
-            if append_eos and tok.eos and is_at_end:
-                # what the template writes after the answer is generated before EOS
-                ids = np.append(ids, tok.special[tok.eos])
-                loss_weights = np.append(loss_weights, np.float32(0))
-                loss_weights[last.end_token:] = last.weight
-            else:
-                warn_of_no_end(rendering, last)
+        if lacks_end(rendering, last, ids, append_eos):
+            # what the template writes after the answer is generated before EOS
+            ids = np.append(ids, tok.special[tok.eos])
+            loss_weights = np.append(loss_weights, np.float32(0))
+            loss_weights[last.end_token:] = last.weight
     report.warnings += [*warnings, *rendering.warnings]
     return ids, loss_weights
+
+
+def lacks_end(rendering, span, ids, append_eos):
+    """Must EOS be appended, since the last span ends in no token? If it cannot, add a warning."""
+    tok = rendering.tok
+    if tok.control_ids.intersection(ids[:span.end_token][-2:].tolist()):
+        return False
+    after = rendering.text[span.end:]
+    is_at_end = span.answer == len(rendering.messages) - 1 or not after.strip()
+    if append_eos and tok.eos and is_at_end:
+        return True
+    end = rendering.text[span.start:span.end][-30:]
+    rendering.warnings.append((NO_END, f"{end!r} before {after[:30]!r}"))
+    return False
 
 
 def encode_spans(rendering, spans):
@@ -2443,12 +2457,6 @@ def encode_spans(rendering, spans):
     for span, span.first_token, span.end_token in zip(spans, first_tokens, end_tokens):
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
-
-
-def warn_of_no_end(rendering, span):
-    end = rendering.text[span.start:span.end][-30:]
-    after = rendering.text[span.end:span.end + 30]
-    rendering.warnings.append((NO_END, f"{end!r} before {after!r}"))
 
 
 def find_other_prompt(rendering, span, ids):
@@ -2575,8 +2583,7 @@ def encode_prompt(tok, template, messages, **variables):
 
 def stop_token_ids(tok, template):
     """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, loss_weights = encode_chat(tok, template, chat)
+    ids, loss_weights = encode_chat(tok, template, SHORT_CHAT)
     stop_ids = set(ids[loss_weights != 0][-1:].tolist())
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
@@ -2637,9 +2644,9 @@ def encode_chunk(chunk, context):
 
 
 def encode_record(record, place, context, counts, warnings):
-    """Return the documents of a record, of which a text may have many: [(ids, loss weights, prompt)]
+    """Return the documents of a record: [(ids, loss weights, prompt: see Report)].
 
-    prompt  see Report
+    Long texts are cut into several.
     """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
@@ -3078,9 +3085,10 @@ def summary(name, tokens):
 def histogram(tokens):
     """The lengths of the documents, as lines: one for each power of two."""
     powers = np.ceil(np.log2(np.diff(tokens.offsets))).astype(int)
+    powers, counts = np.unique(powers, return_counts=True)
     lines = []
-    for power, count in zip(*np.unique(powers, return_counts=True)):
-        bar = "#" * math.ceil(40 * count / np.bincount(powers).max())
+    for power, count in zip(powers.tolist(), counts.tolist()):
+        bar = "#" * math.ceil(40 * count / counts.max())
         lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
     return lines
 

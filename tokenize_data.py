@@ -531,7 +531,7 @@ def find_split_point(text, encode, margin=200):
 
     Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
     accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together.
+    encoded together. They are searched near the end, so that the rest is short.
     """
     earliest = max(margin, len(text) - 2**15)
     candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
@@ -670,6 +670,7 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "train")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
+WEIGHT_RANGE = "0 or from 6e-8 to 65504 in absolute value"        # that of float16
 # names of an answer's thoughts: the first one that is not empty counts
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 # keys of a message that normalize_message replaces
@@ -1008,14 +1009,17 @@ def parse_weight(d, keys):
         value = d.get(key)
         if value is None or value == "":                 # "" is an empty field of a .csv file
             continue
-        problem = (f"{key}: a loss weight must be a number, 0 or from 6e-8 to 65504 in absolute "
-                   f"value; got {value!r}")
+        problem = f"{key}: a loss weight must be a number, {WEIGHT_RANGE}; got {value!r}"
         with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if weight != 0 and not 6e-8 <= abs(weight) <= 65504:
+            if not is_in_weight_range(weight):
                 raise ValueError("out of the range of float16")
         return weight
     return 1.0
+
+
+def is_in_weight_range(weight):
+    return weight == 0 or 6e-8 <= abs(weight) <= 65504
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2139,6 +2143,11 @@ def spell(token):
 
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
+#
+# encode_chat() below renders the chat, finds the Spans of the text that are targets, encodes the
+# text, and gives the tokens of each span its weight. Where a message is in the text takes most of
+# the code, since only the template knows: find_message_spans() finds contents, and
+# find_answer_start() where an answer's generation starts.
 
 # Warnings, each with what mends it. They are counted, and the first of a source is an example.
 OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
@@ -2309,12 +2318,15 @@ def find_answer_start(rendering, i, start):
     text = rendering.text
     messages = rendering.messages
     if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
+        # the usual case, without a rendering of the prompt
         for before, n_generated in rendering.openings:
             if text.endswith(before, 0, start):
                 return start - n_generated
     prompt = rendering.prompt(i)
-    if prompt is None or text.startswith(prompt):
-        return start if prompt is None else len(prompt)
+    if prompt is None:
+        return start
+    if text.startswith(prompt):
+        return len(prompt)
     rendering.other_prompts.append(i)
     end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
     near = slice(max(end - 30, 0), end + 30)
@@ -2415,9 +2427,9 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
              if span.start < span.end and span.weight]
     for span in spans:
         span.weight *= weight
-        if span.weight and not 6e-8 <= abs(span.weight) <= 65504:
+        if not is_in_weight_range(span.weight):
             raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
-                            "must be 0 or from 6e-8 to 65504 in absolute value")
+                            f"must be {WEIGHT_RANGE}")
     ids, loss_weights = encode_spans(rendering, spans)
     if spans:
         last = spans[-1]
@@ -2724,8 +2736,8 @@ def compact_weights(weights, file):
     with np.errstate(over="ignore"):
         compact = weights.astype(np.float16)
     if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
-        raise UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to 65504 "
-                        "in absolute value, also after multiplication with its record's")
+        raise UserError(f"{file}: a loss weight must be a finite number, {WEIGHT_RANGE}, also "
+                        "after multiplication with its record's")
     return compact
 
 

@@ -80,18 +80,28 @@ WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|exam
                      r'items|samples)"\s*:\s*\[\s*\{')
 
 
-@contextlib.contextmanager
-def error_context(place, errors=(UserError, RecursionError), problem=""):
+class error_context:
     """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
         with error_context("x.jsonl, line 3"):
             with error_context("tools", ValueError, "not valid JSON: "):
                 json.loads("{")        ->  x.jsonl, line 3: tools: not valid JSON: Expecting ...
+
+    (A class, because records are read in it, and contextlib's generators take 3 times as long.)
     """
-    try:
-        yield
-    except errors as error:
-        raise UserError(f"{place}: {problem}{one_line(error)}") from None
+
+    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
+        self.place = place
+        self.errors = errors
+        self.problem = problem
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        if isinstance(error, self.errors):
+            text = f"{self.place}: {self.problem}{one_line(error)}"
+            raise UserError(text) from None
 
 
 def one_line(error):
@@ -1295,11 +1305,15 @@ class Rendering:
                 if key not in ("tools", "documents")}
 
     @functools.cached_property
+    def options_json(self):
+        return to_json(self.options)
+
+    @functools.cached_property
     def openings(self):
         """find_openings(), once for all chats of this kind."""
         has_documents = bool(self.variables.get("documents"))
         has_tools = bool(self.variables.get("tools"))
-        kind = (self.messages[0]["role"], has_tools, has_documents, to_json(self.options))
+        kind = (self.messages[0]["role"], has_tools, has_documents, self.options_json)
         if kind not in self.template.openings:
             self.template.openings[kind] = find_openings(self)
         return self.template.openings[kind]
@@ -1340,8 +1354,9 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     rendering.literals = find_literals(rendering, add_generation_prompt)
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
-        for name in options.keys() - template.variables:
-            rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
+        for name in options:
+            if name not in template.variables:
+                rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
         for start, _ in rendering.literals[:1]:
             rendering.warnings.append((SPELLED, repr(text[start:start + 30])))
         missing = find_missing_tokens(template, tok)
@@ -1452,7 +1467,7 @@ def find_vanished(rendering, given):
     for document in given.get("documents", []):
         texts = [name for name, value in document.items() if isinstance(value, str)]
         documents.append(document | marker.mark_values("documents", None, document, texts))
-    shape = (to_json(rendering.options), *[part[:2] for part in marker.parts])
+    shape = (rendering.options_json, *[part[:2] for part in marker.parts])
     if shape not in template.vanished:
         template.vanished[shape] = set()
         with contextlib.suppress(UserError):             # the template looks into what is marked
@@ -1460,6 +1475,8 @@ def find_vanished(rendering, given):
                              documents=documents or None, **rendering.options)
             template.vanished[shape] = marker.find_missing(text)
     missing = template.vanished[shape]
+    if not missing:
+        return []
     written = {key for n, (key, _, _) in enumerate(marker.parts) if n not in missing}
     vanished = {}
     for n in sorted(missing):
@@ -2193,15 +2210,9 @@ def find_message_spans(rendering, wanted):
     """
     messages = rendering.messages
     plain = [i for i, message in enumerate(messages) if not has_generated_fields(message)]
-    spans = []
-    for replaced in (plain, [i for i in plain if i in wanted]):
-        if len(spans) < len(replaced):
-            others = list(messages)
-            for i in replaced:               # loss weights, too: no template sees them
-                others[i] = messages[i] | {"content": placeholder(i), "weight": 1}
-            pieces = render_placeholders(rendering.template, rendering.tok,
-                                         to_json([others, rendering.variables]))
-            spans = align_placeholders(rendering.text, pieces, messages)
+    spans = align_messages(rendering, plain)
+    if len(spans) < len(plain):
+        spans = align_messages(rendering, [i for i in plain if i in wanted])
     spans = [span for span in spans if span[2] in wanted]
     for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
@@ -2211,6 +2222,16 @@ def find_message_spans(rendering, wanted):
         else:
             rendering.warnings.append((NOT_FOUND, f"message {i + 1}"))
     return sorted(spans)
+
+
+def align_messages(rendering, replaced):
+    """The spans of messages that are all replaced by placeholders, as far as they are found."""
+    messages = list(rendering.messages)
+    for i in replaced:                           # loss weights, too: no template sees them
+        messages[i] = messages[i] | {"content": placeholder(i), "weight": 1}
+    pieces = render_placeholders(rendering.template, rendering.tok,
+                                 to_json([messages, rendering.variables]))
+    return align_placeholders(rendering.text, pieces, rendering.messages)
 
 
 def has_generated_fields(message):

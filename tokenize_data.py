@@ -1357,11 +1357,6 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
         for name in options:
             if name not in template.variables:
                 rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
-        for start, _ in rendering.literals[:1]:
-            rendering.warnings.append((SPELLED, repr(text[start:start + 30])))
-        missing = find_missing_tokens(template, tok)
-        if missing:
-            rendering.warnings.append((NO_TOKENS, missing))
     return rendering
 
 
@@ -2452,6 +2447,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
             raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
                             f"must be {WEIGHT_RANGE}")
     ids, loss_weights = encode_spans(rendering, spans)
+    warn_of_plain_tokens(rendering)
     if spans:
         last = spans[-1]
         report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
@@ -2462,6 +2458,15 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
             loss_weights[last.end_token:] = last.weight
     report.warnings += [*warnings, *rendering.warnings]
     return ids, loss_weights
+
+
+def warn_of_plain_tokens(rendering):
+    """Add warnings of control tokens that are plain text."""
+    for start, _ in rendering.literals[:1]:
+        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
+    missing = find_missing_tokens(rendering.template, rendering.tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
 
 
 def lacks_end(rendering, span, ids, append_eos):

@@ -357,20 +357,24 @@ class PackedDocuments:
         *_, H, E = outputs[0].shape
         empty = outputs[0].new_empty(0, H, E)
         documents = [empty] * len(self.lengths)
-        for output, (_, indices) in zip(outputs, self.groups):
-            for i, document in zip(indices, output):
-                documents[i] = document[:self.lengths[i]]
+        for output, (length, indices) in zip(outputs, self.groups):
+            sizes = []                                   # of each document and its padding
+            for i in indices:
+                sizes += [self.lengths[i], length - self.lengths[i]]
+            for i, document in zip(indices, output.flatten(0, 1).split(sizes)[::2]):
+                documents[i] = document
         return torch.cat(documents)
 
 
 def pad_and_stack(documents, indices, length):
     """Chosen documents [n, ...] -> [d, length, ...]"""
-    other_dimensions = [0, 0] * (documents[0].dim() - 1)                 # are not padded
-    padded = []
+    zeros = documents[0].new_zeros(length, *documents[0].shape[1:])
+    parts = []
     for i in indices:
-        n_padding = length - len(documents[i])
-        padded.append(F.pad(documents[i], [*other_dimensions, 0, n_padding]))
-    return torch.stack(padded)
+        parts.append(documents[i])
+        if len(documents[i]) < length:
+            parts.append(zeros[len(documents[i]):])
+    return torch.cat(parts).unflatten(0, (-1, length))
 
 
 def causal_mask(length, window, device):

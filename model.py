@@ -643,7 +643,7 @@ class TokenLosses:
     def __call__(self, logits, start, end):
         """The losses [end - start] of target tokens start ... end - 1.
 
-        logits  fp32 [end - start, V], as they come from the head
+        logits  [end - start, V], as they come from the head
         """
         inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
         if self.reference is not None:
@@ -652,11 +652,10 @@ class TokenLosses:
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
-        logits = self.model.finish_logits(logits)
         targets = self.batch["targets"][self.token_index[start:end]]
         if self.model.computes_nll():
-            self.nll[start:end] = cross_entropy(logits, targets)
-        return self.model.loss(logits, targets, **inputs)
+            self.nll[start:end] = cross_entropy(self.model.finish_logits(logits), targets)
+        return self.model.token_losses(logits, targets, **inputs)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -725,15 +724,15 @@ def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece
         last = min(first + piece_size, end)
         piece = logits[first - start:last - start, :vocab_size]
         with torch.enable_grad():
-            piece_fp32 = piece.detach().float().requires_grad_(want_gradient)
-            piece_losses = compute_losses(piece_fp32, first, last)
+            piece_logits = piece.detach().requires_grad_(want_gradient)
+            piece_losses = compute_losses(piece_logits, first, last)
             losses.append(piece_losses.detach())
             if want_gradient:
                 weighted_sum = (piece_losses * loss_weights[first:last]).sum()
-                [gradient] = torch.autograd.grad(weighted_sum, piece_fp32)
+                [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
                 piece.copy_(gradient)
                 del weighted_sum, gradient
-        del piece_fp32, piece_losses         # and their graph, before the next piece is allocated
+        del piece_logits, piece_losses       # and their graph, before the next piece is allocated
     logits[end - start:] = 0                             # rows and columns of padding
     logits[:, vocab_size:] = 0
     return torch.cat(losses)
@@ -873,8 +872,16 @@ class Transformer(nn.Module):
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]
 
+    def token_losses(self, logits, targets, **inputs):
+        """model.loss of logits [n, V] as they come from the head, in the compute dtype: fp32 [n].
+
+        On CUDA shard.compile_blocks() compiles this, so that fp32 logits are never stored.
+        """
+        return self.loss(self.finish_logits(logits), targets, **inputs)
+
     def finish_logits(self, logits):
-        """What follows the head, for losses and generation: fp32 [n, V] -> fp32 [n, V]."""
+        """What follows the head, for losses and generation: [n, V] -> fp32 [n, V]."""
+        logits = logits.float()
         scaling = self.cfg["logits_scaling"]
         if scaling != 1.0:
             logits = logits / scaling

@@ -682,7 +682,7 @@ def compile_blocks(model):
         block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
     if model.embed.weight.is_cuda:
-        model.loss = torch.compile(model.loss, dynamic=True)
+        model.token_losses = torch.compile(model.token_losses, dynamic=True)
 
 
 def warm_up(model, cfg):

@@ -8,8 +8,8 @@ Each turn is a process of its own that trains so many steps and says how many to
 few, and the most memory it held. Real tokens: padding is not counted.
 
 --size    nanoGPT's model and step (its model.py, configure_optimizers, clipping) on windows of random tokens, as its
-          README runs it on a CPU (fp32, no compile), and at its best (bf16 autocast, compile); ours is its layout, with
-          biases, through shard.parallelize() and train_step()
+          README runs it on a CPU (fp32, no compile), and at its best (bf16 autocast, compile); ours is its layout,
+          without biases of matrices, as its configs have it, through shard.parallelize() and train_step()
 --chats   2,000 chats of lognormal length (median 180, at most 1,024), half of each trained, on a Llama of width 512, 8
           layers, 8 heads, 4 of keys and values, 1,408 in the MLP, 32,000 tokens; 8 chats a step. Theirs are given token
           ids and labels. As shipped: what their config's defaults are. Best: no recompute, grouped by length, bf16. They
@@ -45,8 +45,8 @@ def windows_ours(args, size):
     layers, width, heads, block, batch = SIZES[size]
     micro = args.micro or block * batch
     cfg = configs.load([
-        "model.family=gpt2", "model.norm=layernorm", "model.positions=learned", "model.glu=false",
-        "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true", "model.activation=gelu",
+        "model.family=native", "model.norm=layernorm", "model.positions=learned", "model.glu=false",
+        "model.qkv_bias=false", "model.out_bias=false", "model.mlp_bias=false", "model.activation=gelu",
         "model.tie_embeddings=true", f"model.n_layers={layers}", f"model.d_model={width}", f"model.n_heads={heads}",
         f"model.max_len={block}", f"model.vocab_size={VOCAB[size]}", f"micro_tokens={micro}", f"batch_size={batch}"])[0]
     m = cfg["model"]
@@ -245,6 +245,7 @@ def main():
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"round {n + 1}: {name} {results[name][-1]['tok_per_s']:,.0f} tokens/s", file=sys.stderr)
     table = {}
+    print("  ".join(f"{key}: {value}" for key, value in machine().items()))
     for name, runs in results.items():
         speeds = [r["tok_per_s"] for r in runs]
         table[name] = {"tok_per_s": round(statistics.median(speeds)), "least": round(min(speeds)),
@@ -255,7 +256,18 @@ def main():
         compared = f"   ours is {statistics.median(ratios):.2f} times as fast" if ratios and name != "ours" else ""
         print(f"{name:<17} {row['tok_per_s']:>8,} tokens/s ({row['least']:,} to {row['most']:,})   "
               f"{row['memory_mb']:>6,} MB   n {row['n']}{compared}")
-    print(json.dumps({"what": args.size or ("chats, lora" if args.lora else "chats")} | table))
+    print(json.dumps({"what": args.size or ("chats, lora" if args.lora else "chats")} | machine() | table))
+
+
+def machine():
+    """The kind of CPU: what it computes in by default, and its instruction set."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+    import shard
+    capabilities = torch.cpu.get_capabilities()
+    names = [name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(name)]
+    dtype = shard.resolve_dtype({"dtype": "auto"}, "cpu")
+    return {"dtype": str(dtype).removeprefix("torch."), "instructions": names}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ import tiktoken
 import configs
 from configs import UserError, read_text
 
-FORMAT = 7                  # of the token files
+FORMAT = 8                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -177,6 +177,9 @@ def find_files(cfg, name, source):
     for file in files:
         if source["shape"] not in only.get(format_of(file), ("auto", "text", "chat")):
             raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
+    if source["separator"] and "txt" not in map(format_of, files):
+        raise UserError(f"data.{name}.separator: has no effect, because {path} has no .txt file; "
+                        "remove it")
     by_target = {os.path.realpath(file): file for file in reversed(files)}
     return sorted(by_target.values())                    # each once, also if links name it twice
 
@@ -801,7 +804,9 @@ def normalize_chat(record):
     if not messages:
         raise UserError("a chat without messages")
     tools = []
-    for tool in parse_column(record, "tools", list, "a list of tools"):
+    is_older = not record.get("tools") and isinstance(record.get("functions"), list)
+    key = "functions" if is_older else "tools"           # OpenAI's older form
+    for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
@@ -863,7 +868,8 @@ def prompt_and_response(record, prompt_key, response_key):
         turns.append({"role": "user", "content": prompt})
     if isinstance(response, list):
         return turns + response
-    return [*turns, {"role": "assistant", "content": response}]
+    thoughts = {key: record[key] for key in REASONING_KEYS if isinstance(record.get(key), str)}
+    return [*turns, {"role": "assistant", "content": response} | thoughts]
 
 
 def parse_turns(value, key):
@@ -1067,6 +1073,9 @@ WHAT_VANISHES = {"tools": "the tools", "documents": "the documents", "call": "a 
                  "tool": "the output of a tool"}
 VANISHED = {key: f"the chat template does not write {what} of a record; another data.chat_template "
                  "may" for key, what in WHAT_VANISHES.items()}
+THOUGHT_KEY = re.compile("reason|think|thought|rationale|^cot|_cot$|refusal", re.IGNORECASE)
+UNREAD_FIELD = ("the chat template does not write a field of a message; reasoning_content is the "
+                "name of an answer's reasoning")
 UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -1348,6 +1357,7 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     rendering = Rendering(template, tok, messages, variables, text, generated, [])
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
+        rendering.warnings += find_unread_fields(rendering)
         unused = [name for name in options if name not in template.variables]
         rendering.warnings += [(UNUSED, f"{name}={options[name]!r:.60}") for name in unused]
     values = [messages, variables]
@@ -1465,6 +1475,17 @@ def find_vanished(rendering, given):
     if not set(reasoning) <= set(template.vanished[shape]):
         vanished.pop("reasoning", None)
     return [(VANISHED[key], example) for key, example in vanished.items()]
+
+
+def find_unread_fields(rendering):
+    """Fields of answers that hold a thought under a name that we and the template don't know."""
+    unread = []
+    for i, message in enumerate(rendering.messages):
+        for key, value in message.items():
+            is_known = key in GENERATED_FIELDS or key in rendering.template.text
+            if THOUGHT_KEY.search(key) and value and not is_known:
+                unread.append((UNREAD_FIELD, f"message {i + 1}: {key}"))
+    return unread[:1]
 
 
 def prepare_messages(template, messages):
@@ -2144,8 +2165,12 @@ NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends it
           "data.append_eos=true trains EOS there")
 NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
              "a data.chat_template with {% generation %} marks says where answers are")
-SPELLED = ("a text or message spells control tokens, which are plain text there; texts that are "
-           "rendered already need data.train.NAME.special=true")
+SPELLED = ("a text spells control tokens, which are plain text there; texts that are rendered "
+           "already need data.train.NAME.special=true")
+SPELLED_IN_CHAT = ("a message spells control tokens, which are plain text there; a chat that is "
+                   'rendered already must be a record\'s "text" (and the source special=true)')
+FOREIGN = ("a text spells control tokens that the vocabulary lacks, which are plain text there; use "
+           "the data.tokenizer that the text was rendered for")
 NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
              "a data.tokenizer or data.chat_template that fits the other")
 PLAIN_KEYS = {"role", "content", "weight"}                # of a message
@@ -2381,9 +2406,14 @@ def find_missing_tokens(template, tok):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with contextlib.suppress(UserError):                 # the template refuses such a chat
         text, _ = render(template, tok, chat)
-        missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
-        return " ".join(sorted(missing))
+        return missing_tokens(text, tok)
     return ""
+
+
+def missing_tokens(text, tok):
+    """The control tokens that a text spells and the vocabulary lacks, or ""."""
+    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+    return " ".join(sorted(missing))
 
 
 def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
@@ -2406,7 +2436,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
     ids, loss_weights, token_spans = encode_spans(rendering, spans, weight)
     if rendering.literals:
         start, _ = rendering.literals[0]
-        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
+        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
     missing = find_missing_tokens(rendering.template, tok)
     if missing:
         rendering.warnings.append((NO_TOKENS, missing))
@@ -2655,8 +2685,10 @@ def encode_chunk(chunk, context):
         except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
-            if context.data["on_error"] != "skip" or not is_of_record:
+            if not is_of_record:
                 raise
+            if context.data["on_error"] != "skip":
+                raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
             problems.append(str(error))
     return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
@@ -2693,10 +2725,15 @@ def encode_record(record, place, context, counts, warnings):
 
 
 def find_spelled(text, context, place, warnings):
-    """Add a warning if a text spells special tokens and data.train.NAME.special is not set."""
-    match = None if context.source["special"] else context.tok.special_pattern.search(text)
+    """Add a warning if a text spells control tokens that are plain text in it."""
+    special = context.source["special"]
+    match = None if special else context.tok.special_pattern.search(text)
     if match:
         add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+    elif special or CONTROL_TOKEN.match(text.lstrip()):      # a rendered chat begins with one
+        missing = missing_tokens(text, context.tok)
+        if missing:
+            add_warning(warnings, FOREIGN, 1, f"{place}: {missing}")
 
 
 def add_warning(warnings, kind, count, example):
@@ -2922,7 +2959,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     set_date = data["date"] if has_date else ""
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
     if (folder / "header.json").is_file():
-        print_warnings(folder, name)
+        print_warnings(read_json_object(folder / "header.json")["warnings"], name)
         return folder
     context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
@@ -2934,6 +2971,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
+        if not writer.counts["documents"]:
+            print_warnings(writer.warnings, name)
         check_not_empty(writer, name, source, data["seq_len"])
         if writer.counts["chats"] and has_date:
             fingerprints["date"] = str(context.now.date())
@@ -2951,7 +2990,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                             "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print_warnings(folder, name)
+    print_warnings(writer.warnings, name)
     return folder
 
 
@@ -2961,9 +3000,8 @@ def commit_of(files):
     return match and match[1]
 
 
-def print_warnings(folder, name):
-    """Print the warnings in a header, also if a source was tokenized earlier."""
-    warnings = read_json_object(folder / "header.json")["warnings"]
+def print_warnings(warnings, name):
+    """Print the warnings of a source, {kind: (count, the first example)}."""
     for kind, (count, example) in warnings.items():
         how_often = "once" if count == 1 else f"{count:,} times"
         if configs.is_local_rank0():

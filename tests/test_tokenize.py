@@ -1465,7 +1465,7 @@ def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
         data = load_with_template(tmp_path, NO_END, records)
         warnings = capsys.readouterr().err
         assert "ends in no token" in warnings and "spells control tokens" in warnings and "3 times" in warnings
-    assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED: 3}
+    assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED_IN_CHAT: 3}
 
 
 # ---- signals

@@ -2688,6 +2688,8 @@ def encode_chunk(chunk, context):
             if not is_of_record:
                 raise
             if context.data["on_error"] != "skip":
+                if "not UTF-8" in str(error):            # skipping would lose all such lines
+                    raise
                 raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
             problems.append(str(error))

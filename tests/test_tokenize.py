@@ -1504,6 +1504,10 @@ def test_find_files_refuses_a_separator_without_txt_files(tmp_path):
 def test_load_datasets_says_how_to_leave_a_bad_record_out(tmp_path):
     path = write(tmp_path, [{"text": None}, {"text": "a"}])
     wrong(["x.jsonl, line 1: text: expected text, got null; data.on_error=skip"], load_one, tmp_path, path)
+    path.write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError) as e:
+        load_one(tmp_path, path)
+    assert "iconv" in str(e.value) and "on_error" not in str(e.value)
 
 
 def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):

@@ -319,6 +319,11 @@ class PackedDocuments:
         return [end - start for start, end in zip(ends, ends[1:])]
 
     @functools.cached_property
+    def have_equal_lengths(self):
+        """Do the documents need neither padding nor copies, as windows of a text?"""
+        return len(set(self.lengths) - {0}) == 1
+
+    @functools.cached_property
     def groups(self):
         """[(number of tokens to pad to, indices of the documents)]"""
         documents = range(len(self.lengths))
@@ -335,7 +340,7 @@ class PackedDocuments:
 
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield (q, k, v, mask, seeds) of each group, as [d, heads, t, E]; see attention()."""
-        qkv_by_document = [x.split(self.lengths) for x in (q, k, v)]
+        qkv_by_document = [self.split(x) for x in (q, k, v)]
         for length, indices in self.groups:
             group = []
             for documents in qkv_by_document:
@@ -349,28 +354,40 @@ class PackedDocuments:
                 mask = causal_mask(length, window, q.device)                       # [t, t]
             group_seeds = None
             if seeds is not None:
-                group_seeds = pad_and_stack(seeds.split(self.lengths), indices, length)
+                group_seeds = pad_and_stack(self.split(seeds), indices, length)
             yield *group, mask, group_seeds
+
+    def split(self, x):
+        """The documents of x [T, ...]; together in one item if all have the same length."""
+        return [x] if self.have_equal_lengths else x.split(self.lengths)
 
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
+        if self.have_equal_lengths:
+            return outputs[0].flatten(0, 1)
         *_, H, E = outputs[0].shape
         empty = outputs[0].new_empty(0, H, E)
         documents = [empty] * len(self.lengths)
-        for output, (_, indices) in zip(outputs, self.groups):
-            for i, document in zip(indices, output):
-                documents[i] = document[:self.lengths[i]]
+        for output, (length, indices) in zip(outputs, self.groups):
+            sizes = []                                   # of each document and its padding
+            for i in indices:
+                sizes += [self.lengths[i], length - self.lengths[i]]
+            for i, document in zip(indices, output.flatten(0, 1).split(sizes)[::2]):
+                documents[i] = document
         return torch.cat(documents)
 
 
 def pad_and_stack(documents, indices, length):
-    """Chosen documents [n, ...] -> [d, length, ...]"""
-    other_dimensions = [0, 0] * (documents[0].dim() - 1)                 # are not padded
-    padded = []
+    """Chosen documents [n, ...], or all of them in one item -> [d, length, ...]"""
+    if len(documents) == 1:
+        return documents[0].unflatten(0, (len(indices), length))
+    zeros = documents[0].new_zeros(length, *documents[0].shape[1:])
+    parts = []
     for i in indices:
-        n_padding = length - len(documents[i])
-        padded.append(F.pad(documents[i], [*other_dimensions, 0, n_padding]))
-    return torch.stack(padded)
+        parts.append(documents[i])
+        if len(documents[i]) < length:
+            parts.append(zeros[len(documents[i]):])
+    return torch.cat(parts).unflatten(0, (len(indices), length))
 
 
 def causal_mask(length, window, device):

@@ -61,8 +61,14 @@ import zlib
 from datetime import datetime
 from pathlib import Path
 
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
 import numpy as np
+import regex                    # installed with tiktoken
 import tiktoken
+from jinja2 import nodes
+from tqdm import tqdm
 
 import configs
 from configs import UserError, read_text
@@ -138,11 +144,12 @@ OTHER_FORMATS = {".zst": "zstd -d unpacks it", ".zip": "unzip unpacks it",
                  ".arrow": "to_parquet() of the datasets package writes .parquet"}
 BESIDE_NPY = ("_labels.npy", "_weights.npy")              # of FILE.npy: see read_npy
 METADATA = ("dataset_info.json", "dataset_infos.json")    # of a dataset on the hub
-# owner/name, perhaps with @REVISION, perhaps with /FOLDER of the dataset
+# of a path in the config file: owner/name, perhaps with @REVISION, perhaps with /FOLDER
 HUB_PATH = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(refs/\w+/\w+|[^/]+))?(?:/(.+))?")
 HUB_FORMATS = ("parquet", "jsonl", "json", "csv")         # the first that a dataset has is read
 SPLIT_WORDS = {"train": "train|training", "validation": "validation|valid|val|dev",
                "test": "test|testing|eval|evaluation"}
+NO_LETTER_BEFORE = "(?<![a-zA-Z])"
 
 
 def find_files(cfg, name, source):
@@ -151,6 +158,7 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
+    # as it is in the config file: configs made it a path in data_root
     hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
     # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
     is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
@@ -234,7 +242,7 @@ def splits_of(names):
     """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv."""
     splits = set()
     for split, words in SPLIT_WORDS.items():
-        if any(re.search(f"(?<![a-zA-Z])({words})(?![a-zA-Z])", name) for name in names):
+        if any(re.search(f"{NO_LETTER_BEFORE}({words})(?![a-zA-Z])", name) for name in names):
             splits.add(split)
     return splits
 
@@ -246,8 +254,8 @@ def choose_split(names, split, place):
     name has a word of another split, all files are the split "train".
     """
     words = SPLIT_WORDS.get(split, re.escape(split))
-    # train_sft is a split of its own
-    word = re.compile(f"(?<![a-zA-Z])({words})(?!_?[a-zA-Z])")
+    # train_sft is no file of train, but a split of its own
+    word = re.compile(f"{NO_LETTER_BEFORE}({words})(?!_?[a-zA-Z])")
     chosen = [name for name in names if word.search(name)]
     if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
         return names
@@ -415,9 +423,9 @@ def read_json(stream, file, context):
     if wrapper:
         raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
                         f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
-    is_list = head.startswith("[") or format_of(file) == "json" and not head.startswith("{")
-    if is_list or not has_object_per_line(head):
-        yield from read_json_items(stream, file, is_list)
+    is_object = head.startswith("{") or format_of(file) == "jsonl" and not head.startswith("[")
+    if not (is_object and has_object_per_line(head)):
+        yield from read_json_items(stream, file, is_list=not is_object)
         return
     n = 1
     while lines := stream.readlines(BLOCK):
@@ -444,11 +452,15 @@ def read_json_items(stream, file, is_list):
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
+        # An item that the next block continues fails at the end of this one, or as "Unterminated
+        # string" where its last string starts. Other errors remain, however much is read.
         n_after_error = len(buffer) - getattr(error, "pos", 0)
         if error and n_after_error > BLOCK and "Unterminated" not in str(error):
-            break                            # more text would not mend it
+            break
         buffer = buffer[position:]
-    end = r"\s*,?\s*" if not is_list else r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
+    end = r"\s*,?\s*"
+    if is_list:
+        end = r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
     if error or not re.fullmatch(end, buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
@@ -466,7 +478,9 @@ def split_items(text, n_before, is_list=True):
     items = []
     position = 0
     between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
-    separator = re.compile(r"\s*\[\s*(?!\s*\])") if is_list and not n_before else between
+    separator = between
+    if is_list and not n_before:
+        separator = re.compile(r"\s*\[\s*(?!\s*\])")         # the start of a list, unless empty
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
@@ -483,25 +497,16 @@ def iter_text(stream):
     text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig")
     text = None
     while text != "":
-        text = text_stream.read(BLOCK)
-        check_no_zero_byte(text)
+        text = refuse_zero_bytes(text_stream.read(BLOCK))
         yield text
     text_stream.detach()                     # otherwise it would close the stream
 
 
-def iter_lines(stream):
-    """Yield a file's lines with their ends, for the csv module."""
-    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    for line in text_stream:
-        check_no_zero_byte(line)
-        yield line
-    text_stream.detach()
-
-
-def check_no_zero_byte(text):
-    """A damaged file may end in zero bytes, which are valid UTF-8. read_chunks names the line."""
+def refuse_zero_bytes(text):
+    """Return the text. A damaged file may end in zero bytes; read_chunks names their line."""
     if "\0" in text:
         raise UnicodeError
+    return text
 
 
 def read_txt(stream, file, context):
@@ -540,7 +545,7 @@ def find_split_point(text, encode, margin=200):
 
     Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
     accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together.
+    encoded together. They are searched near the end, so that the rest is short.
     """
     earliest = max(margin, len(text) - 2**15)
     candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
@@ -557,7 +562,8 @@ def read_csv(stream, file, context):
     """Also .tsv. The first line names the columns; a record is {column: text}."""
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if format_of(file) == "tsv" else ","
-    rows = csv.DictReader(iter_lines(stream), delimiter=delimiter, strict=True)
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    rows = csv.DictReader(map(refuse_zero_bytes, lines), delimiter=delimiter, strict=True)
     numbers = []
     records = []
     line = 2
@@ -605,9 +611,9 @@ def read_npy(stream, file, context):
     labels = load_array(f"{file[:-4]}_labels.npy", "iu", len(ids))
     weights = load_array(f"{file[:-4]}_weights.npy", "fiu", len(ids))
     ignore_index = context.data["ignore_index"]
-    shift = 0 if context.data["shift_labels"] else 1
+    offset = 0 if context.data["shift_labels"] else 1        # labels[i] is of token i + offset
     n = len(ids)
-    if shift and labels is not None and n and labels[-1] != ignore_index:
+    if offset and labels is not None and n and labels[-1] != ignore_index:
         n += 1
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
@@ -617,26 +623,27 @@ def read_npy(stream, file, context):
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
             i = start + wrong[0]
-            of_label = f"{file[:-4]}_labels.npy: index {i - 1}"      # of the one after the ids
-            place = f"{file}: index {i}" if i < len(ids) else of_label
+            place = f"{file}: index {i}"
+            if i == len(ids):                            # the last label
+                place = f"{file[:-4]}_labels.npy: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        block_weights = np.ones(len(block), np.float32)
-        # tokens first ... end - 1 have labels and weights: if shifted, token 0 has none
-        first = max(start, shift)
-        block_weights[:first - start] = 0
-        if weights is not None:
-            with np.errstate(over="ignore"):             # compact_weights refuses inf
-                block_weights[first - start:] = weights[first - shift:end - shift]
+        # labels and weights of this block; token 0 has none with an offset, and the weight 0
+        first = max(start, offset)
+        in_block = slice(first - start, None)
+        in_arrays = slice(first - offset, end - offset)
+        block_weights = np.zeros(len(block), np.float32)
+        with np.errstate(over="ignore"):                 # compact_weights refuses inf
+            block_weights[in_block] = 1 if weights is None else weights[in_arrays]
         if labels is not None:
-            block_labels = labels[first - shift:end - shift]
+            block_labels = labels[in_arrays]
             is_target = block_labels != ignore_index
-            wrong = np.flatnonzero(is_target & (block_labels != block[first - start:]))
+            wrong = np.flatnonzero(is_target & (block_labels != block[in_block]))
             if len(wrong):
                 raise UserError(
-                    f"{file[:-4]}_labels.npy: index {first - shift + wrong[0]}: the label must be "
-                    "data.ignore_index or the id there (the next id: data.shift_labels=false)")
-            block_weights[first - start:][~is_target] = 0
+                    f"{file[:-4]}_labels.npy: index {in_arrays.start + wrong[0]}: the label must "
+                    "be data.ignore_index or the id there (the next id: data.shift_labels=false)")
+            block_weights[in_block][~is_target] = 0
         yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
                     ends=end == n, n_bytes=len(block) * ids.itemsize)
 
@@ -677,6 +684,7 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
+WEIGHT_RANGE = "0 or from 6e-8 to 65504 in absolute value"        # that of float16
 # names of an answer's thoughts: the first one that is not empty counts
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
 # keys of a message that normalize_message replaces
@@ -1029,14 +1037,17 @@ def parse_weight(d, keys):
         value = d.get(key)
         if value is None or value == "":                 # "" is an empty field of a .csv file
             continue
-        problem = (f"{key}: a loss weight must be a number, 0 or from 6e-8 to 65504 in absolute "
-                   f"value; got {value!r}")
+        problem = f"{key}: a loss weight must be a number, {WEIGHT_RANGE}; got {value!r}"
         with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if weight != 0 and not 6e-8 <= abs(weight) <= 65504:
+            if not is_in_weight_range(weight):
                 raise ValueError("out of the range of float16")
         return weight
     return 1.0
+
+
+def is_in_weight_range(weight):
+    return weight == 0 or 6e-8 <= abs(weight) <= 65504
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1085,7 +1096,9 @@ def template_text(tok, cfg):
     name = cfg["data"]["chat_template"]
     if name in tok.templates:
         return tok.templates[name]
-    if tok.templates and not name and not tok.template:
+    if not name and tok.template:
+        return tok.template
+    if not name and tok.templates:
         raise UserError("data.chat_template: must name one of the model's templates, of which none "
                         f"is the default: {', '.join(tok.templates)}")
     if name not in ("", "chatml"):
@@ -1093,8 +1106,6 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if tok.template and not name:
-        return tok.template
     if "<|im_end|>" in tok.special:
         return CHATML
     if name:
@@ -1109,10 +1120,12 @@ def template_text(tok, cfg):
 def template_texts(tok, cfg):
     """[template_text(), and that of chats with tools if the model has another one]; [] if none."""
     name = cfg["data"]["chat_template"]
-    has_built_in = not tok.templates and (tok.eos or "<|im_end|>" in tok.special)
-    if not (name or tok.template or has_built_in):
-        return []
-    texts = [template_text(tok, cfg)]
+    try:
+        texts = [template_text(tok, cfg)]
+    except UserError:
+        if name:
+            raise
+        return []                            # texts need none
     if "tool_use" in tok.templates and not name:
         texts.append(tok.templates["tool_use"])
     return texts
@@ -1156,6 +1169,7 @@ class ChatTemplate:
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
     vanished: dict = dataclasses.field(default_factory=dict)     # see find_vanished()
+    openings: dict = dataclasses.field(default_factory=dict)     # see Rendering.openings
 
     @functools.cached_property
     def takes_text(self):
@@ -1207,30 +1221,33 @@ class ChatTemplate:
             return ""
 
 
-def compile_template(text, now=None):
-    """Compile jinja text in jinja2's sandbox, with the names that chat templates rely on.
+class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, with the names that chat templates rely on.
 
-    now  the time of templates that read the clock, instead of the clock's
+    now  the time of templates that read the clock
     """
-    import jinja2
-    import jinja2.ext
-    import jinja2.meta
-    import jinja2.sandbox
 
-    class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        def getattr(self, obj, attribute):
-            # message.role is a key: jinja2 tries getattr first, and the exception takes half of
-            # the time of a rendering
-            if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
-                return obj[attribute]
-            return super().getattr(obj, attribute)
+    def __init__(self, now):
+        super().__init__(trim_blocks=True, lstrip_blocks=True,
+                         extensions=[jinja2.ext.loopcontrols])
+        self.filters["mark_generation"] = mark_generation
+        self.filters["tojson"] = tojson
+        self.globals.update(raise_exception=raise_exception, strftime_now=now.strftime)
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True,
-                              extensions=[jinja2.ext.loopcontrols])
-    environment.filters["mark_generation"] = mark_generation
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception,
-                               strftime_now=now.strftime if now else strftime_now)
+    def getattr(self, obj, attribute):
+        # message.role is a key: jinja2 tries getattr first, and the exception takes half of the
+        # time of a rendering
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+def compile_template(text, now=None):
+    """Compile jinja text.
+
+    now  the time of templates that read the clock; None: the time at which it is compiled
+    """
+    environment = ChatEnvironment(now or datetime.now())
     text = GENERATION_TAG.sub(filter_tag, text)
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
@@ -1266,9 +1283,6 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def strftime_now(form):
-    return datetime.now().strftime(form)
-
 
 def render(template, tok, messages, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
@@ -1299,22 +1313,34 @@ def template_message(template, message):
 class Rendering:
     template: ChatTemplate
     tok: object
-    messages: list               # as rendered: see prepare_tool_calls
+    messages: list               # as rendered: see prepare_messages
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    literals: list               # [(start, end)]: the first characters of spelled special tokens
+    literals: list = ()          # [(start, end)]: the first characters of spelled special tokens
     prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
     other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
     @functools.cached_property
-    def openings(self):          # see find_openings()
-        options = {key: value for key, value in self.variables.items() if key != "tools"}
+    def options(self):
+        """The variables that many chats have in common."""
+        return {key: value for key, value in self.variables.items()
+                if key not in ("tools", "documents")}
+
+    @functools.cached_property
+    def options_json(self):
+        return to_json(self.options)
+
+    @functools.cached_property
+    def openings(self):
+        """find_openings(), once for all chats of this kind."""
+        has_documents = bool(self.variables.get("documents"))
         has_tools = bool(self.variables.get("tools"))
-        has_system = self.messages[0]["role"] == "system"
-        return find_openings(self.template, self.tok, has_system, has_tools,
-                             to_json(options) if options else "{}")
+        kind = (self.messages[0]["role"], has_tools, has_documents, self.options_json)
+        if kind not in self.template.openings:
+            self.template.openings[kind] = find_openings(self)
+        return self.template.openings[kind]
 
     def prompt(self, i):
         """The text that asks for message i. None if the template refuses the messages before."""
@@ -1331,19 +1357,13 @@ class Rendering:
 
 
 def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
-                    chat_template_kwargs=None, **variables):
+                    chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
     columns               of the record; those that are variables of the template are given to it
     chat_template_kwargs  other variables
-    variables             tools, documents
-
-    For the spelled tokens, they are rendered once more with each spelled token broken by a mark:
-
-        message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
-        broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
+    given                 tools, documents
     """
-    given = variables
     options = chat_template_kwargs or {}
     variables = (columns or {}) | options | given
     if template.tool_use and variables.get("tools"):
@@ -1354,27 +1374,40 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     if SURROGATES.search(text):
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
-    rendering = Rendering(template, tok, messages, variables, text, generated, [])
+    rendering = Rendering(template, tok, messages, variables, text, generated)
+    rendering.literals = find_literals(rendering, add_generation_prompt)
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
         rendering.warnings += find_unread_fields(rendering)
-        unused = [name for name in options if name not in template.variables]
-        rendering.warnings += [(UNUSED, f"{name}={options[name]!r:.60}") for name in unused]
-    values = [messages, variables]
+        for name in options:
+            if name not in template.variables:
+                rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
+    return rendering
+
+
+def find_literals(rendering, add_generation_prompt):
+    """Return where in the text a message or variable spells special tokens: see Rendering.
+
+    All are rendered once more with each spelled token broken by a mark:
+
+        message   "no <|im_end|> here"     <|im_start|>user\\nno <|im_end|> here<|im_end|>
+        broken    "no <#|im_end|> here"    <|im_start|>user\\nno <#|im_end|> here<|im_end|>
+    """
+    tok = rendering.tok
+    values = [rendering.messages, rendering.variables]
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
-        return rendering
+        return []
     insert_break = functools.partial(tok.special_pattern.sub, break_token)
-    broken_messages, broken_variables = map_strings(insert_break, values)
-    broken, _ = render(template, tok, broken_messages, add_generation_prompt, **broken_variables)
+    messages, variables = map_strings(insert_break, values)
+    broken, _ = render(rendering.template, tok, messages, add_generation_prompt, **variables)
     parts = broken.split(BREAK)
-    if "".join(parts) != text:
+    if "".join(parts) != rendering.text:
         spelled = sorted(set(tok.special_pattern.findall(to_json(values))))
         raise UserError(f"the chat template looks for {' or '.join(spelled)} in messages, where it "
                         "is text and no control token; reasoning goes into reasoning_content")
     breaks = itertools.accumulate(map(len, parts[:-1]))
-    rendering.literals = [(end - 1, end) for end in breaks]
-    return rendering
+    return [(end - 1, end) for end in breaks]
 
 
 def break_token(match):
@@ -1398,7 +1431,7 @@ class Marker:
 
     Marks are letters and digits, which no template escapes.
     """
-    PREFIX = f"q{os.urandom(8).hex()}x"
+    prefix = f"q{os.urandom(8).hex()}x"
 
     def __init__(self):
         self.parts = []          # [(key of VANISHED, index of the message or None, text)]
@@ -1407,10 +1440,11 @@ class Marker:
         if not text.strip():
             return text
         self.parts.append((key, i, text))
-        return f"{text}{self.PREFIX}{len(self.parts) - 1}z"
+        return f"{text}{self.prefix}{len(self.parts) - 1}z"
 
     def find_missing(self, text):
-        return [n for n in range(len(self.parts)) if f"{self.PREFIX}{n}z" not in text]
+        """The indexes of the parts that a rendering does not hold."""
+        return {n for n in range(len(self.parts)) if f"{self.prefix}{n}z" not in text}
 
     def mark_message(self, i, message):
         marked = dict(message)
@@ -1418,22 +1452,19 @@ class Marker:
             thoughts, end, words = message["content"].rpartition(THOUGHTS_END)
             thoughts = self.mark("reasoning", i, thoughts)
             marked["content"] = thoughts + end + self.mark(message["role"], i, words)
-        if message.get("reasoning_content"):
-            marked["reasoning_content"] = self.mark("reasoning", i, message["reasoning_content"])
+        marked |= self.mark_values("reasoning", i, message, ["reasoning_content"])
         if message.get("tool_calls"):
-            mark = functools.partial(self.mark, "call", i)
             marked["tool_calls"] = []
             for call in message["tool_calls"]:
-                function = {key: map_strings(mark, value)
-                            for key, value in call["function"].items()}
+                function = call["function"]
+                function = function | self.mark_values("call", i, function, function)
                 marked["tool_calls"].append(call | {"function": function})
         return marked
 
-    def mark_values(self, key, value, names):
-        """An object with marks in the texts that have these names."""
-        texts = {name: self.mark(key, None, value[name]) for name in names
-                 if isinstance(value.get(name), str)}
-        return value | texts
+    def mark_values(self, key, i, value, names):
+        """{name: value[name]} with marks, for those of the names that a value has."""
+        mark = functools.partial(self.mark, key, i)
+        return {name: map_strings(mark, value[name]) for name in names if value.get(name)}
 
 
 def find_vanished(rendering, given):
@@ -1447,33 +1478,34 @@ def find_vanished(rendering, given):
     template = rendering.template
     marker = Marker()
     messages = [marker.mark_message(i, message) for i, message in enumerate(rendering.messages)]
-    options = rendering.variables.copy()
-    for key in ("tools", "documents"):
-        options.pop(key, None)
-    variables = options.copy()
+    tools = []
     for tool in given.get("tools", []):
-        function = marker.mark_values("tools", tool["function"], ("name", "description"))
-        variables.setdefault("tools", []).append(tool | {"function": function})
+        function = tool["function"]
+        marks = marker.mark_values("tools", None, function, ("name", "description"))
+        tools.append(tool | {"function": function | marks})
+    documents = []
     for document in given.get("documents", []):
-        document = marker.mark_values("documents", document, document)
-        variables.setdefault("documents", []).append(document)
-    parts = marker.parts
-    shape = (to_json(options), *[part[:2] for part in parts])
+        texts = [name for name, value in document.items() if isinstance(value, str)]
+        documents.append(document | marker.mark_values("documents", None, document, texts))
+    shape = (rendering.options_json, *[part[:2] for part in marker.parts])
     if shape not in template.vanished:
-        try:
-            text, _ = render(template, rendering.tok, messages, **variables)
+        template.vanished[shape] = set()
+        with contextlib.suppress(UserError):             # the template looks into what is marked
+            text, _ = render(template, rendering.tok, messages, tools=tools or None,
+                             documents=documents or None, **rendering.options)
             template.vanished[shape] = marker.find_missing(text)
-        except UserError:                                # the template looks into what is marked
-            template.vanished[shape] = []
+    missing = template.vanished[shape]
+    if not missing:
+        return []
+    written = {key for n, (key, _, _) in enumerate(marker.parts) if n not in missing}
     vanished = {}
-    for n in template.vanished[shape]:
-        key, i, text = parts[n]
+    for n in sorted(missing):
+        key, i, text = marker.parts[n]
+        # templates drop the reasoning of earlier turns on purpose
+        if key == "reasoning" and key in written:
+            continue
         place = "" if i is None else f"message {i + 1}: "
         vanished.setdefault(key, f"{place}{text!r:.60}")
-    # templates drop the reasoning of earlier turns on purpose
-    reasoning = [n for n in range(len(parts)) if parts[n][0] == "reasoning"]
-    if not set(reasoning) <= set(template.vanished[shape]):
-        vanished.pop("reasoning", None)
     return [(VANISHED[key], example) for key, example in vanished.items()]
 
 
@@ -1631,10 +1663,10 @@ class Tokenizer(BaseTokenizer):
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        # tiktoken finds special and added tokens itself, unless one starts with another
+        # does tiktoken find special and added tokens itself? Not if one starts with another
         in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
-        self.native_special = not overlap and len(ids) > 256
+        self.native_special = not overlap and self.byte_ids is None
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1656,7 +1688,6 @@ class Tokenizer(BaseTokenizer):
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:                   # tiktoken gives up on a run of a million spaces
-            import regex                     # installed with tiktoken
             ids = []
             for match in regex.finditer(self.pattern, text):
                 ids += self.encoding._encode_single_piece(match[0])
@@ -1757,7 +1788,7 @@ class HFTokenizer(BaseTokenizer):
             moved[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # tokens of one character all have its start and its end
+        # of a character that several tokens spell, each of them has its start and its end
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
         return np.array(encoded.ids, np.uint32), starts, ends, moved
 
@@ -1794,8 +1825,9 @@ def bytes_to_unicode():
 BYTES_TO_UNICODE = bytes_to_unicode()
 UNICODE_TO_BYTES = {character: b for b, character in BYTES_TO_UNICODE.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's with digits split off before (StarCoder): each one, or runs of them
-DIGITS_PATTERN = r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# GPT-2's for texts from which digits were split off before (StarCoder)
+WITHOUT_DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|"
+                          r"\s+(?![^\s\p{N}])|\s+")
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
 
 
@@ -1970,16 +2002,18 @@ def unsupported_part(spec, tokens):
         return f"{description} with a prefix space"
     if split_pattern(steps) is None:
         return description
+    # The tokenizers package searches normalized tokens last, and in normalized text; tiktoken all
+    # at once. That is the same for tokens that the normalizer keeps (NeoX's runs of spaces) and
+    # that cannot overlap with others, because they have no character in common with them.
     searched_first = "".join(t["content"] for t in tokens if not t["normalized"])
     for token in tokens:
         content = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
                 return f"the {flag} added token {content!r}"
-        # normalized tokens are searched last, in normalized text: the same unless they overlap
-        # others or change (NeoX's runs of spaces do not)
-        changes = normalizer and not content.isspace()
-        if token["normalized"] and (changes or set(content) & set(searched_first)):
+        may_change = normalizer and not content.isspace()
+        may_overlap = not set(content).isdisjoint(searched_first)
+        if token["normalized"] and (may_change or may_overlap):
             return f"the normalized added token {content!r}"
     return None
 
@@ -1999,7 +2033,8 @@ def split_pattern(steps):
         return GPT2_PATTERN if splits else r"[\s\S]+"
     step = before[0]
     if step.get("type") == "Digits" and splits:
-        return (r"\p{N}" if step["individual_digits"] else r"\p{N}+") + DIGITS_PATTERN
+        digits = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+        return f"{digits}|{WITHOUT_DIGITS_PATTERN}"
     how = (step.get("behavior"), step.get("invert"))
     if splits or how not in (("Isolated", False), ("Removed", True)):
         return None
@@ -2038,7 +2073,6 @@ TEST_STRINGS = (
 
 def check_pattern(pattern):
     """Raise UserError unless a regular expression splits texts without leaving something out."""
-    import regex                                             # installed with tiktoken
     with error_context(f"its pattern {pattern!r}", regex.error):
         words = regex.compile(pattern)
     for text in TEST_STRINGS:
@@ -2057,18 +2091,22 @@ def check_merges(model, ranks):
     """
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
-    ids = [model["vocab"][left + right] for left, right in pairs]
+    vocab = model["vocab"]
+    ids = [vocab[left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported("its order of merges")
-    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
+    ignore_merges = model.get("ignore_merges")
+    if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
         raise unsupported("a vocabulary with tokens that no merge makes")
+    if len(pairs) > 20_000:
+        return
     indexes = dict(zip(reversed(pairs), range(len(pairs), 0, -1)))      # the first of equal pairs
-    for token in map(spell, ranks if len(pairs) <= 20_000 else ()):
+    for token in map(spell, ranks):
         if merge_characters(token, indexes) == [token]:
             continue
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        splits = [pair for pair in splits if pair[0] in model["vocab"] and pair[1] in model["vocab"]]
-        if not model.get("ignore_merges") or not indexes.keys() >= set(splits):
+        splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
+        if not ignore_merges or not indexes.keys() >= splits:
             raise unsupported(f"a vocabulary whose merges do not make {token!r}")
 
 
@@ -2156,6 +2194,11 @@ def spell(token):
 
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
+#
+# encode_chat() below renders the chat, finds the Spans of the text that are targets, encodes the
+# text, and gives the tokens of each span its weight. Where a message is in the text takes most of
+# the code, since only the template knows: find_message_spans() finds contents, and
+# find_answer_start() where an answer's generation starts.
 
 # Warnings, each with what mends it. They are counted, and the first of a source is an example.
 OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
@@ -2169,13 +2212,14 @@ SPELLED = ("a text spells control tokens, which are plain text there; texts that
            "already need data.train.NAME.special=true")
 SPELLED_IN_CHAT = ("a message spells control tokens, which are plain text there; a chat that is "
                    'rendered already must be a record\'s "text" (and the source special=true)')
-FOREIGN = ("a text spells control tokens that the vocabulary lacks, which are plain text there; use "
-           "the data.tokenizer that the text was rendered for")
-NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; use "
-             "a data.tokenizer or data.chat_template that fits the other")
-PLAIN_KEYS = {"role", "content", "weight"}                # of a message
+FOREIGN = ("a text spells control tokens that the vocabulary lacks, which are plain text there; "
+           "use the data.tokenizer that the text was rendered for")
+NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
+             "use a data.tokenizer or data.chat_template that fits the other")
+
+SHORT_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
-# of a chat with tools, where it does not matter which
+# of a chat with tools, in stop_token_ids
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
     "type": "object", "properties": {}}}}
 CALL = {"name": "f", "arguments": {"a": 1}}
@@ -2196,31 +2240,21 @@ def find_message_spans(rendering, wanted):
     template writes between the placeholders is also between the contents. With wanted = [1, 3]:
 
         messages      user "2+3?", assistant "5", user "Sure?", assistant "Yes"
+        placeholders  U:<0>; A:<1>; U:<2>; A:<3>;
+        between       "U:"   "; A:"   "; U:"   "; A:"   ";"
         text          U:2+3?; A:5; U:Sure?; A:Yes;
-        placeholders  U:2+3?; A:<1>; U:Sure?; A:<3>;
-        between       "U:2+3?; A:"   "; U:Sure?; A:"   ";"
         spans         (10, 11, 1) is "5", (24, 27, 3) is "Yes"
 
-    Usually a rendering with placeholders for all messages serves all chats with these roles. But a
-    template may trim contents, drop messages, or look into contents, so that other things change
-    with them. Messages that are not found in this way, and those with tool calls or reasoning, are
-    replaced one at a time: find_span_alone().
+    A template may trim contents, drop messages, or look into contents, so that other things change
+    with them. So the next try replaces the wanted messages only. Those that are still not found,
+    and those with tool calls or reasoning, are replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
-    if not rendering.variables and all(message.keys() <= PLAIN_KEYS for message in messages):
-        roles = tuple(message["role"] for message in messages)
-        pieces = render_placeholders(rendering.template, rendering.tok, roles)
-        spans = align_placeholders(rendering.text, pieces, messages)
-        if len(spans) == len(messages):
-            return [span for span in spans if span[2] in wanted]
-    plain = [i for i in wanted if not has_generated_fields(messages[i])]
-    spans = []
-    if plain:
-        replaced = list(messages)
-        for i in plain:
-            replaced[i] = messages[i] | {"content": placeholder(i)}
-        pieces = split_at_placeholders(rendering.render_other(replaced))
-        spans = align_placeholders(rendering.text, pieces, messages)
+    plain = [i for i, message in enumerate(messages) if not has_generated_fields(message)]
+    spans = align_messages(rendering, plain)
+    if len(spans) < len(plain):
+        spans = align_messages(rendering, [i for i in plain if i in wanted])
+    spans = [span for span in spans if span[2] in wanted]
     for i in sorted(set(wanted) - {i for _, _, i in spans}):
         after = max((end for _, end, before in spans if before < i), default=0)
         span = find_span_alone(rendering, i, after)
@@ -2229,6 +2263,16 @@ def find_message_spans(rendering, wanted):
         else:
             rendering.warnings.append((NOT_FOUND, f"message {i + 1}"))
     return sorted(spans)
+
+
+def align_messages(rendering, replaced):
+    """The spans of messages that are all replaced by placeholders, as far as they are found."""
+    messages = list(rendering.messages)
+    for i in replaced:                           # loss weights, too: no template sees them
+        messages[i] = messages[i] | {"content": placeholder(i), "weight": 1}
+    pieces = render_placeholders(rendering.template, rendering.tok,
+                                 to_json([messages, rendering.variables]))
+    return align_placeholders(rendering.text, pieces, rendering.messages)
 
 
 def has_generated_fields(message):
@@ -2240,23 +2284,24 @@ def placeholder(i):
 
 
 @functools.lru_cache(maxsize=1000)
-def render_placeholders(template, tok, roles):
-    """split_at_placeholders() of messages with these roles. None if the template refuses them."""
-    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
+def render_placeholders(template, tok, values):
+    """The pieces of [messages, variables], as JSON, since all chats with the same roles share them.
+
+        "U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])
+
+    None if the template refuses the messages.
+    """
+    messages, variables = json.loads(values)
     with contextlib.suppress(UserError):
-        return split_at_placeholders(render(template, tok, messages)[0])
-
-
-def split_at_placeholders(text):
-    """"U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])"""
-    pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
-    return text.partition(PLACEHOLDER_MARK)[0], pieces
+        text, _ = render(template, tok, messages, **variables)
+        pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
+        return text.partition(PLACEHOLDER_MARK)[0], pieces
 
 
 def align_placeholders(text, pieces, messages):
     """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
 
-    pieces  that rendering from split_at_placeholders(), or None
+    pieces  of render_placeholders()
     Returns [] if they differ in anything else than contents.
     """
     head, pieces = pieces or ("", ())
@@ -2288,42 +2333,41 @@ def find_content_end(text, start, content, after):
 def find_span_alone(rendering, i, after):
     """The (start, end) of message i in the text, at position `after` or later; None if not found.
 
-    The text is compared with a rendering in which only this message has a placeholder, and neither
-    tool calls nor reasoning:
+    The text is compared with another rendering, in which only this message has a placeholder, and
+    neither tool calls nor reasoning. What differs is the message:
 
         text   U:2+3?; A:5; U:Sure?; A:Yes;
         other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
 
-    An answer's span is all that the template writes for it between its generation prompt and what
-    follows its content.
+    An answer starts at the end of its generation prompt, if the text has that.
     """
     text = rendering.text
     messages = rendering.messages
     kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
-    with_placeholder = kept | {"content": placeholder(i)}
-    original = text
+    replaced = [*messages[:i], kept | {"content": placeholder(i)}]
     try:
-        other = rendering.render_other([*messages[:i], with_placeholder, *messages[i + 1:]])
+        other = rendering.render_other([*replaced, *messages[i + 1:]])
     except UserError:                            # the template has rules for what may follow
-        original = rendering.render_other(messages[:i + 1])
-        other = rendering.render_other([*messages[:i], with_placeholder])
-    before, mark, suffix = other.partition(placeholder(i))
+        other = rendering.render_other(replaced)
+        text = rendering.render_other(messages[:i + 1])
+    before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
     prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
-    if prompt is not None and original.startswith(prompt):
+    if prompt is not None and text.startswith(prompt):
         before = prompt
-    elif not original.startswith(before):
-        before = os.path.commonprefix([original, other])
-    written = original[len(before):]
-    if not written.endswith(suffix):
-        suffix = os.path.commonprefix([written[::-1], suffix[::-1]])
-    written = written[:len(written) - len(suffix)]
-    if text.startswith(before + written):
-        start = len(before)
-    else:
-        start = text.find(written, after) if written else -1
+    start = count_common(text, before)
+    end = len(text) - count_common(text[start:][::-1], behind[::-1])
+    if rendering.text.startswith(text[:end]):
+        return start, end
+    written = text[start:end]
+    start = rendering.text.find(written, after) if written else -1
     return (start, start + len(written)) if start >= 0 else None
+
+
+def count_common(text, start):
+    """The number of characters with which two texts start alike."""
+    return len(start) if text.startswith(start) else len(os.path.commonprefix([text, start]))
 
 
 def find_answer_start(rendering, i, start):
@@ -2336,12 +2380,15 @@ def find_answer_start(rendering, i, start):
     text = rendering.text
     messages = rendering.messages
     if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
+        # the usual case, without a rendering of the prompt
         for before, n_generated in rendering.openings:
             if text.endswith(before, 0, start):
                 return start - n_generated
     prompt = rendering.prompt(i)
-    if prompt is None or text.startswith(prompt):
-        return start if prompt is None else len(prompt)
+    if prompt is None:
+        return start
+    if text.startswith(prompt):
+        return len(prompt)
     rendering.other_prompts.append(i)
     end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
     near = slice(max(end - 30, 0), end + 30)
@@ -2350,8 +2397,7 @@ def find_answer_start(rendering, i, start):
     return start
 
 
-@functools.lru_cache(maxsize=1000)
-def find_openings(template, tok, has_system, has_tools, options):
+def find_openings(rendering):
     """What a template writes before an answer to a user, so that few prompts must be rendered.
 
     Two answers are tried:
@@ -2364,16 +2410,16 @@ def find_openings(template, tok, has_system, has_tools, options):
     is after the prompt. [] if one of the prompts is not the beginning of the text, or if prompts
     depend on what messages say.
     """
-    if not has_constant_prompt(template):
+    if not has_constant_prompt(rendering.template):
         return []
-    variables = json.loads(options) | ({"tools": [TOOL]} if has_tools else {})
+    has_system = rendering.messages[0]["role"] == "system"
     roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
     openings = set()
     with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, messages, **variables)
+        text = rendering.render_other(messages)
         for i in (len(roles) - 3, len(roles) - 1):
-            prompt, _ = render(template, tok, messages[:i], True, **variables)
+            prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
             opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
             lead, mark, _ = text[len(prompt):].partition(placeholder(i))
             if not (text.startswith(prompt) and opening and mark):
@@ -2384,36 +2430,48 @@ def find_openings(template, tok, has_system, has_tools, options):
 
 def has_constant_prompt(template):
     """Does a template look at nothing but its arguments where it tests add_generation_prompt?"""
-    import jinja2.meta
-    from jinja2.nodes import CondExpr, If, Name
     tree = template.jinja.environment.parse(template.text)
     names = set()
     n_tests = 0
-    for branch in tree.find_all((If, CondExpr)):
-        tested = [name.name for name in [branch.test, *branch.test.find_all(Name)]
-                  if isinstance(name, Name)]
-        if "add_generation_prompt" in tested:
+    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
+        # in a node of its own, because find_all skips the node itself
+        test = names_in(nodes.Output([branch.test]))
+        if "add_generation_prompt" in test:
             n_tests += 1
-            names |= {name.name for name in branch.find_all(Name)}
-    n_mentions = sum(name.name == "add_generation_prompt" for name in tree.find_all(Name))
+            names.update(names_in(branch))
+    n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
     return n_tests == n_mentions and names <= arguments
+
+
+def names_in(tree):
+    return [name.name for name in tree.find_all(nodes.Name)]
 
 
 @functools.lru_cache(maxsize=1000)
 def find_missing_tokens(template, tok):
     """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = ""
     with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, chat)
-        return missing_tokens(text, tok)
-    return ""
+        text, _ = render(template, tok, SHORT_CHAT)
+    return missing_tokens(text, tok)
 
 
 def missing_tokens(text, tok):
     """The control tokens that a text spells and the vocabulary lacks, or ""."""
     missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
     return " ".join(sorted(missing))
+
+
+@dataclasses.dataclass
+class Span:
+    """A part of a chat's text that has a loss weight."""
+    start: int
+    end: int
+    weight: float
+    answer: int = None           # the index of the message, if all of the span is one answer
+    first_token: int = None
+    end_token: int = None
 
 
 def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
@@ -2432,69 +2490,84 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
     """
     report = report or Report()
     rendering = render_messages(template, tok, messages, **variables)
-    spans = [span for span in weighted_spans(rendering, train_on) if span[0] < span[1] and span[2]]
-    ids, loss_weights, token_spans = encode_spans(rendering, spans, weight)
-    if rendering.literals:
-        start, _ = rendering.literals[0]
-        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
-    missing = find_missing_tokens(rendering.template, tok)
-    if missing:
-        rendering.warnings.append((NO_TOKENS, missing))
+    spans = [span for span in find_spans(rendering, train_on)
+             if span.start < span.end and span.weight]
+    for span in spans:
+        span.weight *= weight
+        if not is_in_weight_range(span.weight):
+            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
+                            f"must be {WEIGHT_RANGE}")
+    ids, loss_weights = encode_spans(rendering, spans)
+    warn_of_plain_tokens(rendering)
     if spans:
-        start, end, value, i = spans[-1]
-        first_token, end_token = token_spans[-1]
-        if i is not None and value * weight > 0:
-            report.prompt = find_other_prompt(rendering, i, start, ids[:first_token])
-        if not tok.control_ids.intersection(ids[:end_token][-2:].tolist()):
-            # what the template writes after the last answer is generated before EOS
-            is_at_end = i == len(messages) - 1 or not rendering.text[end:].strip()
-            if append_eos and tok.eos and is_at_end:
-                ids = np.append(ids, tok.special[tok.eos])
-                loss_weights = np.append(loss_weights, loss_weights[:1])
-                loss_weights[end_token:] = value * weight
-            else:
-                ends = [rendering.text[start:end][-30:], rendering.text[end:end + 30]]
-                rendering.warnings.append((NO_END, f"{ends[0]!r} before {ends[1]!r}"))
+        last = spans[-1]
+        report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
+        if lacks_end(rendering, last, ids, append_eos):
+            # what the template writes after the answer is generated before EOS
+            ids = np.append(ids, tok.special[tok.eos])
+            loss_weights = np.append(loss_weights, np.float32(0))
+            loss_weights[last.end_token:] = last.weight
     report.warnings += [*warnings, *rendering.warnings]
     return ids, loss_weights
 
 
-def encode_spans(rendering, spans, weight):
-    """Return (ids [n] int64, loss weights [n] float32, the (first, end) token of each span)."""
-    borders = [border for start, end, _, _ in spans for border in (start, end)]
+def warn_of_plain_tokens(rendering):
+    """Add warnings of control tokens that are plain text."""
+    for start, _ in rendering.literals[:1]:
+        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
+    missing = find_missing_tokens(rendering.template, rendering.tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
+
+
+def lacks_end(rendering, span, ids, append_eos):
+    """Must EOS be appended, since the last span ends in no token? If it cannot, add a warning."""
+    tok = rendering.tok
+    if tok.control_ids.intersection(ids[:span.end_token][-2:].tolist()):
+        return False
+    after = rendering.text[span.end:]
+    is_at_end = span.answer == len(rendering.messages) - 1 or not after.strip()
+    if append_eos and tok.eos and is_at_end:
+        return True
+    end = rendering.text[span.start:span.end][-30:]
+    rendering.warnings.append((NO_END, f"{end!r} before {after[:30]!r}"))
+    return False
+
+
+def encode_spans(rendering, spans):
+    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
+    borders = [border for span in spans for border in (span.start, span.end)]
     ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
                                                                    rendering.literals, borders)
     # a token that overlaps a span has the span's weight
-    borders = np.array(borders, np.int64).reshape(-1, 2)
-    first_tokens = np.searchsorted(ends, borders[:, 0], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[:, 1], side="left").tolist()
-    token_spans = list(zip(first_tokens, end_tokens))
+    first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
+    end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
     loss_weights = np.zeros(len(ids), np.float32)
-    for (_, _, value, _), (first, end) in zip(spans, token_spans):
-        value *= weight
-        if value and not 6e-8 <= abs(value) <= 65504:
-            raise UserError(f"weight: {value:g}, a message's loss weight times its record's, must "
-                            "be 0 or from 6e-8 to 65504 in absolute value")
-        loss_weights[first:end] = value
-    return ids.astype(np.int64), loss_weights, token_spans
+    for span, span.first_token, span.end_token in zip(spans, first_tokens, end_tokens):
+        loss_weights[span.first_token:span.end_token] = span.weight
+    return ids.astype(np.int64), loss_weights
 
 
-def find_other_prompt(rendering, i, start, ids):
-    """Return the ids that ask for answer i, if they are not `ids`, those before its `start`.
+def find_other_prompt(rendering, span, ids):
+    """Return the ids that ask for an answer, if they are not `ids`, those before its span.
 
     They also differ where the last characters of a prompt are another token with the answer after
     them: "A: " + "yes" is [A][:][ yes]. Then a warning is added. () if they are the same.
     """
     tok = rendering.tok
-    last_token = encode_last_token(tok, rendering.text[max(start - 16, 0):start])
-    if i not in rendering.other_prompts and ids[-1:].tolist() == last_token:
+    i = span.answer
+    if i is None or span.weight <= 0:
         return ()
-    if rendering.prompt(i) is None:
+    # the last token tells whether they differ, if the texts are the same
+    last_token = encode_last_token(tok, rendering.text[max(span.start - 16, 0):span.start])
+    is_other = i in rendering.other_prompts
+    is_same = not is_other and ids[-1:].tolist() == last_token
+    if is_same or rendering.prompt(i) is None:
         return ()
     prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
     if prompt == ids.tolist():
         return ()
-    if i not in rendering.other_prompts:
+    if not is_other:
         tokens = [tok.decode([token]) for token in prompt[-3:]]
         rendering.warnings.append((OTHER_PROMPT, f"message {i + 1}: the prompt's last tokens are "
                                    f"{tokens}, in the text {[tok.decode([t]) for t in ids[-3:]]}"))
@@ -2507,11 +2580,8 @@ def encode_last_token(tok, text):
     return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
-def weighted_spans(rendering, train_on):
-    """Return the spans of the text that are targets: [(start, end, weight, index of its answer)].
-
-    The index is None for text that is not of one answer.
-    """
+def find_spans(rendering, train_on):
+    """Return the Spans of the text that are targets."""
     messages = rendering.messages
     weights = message_weights(messages, train_on)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -2521,17 +2591,17 @@ def weighted_spans(rendering, train_on):
         wanted = [i for i, weight in enumerate(weights) if weight != 1]
         position = 0
         for start, end, i in find_turns(rendering, wanted):
-            spans += [(position, start, 1.0, None), (start, end, weights[i], None)]
+            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
             position = end
-        spans.append((position, len(rendering.text), 1.0, None))
+        spans.append(Span(position, len(rendering.text), 1.0))
     elif not blocks:
         wanted = [i for i in answers if weights[i] and has_words(messages[i])]
         for start, end, i in find_turns(rendering, wanted):
-            spans.append((start, end, weights[i], i))
+            spans.append(Span(start, end, weights[i], i))
     elif len(blocks) == len(answers):
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            spans.append((prompt_end if prompt_end < end else start, end, weights[i], i))
+            spans.append(Span(prompt_end if prompt_end < end else start, end, weights[i], i))
     else:                                        # a block may be of no answer, or two of one
         others = find_turns(rendering, [i for i in answers if weights[i] != 1])
         for start, end in blocks:
@@ -2539,7 +2609,7 @@ def weighted_spans(rendering, train_on):
             for turn_start, turn_end, i in others:
                 if turn_start < end and start < turn_end:
                     weight = weights[i]
-            spans.append((start, end, weight, None))
+            spans.append(Span(start, end, weight))
     return spans
 
 
@@ -2615,12 +2685,11 @@ def encode_prompt(tok, template, messages, **variables):
 
 def stop_token_ids(tok, template):
     """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
-    user = {"role": "user", "content": "a"}
-    answer = {"role": "assistant", "content": "b"}
-    stop_ids = find_end_token(tok, template, [user, answer])
+    user, _ = SHORT_CHAT
+    stop_ids = find_end_token(tok, template, SHORT_CHAT)
     with contextlib.suppress(UserError):                 # the template refuses such a chat
         # the next role's token may end an answer (GLM)
-        stop_ids = stop_ids or find_end_token(tok, template, [user, answer, user])
+        stop_ids = stop_ids or find_end_token(tok, template, [*SHORT_CHAT, user])
     with contextlib.suppress(UserError):
         calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
         outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
@@ -2697,9 +2766,9 @@ def encode_chunk(chunk, context):
 
 
 def encode_record(record, place, context, counts, warnings):
-    """Return the documents of a record: [(ids, loss weights)]. A text may be cut into several.
+    """Return the documents of a record: [(ids, loss weights, prompt: see Report)].
 
-    That of a chat may have the ids of a prompt as a third item: see Report.
+    Long texts are cut into several.
     """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
@@ -2722,7 +2791,7 @@ def encode_record(record, place, context, counts, warnings):
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
-        return [(ids[:seq_len + 1], weights[:seq_len + 1])]
+        return [(ids[:seq_len + 1], weights[:seq_len + 1], ())]
     return [(ids, weights, report.prompt)]
 
 
@@ -2745,38 +2814,34 @@ def add_warning(warnings, kind, count, example):
 
 
 def split_windows(ids, weights, seq_len):
-    """Cut a document into windows of at most seq_len targets.
+    """Cut a document into windows of at most seq_len targets: [(ids, loss weights, no prompt)].
 
     The last target of a window is the first token of the next one.
     """
     windows = []
     for start in range(0, max(len(ids) - 1, 1), seq_len):
         end = start + seq_len + 1
-        windows.append((ids[start:end], weights[start:end]))
+        windows.append((ids[start:end], weights[start:end], ()))
     return windows
 
 
 def concat_documents(documents, context, file, counts, problems, warnings):
-    """[(ids, loss weights)] -> Encoded, without documents that have no targets."""
-    kept_ids = []
-    kept_weights = []
-    kept_prompts = []
+    """[(ids, loss weights, prompt)] -> Encoded, without documents that have no targets."""
+    kept = []
     ignores_ids = context.never_target.any()
-    for ids, weights, *prompt in documents:
+    for ids, weights, prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
-            kept_ids.append(ids)
-            kept_weights.append(weights)
-            kept_prompts.append(prompt[0] if prompt else ())
-    counts["dropped"] += len(documents) - len(kept_ids)
-    lengths = np.array([len(ids) for ids in kept_ids], np.int64)
-    prompt_lengths = np.array([len(ids) for ids in kept_prompts], np.int64)
-    ids = np.concatenate([np.zeros(0), *kept_ids]).astype(context.dtype)
-    prompts = np.concatenate([np.zeros(0), *kept_prompts]).astype(context.dtype)
-    weights = np.concatenate([np.zeros(0, np.float32), *kept_weights])
-    return Encoded(ids, compact_weights(weights, file), lengths, counts, problems, warnings,
-                   prompts, prompt_lengths)
+            kept.append((ids, weights, prompt))
+    counts["dropped"] += len(documents) - len(kept)
+    lengths = np.array([len(ids) for ids, _, _ in kept], np.int64)
+    prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
+    ids = np.concatenate([np.zeros(0), *(ids for ids, _, _ in kept)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
+    prompts = np.concatenate([np.zeros(0), *(prompt for _, _, prompt in kept)])
+    return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
+                   problems, warnings, prompts.astype(context.dtype), prompt_lengths)
 
 
 def compact_weights(weights, file):
@@ -2786,8 +2851,8 @@ def compact_weights(weights, file):
     with np.errstate(over="ignore"):
         compact = weights.astype(np.float16)
     if not np.isfinite(compact).all() or ((compact == 0) & (weights != 0)).any():
-        raise UserError(f"{file}: a loss weight must be a finite number, 0 or from 6e-8 to 65504 "
-                        "in absolute value, also after multiplication with its record's")
+        raise UserError(f"{file}: a loss weight must be a finite number, {WEIGHT_RANGE}, also "
+                        "after multiplication with its record's")
     return compact
 
 
@@ -2803,7 +2868,7 @@ def join_parts_of_documents(results, context):
             open_ids = open_ids[:0]
             open_weights = open_weights[:0]
             if not result.ends:
-                open_ids, open_weights = windows.pop()
+                open_ids, open_weights, _ = windows.pop()
             counts = collections.Counter(records=int(result.ends))
             result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
@@ -2811,12 +2876,9 @@ def join_parts_of_documents(results, context):
 
 def encode_parallel(chunks, n_bytes, context, name, quiet):
     """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
-    from tqdm import tqdm
-    n_processes = context.data["processes"] or os.cpu_count()
-    if not context.data["processes"] and hasattr(os, "sched_getaffinity"):
-        n_processes = len(os.sched_getaffinity(0))
-    if not context.data["processes"] and sys.platform == "darwin":
-        n_processes = 1                                  # macOS may crash forks
+    n_processes = context.data["processes"]
+    if not n_processes:                                  # macOS may crash forks
+        n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)
     with bar:
@@ -2889,38 +2951,39 @@ class TokenWriter:
     def __init__(self, folder):
         names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
-        self.files["offsets"].write(np.zeros(1, np.int64))
-        self.files["prompt_offsets"].write(np.zeros(1, np.int64))
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.warnings = {}
-        self.n_tokens = 0
-        self.n_prompt_tokens = 0
         names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
                  "cut_away", "skipped")
         self.counts = collections.Counter({name: 0 for name in names})
+        self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
+        for name in self.last_offsets:
+            self.write_offsets(name, [0])
 
     def write(self, encoded):
-        lengths = encoded.lengths
         if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
             self.widen_weights()
         self.files["tokens"].write(encoded.ids)
         self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
-        self.files["offsets"].write(self.n_tokens + np.cumsum(lengths))
-        n_targets = count_targets(encoded.weights, lengths)
-        self.files["targets"].write(n_targets)
         self.files["prompts"].write(encoded.prompts)
-        prompt_ends = self.n_prompt_tokens + np.cumsum(encoded.prompt_lengths)
-        self.files["prompt_offsets"].write(prompt_ends)
-        self.n_tokens += len(encoded.ids)
-        self.n_prompt_tokens += len(encoded.prompts)
+        self.write_offsets("offsets", encoded.lengths)
+        self.write_offsets("prompt_offsets", encoded.prompt_lengths)
+        n_targets = count_targets(encoded.weights, encoded.lengths)
+        self.files["targets"].write(n_targets)
         self.counts.update(encoded.counts)
-        self.counts["documents"] += len(lengths)
+        self.counts["documents"] += len(encoded.lengths)
         self.counts["trained"] += int(n_targets.sum())
-        self.counts["longest"] = max(self.counts["longest"], int(lengths.max(initial=0)))
+        longest = int(encoded.lengths.max(initial=0))
+        self.counts["longest"] = max(self.counts["longest"], longest)
         self.problems = (self.problems + encoded.problems)[:3]
         for kind, (count, example) in encoded.warnings.items():
             add_warning(self.warnings, kind, count, example)
+
+    def write_offsets(self, name, lengths):
+        offsets = self.last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
+        self.files[name].write(offsets)
+        self.last_offsets[name] += int(np.sum(lengths))
 
     def widen_weights(self):
         """Write what is in weights.bin again, as float16."""
@@ -2979,7 +3042,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         if writer.counts["chats"] and has_date:
             fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
-                  "weights": writer.weights_dtype.name, "tokens": writer.n_tokens,
+                  "weights": writer.weights_dtype.name, "tokens": writer.last_offsets["offsets"],
                   "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
                   "vocabulary": tok.n_vocab, "problems": writer.problems,
                   "warnings": writer.warnings, **writer.counts}
@@ -3164,13 +3227,15 @@ def summary(name, tokens):
 def histogram(tokens):
     """The lengths of the documents, as lines: one for each power of two."""
     powers = np.ceil(np.log2(np.diff(tokens.offsets))).astype(int)
-    counts = np.bincount(powers).tolist()
+    powers, counts = np.unique(powers, return_counts=True)
     lines = []
-    for power, count in enumerate(counts):
-        if count:
-            bar = "#" * math.ceil(40 * count / max(counts))
-            lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
+    for power, count in zip(powers.tolist(), counts.tolist()):
+        bar = "#" * math.ceil(40 * count / counts.max())
+        lines.append(f"  {f'<= {2**power:,}':>12} tokens  {count:>10,}  {bar}")
     return lines
+
+
+COLORS = {0: 2, 1: 32, -1: 31}          # by the sign of a loss weight: dim, green, red
 
 
 def colorize(tok, ids, weights, use_color):
@@ -3185,8 +3250,7 @@ def colorize(tok, ids, weights, use_color):
         weight = float(span_weights[0])
         text = mark_special(tok, span, use_color)
         if use_color:
-            color = 2 if weight == 0 else 32 if weight > 0 else 31
-            text = f"\x1b[{color}m{text}\x1b[0m"
+            text = f"\x1b[{COLORS[np.sign(weight)]}m{text}\x1b[0m"
         elif weight:
             text = f"[[{text}]]"
         if weight not in (0, 1):

@@ -73,7 +73,7 @@ from tqdm import tqdm
 import configs
 from configs import UserError, read_text
 
-FORMAT = 7                  # of the token files
+FORMAT = 8                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -185,6 +185,9 @@ def find_files(cfg, name, source):
     for file in files:
         if source["shape"] not in only.get(format_of(file), ("auto", "text", "chat")):
             raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
+    if source["separator"] and "txt" not in map(format_of, files):
+        raise UserError(f"data.{name}.separator: has no effect, because {path} has no .txt file; "
+                        "remove it")
     by_target = {os.path.realpath(file): file for file in reversed(files)}
     return sorted(by_target.values())                    # each once, also if links name it twice
 
@@ -809,7 +812,9 @@ def normalize_chat(record):
     if not messages:
         raise UserError("a chat without messages")
     tools = []
-    for tool in parse_column(record, "tools", list, "a list of tools"):
+    is_older = not record.get("tools") and isinstance(record.get("functions"), list)
+    key = "functions" if is_older else "tools"           # OpenAI's older form
+    for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
@@ -871,7 +876,8 @@ def prompt_and_response(record, prompt_key, response_key):
         turns.append({"role": "user", "content": prompt})
     if isinstance(response, list):
         return turns + response
-    return [*turns, {"role": "assistant", "content": response}]
+    thoughts = {key: record[key] for key in REASONING_KEYS if isinstance(record.get(key), str)}
+    return [*turns, {"role": "assistant", "content": response} | thoughts]
 
 
 def parse_turns(value, key):
@@ -1078,6 +1084,9 @@ WHAT_VANISHES = {"tools": "the tools", "documents": "the documents", "call": "a 
                  "tool": "the output of a tool"}
 VANISHED = {key: f"the chat template does not write {what} of a record; another data.chat_template "
                  "may" for key, what in WHAT_VANISHES.items()}
+THOUGHT_KEY = re.compile("reason|think|thought|rationale|^cot|_cot$|refusal", re.IGNORECASE)
+UNREAD_FIELD = ("the chat template does not write a field of a message; reasoning_content is the "
+                "name of an answer's reasoning")
 UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -1369,6 +1378,7 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     rendering.literals = find_literals(rendering, add_generation_prompt)
     if not add_generation_prompt:
         rendering.warnings += find_vanished(rendering, given)
+        rendering.warnings += find_unread_fields(rendering)
         for name in options:
             if name not in template.variables:
                 rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
@@ -1497,6 +1507,17 @@ def find_vanished(rendering, given):
         place = "" if i is None else f"message {i + 1}: "
         vanished.setdefault(key, f"{place}{text!r:.60}")
     return [(VANISHED[key], example) for key, example in vanished.items()]
+
+
+def find_unread_fields(rendering):
+    """Fields of answers that hold a thought under a name that we and the template don't know."""
+    unread = []
+    for i, message in enumerate(rendering.messages):
+        for key, value in message.items():
+            is_known = key in GENERATED_FIELDS or key in rendering.template.text
+            if THOUGHT_KEY.search(key) and value and not is_known:
+                unread.append((UNREAD_FIELD, f"message {i + 1}: {key}"))
+    return unread[:1]
 
 
 def prepare_messages(template, messages):
@@ -2187,8 +2208,12 @@ NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends it
           "data.append_eos=true trains EOS there")
 NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
              "a data.chat_template with {% generation %} marks says where answers are")
-SPELLED = ("a text or message spells control tokens, which are plain text there; texts that are "
-           "rendered already need data.train.NAME.special=true")
+SPELLED = ("a text spells control tokens, which are plain text there; texts that are rendered "
+           "already need data.train.NAME.special=true")
+SPELLED_IN_CHAT = ("a message spells control tokens, which are plain text there; a chat that is "
+                   'rendered already must be a record\'s "text" (and the source special=true)')
+FOREIGN = ("a text spells control tokens that the vocabulary lacks, which are plain text there; "
+           "use the data.tokenizer that the text was rendered for")
 NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
              "use a data.tokenizer or data.chat_template that fits the other")
 
@@ -2429,6 +2454,11 @@ def find_missing_tokens(template, tok):
     text = ""
     with contextlib.suppress(UserError):                 # the template refuses such a chat
         text, _ = render(template, tok, SHORT_CHAT)
+    return missing_tokens(text, tok)
+
+
+def missing_tokens(text, tok):
+    """The control tokens that a text spells and the vocabulary lacks, or ""."""
     missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
     return " ".join(sorted(missing))
 
@@ -2484,7 +2514,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
 def warn_of_plain_tokens(rendering):
     """Add warnings of control tokens that are plain text."""
     for start, _ in rendering.literals[:1]:
-        rendering.warnings.append((SPELLED, repr(rendering.text[start:start + 30])))
+        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
     missing = find_missing_tokens(rendering.template, rendering.tok)
     if missing:
         rendering.warnings.append((NO_TOKENS, missing))
@@ -2724,8 +2754,12 @@ def encode_chunk(chunk, context):
         except UserError as error:
             # errors of the template, for example, do not begin with the record's place
             is_of_record = str(error).startswith(place)
-            if context.data["on_error"] != "skip" or not is_of_record:
+            if not is_of_record:
                 raise
+            if context.data["on_error"] != "skip":
+                if "not UTF-8" in str(error):            # skipping would lose all such lines
+                    raise
+                raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
             problems.append(str(error))
     return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
@@ -2762,10 +2796,15 @@ def encode_record(record, place, context, counts, warnings):
 
 
 def find_spelled(text, context, place, warnings):
-    """Add a warning if a text spells special tokens and data.train.NAME.special is not set."""
-    match = None if context.source["special"] else context.tok.special_pattern.search(text)
+    """Add a warning if a text spells control tokens that are plain text in it."""
+    special = context.source["special"]
+    match = None if special else context.tok.special_pattern.search(text)
     if match:
         add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+    elif special or CONTROL_TOKEN.match(text.lstrip()):      # a rendered chat begins with one
+        missing = missing_tokens(text, context.tok)
+        if missing:
+            add_warning(warnings, FOREIGN, 1, f"{place}: {missing}")
 
 
 def add_warning(warnings, kind, count, example):
@@ -2985,7 +3024,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     set_date = data["date"] if has_date else ""
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
     if (folder / "header.json").is_file():
-        print_warnings(folder, name)
+        print_warnings(read_json_object(folder / "header.json")["warnings"], name)
         return folder
     context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
@@ -2997,6 +3036,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
+        if not writer.counts["documents"]:
+            print_warnings(writer.warnings, name)
         check_not_empty(writer, name, source, data["seq_len"])
         if writer.counts["chats"] and has_date:
             fingerprints["date"] = str(context.now.date())
@@ -3014,7 +3055,7 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                             "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print_warnings(folder, name)
+    print_warnings(writer.warnings, name)
     return folder
 
 
@@ -3024,9 +3065,8 @@ def commit_of(files):
     return match and match[1]
 
 
-def print_warnings(folder, name):
-    """Print the warnings in a header, also if a source was tokenized earlier."""
-    warnings = read_json_object(folder / "header.json")["warnings"]
+def print_warnings(warnings, name):
+    """Print the warnings of a source, {kind: (count, the first example)}."""
     for kind, (count, example) in warnings.items():
         how_often = "once" if count == 1 else f"{count:,} times"
         if configs.is_local_rank0():

@@ -809,9 +809,9 @@ def check(cfg, layers_by_key, defaults):
     yield (len(id_range) == 2 and id_range[0] <= id_range[1], "data.ignore_token_id_range",
            "null or [first, last]")
     for name, section in named_sources(cfg).items():
-        yield section["path"], f"{name}.path", "a file, a folder or a glob"
-    yield cfg["out_dir"], "out_dir", "a folder"
-    yield cfg["data"]["cache_dir"], "data.cache_dir", "a folder"
+        yield section["path"].strip(), f"{name}.path", "a file, a folder or a glob"
+    yield cfg["out_dir"].strip(), "out_dir", "a folder"
+    yield cfg["data"]["cache_dir"].strip(), "data.cache_dir", "a folder"
     yield from check_model(cfg["model"])
     max_len = cfg["model"]["max_len"]
     yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,

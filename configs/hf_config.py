@@ -107,7 +107,9 @@ def what_is_there(name):
     """Why a path has no model in Hugging Face format, and what helps."""
     path = Path(name)
     if "://" in str(name):
-        owner_and_name = "/".join(str(name).split("/")[3:5])
+        parts = str(name).partition("://")[2].split("/")
+        first = 1 if "." in parts[0] else 0              # after the host, if there is one
+        owner_and_name = "/".join(parts[first:first + 2])
         return f"is a URL; a model on the hub is named by owner/name: {owner_and_name}"
     if not path.exists():
         names = os.listdir(path.parent) if path.parent.is_dir() else []
@@ -145,9 +147,10 @@ def read_model(folder):
 
 def read_json(path):
     """A JSON file of a pretrained model, as a dict. Raises UserError if it has no object."""
+    text = configs.read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise configs.UserError(f"{path}: cannot read this JSON file: {error}") from None
     if not isinstance(value, dict):
         raise configs.UserError(f"{path}: must be a JSON object; got a {type(value).__name__}")

@@ -150,7 +150,8 @@ def test_load_expands_home_and_environment_in_every_path(tmp_path, key):
 
 
 def test_load_refuses_empty_folders_and_sources_without_a_name():
-    for argv, words in ((["out_dir="], ["out_dir: must be a folder"]), (["data.cache_dir="], ["data.cache_dir: must"]),
+    for argv, words in ((["out_dir="], ["out_dir: must be a folder"]), (["out_dir= "], ["out_dir: must be a folder"]),
+                        (["data.cache_dir="], ["data.cache_dir: must"]),
                         (["data.train=d/my-chats.jsonl"], ["data.train:", "data.train.my_chats.path=d/my-chats.jsonl"]),
                         (["data.train.path=x.txt"], ["data.train.path:", "data.train.x.path=x.txt"]),
                         (["data.validation.b=x.txt"], ["data.validation.b:", "data.validation.b.path=x.txt"]),
@@ -636,6 +637,12 @@ def test_read_model_says_what_is_there_and_what_helps(tmp_path):
         assert_names(error, [f"model.init_from: {tmp_path / name} ", *words])
     error = error_of(configs.load, ["model.init_from=https://huggingface.co/owner/name/tree/main"])
     assert_names(error, ["model.init_from: https:", "is a URL", "owner/name: owner/name"])
+    assert_names(error_of(configs.load, ["model.init_from=hf://owner/name"]), ["owner/name: owner/name"])
+
+
+def test_read_json_names_a_pointer_of_git_lfs(tmp_path):
+    file(tmp_path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "config.json")
+    assert_names(error_of(configs.load, [f"model.init_from={tmp_path}"]), ["config.json: ", "Git LFS pointer"])
 
 
 def test_load_refuses_an_eps_of_zero():

@@ -1458,6 +1458,58 @@ def test_append_eos_without_an_eos_is_a_warning():
     assert [kind for kind, _ in report.warnings] == [T.NO_END]
 
 
+def test_normalize_record_takes_the_reasoning_beside_a_response():
+    record = {"question": "q", "thinking": "hm", "thought": 3, "answer": "a"}
+    answer = T.normalize_record(json.dumps(record).encode(), "x")["messages"][1]
+    assert (answer["content"], answer["reasoning_content"]) == ("a", "hm")
+
+
+def test_normalize_record_takes_functions_as_tools():
+    """OpenAI's older name of the list; another column of this name stays out."""
+    record = {"messages": chat("q", "a"), "functions": [{"name": "f"}]}
+    assert T.normalize_record(record, "x")["tools"] == [{"type": "function", "function": {"name": "f"}}]
+    assert "tools" not in T.normalize_record(record | {"functions": "sin, cos"}, "x")
+    assert T.normalize_record(record | {"tools": [{"name": "g"}]}, "x")["tools"][0]["function"]["name"] == "g"
+
+
+@pytest.mark.parametrize("key, warns", [("cot", True), ("reasoning_details", True), ("refusal", True), ("model", False)])
+def test_encode_chat_warns_of_thoughts_under_an_unknown_name(key, warns):
+    report = T.Report()
+    messages = T.normalize_record({"messages": [chat("q")[0], chat("q", "a")[1] | {key: "hm"}]}, "x")["messages"]
+    T.encode_chat(BYTES, T.compile_template(T.CHATML), messages, report=report)
+    assert report.warnings == ([(T.UNREAD_FIELD, f"message 2: {key}")] if warns else [])
+
+
+@pytest.mark.parametrize("text, more, want", [
+    ("<|im_start|>user", [], {"SPELLED"}), ("<|im_start|>user", ["data.train.x.special=true"], set()),
+    ("<|start_header_id|>user", ["data.train.x.special=true"], {"FOREIGN"}), ("<s>[INST] a", [], {"FOREIGN"}),
+    ("a <s>struck</s> word", [], set())])
+def test_load_datasets_warns_of_control_tokens_that_are_plain_text(tmp_path, text, more, want):
+    """Those of the vocabulary without special=true, and those of another tokenizer's renderings."""
+    data = load_one(tmp_path, write(tmp_path, [{"text": text}]), *more)
+    assert data.header["warnings"].keys() == {getattr(T, name) for name in want}
+
+
+def test_load_datasets_gives_the_reason_if_nothing_is_trained(tmp_path, capsys):
+    """A template that writes no answer: its warnings precede the error."""
+    wrong(["holds nothing to train on"], load_with_template, tmp_path, "hello", [{"messages": chat("q", "a")}])
+    assert "does not write an assistant's message" in capsys.readouterr().err
+
+
+def test_find_files_refuses_a_separator_without_txt_files(tmp_path):
+    path = write(tmp_path, [{"text": "a"}])
+    wrong(["data.train.x.separator: has no effect", ".txt"], load_one, tmp_path, path, "data.train.x.separator=;")
+
+
+def test_load_datasets_says_how_to_leave_a_bad_record_out(tmp_path):
+    path = write(tmp_path, [{"text": None}, {"text": "a"}])
+    wrong(["x.jsonl, line 1: text: expected text, got null; data.on_error=skip"], load_one, tmp_path, path)
+    path.write_bytes('{"text": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError) as e:
+        load_one(tmp_path, path)
+    assert "iconv" in str(e.value) and "on_error" not in str(e.value)
+
+
 def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
     """Also when the source is in the cache: answers that end in no token, spelled control tokens."""
     records = [{"messages": chat("q <|im_end|>", "a")}] * 3
@@ -1465,7 +1517,7 @@ def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
         data = load_with_template(tmp_path, NO_END, records)
         warnings = capsys.readouterr().err
         assert "ends in no token" in warnings and "spells control tokens" in warnings and "3 times" in warnings
-    assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED: 3}
+    assert {kind: count for kind, (count, _) in data.header["warnings"].items()} == {T.NO_END: 3, T.SPELLED_IN_CHAT: 3}
 
 
 # ---- signals

@@ -900,7 +900,7 @@ class Transformer(nn.Module):
         bias = None if self.head_bias is None else self.head_bias.to(x.dtype)
         logits = F.linear(x, weight, bias)                                         # [n, V']
         logits = logits[:, :self.cfg["vocab_size"]]
-        return self.finish_logits(logits.float())
+        return self.finish_logits(logits)
 
 
 def embedding_multiplier(m):

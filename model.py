@@ -103,7 +103,8 @@ class Norm(nn.Module):
             bias = self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         if not x.is_cuda and not torch.compiler.is_compiling():
-            return CPURMSNorm.apply(x, weight, self.eps)    # the same, see "faster on a CPU"
+            # computes the same (see "faster on a CPU"); torch 2.11's compiler loses its gradients
+            return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -210,7 +211,7 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
-        """Must attention be computed step by step? Fused kernels do not show the probabilities."""
+        """Must softmax be written out? No kernel drops probabilities by the seeds of our dropout."""
         return training and self.dropout > 0
 
     def project(self, x, rope):                                                    # [T, C]
@@ -235,7 +236,10 @@ class Attention(nn.Module):
 
 
 def layer_types(m):
-    """The kind of each block's attention: sliding_attention or full_attention."""
+    """The kind of each block's attention: sliding_attention or full_attention.
+
+    By default all are "sliding", with the window model.sliding_window; null turns that off.
+    """
     pattern = m["layer_types"] or ["sliding_attention"]
     return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
 
@@ -255,11 +259,11 @@ def attention(layer, q, k, v, layout, seeds=None):
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    step_by_step = layer.needs_probabilities(training=seeds is not None)
-    if layout.use_varlen and not step_by_step:
+    explicit_softmax = layer.needs_probabilities(training=seeds is not None)
+    if layout.use_varlen and not explicit_softmax:
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
-    for group in layout.padded_groups(layer, q, k, v, seeds, need_mask=step_by_step):
+    for group in layout.padded_groups(layer, q, k, v, seeds, need_mask=explicit_softmax):
         y = padded_attention(layer, *group)                                        # [d, H, t, E]
         outputs.append(y.transpose(1, 2).to(q.dtype))
     return layout.unpad(outputs)
@@ -272,7 +276,9 @@ def padded_attention(layer, q, k, v, mask, seeds):
     mask   True where a query sees a key; broadcasts to [d, 1, t, t']. None: causal
     """
     uses_kernel = not layer.needs_probabilities(training=seeds is not None)
-    if q.is_cuda or not uses_kernel:     # no CUDA kernel has grouped heads with fp32 or a mask
+    # The product below needs as many heads of k and v as of q, and so do CUDA's kernels for fp32
+    # or a mask. Those for bf16 without a mask do not, but are not worth a case.
+    if q.is_cuda or not uses_kernel:
         group_size = layer.n_heads // layer.n_kv_heads
         k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
         v = v.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
@@ -286,12 +292,13 @@ def padded_attention(layer, q, k, v, mask, seeds):
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    if seeds is not None and layer.dropout:
+    if seeds is not None and layer.dropout:    # softmax may be written out for other reasons
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 
 
-# Tokens. On a CPU, bf16 takes five times as long as fp32 for documents of 64 tokens (LOG.md).
+# On a CPU, attention of documents of fewer tokens is computed in fp32: in bf16 it takes six times as
+# long at 68 tokens, 1.15 times at 200, and 0.75 times at 512 (LOG.md, CPU throughput).
 FP32_ATTENTION_BELOW = 256
 
 
@@ -320,7 +327,8 @@ class PackedDocuments:
 
     @functools.cached_property
     def have_equal_lengths(self):
-        """Do the documents need neither padding nor copies, as windows of a text?"""
+        """Are all documents, but for empty ones, equally long, as when a text is cut into pieces?
+        Then x [T, ...] can be reshaped to [d, t, ...], without padding and copies."""
         return len(set(self.lengths) - {0}) == 1
 
     @functools.cached_property
@@ -331,9 +339,9 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
+            if groups and length == 0:       # only empty ones follow; keep one group, even if empty
+                break
             if not groups or 3 * length < 2 * groups[-1][0]:
-                if groups and length == 0:   # no tokens, and none in those that follow
-                    break
                 groups.append((length, []))
             groups[-1][1].append(i)
         return groups
@@ -358,7 +366,8 @@ class PackedDocuments:
             yield *group, mask, group_seeds
 
     def split(self, x):
-        """The documents of x [T, ...]; together in one item if all have the same length."""
+        """The documents of x [T, ...] as a list, or [x] if they have equal lengths; for
+        pad_and_stack()."""
         return [x] if self.have_equal_lengths else x.split(self.lengths)
 
     def unpad(self, outputs):
@@ -378,7 +387,10 @@ class PackedDocuments:
 
 
 def pad_and_stack(documents, indices, length):
-    """Chosen documents [n, ...], or all of them in one item -> [d, length, ...]"""
+    """Chosen documents, of a list of [n, ...] -> [d, length, ...]
+
+    documents  a single item holds all documents, which need no padding: PackedDocuments.split()
+    """
     if len(documents) == 1:
         return documents[0].unflatten(0, (len(indices), length))
     zeros = documents[0].new_zeros(length, *documents[0].shape[1:])
@@ -407,7 +419,9 @@ def varlen_parameters():
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
-    if not len(q):                               # the kernel's backward pass refuses no tokens
+    if not len(q):
+        # The kernel's backward pass fails without tokens. This is as empty as q, and gives q, k and
+        # v gradients.
         return q + k.sum() + v.sum()
     cu_seqlens = documents.cu_seqlens
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
@@ -467,7 +481,7 @@ class Block(nn.Module):
         x = self.add(x, y, seeds, 1)
         if not self.parallel_residual:
             h = x if self.norm_after else self.norm2(x)
-        elif self.norm2 is not None:
+        elif self.norm2 is not None:                     # else both read h (shared_norm)
             h = self.norm2(block_input)
         y = self.mlp(h)
         if self.norm_after:
@@ -647,8 +661,8 @@ class TokenLosses:
         """
         inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
         if self.reference is not None:
-            # Under FSDP2, hidden() has gathered the head: the root module, which the head belongs
-            # to, keeps its weights gathered after a forward pass.
+            # Under FSDP2, the head belongs to the root module, whose weights hidden() has gathered
+            # and keeps.
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
@@ -661,8 +675,9 @@ class TokenLosses:
 class ChunkedLoss(torch.autograd.Function):
     """The head and the loss, chunk by chunk, so that the logits of all tokens never exist at once.
 
-    forward() also computes the gradients, while a chunk's logits exist, and overwrites them. What
-    is left for backward() is to multiply these gradients by that of loss_sum, which is one number.
+    While a chunk's logits exist, forward() also computes their gradient, in their place, and from
+    it those of x, head and bias. backward() multiplies these by the gradient of loss_sum, which is
+    one number.
 
     x               [N, C], in the compute dtype
     head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
@@ -716,19 +731,19 @@ def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece
     """Return the losses of target tokens start ... end - 1 and overwrite their logits, [n, V'] with
     n >= end - start, with the gradient of the weighted sum. Only a piece of them is ever in fp32.
 
-    start, end, first and last count target tokens of the micro-batch.
+    Positions are those among the target tokens of the micro-batch.
     """
     vocab_size = compute_losses.vocab_size
     losses = []
-    for first in range(start, end, piece_size):
-        last = min(first + piece_size, end)
-        piece = logits[first - start:last - start, :vocab_size]
+    for piece_start in range(start, end, piece_size):
+        piece_end = min(piece_start + piece_size, end)
+        piece = logits[piece_start - start:piece_end - start, :vocab_size]
         with torch.enable_grad():
             piece_logits = piece.detach().requires_grad_(want_gradient)
-            piece_losses = compute_losses(piece_logits, first, last)
+            piece_losses = compute_losses(piece_logits, piece_start, piece_end)
             losses.append(piece_losses.detach())
             if want_gradient:
-                weighted_sum = (piece_losses * loss_weights[first:last]).sum()
+                weighted_sum = (piece_losses * loss_weights[piece_start:piece_end]).sum()
                 [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
                 piece.copy_(gradient)
                 del weighted_sum, gradient
@@ -738,10 +753,11 @@ def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece
     return torch.cat(losses)
 
 
+# measured on a CPU (LOG.md, CPU throughput); those for CUDA are guesses
 CHUNK_BYTES = 160 << 20      # of logits in one matrix product
 PIECE_BYTES = 4 << 20        # of logits in fp32 at once; a loss needs about four such tensors
 CUDA_CHUNK_TOKENS = 4096     # at least; each chunk reads and writes the whole gradient of the head
-CUDA_PIECE_TOKENS = 512
+CUDA_PIECE_TOKENS = 512      # enough to fill a GPU
 
 
 def chunk_sizes(padded_vocab_size, element_size, is_cuda):
@@ -822,9 +838,9 @@ class Transformer(nn.Module):
         return self.compute_hidden(batch)
 
     def compute_hidden(self, batch, layout=None):
-        """hidden(), for forward() and logits(). Under FSDP2, each of the three gathers the sharded
-        weights first and releases them last (see shard.apply_fsdp). If one called another, the
-        inner one would release what the outer one still needs.
+        """The body of hidden(), forward() and logits(). These three must not call each other: under
+        FSDP2, each is a forward pass of its own, which gathers weights before and releases them
+        after (see shard.apply_fsdp).
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -966,6 +982,8 @@ def load_parameter(name, p, read, local_shard):
     local_shard  (a tensor of rows start ... end - 1 of p, start, end)
     """
     local, start, end = local_shard
+    if start == end:                                     # the last ranks may hold no rows
+        return
     for first in range(start - start % ROWS_AT_ONCE, end, ROWS_AT_ONCE):
         low = max(first, start)
         high = min(first + ROWS_AT_ONCE, end)
@@ -1338,28 +1356,31 @@ def shorten(items, limit=8):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: out
 
-def save_pretrained(read, m, folder, source="", stop=(), bos=None,
+def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
                     control_ids=None, shard_bytes=4 << 30):
     """Write config.json, generation_config.json and model.safetensors.
 
-    read         name -> that parameter, the whole tensor: model.get_parameter, for example. Only
-                 one file's tensors are in memory at a time
+    get_parameter  name -> the whole tensor: model.get_parameter, for example. Only one file's
+                 tensors are in memory at a time
     source       the folder or hub id of the pretrained model: its dtype is kept, its license, and
                  all other keys of its config.json and generation_config.json
     stop, bos    ids that end a generation, beside those of source, and the id that begins a text
-    control_ids  of the tokenizer: token ids of source that are none of them are dropped. None: kept
+    control_ids  the tokenizer's control tokens: other ids in source's configs are dropped. None:
+                 all are kept
     shard_bytes  a larger model is written as several files
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = configs.families()[m["family"]]
+    # none of the families in families.yaml fixes embed, but an added one may
     can_express = family.get("native") or "embed" in family["fixed"]
     if m["embed"] == "scaled" and not can_express:
         # The family's config.json has no key for it, so the table is stored scaled. A tied head
         # is stored apart, as it is.
-        read = ScaledEmbedding(read, m).read
+        get_parameter = ScaledEmbedding(get_parameter, m).get
         m = m | {"embed": "plain", "tie_embeddings": False}
-    # a path as it is, or the folder of a hub id; it may have been deleted since
+    # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
+    # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
     config = hf_config(m, source)
     generation = read_source(source, "generation_config.json")
@@ -1378,7 +1399,7 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None,
     weight_map = {}
     total_size = 0
     for i, layout in enumerate(files):
-        tensors = collect_tensors(read, m, layout, dtype)
+        tensors = collect_tensors(get_parameter, m, layout, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
@@ -1391,18 +1412,19 @@ def save_pretrained(read, m, folder, source="", stop=(), bos=None,
 
 
 class ScaledEmbedding:
-    """Reads a model with model.embed=scaled as one with plain embeddings and a head of its own."""
+    """The parameters of a model with model.embed=scaled, as those of one with plain embeddings and
+    a head of its own."""
 
-    def __init__(self, read, m):
-        self.read_parameter = read
+    def __init__(self, get_parameter, m):
+        self.wrapped = get_parameter
         self.m = m
 
-    def read(self, name):
+    def get(self, name):
         if name == "embed.weight":
-            return self.read_parameter(name) * math.sqrt(self.m["d_model"])
+            return self.wrapped(name) * math.sqrt(self.m["d_model"])
         if name == "head.weight" and self.m["tie_embeddings"]:
-            return self.read_parameter("embed.weight")
-        return self.read_parameter(name)
+            return self.wrapped("embed.weight")
+        return self.wrapped(name)
 
 
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -1440,7 +1462,7 @@ def set_token_ids(config, stop, bos, control_ids):
 
 def all_stop_ids(folder, stop, control_ids):
     """`stop`, and the ids at which transformers ends a generation of this folder's model too."""
-    config = read_source(folder, "generation_config.json")
+    config = read_source(folder, "generation_config.json") or read_source(folder, "config.json")
     set_token_ids(config, stop, None, control_ids)
     ids = config.get("eos_token_id")
     return ids if isinstance(ids, list) else [ids] if ids is not None else []
@@ -1477,7 +1499,7 @@ def hf_config(m, source):
             written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
               if value is not None or key in written_if_null}
-    for hf_key, supported in family["only"].items():
+    for hf_key, supported in family["only"].items():     # families() has made lists of all values
         config[hf_key] = supported[0]
     return config
 
@@ -1509,7 +1531,7 @@ def split_into_files(m, dtype, shard_bytes):
     return files
 
 
-def collect_tensors(read, m, layout, dtype):
+def collect_tensors(get_parameter, m, layout, dtype):
     """The tensors of an export: {tensor name: tensor}. layout: hf_tensors(m), or a part of it."""
     family = configs.families()[m["family"]]
     tensors = {}
@@ -1518,7 +1540,7 @@ def collect_tensors(read, m, layout, dtype):
         slices = []
         for name, first, n_rows in parts:
             if name not in params:
-                params[name] = read(name).detach().to("cpu", dtype)
+                params[name] = get_parameter(name).detach().to("cpu", dtype)
             slices.append(params[name][first:first + n_rows])
         tensor = torch.cat(slices) if len(slices) > 1 else slices[0]
         first_name, _, _ = parts[0]
@@ -1712,9 +1734,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
     """Prompts from held-out chats, with their answers: [(prompt ids, answer ids before the stop
     token)].
 
-    A chat is cut before its last answer; if inference asks for that with other ids than the chat's,
-    they are the prompt. The first `limit` chats are taken that end in a complete answer and whose
-    prompt is shorter than max_prompt_tokens.
+    The prompt is the chat up to its last answer; if the template writes that differently at
+    inference (source.prompt), it is those ids. The first `limit` chats are taken that end in a
+    complete answer and whose prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
@@ -1724,20 +1746,20 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
         for i in range(n_chats):
             if len(prompts) == limit:
                 return prompts
-            ids, loss_weights = source.document(i)       # loss_weights[i] belongs to ids[i]
+            ids, loss_weights = source.document(i)       # one loss weight per id
             targets = np.flatnonzero(loss_weights > 0)
             if not len(targets):
                 continue
             last_target = targets[-1]
-            context = np.flatnonzero(loss_weights[:last_target] <= 0)
-            if not len(context):
+            untrained = np.flatnonzero(loss_weights[:last_target] <= 0)
+            if not len(untrained):
                 continue
-            start = int(context[-1]) + 1
+            start = int(untrained[-1]) + 1               # the last run of trained tokens
             answer = ids[start:last_target + 1].tolist()
             prompt = source.prompt(i).tolist() or ids[:start].tolist()
-            ends = [n for n, token in enumerate(answer) if token in stop_ids]
-            if len(prompt) < max_prompt_tokens and ends:
-                prompts.append((prompt, answer[:ends[0]]))
+            stops = [n for n, token in enumerate(answer) if token in stop_ids]
+            if len(prompt) < max_prompt_tokens and stops:
+                prompts.append((prompt, answer[:stops[0]]))
     return prompts
 
 

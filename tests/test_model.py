@@ -698,6 +698,14 @@ print(json.dumps([sum(p.nbytes for p in model.parameters()), before, seen]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its own memory in /proc")
+def test_load_parameter_reads_nothing_for_a_rank_without_rows(tmp_path):
+    """49 rows on 8 ranks: seven each, and none for the last."""
+    base = ROOT / "data" / "base"
+    read = M.PretrainedWeights(base, configs.load([f"model.init_from={base}"])[0]["model"]).read
+    p = torch.empty(49, 128)
+    M.load_parameter("embed.weight", p, read, (p[49:], 49, 49))
+
+
 def test_loading_takes_no_more_than_the_model(tmp_path, script):
     m = M_TINY | {"vocab_size": 80_000, "d_model": 512, "head_dim": 64, "n_kv_heads": 4}
     M.save_pretrained(M.build(m).get_parameter, m, tmp_path)
@@ -1180,6 +1188,8 @@ def test_save_pretrained_keeps_what_its_base_says(tmp_path):
     # our own generation ends at the same ids as transformers'
     assert M.all_stop_ids(base, [5, 7], {3, 5, 6, 7}) == M.all_stop_ids(out, [], {3, 5, 6, 7}) == [5, 6, 7]
     assert M.all_stop_ids(None, [5], {5}) == [5] and M.all_stop_ids(tmp_path, [], {5}) == []
+    (tmp_path / "config.json").write_text('{"eos_token_id": 6}')      # without a generation_config.json
+    assert M.all_stop_ids(tmp_path, [], {5, 6}) == [6]
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == "bfloat16" and "auto_map" not in written
     assert written["bos_token_id"] == 3 and written["eos_token_id"] == [5, 7]

@@ -1904,7 +1904,7 @@ def main(argv):
     model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenize_data.huggingface_tokenizer(folder)
     prompt, stop = encode_question(tokenizer, question)
-    stop = all_stop_ids(folder, stop, tokenizer.control_ids)
+    stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
     if not tokenizer.template:                           # the model continues the text
         print(question, end="")
     answer = []

@@ -73,7 +73,7 @@ from tqdm import tqdm
 import configs
 from configs import UserError, read_text
 
-FORMAT = 8                  # of the token files
+FORMAT = 9                  # of the token files
 BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
@@ -329,7 +329,7 @@ def choose_hub_files(names, dataset, folder, split):
     folders = sorted({str(Path(n).parent) for n in chosen})
     if len(folders) > 1:
         raise UserError(f"{dataset} has this split in several folders; name one: "
-                        f"{', '.join(f'{dataset}/{f}' for f in folders[:8])}")
+                        f"{', '.join(f'{dataset}/{f}' for f in folders[:8] if f != '.')}")
     return chosen
 
 
@@ -419,12 +419,17 @@ def read_json(stream, file, context):
     the latter two are cut apart here and parsed later."""
     head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
     stream.seek(0)
+    first, end = decode_first(head)
     wrapper = WRAPPER.match(head)
-    if wrapper:
+    # a record may have a list of objects, too
+    if wrapper and not (first and (head[end:].strip() or has_chat(first))):
         raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
                         f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
     is_object = head.startswith("{") or format_of(file) == "jsonl" and not head.startswith("[")
-    if not (is_object and has_object_per_line(head)):
+    # the value has several lines, or a comma or another value after it
+    is_cut = "\n" in head[:end] or re.match(r"[ \t\r]*[,{]", head[end:])
+    # the number of its line names a first value that is too long or an error
+    if not is_object or (first is not None and is_cut):
         yield from read_json_items(stream, file, is_list=not is_object)
         return
     n = 1
@@ -434,13 +439,12 @@ def read_json(stream, file, context):
         n += len(lines)
 
 
-def has_object_per_line(text):
-    """False if the first JSON value has several lines, or a comma or another value after it."""
+def decode_first(text):
+    """Return (the first JSON value of a text, its end). (None, 0): too long, or an error."""
     try:
-        _, end = json.JSONDecoder().raw_decode(text)
+        return json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return True                          # too long, or an error, which its line's number names
-    return "\n" not in text[:end] and not re.match(r"[ \t\r]*[,{]", text[end:])
+        return None, 0
 
 
 def read_json_items(stream, file, is_list):
@@ -453,9 +457,11 @@ def read_json_items(stream, file, is_list):
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
         # An item that the next block continues fails at the end of this one, or as "Unterminated
-        # string" where its last string starts. Other errors remain, however much is read.
-        n_after_error = len(buffer) - getattr(error, "pos", 0)
-        if error and n_after_error > BLOCK and "Unterminated" not in str(error):
+        # string" where its last string starts. With BLOCK characters after it, it is an error that
+        # remains, however much is read. (A RecursionError has no pos, a missing comma no error.)
+        n_after_error = len(buffer) - getattr(error, "pos", position)
+        may_be_unfinished = n_after_error <= BLOCK or "Unterminated" in str(error)
+        if not may_be_unfinished and buffer[position:].strip(" \t\r\n,]"):
             break
         buffer = buffer[position:]
     end = r"\s*,?\s*"
@@ -511,7 +517,7 @@ def refuse_zero_bytes(text):
 
 def read_txt(stream, file, context):
     """One document; or several, if data.train.NAME.separator is between them."""
-    separator = context.source["separator"]
+    separator = context.source["separator"].replace("\r\n", "\n")     # as in iter_text
     if separator:
         yield from read_separated(stream, file, separator)
         return
@@ -703,6 +709,8 @@ SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_K
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
+SYSTEM_TWICE = ("a record has `system` beside another system message, and only the latter is "
+                "used; remove one of them")
 REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag is false) and is "
                    "trained on; remove such records, or give them the weight 0")
 
@@ -808,7 +816,8 @@ def normalize_chat(record):
             messages.append(normalize_message(turn, n))
     if record.get("system"):
         check_type(record["system"], str, "system: expected text")
-        messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+        if not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
     if not messages:
         raise UserError("a chat without messages")
     tools = []
@@ -827,6 +836,9 @@ def normalize_chat(record):
         "columns": columns,
         "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
                     + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
+    first = messages[0]
+    if first["role"] == "system" and record.get("system") not in (None, "", first["content"]):
+        chat["warnings"].append((SYSTEM_TWICE, f"{record['system']!r:.60}"))
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 
@@ -884,8 +896,8 @@ def parse_turns(value, key):
     """A text, or a list of messages, perhaps as JSON text."""
     turns = value
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):    # else it is a text
-            turns = json.loads(value)
+        with contextlib.suppress(ValueError, RecursionError):    # else it is a text, as "[]" is
+            turns = json.loads(value) or value
     if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
         return turns
     check_type(value, str, f"{key}: expected text")
@@ -954,7 +966,9 @@ def normalize_message(turn, n):
     if calls:
         message["tool_calls"] = [normalize_call(call) for call in calls]
     if ROLES[role] == "tool" and role != "tool":
-        message.setdefault("tool_call_id", tool_call_id(n - 1))     # some templates insist on one
+        # ShareGPT's files have no ids. Outputs follow their calls, in the same order: call i of
+        # message n has the output n + 1 + i
+        message.setdefault("tool_call_id", tool_call_id(n - 1))
     if isinstance(content, list):
         content, thoughts_in_parts = split_parts(content)
         thoughts += thoughts_in_parts
@@ -978,11 +992,12 @@ def parse_function_calls(content, n):
         if not isinstance(calls, list):
             calls = [calls]
         functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return [{"type": "function", "id": tool_call_id(n), "function": f} for f in functions]
+    return [{"type": "function", "id": tool_call_id(n + i), "function": function}
+            for i, function in enumerate(functions)]
 
 
 def tool_call_id(n):
-    return f"call{n:05}"
+    return f"call{n:05}"         # 9 letters and digits: Mistral's templates refuse other ids
 
 
 def normalize_call(call):
@@ -1180,12 +1195,13 @@ class ChatTemplate:
     @functools.cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
-        texts = ("first ", " second")
+        texts = ("first\t", "\tsecond")                  # are the tabs still there?
         text = self.try_content([{"type": "text", "text": text} for text in texts])
         between = re.search("first(.*)second", text, re.DOTALL)
-        if not between or '"type"' in between[1].replace("'", '"'):      # Python or JSON
+        # a template that dumps the list, as Python or JSON, has no separator
+        if not between or '"type"' in between[1].replace("'", '"'):
             return "", False
-        return between[1].strip(" "), not between[1].startswith(" ")
+        return between[1].strip("\t"), not between[1].startswith("\t")
 
     def join_parts(self, parts):
         separator, strips = self.part_separator
@@ -1309,6 +1325,12 @@ def template_message(template, message):
     return message
 
 
+def limit_cache(cache, maxsize=1000):
+    """Empty a dict that is full: each chat may have a key of its own."""
+    if len(cache) >= maxsize:
+        cache.clear()
+
+
 @dataclasses.dataclass
 class Rendering:
     template: ChatTemplate
@@ -1339,21 +1361,21 @@ class Rendering:
         has_tools = bool(self.variables.get("tools"))
         kind = (self.messages[0]["role"], has_tools, has_documents, self.options_json)
         if kind not in self.template.openings:
+            limit_cache(self.template.openings)
             self.template.openings[kind] = find_openings(self)
         return self.template.openings[kind]
 
     def prompt(self, i):
         """The text that asks for message i. None if the template refuses the messages before."""
         if i not in self.prompts:
-            self.prompts[i] = None
-            with contextlib.suppress(UserError):
-                self.prompts[i] = self.render_other(self.messages[:i], add_generation_prompt=True)
+            self.prompts[i] = self.render_other(self.messages[:i], add_generation_prompt=True)
         return self.prompts[i]
 
     def render_other(self, messages, add_generation_prompt=False):
-        """The text of other messages."""
-        return render(self.template, self.tok, messages, add_generation_prompt,
-                      **self.variables)[0]
+        """The text of other messages. None if the template refuses them."""
+        with contextlib.suppress(UserError):
+            return render(self.template, self.tok, messages, add_generation_prompt,
+                          **self.variables)[0]
 
 
 def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
@@ -1489,8 +1511,9 @@ def find_vanished(rendering, given):
         documents.append(document | marker.mark_values("documents", None, document, texts))
     shape = (rendering.options_json, *[part[:2] for part in marker.parts])
     if shape not in template.vanished:
-        template.vanished[shape] = set()
-        with contextlib.suppress(UserError):             # the template looks into what is marked
+        limit_cache(template.vanished)
+        template.vanished[shape] = set()                 # stays empty if marks make it raise
+        with contextlib.suppress(UserError):
             text, _ = render(template, rendering.tok, messages, tools=tools or None,
                              documents=documents or None, **rendering.options)
             template.vanished[shape] = marker.find_missing(text)
@@ -1593,7 +1616,7 @@ class BaseTokenizer:
     bos, eos  texts of special tokens
     template  jinja text of the model's chat template
     templates {name: jinja text}, if the model has several
-    folder    where the Hugging Face files are
+    path      of the tokenizer.json, beside the model's other files
     names     {"pad_token": text, ...}, which templates may use
     nfc       text is first brought to Unicode's composed form (Qwen)
     """
@@ -1603,15 +1626,22 @@ class BaseTokenizer:
     eos: str = None
     template: str = None
     templates: dict = dataclasses.field(default_factory=dict)
-    folder: Path = None
+    path: Path = None
     names: dict = dataclasses.field(default_factory=dict)
     nfc: bool = False
+
+    @property
+    def folder(self):
+        return self.path and self.path.parent
 
     def compile_patterns(self):
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
-        self.control_ids = frozenset(self.special_and_added.values())
+        self.special_and_added_ids = frozenset(self.special_and_added.values())
+        # those that can end an answer: some models have <|im_end|>, too, as an added token
+        self.end_ids = {i for text, i in self.special_and_added.items()
+                        if text in self.special or CONTROL_TOKEN.fullmatch(text)}
         # special tokens as JSON spells them
         self.escaped_pattern = compile_alternation([to_json(text)[1:-1] for text in self.special])
 
@@ -1756,8 +1786,7 @@ class HFTokenizer(BaseTokenizer):
 
         <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
     """
-    path: Path                   # of tokenizer.json
-    spec: dict                   # what it holds
+    spec: dict                   # what tokenizer.json holds
 
     def __post_init__(self):
         import tokenizers
@@ -1914,7 +1943,7 @@ def huggingface_tokenizer(path):
         names = token_names(spec, config)
         files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": templates.get("default"), "folder": path.parent, "names": names}
+                 "template": templates.get("default"), "path": path, "names": names}
         if len(templates) > 1 or "default" not in templates:
             files["templates"] = templates
         for key in ("bos", "eos"):
@@ -1923,14 +1952,15 @@ def huggingface_tokenizer(path):
         try:
             return byte_level_tokenizer(spec, tokens, files)
         except UserError as error:
-            return package_tokenizer(path, spec, files, str(error))
+            return package_tokenizer(spec, files, str(error))
 
 
-def package_tokenizer(path, spec, files, problem):
+def package_tokenizer(spec, files, problem):
     """Let the tokenizers package run what tiktoken cannot represent, and print why."""
+    path = files["path"]
     install = f"{problem}; with `pip install tokenizers` it would run there"
     with error_context(path), error_context(install, ImportError):
-        tok = HFTokenizer(path, spec, **files)
+        tok = HFTokenizer(spec, **files)
     if configs.is_local_rank0():
         note = f"{problem}; the tokenizers package runs it"
         print(f"note: {path}: {note}", file=sys.stderr, flush=True)
@@ -2145,6 +2175,7 @@ def save_tokenizer(tok, folder, chat_template):
         for pattern in TOKENIZER_FILES:
             for path in filter(Path.is_file, tok.folder.glob(pattern)):
                 shutil.copyfile(path, folder / path.name)
+        shutil.copyfile(tok.path, folder / "tokenizer.json")         # it may have another name
         templates = tok.folder / "additional_chat_templates"
         if templates.is_dir() and chat_template in (None, tok.template):
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
@@ -2217,6 +2248,7 @@ FOREIGN = ("a text spells control tokens that the vocabulary lacks, which are pl
 NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks, as plain text; "
              "use a data.tokenizer or data.chat_template that fits the other")
 
+END_TOKENS = 2               # the token that ends an answer, and perhaps a line break after it
 SHORT_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 # of a chat with tools, in stop_token_ids
@@ -2345,11 +2377,12 @@ def find_span_alone(rendering, i, after):
     messages = rendering.messages
     kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
     replaced = [*messages[:i], kept | {"content": placeholder(i)}]
-    try:
-        other = rendering.render_other([*replaced, *messages[i + 1:]])
-    except UserError:                            # the template has rules for what may follow
+    other = rendering.render_other([*replaced, *messages[i + 1:]])
+    if other is None:                            # the template has rules for what may follow
         other = rendering.render_other(replaced)
         text = rendering.render_other(messages[:i + 1])
+    if other is None or text is None:
+        return None
     before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
@@ -2416,15 +2449,17 @@ def find_openings(rendering):
     roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
     openings = set()
-    with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text = rendering.render_other(messages)
-        for i in (len(roles) - 3, len(roles) - 1):
-            prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-            opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
-            lead, mark, _ = text[len(prompt):].partition(placeholder(i))
-            if not (text.startswith(prompt) and opening and mark):
-                return []
-            openings |= {(opening + lead, len(lead)), (opening, 0)}
+    text = rendering.render_other(messages)
+    for i in (len(roles) - 3, len(roles) - 1):
+        prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
+        if text is None or prompt is None:
+            break
+        opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
+        lead, mark, _ = text[len(prompt):].partition(placeholder(i))
+        if not (text.startswith(prompt) and opening and mark):
+            return []
+        # the latter if contents bring the lead themselves
+        openings |= {(opening + lead, len(lead)), (opening, 0)}
     return sorted(openings)
 
 
@@ -2523,7 +2558,7 @@ def warn_of_plain_tokens(rendering):
 def lacks_end(rendering, span, ids, append_eos):
     """Must EOS be appended, since the last span ends in no token? If it cannot, add a warning."""
     tok = rendering.tok
-    if tok.control_ids.intersection(ids[:span.end_token][-2:].tolist()):
+    if tok.end_ids.intersection(ids[:span.end_token][-END_TOKENS:].tolist()):
         return False
     after = rendering.text[span.end:]
     is_at_end = span.answer == len(rendering.messages) - 1 or not after.strip()
@@ -2558,8 +2593,9 @@ def find_other_prompt(rendering, span, ids):
     i = span.answer
     if i is None or span.weight <= 0:
         return ()
-    # the last token tells whether they differ, if the texts are the same
-    last_token = encode_last_token(tok, rendering.text[max(span.start - 16, 0):span.start])
+    # If the texts are the same, the last token tells whether the ids differ. A special token and
+    # line breaks after it are shorter than 32 characters: <|end_header_id|>\n\n has 19
+    last_token = encode_last_token(tok, rendering.text[max(span.start - 32, 0):span.start])
     is_other = i in rendering.other_prompts
     is_same = not is_other and ids[-1:].tolist() == last_token
     if is_same or rendering.prompt(i) is None:
@@ -2636,9 +2672,8 @@ def find_output_start(rendering, i):
     """
     if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
         return None
-    with contextlib.suppress(UserError):                 # the template refuses to end there
-        before = rendering.render_other(rendering.messages[:i + 1]).rstrip()
-        return len(before) if rendering.text.startswith(before) else None
+    before = (rendering.render_other(rendering.messages[:i + 1]) or "").rstrip()
+    return len(before) if before and rendering.text.startswith(before) else None
 
 
 def message_weights(messages, train_on):
@@ -2704,7 +2739,7 @@ def find_end_token(tok, template, messages, **variables):
     """{the id that ends the last answer}, which no other token of it is; empty if there is none."""
     ids, loss_weights = encode_chat(tok, template, messages, **variables)
     trained = ids[loss_weights != 0].tolist()
-    last = [i for i in trained[-2:] if i in tok.control_ids]     # a line break may follow it
+    last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids]
     return {i for i in last[-1:] if trained.count(i) == 1}
 
 
@@ -2910,16 +2945,17 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
 def end_children_on_error(pool, is_over):
     """After an error or a signal, don't wait for what the pool's processes still have to do.
 
-    One that is killed while it sends a result leaves the pool waiting for the rest of it for ever.
-    So is_over lets them end after their chunk, and only one that takes long is killed.
+    Killing a process while it sends a result would hang the pool, which waits for the rest. So
+    is_over asks them to end after their chunk, and those that have not after 3 s are killed.
     """
+    others = multiprocessing.active_children()           # the pool starts its own when it gets work
     try:
         yield
     except BaseException:
         is_over.set()
         pool.shutdown(wait=False, cancel_futures=True)
         deadline = time.monotonic() + 3
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.join(max(0, deadline - time.monotonic()))
             process.terminate()
         raise
@@ -3023,7 +3059,10 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     has_date = reads_clock(tok, cfg)
     set_date = data["date"] if has_date else ""
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
-    if (folder / "header.json").is_file():
+    if folder.exists():
+        if not (folder / "header.json").is_file():
+            raise UserError(f"{folder}: has no header.json; delete the folder, and it is written "
+                            "again")
         print_warnings(read_json_object(folder / "header.json")["warnings"], name)
         return folder
     context = Context(cfg, source, tok)
@@ -3077,7 +3116,8 @@ def print_warnings(warnings, name):
 def fingerprint_source(cfg, source, tok, files):
     """What the token files of a source depend on, as fingerprints by name."""
     data = cfg["data"]
-    beside = [file.removesuffix(".npy") + suffix for file in files for suffix in BESIDE_NPY]
+    beside = [file[:-len(".npy")] + suffix for file in files if format_of(file) == "npy"
+              for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
     root = os.path.join(os.path.abspath(cfg["data_root"]), "")    # it may have moved
     stats = [(path.removeprefix(root), os.stat(path).st_size, os.stat(path).st_mtime_ns)
@@ -3262,10 +3302,10 @@ def colorize(tok, ids, weights, use_color):
 def mark_special(tok, ids, use_color):
     """The text of ids, with special tokens told from text that spells them."""
     parts = []
-    is_special = np.isin(ids, list(tok.control_ids))
+    is_special = np.isin(ids, list(tok.special_and_added_ids))
     for part in np.split(ids, np.flatnonzero(np.diff(is_special)) + 1):
         text = tok.decode(part)
-        if not tok.control_ids.isdisjoint(part.tolist()):
+        if not tok.special_and_added_ids.isdisjoint(part.tolist()):
             parts.append(f"\x1b[7m{text}\x1b[27m" if use_color else text)
         else:
             parts.append(text if use_color else tok.special_pattern.sub(r"\\\g<0>", text))
@@ -3274,6 +3314,7 @@ def mark_special(tok, ids, use_color):
 
 def show_document(tok, name, i, ids, weights, show_ids):
     use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    weights = np.append(0, weights[1:])                  # the first token is never a target
     print(f"\n--- {name} {i}: {len(ids)} tokens, {np.count_nonzero(weights[1:])} trained, "
           f"{'in green' if use_color else 'in [[ ]]'}")
     print(colorize(tok, ids, weights, use_color))

@@ -815,7 +815,7 @@ def answer_stop_ids(cfg, tokenizer):
     template = tokenize_data.load_template(tokenizer, cfg)
     stop_ids = tokenize_data.stop_token_ids(tokenizer, template)
     base = configs.resolve_pretrained(cfg["model"]["init_from"])
-    return transformer.all_stop_ids(base and Path(base), stop_ids, tokenizer.control_ids)
+    return transformer.all_stop_ids(base and Path(base), stop_ids, tokenizer.special_and_added_ids)
 
 
 def check_registered_names(cfg):

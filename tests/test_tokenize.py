@@ -1648,3 +1648,175 @@ def test_normalize_an_answer_that_is_marked_as_bad_is_reported():
 def test_normalize_an_empty_instruction_beside_an_input():
     record = {"instruction": "", "input": "q", "output": "a"}
     assert T.normalize_record(record, "x")["messages"][0]["content"] == "q"
+
+
+@pytest.mark.parametrize("record", [{"prompt": "q", "completion": "[]"}, {"instruction": "[]", "output": "[]"}])
+def test_normalize_an_answer_that_is_an_empty_list_as_text(record):
+    """No list of messages."""
+    messages = T.normalize_record(record, "x")["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] and messages[1]["content"] == "[]"
+
+
+def test_normalize_several_calls_of_one_message_have_the_ids_of_their_outputs():
+    calls = json.dumps([{"name": name, "arguments": {}} for name in "fg"])
+    turns = [("human", "q"), ("function_call", calls), ("observation", "1"), ("observation", "2"), ("gpt", "a")]
+    record = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    _, answer, *outputs, _ = T.normalize_record(record, "x")["messages"]
+    ids = [call["id"] for call in answer["tool_calls"]]
+    assert len(set(ids)) == 2 and [output["tool_call_id"] for output in outputs] == ids
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_read_json_records_that_have_a_list_of_objects_are_no_wrapper(tmp_path, n):
+    record = {"id": 1, "items": [{"a": 1}], "messages": chat("q", "a")}
+    assert len(load_one(tmp_path, write(tmp_path, [record] * n))) == n
+
+
+@pytest.mark.parametrize("end, n_warnings", [("</tool_call>", 1), ("</think>\n", 1), ("<|im_end|>\n", 0)])
+def test_encode_chat_an_added_token_ends_no_answer_unless_it_is_a_control_token(end, n_warnings):
+    added = {"</tool_call>": 256, "</think>": 257, "<|im_end|>": 258}
+    tok = T.Tokenizer({bytes([b]): b for b in range(256)}, r"[\s\S]", special={"<eos>": 259}, eos="<eos>", added=added)
+    template = T.compile_template("{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+                                  "{% if add_generation_prompt %}assistant: {% endif %}")
+    report = T.Report()
+    ids, weights = T.encode_chat(tok, template, chat("q", "a"), append_eos=False, report=report)
+    assert [kind for kind, _ in report.warnings] == [T.NO_END] * n_warnings
+    ids, weights = T.encode_chat(tok, template, chat("q", "a"), append_eos=True)
+    assert (ids[-1] == 259) == bool(n_warnings) and weights[-1] == n_warnings
+
+
+def test_find_other_prompt_of_a_long_special_token_and_two_line_breaks_renders_no_prompt():
+    """Llama 3's are 19 characters. Line breaks are one token; after a cut of the special token, part of another."""
+    ranks = {bytes([b]): b for b in range(256)} | {b"\n\n": 256, b">\n\n": 257}
+    tok = T.Tokenizer(ranks, r"[\s\S]+", special={"<|end_header_id|>": 258, "<|eot_id|>": 259}, eos="<|eot_id|>")
+    template = T.compile_template("{% for m in messages %}{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
+                                  "{% endfor %}{% if add_generation_prompt %}assistant<|end_header_id|>\n\n{% endif %}")
+    rendering = T.render_messages(template, tok, chat("q", "a"))
+    span, = T.find_spans(rendering, "all")
+    ids, _ = T.encode_spans(rendering, [span])
+    assert T.find_other_prompt(rendering, span, ids[:span.first_token]) == () and rendering.prompts == {}
+
+
+def test_choose_hub_files_in_the_top_folder_and_another_names_the_other():
+    names = ["train.jsonl", "more/train.jsonl"]
+    with pytest.raises(configs.UserError, match="name one: a/b/more$"):
+        T.choose_hub_files(names, "a/b", None, "train")
+    assert T.choose_hub_files(names, "a/b", "more", "train") == ["more/train.jsonl"]
+
+
+def test_encode_chat_that_renders_is_not_refused_because_a_part_of_it_is():
+    """A call must have an output, and contents must not have a placeholder: the message is only not found."""
+    template = T.compile_template(
+        "{% for m in messages %}{% if '\ufdd0' in m.content or (m.tool_calls and loop.last) %}"
+        "{{ raise_exception('no') }}{% endif %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}<|im_end|>{% endfor %}")
+    messages = [*chat("q"), {"role": "assistant", "content": "a", "tool_calls": [CALLED]},
+                {"role": "tool", "content": "1"}, {"role": "assistant", "content": "b"}]
+    report = T.Report()
+    ids, _ = T.encode_chat(BYTES, template, messages, report=report)
+    assert BYTES.decode(ids) == "[user]q<|im_end|>[assistant]af<|im_end|>[tool]1<|im_end|>[assistant]b<|im_end|>"
+    assert T.NOT_FOUND in [kind for kind, _ in report.warnings]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1} {"a": 2}', '[{"a": 1}, {"a": 1} x'])
+def test_read_json_a_missing_comma_is_named_before_the_rest_is_read(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(T, "BLOCK", 64)
+    path = tmp_path / "x.json"
+    path.write_bytes((text + ', {"a": 3}' * 3000).encode() + b"\xff]")      # not UTF-8 at the end
+    with open(path, "rb") as f, pytest.raises(configs.UserError, match="record [23]: not valid JSON: a comma or the"):
+        list(T.read_json(f, path.name, None))
+
+
+def test_read_json_many_blank_lines_between_objects_end_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "BLOCK", 64)
+    path = tmp_path / "x.json"
+    path.write_text('{"a":\n1}' + "\n" * 500 + '{"a":\n2}\n')
+    with open(path, "rb") as f:
+        assert sum(len(chunk.records) for chunk in T.read_json(f, path.name, None)) == 2
+
+
+def test_find_vanished_remembers_a_limited_number_of_kinds_of_chats():
+    template = T.compile_template(T.CHATML)
+    for n in range(1001):
+        template.vanished[n] = set()
+    T.render_messages(template, BYTES, chat("q", "a"))
+    assert len(template.vanished) == 1
+
+
+def test_save_tokenizer_of_a_file_with_another_name(tmp_path):
+    """Also if a tokenizer.json of another model is beside it."""
+    T.save_tokenizer(BYTES, tmp_path, None)
+    (tmp_path / "foo.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    tok = T.huggingface_tokenizer(tmp_path / "foo.json")
+    (tmp_path / "out").mkdir()
+    T.save_tokenizer(tok, tmp_path / "out", None)
+    assert T.huggingface_tokenizer(tmp_path / "out").fingerprint == tok.fingerprint
+
+
+def test_fingerprint_source_changed_labels_of_an_npy_file_in_capitals(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(5))
+    (tmp_path / "x.npy").rename(tmp_path / "X.NPY")
+    np.save(tmp_path / "X_labels.npy", np.arange(5))
+    assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1] * 5
+    np.save(tmp_path / "X_labels.npy", np.array([0, 1, -100, 3, 4], np.int32))
+    assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("join, separator, strips", [(" ", " ", False), (" ", " ", True), ("", "", False),
+                                                     ("", "", True), ("\\n", "\n", False), (" + ", " + ", True)])
+def test_part_separator_may_be_a_space(join, separator, strips):
+    text = "{{ part.text | trim }}" if strips else "{{ part.text }}"
+    template = T.compile_template("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+                                  f"{{% for part in m.content %}}{text}{{{{ '' if loop.last else '{join}' }}}}"
+                                  "{% endfor %}{% endif %}{% endfor %}")
+    assert template.part_separator == (separator, strips)
+
+
+@pytest.mark.parametrize("other, n_warnings", [("s", 0), ("t", 1)])
+def test_normalize_a_system_column_beside_a_system_message_makes_no_second_one(other, n_warnings):
+    for record in ({"system": "s", "messages": chat("q", "a", system=other)},
+                   {"system": "s", "system_prompt": other, "prompt": "q", "completion": "a"}):
+        normalized = T.normalize_record(record, "x")
+        assert [m["content"] for m in normalized["messages"]] == [other, "q", "a"]
+        assert [kind for kind, _ in normalized.get("warnings", [])] == [T.SYSTEM_TWICE] * n_warnings
+
+
+def test_tokenize_source_a_folder_without_header_says_to_delete_it(tmp_path):
+    path = write(tmp_path, [{"text": "a"}])
+    (load_one(tmp_path, path).folder / "header.json").unlink()
+    with pytest.raises(configs.UserError, match="no header.json; delete the folder"):
+        load_one(tmp_path, path)
+
+
+def test_show_the_first_token_is_never_a_target(capsys):
+    T.show_document(BYTES, "x", 0, np.array([256, 97]), np.array([1, 1], np.uint8), True)
+    assert "<|endoftext|>[[a]]" in (shown := capsys.readouterr().out) and shown.count("trained") == 2
+
+
+def test_end_children_on_error_leaves_other_processes_alone():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+    child.start()
+    try:
+        with pytest.raises(ValueError):
+            for _ in failing_pool():
+                pass
+        child.join(0.3)                              # the time in which it would end
+        assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
+def failing_pool():
+    fork = multiprocessing.get_context("fork")
+    pool = T.concurrent.futures.ProcessPoolExecutor(1, fork)
+    with pool, T.end_children_on_error(pool, fork.Event()):
+        yield pool.submit(abs, -1).result()
+        raise ValueError
+
+
+def test_read_separated_by_a_windows_line_break(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"a\r\n\r\nb")
+    assert len(load_one(tmp_path, path, "data.train.x.separator=\r\n\r\n")) == 2

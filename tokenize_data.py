@@ -21,13 +21,14 @@ into windows of data.seq_len targets.
 Each source has a folder in data.cache_dir, named by a fingerprint of everything it depends on:
 
     tokens.bin     uint16 or uint32: the ids of all documents, one after the other
-    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16,
-                   that is rounded to 11 bits
+    weights.bin    per token its loss weight: uint8 if all are 0 or 1, otherwise float16
+                   (3 significant digits)
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
-    prompts.bin    as tokens.bin, for chats that do not begin with what asks for their last answer:
-                   the ids that do; prompt_offsets.bin as offsets.bin
+    prompts.bin    as tokens.bin: the ids that ask for a chat's last answer (add_generation_prompt)
+                   if the chat does not begin with them, otherwise none
+    prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
 import base64
@@ -74,7 +75,9 @@ import configs
 from configs import UserError, read_text
 
 FORMAT = 9                  # of the token files
-BLOCK = 2**18               # bytes of a file in one chunk, the unit of work of a process
+# about this many bytes, characters or token ids of a file are a Chunk, the unit of work of a
+# process: a larger one makes work uneven, a smaller one costs time to send
+BLOCK = 2**18
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # the start of a JSON file that is one object, with all records in a list
 WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|examples|instances|'
@@ -158,7 +161,7 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
-    # as it is in the config file: configs made it a path in data_root
+    # configs joined the path with data_root: undo that, to see whether it is a hub id
     hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
     # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
     is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
@@ -217,12 +220,14 @@ def list_folder(folder, above=()):
 
 def choose_local_files(folder, files, split):
     """Those files of a folder that are of a split, if their names are of train and of another."""
-    formats = {(format_of(file) or "").removesuffix("l") for file in files} - {""}
+    # .json and .jsonl count as one; files of OTHER_FORMATS are refused later
+    formats = {format_of(file).removesuffix("l") for file in files if format_of(file)}
     if len(formats) > 1:
         raise UserError(f"{folder} has files of several formats ({', '.join(sorted(formats))}); a "
                         f"glob selects some: {folder}/**/*.{min(formats)}*")
     names = [os.path.relpath(file, folder) for file in files]
-    if split == "train" and not {"train"} < splits_of(names):
+    splits = splits_of(names)
+    if split == "train" and ("train" not in splits or len(splits) == 1):
         return files
     chosen = choose_split(names, split, folder)
     others = set(names) - set(chosen)
@@ -239,7 +244,10 @@ def abridged(names):
 
 
 def splits_of(names):
-    """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv."""
+    """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv.
+
+    This only tells whether names are of splits at all. So train_x counts here: see choose_split.
+    """
     splits = set()
     for split, words in SPLIT_WORDS.items():
         if any(re.search(f"{NO_LETTER_BEFORE}({words})(?![a-zA-Z])", name) for name in names):
@@ -375,7 +383,14 @@ class Context:
 
     @functools.cached_property
     def template(self):          # compiled by the first chat: texts need none
-        return load_template(self.tok, self.cfg, self.now)
+        try:
+            return load_template(self.tok, self.cfg, self.now)
+        except UserError as error:
+            raise TemplateError(str(error)) from None
+
+
+class TemplateError(UserError):
+    """An error of the chat template itself: on_error=skip skips no records for it."""
 
 
 def read_chunks(file, context):
@@ -390,7 +405,7 @@ def read_chunks(file, context):
                     chunk.n_bytes = raw.tell() - position
                     position = raw.tell()
                 yield chunk
-    except UnicodeError:                     # somewhere in the block that was read last
+    except UnicodeError:                     # read it again, to find the line
         with open(file, "rb") as raw:
             problem = configs.encoding_problem(unpack(raw, file))
         raise UserError(f"{file}, {problem}") from None
@@ -511,7 +526,7 @@ def iter_text(stream):
 def refuse_zero_bytes(text):
     """Return the text. A damaged file may end in zero bytes; read_chunks names their line."""
     if "\0" in text:
-        raise UnicodeError
+        raise UnicodeError("zero byte")
     return text
 
 
@@ -551,7 +566,8 @@ def find_split_point(text, encode, margin=200):
 
     Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
     accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together. They are searched near the end, so that the rest is short.
+    encoded together: words are shorter. They are searched in the last 2**15 characters, so that the
+    rest is short. At most 200 are tried.
     """
     earliest = max(margin, len(text) - 2**15)
     candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
@@ -634,7 +650,8 @@ def read_npy(stream, file, context):
                 place = f"{file[:-4]}_labels.npy: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        # labels and weights of this block; token 0 has none with an offset, and the weight 0
+        # Labels and weights of this block. With the offset 1, the first block is ids[0:end], and
+        # labels[0:end - 1] are of block[1:]: token 0 has no label, and the weight 0
         first = max(start, offset)
         in_block = slice(first - start, None)
         in_arrays = slice(first - offset, end - offset)
@@ -906,7 +923,8 @@ def parse_turns(value, key):
 
 def normalize_tool(tool):
     """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
-    # of JSON schema's fields only a default can be null: others are Arrow's, in JSON
+    # Null fields are of other tools: a dataset that was stored with Arrow gives the same keys to
+    # all objects of a column. (In a JSON schema only a default can be null.)
     tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default",))
     check_type(tool, dict, "tools: expected objects")
     if "function" not in tool:
@@ -921,7 +939,7 @@ def normalize_tool(tool):
 
 
 def drop_null_arguments(messages, tools):
-    """Drop null arguments of calls whose tool does not have them: they are Arrow's, in JSON."""
+    """Drop null arguments that the tool of a call does not have: see normalize_tool."""
     properties = {}
     for tool in tools:
         parameters = tool["function"].get("parameters")
@@ -1083,7 +1101,8 @@ TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json
 REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
                    for suffix in ("", "Fast")]
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
-# that no message contains them.
+# that no message contains them. Those of Marker pass any filter; these are for whole contents, the
+# blocks of a template, and spelled special tokens, where a filter that changes them is an error.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
@@ -1151,12 +1170,12 @@ def load_template(tok, cfg, now=None):
 
     now  see compile_template
     """
+    # if there is none, template_text() raises the reason
     texts = template_texts(tok, cfg) or [template_text(tok, cfg)]
     place = cfg["data"]["chat_template"] or "built-in template"
     if tok.folder and not cfg["data"]["chat_template"]:
-        for name in reversed(TEMPLATE_FILES):
-            if (tok.folder / name).is_file():
-                place = tok.folder / name
+        files = [tok.folder / name for name in TEMPLATE_FILES]
+        place = next(filter(Path.is_file, files), place)
     with error_context(place, (ValueError, RecursionError)):    # jinja2 raises both
         template = compile_template(texts[0], now)
         if len(texts) > 1:
@@ -1267,6 +1286,7 @@ def compile_template(text, now=None):
     text = GENERATION_TAG.sub(filter_tag, text)
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        # templates test `tools is none`, which is false if it is undefined
         environment.globals.update(tools=None, documents=None)
         jinja = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -1339,9 +1359,12 @@ class Rendering:
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    literals: list = ()          # [(start, end)]: the first characters of spelled special tokens
+    # [(start, end)] of the first character of each special token that is only spelled; overlaps()
+    # finds the token by it
+    literals: list = ()
     prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
-    other_prompts: list = dataclasses.field(default_factory=list)    # answers that don't follow it
+    # indexes of answers whose prompt() is not the beginning of the text
+    unprompted_answers: list = dataclasses.field(default_factory=list)
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
     @functools.cached_property
@@ -1451,7 +1474,8 @@ def map_strings(function, value):
 class Marker:
     """Ends texts with marks that can be found in a rendering, and remembers what it marked.
 
-    Marks are letters and digits, which no template escapes.
+    Marks are letters and digits, because they are in tools and arguments, too, where a filter
+    (tojson, urlencode) may escape other characters.
     """
     prefix = f"q{os.urandom(8).hex()}x"
 
@@ -1567,7 +1591,9 @@ def prepare_calls(template, message):
             texts.append(to_json(with_arguments(call, as_json=False)["function"]))
         return message | {"content": "\n".join(texts), "tool_calls": None}
     is_json = isinstance(calls[0]["function"]["arguments"], str)
-    form, as_json = find_call_form(template, content and "text", is_json)
+    # only whether there is text matters: so few forms are in the cache
+    kind_of_content = content and "text"
+    form, as_json = find_call_form(template, kind_of_content, is_json)
     if not content:
         message = {key: value for key, value in message.items() if key != "content"} | form
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
@@ -1693,7 +1719,8 @@ class Tokenizer(BaseTokenizer):
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        # does tiktoken find special and added tokens itself? Not if one starts with another
+        # Does tiktoken find special and added tokens? If one starts with another, it may take the
+        # shorter one; and byte_ids do without tiktoken
         in_order = sorted(tokens)
         overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.native_special = not overlap and self.byte_ids is None
@@ -1745,7 +1772,7 @@ class Tokenizer(BaseTokenizer):
                     borders = [len(text[:border].encode()) for border in borders]
                 return self.with_offsets(ids, borders)
         ids = []
-        sizes = [0]                                          # bytes before each segment, and in all
+        segment_starts = [0]                                 # in bytes; the last is the total
         segments = self.split_special(text, literals, find_special)
         for start, end, token in segments:
             piece = text[start:end]
@@ -1754,14 +1781,14 @@ class Tokenizer(BaseTokenizer):
                 ids.append(self.encode_ordinary(piece))
             else:
                 ids.append(np.array([token], np.uint32))
-            sizes.append(sizes[-1] + len(piece.encode()))
+            segment_starts.append(segment_starts[-1] + len(piece.encode()))
         ids = np.concatenate(ids)
         segment_ends = [end for _, end, _ in segments]
         borders_in_bytes = []
         for border in borders:
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
             before = self.compose(text[segments[i][0]:border])
-            borders_in_bytes.append(sizes[i] + len(before.encode()))
+            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
         return self.with_offsets(ids, borders_in_bytes)
 
     def with_offsets(self, ids, borders):
@@ -1817,7 +1844,7 @@ class HFTokenizer(BaseTokenizer):
             moved[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # of a character that several tokens spell, each of them has its start and its end
+        # tokens that share a character all report its whole span: a border there counts for each
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
         return np.array(encoded.ids, np.uint32), starts, ends, moved
 
@@ -2033,15 +2060,17 @@ def unsupported_part(spec, tokens):
     if split_pattern(steps) is None:
         return description
     # The tokenizers package searches normalized tokens last, and in normalized text; tiktoken all
-    # at once. That is the same for tokens that the normalizer keeps (NeoX's runs of spaces) and
-    # that cannot overlap with others, because they have no character in common with them.
+    # at once. That may differ in two cases.
     searched_first = "".join(t["content"] for t in tokens if not t["normalized"])
     for token in tokens:
         content = token["content"]
         for flag in ("single_word", "lstrip", "rstrip"):
             if token[flag]:
                 return f"the {flag} added token {content!r}"
+        # 1. The normalizer makes the token from other text, as NFC makes one "é" of "e" and its
+        # accent. It makes no spaces (NeoX's tokens).
         may_change = normalizer and not content.isspace()
+        # 2. The token overlaps with one that is searched first: "bc" in "abc", if this is "ab"
         may_overlap = not set(content).isdisjoint(searched_first)
         if token["normalized"] and (may_change or may_overlap):
             return f"the normalized added token {content!r}"
@@ -2056,18 +2085,18 @@ def pre_tokenizer_steps(spec):
 def split_pattern(steps):
     """The regular expression of ByteLevel, alone or after Split or Digits; None for others."""
     *before, last = steps
-    splits = last.get("use_regex", True)                     # into words, by GPT-2's pattern
+    uses_gpt2_regex = last.get("use_regex", True)
     if last.get("type") != "ByteLevel" or len(before) > 1:
         return None
     if not before:
-        return GPT2_PATTERN if splits else r"[\s\S]+"
+        return GPT2_PATTERN if uses_gpt2_regex else r"[\s\S]+"
     step = before[0]
-    if step.get("type") == "Digits" and splits:
+    if step.get("type") == "Digits" and uses_gpt2_regex:
         digits = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
         return f"{digits}|{WITHOUT_DIGITS_PATTERN}"
     how = (step.get("behavior"), step.get("invert"))
-    if splits or how not in (("Isolated", False), ("Removed", True)):
-        return None
+    if uses_gpt2_regex or how not in (("Isolated", False), ("Removed", True)):
+        return None                                          # the Split alone does not decide
     return step.get("pattern", {}).get("Regex") or None
 
 
@@ -2114,10 +2143,17 @@ def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
     tokenizer.json merges the pair that comes first in its list, tiktoken any two neighbours that
-    make a token, the lowest id first. That is the same if the ids of the results ascend, and if
-    each token is what the list makes of its characters: then no other pair makes it anywhere. (A
-    token that only ignore_merges finds must have all its pairs in the list.) Long lists come from
-    training or conversion, which make only such tokens; to try all of them takes seconds.
+    make a token, the lowest id first. That is the same under these conditions:
+
+    1. The ids of the results ascend. If bc is first in the list and ab has the lower id, abc is
+       a + bc here and ab + c there.
+    2. Each token is what the list makes of its characters. If the list is ab, bc, a + bc, it makes
+       ab + c of abc, and tiktoken makes the token abc of these two.
+    3. A token that is found only as a whole word (ignore_merges) has all its pairs in the list:
+       otherwise tiktoken makes it inside of words, too.
+
+    2 and 3 are not tried for more than 20,000 merges, which takes seconds. Such lists come from
+    training or conversion, which keep to them.
     """
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
@@ -2130,7 +2166,9 @@ def check_merges(model, ranks):
         raise unsupported("a vocabulary with tokens that no merge makes")
     if len(pairs) > 20_000:
         return
-    indexes = dict(zip(reversed(pairs), range(len(pairs), 0, -1)))      # the first of equal pairs
+    indexes = {}
+    for i, pair in enumerate(pairs):
+        indexes.setdefault(pair, i)
     for token in map(spell, ranks):
         if merge_characters(token, indexes) == [token]:
             continue
@@ -2206,7 +2244,8 @@ def tokenizer_spec(tok):
     """The tokenizer.json of a Tokenizer that has no Hugging Face files."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)     # {1,3}+ has another meaning there
+    # {1,3}+ is possessive for tiktoken; for tokenizers' Oniguruma it is {1,3}, repeated
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -2300,7 +2339,8 @@ def find_message_spans(rendering, wanted):
 def align_messages(rendering, replaced):
     """The spans of messages that are all replaced by placeholders, as far as they are found."""
     messages = list(rendering.messages)
-    for i in replaced:                           # loss weights, too: no template sees them
+    # (the same weight for all, so that render_placeholders' cache finds equal chats)
+    for i in replaced:
         messages[i] = messages[i] | {"content": placeholder(i), "weight": 1}
     pieces = render_placeholders(rendering.template, rendering.tok,
                                  to_json([messages, rendering.variables]))
@@ -2336,12 +2376,14 @@ def align_placeholders(text, pieces, messages):
     pieces  of render_placeholders()
     Returns [] if they differ in anything else than contents.
     """
-    head, pieces = pieces or ("", ())
+    if pieces is None:
+        return []
+    head, after_placeholders = pieces
     if not text.startswith(head):
         return []
     position = len(head)
     spans = []
-    for i, between in pieces:
+    for i, between in after_placeholders:
         end = find_content_end(text, position, messages[i]["content"], between)
         if end is None:
             return spans
@@ -2373,33 +2415,35 @@ def find_span_alone(rendering, i, after):
 
     An answer starts at the end of its generation prompt, if the text has that.
     """
-    text = rendering.text
+    compared = rendering.text
     messages = rendering.messages
     kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
     replaced = [*messages[:i], kept | {"content": placeholder(i)}]
     other = rendering.render_other([*replaced, *messages[i + 1:]])
     if other is None:                            # the template has rules for what may follow
         other = rendering.render_other(replaced)
-        text = rendering.render_other(messages[:i + 1])
-    if other is None or text is None:
+        compared = rendering.render_other(messages[:i + 1])
+    if other is None or compared is None:
         return None
     before, mark, behind = other.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
     prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
-    if prompt is not None and text.startswith(prompt):
+    if prompt is not None and compared.startswith(prompt):
         before = prompt
-    start = count_common(text, before)
-    end = len(text) - count_common(text[start:][::-1], behind[::-1])
-    if rendering.text.startswith(text[:end]):
+    start = count_common(compared, before)
+    end = len(compared) - count_common(compared[start:][::-1], behind[::-1])
+    if rendering.text.startswith(compared[:end]):
         return start, end
-    written = text[start:end]
+    # before it, the chat is written in another way than the one that ends here: search the message
+    written = compared[start:end]
     start = rendering.text.find(written, after) if written else -1
     return (start, start + len(written)) if start >= 0 else None
 
 
 def count_common(text, start):
     """The number of characters with which two texts start alike."""
+    # commonprefix compares in Python, character by character
     return len(start) if text.startswith(start) else len(os.path.commonprefix([text, start]))
 
 
@@ -2422,7 +2466,7 @@ def find_answer_start(rendering, i, start):
         return start
     if text.startswith(prompt):
         return len(prompt)
-    rendering.other_prompts.append(i)
+    rendering.unprompted_answers.append(i)
     end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
     near = slice(max(end - 30, 0), end + 30)
     example = f"message {i + 1}: prompt ...{prompt[near]!r}, text ...{text[near]!r}"
@@ -2464,7 +2508,11 @@ def find_openings(rendering):
 
 
 def has_constant_prompt(template):
-    """Does a template look at nothing but its arguments where it tests add_generation_prompt?"""
+    """Is what a template writes for add_generation_prompt the same after all messages?
+
+    True if it reads that only in tests of ifs, and if all names in these ifs are arguments of the
+    template: neither messages nor variables that it sets.
+    """
     tree = template.jinja.environment.parse(template.text)
     names = set()
     n_tests = 0
@@ -2538,7 +2586,7 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
         last = spans[-1]
         report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
         if lacks_end(rendering, last, ids, append_eos):
-            # what the template writes after the answer is generated before EOS
+            # text after the answer (a line break) is trained, too, since EOS comes after it
             ids = np.append(ids, tok.special[tok.eos])
             loss_weights = np.append(loss_weights, np.float32(0))
             loss_weights[last.end_token:] = last.weight
@@ -2578,7 +2626,9 @@ def encode_spans(rendering, spans):
     first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
     end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
     loss_weights = np.zeros(len(ids), np.float32)
-    for span, span.first_token, span.end_token in zip(spans, first_tokens, end_tokens):
+    for i, span in enumerate(spans):
+        span.first_token = first_tokens[i]
+        span.end_token = end_tokens[i]
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
 
@@ -2596,7 +2646,7 @@ def find_other_prompt(rendering, span, ids):
     # If the texts are the same, the last token tells whether the ids differ. A special token and
     # line breaks after it are shorter than 32 characters: <|end_header_id|>\n\n has 19
     last_token = encode_last_token(tok, rendering.text[max(span.start - 32, 0):span.start])
-    is_other = i in rendering.other_prompts
+    is_other = i in rendering.unprompted_answers
     is_same = not is_other and ids[-1:].tolist() == last_token
     if is_same or rendering.prompt(i) is None:
         return ()
@@ -2634,10 +2684,12 @@ def find_spans(rendering, train_on):
         wanted = [i for i in answers if weights[i] and has_words(messages[i])]
         for start, end, i in find_turns(rendering, wanted):
             spans.append(Span(start, end, weights[i], i))
-    elif len(blocks) == len(answers):
+    elif len(blocks) == len(answers):            # one of each answer
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            spans.append(Span(prompt_end if prompt_end < end else start, end, weights[i], i))
+            if prompt_end < end:                 # otherwise the prompt holds all of the block
+                start = prompt_end
+            spans.append(Span(start, end, weights[i], i))
     else:                                        # a block may be of no answer, or two of one
         others = find_turns(rendering, [i for i in answers if weights[i] != 1])
         for start, end in blocks:
@@ -2726,6 +2778,7 @@ def stop_token_ids(tok, template):
         # the next role's token may end an answer (GLM)
         stop_ids = stop_ids or find_end_token(tok, template, [*SHORT_CHAT, user])
     with contextlib.suppress(UserError):
+        # two of them, so that the token after each call occurs twice: it ends no answer
         calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
         outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
         answer = {"role": "assistant", "content": None, "tool_calls": calls}
@@ -2786,11 +2839,9 @@ def encode_chunk(chunk, context):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
             documents += encode_record(record, place, context, counts, warnings)
+        except TemplateError:
+            raise
         except UserError as error:
-            # errors of the template, for example, do not begin with the record's place
-            is_of_record = str(error).startswith(place)
-            if not is_of_record:
-                raise
             if context.data["on_error"] != "skip":
                 if "not UTF-8" in str(error):            # skipping would lose all such lines
                     raise
@@ -2872,9 +2923,9 @@ def concat_documents(documents, context, file, counts, problems, warnings):
     counts["dropped"] += len(documents) - len(kept)
     lengths = np.array([len(ids) for ids, _, _ in kept], np.int64)
     prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
-    ids = np.concatenate([np.zeros(0), *(ids for ids, _, _ in kept)])
+    ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in kept)])
     weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
-    prompts = np.concatenate([np.zeros(0), *(prompt for _, _, prompt in kept)])
+    prompts = np.concatenate([np.zeros(0, np.int64), *(prompt for _, _, prompt in kept)])
     return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
                    problems, warnings, prompts.astype(context.dtype), prompt_lengths)
 
@@ -2915,7 +2966,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
     if not n_processes:                                  # macOS may crash forks
         n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
-               disable=quiet or None, leave=False)
+               disable=quiet or None, leave=False)           # None: only in a terminal
     with bar:
         if n_processes == 1 or n_bytes < 4 * BLOCK:
             for chunk in chunks:
@@ -3055,15 +3106,13 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     files = find_files(cfg, name, source)
     fingerprints = fingerprint_source(cfg, source, tok, files)
     label = name.partition(".")[2]
-    # a source that was tokenized on another day keeps its date, unless data.date sets one
+    # today's date is not in the fingerprint, so that tomorrow finds this folder; header.json has
+    # it. data.date is in it.
     has_date = reads_clock(tok, cfg)
     set_date = data["date"] if has_date else ""
     folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
     if folder.exists():
-        if not (folder / "header.json").is_file():
-            raise UserError(f"{folder}: has no header.json; delete the folder, and it is written "
-                            "again")
-        print_warnings(read_json_object(folder / "header.json")["warnings"], name)
+        print_warnings(read_header(folder)["warnings"], name)
         return folder
     context = Context(cfg, source, tok)
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
@@ -3096,6 +3145,12 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         shutil.rmtree(building, ignore_errors=True)
     print_warnings(writer.warnings, name)
     return folder
+
+
+def read_header(folder):
+    if not (folder / "header.json").is_file():
+        raise UserError(f"{folder}: has no header.json; delete the folder, and it is written again")
+    return read_json_object(folder / "header.json")
 
 
 def commit_of(files):
@@ -3155,7 +3210,7 @@ class Tokens:
     def __init__(self, folder, first=0, last=None):
         """Open the documents first ... last - 1 of a folder of token files."""
         self.folder = Path(folder)
-        self.header = read_json_object(self.folder / "header.json")
+        self.header = read_header(self.folder)
         last = self.header["documents"] if last is None else last
         n_tokens = self.header["tokens"]
         n_documents = self.header["documents"]

@@ -437,14 +437,15 @@ def read_json(stream, file, context):
     first, end = decode_first(head)
     wrapper = WRAPPER.match(head)
     # a record may have a list of objects, too
-    if wrapper and not (first and (head[end:].strip() or has_chat(first))):
+    is_record = wrapper and first and (head[end:].strip() or has_chat(first))
+    if wrapper and not is_record:
         raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
                         f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
     is_object = head.startswith("{") or format_of(file) == "jsonl" and not head.startswith("[")
-    # the value has several lines, or a comma or another value after it
-    is_cut = "\n" in head[:end] or re.match(r"[ \t\r]*[,{]", head[end:])
-    # the number of its line names a first value that is too long or an error
-    if not is_object or (first is not None and is_cut):
+    # it has several lines, or a comma or another value after it on its line
+    is_no_line = "\n" in head[:end] or re.match(r"[ \t\r]*[,{]", head[end:])
+    # (one that is too long or an error is taken for a line, whose number then names it)
+    if not is_object or (first is not None and is_no_line):
         yield from read_json_items(stream, file, is_list=not is_object)
         return
     n = 1
@@ -984,8 +985,8 @@ def normalize_message(turn, n):
     if calls:
         message["tool_calls"] = [normalize_call(call) for call in calls]
     if ROLES[role] == "tool" and role != "tool":
-        # ShareGPT's files have no ids. Outputs follow their calls, in the same order: call i of
-        # message n has the output n + 1 + i
+        # ShareGPT's files have no ids. Outputs follow their calls in the same order: message n + 1
+        # is the output of the first call of message n, n + 2 that of the second
         message.setdefault("tool_call_id", tool_call_id(n - 1))
     if isinstance(content, list):
         content, thoughts_in_parts = split_parts(content)
@@ -1101,8 +1102,8 @@ TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json
 REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
                    for suffix in ("", "Fast")]
 # Marks that are put into renderings, and taken out again by the same process. They are random, so
-# that no message contains them. Those of Marker pass any filter; these are for whole contents, the
-# blocks of a template, and spelled special tokens, where a filter that changes them is an error.
+# that no message contains them. tojson(ensure_ascii=true) would change them; so Marker, which marks
+# tools and arguments, too, has others.
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"

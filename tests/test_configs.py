@@ -2,6 +2,7 @@
 import ast
 import copy
 import json
+import shutil
 import os
 import re
 import signal
@@ -511,6 +512,20 @@ def test_load_accepts_names_that_an_experiment_may_register():
     assert_names(error_of(configs.check_builtin_names, *configs.load(["log.to=paper"])[:2]), ["log.to", "paper", "wandb"])
     assert_names(error_of(configs.check_builtin_names, *configs.load(["sampler.order=feedback"])[:2]), ["weighted"])
     configs.check_builtin_names(*configs.load(["configs/ft.yaml"])[:2])
+
+
+def test_check_builtin_names_accepts_what_an_edited_script_has(tmp_path, monkeypatch):
+    """A loss written into model.py needs no other change."""
+    for file in ("model.py", "train.py", "sampler.py", "log.py"):
+        shutil.copy(configs.HERE.parent / file, tmp_path)
+    with open(tmp_path / "model.py", "a") as file:
+        file.write("LOSSES['focal'] = cross_entropy\n")
+    cfg, source, _ = configs.load(["model.loss=focal"])
+    configs.read_defaults()
+    monkeypatch.setattr(configs, "HERE", tmp_path / "configs")
+    configs.check_builtin_names(cfg, source)
+    cfg["model"]["loss"] = "vocal"
+    assert_names(error_of(configs.check_builtin_names, cfg, source), ["model.loss", "got vocal"])
 
 
 # ---- references

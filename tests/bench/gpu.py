@@ -257,12 +257,13 @@ def fast(models, is_late):
             return
         clean()
         try:
-            run_cell(title, *build(*keys))
+            graphs_before = shard.num_graphs()
+            run_cell(title, *build(*keys), graphs_before)
         except torch.OutOfMemoryError as error:
             report(title, {"out of memory": str(error)[:100]})
 
 
-def run_cell(title, cfg, model, optimizer):
+def run_cell(title, cfg, model, optimizer, graphs_before):
     vocab_size = cfg["model"]["vocab_size"]
     pad_to = shard.pad_multiple(DEVICE, model.dtype, ROW)
     _, held = shard.peak_phase(shard.predict_memory(model.cfg, with_recompute(cfg, model)))
@@ -283,7 +284,7 @@ def run_cell(title, cfg, model, optimizer):
         report(f"{title} {kind}", {
             "tokens/s": n_tokens / seconds, "mfu": flops / seconds / peak_flops if peak_flops else "unknown",
             "GiB": log.peak_memory(DEVICE) / 2**30, "predicted GiB": sum(held.values()) / 2**30,
-            "blocks recomputed": int(model.recompute), "graphs": shard.num_graphs()})
+            "blocks recomputed": int(model.recompute), "graphs": shard.num_graphs() - graphs_before})
 
 
 def with_recompute(cfg, model):

@@ -12,7 +12,7 @@ few, and the most memory it held. Real tokens: padding is not counted.
           without biases of matrices, as its configs have it, through shard.parallelize() and train_step()
 --chats   2,000 chats of lognormal length (median 180, at most 1,024), half of each trained, on a Llama of width 512, 8
           layers, 8 heads, 4 of keys and values, 1,408 in the MLP, 32,000 tokens; 8 chats a step. Theirs are given token
-          ids and labels. As shipped: what their config's defaults are. Best: no recompute, grouped by length, bf16. They
+          ids and labels. As shipped: what their config's defaults are. Best: no recompute, grouped by length, bf16 or fp32. They
           group 50 steps, the longest chats first: behind a warm-up, any 50 steps hold long and short ones as the data do
 --lora    rank 16 on all linear layers
 
@@ -171,7 +171,7 @@ def chats_theirs(args, trl, best):
         lora = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     if trl:
         from trl import SFTConfig, SFTTrainer
-        more = {"gradient_checkpointing": False, "bf16": best != "weights"} if best else {}
+        more = {"gradient_checkpointing": False, "bf16": best == "autocast"} if best else {}
         config = SFTConfig(**common, max_length=1024, **more)
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora,
                              callbacks=[Watch()])
@@ -229,7 +229,8 @@ def main():
     if bool(args.size) == args.chats:
         parser.error("one of --size and --chats")
     names = ["ours", "nanogpt:", "nanogpt:best"] if args.size else [
-        "ours", "trl:", "trl:autocast", "trl:weights", "trainer:", "trainer:autocast", "trainer:weights"]
+        "ours", "trl:", "trl:autocast", "trl:weights", "trl:fp32",
+        "trainer:", "trainer:autocast", "trainer:weights", "trainer:fp32"]
     names = [name for name in names if not args.sides or name in args.sides]
     results = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:

@@ -1820,3 +1820,10 @@ def test_read_separated_by_a_windows_line_break(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"a\r\n\r\nb")
     assert len(load_one(tmp_path, path, "data.train.x.separator=\r\n\r\n")) == 2
+
+
+def test_encode_chunk_an_error_of_the_template_itself_skips_no_records(tmp_path):
+    path = write(tmp_path, [{"messages": chat("q", "a")}])
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    with pytest.raises(configs.UserError, match="bad.jinja: the chat template's line 1"):
+        load_one(tmp_path, path, f"data.chat_template={tmp_path / 'bad.jinja'}", "data.on_error=skip")

@@ -211,7 +211,7 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
-        """Must softmax be written out? No kernel drops probabilities by the seeds of our dropout."""
+        """Must softmax be written out? No kernel drops probabilities by the seeds of dropout()."""
         return training and self.dropout > 0
 
     def project(self, x, rope):                                                    # [T, C]
@@ -297,8 +297,8 @@ def padded_attention(layer, q, k, v, mask, seeds):
     return probs.to(v.dtype) @ v
 
 
-# On a CPU, attention of documents of fewer tokens is computed in fp32: in bf16 it takes six times as
-# long at 68 tokens, 1.15 times at 200, and 0.75 times at 512 (LOG.md, CPU throughput).
+# On a CPU, attention of documents of fewer tokens is computed in fp32: in bf16 it takes six times
+# as long at 68 tokens, 1.15 times at 200, and 0.75 times at 512 (LOG.md, CPU throughput).
 FP32_ATTENTION_BELOW = 256
 
 
@@ -1393,8 +1393,11 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     for pattern in configs.LICENSES if source else ():
         for path in source.glob(pattern):
             shutil.copyfile(path, folder / path.name)
+    write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
 
-    dtype = getattr(torch, config["dtype"])
+
+def write_weights(get_parameter, m, folder, dtype, shard_bytes):
+    """Write model.safetensors, or several files and their index. See save_pretrained."""
     files = split_into_files(m, dtype, shard_bytes)
     weight_map = {}
     total_size = 0

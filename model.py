@@ -211,7 +211,10 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
-        """Must softmax be written out? No kernel drops probabilities by the seeds of dropout()."""
+        """Must softmax be written out? No kernel drops probabilities by the seeds of dropout().
+
+        A change of scores or probabilities in padded_attention() returns True here, too.
+        """
         return training and self.dropout > 0
 
     def project(self, x, rope):                                                    # [T, C]
@@ -292,7 +295,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    if seeds is not None and layer.dropout:    # softmax may be written out for other reasons
+    if seeds is not None and layer.dropout:    # else softmax is written out for another change
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 
@@ -661,8 +664,7 @@ class TokenLosses:
         """
         inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
         if self.reference is not None:
-            # Under FSDP2, the head belongs to the root module, whose weights hidden() has gathered
-            # and keeps.
+            # Under FSDP2, hidden() has left the head gathered: see compute_hidden()
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
@@ -839,8 +841,8 @@ class Transformer(nn.Module):
 
     def compute_hidden(self, batch, layout=None):
         """The body of hidden(), forward() and logits(). These three must not call each other: under
-        FSDP2, each is a forward pass of its own, which gathers weights before and releases them
-        after (see shard.apply_fsdp).
+        FSDP2, each is a forward pass of its own, which gathers weights before. After it, blocks are
+        released; the root's (embedding, norm, head) stay gathered until a backward pass.
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -969,14 +971,14 @@ def build_on_meta(m):
 def load_weights(model, read):
     """Copy the weights that a reader's read() gives into a model. Returns the model."""
     for name, p in model.named_parameters():
-        load_parameter(name, p, read, (p, 0, len(p)))
+        load_parameter(name, read, (p, 0, len(p)))
     return model
 
 
 ROWS_AT_ONCE = 1024          # of a parameter; NewWeights draws as many with one seed
 
 
-def load_parameter(name, p, read, local_shard):
+def load_parameter(name, read, local_shard):
     """Copy rows of a parameter, a part at a time: read() may need memory for what it returns.
 
     local_shard  (a tensor of rows start ... end - 1 of p, start, end)
@@ -1247,13 +1249,16 @@ class PretrainedWeights:
             elif stored.get_dtype() not in STORED_DTYPES:
                 wrong.append(f"{tensor} has dtype {stored.get_dtype()}, which is quantized")
         ignored = tuple(self.family.get("ignore", ()))
-        if self.stored_config.get("tie_embeddings"):     # some files store the tied head, too
+        # Some files store the tied head, too. config.json's word counts here, not m's: a user's
+        # tie_embeddings=true must not discard a head unnoticed.
+        if self.stored_config.get("tie_embeddings"):
             ignored += (self.head,)
         for tensor in sorted(self.files):
             if tensor not in name_of and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
+            # if config.json ties it, contradicting_keys() says so
             if f"{self.head} is missing" in wrong and not self.stored_config.get("tie_embeddings"):
                 hints.append("model.tie_embeddings=true takes the embedding for it")
             hint = f"; {shorten(hints)}" if hints else ""
@@ -1490,6 +1495,7 @@ def hf_config(m, source):
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
+    # as config.json has them: a number, and one item per block (for added families)
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
     written_if_null = [*TOKEN_ID_KEYS]
     for key, places in family["keys"].items():
@@ -1497,7 +1503,7 @@ def hf_config(m, source):
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)
-        # without the key, transformers would take its default, places[-1]
+        # without the key, transformers would take its default, places[-1] if there is one
         if isinstance(places, list) and places[-1] is not None:
             written_if_null.append(hf_key)
     config = {key: value for key, value in config.items()
@@ -1875,7 +1881,7 @@ class CPURMSNorm(torch.autograd.Function):
 # command line
 
 def print_summary(folder):
-    """The summary of a folder's model. Reads no weight."""
+    """The summary of a folder's model. Reads no weights, but to compare a tied head."""
     m = configs.load([f"model.init_from={folder}"])[0]["model"]
     PretrainedWeights(folder, m)                         # raises UserError if they do not fit
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))

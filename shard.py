@@ -628,7 +628,7 @@ def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
     for name, p in model.named_parameters():
         if not is_adapter(name):
-            transformer.load_parameter(name, p, read_slice, local_shard(p))
+            transformer.load_parameter(name, read_slice, local_shard(p))
     init_adapters(model, seed)
 
 

@@ -703,7 +703,7 @@ def test_load_parameter_reads_nothing_for_a_rank_without_rows(tmp_path):
     base = ROOT / "data" / "base"
     read = M.PretrainedWeights(base, configs.load([f"model.init_from={base}"])[0]["model"]).read
     p = torch.empty(49, 128)
-    M.load_parameter("embed.weight", p, read, (p[49:], 49, 49))
+    M.load_parameter("embed.weight", read, (p[49:], 49, 49))
 
 
 def test_loading_takes_no_more_than_the_model(tmp_path, script):

@@ -1059,7 +1059,7 @@ def export_checkpoint(path, folder, *overrides):
     if cfg["resume"] != "latest":
         check_export_inputs(path, state, cfg, tokenizer)
     export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"], adapter)
-    print(f"{path} -> {folder}", adapter)
+    print(f"{path} -> {folder} {adapter}".rstrip())
 
 
 def ls(out_dir):

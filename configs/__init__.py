@@ -556,7 +556,7 @@ def parse_override(arg, schema, layers):
 
 
 def is_utf8(text):
-    """False for what Python makes of other bytes on the command line."""
+    """False if bytes of the command line are not UTF-8: Python decodes them to lone surrogates."""
     return text == text.encode(errors="ignore").decode()
 
 

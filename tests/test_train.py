@@ -280,7 +280,7 @@ def test_evaluate_ends_at_a_signal_and_is_repeated(tiny, monkeypatch, capsys, pl
 
 
 def test_record_signals_takes_sighup_unless_it_is_ignored():
-    """A terminal that is closed sends it, and a run with nohup goes on."""
+    """A terminal that is closed sends it, and a run under nohup continues."""
     previous = signal.getsignal(signal.SIGHUP)
     for handler, want in ((lambda *args: None, [signal.SIGHUP]), (signal.SIG_IGN, [])):
         signal.signal(signal.SIGHUP, handler)

@@ -1,4 +1,4 @@
-"""The README and the scripts' docstrings: their commands run, their numbers and tables are right.
+"""The README, docs/ and the scripts' docstrings: their commands run, their numbers and tables are right.
 
 Tests marked `release` check the published text against the code. They run in CI and are skipped
 elsewhere (conftest.py), so that an experiment in a checkout does not turn them red.
@@ -13,19 +13,23 @@ import sys
 import pytest
 
 import configs
+import launch
+import tokenize_data
 from conftest import ROOT
 
 SCRIPTS = ["tokenize_data.py", "model.py", "shard.py", "sampler.py", "checkpoint.py", "train.py",
            "log.py"]
 README = (ROOT / "README.md").read_text()
+FIRST_COMMAND = "torchrun train.py configs/ft.yaml"
 
 
 def find_commands():
     """All torchrun and python commands of the README's shell blocks and the docstrings, each once.
 
-    Commands that hold a placeholder in capitals (PATH, FILE) are left out.
+    Commands that hold a placeholder in capitals (PATH, FILE) are left out. The model of the README
+    is on the hub; data/base takes its place.
     """
-    texts = re.findall(r"```sh\n(.*?)```", README, re.S)
+    texts = re.findall(r"```sh\n(.*?)```", README.replace("Qwen/Qwen2.5-0.5B-Instruct", "data/base"), re.S)
     for path in [*SCRIPTS, "configs/__init__.py", "configs/__main__.py", "data/make.py"]:
         texts.append((ROOT / path).read_text().split('"""')[1])
     commands = []
@@ -33,7 +37,7 @@ def find_commands():
         line = line.strip().split("   ")[0].split("  #")[0]
         for command in line.split("&&"):
             command = command.strip().rstrip(":")
-            is_command = re.match(r"(torchrun|python) \S+(\.py|configs)", command)
+            is_command = re.match(r"(torchrun|python) (.* )?(\S+\.py|-m \S+)", command)
             if is_command and not re.search(r"\b(N_MB|RUN|PATH|FILE)\b", command):
                 commands.append(command)
     return list(dict.fromkeys(commands))
@@ -48,24 +52,62 @@ def clone(tmp_path_factory):
     for name in files.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, folder / name)
+    # the user's own files, as the README names them
+    chats = (ROOT / "data" / "chats.jsonl").read_text().splitlines(keepends=True)
+    (folder / "chats.jsonl").write_text("".join(chats[:200]))
+    (folder / "book.txt").write_text("".join(json.loads(line)["messages"][0]["content"] + "\n" for line in chats))
     return folder
+
+
+def run_command(command, clone, script):
+    """Run a command of the README in the clone, shortened; return its finished processes."""
+    words = shlex.split(command)
+    words = ["1" if word == "34" else word for word in words]        # megabytes of drills
+    if "train.py" in words or any(word.startswith("experiments.") for word in words):
+        words += ["max_steps=2", "eval_prompts=2", "eval_tokens=8"]
+        if command != FIRST_COMMAND:                     # which is enough of evaluation
+            words += ["eval_every=0", "batch_size=8"]
+    if words[1] == "--nproc_per_node":
+        assert words[2] == "2"
+        return launch.run_ranks(2, words[3:], cwd=clone)
+    if words[0] == "python" or command != FIRST_COMMAND:
+        words = words[1:]                                # torchrun on one rank starts a python
+    return [script(*words, cwd=clone)]
 
 
 def test_readme_commands_run(clone, script):
     commands = find_commands()
-    assert len(commands) > 12 and commands[0] == "torchrun train.py configs/ft.yaml lr=1e-4"
+    assert len(commands) > 25 and FIRST_COMMAND in commands
     for command in commands:
-        words = shlex.split(command)
-        words = ["1" if word == "34" else word for word in words]    # megabytes of drills
-        if "train.py" in words:
-            words += ["max_steps=2", "eval_prompts=2", "eval_tokens=8"]
-            if command != commands[0]:                   # which is enough of evaluation
-                words += ["eval_every=0", "batch_size=8"]
-        if words[0] == "python" or command != commands[0]:
-            words = words[1:]                            # torchrun on one rank starts a python
-        done = script(*words, cwd=clone)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout, command
+        for rank, done in enumerate(run_command(command, clone, script)):
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            assert done.stdout or rank > 0, command
+
+
+def test_readme_chats_are_read(tmp_path):
+    """The lines of JSON that show the format of chats."""
+    [lines] = re.findall(r"```json\n(.*?)```", README, re.S)
+    for line in lines.splitlines():
+        record = tokenize_data.normalize_record(line.encode(), "README.md")
+        assert record["messages"][-1]["role"] == "assistant"
+
+
+def find_keys(text):
+    """What a text has in backticks that looks like a key of the config or an assignment to one."""
+    words = re.findall(r"`\"?([a-z_]+(?:\.[A-Za-z_]+)*)(?:=[^`]*)?`", text)
+    return [word.replace("NAME.", "") for word in words]
+
+
+@pytest.mark.release
+def test_phyagi_page_names_keys_that_exist():
+    """The right column of docs/phyagi.md, and the README's keys of configs."""
+    keys = configs.flat(configs.read_file(configs.HERE / "defaults.yaml"))
+    known = {".".join(key.split(".")[:n]) for key in keys for n in range(1, 5)}
+    for line in (ROOT / "docs" / "phyagi.md").read_text().splitlines():
+        if line.startswith("| `"):
+            for key in find_keys(line.split("|")[2].split(". ")[0]):
+                key = re.sub(r"data\.(train|validation)\.(?=\w)", "data.source.", key)
+                assert key in known or "." not in key and key in configs.families(), line
 
 
 def test_embedded_data_is_what_make_writes(clone, tmp_path):
@@ -105,19 +147,12 @@ def test_readme_states_the_lines_of_each_script(path):
 
 
 @pytest.mark.release
-def test_readme_names_every_key_of_the_config():
-    table = README.split("## Every key")[1].split("\n## ")[0]
-    for key in configs.read_file(configs.HERE / "defaults.yaml"):
-        assert f"`{key}`" in table, key
-
-
-@pytest.mark.release
-def test_readme_names_every_metric(tiny):
+def test_metrics_page_names_every_metric(tiny):
     import log
     import train
     cfg, _, explicit = tiny("max_steps=1")
     train.main(cfg, explicit)
-    table = README.split("## What is logged")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "metrics.md").read_text()
     for record in log.read(cfg["out_dir"]):
         for key in record:
             name = re.sub("val/[^/]+/", "val/LABEL/", key)

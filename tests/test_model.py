@@ -467,7 +467,7 @@ def test_head_and_loss_take_a_quarter_of_the_memory_that_all_logits_would():
         return gradients((nll * weights).sum())
     want, plain = most_bytes(whole)
     model = M.build_on_meta(M_TINY | {"vocab_size": 32_000})
-    losses = M.TokenLosses(model, {"targets": targets}, torch.arange(4096))
+    losses = M.MicroBatchLoss(model, {"targets": targets}, torch.arange(4096))
     got, chunked = most_bytes(lambda: gradients(M.ChunkedLoss.apply(x, head, None, weights, losses)[0]))
     assert chunked < 0.25 * plain and all(apart(a, b) < 1e-5 for a, b in zip(got, want))
 
@@ -703,7 +703,7 @@ def test_load_parameter_reads_nothing_for_a_rank_without_rows(tmp_path):
     base = ROOT / "data" / "base"
     read = M.PretrainedWeights(base, configs.load([f"model.init_from={base}"])[0]["model"]).read
     p = torch.empty(49, 128)
-    M.load_parameter("embed.weight", read, (p[49:], 49, 49))
+    M.load_parameter("embed.weight", read, p[49:], 49, 49)
 
 
 def test_loading_takes_no_more_than_the_model(tmp_path, script):

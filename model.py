@@ -26,6 +26,7 @@ ranks: shard.py takes a finished model and parallelizes it. In comments and mess
 key x of the config's model section.
 """
 import collections
+import dataclasses
 import functools
 import inspect
 import json
@@ -200,7 +201,7 @@ class Attention(nn.Module):
         self.use_rope = m["positions"] == "rope" and has_rope
 
         C = m["d_model"]
-        E = m["head_dim"]
+        E = self.head_dim
         q_width = self.n_heads * E
         kv_width = self.n_kv_heads * E
         bias = m["qkv_bias"]
@@ -316,6 +317,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
 FP32_ATTENTION_BELOW = 256
 
 
+@dataclasses.dataclass
 class PackedDocuments:
     """The documents of a micro-batch, padded in groups of similar length for attention().
 
@@ -328,11 +330,10 @@ class PackedDocuments:
     use_varlen  attention() may call the kernel for packed documents
     """
 
-    def __init__(self, cu_seqlens, n_tokens, max_seqlen, use_varlen=False):
-        self.cu_seqlens = cu_seqlens
-        self.n_tokens = n_tokens
-        self.max_seqlen = max_seqlen
-        self.use_varlen = use_varlen
+    cu_seqlens: torch.Tensor
+    n_tokens: int
+    max_seqlen: int
+    use_varlen: bool = False
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
@@ -398,13 +399,11 @@ class PackedDocuments:
         """[d, t, H, E] of each group -> [T, H, E]"""
         if self.have_equal_lengths:
             return outputs[0].flatten(0, 1)
-        *_, H, E = outputs[0].shape
-        empty = outputs[0].new_empty(0, H, E)
-        documents = [empty] * len(self.lengths)
+        documents = {}                                   # without empty ones
         for output, (_, indices) in zip(outputs, self.groups):
             for document, i in zip(output, indices):                               # [t, H, E]
                 documents[i] = document[:self.lengths[i]]
-        return torch.cat(documents)
+        return torch.cat([documents[i] for i in sorted(documents)])
 
 
 def causal_mask(length, window, device):
@@ -541,8 +540,6 @@ def document_index(batch):
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
-    if not len(batch["doc_ids"]):                        # a micro-batch of padding alone
-        return batch["positions"].int()
     seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
     documents = batch["doc_ids"][document_index(batch)].int()
     document_seeds = hash_int32(documents ^ seed)                                  # [T]
@@ -556,15 +553,19 @@ def head_seeds(seeds, n_heads):
     return hash_int32(seeds[:, None, :] + offsets)
 
 
+def random_int32(seeds, width):
+    """Seeds [...] -> hashes [..., width], which are uniform in the range of int32."""
+    columns = torch.arange(width, device=seeds.device)
+    return hash_int32(seeds[..., None] ^ hash_int32(columns))
+
+
 def dropout(x, p, seeds):
     """Set each number of x to 0 with probability p, and divide the others by 1 - p.
 
     seeds  int32, of the shape of x without its last dimension
     """
-    columns = torch.arange(x.shape[-1], device=x.device)
-    hashed = hash_int32(seeds[..., None] ^ hash_int32(columns))
-    smallest_kept = int(p * 2**32) - 2**31               # the hashes are uniform in int32's range
-    keep = hashed >= smallest_kept
+    smallest_kept = int(p * 2**32) - 2**31
+    keep = random_int32(seeds, x.shape[-1]) >= smallest_kept
     return torch.where(keep, x / (1 - p), 0.0)
 
 
@@ -589,12 +590,11 @@ def neftune(model, batch, alpha):
     """In training, add noise U(-1, 1) * alpha / sqrt(n C) in a document of n tokens
     (arXiv:2310.05914)."""
     x = plain(model, batch)
-    if not model.has_noise(batch) or not len(batch["doc_ids"]):
+    if not model.has_noise(batch):
         return x
     C = x.shape[1]
-    columns = torch.arange(C, device=x.device)
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
-    noise = hash_int32(seeds[:, None] ^ hash_int32(columns)) / 2**31               # [T, C]
+    noise = random_int32(seeds, C) / 2**31                                         # [T, C]
     lengths = batch["cu_seqlens"].diff()                                           # [D]
     lengths = lengths[document_index(batch), None]                                 # [T, 1]
     return x + noise * alpha / (lengths * C).sqrt()
@@ -671,10 +671,9 @@ class MicroBatchLoss:
         self.token_index = token_index
         self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
-        self.reference = None
         if "reference_logits" in model.loss_inputs:
             assert model.references, "this loss needs a reference model in model.references"
-            self.reference = model.references[0]
+            [self.reference] = model.references
             with torch.no_grad():
                 self.reference_x = self.reference.hidden(batch)[token_index]       # [N, its C]
 
@@ -683,14 +682,15 @@ class MicroBatchLoss:
 
         logits  [end - start, V], as they come from the head
         """
-        inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
-        if self.reference is not None:
+        index = self.token_index[start:end]
+        inputs = {"token_index": index, "batch": self.batch}
+        if "reference_logits" in self.model.loss_inputs:
             # head_logits() gathers no sharded weights. hidden() has gathered those of the head, and
             # they stay gathered: see compute_hidden().
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
-        targets = self.batch["targets"][self.token_index[start:end]]
+        targets = self.batch["targets"][index]
         if self.model.computes_nll():
             plain_logits = self.model.finish_logits(logits.detach())
             self.nll[start:end] = cross_entropy(plain_logits, targets)
@@ -918,8 +918,8 @@ class Transformer(nn.Module):
         return not self.training and not is_plain_loss(self.cfg)
 
     def has_noise(self, batch):
-        """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
-        return self.training and "noise_seed" in batch
+        """Do dropout and NEFTune apply? In training mode, to documents with a noise_seed."""
+        return self.training and "noise_seed" in batch and len(batch["doc_ids"]) > 0
 
     def can_use_varlen(self):
         """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head."""
@@ -1125,13 +1125,12 @@ def slices_of_parameter(name, shapes, m):
             continue
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
-        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., E rows
-        #    each. k has slices 1, 4, 7, ... of these
+        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             assert m["n_heads"] == m["n_kv_heads"]
             E = m["head_dim"]
-            n_slices = len(parts) * m["n_heads"]
-            return [(tensor, i * E, E) for i in range(place, n_slices, len(parts))]
+            first_rows = [(i * len(parts) + place) * E for i in range(m["n_heads"])]
+            return [(tensor, first, E) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
@@ -1337,7 +1336,7 @@ def have_equal_rows(a, b, rows):
     """Are the first `rows` rows of two tensors in files equal?"""
     for start in range(0, rows, ROWS_AT_ONCE):
         end = min(start + ROWS_AT_ONCE, rows)
-        if not torch.equal(a[start:end].float(), b[start:end].float()):
+        if not a[start:end].float().equal(b[start:end].float()):
             return False
     return True
 
@@ -1352,7 +1351,7 @@ def contradicting_keys(m, stored_config):
             continue
         try:
             changes_shapes = parameter_shapes(m | {key: value}) != shapes
-        except configs.UserError:    # a value that depends on another key, or that the user replaced
+        except configs.UserError:        # not possible with the other keys of m
             changes_shapes = False
         if key == "family" or changes_shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
@@ -1404,12 +1403,12 @@ def damage(path, error):
     if not path.is_file():
         return ("is missing, and model.safetensors.index.json says that it holds weights; "
                 "download it again")
-    size = path.stat().st_size
     with open(path, "rb") as file:
         problem = configs.format_problem(file.read(1000), path.name)
     if problem:
         return f"is {problem}"
-    return f"is damaged or incomplete ({size:,} bytes; {error}); download it again"
+    return (f"is damaged or incomplete ({path.stat().st_size:,} bytes; {error}); download it "
+            "again")
 
 
 def shorten(items, limit=8):
@@ -1442,17 +1441,17 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     family_scales = family.get("native") or "embed" in family["fixed"]
     if m["embed"] == "scaled" and not family_scales:
         # config.json has no key for it, so the embedding is stored scaled, and a tied head apart
-        get_parameter = ScaledEmbedding(get_parameter, m).get
+        get_parameter = functools.partial(get_scaled, get_parameter, m)
         m = m | {"embed": "plain", "tie_embeddings": False}
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
     # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
     config = hf_config(m, source)
+    set_token_ids(config, stop, bos, control_ids)
     generation = read_source(source, "generation_config.json")
     if not generation:
         generation = {key: config[key] for key in TOKEN_ID_KEYS} | {"do_sample": False}
-    for section in (config, generation):
-        set_token_ids(section, stop, bos, control_ids)
+    set_token_ids(generation, stop, bos, control_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     if source:
@@ -1480,20 +1479,14 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes):
         write_json(folder / "model.safetensors.index.json", index)
 
 
-class ScaledEmbedding:
-    """The parameters of a model with model.embed=scaled, as those of one with plain embeddings and
-    a head of its own."""
-
-    def __init__(self, get_parameter, m):
-        self.wrapped = get_parameter
-        self.m = m
-
-    def get(self, name):
-        if name == "embed.weight":
-            return self.wrapped(name) * math.sqrt(self.m["d_model"])
-        if name == "head.weight" and self.m["tie_embeddings"]:
-            return self.wrapped("embed.weight")
-        return self.wrapped(name)
+def get_scaled(get_parameter, m, name):
+    """A parameter of a model with model.embed=scaled, as that of one with plain embeddings and a
+    head of its own."""
+    if name == "embed.weight":
+        return get_parameter(name) * math.sqrt(m["d_model"])
+    if name == "head.weight" and m["tie_embeddings"]:
+        return get_parameter("embed.weight")
+    return get_parameter(name)
 
 
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -1510,11 +1503,12 @@ def set_token_ids(config, stop, bos, control_ids):
     """Set the token ids of config.json or generation_config.json, in place.
 
     eos_token_id  the ids that it had, and `stop`
-    bos_token_id  `bos`, or, if that is None, what it had
-    pad_token_id  what it had
+    bos_token_id  `bos`, or, if that is None, the id that it had
+    pad_token_id  the id that it had
 
-    Ids that are not in control_ids are dropped first. Several are written as a list. If none is
-    left, null is written, unless the key was missing. stop, bos, control_ids: see save_pretrained()
+    Ids that are not in control_ids are dropped first. Several ids are written as a list. For none,
+    null is written: transformers replaces a missing key by the id of a released model.
+    stop, bos, control_ids  see save_pretrained()
     """
     for key in TOKEN_ID_KEYS:
         value = config.get(key)
@@ -1528,10 +1522,8 @@ def set_token_ids(config, stop, bos, control_ids):
             ids = [bos]
         if len(ids) > 1:
             config[key] = ids
-        elif ids:
-            config[key] = ids[0]
-        elif key in config:
-            config[key] = None
+        else:
+            config[key] = ids[0] if ids else None
 
 
 def all_stop_ids(folder, stop, control_ids):
@@ -1550,9 +1542,8 @@ def all_stop_ids(folder, stop, control_ids):
 def hf_config(m, source):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
-    # 1) the config.json of source, with all token ids. transformers replaces a missing one by that
-    #    of a released model, so null is written
-    config = dict.fromkeys(TOKEN_ID_KEYS) | read_source(source, "config.json")
+    # 1) the config.json of source
+    config = read_source(source, "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
@@ -1570,19 +1561,12 @@ def hf_config(m, source):
     # 3) our keys, under the family's names. config.json has embedding_multiplier as a number, and
     #    layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
-    written_if_null = [*TOKEN_ID_KEYS]
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)
-        # for a missing key, transformers takes its default, the last of `places`
-        if isinstance(places, list) and places[-1] is not None:
-            written_if_null.append(hf_key)
-    # 4) without nulls, except where a missing key has another meaning
-    config = {key: value for key, value in config.items()
-              if value is not None or key in written_if_null}
-    # 5) the keys for which the family supports one meaning only
+    # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
     return config
@@ -1691,10 +1675,9 @@ class KVCache:
     def store(self, layer, k, v, sequences, positions):
         """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
         if layer not in self.keys:
-            B = len(self.n_tokens)
-            _, K, E = k.shape
-            self.keys[layer] = k.new_zeros(B, self.capacity, K, E)
-            self.values[layer] = v.new_zeros(B, self.capacity, K, E)
+            shape = (len(self.n_tokens), self.capacity, *k.shape[1:])
+            self.keys[layer] = k.new_zeros(shape)
+            self.values[layer] = v.new_zeros(shape)
         self.keys[layer][sequences, positions] = k
         self.values[layer][sequences, positions] = v
 
@@ -1721,9 +1704,9 @@ class Prefill(PackedDocuments):
     """The prompts, whose keys and values also go to a KVCache."""
 
     def __init__(self, batch, cache):
-        # use_varlen would bypass padded_groups(), which fills the cache
+        # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
         n_tokens = len(batch["tokens"])
-        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], use_varlen=False)
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"])
         self.cache = cache
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
@@ -1765,8 +1748,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
         tokens = ids.tolist()
         yield [token if alive else None for token, alive in zip(tokens, unfinished)]
         for i, token in enumerate(tokens):
-            ended = token in stop or lengths[i] + n + 1 >= m["max_len"]
-            unfinished[i] = unfinished[i] and not ended
+            if token in stop or lengths[i] + n + 1 >= m["max_len"]:
+                unfinished[i] = False
         if n + 1 == max_tokens or not keep_going(unfinished):
             break
         history[cache.sequences, cache.n_tokens] = ids
@@ -1834,16 +1817,15 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
             targets = np.flatnonzero(loss_weights > 0)
             if not len(targets):
                 continue
-            last_target = targets[-1]
-            untrained = np.flatnonzero(loss_weights[:last_target] <= 0)
-            if not len(untrained):
-                continue
-            start = int(untrained[-1]) + 1
-            answer = ids[start:last_target + 1].tolist()
+            end = targets[-1] + 1
+            start = targets[-1]
+            while start > 0 and loss_weights[start - 1] > 0:
+                start -= 1
+            answer = ids[start:end].tolist()
             # the template's prompt for generation, stored only where the chat begins differently
             prompt = source.prompt(i).tolist() or ids[:start].tolist()
             stops = [n for n, token in enumerate(answer) if token in stop_ids]
-            if len(prompt) < max_prompt_tokens and stops:
+            if start > 0 and stops and len(prompt) < max_prompt_tokens:
                 prompts.append((prompt, answer[:stops[0]]))
     return prompts
 

@@ -1015,7 +1015,8 @@ def load_weights(model, read):
     return model
 
 
-# of a parameter. NewWeights draws as many with one seed: another number gives other new weights
+# Rows of a parameter that are copied at once. NewWeights draws as many with one seed, so another
+# number gives other new weights.
 ROWS_AT_ONCE = 1024
 
 
@@ -1191,8 +1192,7 @@ def load(path, m=None, device="cpu"):
 
 def read_model_section(folder):
     """The complete model section of a pretrained folder: its config.json, and the defaults."""
-    cfg, _, _ = configs.load([f"model.init_from={folder}"])
-    return cfg["model"]
+    return configs.load([f"model.init_from={folder}"])[0]["model"]
 
 
 STORED_DTYPES = {
@@ -1303,9 +1303,10 @@ class PretrainedWeights:
         # unknown: tie_embeddings=true must not discard a trained head unnoticed.
         is_tied = self.stored_config.get("tie_embeddings")
         ignored = tuple(self.family.get("ignore", ()))
+        if is_tied:
+            ignored += (self.head,)
         for tensor in sorted(self.files):
-            is_redundant = is_tied and tensor == self.head
-            if tensor not in name_of and not is_redundant and not tensor.endswith(ignored):
+            if tensor not in name_of and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
@@ -1588,9 +1589,8 @@ def split_into_files(m, dtype, shard_bytes):
     files = [{}]
     size = 0
     for tensor, parts in hf_tensors(m).items():
-        n_bytes = 0
-        for name, _, rows in parts:
-            n_bytes += rows * math.prod(shapes[name][1:]) * dtype.itemsize
+        n_numbers = sum(rows * math.prod(shapes[name][1:]) for name, _, rows in parts)
+        n_bytes = n_numbers * dtype.itemsize
         if files[-1] and size + n_bytes > shard_bytes:
             files.append({})
             size = 0

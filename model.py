@@ -192,9 +192,7 @@ class Attention(nn.Module):
         self.n_heads = m["n_heads"]
         self.n_kv_heads = m["n_kv_heads"]
         self.head_dim = m["head_dim"]
-        self.scale = m["attention_multiplier"]
-        if self.scale is None:
-            self.scale = self.head_dim ** -0.5
+        self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
         has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1

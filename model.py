@@ -8,6 +8,7 @@ Letters for shapes, in all seven files:
     T tokens of a micro-batch    D documents in it    N target tokens    B prompts of a generation
     C width (d_model)    H heads    K key/value heads    E width of a head (head_dim)
     F width of the MLP (d_ff)    V vocabulary (V' with padding)    L blocks
+    d documents, padded to t tokens each    t' keys (= t, except in generation)
 
 A micro-batch is one flat sequence of documents, as a dict of tensors:
 
@@ -21,9 +22,11 @@ A micro-batch is one flat sequence of documents, as a dict of tensors:
     positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention and targets stop at each bar
 
 Tokens after the last document are padding and belong to no document. This file knows nothing about
-ranks: shard.py takes a finished model and parallelizes it.
+ranks: shard.py takes a finished model and parallelizes it. In comments and messages, model.x is the
+key x of the config's model section.
 """
 import collections
+import dataclasses
 import functools
 import inspect
 import json
@@ -58,7 +61,7 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
-    configs.exit_with_help(__doc__, sys.argv[1:])
+    configs.exit_with_help(__doc__, sys.argv[1:])         # only without arguments or with --help
     configs.run(parse_arguments, sys.argv[1:])
 
 import numpy as np
@@ -103,7 +106,8 @@ class Norm(nn.Module):
             bias = self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         if not x.is_cuda and not torch.compiler.is_compiling():
-            # computes the same (see "faster on a CPU"); torch 2.11's compiler loses its gradients
+            # The same function with a faster backward pass. Not under torch.compile: torch 2.11
+            # compiles CPURMSNorm without its gradients.
             return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -122,7 +126,8 @@ def rope_freqs(positions, m):
     if kind == "linear":
         freqs = freqs / scaling["factor"]
     elif kind == "llama3":
-        # Low frequencies are divided by the factor, high ones are kept, with a ramp between them.
+        # rotations: full turns of a pair within the original context. Below `low`, the frequency is
+        # divided by the factor; above `high`, it is kept; between them, it is interpolated.
         low = scaling["low_freq_factor"]
         high = scaling["high_freq_factor"]
         rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
@@ -194,7 +199,7 @@ class Attention(nn.Module):
         self.use_rope = m["positions"] == "rope" and has_rope
 
         C = m["d_model"]
-        E = m["head_dim"]
+        E = self.head_dim
         q_width = self.n_heads * E
         kv_width = self.n_kv_heads * E
         bias = m["qkv_bias"]
@@ -211,9 +216,10 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
-        """Must softmax be written out? No kernel drops probabilities by the seeds of dropout().
+        """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        A change of scores or probabilities in padded_attention() returns True here, too.
+        It does for dropout: kernels use torch's random generator, not our seeds. If you change the
+        scores or the probabilities in padded_attention(), return True here.
         """
         return training and self.dropout > 0
 
@@ -258,16 +264,20 @@ def attention(layer, q, k, v, layout, seeds=None):
 
     layer   an Attention, for its settings
     q       [T, H, E];  k, v  [T, K, E]
-    layout  which keys each query sees: PackedDocuments, or KVCache in generation
+    layout  PackedDocuments (training), Prefill (prompts) or KVCache (a new token per prompt):
+                use_varlen          may varlen_attention() be called?
+                padded_groups(...)  yields the arguments of padded_attention(), group by group
+                unpad(outputs)      [d, t, H, E] of each group -> [T, H, E]
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    explicit_softmax = layer.needs_probabilities(training=seeds is not None)
-    if layout.use_varlen and not explicit_softmax:
+    need_probs = layer.needs_probabilities(training=seeds is not None)
+    if layout.use_varlen and not need_probs:
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
-    for group in layout.padded_groups(layer, q, k, v, seeds, need_mask=explicit_softmax):
-        y = padded_attention(layer, *group)                                        # [d, H, t, E]
+    groups = layout.padded_groups(layer, q, k, v, seeds, need_mask=need_probs)
+    for q_d, k_d, v_d, mask, seeds_d in groups:
+        y = padded_attention(layer, q_d, k_d, v_d, mask, seeds_d)                  # [d, H, t, E]
         outputs.append(y.transpose(1, 2).to(q.dtype))
     return layout.unpad(outputs)
 
@@ -278,14 +288,14 @@ def padded_attention(layer, q, k, v, mask, seeds):
     q      [d, H, t, E];  k, v  [d, K, t', E];  seeds  [d, t]
     mask   True where a query sees a key; broadcasts to [d, 1, t, t']. None: causal
     """
-    uses_kernel = not layer.needs_probabilities(training=seeds is not None)
-    # The product below needs as many heads of k and v as of q, and so do CUDA's kernels for fp32
-    # or a mask. Those for bf16 without a mask do not, but are not worth a case.
-    if q.is_cuda or not uses_kernel:
+    need_probs = layer.needs_probabilities(training=seeds is not None)
+    # The written-out softmax needs H heads of k and v, and so do CUDA's kernels for fp32 or with a
+    # mask. (The kernel for bf16 without a mask does not, but is not treated separately.)
+    if q.is_cuda or need_probs:
         group_size = layer.n_heads // layer.n_kv_heads
         k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
         v = v.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
-    if uses_kernel:
+    if not need_probs:
         return F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
@@ -295,7 +305,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
-    if seeds is not None and layer.dropout:    # else softmax is written out for another change
+    if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 
@@ -305,33 +315,34 @@ def padded_attention(layer, q, k, v, mask, seeds):
 FP32_ATTENTION_BELOW = 256
 
 
+@dataclasses.dataclass
 class PackedDocuments:
     """The documents of a micro-batch, padded in groups of similar length for attention().
 
     A group takes documents whose length is at least 2/3 of its longest. Lengths 4 2 5 become two
-    groups: documents 2 and 0, padded to 5 tokens each, and document 1. In a causal model no other
-    token sees what is appended. The padding of the micro-batch is treated as one more document.
+    groups: documents 2 and 0, padded to 5 tokens each, and document 1. Padding is appended to a
+    document, so in a causal model none of its tokens attends to it. The tokens after the last
+    document (the padding of the micro-batch) count as one more document.
 
     cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
     use_varlen  attention() may call the kernel for packed documents
     """
 
-    def __init__(self, cu_seqlens, n_tokens, max_seqlen, use_varlen=False):
-        self.cu_seqlens = cu_seqlens
-        self.n_tokens = n_tokens
-        self.max_seqlen = max_seqlen
-        self.use_varlen = use_varlen
+    cu_seqlens: torch.Tensor
+    n_tokens: int
+    max_seqlen: int
+    use_varlen: bool = False
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
         """The number of tokens of each document, and of the padding: [int]."""
-        ends = [*self.cu_seqlens.tolist(), self.n_tokens]
-        return [end - start for start, end in zip(ends, ends[1:])]
+        boundaries = [*self.cu_seqlens.tolist(), self.n_tokens]
+        return [end - start for start, end in zip(boundaries, boundaries[1:])]
 
     @functools.cached_property
     def have_equal_lengths(self):
-        """Are all documents, but for empty ones, equally long, as when a text is cut into pieces?
-        Then x [T, ...] can be reshaped to [d, t, ...], without padding and copies."""
+        """Are all documents that are not empty equally long, as when a text is cut into windows?
+        Then x [T, ...] is reshaped to [d, t, ...], without padding and copies."""
         return len(set(self.lengths) - {0}) == 1
 
     @functools.cached_property
@@ -342,7 +353,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            if groups and length == 0:       # only empty ones follow; keep one group, even if empty
+            # The rest is empty, too. Without any token, one empty group gives unpad() its shape.
+            if groups and length == 0:
                 break
             if not groups or 3 * length < 2 * groups[-1][0]:
                 groups.append((length, []))
@@ -350,59 +362,46 @@ class PackedDocuments:
         return groups
 
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
-        """Yield (q, k, v, mask, seeds) of each group, as [d, heads, t, E]; see attention()."""
-        qkv_by_document = [self.split(x) for x in (q, k, v)]
-        for length, indices in self.groups:
-            group = []
-            for documents in qkv_by_document:
-                x = pad_and_stack(documents, indices, length)                      # [d, t, ., E]
-                if not x.is_cuda and length < FP32_ATTENTION_BELOW:
-                    x = x.float()
-                group.append(x.transpose(1, 2))
+        """Yield (q, k, v, mask, seeds) of each group, for padded_attention().
+
+        need_mask  never yield None as the mask, which the written-out softmax needs
+        """
+        no_seeds = [None] * len(self.groups)
+        seeds_of_groups = no_seeds if seeds is None else self.pad(seeds)
+        for *qkv, seeds_d in zip(self.pad(q), self.pad(k), self.pad(v), seeds_of_groups):
+            length = qkv[0].shape[1]
+            if not q.is_cuda and length < FP32_ATTENTION_BELOW:
+                qkv = [x.float() for x in qkv]
             window = min(layer.window or length, length)
             mask = None
             if need_mask or window < length:
                 mask = causal_mask(length, window, q.device)                       # [t, t]
-            group_seeds = None
-            if seeds is not None:
-                group_seeds = pad_and_stack(self.split(seeds), indices, length)
-            yield *group, mask, group_seeds
+            q_d, k_d, v_d = [x.transpose(1, 2) for x in qkv]             # [d, H or K, t, E]
+            yield q_d, k_d, v_d, mask, seeds_d
 
-    def split(self, x):
-        """The documents of x [T, ...] as a list, or [x] if they have equal lengths; for
-        pad_and_stack()."""
-        return [x] if self.have_equal_lengths else x.split(self.lengths)
+    def pad(self, x):
+        """Yield x [T, ...] as [d, t, ...] of each group, with zeros after shorter documents."""
+        if self.have_equal_lengths:                      # one group, which is all of x
+            [(length, _)] = self.groups
+            yield x.unflatten(0, (-1, length))
+            return
+        documents = x.split(self.lengths)
+        for length, indices in self.groups:
+            zeros = x.new_zeros(length, *x.shape[1:])
+            parts = []
+            for i in indices:
+                parts += [documents[i], zeros[self.lengths[i]:]]
+            yield torch.cat(parts).unflatten(0, (len(indices), length))
 
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
         if self.have_equal_lengths:
             return outputs[0].flatten(0, 1)
-        *_, H, E = outputs[0].shape
-        empty = outputs[0].new_empty(0, H, E)
-        documents = [empty] * len(self.lengths)
-        for output, (length, indices) in zip(outputs, self.groups):
-            sizes = []                                   # of each document and its padding
-            for i in indices:
-                sizes += [self.lengths[i], length - self.lengths[i]]
-            for i, document in zip(indices, output.flatten(0, 1).split(sizes)[::2]):
-                documents[i] = document
-        return torch.cat(documents)
-
-
-def pad_and_stack(documents, indices, length):
-    """Chosen documents, of a list of [n, ...] -> [d, length, ...]
-
-    documents  a single item holds all documents, which need no padding: PackedDocuments.split()
-    """
-    if len(documents) == 1:
-        return documents[0].unflatten(0, (len(indices), length))
-    zeros = documents[0].new_zeros(length, *documents[0].shape[1:])
-    parts = []
-    for i in indices:
-        parts.append(documents[i])
-        if len(documents[i]) < length:
-            parts.append(zeros[len(documents[i]):])
-    return torch.cat(parts).unflatten(0, (len(indices), length))
+        documents = {}                                   # without empty ones
+        for output, (_, indices) in zip(outputs, self.groups):
+            for document, i in zip(output, indices):                               # [t, H, E]
+                documents[i] = document[:self.lengths[i]]
+        return torch.cat([documents[i] for i in sorted(documents)])
 
 
 def causal_mask(length, window, device):
@@ -423,8 +422,8 @@ def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
     if not len(q):
-        # The kernel's backward pass fails without tokens. This is as empty as q, and gives q, k and
-        # v gradients.
+        # The kernel's backward pass fails without tokens. Return an empty tensor that depends on
+        # q, k and v, so that all three get gradients.
         return q + k.sum() + v.sum()
     cu_seqlens = documents.cu_seqlens
     end = torch.full_like(cu_seqlens[:1], documents.n_tokens)
@@ -471,12 +470,17 @@ class Block(nn.Module):
         return self.post_attention(x, h, y, seeds)
 
     def pre_attention(self, x, rope):
-        """Return what attention reads, and its q, k, v."""
+        """Return h [T, C], the input of q_proj, k_proj and v_proj, and q, k, v."""
         h = x if self.norm_after else self.norm1(x)
         return h, *self.attn.project(h, rope)
 
     def post_attention(self, x, h, y, seeds):
-        """x and h: the block's input, and what attention has read; y [T, H, E]: its result."""
+        """Return the block's output [T, C].
+
+        x  [T, C], the block's input
+        h  [T, C], the input of q_proj, k_proj and v_proj: see pre_attention()
+        y  [T, H, E], the output of attention()
+        """
         y = self.attn.o_proj(y.flatten(1))                                         # [T, C]
         if self.norm_after:
             y = self.norm1(y)
@@ -484,8 +488,9 @@ class Block(nn.Module):
         x = self.add(x, y, seeds, 1)
         if not self.parallel_residual:
             h = x if self.norm_after else self.norm2(x)
-        elif self.norm2 is not None:                     # else both read h (shared_norm)
+        elif self.norm2 is not None:
             h = self.norm2(block_input)
+        # otherwise shared_norm: the MLP reads the same h as attention
         y = self.mlp(h)
         if self.norm_after:
             y = self.norm2(y)
@@ -501,24 +506,30 @@ class Block(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# noise: a function of seed, step, document, position and place in the model. Unlike the state of a
-# random generator, it does not depend on packing, ranks or resuming. Each place derives seeds of
-# its own from token_seeds():
+# noise: dropout and NEFTune hash seed, step, document, position in the document and place in the
+# model. Unlike that of a random generator, this noise does not depend on packing, ranks or
+# resuming. token_seeds() gives one seed per token. Each place hashes it again with its own offset,
+# so that no two places have the same noise:
 #
-#     embedding dropout    seeds                         block i        s = hash(seeds + i + 1)
-#     NEFTune              hash(seeds - 1)               its attention  hash(s), then of each head
-#                                                        its residuals  hash(s + 1), hash(s + 2)
+#     embedding dropout         seeds
+#     NEFTune                   hash(seeds - 1)
+#     block i                   s = hash(seeds + i + 1)
+#     its attention             hash(s), which head_seeds() hashes once more per head
+#     its two residuals         hash(s + 1), hash(s + 2)
 
 def hash_int32(x):
     """Scramble int32 (the hash lowbias32, github.com/skeeto/hash-prospector)."""
     x = x.int()
     x = (x ^ ((x >> 16) & 0xffff)) * 0x7feb352d          # & clears copies of the sign bit
-    x = (x ^ ((x >> 15) & 0x1ffff)) * (0x846ca68b - 2**32)
+    x = (x ^ ((x >> 15) & 0x1ffff)) * (0x846ca68b - 2**32)     # - 2**32: the same bits in int32
     return x ^ ((x >> 16) & 0xffff)
 
 
 def document_index(batch):
-    """The document of each token, int64 [T]. Padding counts to the last one."""
+    """The number 0 ... D-1 of each token's document in the micro-batch: int64 [T].
+
+    Padding gets that of the last document.
+    """
     ends = batch["cu_seqlens"][1:].long()
     last = len(ends) - 1
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
@@ -527,8 +538,6 @@ def document_index(batch):
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
-    if not len(batch["doc_ids"]):                        # a micro-batch of padding alone
-        return batch["positions"].int()
     seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
     documents = batch["doc_ids"][document_index(batch)].int()
     document_seeds = hash_int32(documents ^ seed)                                  # [T]
@@ -542,27 +551,36 @@ def head_seeds(seeds, n_heads):
     return hash_int32(seeds[:, None, :] + offsets)
 
 
+def random_int32(seeds, width):
+    """Seeds [...] -> hashes [..., width], which are uniform in the range of int32."""
+    columns = torch.arange(width, device=seeds.device)
+    return hash_int32(seeds[..., None] ^ hash_int32(columns))
+
+
 def dropout(x, p, seeds):
     """Set each number of x to 0 with probability p, and divide the others by 1 - p.
 
     seeds  int32, of the shape of x without its last dimension
     """
-    columns = torch.arange(x.shape[-1], device=x.device)
-    hashed = hash_int32(seeds[..., None] ^ hash_int32(columns))
-    smallest_kept = int(p * 2**32) - 2**31               # the hashes are uniform in int32's range
-    keep = hashed >= smallest_kept
+    smallest_kept = int(p * 2**32) - 2**31
+    keep = random_int32(seeds, x.shape[-1]) >= smallest_kept
     return torch.where(keep, x / (1 - p), 0.0)
 
 
 # --------------------------------------------------------------------------------------------------
-# embeddings: (model, micro-batch, **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
+# embeddings, one of which model.embed names: functions of (Transformer, micro-batch,
+# **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
 
 
 def scaled(model, batch):
-    """Times sqrt(C) (arXiv:1706.03762, section 3.4)."""
+    """Times sqrt(C) (arXiv:1706.03762, section 3.4).
+
+    model.embedding_multiplier=sqrt_d_model computes the same, but is exported only to families with
+    a key for it. Of this one, save_pretrained() stores the product.
+    """
     return plain(model, batch) * math.sqrt(model.cfg["d_model"])
 
 
@@ -570,12 +588,11 @@ def neftune(model, batch, alpha):
     """In training, add noise U(-1, 1) * alpha / sqrt(n C) in a document of n tokens
     (arXiv:2310.05914)."""
     x = plain(model, batch)
-    if not model.has_noise(batch) or not len(batch["doc_ids"]):
+    if not model.has_noise(batch):
         return x
     C = x.shape[1]
-    columns = torch.arange(C, device=x.device)
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
-    noise = hash_int32(seeds[:, None] ^ hash_int32(columns)) / 2**31               # [T, C]
+    noise = random_int32(seeds, C) / 2**31                                         # [T, C]
     lengths = batch["cu_seqlens"].diff()                                           # [D]
     lengths = lengths[document_index(batch), None]                                 # [T, 1]
     return x + noise * alpha / (lengths * C).sqrt()
@@ -587,8 +604,9 @@ EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
 def previous_tokens(batch, n):
     """For each token, the n tokens before it in the same document, nearest first: int64 [T, n].
 
-    -1 where there is none. For embeddings that look back. In generation, a micro-batch holds one
-    new token per prompt, and batch["history"] [B, capacity] all tokens so far.
+    -1 where there is none. For embeddings of experiments; no built-in one looks back. In
+    generation, a micro-batch holds one new token per prompt, and generate() adds all tokens so far
+    as batch["history"], [B, capacity].
     """
     offsets = torch.arange(1, n + 1, device=batch["tokens"].device)
     positions = batch["positions"][:, None] - offsets                              # [T, n]
@@ -639,8 +657,8 @@ def is_plain_loss(m):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
-class TokenLosses:
-    """The losses of a micro-batch's target tokens: model.loss, with the inputs that it asks for.
+class MicroBatchLoss:
+    """Calls model.loss for target tokens of a micro-batch, with those LOSS_INPUTS that it takes.
 
     token_index  int64 [N], where the target tokens are
     """
@@ -651,26 +669,29 @@ class TokenLosses:
         self.token_index = token_index
         self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
-        self.reference = None
         if "reference_logits" in model.loss_inputs:
+            assert model.references, "this loss needs a reference model in model.references"
             [self.reference] = model.references
             with torch.no_grad():
-                self.reference_x = self.reference.hidden(batch)[token_index]       # [N, C']
+                self.reference_x = self.reference.hidden(batch)[token_index]       # [N, its C]
 
     def __call__(self, logits, start, end):
         """The losses [end - start] of target tokens start ... end - 1.
 
         logits  [end - start, V], as they come from the head
         """
-        inputs = {"token_index": self.token_index[start:end], "batch": self.batch}
-        if self.reference is not None:
-            # Under FSDP2, hidden() has left the head gathered: see compute_hidden()
+        index = self.token_index[start:end]
+        inputs = {"token_index": index, "batch": self.batch}
+        if "reference_logits" in self.model.loss_inputs:
+            # head_logits() gathers no sharded weights. hidden() has gathered those of the head, and
+            # they stay gathered: see compute_hidden().
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
-        targets = self.batch["targets"][self.token_index[start:end]]
+        targets = self.batch["targets"][index]
         if self.model.computes_nll():
-            self.nll[start:end] = cross_entropy(self.model.finish_logits(logits), targets)
+            plain_logits = self.model.finish_logits(logits.detach())
+            self.nll[start:end] = cross_entropy(plain_logits, targets)
         return self.model.token_losses(logits, targets, **inputs)
 
 
@@ -679,12 +700,18 @@ class ChunkedLoss(torch.autograd.Function):
 
     While a chunk's logits exist, forward() also computes their gradient, in their place, and from
     it those of x, head and bias. backward() multiplies these by the gradient of loss_sum, which is
-    one number.
+    one number. A chunk is one matrix product with the head. Within it, the loss is computed in fp32
+    piece by piece; on a CPU, a piece fits in the cache. The calls:
+
+    forward()                                     all target tokens
+        compute_losses_and_gradient_()            a chunk
+            MicroBatchLoss.__call__()             a piece: the inputs of its loss
+                Transformer.token_losses()        the function model.loss; a method to be compiled
 
     x               [N, C], in the compute dtype
     head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
     loss_weights    fp32 [N]
-    compute_losses  a TokenLosses
+    compute_losses  a MicroBatchLoss
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
 
@@ -706,7 +733,7 @@ class ChunkedLoss(torch.autograd.Function):
             n_padding = -(end - start) % 64
             x_chunk = F.pad(x[start:end], (0, 0, 0, n_padding))                    # [n, C]
             logits = F.linear(x_chunk, weight, bias)                               # [n, V']
-            losses[start:end] = losses_and_gradient_(
+            losses[start:end] = compute_losses_and_gradient_(
                 logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
             if want_x:
@@ -728,12 +755,15 @@ class ChunkedLoss(torch.autograd.Function):
         return *gradients, None, None
 
 
-def losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece_size,
-                         want_gradient):
-    """Return the losses of target tokens start ... end - 1 and overwrite their logits, [n, V'] with
-    n >= end - start, with the gradient of the weighted sum. Only a piece of them is ever in fp32.
+def compute_losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece_size,
+                                 want_gradient):
+    """Return the losses [end - start] of the target tokens start ... end - 1.
 
-    Positions are those among the target tokens of the micro-batch.
+    If want_gradient, their logits are overwritten with the gradient of sum(loss_weight * loss),
+    which is 0 in padding.
+
+    logits      [n, V'], n >= end - start: with padding of tokens and vocabulary
+    start, end  indices among the N target tokens of the micro-batch
     """
     vocab_size = compute_losses.vocab_size
     losses = []
@@ -763,7 +793,7 @@ CUDA_PIECE_TOKENS = 512      # enough to fill a GPU
 
 
 def chunk_sizes(padded_vocab_size, element_size, is_cuda):
-    """Return the tokens of a chunk, and of a piece of it, which fits in a CPU's cache."""
+    """Return the numbers of tokens of a chunk and of a piece; see ChunkedLoss."""
     chunk_size = CHUNK_BYTES // (padded_vocab_size * element_size)
     chunk_size = max(64, chunk_size // 64 * 64)
     if is_cuda:
@@ -779,7 +809,8 @@ class Transformer(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        check_choices(m)
+        check_choice(m, "activation", ACTIVATIONS)
+        check_choice(m, "embed", EMBEDDINGS)
         self.cfg = m
         multiple = m["pad_vocab_size_multiple"]
         self.padded_vocab_size = math.ceil(m["vocab_size"] / multiple) * multiple
@@ -792,33 +823,38 @@ class Transformer(nn.Module):
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
 
-        # both are called with two arguments: (model, batch) and (logits, targets)
-        embedding = EMBEDDINGS[m["embed"]]
-        loss = LOSSES[m["loss"]]
-        self.embedding = configs.bind_options("model.embed", embedding, 2, m["embed_options"])
-        self.loss = configs.bind_options("model.loss", loss, 2, m["loss_options"], LOSS_INPUTS)
-        self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
-        # train.load_reference's frozen Transformer; in a list, because it is not a submodule
+        # given=2: each call passes (model, batch) or (logits, targets); the options are bound now
+        self.embedding_fn = configs.bind_options("model.embed", EMBEDDINGS[m["embed"]], given=2,
+                                                 options=m["embed_options"])
+        self.loss_fn = None                  # of an experiment that is not imported: see forward()
+        self.loss_inputs = set()
+        if m["loss"] in LOSSES:
+            loss = LOSSES[m["loss"]]
+            self.loss_fn = configs.bind_options("model.loss", loss, given=2,
+                                                options=m["loss_options"], supplied=LOSS_INPUTS)
+            self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
+        # the frozen reference model, if there is one. In a list: nn.Module would register it
         self.references = []
-        # set by shard.parallelize: the dtype of the computation, and for how many blocks, from the
-        # first, only the input is kept for the backward pass
-        self.dtype = torch.float32
-        self.recompute = 0
+        # set by shard.parallelize()
+        self.dtype = torch.float32           # of the computation
+        self.recompute = 0                   # activation checkpointing for this many first blocks
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
 
         loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
-        {...}       statistics of each document; "loss": its part of loss_sum; in evaluation of a
-                    loss that is not plain cross entropy also "nll": what that would be
+        {...}       sums over each document's target tokens: "loss"; in evaluation with another loss
+                    than plain cross entropy also "nll", the cross entropy, to compare runs
+        Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
+        check_choice(self.cfg, "loss", LOSSES)
         x = self.compute_hidden(batch)                                             # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
         loss_weights = batch["loss_weights"][index]                                # [N]
-        compute_losses = TokenLosses(self, batch, index)
+        compute_losses = MicroBatchLoss(self, batch, index)
         head = self.head_weight()
         bias = self.head_bias
         if not torch.is_grad_enabled():      # ctx.needs_input_grad ignores torch.no_grad()
@@ -840,9 +876,11 @@ class Transformer(nn.Module):
         return self.compute_hidden(batch)
 
     def compute_hidden(self, batch, layout=None):
-        """The body of hidden(), forward() and logits(). These three must not call each other: under
-        FSDP2, each is a forward pass of its own, which gathers weights before. After it, blocks are
-        released; the root's (embedding, norm, head) stay gathered until a backward pass.
+        """The final hidden states [T, C], for forward(), hidden() and logits().
+
+        These three must not call each other: under FSDP2, each is a forward pass of its own, with
+        hooks that gather the sharded weights (shard.apply_fsdp()). Afterwards the blocks are
+        sharded again, but embedding, norm and head stay gathered until the backward pass.
 
         layout  see attention(). None: the documents of the micro-batch
         """
@@ -851,7 +889,7 @@ class Transformer(nn.Module):
         if layout is None:
             layout = PackedDocuments(batch["cu_seqlens"], len(positions), batch["max_seqlen"],
                                      self.can_use_varlen())
-        x = self.embedding(self, batch)                                            # [T, C]
+        x = self.embedding_fn(self, batch)                                         # [T, C]
         multiplier = embedding_multiplier(m)
         if multiplier != 1.0:
             x = x * multiplier
@@ -874,12 +912,12 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def computes_nll(self):
-        """Is plain cross entropy computed beside the loss, to compare runs? In evaluation only."""
+        """Does forward() also return "nll"?"""
         return not self.training and not is_plain_loss(self.cfg)
 
     def has_noise(self, batch):
-        """Do dropout and NEFTune apply? In training mode, to a micro-batch with a noise_seed."""
-        return self.training and "noise_seed" in batch
+        """Do dropout and NEFTune apply? In training mode, to documents with a noise_seed."""
+        return self.training and "noise_seed" in batch and len(batch["doc_ids"]) > 0
 
     def can_use_varlen(self):
         """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head."""
@@ -895,7 +933,7 @@ class Transformer(nn.Module):
 
         On CUDA shard.compile_blocks() compiles this, so that fp32 logits are never stored.
         """
-        return self.loss(self.finish_logits(logits), targets, **inputs)
+        return self.loss_fn(self.finish_logits(logits), targets, **inputs)
 
     def finish_logits(self, logits):
         """What follows the head, for losses and generation: [n, V] -> fp32 [n, V]."""
@@ -927,18 +965,17 @@ def embedding_multiplier(m):
     return math.sqrt(m["d_model"]) if multiplier == "sqrt_d_model" else multiplier
 
 
-def check_choices(m):
-    """Raise UserError for a name that is in none of the dicts of functions.
-
-    The config's schema cannot know them all: an experiment may add some.
-    """
-    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS}
+def check_choice(m, key, choices):
+    """Raise UserError unless m[key] is in `choices`, a dict to which experiments may add names."""
+    if m[key] in choices:
+        return
     hf_keys = configs.families()[m["family"]].get("keys", {})
-    for key, names in choices.items():
-        if m[key] not in names:
-            in_file = f" ({configs.hf_names(hf_keys[key])[-1]})" if key in hf_keys else ""
-            raise configs.UserError(f"model.{key}{in_file}: must be one of {', '.join(names)}; "
-                                    f"got {m[key]}")
+    hf_key = ""
+    if key in hf_keys:                # the user of a pretrained model sees its key of config.json
+        hf_key = f" ({configs.hf_names(hf_keys[key])[-1]})"
+    raise configs.UserError(f"model.{key}{hf_key}: must be one of {', '.join(choices)}; got "
+                            f"{m[key]}; if an experiment registers it, import that experiment "
+                            "first (config.json does not say which one)")
 
 
 def resolve_vocab_size(m, n_tokens):
@@ -953,7 +990,8 @@ def resolve_vocab_size(m, n_tokens):
 
 
 # --------------------------------------------------------------------------------------------------
-# weights: a reader has read(name, start, end) -> rows start ... end - 1 of that parameter
+# weights: a reader is an object whose read(name, start, end) returns rows start ... end - 1 of the
+# parameter `name`
 
 def build(m, seed=0, device="cpu"):
     """Return a model with new weights. m: a complete model section."""
@@ -971,21 +1009,23 @@ def build_on_meta(m):
 def load_weights(model, read):
     """Copy the weights that a reader's read() gives into a model. Returns the model."""
     for name, p in model.named_parameters():
-        load_parameter(name, read, (p, 0, len(p)))
+        load_parameter(name, read, p, 0, len(p))
     return model
 
 
-ROWS_AT_ONCE = 1024          # of a parameter; NewWeights draws as many with one seed
+# Rows of a parameter that are copied at once. NewWeights draws as many with one seed, so another
+# number gives other new weights.
+ROWS_AT_ONCE = 1024
 
 
-def load_parameter(name, read, local_shard):
-    """Copy rows of a parameter, a part at a time: read() may need memory for what it returns.
+def load_parameter(name, read, local, start, end):
+    """Copy rows start ... end - 1 of a parameter into the tensor `local`.
 
-    local_shard  (a tensor of rows start ... end - 1 of p, start, end)
+    A part at a time, because read() may need memory for what it returns.
     """
-    local, start, end = local_shard
     if start == end:                                     # the last ranks may hold no rows
         return
+    # from a multiple of ROWS_AT_ONCE, so that NewWeights draws no rows twice
     for first in range(start - start % ROWS_AT_ONCE, end, ROWS_AT_ONCE):
         low = max(first, start)
         high = min(first + ROWS_AT_ONCE, end)
@@ -1002,12 +1042,12 @@ def unpadded_rows(name, rows, m):
 
 
 class NewWeights:
-    """Makes the weights of a new model, with the read() of PretrainedWeights.
+    """A reader that draws the weights of a new model.
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
     are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
-    Each 1024 rows are drawn with a seed of their own, made from the run's seed, the parameter's
-    name and the first row. They do not depend on other parameters or on ranks.
+    Each ROWS_AT_ONCE rows are drawn with a seed of their own, made from the run's seed, the
+    parameter's name and the first row. They do not depend on other parameters or on ranks.
     """
 
     def __init__(self, m, seed):
@@ -1056,25 +1096,26 @@ def is_block_matrix(name, p):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: names of weights
 
-def hf_layout(m):
+def hf_slices(m):
     """Where Hugging Face's files have each parameter, from configs/families.yaml.
 
-    Returns {name: [(tensor, first row, number of rows)]}. There are several entries if the files
+    Returns {name: [(tensor, first row, number of rows)]}. There are several slices if the files
     have q, k and v of each head in turn. Padding of the vocabulary is in no file.
     Raises UserError for a parameter that the family has no name for.
     """
     shapes = parameter_shapes(m)
-    return {name: hf_slices(name, shapes, m) for name in shapes}
+    return {name: slices_of_parameter(name, shapes, m) for name in shapes}
 
 
-def hf_slices(name, shapes, m):
-    """One parameter's entry of hf_layout(). shapes: parameter_shapes(m)."""
+def slices_of_parameter(name, shapes, m):
+    """One parameter's slices for hf_slices(). shapes: parameter_shapes(m)."""
     family = configs.families()[m["family"]]
     rows = unpadded_rows(name, shapes[name][0], m)
     if family.get("native"):
         return [(name, 0, rows)]
     block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
     module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
+    # 1) a tensor of its own
     if pattern in family["weights"]:
         tensor = family["weights"][pattern].replace("{i}", block)
         return [(tensor, 0, rows)]
@@ -1083,11 +1124,13 @@ def hf_slices(name, shapes, m):
             continue
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
+        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             assert m["n_heads"] == m["n_kv_heads"]
             E = m["head_dim"]
-            n_slices = len(parts) * m["n_heads"]
-            return [(tensor, i * E, E) for i in range(place, n_slices, len(parts))]
+            first_rows = [(i * len(parts) + place) * E for i in range(m["n_heads"])]
+            return [(tensor, first, E) for first in first_rows]
+        # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
@@ -1104,20 +1147,21 @@ def split_block(name):
 
 
 def hf_tensors(m):
-    """The tensors of an exported model: {tensor: [(name, first row of it, number of rows)]}.
+    """The tensors of an exported model: {tensor: [(name, first row, number of rows)]}.
 
-    The inverse of hf_layout(). The rows of a tensor are those of its parts, one after another.
+    The inverse of hf_slices(): the first row is one of the parameter `name`. The rows of a tensor
+    are those of its parts, one after another.
     """
-    parts = {}
-    for name, slices in hf_layout(m).items():
+    parts = collections.defaultdict(list)
+    for name, slices in hf_slices(m).items():
         row = 0
         for tensor, first, rows in slices:
-            part = (first, name, row, rows)
-            parts.setdefault(tensor, []).append(part)
+            parts[tensor].append((first, name, row, rows))
             row += rows
     tensors = {}
     for tensor in parts:
-        tensors[tensor] = [part for _first, *part in sorted(parts[tensor])]
+        in_order = sorted(parts[tensor])                 # by their first row in the tensor
+        tensors[tensor] = [(name, row, rows) for _, name, row, rows in in_order]
     return tensors
 
 
@@ -1138,10 +1182,15 @@ def load(path, m=None, device="cpu"):
     """
     folder = configs.resolve_model_dir(path)
     if m is None:
-        m = configs.load([f"model.init_from={folder}"])[0]["model"]
+        m = read_model_section(folder)
     model = build_on_meta(m).to_empty(device=device)
     load_weights(model, PretrainedWeights(folder, m).read)
     return model.eval(), m
+
+
+def read_model_section(folder):
+    """The complete model section of a pretrained folder: its config.json, and the defaults."""
+    return configs.load([f"model.init_from={folder}"])[0]["model"]
 
 
 STORED_DTYPES = {
@@ -1153,13 +1202,13 @@ STORED_DTYPES = {
 
 
 class PretrainedWeights:
-    """Reads the weights of a pretrained folder (or a run's, or a hub id's), in their stored dtype.
+    """A reader of a pretrained folder (or a run's, or a hub id's); tensors have the stored dtype.
 
-    Safetensors files are memory-mapped, and only the rows that read() is asked for are read. If the
+    Safetensors files are memory-mapped, and read() reads no other rows than it returns. If the
     vocabulary has grown, new tokens start at the mean of the stored ones; padding is 0.
 
-    slices  {name: [(tensor, first row, number of rows)]}, see hf_layout()
-    Raises UserError that names all missing, unknown and misshapen tensors.
+    slices  {name: [(tensor, first row, number of rows)]}, see hf_slices()
+    Raises UserError that names the first eight missing, unknown and misshapen tensors.
     """
 
     def __init__(self, path, m):
@@ -1169,14 +1218,14 @@ class PretrainedWeights:
         self.stored_config = configs.read_model(self.folder)
         self.files = open_weights(self.folder)           # {tensor: the open file}
         self.shapes = parameter_shapes(m)
-        # a smaller m["vocab_size"] is an error that check() reports
+        # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
-        layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
         self.slices = {}
-        for name, slices in layout.items():
-            self.slices[name] = [(self.find(tensor), *rows) for tensor, *rows in slices]
+        for name, slices in hf_slices(m | {"vocab_size": self.stored_vocab_size}).items():
+            self.slices[name] = [(self.find(tensor), first, rows) for tensor, first, rows in slices]
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
+        # some files store a tied matrix under the name of the head only
         [(embed, first, rows)] = self.slices["embed.weight"]
         if m["tie_embeddings"] and embed not in self.files and self.head in self.files:
             self.slices["embed.weight"] = [(self.head, first, rows)]
@@ -1248,18 +1297,19 @@ class PretrainedWeights:
                 wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
             elif stored.get_dtype() not in STORED_DTYPES:
                 wrong.append(f"{tensor} has dtype {stored.get_dtype()}, which is quantized")
+        # A head in the files is redundant if config.json ties it. If only the user ties it, it is
+        # unknown: tie_embeddings=true must not discard a trained head unnoticed.
+        is_tied = self.stored_config.get("tie_embeddings")
         ignored = tuple(self.family.get("ignore", ()))
-        # Some files store the tied head, too. config.json's word counts here, not m's: a user's
-        # tie_embeddings=true must not discard a head unnoticed.
-        if self.stored_config.get("tie_embeddings"):
+        if is_tied:
             ignored += (self.head,)
         for tensor in sorted(self.files):
             if tensor not in name_of and not tensor.endswith(ignored):
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
-            # if config.json ties it, contradicting_keys() says so
-            if f"{self.head} is missing" in wrong and not self.stored_config.get("tie_embeddings"):
+            head_is_missing = self.head in name_of and self.head not in self.files
+            if head_is_missing and not is_tied:    # else contradicting_keys() names tie_embeddings
                 hints.append("model.tie_embeddings=true takes the embedding for it")
             hint = f"; {shorten(hints)}" if hints else ""
             raise configs.UserError(f"{self.folder}: weights don't fit the model: "
@@ -1274,16 +1324,20 @@ class PretrainedWeights:
             return
         a = self.files[embed].get_slice(embed)
         b = self.files[self.head].get_slice(self.head)
-        is_same = a.get_shape() == b.get_shape()
-        for start in range(0, rows, ROWS_AT_ONCE):
-            if is_same:
-                end = min(start + ROWS_AT_ONCE, rows)
-                is_same = torch.equal(a[start:end].float(), b[start:end].float())
-        if not is_same:
+        if a.get_shape() != b.get_shape() or not have_equal_rows(a, b, rows):
             raise configs.UserError(
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
+
+
+def have_equal_rows(a, b, rows):
+    """Are the first `rows` rows of two tensors in files equal?"""
+    for start in range(0, rows, ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, rows)
+        if not a[start:end].float().equal(b[start:end].float()):
+            return False
+    return True
 
 
 def contradicting_keys(m, stored_config):
@@ -1294,7 +1348,11 @@ def contradicting_keys(m, stored_config):
     for key, value in stored_config.items():
         if key == "rope_layers" or value is None or m[key] == value:
             continue
-        if key == "family" or parameter_shapes(m | {key: value}) != shapes:
+        try:
+            changes_shapes = parameter_shapes(m | {key: value}) != shapes
+        except configs.UserError:        # not possible with the other keys of m
+            changes_shapes = False
+        if key == "family" or changes_shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
     return contradictions
 
@@ -1344,12 +1402,12 @@ def damage(path, error):
     if not path.is_file():
         return ("is missing, and model.safetensors.index.json says that it holds weights; "
                 "download it again")
-    size = path.stat().st_size
     with open(path, "rb") as file:
         problem = configs.format_problem(file.read(1000), path.name)
     if problem:
         return f"is {problem}"
-    return f"is damaged or incomplete ({size:,} bytes; {error}); download it again"
+    return (f"is damaged or incomplete ({path.stat().st_size:,} bytes; {error}); download it "
+            "again")
 
 
 def shorten(items, limit=8):
@@ -1377,27 +1435,28 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = configs.families()[m["family"]]
-    # none of the families in families.yaml fixes embed, but an added one may
-    can_express = family.get("native") or "embed" in family["fixed"]
-    if m["embed"] == "scaled" and not can_express:
-        # The family's config.json has no key for it, so the table is stored scaled. A tied head
-        # is stored apart, as it is.
-        get_parameter = ScaledEmbedding(get_parameter, m).get
+    # A family that scales by itself has embed: scaled among its `fixed` keys in families.yaml. No
+    # built-in one does, but an added one may.
+    family_scales = family.get("native") or "embed" in family["fixed"]
+    if m["embed"] == "scaled" and not family_scales:
+        # config.json has no key for it, so the embedding is stored scaled, and a tied head apart
+        get_parameter = functools.partial(get_scaled, get_parameter, m)
         m = m | {"embed": "plain", "tie_embeddings": False}
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
     # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
     config = hf_config(m, source)
+    set_token_ids(config, stop, bos, control_ids)
     generation = read_source(source, "generation_config.json")
     if not generation:
         generation = {key: config[key] for key in TOKEN_ID_KEYS} | {"do_sample": False}
-    for section in (config, generation):
-        set_token_ids(section, stop, bos, control_ids)
+    set_token_ids(generation, stop, bos, control_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    for pattern in configs.LICENSES if source else ():
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    if source:
+        for pattern in configs.LICENSES:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
     write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
 
 
@@ -1406,8 +1465,8 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes):
     files = split_into_files(m, dtype, shard_bytes)
     weight_map = {}
     total_size = 0
-    for i, layout in enumerate(files):
-        tensors = collect_tensors(get_parameter, m, layout, dtype)
+    for i, tensors_in_file in enumerate(files):
+        tensors = collect_tensors(get_parameter, m, tensors_in_file, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
@@ -1419,20 +1478,14 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes):
         write_json(folder / "model.safetensors.index.json", index)
 
 
-class ScaledEmbedding:
-    """The parameters of a model with model.embed=scaled, as those of one with plain embeddings and
-    a head of its own."""
-
-    def __init__(self, get_parameter, m):
-        self.wrapped = get_parameter
-        self.m = m
-
-    def get(self, name):
-        if name == "embed.weight":
-            return self.wrapped(name) * math.sqrt(self.m["d_model"])
-        if name == "head.weight" and self.m["tie_embeddings"]:
-            return self.wrapped("embed.weight")
-        return self.wrapped(name)
+def get_scaled(get_parameter, m, name):
+    """A parameter of a model with model.embed=scaled, as that of one with plain embeddings and a
+    head of its own."""
+    if name == "embed.weight":
+        return get_parameter(name) * math.sqrt(m["d_model"])
+    if name == "head.weight" and m["tie_embeddings"]:
+        return get_parameter("embed.weight")
+    return get_parameter(name)
 
 
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -1448,7 +1501,13 @@ def read_source(folder, name):
 def set_token_ids(config, stop, bos, control_ids):
     """Set the token ids of config.json or generation_config.json, in place.
 
-    stop, bos, control_ids  see save_pretrained
+    eos_token_id  the ids that it had, and `stop`
+    bos_token_id  `bos`, or, if that is None, the id that it had
+    pad_token_id  the id that it had
+
+    Ids that are not in control_ids are dropped first. Several ids are written as a list. For none,
+    null is written: transformers replaces a missing key by the id of a released model.
+    stop, bos, control_ids  see save_pretrained()
     """
     for key in TOKEN_ID_KEYS:
         value = config.get(key)
@@ -1462,25 +1521,28 @@ def set_token_ids(config, stop, bos, control_ids):
             ids = [bos]
         if len(ids) > 1:
             config[key] = ids
-        elif ids:
-            config[key] = ids[0]
-        elif key in config:
-            config[key] = None
+        else:
+            config[key] = ids[0] if ids else None
 
 
 def all_stop_ids(folder, stop, control_ids):
-    """`stop`, and the ids at which transformers ends a generation of this folder's model too."""
+    """All ids that end an answer: `stop`, and the folder's eos_token_id.
+
+    As in transformers, config.json counts only if there is no generation_config.json.
+    """
     config = read_source(folder, "generation_config.json") or read_source(folder, "config.json")
     set_token_ids(config, stop, None, control_ids)
     ids = config.get("eos_token_id")
-    return ids if isinstance(ids, list) else [ids] if ids is not None else []
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
 
 
 def hf_config(m, source):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
-    # transformers replaces a missing token id by that of a released model, so null is written.
-    config = dict.fromkeys(TOKEN_ID_KEYS) | read_source(source, "config.json")
+    # 1) the config.json of source
+    config = read_source(source, "config.json")
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
@@ -1488,28 +1550,24 @@ def hf_config(m, source):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
-    # auto_map names files of source. The others could contradict what is written below.
+    # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor"):
         config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
-    # as config.json has them: a number, and one item per block (for added families)
+    # 3) our keys, under the family's names. config.json has embedding_multiplier as a number, and
+    #    layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
-    written_if_null = [*TOKEN_ID_KEYS]
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)
-        # without the key, transformers would take its default, places[-1] if there is one
-        if isinstance(places, list) and places[-1] is not None:
-            written_if_null.append(hf_key)
-    config = {key: value for key, value in config.items()
-              if value is not None or key in written_if_null}
-    for hf_key, supported in family["only"].items():     # families() has made lists of all values
-        config[hf_key] = supported[0]
+    # 4) the keys for which the family supports one meaning only
+    for hf_key, supported_values in family["only"].items():
+        config[hf_key] = supported_values[0]
     return config
 
 
@@ -1529,9 +1587,8 @@ def split_into_files(m, dtype, shard_bytes):
     files = [{}]
     size = 0
     for tensor, parts in hf_tensors(m).items():
-        n_bytes = 0
-        for name, _, rows in parts:
-            n_bytes += rows * math.prod(shapes[name][1:]) * dtype.itemsize
+        n_numbers = sum(rows * math.prod(shapes[name][1:]) for name, _, rows in parts)
+        n_bytes = n_numbers * dtype.itemsize
         if files[-1] and size + n_bytes > shard_bytes:
             files.append({})
             size = 0
@@ -1540,11 +1597,11 @@ def split_into_files(m, dtype, shard_bytes):
     return files
 
 
-def collect_tensors(get_parameter, m, layout, dtype):
-    """The tensors of an export: {tensor name: tensor}. layout: hf_tensors(m), or a part of it."""
+def collect_tensors(get_parameter, m, tensors_in_file, dtype):
+    """The tensors of a file: {tensor name: tensor}. tensors_in_file: a part of hf_tensors(m)."""
     family = configs.families()[m["family"]]
     tensors = {}
-    for tensor_name, parts in layout.items():
+    for tensor_name, parts in tensors_in_file.items():
         params = {}
         slices = []
         for name, first, n_rows in parts:
@@ -1601,7 +1658,7 @@ class KVCache:
 
     def __init__(self, n_tokens, capacity):
         self.n_tokens = n_tokens
-        self.longest = int(n_tokens.max())
+        self.longest = int(n_tokens.max())       # kept as an int: on a GPU, max() costs a sync
         self.capacity = capacity
         self.sequences = torch.arange(len(n_tokens), device=n_tokens.device)
         self.keys = {}               # {Attention: [B, capacity, K, E]}
@@ -1616,10 +1673,9 @@ class KVCache:
     def store(self, layer, k, v, sequences, positions):
         """Store keys and values [n, K, E] of tokens at these positions of these sequences."""
         if layer not in self.keys:
-            B = len(self.n_tokens)
-            _, K, E = k.shape
-            self.keys[layer] = k.new_zeros(B, self.capacity, K, E)
-            self.values[layer] = v.new_zeros(B, self.capacity, K, E)
+            shape = (len(self.n_tokens), self.capacity, *k.shape[1:])
+            self.keys[layer] = k.new_zeros(shape)
+            self.values[layer] = v.new_zeros(shape)
         self.keys[layer][sequences, positions] = k
         self.values[layer][sequences, positions] = v
 
@@ -1646,9 +1702,9 @@ class Prefill(PackedDocuments):
     """The prompts, whose keys and values also go to a KVCache."""
 
     def __init__(self, batch, cache):
-        # use_varlen would bypass padded_groups(), which fills the cache
+        # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
         n_tokens = len(batch["tokens"])
-        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], use_varlen=False)
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"])
         self.cache = cache
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
@@ -1662,14 +1718,14 @@ class Prefill(PackedDocuments):
 def generate(model, prompts, max_tokens=256, stop=(),
              temperature=0.0, top_k=0, top_p=1.0, seed=0,
              keep_going=any):
-    """Continue B prompts, lists of token ids. Yields [token id or None] of length B, per token.
+    """Continue B prompts, lists of token ids. Yields, per step, B items: each prompt's next id.
 
     A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or when prompt
-    and answer have model.max_len tokens. After that, its entry is None. temperature 0 takes the
+    and answer have model.max_len tokens. After that, its item is None. temperature 0 takes the
     most likely token.
 
-    keep_going  a function of [is answer i unfinished?]; generation stops when it returns False. On
-                a sharded model, it must return the same on all ranks
+    keep_going  is called after each step with B bools: is answer i unfinished? Generation stops
+                when it returns False. On a sharded model, it must return the same on all ranks
     """
     m = model.cfg
     device = model.embed.weight.device
@@ -1690,8 +1746,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
         tokens = ids.tolist()
         yield [token if alive else None for token, alive in zip(tokens, unfinished)]
         for i, token in enumerate(tokens):
-            ended = token in stop or lengths[i] + n + 1 >= m["max_len"]
-            unfinished[i] = unfinished[i] and not ended
+            if token in stop or lengths[i] + n + 1 >= m["max_len"]:
+                unfinished[i] = False
         if n + 1 == max_tokens or not keep_going(unfinished):
             break
         history[cache.sequences, cache.n_tokens] = ids
@@ -1702,7 +1758,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
 
 def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
     """Raise UserError for arguments of generate() that are not possible."""
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or top_k < 0 or max_tokens < 1:
         raise configs.UserError("expected temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
                                 f"max_tokens >= 1; got {temperature}, {top_p}, {top_k}, "
                                 f"{max_tokens}")
@@ -1715,11 +1771,12 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
 def sample_next(logits, temperature, top_k, top_p, generator):
     """Choose a token from logits [B, V]: ids [B].
 
-    The candidates are the top_k most likely tokens (0: all), and of these the fewest that have the
-    share top_p of their probability.
+    Candidates are the top_k most likely tokens (0: all), and of these the fewest most likely ones
+    whose probabilities, which sum to 1 over the top_k, sum to at least top_p.
     """
     if not temperature:
         return logits.argmax(-1)
+    temperature = max(temperature, 1e-6)                 # smaller ones overflow fp32
     sorted_logits, order = (logits / temperature).sort(-1, descending=True)
     if top_k:
         sorted_logits = sorted_logits[:, :top_k]
@@ -1740,12 +1797,11 @@ def generate_all(model, prompts, max_tokens, stop, **sampling):
 
 
 def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
-    """Prompts from held-out chats, with their answers: [(prompt ids, answer ids before the stop
-    token)].
+    """Prompts from held-out chats: [(prompt ids, ids of the chat's last answer)].
 
-    The prompt is the chat up to its last answer; if the template writes that differently at
-    inference (source.prompt), it is those ids. The first `limit` chats are taken that end in a
-    complete answer and whose prompt is shorter than max_prompt_tokens.
+    The last answer is the last run of tokens with a loss weight above 0, up to its first stop
+    token, which is left out. The prompt is what comes before it. The first `limit` chats are taken
+    that have both and whose prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
@@ -1759,15 +1815,15 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
             targets = np.flatnonzero(loss_weights > 0)
             if not len(targets):
                 continue
-            last_target = targets[-1]
-            untrained = np.flatnonzero(loss_weights[:last_target] <= 0)
-            if not len(untrained):
-                continue
-            start = int(untrained[-1]) + 1               # the last run of trained tokens
-            answer = ids[start:last_target + 1].tolist()
+            end = targets[-1] + 1
+            start = targets[-1]
+            while start > 0 and loss_weights[start - 1] > 0:
+                start -= 1
+            answer = ids[start:end].tolist()
+            # the template's prompt for generation, stored only where the chat begins differently
             prompt = source.prompt(i).tolist() or ids[:start].tolist()
             stops = [n for n, token in enumerate(answer) if token in stop_ids]
-            if len(prompt) < max_prompt_tokens and stops:
+            if start > 0 and stops and len(prompt) < max_prompt_tokens:
                 prompts.append((prompt, answer[:stops[0]]))
     return prompts
 
@@ -1797,6 +1853,7 @@ def flops(model, lengths, n_targets):
         for length in lengths:
             outside_window = max(0, length - window) if window else 0
             pairs += n_blocks * (length ** 2 - outside_window ** 2) / 2
+    # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
     per_pair = 12 * m["n_heads"] * m["head_dim"]
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
@@ -1881,10 +1938,10 @@ class CPURMSNorm(torch.autograd.Function):
 # command line
 
 def print_summary(folder):
-    """The summary of a folder's model. Reads no weights, but to compare a tied head."""
-    m = configs.load([f"model.init_from={folder}"])[0]["model"]
+    """Print summary() of a folder's model. Reads no weights, except to compare a stored head."""
+    m = read_model_section(folder)
     PretrainedWeights(folder, m)                         # raises UserError if they do not fit
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weight_files(folder))
     print(summary(build_on_meta(m)))
     print(f"  {size / 1e6:,.1f} MB as stored")
 

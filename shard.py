@@ -458,7 +458,7 @@ def add_lora(model, lora_cfg):
     Raises UserError for a target that no layer has.
     """
     model.requires_grad_(False)
-    layout = transformer.hf_layout(model.cfg)
+    layout = transformer.hf_slices(model.cfg)
     wanted = lora_cfg["targets"]
     known = set()
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
@@ -475,7 +475,7 @@ def add_lora(model, lora_cfg):
 
 
 def short_name(slices):
-    """[("model.layers.0.self_attn.q_proj.weight", ...)], an entry of hf_layout(), -> q_proj"""
+    """[("model.layers.0.self_attn.q_proj.weight", ...)], an entry of hf_slices(), -> q_proj"""
     hf_name, _, _ = slices[0]
     return hf_name.split(".")[-2]
 
@@ -628,7 +628,7 @@ def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
     for name, p in model.named_parameters():
         if not is_adapter(name):
-            transformer.load_parameter(name, read_slice, local_shard(p))
+            transformer.load_parameter(name, read_slice, *local_shard(p))
     init_adapters(model, seed)
 
 

@@ -858,7 +858,7 @@ def resolve_model(cfg, tokenizer):
               f"that the model knows (model.max_len); model.max_len={seq_len} says that it learns "
               "more, and model.rope_scaling stretches those that it knows", file=sys.stderr)
     if cfg["checkpoint"]["export"]:
-        transformer.hf_layout(model_cfg)    # raises UserError now, not after training
+        transformer.hf_slices(model_cfg)    # raises UserError now, not after training
     return model_cfg, transformer.weights_reader(model_cfg, cfg["seed"]).read
 
 

@@ -459,7 +459,7 @@ def test_head_and_loss_take_a_quarter_of_the_memory_that_all_logits_would():
         return gradients((nll * weights).sum())
     want, plain = most_bytes(whole)
     model = M.build_on_meta(M_TINY | {"vocab_size": 32_000})
-    losses = M.TokenLosses(model, {"targets": targets}, torch.arange(4096))
+    losses = M.MicroBatchLoss(model, {"targets": targets}, torch.arange(4096))
     got, chunked = most_bytes(lambda: gradients(M.ChunkedLoss.apply(x, head, None, weights, losses)[0]))
     assert chunked < 0.25 * plain and all(apart(a, b) < 1e-5 for a, b in zip(got, want))
 
@@ -491,6 +491,7 @@ def test_another_loss_is_evaluated_with_plain_nll_beside_it():
     assert model(batch)[2].keys() == {"loss"}
     assert close(model.eval()(batch)[2]["nll"], plain.eval()(batch)[2]["loss"], 1e-6)
     assert plain(batch)[2].keys() == {"loss"}
+    assert not any(values.requires_grad for values in model(batch)[2].values())
 
 
 def test_losses_are_their_formulas():
@@ -695,7 +696,7 @@ def test_load_parameter_reads_nothing_for_a_rank_without_rows(tmp_path):
     base = ROOT / "data" / "base"
     read = M.PretrainedWeights(base, configs.load([f"model.init_from={base}"])[0]["model"]).read
     p = torch.empty(49, 128)
-    M.load_parameter("embed.weight", read, (p[49:], 49, 49))
+    M.load_parameter("embed.weight", read, p[49:], 49, 49)
 
 
 def test_loading_takes_no_more_than_the_model(tmp_path, script):
@@ -818,6 +819,11 @@ def test_a_key_that_contradicts_a_weight_is_named_with_it(tmp_path):
         said = str(e.value)
         assert f"model.{key} = {value}, where config.json has {M_TINY[key]}" in said, said
         assert words in said or key in ("n_layers", "qkv_bias"), said
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
+    m = configs.load([f"model.init_from={tmp_path}", "model.activation=gelu", "model.d_ff=96"])[0]["model"]
+    with pytest.raises(configs.UserError, match="weights don't fit.*; model.d_ff = 96, where config.json has 80$"):
+        M.load(tmp_path, m)    # not the activation, which the user has replaced
 
 
 def test_a_block_is_one_graph_that_all_blocks_share():
@@ -849,8 +855,35 @@ def test_another_loss_and_another_embedding_are_one_function_each(monkeypatch):
     batch = row(documents(101, 30, 12))
     plain, halved, scaled = (noisy(M.build(M_TINY | more)) for more in ({}, {"loss": "halved"}, {"embed": "scaled"}))
     assert close(halved(batch)[0] * 2, plain(batch)[0], 1e-6) and not close(scaled(batch)[0], plain(batch)[0], 1e-3)
-    with pytest.raises(ValueError, match="model.loss"):
-        M.build(M_TINY | {"loss": "nope"})
+    with pytest.raises(ValueError, match="model.embed: must be one of plain"):
+        M.build(M_TINY | {"embed": "nope"})
+
+
+def test_load_needs_no_registered_loss_but_training_does(tmp_path, monkeypatch, capsys):
+    """A native model of an experiment: it generates without the experiment's loss, not without its embedding."""
+    def shifted(model, batch):
+        return M.plain(model, batch) + 1
+    monkeypatch.setitem(M.EMBEDDINGS, "shifted", shifted)
+    m = M_TINY | {"family": "native", "loss": "focal", "loss_options": {"gamma": 2.0}, "embed": "shifted"}
+    M.save_pretrained(noisy(M.build(m)).get_parameter, m, tmp_path)
+    model, m = M.load(tmp_path)
+    assert m["loss"] == "focal" and len(M.generate_all(model, [[1, 2]], 5, ())[0]) == 5
+    M.print_summary(tmp_path)
+    assert "MB as stored" in capsys.readouterr().out
+    with pytest.raises(configs.UserError, match="model.loss: must be one of cross_entropy.*got focal"):
+        model(row(documents(101, 9)))
+    monkeypatch.delitem(M.EMBEDDINGS, "shifted")
+    with pytest.raises(configs.UserError, match="model.embed: .*got shifted; .*import that experiment first"):
+        M.load(tmp_path)
+
+
+def test_print_summary_counts_the_files_that_are_read(tmp_path, capsys):
+    M.save_pretrained(M.build(M_TINY).get_parameter, M_TINY, tmp_path)
+    M.print_summary(tmp_path)
+    want = capsys.readouterr().out
+    shutil.copyfile(tmp_path / "model.safetensors", tmp_path / "consolidated.safetensors")
+    M.print_summary(tmp_path)
+    assert capsys.readouterr().out == want
 
 
 def test_loss_receives_the_inputs_that_it_names(monkeypatch):
@@ -1034,6 +1067,13 @@ def test_rope_is_exact_far_out():
     assert torch.allclose(sin[0, 0], torch.tensor([math.sin(a) for a in angles]), rtol=0, atol=6e-8)
 
 
+def test_model_keys_are_refused_that_attention_cannot_compute():
+    """Rope rotates no more than a head, and kernels give nan for scores times 0."""
+    for key, value in (("partial_rotary_factor", 2.0), ("attention_multiplier", 0.0)):
+        with pytest.raises(configs.UserError, match=f"model.{key}: must be"):
+            configs.load([f"model.{key}={value}"])
+
+
 def test_rope_keeps_its_angles_alone_for_the_backward_pass():
     for dtype, part in ((torch.bfloat16, 1.0), (torch.float32, 0.5)):
         (cos, sin), kept = M.rope_freqs(torch.arange(30), M_TINY | {"partial_rotary_factor": part}), []
@@ -1047,6 +1087,9 @@ def test_sampling_is_seeded_and_cut_off():
     draw = lambda **kw: M.generate_all(model, [[1, 2, 3]], 30, (), **kw)[0]
     assert draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1) != draw(temperature=1.0, seed=2)
     assert draw(temperature=1.0, top_k=1) == draw() == draw(temperature=1.0, top_p=1e-6)
+    assert draw(temperature=1e-38) == draw(temperature=1e-300) == draw()
+    with pytest.raises(configs.UserError, match="temperature >= 0"):
+        draw(temperature=float("nan"))
     stop = draw()[3]
     assert M.generate_all(model, [[1, 2, 3]], 30, [stop])[0] == draw()[:draw().index(stop)]
 

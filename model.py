@@ -639,6 +639,16 @@ def is_plain_loss(m):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
+# {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
+# training forward() returns the sums beside "loss", for a sampler's update() (see
+# experiments/by_gradient.py). Both inputs have the compute dtype:
+#
+#     x        what the head reads
+#     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
+#              divided by the global loss weight, which forward() does not know
+TOKEN_STATS = {}
+
+
 class TokenLosses:
     """The losses of a micro-batch's target tokens: model.loss, with the inputs that it asks for.
 
@@ -651,6 +661,9 @@ class TokenLosses:
         self.token_index = token_index
         self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
+        self.stats = {}                  # [N] each
+        if torch.is_grad_enabled():
+            self.stats = {name: torch.zeros_like(self.nll) for name in TOKEN_STATS}
         self.reference = None
         if "reference_logits" in model.loss_inputs:
             [self.reference] = model.references
@@ -672,6 +685,12 @@ class TokenLosses:
         if self.model.computes_nll():
             self.nll[start:end] = cross_entropy(self.model.finish_logits(logits), targets)
         return self.model.token_losses(logits, targets, **inputs)
+
+    def record_stats(self, x, dlogits, start, end):
+        """Compute TOKEN_STATS of target tokens start ... end - 1: x [n, C], dlogits [n, V']."""
+        n = end - start
+        for name, values in self.stats.items():
+            values[start:end] = TOKEN_STATS[name](x[:n], dlogits[:n, :self.vocab_size])
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -709,6 +728,8 @@ class ChunkedLoss(torch.autograd.Function):
             losses[start:end] = losses_and_gradient_(
                 logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
+            if want_gradient:
+                compute_losses.record_stats(x_chunk, dlogits, start, end)
             if want_x:
                 dx[start:end] = (dlogits @ weight)[:end - start]
             if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
@@ -811,7 +832,8 @@ class Transformer(nn.Module):
         loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
         {...}       statistics of each document; "loss": its part of loss_sum; in evaluation of a
-                    loss that is not plain cross entropy also "nll": what that would be
+                    loss that is not plain cross entropy also "nll": what that would be; in training
+                    also those of TOKEN_STATS
         """
         x = self.compute_hidden(batch)                                             # [T, C]
         index = batch.get("target_index")
@@ -826,7 +848,7 @@ class Transformer(nn.Module):
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
-        stats = {"loss": losses * loss_weights}
+        stats = {"loss": losses * loss_weights, **compute_losses.stats}
         if self.computes_nll():
             stats["nll"] = compute_losses.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]

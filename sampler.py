@@ -230,8 +230,8 @@ class Sampler:
         Raises UserError if a name or shape differs, as with other data or another sampler.
         """
         for name, array in self.state_dict().items():
-            found = f"{name} of shape {state[name].shape}" if name in state else f"no {name}"
-            if found != f"{name} of shape {array.shape}":
+            if name not in state or state[name].shape != array.shape:
+                found = f"{name} of shape {state[name].shape}" if name in state else f"no {name}"
                 raise configs.UserError(
                     f"sampler.order: the checkpoint has {found}, this sampler with data.train has "
                     f"{name} of shape {array.shape}; resume with the same sampler and data, or "

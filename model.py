@@ -657,6 +657,16 @@ def is_plain_loss(m):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
+# {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
+# training forward() returns the sums beside "loss", for a sampler's update() (see
+# experiments/by_gradient.py). Both inputs have the compute dtype:
+#
+#     x        what the head reads
+#     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
+#              divided by the global loss weight, which forward() does not know
+TOKEN_STATS = {}
+
+
 class MicroBatchLoss:
     """Calls model.loss for target tokens of a micro-batch, with those LOSS_INPUTS that it takes.
 
@@ -669,6 +679,9 @@ class MicroBatchLoss:
         self.token_index = token_index
         self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
+        self.stats = {}                  # TOKEN_STATS: [N] each
+        if torch.is_grad_enabled():
+            self.stats = {name: torch.zeros_like(self.nll) for name in TOKEN_STATS}
         if "reference_logits" in model.loss_inputs:
             assert model.references, "this loss needs a reference model in model.references"
             [self.reference] = model.references
@@ -693,6 +706,12 @@ class MicroBatchLoss:
             plain_logits = self.model.finish_logits(logits.detach())
             self.nll[start:end] = cross_entropy(plain_logits, targets)
         return self.model.token_losses(logits, targets, **inputs)
+
+    def record_stats(self, x, dlogits, start, end):
+        """Compute TOKEN_STATS of target tokens start ... end - 1: x [n, C], dlogits [n, V']."""
+        n = end - start
+        for name, values in self.stats.items():
+            values[start:end] = TOKEN_STATS[name](x[:n], dlogits[:n, :self.vocab_size])
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -736,6 +755,8 @@ class ChunkedLoss(torch.autograd.Function):
             losses[start:end] = compute_losses_and_gradient_(
                 logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
+            if want_gradient:
+                compute_losses.record_stats(x_chunk, dlogits, start, end)
             if want_x:
                 dx[start:end] = (dlogits @ weight)[:end - start]
             if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
@@ -845,7 +866,8 @@ class Transformer(nn.Module):
         loss_sum    sum of loss_weight * loss over its target tokens; only this has a gradient
         weight_sum  sum of |loss_weight| over the same tokens
         {...}       sums over each document's target tokens: "loss"; in evaluation with another loss
-                    than plain cross entropy also "nll", the cross entropy, to compare runs
+                    than plain cross entropy also "nll", the cross entropy, to compare runs;
+                    in training also those of TOKEN_STATS
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
@@ -862,7 +884,7 @@ class Transformer(nn.Module):
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
 
-        stats = {"loss": losses * loss_weights}
+        stats = {"loss": losses * loss_weights, **compute_losses.stats}
         if self.computes_nll():
             stats["nll"] = compute_losses.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]

@@ -28,9 +28,10 @@ import numpy as np
 import configs
 
 IGNORE_INDEX = -100          # the target of a token without a loss
-# hashed into the keys of the two kinds of permutation
+# hashed into the keys of the kinds of permutation
 EPOCH_ORDER = 1              # shuffles the numbers of an epoch, so that sources are mixed
 PASS_ORDER = 2               # shuffles the documents of a source in one pass over it
+WEIGHTED_ORDER = 3           # shuffles all documents for systematic_sample
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def documents(step, cfg, sizes):
 
 
 # --------------------------------------------------------------------------------------------------
-# samplers: subclass Sampler and add it to SAMPLERS for another order (experiments/feedback.py)
+# samplers: subclass Sampler and add it to SAMPLERS for another order (experiments/by_loss.py)
 
 class Sampler:
     """Chooses the documents of each step. This one has no state: see documents()."""
@@ -209,15 +210,33 @@ class Sampler:
         """Receive what training saw of a step's documents, those of all ranks.
 
         doc_ids  int64 [D]
-        stats    {"loss": [D]}: per document the sum of loss_weight * nll over its target tokens
+        stats    {"loss": [D], ...}: per document the sum of loss_weight * loss over its target
+                 tokens, and those of model.TOKEN_STATS
+        """
+
+    def reweight(self, micro_batch):
+        """Change the loss_weights of a micro-batch that collate() made, in place, for training.
+
+        Called after documents(), with the same state. A weight that is not 0 must not become 0.
         """
 
     def state_dict(self):
-        """Return {name: numpy array}, which a checkpoint stores."""
+        """Return {name: numpy array}: the arrays themselves, which a checkpoint stores."""
         return {}
 
     def load_state_dict(self, state):
-        """Restore what state_dict() returned."""
+        """Copy the arrays of a checkpoint into those of state_dict().
+
+        Raises UserError if a name or shape differs, as with other data or another sampler.
+        """
+        for name, array in self.state_dict().items():
+            if name not in state or state[name].shape != array.shape:
+                found = f"{name} of shape {state[name].shape}" if name in state else f"no {name}"
+                raise configs.UserError(
+                    f"sampler.order: the checkpoint has {found}, this sampler with data.train has "
+                    f"{name} of shape {array.shape}; resume with the same sampler and data, or "
+                    "choose another out_dir")
+            array[...] = state[name]
 
 
 # By sampler.order. These three are one class: documents() and documents_per_epoch() read the order.
@@ -230,6 +249,38 @@ def make_sampler(cfg, dataset):
     if order not in SAMPLERS:
         raise configs.UserError(f"sampler.order: must be one of {', '.join(SAMPLERS)}; got {order}")
     return SAMPLERS[order](cfg, dataset)
+
+
+def fill_unknown(values):
+    """Return values [n] as float64, with the mean of the others for each nan (1 if all are nan)."""
+    is_known = ~np.isnan(values)
+    known = values[is_known].astype(np.float64)
+    # cumsum adds in order: unlike sum, it gives the same bits on every machine
+    mean = np.cumsum(known)[-1] / len(known) if len(known) else 1.0
+    return np.where(is_known, values, mean).astype(np.float64)
+
+
+def systematic_sample(weights, count, key):
+    """Return `count` different indices, drawn with probabilities proportional to weights [n].
+
+    The weights are at least 0. All n are placed end to end in a random order, each as long as its
+    weight. Points at equal distances, from a random start, select what they fall on (Madow 1949):
+
+        weights 3 1 2, order 1 0 2, count 2      |-1-|-----0-----|---2---|
+        distance 6 / 2 = 3, start 1.5                  ^           ^          -> 0 and 2
+    """
+    n = len(weights)
+    count = min(count, n)
+    order = permute(np.arange(n), n, key)
+    ends = np.cumsum(weights[order])
+    start = (int(hash_key(int(key))) >> 11) / 2**53                   # uniform in [0, 1)
+    points = (start + np.arange(count)) * (ends[-1] / count)
+    selected = np.searchsorted(ends, points, side="right").clip(max=n - 1)
+    # what is longer than the distance may be selected twice: others take the place
+    selected = np.unique(selected)
+    others = np.setdiff1d(np.arange(n), selected)
+    selected = np.append(selected, others[:count - len(selected)])
+    return order[selected]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -370,7 +370,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     Returns the loss of the global batch as a tensor, and document_stats: for each micro-batch of
     this rank a pair (doc_ids [D], {"loss": [D]}).
 
-    To aggregate gradients in another way, replace this function: see experiments/majority_vote.py.
+    To aggregate gradients in another way, replace this function: see experiments/majority.py.
     """
     loss = torch.zeros((), device=model.embed.weight.device)
     document_stats = []
@@ -464,6 +464,8 @@ def load_step(run, step):
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     micro_batches, info = sampler.load_micro_batches(
         indices, run.cfg, run.dataset, shard.world_size(), shard.rank(), pad_to)
+    for micro_batch in micro_batches:
+        run.sampler.reweight(micro_batch)
     loss_weight = sampler.sum_loss_weights(micro_batches)
     micro_batches = [pin_tensors(micro_batch, run.device) for micro_batch in micro_batches]
     return micro_batches, info, loss_weight

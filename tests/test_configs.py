@@ -510,7 +510,7 @@ def test_load_accepts_names_that_an_experiment_may_register():
     text = error_of(configs.check_builtin_names, cfg, source)
     assert_names(text, ["model.loss: must be one of cross_entropy", "got focal (from cli)", "model.LOSSES"])
     assert_names(error_of(configs.check_builtin_names, *configs.load(["log.to=paper"])[:2]), ["log.to", "paper", "wandb"])
-    assert_names(error_of(configs.check_builtin_names, *configs.load(["sampler.order=feedback"])[:2]), ["weighted"])
+    assert_names(error_of(configs.check_builtin_names, *configs.load(["sampler.order=by_loss"])[:2]), ["weighted"])
     configs.check_builtin_names(*configs.load(["configs/ft.yaml"])[:2])
 
 

@@ -1,27 +1,168 @@
-"""experiments/: each one does what its first lines say, and runs on one rank and on two."""
-import importlib, json, shutil, sys
+"""experiments/: each one does what its first lines say, and runs on one rank and on two.
+
+Add an experiment to EXPERIMENTS. Tests of what only one of them does follow.
+"""
+import importlib, json, math, shutil, sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
-import configs, launch, sampler, tokenize_data
+import configs, launch, model as M, sampler, tokenize_data, train
+from conftest import ROOT
 
 
-# ---- feedback.py
+def row(*words, same_loss=True, sharded=True):
+    """A row of EXPERIMENTS.
+
+    words      of the command line, added to those of TINY; "FOLDER" in one is the tests' folder
+    same_loss  is the loss the same on one rank and on two?
+    sharded    does it run with shard.mesh.shard=2? If not, it must raise a UserError for that key
+    """
+    return SimpleNamespace(words=words, same_loss=same_loss, sharded=sharded)
+
+
+EXPERIMENTS = {
+    "by_gradient": row(),
+    "by_loss": row(),
+    "clipped": row("grad_clip=0.5", same_loss=False, sharded=False),
+    "majority": row(same_loss=False, sharded=False),
+}
+TINY = ["data.train.chats.path=FOLDER/chats.jsonl", "data.validation_split=4", "data.tokenizer=bytes",
+        "data.cache_dir=FOLDER/tokens", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "batch_size=6",
+        "micro_tokens=240", "data.seq_len=240", "max_steps=6", "epochs=0", "save_every=3", "checkpoint.keep=9",
+        "eval_every=6", "eval_tokens=4", "eval_prompts=2", "samples=0", "log_every=1", "lr=1e-2", "dtype=float32",
+        "checkpoint.export=false"]
+STATE_FILES = ("model.safetensors", "optimizer.safetensors", "sampler.safetensors")
+# in metrics.jsonl, what depends on the clock and on the machine
+MEASURED = {"tok_per_s", "mfu", "memory", "seconds", "compiled", "data_wait", "save_wait"}
+
+
+@pytest.fixture(scope="module")
+def start(chats, tmp_path_factory):
+    """start(name, ranks, *words, out) -> (the finished process of each rank, the run's folder)"""
+    folder = tmp_path_factory.mktemp("experiments")
+    shutil.copy(chats, folder / "chats.jsonl")
+
+    def start_experiment(name, ranks, *words, out=None):
+        out = folder / (out or f"{name}-{ranks}")
+        words = [*TINY, *EXPERIMENTS[name].words, f"out_dir={out}", *words]
+        words = [word.replace("FOLDER", str(folder)) for word in words]
+        return launch.run_ranks(ranks, ["-m", f"experiments.{name}", *words]), out
+    return start_experiment
+
+
+@pytest.fixture(scope="module")
+def finished(start):
+    """finished(name, ranks) -> the folder of a run, which is the same run in all tests."""
+    runs = {}
+
+    def run_once(name, ranks):
+        if (name, ranks) not in runs:
+            runs[name, ranks] = succeeded(start(name, ranks))
+        return runs[name, ranks]
+    return run_once
+
+
+def succeeded(started):
+    """The folder of a run, each of whose ranks ended with exit status 0."""
+    processes, run = started
+    for process in processes:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return run
+
+
+def records(run):
+    """metrics.jsonl without what is measured: [{"step", "loss", ...}]"""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in MEASURED} for line in lines]
+
+
+def figures(run, key="loss"):
+    """{step: value}"""
+    return {record["step"]: record[key] for record in records(run) if record.get(key) is not None}
+
+
+def saved(run, step, file="sampler.safetensors"):
+    return load_file(run / "checkpoints" / f"{step:08}" / file)
+
+
+def test_all_experiments_are_in_the_table():
+    names = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
+    assert names == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_and_resumes_bitwise_on_one_rank_and_on_two(name, start, finished):
+    """Six steps; then the checkpoint of the sixth is deleted, and the run is resumed from the third."""
+    losses = {}
+    for ranks in (1, 2):
+        run = finished(name, ranks)
+        before = records(run)
+        losses[ranks] = figures(run)
+        assert list(losses[ranks]) == [1, 2, 3, 4, 5, 6] and all(map(math.isfinite, losses[ranks].values()))
+
+        checkpoints = run / "checkpoints"
+        contents = [(checkpoints / "00000006" / file).read_bytes() for file in STATE_FILES]
+        shutil.rmtree(checkpoints / "00000006")
+        (checkpoints / "latest").unlink()
+        (checkpoints / "latest").symlink_to("00000003")
+        succeeded(start(name, ranks))
+        for file, content in zip(STATE_FILES, contents):
+            assert (checkpoints / "00000006" / file).read_bytes() == content, f"{ranks} ranks: {file}"
+        assert records(run) == before
+    if EXPERIMENTS[name].same_loss:
+        assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_with_a_sharded_model_or_refuses_it(name, start, finished):
+    """The losses are those of two replicated ranks."""
+    started = start(name, 2, "shard.mesh.shard=2", out=f"{name}-sharded")
+    if EXPERIMENTS[name].sharded:
+        assert figures(succeeded(started)) == pytest.approx(figures(finished(name, 2)), rel=1e-4)
+    else:
+        process = started[0][0]
+        assert process.returncode != 0 and "error: shard.mesh.shard: " in process.stderr
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_prints_its_commands_without_arguments(name, script):
+    out = script("-m", f"experiments.{name}")
+    assert out.returncode == 0, out.stderr
+    assert f"torchrun -m experiments.{name} configs/" in out.stdout
+    assert f"torchrun --nproc_per_node 2 -m experiments.{name} configs/" in out.stdout
+
 
 @pytest.fixture
-def feedback(monkeypatch):
-    """The experiment's module, for one test: a run's code includes all modules that are loaded."""
+def experiment(monkeypatch):
+    """experiment(name) -> its module, for one test: what it registers and replaces is restored."""
     monkeypatch.setattr(sampler, "SAMPLERS", dict(sampler.SAMPLERS))
-    yield importlib.import_module("experiments.feedback")
-    del sys.modules["experiments.feedback"]
+    monkeypatch.setattr(M, "TOKEN_STATS", dict(M.TOKEN_STATS))
+    monkeypatch.setattr(train, "forward_backward", train.forward_backward)
+    loaded = []
 
+    def load(name):
+        loaded.append(f"experiments.{name}")
+        return importlib.import_module(loaded[-1])
+    yield load
+    for name in loaded:                     # a run's code includes all modules that are loaded
+        del sys.modules[name]
+
+
+# ---- by_loss.py
 
 @pytest.fixture
-def feedback_sampler(tiny, feedback):
-    """A FeedbackSampler of 36 chats, six of them per step."""
-    cfg = tiny("sampler.order=feedback", "batch_size=6")[0]
+def by_loss(tiny, experiment):
+    """A LossSampler of 36 chats, six of them per step."""
+    experiment("by_loss")
+    return make_sampler(tiny("sampler.order=by_loss", "batch_size=6"))
+
+
+def make_sampler(config):
+    cfg = config[0]
     return sampler.make_sampler(cfg, sampler.Dataset(tokenize_data.load_datasets(cfg, quiet=True)["train"]))
 
 
@@ -31,185 +172,176 @@ def draws_per_step(made, steps=600):
     return np.bincount(drawn, minlength=len(made.dataset)) / steps
 
 
-def test_feedback_is_registered(feedback, feedback_sampler):
-    assert isinstance(feedback_sampler, feedback.FeedbackSampler) and feedback_sampler.uses_feedback
+def test_by_loss_draws_all_documents_equally_before_it_has_seen_a_loss(by_loss):
+    n = len(by_loss.dataset)
+    assert abs(draws_per_step(by_loss) - 6 / n).max() < 0.06
 
 
-def test_feedback_draws_all_documents_equally_before_it_has_seen_a_loss(feedback_sampler):
-    n = len(feedback_sampler.dataset)
-    assert abs(draws_per_step(feedback_sampler) - 6 / n).max() < 0.06
-
-
-def test_feedback_draws_in_proportion_to_the_last_loss_per_target(feedback_sampler):
+def test_by_loss_draws_in_proportion_to_the_last_loss_per_target(by_loss):
     """update() gets summed losses, in any order of documents."""
-    n = len(feedback_sampler.dataset)
+    n = len(by_loss.dataset)
     loss = np.where(np.arange(n) % 3 == 0, 3.0, 1.0)
-    summed = loss * feedback_sampler.dataset.n_targets(np.arange(n))
-    feedback_sampler.update(np.arange(n), {"loss": summed * 5})
-    feedback_sampler.update(np.arange(n)[::-1], {"loss": summed[::-1]})
-    assert abs(draws_per_step(feedback_sampler) - 6 * loss / loss.sum()).max() < 0.08
+    summed = loss * by_loss.dataset.n_targets(np.arange(n))
+    by_loss.update(np.arange(n), {"loss": summed * 5})
+    by_loss.update(np.arange(n)[::-1], {"loss": summed[::-1]})
+    assert abs(draws_per_step(by_loss) - 6 * loss / loss.sum()).max() < 0.08
 
 
-def test_feedback_draws_in_proportion_to_the_weights_of_sources(tiny, chats, feedback):
-    cfg = tiny("sampler.order=feedback", "batch_size=6", f"data.train.more.path={chats}", "data.train.more.weight=3")[0]
-    made = sampler.make_sampler(cfg, sampler.Dataset(tokenize_data.load_datasets(cfg, quiet=True)["train"]))
+@pytest.mark.parametrize("name", ["by_loss", "by_gradient"])
+def test_sampling_experiment_draws_in_proportion_to_the_weights_of_sources(name, tiny, chats, experiment):
+    experiment(name)
+    made = make_sampler(tiny(f"sampler.order={name}", "batch_size=6", f"data.train.more.path={chats}",
+                             "data.train.more.weight=3"))
     drawn = draws_per_step(made)
     assert drawn[36:].sum() / drawn[:36].sum() == pytest.approx(3, rel=0.1)
 
 
-def test_feedback_update_counts_from_the_next_step_on(feedback_sampler):
-    n = len(feedback_sampler.dataset)
-    before = feedback_sampler.documents(7)
-    loss = np.where(np.arange(n) == 17, 1e6, 1.0)
-    feedback_sampler.update(np.arange(n), {"loss": loss})
-    assert 17 in feedback_sampler.documents(7) and len(before) == 6
-
-
-def test_feedback_documents_are_different_and_a_function_of_step_and_state(feedback, feedback_sampler):
-    n = len(feedback_sampler.dataset)
-    feedback_sampler.update(np.arange(n), {"loss": np.random.default_rng(0).random(n) * 100})
-    again = feedback.FeedbackSampler(feedback_sampler.cfg, feedback_sampler.dataset)
-    again.load_state_dict(feedback_sampler.state_dict())
-    steps = [feedback_sampler.documents(step).tolist() for step in range(20)]
+def test_by_loss_documents_are_different_and_a_function_of_step_and_state(by_loss):
+    n = len(by_loss.dataset)
+    by_loss.update(np.arange(n), {"loss": np.random.default_rng(0).random(n) * 100})
+    again = type(by_loss)(by_loss.cfg, by_loss.dataset)
+    again.load_state_dict(by_loss.state_dict())
+    steps = [by_loss.documents(step).tolist() for step in range(20)]
     assert all(len(set(drawn)) == 6 for drawn in steps) and len({tuple(drawn) for drawn in steps}) == 20
     assert [again.documents(step).tolist() for step in range(20)] == steps
 
 
-def test_feedback_update_ignores_losses_that_are_not_finite(feedback_sampler):
-    n = len(feedback_sampler.dataset)
-    feedback_sampler.update(np.arange(n), {"loss": np.ones(n)})
-    feedback_sampler.update(np.array([0, 1]), {"loss": np.array([np.nan, np.inf])})
-    assert np.isfinite(feedback_sampler.loss).all()
+def test_by_loss_counts_from_the_next_step_on_and_forgets_a_loss_that_is_not_finite(by_loss):
+    n = len(by_loss.dataset)
+    by_loss.update(np.arange(n), {"loss": np.where(np.arange(n) == 17, 1e6, 1.0)})
+    assert all(17 in by_loss.documents(step) for step in range(9))
+    by_loss.update(np.array([17, 3]), {"loss": np.array([np.nan, np.inf])})
+    assert not all(17 in by_loss.documents(step) for step in range(9))
 
 
-def test_feedback_load_state_dict_refuses_other_documents(feedback_sampler):
-    with pytest.raises(configs.UserError, match="sampler.order.* 3 documents"):
-        feedback_sampler.load_state_dict({"loss": np.zeros(3, np.float32)})
-
-
-def test_systematic_sample_is_as_drawn_in_its_docstring(feedback):
-    """Weights 3 1 2 in the order 1 0 2: a start before 1 selects 1 and 0, a later one 0 and 2."""
-    weights = np.array([3.0, 1.0, 2.0])
-    keys = [sampler.hash_key(i) for i in range(200)]
-    keys = [key for key in keys if sampler.permute(np.arange(3), 3, key).tolist() == [1, 0, 2]]
-    drawn = {tuple(feedback.systematic_sample(weights, 2, key).tolist()) for key in keys}
-    assert drawn == {(1, 0), (0, 2)}
-
-
-def test_systematic_sample_fills_up_when_one_weight_is_selected_twice(feedback):
-    weights = np.full(10, 1e-6)
-    weights[4] = 1.0
-    drawn = feedback.systematic_sample(weights, 3, sampler.hash_key(1))
-    assert 4 in drawn and len(set(drawn)) == 3
-    assert sorted(feedback.systematic_sample(weights, 99, sampler.hash_key(1))) == list(range(10))
-
-
-def test_systematic_sample_of_a_million_documents_follows_their_weights(feedback):
-    weights = np.random.default_rng(0).random(1_000_000)
-    drawn = feedback.systematic_sample(weights, 512, sampler.hash_key(3))
-    assert len(set(drawn)) == 512
-    assert weights[drawn].mean() > 0.6                                    # 2/3 expected; 1/2 if drawn equally
-
-
-@pytest.fixture(scope="module")
-def start_feedback(chats, tmp_path_factory):
-    """start_feedback(name, ranks) runs eight steps of the experiment; it returns the run's folder."""
-    folder = tmp_path_factory.mktemp("feedback")
-
-    def start(name, ranks):
-        command = ["-m", "experiments.feedback", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
-                     "data.validation_split=4", f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / name}",
-                     "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "batch_size=6", "micro_tokens=240",
-                     "max_steps=8", "epochs=0", "save_every=4", "checkpoint.keep=9", "eval_every=0", "log_every=1",
-                     "lr=1e-2", "dtype=float32", "checkpoint.export=false"]
-        for out in launch.run_ranks(ranks, command):
-            assert out.returncode == 0, out.stderr
-        return folder / name
-    return start
-
-
-@pytest.fixture(scope="module")
-def one_rank(start_feedback):
-    return start_feedback("one", 1)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(start_feedback):
-    return start_feedback("two", 2)
-
-
-def figures(run, key="loss"):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r[key] for r in records if r.get(key) is not None}
-
-
-def saved_losses(run, step):
-    return load_file(run / "checkpoints" / f"{step:08}" / "sampler.safetensors")["loss"]
-
-
-def test_feedback_run_saves_the_losses_it_has_seen(one_rank):
-    seen = [np.isfinite(saved_losses(one_rank, step)).sum() for step in (4, 8)]
-    assert len(saved_losses(one_rank, 8)) == 36
-    assert 6 <= seen[0] <= 24 and seen[0] <= seen[1] <= 36
-    assert list(figures(one_rank)) == list(range(1, 9))
-
-
-def test_feedback_run_is_the_same_on_two_ranks(one_rank, two_ranks):
-    one, two = figures(one_rank), figures(two_ranks)
-    assert [two[step] for step in one] == pytest.approx([one[step] for step in one], rel=1e-4)
+def test_by_loss_saves_the_losses_it_has_seen_the_same_on_two_ranks(finished):
+    one, two = finished("by_loss", 1), finished("by_loss", 2)
+    seen = [np.isfinite(saved(one, step)["loss"]).sum() for step in (3, 6)]
+    assert len(saved(one, 6)["loss"]) == 36 and 6 <= seen[0] <= 18 and seen[0] < seen[1] <= 36
+    np.testing.assert_allclose(saved(two, 6)["loss"], saved(one, 6)["loss"], rtol=1e-4)
     for key in ("documents", "tokens"):
-        assert figures(one_rank, key) == figures(two_ranks, key)
-    np.testing.assert_allclose(saved_losses(two_ranks, 8), saved_losses(one_rank, 8), rtol=1e-4)
+        assert figures(one, key) == figures(two, key)
 
+
+# ---- by_gradient.py
+
+def gradient_of(model, micro_batch, normalize=True):
+    """The gradient of a micro-batch's loss as one vector."""
+    loss_sum, weight_sum, _ = model(micro_batch)
+    model.zero_grad()
+    (loss_sum / weight_sum if normalize else loss_sum).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def to_torch(micro_batch):
+    return train.pin_tensors(micro_batch, torch.device("cpu"))
+
+
+@pytest.fixture
+def by_gradient(tiny, experiment):
+    """(a GradientSampler of 36 chats, six of them per step; a model; its cfg)"""
+    experiment("by_gradient")
+    config = tiny("sampler.order=by_gradient", "batch_size=6", "model.tie_embeddings=false")
+    cfg = config[0]
+    model = M.build(train.resolve_model(cfg, tokenize_data.load_tokenizer(cfg))[0], cfg["seed"])
+    return make_sampler(config), model, cfg
+
+
+def test_by_gradient_bounds_the_norm_of_the_heads_gradient(by_gradient):
+    """For documents with one target, it is that norm."""
+    made, model, _ = by_gradient
+    for n_targets in (None, 1):
+        for document in range(6):
+            micro_batch = sampler.collate([document], made.dataset)
+            if n_targets:
+                micro_batch["targets"][np.flatnonzero(micro_batch["loss_weights"])[n_targets:]] = -100
+            loss_sum, _, stats = model(to_torch(micro_batch))
+            model.zero_grad()
+            loss_sum.backward()
+            norm, bound = float(model.head.weight.grad.norm()), float(stats["head_gradient"])
+            assert norm <= bound * (1 + 1e-5)
+            assert n_targets is None or norm == pytest.approx(bound, rel=1e-5)
+
+
+def test_by_gradient_is_the_default_gradient_on_average(by_gradient):
+    """The summed gradients of drawn documents, divided by how often they are drawn: over 300 steps within 6%."""
+    made, model, cfg = by_gradient
+    n = len(made.dataset)
+    per_document = torch.stack([gradient_of(model, to_torch(sampler.collate([i], made.dataset)), normalize=False)
+                                for i in range(n)])
+    made.update(np.arange(n), {"head_gradient": per_document.norm(dim=1).numpy()})
+    total, drawn = torch.zeros_like(per_document[0]), np.zeros(n)
+    for step in range(300):
+        indices = made.documents(step)
+        micro_batch = sampler.collate(indices, made.dataset)
+        made.reweight(micro_batch)
+        weights = np.maximum.reduceat(micro_batch["loss_weights"], micro_batch["cu_seqlens"][:-1])
+        total += torch.from_numpy(weights) @ per_document[indices]
+        drawn[indices] += 1
+    want = per_document.mean(0) * 6
+    assert float((total / 300 - want).norm() / want.norm()) < 0.06
+    assert drawn.max() > 1.3 * drawn.min()
+
+
+def test_by_gradient_update_removes_its_own_weights(by_gradient):
+    """The norm that it stores is that of the loss without importance weights."""
+    made, model, _ = by_gradient
+    n = len(made.dataset)
+    made.update(np.arange(n), {"head_gradient": np.linspace(1, 9, n)})
+    stored = []
+    for _ in range(2):
+        micro_batch = sampler.collate([4, 20, 31], made.dataset)
+        made.reweight(micro_batch)
+        made.update(np.array([4, 20, 31]), {"head_gradient": model(to_torch(micro_batch))[2]["head_gradient"].numpy()})
+        stored.append(made.norm[[4, 20, 31]].copy())
+    plain = model(to_torch(sampler.collate([4, 20, 31], made.dataset)))[2]["head_gradient"].numpy()
+    np.testing.assert_allclose(stored, [plain, plain], rtol=1e-4)
+
+
+# ---- clipped.py
+
+@pytest.mark.parametrize("grad_clip", [1e9, 0.3])
+def test_clipped_is_the_weighted_mean_of_clipped_gradients(grad_clip, tiny, experiment):
+    """A large grad_clip gives the default gradient."""
+    default = train.forward_backward
+    clipped = experiment("clipped")
+    cfg = tiny("micro_tokens=120", "data.seq_len=120", f"grad_clip={grad_clip}")[0]
+    dataset = sampler.Dataset(tokenize_data.load_datasets(cfg, quiet=True)["train"])
+    model = M.build(train.resolve_model(cfg, tokenize_data.load_tokenizer(cfg))[0], cfg["seed"])
+    micro_batches, _ = sampler.load_micro_batches(np.arange(6), cfg, dataset)
+    micro_batches.append(sampler.collate([], dataset))                  # an idle one
+    weights = [sampler.sum_loss_weights([micro_batch]) for micro_batch in micro_batches]
+    micro_batches = [to_torch(micro_batch) for micro_batch in micro_batches]
+    want = 0
+    for micro_batch, weight in zip(micro_batches[:-1], weights):
+        mean = gradient_of(model, micro_batch)
+        want += weight / sum(weights) * mean * min(1, grad_clip / float(mean.norm()))
+    model.zero_grad()
+    loss, document_stats = clipped.forward_backward(model, micro_batches, sum(weights), cfg)
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert len(micro_batches) > 2 and torch.allclose(got, want, atol=1e-6)
+    assert float(got.norm()) <= grad_clip * (1 + 1e-5)
+    model.zero_grad()
+    default_loss, default_stats = default(model, micro_batches, sum(weights), cfg)
+    assert loss == default_loss and len(document_stats) == len(default_stats)
+    if grad_clip == 1e9:
+        assert torch.allclose(got, torch.cat([p.grad.flatten() for p in model.parameters()]), atol=1e-6)
+
+
+def test_clipped_needs_a_norm(experiment, tiny):
+    with pytest.raises(configs.UserError, match="grad_clip: must be above 0"):
+        experiment("clipped").forward_backward(None, [], 1.0, tiny("grad_clip=0.0")[0])
+
+
+# ---- majority.py
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_feedback_run_resumes_bitwise(one_rank, two_ranks, start_feedback, tmp_path, ranks):
-    run = {1: one_rank, 2: two_ranks}[ranks]
-    before = tmp_path / "before"
-    shutil.copytree(run, before, symlinks=True)
-    newest = run / "checkpoints" / "00000008"
-    shutil.rmtree(newest)
-    (run / "checkpoints" / "latest").unlink()
-    (run / "checkpoints" / "latest").symlink_to("00000004")
-    start_feedback(run.name, ranks)
-    for file in ("model.safetensors", "optimizer.safetensors", "sampler.safetensors"):
-        assert (newest / file).read_bytes() == (before / "checkpoints" / "00000008" / file).read_bytes(), file
-    assert figures(run) == figures(before)
-
-
-def test_feedback_without_arguments_prints_how_to_start(script):
-    out = script("-m", "experiments.feedback")
-    assert out.returncode == 0 and "torchrun -m experiments.feedback configs/ft.yaml" in out.stdout
-
-
-# ---- majority_vote.py
-
-def start_majority_vote(chats, folder, *more, ranks=1):
-    """Returns the finished process of each rank."""
-    command = ["-m", "experiments.majority_vote", f"data.train.chats.path={chats}", "data.tokenizer=bytes",
-                  f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / f'ranks{ranks}'}", "model.n_layers=2",
-                  "model.d_model=32", "model.n_heads=4", "batch_size=4", "micro_tokens=240", "data.seq_len=240",
-                  "max_steps=20", "epochs=0", "save_every=20", "eval_every=0", "log_every=1", "optimizer=sgd",
-                  "momentum=0.0", "lr=2e-3", "grad_clip=0.0", "weight_decay=0.0", "dtype=float32",
-                  "checkpoint.export=false", *more]
-    return launch.run_ranks(ranks, command)
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_majority_vote_reduces_the_loss(chats, tmp_path, ranks):
+def test_majority_reduces_the_loss(ranks, start):
     """Every gradient is +1, -1 or 0, so its norm is at most the root of the number of parameters."""
-    for out in start_majority_vote(chats, tmp_path, ranks=ranks):
-        assert out.returncode == 0, out.stderr
-    run = tmp_path / f"ranks{ranks}"
+    run = succeeded(start("majority", ranks, "max_steps=20", "lr=2e-3", "eval_every=0", out=f"vote-{ranks}"))
     losses, norms = figures(run), figures(run, "grad_norm")
-    n_parameters = sum(t.size for t in load_file(run / "checkpoints" / "00000020" / "model.safetensors").values())
+    n_parameters = sum(t.size for t in saved(run, 18, "model.safetensors").values())
     assert losses[20] < losses[1] - 0.2
     for norm in norms.values():
         squared = norm ** 2
         assert round(squared) <= n_parameters and abs(squared - round(squared)) < 0.1
-
-
-def test_majority_vote_refuses_a_sharded_model(chats, tmp_path):
-    """Under FSDP no rank has the gradient of its own micro-batch, so the vote would be another algorithm."""
-    out = start_majority_vote(chats, tmp_path, "shard.mesh.shard=2", ranks=2)[0]
-    assert out.returncode != 0 and "error: shard.mesh.shard: gradients per micro-batch" in out.stderr

@@ -494,6 +494,30 @@ def test_another_loss_is_evaluated_with_plain_nll_beside_it():
     assert not any(values.requires_grad for values in model(batch)[2].values())
 
 
+def test_token_stats_are_summed_per_document_in_training_alone(monkeypatch):
+    """They get the head's input and the gradient of loss_weight * loss with respect to its output."""
+    monkeypatch.setattr(M, "CHUNK_BYTES", 1)                            # 64 tokens in a chunk
+    monkeypatch.setitem(M.TOKEN_STATS, "x_sum", lambda x, dlogits: x.sum(-1))
+    monkeypatch.setitem(M.TOKEN_STATS, "square", lambda x, dlogits: (dlogits ** 2).sum(-1))
+    model = noisy(M.build(M_TINY | {"pad_vocab_size_multiple": 64, "logits_scaling": 2.0}))
+    batch = row(documents(101, 90, 70, 5), masked=3)
+    batch["loss_weights"][::2] *= -0.5
+    stats = model(batch)[2]
+    x = model.hidden(batch)
+    logits = (x @ model.head_weight().T).detach().requires_grad_()
+    losses = M.cross_entropy(logits[:, :101] / 2, batch["targets"].clamp(min=0))
+    (losses * batch["loss_weights"]).sum().backward()
+    is_target = batch["targets"] != M.IGNORE_INDEX
+    spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))
+    x_sum = torch.stack([(x.sum(-1) * is_target)[start:end].sum() for start, end in spans])
+    square = torch.stack([(logits.grad ** 2)[start:end].sum() for start, end in spans])
+    assert close(stats["x_sum"], x_sum, 1e-5) and close(stats["square"], square, 1e-5)
+    with torch.no_grad():
+        assert model(batch)[2].keys() == {"loss"}
+    untrained = model(row(documents(101, 5), masked=9))[2]
+    assert untrained.keys() == stats.keys() and untrained["square"].tolist() == [0]
+
+
 def test_losses_are_their_formulas():
     logits, targets = torch.randn(7, 11, requires_grad=True), torch.randint(11, (7,))
     logs = logits.log_softmax(-1)

@@ -33,7 +33,7 @@ import tokenize_data
 import train
 
 if __name__ == "__main__":
-    import experiments.feedback    # registers sampler.order=feedback, in the processes of the jobs
+    import experiments.by_loss     # registers sampler.order=by_loss, in the processes of the jobs
 
     def to_reference(logits, targets, reference_logits):
         """Cross-entropy with the probabilities of the reference model as targets."""
@@ -286,7 +286,7 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "lora": (["shard.lora.r=1"], 1e-5),
     "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
     "muon": (["optimizer=muon"], 1e-3),
-    "feedback": (["sampler.order=feedback"], 1e-5),
+    "by_loss": (["sampler.order=by_loss"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
@@ -298,15 +298,15 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, []), ("full", 2, SHARD2),
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
-    ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("feedback", 2, SHARD2),
+    ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
     ("reference", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
-    ("feedback", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
+    ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("feedback", 2, SHARD2), ("lora, bf16", 2, [])]
+    ("by_loss", 2, SHARD2), ("lora, bf16", 2, [])]
 
 
 def name_of(layout):

@@ -259,6 +259,55 @@ def test_dataset_describe_names_source_and_document(two_sources):
     assert dataset.describe([17, 3, 1, 2, 4], limit=2) == "chats 17, chats 3 and 3 more"
 
 
+def test_load_state_dict_copies_arrays_and_refuses_those_of_other_documents():
+    class Counter(S.Sampler):
+        def __init__(self, cfg, dataset):
+            super().__init__(cfg, dataset)
+            self.times = np.zeros(5, np.int64)
+
+        def state_dict(self):
+            return {"times": self.times}
+
+    made = Counter(cfg(a=1), S.Dataset({}))
+    made.load_state_dict({"times": np.arange(5)})
+    assert made.times.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(configs.UserError, match=r"sampler.order: .* times of shape \(3,\), .* times of shape \(5,\)"):
+        made.load_state_dict({"times": np.arange(3)})
+    with pytest.raises(configs.UserError, match="sampler.order: .* has no times"):
+        made.load_state_dict({"loss": np.arange(5)})
+
+
+# ---- drawing in proportion to weights
+
+def test_fill_unknown_takes_the_mean_of_the_known_values():
+    assert S.fill_unknown(np.array([np.nan, 1, 3], np.float32)).tolist() == [2, 1, 3]
+    assert S.fill_unknown(np.full(2, np.nan, np.float32)).tolist() == [1, 1]
+
+
+def test_systematic_sample_is_as_drawn_in_its_docstring():
+    """Weights 3 1 2 in the order 1 0 2: a start before 1 selects 1 and 0, a later one 0 and 2."""
+    weights = np.array([3.0, 1.0, 2.0])
+    keys = [S.hash_key(i) for i in range(200)]
+    keys = [key for key in keys if S.permute(np.arange(3), 3, key).tolist() == [1, 0, 2]]
+    drawn = {tuple(S.systematic_sample(weights, 2, key).tolist()) for key in keys}
+    assert drawn == {(1, 0), (0, 2)}
+
+
+def test_systematic_sample_fills_up_when_one_weight_is_selected_twice():
+    weights = np.full(10, 1e-6)
+    weights[4] = 1.0
+    drawn = S.systematic_sample(weights, 3, S.hash_key(1))
+    assert 4 in drawn and len(set(drawn)) == 3
+    assert sorted(S.systematic_sample(weights, 99, S.hash_key(1))) == list(range(10))
+
+
+def test_systematic_sample_of_a_million_documents_follows_their_weights():
+    weights = np.random.default_rng(0).random(1_000_000)
+    drawn = S.systematic_sample(weights, 512, S.hash_key(3))
+    assert len(set(drawn)) == 512
+    assert weights[drawn].mean() > 0.6                                    # 2/3 expected; 1/2 if drawn equally
+
+
 # ---- micro-batches
 
 def test_load_micro_batches_hold_what_their_documents_say(two_sources):

@@ -179,6 +179,17 @@ class MLP(nn.Module):
         return self.down_proj(h)
 
 
+# model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
+# after the scale and before the mask. Add your own to SCORE_MODS. With any but "none" attention is
+# computed without a kernel, in training and in generation.
+
+def unchanged(scores):
+    return scores
+
+
+SCORE_MODS = {"none": unchanged}
+
+
 class Attention(nn.Module):
     """The projections around attention(), and the settings that it reads."""
 
@@ -190,6 +201,10 @@ class Attention(nn.Module):
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
+        self.changes_scores = m["score_mod"] != "none"
+        score_mod = SCORE_MODS[m["score_mod"]]
+        options = m["score_mod_options"]
+        self.score_mod = configs.bind_options("model.score_mod", score_mod, 1, options)
         has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
         self.use_rope = m["positions"] == "rope" and has_rope
 
@@ -211,11 +226,11 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training):
-        """Must softmax be written out? No kernel drops probabilities by the seeds of dropout().
+        """Must softmax be written out? No kernel calls score_mod, or drops by dropout()'s seeds.
 
-        A change of scores or probabilities in padded_attention() returns True here, too.
+        Another change of scores or probabilities in padded_attention() returns True here, too.
         """
-        return training and self.dropout > 0
+        return self.changes_scores or (training and self.dropout > 0)
 
     def project(self, x, rope):                                                    # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
@@ -293,7 +308,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
             scale=layer.scale,
             enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
-    scores = scores.float() * layer.scale
+    scores = layer.score_mod(scores.float() * layer.scale)
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
     if seeds is not None and layer.dropout:    # else softmax is written out for another change
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
@@ -556,6 +571,11 @@ def dropout(x, p, seeds):
 
 # --------------------------------------------------------------------------------------------------
 # embeddings: (model, micro-batch, **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
+#
+# One with parameters is a subclass of nn.Module: made by (m, **model.embed_options), called with
+# (model, micro-batch). Its parameters are named embedding.*, and NewWeights initializes them; the
+# attribute init_std of the class replaces model.init_std. A pretrained model with another embedding
+# lacks them, so they are new there, too. model.family=native saves them.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -792,10 +812,12 @@ class Transformer(nn.Module):
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
 
-        # both are called with two arguments: (model, batch) and (logits, targets)
         embedding = EMBEDDINGS[m["embed"]]
         loss = LOSSES[m["loss"]]
-        self.embedding = configs.bind_options("model.embed", embedding, 2, m["embed_options"])
+        is_module = inspect.isclass(embedding)           # called with m; a function: (model, batch)
+        n_arguments = 1 if is_module else 2
+        embedding = configs.bind_options("model.embed", embedding, n_arguments, m["embed_options"])
+        self.embedding = embedding(m) if is_module else embedding
         self.loss = configs.bind_options("model.loss", loss, 2, m["loss_options"], LOSS_INPUTS)
         self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
         # train.load_reference's frozen Transformer; in a list, because it is not a submodule
@@ -932,13 +954,15 @@ def check_choices(m):
 
     The config's schema cannot know them all: an experiment may add some.
     """
-    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS}
+    choices = {"loss": LOSSES, "embed": EMBEDDINGS, "activation": ACTIVATIONS,
+               "score_mod": SCORE_MODS}
     hf_keys = configs.families()[m["family"]].get("keys", {})
     for key, names in choices.items():
         if m[key] not in names:
             in_file = f" ({configs.hf_names(hf_keys[key])[-1]})" if key in hf_keys else ""
             raise configs.UserError(f"model.{key}{in_file}: must be one of {', '.join(names)}; "
-                                    f"got {m[key]}")
+                                    f"got {m[key]}; what an experiment adds exists only where its "
+                                    "module is imported")
 
 
 def resolve_vocab_size(m, n_tokens):
@@ -1028,6 +1052,8 @@ class NewWeights:
         m = self.m
         n_rows, *rest = self.shapes[name]
         std = m["init_std"]
+        if name.startswith("embedding."):
+            std = getattr(EMBEDDINGS[m["embed"]], "init_std", std)
         if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
             std = std / math.sqrt(2 * m["n_layers"])
         rows = torch.zeros(min(ROWS_AT_ONCE, n_rows - first), *rest)
@@ -1044,7 +1070,7 @@ def make_generator(seed, name):
 def weights_reader(m, seed):
     """The reader of the weights that training starts from: pretrained, or new ones."""
     if m["init_from"]:
-        return PretrainedWeights(m["init_from"], m)
+        return PretrainedWeights(m["init_from"], m, seed)
     return NewWeights(m, seed)
 
 
@@ -1064,11 +1090,21 @@ def hf_layout(m):
     Raises UserError for a parameter that the family has no name for.
     """
     shapes = parameter_shapes(m)
-    return {name: hf_slices(name, shapes, m) for name in shapes}
+    layout = {name: hf_slices(name, shapes, m) for name in shapes}
+    nameless = [name for name in layout if not layout[name]]
+    if nameless:
+        raise configs.UserError(f"model.family: {m['family']} has no name for "
+                                f"{shorten(nameless)} in configs/families.yaml; "
+                                "model.family=native saves the model under our own names, "
+                                "checkpoint.export=false saves none")
+    return layout
 
 
 def hf_slices(name, shapes, m):
-    """One parameter's entry of hf_layout(). shapes: parameter_shapes(m)."""
+    """One parameter's entry of hf_layout(), [] if the family has no name for it.
+
+    shapes  parameter_shapes(m)
+    """
     family = configs.families()[m["family"]]
     rows = unpadded_rows(name, shapes[name][0], m)
     if family.get("native"):
@@ -1091,8 +1127,7 @@ def hf_slices(name, shapes, m):
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
-    raise configs.UserError(f"model.family: {m['family']} has no name for {name} in "
-                            "configs/families.yaml; model.family=native keeps our names")
+    return []
 
 
 def split_block(name):
@@ -1158,23 +1193,37 @@ class PretrainedWeights:
     Safetensors files are memory-mapped, and only the rows that read() is asked for are read. If the
     vocabulary has grown, new tokens start at the mean of the stored ones; padding is 0.
 
-    slices  {name: [(tensor, first row, number of rows)]}, see hf_layout()
+    The tensors' names are those of the stored family, whatever m["family"] is.
+
+    seed       of new_names
+    new_names  the parameters that the files lack because m has another embedding: NewWeights
+    slices     {name: [(tensor, first row, number of rows)]} of all others, see hf_layout()
     Raises UserError that names all missing, unknown and misshapen tensors.
     """
 
-    def __init__(self, path, m):
+    def __init__(self, path, m, seed=0):
         self.m = m
         self.folder = configs.resolve_model_dir(path)
-        self.family = configs.families()[m["family"]]
         self.stored_config = configs.read_model(self.folder)
+        self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
         self.shapes = parameter_shapes(m)
         # a smaller m["vocab_size"] is an error that check() reports
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
-        layout = hf_layout(m | {"vocab_size": self.stored_vocab_size})
+        self.new_names = []
+        if self.stored_config.get("embed") != m["embed"]:
+            self.new_names = [name for name in self.shapes if name.startswith("embedding.")]
+        self.new_weights = NewWeights(m, seed)
+        stored_m = m | {"family": self.stored_config["family"],
+                        "vocab_size": self.stored_vocab_size}
+        stored_shapes = parameter_shapes(stored_m)
         self.slices = {}
-        for name, slices in layout.items():
-            self.slices[name] = [(self.find(tensor), *rows) for tensor, *rows in slices]
+        for name in stored_shapes:
+            if name not in self.new_names:
+                slices = hf_slices(name, stored_shapes, stored_m)
+                # our own name is in no file of the family, so that check() names the parameter
+                slices = slices or [(name, 0, stored_shapes[name][0])]
+                self.slices[name] = [(self.find(tensor), *rows) for tensor, *rows in slices]
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
         [(embed, first, rows)] = self.slices["embed.weight"]
@@ -1189,6 +1238,8 @@ class PretrainedWeights:
         return short if tensor not in self.files and short in self.files else tensor
 
     def read(self, name, start, end):
+        if name in self.new_names:
+            return self.new_weights.read(name, start, end)
         slices = self.slices[name]
         transposed = is_transposed(name, self.family)
         out = []
@@ -1294,7 +1345,7 @@ def contradicting_keys(m, stored_config):
     for key, value in stored_config.items():
         if key == "rope_layers" or value is None or m[key] == value:
             continue
-        if key == "family" or parameter_shapes(m | {key: value}) != shapes:
+        if parameter_shapes(m | {key: value}) != shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
     return contradictions
 

@@ -961,8 +961,8 @@ def check_choices(m):
         if m[key] not in names:
             in_file = f" ({configs.hf_names(hf_keys[key])[-1]})" if key in hf_keys else ""
             raise configs.UserError(f"model.{key}{in_file}: must be one of {', '.join(names)}; "
-                                    f"got {m[key]}; what an experiment adds exists only where its "
-                                    "module is imported")
+                                    f"got {m[key]}; names that an experiment adds are known only "
+                                    "where it is imported")
 
 
 def resolve_vocab_size(m, n_tokens):

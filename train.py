@@ -870,8 +870,8 @@ def report_new_parameters(cfg, names):
     """Print which parameters a pretrained model lacks. Raises UserError if they stay untrained."""
     base = cfg["model"]["init_from"]
     if cfg["shard"]["lora"]["r"]:
-        raise configs.UserError(f"shard.lora.r: {', '.join(names)} is not in {base}, and LoRA "
-                                "trains no parameters but the adapters; shard.lora.r=0")
+        raise configs.UserError(f"shard.lora.r: {base} lacks {', '.join(names)}, and LoRA trains "
+                                "nothing but its adapters; shard.lora.r=0 trains all")
     if shard.rank() == 0:
         print(f"new       {', '.join(names)}: not in {base}, so initialized")
 

@@ -184,6 +184,17 @@ class MLP(nn.Module):
         return self.down_proj(h)
 
 
+# model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
+# after the scale and before the mask. Add your own to SCORE_MODS. With any but "none" attention is
+# computed without a kernel, in training and in generation.
+
+def unchanged(scores):
+    return scores
+
+
+SCORE_MODS = {"none": unchanged}
+
+
 class Attention(nn.Module):
     """The projections around attention(), and the settings that it reads."""
 
@@ -195,6 +206,10 @@ class Attention(nn.Module):
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
+        self.changes_scores = m["score_mod"] != "none"
+        score_mod = SCORE_MODS[m["score_mod"]]
+        options = m["score_mod_options"]
+        self.score_mod = configs.bind_options("model.score_mod", score_mod, 1, options)
         has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
         self.use_rope = m["positions"] == "rope" and has_rope
 
@@ -218,10 +233,11 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for dropout: kernels use torch's random generator, not our seeds. If you change the
-        scores or the probabilities in padded_attention(), return True here.
+        It does for score_mod and for dropout: no kernel calls the first, and kernels use torch's
+        random generator, not our seeds. If you change the scores or the probabilities in
+        padded_attention() in another way, return True here.
         """
-        return training and self.dropout > 0
+        return self.changes_scores or (training and self.dropout > 0)
 
     def project(self, x, rope):                                                    # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
@@ -303,7 +319,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
             scale=layer.scale,
             enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
-    scores = scores.float() * layer.scale
+    scores = layer.score_mod(scores.float() * layer.scale)
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
     if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
@@ -569,7 +585,12 @@ def dropout(x, p, seeds):
 
 # --------------------------------------------------------------------------------------------------
 # embeddings, one of which model.embed names: functions of (Transformer, micro-batch,
-# **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS
+# **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS.
+#
+# An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options), called
+# with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by NewWeights;
+# the attribute init_std of the class replaces model.init_std. A pretrained model with another
+# embedding lacks them, so they are new there, too. model.family=native saves them.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -832,6 +853,7 @@ class Transformer(nn.Module):
         super().__init__()
         check_choice(m, "activation", ACTIVATIONS)
         check_choice(m, "embed", EMBEDDINGS)
+        check_choice(m, "score_mod", SCORE_MODS)
         self.cfg = m
         multiple = m["pad_vocab_size_multiple"]
         self.padded_vocab_size = math.ceil(m["vocab_size"] / multiple) * multiple
@@ -844,14 +866,17 @@ class Transformer(nn.Module):
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
 
-        # given=2: each call passes (model, batch) or (logits, targets); the options are bound now
-        self.embedding_fn = configs.bind_options("model.embed", EMBEDDINGS[m["embed"]], given=2,
-                                                 options=m["embed_options"])
+        embedding = EMBEDDINGS[m["embed"]]
+        is_module = inspect.isclass(embedding)
+        # a module is made with m; a function is called with (model, batch), later
+        embedding = configs.bind_options("model.embed", embedding, given=1 if is_module else 2,
+                                         options=m["embed_options"])
+        self.embedding = embedding(m) if is_module else embedding
         self.loss_fn = None                  # of an experiment that is not imported: see forward()
         self.loss_inputs = set()
         if m["loss"] in LOSSES:
             loss = LOSSES[m["loss"]]
-            self.loss_fn = configs.bind_options("model.loss", loss, given=2,
+            self.loss_fn = configs.bind_options("model.loss", loss, given=2,    # logits, targets
                                                 options=m["loss_options"], supplied=LOSS_INPUTS)
             self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
         # the frozen reference model, if there is one. In a list: nn.Module would register it
@@ -911,7 +936,7 @@ class Transformer(nn.Module):
         if layout is None:
             layout = PackedDocuments(batch["cu_seqlens"], len(positions), batch["max_seqlen"],
                                      self.can_use_varlen())
-        x = self.embedding_fn(self, batch)                                         # [T, C]
+        x = self.embedding(self, batch)                                            # [T, C]
         multiplier = embedding_multiplier(m)
         if multiplier != 1.0:
             x = x * multiplier
@@ -1090,6 +1115,8 @@ class NewWeights:
         m = self.m
         n_rows, *rest = self.shapes[name]
         std = m["init_std"]
+        if name.startswith("embedding."):
+            std = getattr(EMBEDDINGS[m["embed"]], "init_std", std)
         if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
             std = std / math.sqrt(2 * m["n_layers"])
         rows = torch.zeros(min(ROWS_AT_ONCE, n_rows - first), *rest)
@@ -1106,7 +1133,7 @@ def make_generator(seed, name):
 def weights_reader(m, seed):
     """The reader of the weights that training starts from: pretrained, or new ones."""
     if m["init_from"]:
-        return PretrainedWeights(m["init_from"], m)
+        return PretrainedWeights(m["init_from"], m, seed)
     return NewWeights(m, seed)
 
 
@@ -1126,11 +1153,21 @@ def hf_slices(m):
     Raises UserError for a parameter that the family has no name for.
     """
     shapes = parameter_shapes(m)
-    return {name: slices_of_parameter(name, shapes, m) for name in shapes}
+    slices = {name: slices_of_parameter(name, shapes, m) for name in shapes}
+    nameless = [name for name in slices if not slices[name]]
+    if nameless:
+        raise configs.UserError(f"model.family: {m['family']} has no name for "
+                                f"{shorten(nameless)} in configs/families.yaml; "
+                                "model.family=native saves the model under our own names, "
+                                "checkpoint.export=false saves none")
+    return slices
 
 
 def slices_of_parameter(name, shapes, m):
-    """One parameter's slices for hf_slices(). shapes: parameter_shapes(m)."""
+    """One parameter's slices for hf_slices(), [] if the family has no name for it.
+
+    shapes  parameter_shapes(m)
+    """
     family = configs.families()[m["family"]]
     rows = unpadded_rows(name, shapes[name][0], m)
     if family.get("native"):
@@ -1156,8 +1193,7 @@ def slices_of_parameter(name, shapes, m):
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
-    raise configs.UserError(f"model.family: {m['family']} has no name for {name} in "
-                            "configs/families.yaml; model.family=native keeps our names")
+    return []
 
 
 def split_block(name):
@@ -1229,22 +1265,38 @@ class PretrainedWeights:
     Safetensors files are memory-mapped, and read() reads no other rows than it returns. If the
     vocabulary has grown, new tokens start at the mean of the stored ones; padding is 0.
 
-    slices  {name: [(tensor, first row, number of rows)]}, see hf_slices()
+    The tensors' names are those of the stored family, whatever m["family"] is.
+
+    seed       of new_names
+    new_names  the parameters that the files lack because m has another embedding: NewWeights
+    slices     {name: [(tensor, first row, number of rows)]} of all others, see hf_slices()
     Raises UserError that names the first eight missing, unknown and misshapen tensors.
     """
 
-    def __init__(self, path, m):
+    def __init__(self, path, m, seed=0):
         self.m = m
         self.folder = configs.resolve_model_dir(path)
-        self.family = configs.families()[m["family"]]
         self.stored_config = configs.read_model(self.folder)
+        self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
         self.shapes = parameter_shapes(m)
         # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
+        self.new_names = []
+        if self.stored_config.get("embed") != m["embed"]:
+            self.new_names = [name for name in self.shapes if name.startswith("embedding.")]
+        self.new_weights = NewWeights(m, seed)
+        stored_m = m | {"family": self.stored_config["family"],
+                        "vocab_size": self.stored_vocab_size}
+        stored_shapes = parameter_shapes(stored_m)
         self.slices = {}
-        for name, slices in hf_slices(m | {"vocab_size": self.stored_vocab_size}).items():
-            self.slices[name] = [(self.find(tensor), first, rows) for tensor, first, rows in slices]
+        for name in stored_shapes:
+            if name not in self.new_names:
+                slices = slices_of_parameter(name, stored_shapes, stored_m)
+                # our own name is in no file of the family, so that check() names the parameter
+                slices = slices or [(name, 0, stored_shapes[name][0])]
+                self.slices[name] = [(self.find(tensor), first, rows)
+                                     for tensor, first, rows in slices]
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
         # some files store a tied matrix under the name of the head only
@@ -1260,6 +1312,8 @@ class PretrainedWeights:
         return short if tensor not in self.files and short in self.files else tensor
 
     def read(self, name, start, end):
+        if name in self.new_names:
+            return self.new_weights.read(name, start, end)
         slices = self.slices[name]
         transposed = is_transposed(name, self.family)
         out = []
@@ -1374,7 +1428,7 @@ def contradicting_keys(m, stored_config):
             changes_shapes = parameter_shapes(m | {key: value}) != shapes
         except configs.UserError:        # not possible with the other keys of m
             changes_shapes = False
-        if key == "family" or changes_shapes:
+        if changes_shapes:
             contradictions.append(f"model.{key} = {m[key]}, where config.json has {value}")
     return contradictions
 

@@ -824,7 +824,8 @@ def check_registered_names(cfg):
     """Raise UserError for a name that is not in its dict; experiments may have added names."""
     for key, registered in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS),
                             ("sampler.order", sampler.SAMPLERS), ("model.loss", transformer.LOSSES),
-                            ("model.embed", transformer.EMBEDDINGS)):
+                            ("model.embed", transformer.EMBEDDINGS),
+                            ("model.score_mod", transformer.SCORE_MODS)):
         name = configs.get(cfg, key)
         if name not in registered:
             raise configs.UserError(f"{key}: must be one of {', '.join(registered)}; got {name}")
@@ -861,7 +862,20 @@ def resolve_model(cfg, tokenizer):
               "more, and model.rope_scaling stretches those that it knows", file=sys.stderr)
     if cfg["checkpoint"]["export"]:
         transformer.hf_slices(model_cfg)    # raises UserError now, not after training
-    return model_cfg, transformer.weights_reader(model_cfg, cfg["seed"]).read
+    reader = transformer.weights_reader(model_cfg, cfg["seed"])
+    if model_cfg["init_from"] and reader.new_names:
+        report_new_parameters(cfg, reader.new_names)
+    return model_cfg, reader.read
+
+
+def report_new_parameters(cfg, names):
+    """Print which parameters a pretrained model lacks. Raises UserError if they stay untrained."""
+    base = cfg["model"]["init_from"]
+    if cfg["shard"]["lora"]["r"]:
+        raise configs.UserError(f"shard.lora.r: {base} lacks {', '.join(names)}, and LoRA trains "
+                                "nothing but its adapters; shard.lora.r=0 trains all")
+    if shard.rank() == 0:
+        print(f"new       {', '.join(names)}: not in {base}, so initialized")
 
 
 def check_lora_vocabulary(cfg, tokenizer):

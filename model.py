@@ -1668,6 +1668,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
     and answer have model.max_len tokens. After that, its entry is None. temperature 0 takes the
     most likely token.
 
+    seed        an int, or a list of one per prompt: then an answer's noise does not depend on the
+                other prompts
     keep_going  a function of [is answer i unfinished?]; generation stops when it returns False. On
                 a sharded model, it must return the same on all ranks
     """
@@ -1682,11 +1684,14 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    generator = torch.Generator(device=device).manual_seed(seed)
+    if isinstance(seed, list):
+        generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
+    else:
+        generators = [torch.Generator(device=device).manual_seed(seed)] * len(prompts)
     logits = model.logits(batch, layout, last_tokens)                              # [B, V]
     unfinished = [True] * len(prompts)
     for n in range(max_tokens):
-        ids = sample_next(logits, temperature, top_k, top_p, generator)            # [B]
+        ids = sample_next(logits, temperature, top_k, top_p, generators)           # [B]
         tokens = ids.tolist()
         yield [token if alive else None for token, alive in zip(tokens, unfinished)]
         for i, token in enumerate(tokens):
@@ -1712,8 +1717,8 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
                                 f"; got {lengths}")
 
 
-def sample_next(logits, temperature, top_k, top_p, generator):
-    """Choose a token from logits [B, V]: ids [B].
+def sample_next(logits, temperature, top_k, top_p, generators):
+    """Choose a token from logits [B, V], with B random generators: ids [B].
 
     The candidates are the top_k most likely tokens (0: all), and of these the fewest that have the
     share top_p of their probability.
@@ -1725,8 +1730,9 @@ def sample_next(logits, temperature, top_k, top_p, generator):
         sorted_logits = sorted_logits[:, :top_k]
     probs = sorted_logits.softmax(-1)
     excluded = probs.cumsum(-1) - probs >= top_p         # more likely tokens reach top_p already
-    chosen = probs.masked_fill(excluded, 0).multinomial(1, generator=generator)
-    return order.gather(-1, chosen)[:, 0]
+    kept = probs.masked_fill(excluded, 0)
+    chosen = [row.multinomial(1, generator=g) for row, g in zip(kept, generators)]       # B x [1]
+    return order.gather(-1, torch.stack(chosen))[:, 0]
 
 
 def generate_all(model, prompts, max_tokens, stop, **sampling):

@@ -139,7 +139,7 @@ def naive_dpo_loss(model, reference, dataset, pair_indices, beta=0.1):
 def test_dpo_forward_backward_has_the_loss_and_gradient_of_the_formula(experiment, tmp_path, pairs, base):
     """With a policy that differs from the reference, in several micro-batches."""
     dpo = experiment("dpo")
-    cfg, _, explicit = load_config(tmp_path, *pair_words(pairs, base))
+    cfg, _, explicit = load_config(tmp_path, *pair_words(pairs, base), "micro_tokens=80", "data.seq_len=80")
     run = train.setup(cfg, explicit)
     reference_losses = train.reference_losses(run)
     draw = torch.Generator().manual_seed(0)
@@ -162,7 +162,7 @@ def test_dpo_forward_backward_has_the_loss_and_gradient_of_the_formula(experimen
 
 def test_dpo_starts_at_ln_2_and_prefers_chosen_answers_on_one_rank_and_on_two(tmp_path, pairs, base):
     """Two ranks log the same losses and gradient norms, and so do two shards."""
-    words = [*pair_words(pairs, base), "lr=1e-3", "max_steps=8"]
+    words = [*pair_words(pairs, base), "lr=1e-3", "max_steps=8", "micro_tokens=80", "data.seq_len=80"]
     one = start(tmp_path, "dpo", 1, *words, out="one")
     assert column(one, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert column(one, "loss")[-1] < 0.6 and column(one, "reward_accuracy")[-1] == 1
@@ -305,21 +305,38 @@ def test_pass_at_k_estimate_is_the_share_of_choices_that_contain_a_right_answer(
             assert estimate(n, c, k) == pytest.approx(sum(map(any, chosen)) / len(chosen))
 
 
-def test_pass_at_k_is_logged_and_decides_about_the_best_checkpoint(experiment, chats, tmp_path):
-    """The model learns its chats by heart: pass@4 rises from 0, and is at least the share that is right."""
+@pytest.fixture(scope="module")
+def two_answers(tmp_path_factory):
+    """A .jsonl of 12 chats whose answer is A or B, with nothing in the question that decides which."""
+    path = tmp_path_factory.mktemp("two_answers") / "chats.jsonl"
+    chats = [[{"role": "user", "content": "which?"}, {"role": "assistant", "content": "AB"[i % 2]}] for i in range(12)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
+
+
+def test_pass_at_k_is_logged_and_decides_about_the_best_checkpoint_on_one_rank_and_on_two(two_answers, tmp_path):
+    """One greedy answer is right half of the time, one of four samples 15/16 of the time."""
+    words = [f"data.train.chats.path={two_answers}", f"data.validation.seen.path={two_answers}",
+             "best=max val/seen/pass_at_4", "max_steps=40", "eval_every=20", "save_every=0", "eval_prompts=6",
+             "eval_tokens=3", "log_every=20"]
+    values_by_ranks = []
+    for ranks in (1, 2):
+        records = start(tmp_path, "pass_at_k", ranks, *words, out=f"on{ranks}")
+        values = column(records, "val/seen/pass_at_4")
+        assert len(values) == 3 and values[0] == 0 and 0.8 < values[2] <= 1
+        assert column(records, "val/seen/exact_match")[2] == 0.5
+        best = (tmp_path / f"on{ranks}" / "checkpoints" / "best").resolve().name
+        assert int(best) == 20 * int(np.argmax(values))
+        values_by_ranks.append(values)
+    assert values_by_ranks[1] == pytest.approx(values_by_ranks[0], abs=0.1)       # rounding may tip a token
+
+
+def test_best_names_evaluations_among_the_logged_numbers(experiment, two_answers, tmp_path):
     experiment("pass_at_k")
-    words = [f"data.train.chats.path={chats}", f"data.validation.seen.path={chats}", "best=max val/seen/pass_at_4",
-             "max_steps=200", "lr=5e-3", "eval_every=100", "save_every=100", "eval_prompts=6", "eval_tokens=14",
-             "log_every=50", "model.d_model=64"]
-    cfg, _, explicit = load_config(tmp_path, *words)
-    train.main(cfg, explicit)
-    records = log.read(tmp_path / "run")
-    values = column(records, "val/seen/pass_at_4")
-    assert len(values) == 3 and values[0] == 0 and 0.1 < values[-1] <= 1
-    best = (tmp_path / "run" / "checkpoints" / "best").resolve().name
-    assert int(best) == 100 * int(np.argmax(values))
-    with pytest.raises(configs.UserError, match="best: must be one of .*val/seen/exact_match, val/seen/pass_at_4"):
-        train.setup(cfg | {"best": "val/seen/pass_at_5"}, explicit)
+    cfg, _, explicit = load_config(tmp_path, f"data.train.chats.path={two_answers}", "data.validation_split=4",
+                                   "eval_every=3", "best=val/chats/pass_at_5")
+    with pytest.raises(configs.UserError, match="best: must be one of .*val/chats/exact_match, val/chats/pass_at_4"):
+        train.setup(cfg, explicit)
 
 
 def test_evaluations_without_prompts_are_no_value_for_best(experiment, chats, tmp_path):
@@ -344,12 +361,3 @@ def test_generate_answers_samples_the_same_for_a_seed_and_prompt(chats, tmp_path
     monkeypatch.setattr(train, "PROMPTS_PER_RANK", 4)
     assert sampled == train.generate_answers(run, prompts, 1, temperature=1.0)
     assert train.generate_answers(run, prompts, 1) == train.generate_answers(run, prompts, 2)     # greedy
-
-
-def test_pass_at_k_is_the_same_on_one_rank_and_on_two(chats, tmp_path):
-    """Temperature and rounding: the same answers here, because few tokens are near a border."""
-    words = [f"data.train.chats.path={chats}", f"data.validation.seen.path={chats}", "max_steps=150", "lr=5e-3",
-             "eval_every=150", "save_every=0", "eval_prompts=5", "eval_tokens=14", "log_every=50"]
-    values = [column(start(tmp_path, "pass_at_k", ranks, *words, out=f"on{ranks}"), "val/seen/pass_at_4")
-              for ranks in (1, 2)]
-    assert values[0] == pytest.approx(values[1], abs=0.2) and len(values[0]) == 2

@@ -587,10 +587,10 @@ def dropout(x, p, seeds):
 # embeddings, one of which model.embed names: functions of (Transformer, micro-batch,
 # **model.embed_options) -> [T, C]. Add your own to EMBEDDINGS.
 #
-# An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options), called
-# with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by NewWeights;
-# the attribute init_std of the class replaces model.init_std. A pretrained model with another
-# embedding lacks them, so they are new there, too. model.family=native saves them.
+# An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options) and
+# called with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by
+# NewWeights; the attribute init_std of the class replaces model.init_std. A pretrained model with
+# another embedding lacks them, so they are new there, too. model.family=native saves them.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -1800,6 +1800,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
     and answer have model.max_len tokens. After that, its item is None. temperature 0 takes the
     most likely token.
 
+    seed        an int, or a list of one per prompt: then an answer's noise does not depend on the
+                other prompts
     keep_going  is called after each step with B bools: is answer i unfinished? Generation stops
                 when it returns False. On a sharded model, it must return the same on all ranks
     """
@@ -1814,11 +1816,14 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    generator = torch.Generator(device=device).manual_seed(seed)
+    if isinstance(seed, list):
+        generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
+    else:
+        generators = [torch.Generator(device=device).manual_seed(seed)] * len(prompts)
     logits = model.logits(batch, layout, last_tokens)                              # [B, V]
     unfinished = [True] * len(prompts)
     for n in range(max_tokens):
-        ids = sample_next(logits, temperature, top_k, top_p, generator)            # [B]
+        ids = sample_next(logits, temperature, top_k, top_p, generators)           # [B]
         tokens = ids.tolist()
         yield [token if alive else None for token, alive in zip(tokens, unfinished)]
         for i, token in enumerate(tokens):
@@ -1844,8 +1849,8 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
                                 f"; got {lengths}")
 
 
-def sample_next(logits, temperature, top_k, top_p, generator):
-    """Choose a token from logits [B, V]: ids [B].
+def sample_next(logits, temperature, top_k, top_p, generators):
+    """Choose a token from logits [B, V], with B random generators: ids [B].
 
     Candidates are the top_k most likely tokens (0: all), and of these the fewest most likely ones
     whose probabilities, which sum to 1 over the top_k, sum to at least top_p.
@@ -1858,8 +1863,9 @@ def sample_next(logits, temperature, top_k, top_p, generator):
         sorted_logits = sorted_logits[:, :top_k]
     probs = sorted_logits.softmax(-1)
     excluded = probs.cumsum(-1) - probs >= top_p         # more likely tokens reach top_p already
-    chosen = probs.masked_fill(excluded, 0).multinomial(1, generator=generator)
-    return order.gather(-1, chosen)[:, 0]
+    kept = probs.masked_fill(excluded, 0)
+    chosen = [row.multinomial(1, generator=g) for row, g in zip(kept, generators)]       # B x [1]
+    return order.gather(-1, torch.stack(chosen))[:, 0]
 
 
 def generate_all(model, prompts, max_tokens, stop, **sampling):

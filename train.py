@@ -410,6 +410,20 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
         yield micro_loss.detach(), (micro_batch["doc_ids"], stats), gradients
 
 
+def weight_documents(micro_batch, factors):
+    """A micro-batch whose loss weights are multiplied by a factor per document: {doc_id: factor}.
+
+    Factors may be negative. For losses that compare whole documents, see experiments/dpo.py.
+    """
+    lengths = micro_batch["cu_seqlens"].diff()                                     # [D]
+    of_documents = [factors[doc_id] for doc_id in micro_batch["doc_ids"].tolist()]
+    of_documents = torch.tensor(of_documents, device=lengths.device)               # [D]
+    of_tokens = of_documents.repeat_interleave(lengths)                            # [T - padding]
+    loss_weights = micro_batch["loss_weights"].clone()                             # [T]
+    loss_weights[:len(of_tokens)] *= of_tokens
+    return micro_batch | {"loss_weights": loss_weights}
+
+
 def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
     """Forward, backward, clip, update. Returns (loss, grad_norm, is_finite, document_stats).
 
@@ -502,6 +516,9 @@ def exact_match(answer, reference):
 
 # name: function (answer, reference) -> bool or number, whose mean is logged
 METRICS = {"exact_match": exact_match}
+# name: function (run, [(prompt ids, reference ids)]) -> number, which is logged. All ranks call it
+# and return the same (experiments/pass_at_k.py)
+EVALUATIONS = {}
 PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
 PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
 
@@ -540,6 +557,8 @@ def evaluate(run):
                 scores = [float(metric(answer, reference)) for _, answer, reference in answers]
                 record[f"val/{label}/{name}"] = sum(scores) / len(scores)
             run.answers[label] = answers
+            for name, evaluation in EVALUATIONS.items():
+                record[f"val/{label}/{name}"] = evaluation(run, run.prompts[label])
         if run.stop_signal:
             break
     shard.reshard(run.model)    # without a backward pass, FSDP keeps gathered weights
@@ -580,8 +599,11 @@ def validation_losses(run, dataset):
     return {name: total / total_weight for name, total in zip(sums, totals)}
 
 
-def generate_answers(run, prompts):
-    """Greedy answers to [(prompt ids, reference ids)] -> [(prompt, answer, reference)] as text.
+def generate_answers(run, prompts, seed=0, **sampling):
+    """Answers to [(prompt ids, reference ids)] -> [(prompt, answer, reference)] as text.
+
+    seed      prompt i is sampled with a seed that is hashed from (seed, i), on any rank
+    sampling  temperature, top_k, top_p of model.generate(). None: greedy answers
 
     Ranks share the prompts. All of them generate until no rank has an unfinished answer: on a
     sharded model every token is a collective. After a signal, answers are incomplete.
@@ -590,16 +612,17 @@ def generate_answers(run, prompts):
     world_size = shard.world_size()
     keep_going = functools.partial(keep_generating, run)
     decode = run.tokenizer.decode
+    seeds = [int(sampler.hash_key(seed, i)) for i in range(len(prompts))]
     answers = []
     for start in range(0, len(prompts), PROMPTS_PER_RANK * world_size):
-        chunk = prompts[start:start + PROMPTS_PER_RANK * world_size]
-        local = chunk[rank::world_size]
-        # a rank without a prompt answers the first one; zip() below drops the answer
-        prompt_ids = [prompt for prompt, _ in local] or [prompts[0][0]]
-        answer_ids = transformer.generate_all(run.model, prompt_ids, run.cfg["eval_tokens"],
-                                              run.stop_ids, keep_going=keep_going)
-        texts = [(decode(prompt), decode(answer), decode(reference))
-                 for (prompt, reference), answer in zip(local, answer_ids)]
+        chunk = range(len(prompts))[start:start + PROMPTS_PER_RANK * world_size]
+        # a rank without a prompt answers the first one; this answer is not among the results
+        local = chunk[rank::world_size] or [0]
+        answer_ids = transformer.generate_all(
+            run.model, [prompts[i][0] for i in local], run.cfg["eval_tokens"], run.stop_ids,
+            keep_going=keep_going, seed=[seeds[i] for i in local], **sampling)
+        texts = [(decode(prompts[i][0]), decode(answer), decode(prompts[i][1]))
+                 for i, answer in zip(local, answer_ids)]
         texts_by_rank = shard.all_gather_object(texts)
         # prompt i of the chunk was number i // world_size on rank i % world_size
         answers += [texts_by_rank[i % world_size][i // world_size] for i in range(len(chunk))]
@@ -700,6 +723,9 @@ class Run:
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
     answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
+    # {name: number or tensor of one element}: what an experiment adds to the record of a step
+    # (experiments/dpo.py)
+    step_metrics: dict = dataclasses.field(default_factory=dict)
 
     def seconds(self):
         """Wall-clock seconds so far, summed over the starts of the run (see TrainState)."""
@@ -805,7 +831,7 @@ def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
     for label, validation_set in validation_sets.items():
         prompts[label] = transformer.build_eval_prompts(
             validation_set, stop_ids, cfg["eval_prompts"], model_cfg["max_len"])
-        metric_names[label] = list(METRICS) if prompts[label] else []
+        metric_names[label] = [*METRICS, *EVALUATIONS] if prompts[label] else []
         if not transformer.is_plain_loss(model_cfg):
             metric_names[label].append("nll")
     log.check_best(cfg, list(validation_sets), metric_names)
@@ -899,8 +925,8 @@ def load_reference(cfg, model_cfg):
     """The frozen model whose logits a loss asks for (see LOSS_INPUTS in model.py)."""
     path = cfg["reference_model"] or model_cfg["init_from"]
     if not path:
-        raise configs.UserError(f"reference_model: the loss {model_cfg['loss']} compares with a "
-                                "reference model; reference_model=FOLDER names one")
+        raise configs.UserError("reference_model: this run compares with a reference model; "
+                                "reference_model=FOLDER names one, or model.init_from=FOLDER")
     reference_cfg = configs.load([f"model.init_from={path}"])[0]["model"]
     # A smaller vocabulary grows like that of the model (new rows are the mean of the others), so
     # that both have the same number of logits. A larger one does not fit.
@@ -913,6 +939,43 @@ def load_reference(cfg, model_cfg):
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
     without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
     return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
+
+
+@torch.no_grad()
+def document_losses(run, model):
+    """The loss of every training document: sum of loss_weight * loss over its targets, fp32 [n].
+
+    On every rank the same. model is run.model or another one, for example load_reference().
+    """
+    pad_to = shard.pad_multiple(run.device, model.dtype, run.cfg["micro_tokens"])
+    losses = np.zeros(len(run.dataset), np.float32)
+    for start in range(0, len(losses), PACK_TOGETHER):
+        indices = np.arange(start, min(start + PACK_TOGETHER, len(losses)))
+        micro_batches, _ = sampler.load_micro_batches(
+            indices, run.cfg, run.dataset, shard.world_size(), shard.rank(), pad_to)
+        document_stats = []
+        for micro_batch in micro_batches:
+            batch = to_device(pin_tensors(micro_batch, run.device), run.device)
+            _loss_sum, _weight_sum, stats = model(batch)
+            document_stats.append((batch["doc_ids"], stats))
+        doc_ids, stats = gather_document_stats(document_stats)
+        losses[doc_ids] = stats["loss"]
+    shard.reshard(model)
+    return losses
+
+
+def reference_losses(run):
+    """document_losses() of the frozen reference model, computed once and kept in data.cache_dir."""
+    inputs = (run.state.data, run.dataset.sizes, run.state.base, run.cfg["dtype"])
+    name = f"reference-{tokenize_data.fingerprint(inputs)}.npy"
+    path = Path(run.cfg["data"]["cache_dir"]) / name
+    if not shard.rank0_only(path.is_file):
+        losses = document_losses(run, load_reference(run.cfg, run.model.cfg))
+        if shard.rank() == 0:
+            building = path.with_name(f"building.{name}")
+            np.save(building, losses)
+            os.replace(building, path)
+    return shard.rank0_only(np.load, path)
 
 
 def check_micro_tokens(cfg, data):
@@ -1174,6 +1237,7 @@ def log_step(run, info, loss, lr, grad_norm):
         "compiled": shard.num_graphs(),
         "data_wait": run.data_wait / elapsed,
         "save_wait": run.save_wait / elapsed,
+        **run.step_metrics,
     })
 
 

@@ -4,6 +4,8 @@
         chats.jsonl       training chats
         chats_val.jsonl   held-out chats: no word, list of words or pair of numbers is also in
                           the training chats of the same task
+        pairs.jsonl       preference pairs: a right answer and a wrong one, on problems that are
+                          not in the held-out chats either (experiments/dpo.py)
         drills.jsonl      a sample of the drills, the start of any larger file of them
     python data/make.py drills 34 PATH      writes 34 MB of drills, to pretrain the base
 
@@ -17,7 +19,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-N_TRAIN, N_VAL = 9000, 300
+N_TRAIN, N_VAL, N_PAIRS = 9000, 300, 600
 
 ENGLISH = """
 able acorn actor after agent air alarm album alley amber anchor angle animal ankle answer apple april apron
@@ -180,20 +182,40 @@ def write_drills(path, n_bytes):
     return path
 
 
+def draw_problem(task, rng, seen):
+    """A problem that is not in seen, the problems that are used up, and now is."""
+    while True:
+        values, answer = TASKS[task](rng)
+        problem = (task, *sorted(values))  # sorted: 12 + 30 and 30 + 12 are one problem
+        if problem not in seen:
+            break
+    seen.add(problem)
+    return values, answer
+
+
 def write_chats(path, n, rng, seen):
-    """Write n chats, the tasks in turn; seen holds the problems that are used up."""
+    """Write n chats, the tasks in turn."""
     with open(path, "w", encoding="ascii", newline="\n") as f:
         for i in range(n):
             task = list(TASKS)[i % len(TASKS)]
-            while True:
-                values, answer = TASKS[task](rng)
-                problem = (task, *sorted(values))  # sorted: 12 + 30 and 30 + 12 are one problem
-                if problem not in seen:
-                    break
-            seen.add(problem)
+            values, answer = draw_problem(task, rng, seen)
             prompt = rng.choice(CHATS[task]).format(*values)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             f.write(json.dumps({"messages": messages, "task": task}) + "\n")
+    return path
+
+
+def write_pairs(path, n, rng, seen):
+    """Write n preference pairs, the tasks in turn. The rejected answer is that of another problem."""
+    with open(path, "w", encoding="ascii", newline="\n") as f:
+        for i in range(n):
+            task = list(TASKS)[i % len(TASKS)]
+            values, chosen = draw_problem(task, rng, seen)
+            rejected = chosen
+            while rejected == chosen:
+                _, rejected = TASKS[task](rng)
+            prompt = rng.choice(CHATS[task]).format(*values)
+            f.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
     return path
 
 
@@ -207,7 +229,8 @@ def main(argv):
     else:
         rng, seen = random.Random(0), set()
         made = [write_chats(HERE / "chats_val.jsonl", N_VAL, rng, seen),
-                write_chats(HERE / "chats.jsonl", N_TRAIN, rng, seen), write_drills(HERE / "drills.jsonl", 1e6)]
+                write_chats(HERE / "chats.jsonl", N_TRAIN, rng, seen),
+                write_pairs(HERE / "pairs.jsonl", N_PAIRS, rng, seen), write_drills(HERE / "drills.jsonl", 1e6)]
     for path in made:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 

@@ -3283,12 +3283,14 @@ def load_datasets(cfg, tok=None, quiet=False):
 
 
 def count_held_out(split, name, n_documents):
-    """How many documents data.validation_split, a count or a fraction, holds out of a source."""
-    held_out = split if isinstance(split, int) else round(split * n_documents)
-    if not 0 < held_out < n_documents:
-        purpose = "validate" if held_out < 1 else "train"
+    """How many documents data.validation_split, a count or a fraction, holds out of a source.
+
+    A fraction is at least one document.
+    """
+    held_out = split if isinstance(split, int) else max(1, round(split * n_documents))
+    if held_out >= n_documents:
         raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} documents "
-                        f"leaves nothing to {purpose} on")
+                        "leaves nothing to train on; less, or 0 and data.validation.NAME.path=FILE")
     return held_out
 
 

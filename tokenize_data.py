@@ -1893,8 +1893,8 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise UserError("data.tokenizer: none is given, and there is no model.init_from to take it "
-                        "from; bytes always works")
+        raise UserError("data.tokenizer: is not set, and there is no model.init_from to take it "
+                        "from; model.init_from=PATH, or data.tokenizer=bytes for a new model")
     if name == "bytes":
         tok = bytes_tokenizer()
     elif name.endswith(".tiktoken"):

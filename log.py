@@ -623,8 +623,15 @@ def format_answers(answers, n_samples):
             verdict = f"expected: {reference}"
             if answer.strip() == reference.strip():
                 verdict = "matches the reference"
-            lines += [f"{prompt}{answer}", f"    {verdict}", ""]
+            lines += [f"{prompt}{shorten_gaps(answer)}", f"    {verdict}", ""]
     return lines
+
+
+def shorten_gaps(text):
+    """Replace more than two empty lines by their number; an untrained model may write hundreds."""
+    for gap in sorted(set(re.findall(r"\n{4,}", text)), key=len, reverse=True):
+        text = text.replace(gap, f"\n[{len(gap) - 1} empty lines]\n")
+    return text
 
 
 def format_metrics(records):

@@ -519,6 +519,11 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
     assert not any(line.startswith("chat with it") for line in not_exported)
 
 
+def test_shorten_gaps_counts_empty_lines():
+    assert log.shorten_gaps("a\n\n\nb") == "a\n\n\nb"
+    assert log.shorten_gaps("a\n\n\n\nb" + "\n" * 50) == "a\n[3 empty lines]\nb\n[49 empty lines]\n"
+
+
 def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path):
     """The numbers of the earlier process are not presented as the result of this one."""
     write_run(tmp_path, 4.0, 3.0, 2.0)

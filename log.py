@@ -610,7 +610,8 @@ def final_summary(run):
             lines += ["recorded when it was trained:", *metrics]
         lines.append("out_dir=NEW starts another run; resume=never starts this one over")
     if cfg["checkpoint"]["export"]:
-        lines.append(f'chat with it: python model.py {shlex.quote(str(out_dir))} "..."')
+        what = "chat with it" if state.has_chats else "let it continue a text"
+        lines.append(f'{what}: python model.py {shlex.quote(str(out_dir))} "..."')
     return lines
 
 
@@ -622,8 +623,15 @@ def format_answers(answers, n_samples):
             verdict = f"expected: {reference}"
             if answer.strip() == reference.strip():
                 verdict = "matches the reference"
-            lines += [f"{prompt}{answer}", f"    {verdict}", ""]
+            lines += [f"{prompt}{shorten_gaps(answer)}", f"    {verdict}", ""]
     return lines
+
+
+def shorten_gaps(text):
+    """Replace more than two empty lines by their number; an untrained model may write hundreds."""
+    for gap in sorted(set(re.findall(r"\n{4,}", text)), key=len, reverse=True):
+        text = text.replace(gap, f"\n[{len(gap) - 1} empty lines]\n")
+    return text
 
 
 def format_metrics(records):
@@ -736,7 +744,9 @@ BOTTOM = 340
 def curves(runs):
     """{name: records} -> an SVG picture of the losses by step.
 
-    Training losses are thin lines, validation losses thick ones with a dot for each value.
+    Training losses are thin lines, validation losses thick ones with a dot for each value. The axis
+    of losses is logarithmic, because most of a loss is gone after the first steps; linear if a loss
+    is not above 0.
     """
     found = []                                                # (run, key, color, [(step, loss)])
     for (name, records), color in zip(runs.items(), itertools.cycle(COLORS)):
@@ -748,31 +758,38 @@ def curves(runs):
     last_step = max(steps, default=1)
     low = min(losses, default=0)
     high = max(losses, default=1)
+    is_log = low > 0
     height = BOTTOM + 40 + 16 * len(found)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{RIGHT + 20}" height="{height}" '
-             'font-family="sans-serif" font-size="12">', *svg_grid(last_step, low, high)]
+             'font-family="sans-serif" font-size="12">', *svg_grid(last_step, low, high, is_log)]
     for i, (name, key, color, points) in enumerate(found):
-        pixels = [(rescale(step, 0, last_step, LEFT, RIGHT), rescale(loss, low, high, BOTTOM, TOP))
-                  for step, loss in points]
+        xs = [rescale(step, 0, last_step, LEFT, RIGHT) for step, _ in points]
+        ys = [rescale(loss, low, high, BOTTOM, TOP, is_log) for _, loss in points]
+        pixels = list(zip(xs, ys))
         parts += svg_curve(f"{name} {key}", color, pixels, is_validation=key != "loss",
                            legend_y=BOTTOM + 40 + 16 * i)
     return "\n".join([*parts, "</svg>\n"])
 
 
-def rescale(value, low, high, start, end):
-    """Map the range from low to high linearly to the pixels from start to end."""
+def rescale(value, low, high, start, end, is_log=False):
+    """Map the range from low to high to the pixels from start to end."""
+    if is_log:
+        return rescale(math.log(value), math.log(low), math.log(high), start, end)
     share = (value - low) / ((high - low) or 1)
     return round(start + share * (end - start), 1)
 
 
-def svg_grid(last_step, low, high):
+def svg_grid(last_step, low, high, is_log):
     """Background, title, and at each quarter of the axes a horizontal line, its loss and a step."""
+    scale = "logarithmic" if is_log else "linear"
     parts = ['<rect width="100%" height="100%" fill="white"/>',
-             f'<text x="{LEFT}" y="14">loss, by step</text>']
+             f'<text x="{LEFT}" y="14">loss ({scale}), by step</text>']
     for i in range(5):
         x = rescale(i, 0, 4, LEFT, RIGHT)
         y = rescale(i, 0, 4, BOTTOM, TOP)
         loss = low + (high - low) * i / 4
+        if is_log:
+            loss = low * (high / low) ** (i / 4)
         parts += [
             f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>',
             f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{loss:.3g}</text>',

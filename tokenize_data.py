@@ -1893,8 +1893,8 @@ def load_tokenizer(cfg):
     data = cfg["data"]
     name = data["tokenizer"] or configs.resolve_pretrained(cfg["model"]["init_from"])
     if not name:
-        raise UserError("data.tokenizer: none is given, and there is no model.init_from to take it "
-                        "from; bytes always works")
+        raise UserError("data.tokenizer: is not set, and there is no model.init_from to take it "
+                        "from; model.init_from=PATH, or data.tokenizer=bytes for a new model")
     if name == "bytes":
         tok = bytes_tokenizer()
     elif name.endswith(".tiktoken"):
@@ -3283,12 +3283,14 @@ def load_datasets(cfg, tok=None, quiet=False):
 
 
 def count_held_out(split, name, n_documents):
-    """How many documents data.validation_split, a count or a fraction, holds out of a source."""
-    held_out = split if isinstance(split, int) else round(split * n_documents)
-    if not 0 < held_out < n_documents:
-        purpose = "validate" if held_out < 1 else "train"
+    """How many documents data.validation_split, a count or a fraction, holds out of a source.
+
+    A fraction is at least one document.
+    """
+    held_out = split if isinstance(split, int) else max(1, round(split * n_documents))
+    if held_out >= n_documents:
         raise UserError(f"data.validation_split: {split} of {name}'s {n_documents} documents "
-                        f"leaves nothing to {purpose} on")
+                        "leaves nothing to train on; less, or 0 and data.validation.NAME.path=FILE")
     return held_out
 
 

@@ -485,14 +485,15 @@ def test_describe_run_of_a_resumed_run(start):
     assert warning == "warning   changed since then: model.py, train.py"
 
 
-def finished_run(folder, step, total_steps, resumed_step, export=True):
+def finished_run(folder, step, total_steps, resumed_step, export=True, has_chats=True):
     """What final_summary needs of a train.Run whose folder holds records."""
     answers = {"chats": [("2 + 2 = ", "4\n", "4"), ("3 + 3 = ", "7", "6"), ("1 + 1 = ", "2", "2")],
                "other": [("a", "b", "b")]}
     return types.SimpleNamespace(
         cfg={"out_dir": str(folder), "samples": 2, "checkpoint": {"export": export}},
         answers=answers, resumed_step=resumed_step,
-        state=types.SimpleNamespace(step=step, total_steps=total_steps, seconds=83.0))
+        state=types.SimpleNamespace(step=step, total_steps=total_steps, seconds=83.0,
+                                    has_chats=has_chats))
 
 
 def test_final_summary_shows_answers_metrics_and_time(tmp_path):
@@ -512,8 +513,15 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
         "chats/loss               7.000 -> 0.500",
         f"83 steps in 1:23; results are in {folder}",
         f'chat with it: python model.py \'{folder}\' "..."']
+    of_text = log.final_summary(finished_run(folder, 83, 83, 0, has_chats=False))
+    assert of_text[-1] == f'let it continue a text: python model.py \'{folder}\' "..."'
     not_exported = log.final_summary(finished_run(folder, 83, 83, 0, export=False))
     assert not any(line.startswith("chat with it") for line in not_exported)
+
+
+def test_shorten_gaps_counts_empty_lines():
+    assert log.shorten_gaps("a\n\n\nb") == "a\n\n\nb"
+    assert log.shorten_gaps("a\n\n\n\nb" + "\n" * 50) == "a\n[3 empty lines]\nb\n[49 empty lines]\n"
 
 
 def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path):
@@ -589,6 +597,18 @@ def test_curves_draws_a_line_per_loss(tmp_path):
         for point in line.get("points").split():
             x, y = map(float, point.split(","))
             assert log.LEFT <= x <= log.RIGHT and log.TOP <= y <= log.BOTTOM
+
+
+@pytest.mark.parametrize("losses, title", [([8.0, 4.0, 2.0], "loss (logarithmic), by step"),
+                                           ([8.0, 3.0, -2.0], "loss (linear), by step")])
+def test_curves_scale_is_logarithmic_unless_a_loss_is_negative(losses, title):
+    """The curve falls by as many pixels in each of its two steps."""
+    runs = {"a": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]}
+    picture = ET.fromstring(log.curves(runs))
+    assert title in [element.text for element in picture.iter() if element.tag.endswith("text")]
+    line, = [element for element in picture.iter() if element.tag.endswith("polyline")]
+    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
+    assert heights == [log.TOP, (log.TOP + log.BOTTOM) / 2, log.BOTTOM]
 
 
 def test_curves_of_runs_without_losses_is_a_picture():

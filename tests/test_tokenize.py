@@ -530,6 +530,7 @@ def test_validation_split_1_is_not_1_0(tmp_path):
     load = lambda split: T.load_datasets(cfg_for(tmp_path, path, f"data.validation_split={split}"), quiet=True)
     sizes = lambda split: [len(part["x"]) for part in load(split).values()]
     assert sizes("1") == [9, 1] and sizes("0.3") == [7, 3]
+    assert sizes("0.01") == [9, 1]                           # a fraction is at least one document
     wrong(["validation_split", "1.0"], sizes, "1.0")
 
 

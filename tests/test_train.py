@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint, configs, launch, log, model as M, sampler, shard, tokenize_data, train
+from conftest import ROOT
 
 
 def records(cfg, *keys):
@@ -1119,6 +1120,48 @@ def test_setup_refuses_an_option_without_effect(tiny, tmp_path, monkeypatch, mor
     more = [*more, f"data.train.chats.path={texts}"] if "data.train_on=last" in more else more
     with pytest.raises(configs.UserError, match=words):
         main(tiny("max_steps=1", "eval_every=0", *more))
+
+
+# ---- configs/sft.yaml, lora.yaml and gpt2.yaml
+
+@pytest.mark.parametrize("name", ["sft", "lora"])
+def test_train_on_own_chats_needs_a_model_and_a_file_only(name, chats, tmp_path, capsys):
+    """38 chats are one step per epoch, and two are held out. The run ends with what the config announces."""
+    loaded = configs.load([str(ROOT / f"configs/{name}.yaml"), f"model.init_from={ROOT / 'data/base'}",
+                           f"data.train.mine.path={chats}", f"data.cache_dir={tmp_path / 'tokens'}",
+                           f"out_dir={tmp_path / name}", "eval_tokens=4"])
+    main(loaded)
+    out = Path(loaded[0]["out_dir"])
+    logged = log.read(out)
+    assert [r["step"] for r in logged if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in logged if "val/mine/loss" in r] == [0, 1, 2, 3]
+    assert (out / "hf" / "model.safetensors").is_file()
+    assert (out / "adapter" / "adapter_config.json").is_file() == (name == "lora")
+    printed = capsys.readouterr().out
+    assert "data      validation.mine: 2 documents" in printed
+    assert f'chat with it: python model.py {out} "..."' in printed
+
+
+def test_gpt2_config_is_gpt2_of_124_million_parameters():
+    """Embedding and head have 47 rows more than GPT-2's 50,257, to be a multiple of 64."""
+    cfg = configs.load([str(ROOT / "configs/gpt2.yaml")])[0]
+    model = M.build_on_meta(M.resolve_vocab_size(cfg["model"], 50257))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + 47 * 768
+    assert cfg["batch_size"] * cfg["data"]["seq_len"] == 491_520
+
+
+def test_train_from_scratch_with_the_gpt2_config(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    loaded = configs.load([str(ROOT / "configs/gpt2.yaml"), f"data.train.web.path={text}", "data.tokenizer=bytes",
+                           "data.seq_len=64", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.max_len=64",
+                           "batch_size=8", "micro_tokens=256", "warmup_steps=1", "max_steps=2", "log_every=1",
+                           f"data.cache_dir={tmp_path / 'tokens'}", f"out_dir={tmp_path / 'run'}"])
+    assert [step for step, loss, _ in run(loaded) if loss is not None] == [1, 2]
+    config = json.loads((tmp_path / "run/hf/config.json").read_text())
+    assert config["model_type"] == "gpt2" and config["vocab_size"] == 259 and config["activation_function"] == "gelu_new"
+    printed = capsys.readouterr().out
+    assert "step      8 documents x ~64 tokens = 51" in printed and "let it continue a text: " in printed
 
 
 # ---- on real inputs

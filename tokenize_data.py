@@ -808,8 +808,8 @@ def parse_record(record):
         if b"\0" in record:
             raise UserError(configs.ZERO_BYTE)
         if record.strip() == b"{":           # read_json() took it for a record on one line
-            raise UserError("an object over several lines is too long; jq -c . OLD > NEW.jsonl "
-                            "writes each on one line")
+            raise UserError("not valid JSON on one line; jq -c . OLD > NEW.jsonl writes each "
+                            "object on a line of its own")
         record = parse_json(record, "not valid JSON")
     elif isinstance(record, dict):
         # Arrow gives all structs of a column the same keys; those that a struct lacks are null

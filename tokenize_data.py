@@ -26,8 +26,8 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
-    prompts.bin    as tokens.bin: the ids that ask for a chat's last answer (add_generation_prompt)
-                   if the chat does not begin with them, otherwise none
+    prompts.bin    for sampling: the generation prompt of a chat's last answer as ids, if the chat's
+                   ids do not begin with it; otherwise empty. dtype as tokens.bin
     prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
@@ -75,13 +75,10 @@ import configs
 from configs import UserError, read_text
 
 FORMAT = 9                  # of the token files
-# about this many bytes, characters or token ids of a file are a Chunk, the unit of work of a
-# process: a larger one makes work uneven, a smaller one costs time to send
+# size of a Chunk, the unit of work of a process, in bytes, characters or token ids of the file:
+# larger ones make work uneven, smaller ones cost time to send
 BLOCK = 2**18
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# the start of a JSON file that is one object, with all records in a list
-WRAPPER = re.compile(r'\{[^{}[\]]*"(data|train|test|validation|rows|records|examples|instances|'
-                     r'items|samples)"\s*:\s*\[\s*\{')
 
 
 class error_context:
@@ -161,19 +158,8 @@ def find_files(cfg, name, source):
     name  "train.NAME" or "validation.NAME"
     """
     path = source["path"]
-    # configs joined the path with data_root: undo that, to see whether it is a hub id
-    hub_path = HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
-    # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
-    is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
     with error_context(f"data.{name}.path"):
-        if os.path.isdir(path):
-            files = choose_local_files(path, list_folder(path), source["split"])
-        elif os.path.isfile(path):
-            files = [path]
-        elif hub_path and not is_local and not glob.has_magic(path):
-            files = download_split(*hub_path.groups(), source["split"])
-        else:
-            files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+        files = list_files(path, cfg["data_root"], source["split"])
         files = sorted(file for file in files if not file.endswith(BESIDE_NPY))
         if not files:
             raise UserError(f"no file at {os.path.abspath(path)} (a file, a folder or a glob of "
@@ -184,15 +170,35 @@ def find_files(cfg, name, source):
             if not format_of(file):
                 hint = OTHER_FORMATS.get(Path(file).suffix, "a glob selects files: FOLDER/*.jsonl")
                 raise UserError(f"{file} must end in one of {FORMATS}; {hint}")
-    only = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
+    shapes = {"npy": ("auto", "tokens"), "txt": ("auto", "text")}
     for file in files:
-        if source["shape"] not in only.get(format_of(file), ("auto", "text", "chat")):
+        allowed = shapes.get(format_of(file), ("auto", "text", "chat"))
+        if source["shape"] not in allowed:
             raise UserError(f"data.{name}.shape: {source['shape']} does not fit {file}")
     if source["separator"] and "txt" not in map(format_of, files):
         raise UserError(f"data.{name}.separator: has no effect, because {path} has no .txt file; "
                         "remove it")
-    by_target = {os.path.realpath(file): file for file in reversed(files)}
-    return sorted(by_target.values())                    # each once, also if links name it twice
+    return files
+
+
+def list_files(path, data_root, split):
+    """Return the files that a source's path names, each once."""
+    # configs joined the path with data_root: undo that, to see whether it is a hub id
+    hub_path = HUB_PATH.fullmatch(os.path.relpath(path, data_root))
+    # if the parent folder exists, it is a local path, perhaps mistyped: don't ask the hub
+    is_local = os.path.isdir(os.path.dirname(path) or ".") or format_of(path)
+    if os.path.isdir(path):
+        files = choose_local_files(path, list_folder(path), split)
+    elif os.path.isfile(path):
+        files = [path]
+    elif hub_path and not is_local and not glob.has_magic(path):
+        # (in its cache, files of equal content are links to one file: all of them count)
+        return download_split(*hub_path.groups(), split)
+    else:
+        files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
+    # links may name a file twice: keep the name that sorts first
+    by_target = {os.path.realpath(file): file for file in sorted(files, reverse=True)}
+    return list(by_target.values())
 
 
 def format_of(file):
@@ -201,25 +207,30 @@ def format_of(file):
     return match and (match[1] or match[2])
 
 
-def list_folder(folder, above=()):
-    """The data files in a folder and its subfolders, without hidden ones. Links are followed."""
+def list_folder(folder, parents=()):
+    """Return the data files in a folder and its subfolders, without hidden ones.
+
+    parents  real paths of the folders above. Links are followed, except to one of them: that would
+             never end
+    """
     with error_context(folder, OSError, "cannot be read: "):
         names = os.listdir(folder)
     files = []
-    above = [*above, os.path.realpath(folder)]
+    parents = [*parents, os.path.realpath(folder)]
     for name in names:
         path = os.path.join(folder, name)
-        if name.startswith(".") or name in METADATA or os.path.realpath(path) in above:
+        if name.startswith(".") or name in METADATA or os.path.realpath(path) in parents:
             continue
         if os.path.isdir(path):
-            files += list_folder(path, above)
+            files += list_folder(path, parents)
         elif format_of(name) or name.endswith(tuple(OTHER_FORMATS)):
             files.append(path)
     return files
 
 
 def choose_local_files(folder, files, split):
-    """Those files of a folder that are of a split, if their names are of train and of another."""
+    """Return the files of a split: see choose_split. All files are of "train", unless their names
+    have words of "train" and of another split."""
     # .json and .jsonl count as one; files of OTHER_FORMATS are refused later
     formats = {format_of(file).removesuffix("l") for file in files if format_of(file)}
     if len(formats) > 1:
@@ -240,13 +251,15 @@ def choose_local_files(folder, files, split):
 
 def abridged(names):
     names = sorted({re.sub(r"\d{5}-of-\d{5}", "*", name) for name in names})
-    return ", ".join([*names[:8], *["..."][:len(names) - 8]])
+    shown = ", ".join(names[:8])
+    return f"{shown}, ..." if len(names) > 8 else shown
 
 
 def splits_of(names):
-    """The splits of which file names have a word: {"train", "test"} for a/train_x and test.csv.
+    """Return the splits whose words are in file names: {"train", "test"} for train_x and test.csv.
 
-    This only tells whether names are of splits at all. So train_x counts here: see choose_split.
+    This tells whether a dataset is divided into splits at all. So train_x counts as train here,
+    while choose_split(), which chooses files, takes it for a split of its own.
     """
     splits = set()
     for split, words in SPLIT_WORDS.items():
@@ -256,13 +269,13 @@ def splits_of(names):
 
 
 def choose_split(names, split, place):
-    """Return those of a dataset's file names that hold a split.
+    """Return the file names of a split.
 
-    A split is known by a word of the name: train-00000-of-00002.parquet, data/test.jsonl. If no
-    name has a word of another split, all files are the split "train".
+    A name with its word is of a split: train-00000-of-00002.parquet, data/test.jsonl. If there is
+    none, and no name has the word of another split, all files are of "train".
     """
     words = SPLIT_WORDS.get(split, re.escape(split))
-    # train_sft is no file of train, but a split of its own
+    # no letter after it, nor _ and a letter: train_sft is a split of its own
     word = re.compile(f"{NO_LETTER_BEFORE}({words})(?!_?[a-zA-Z])")
     chosen = [name for name in names if word.search(name)]
     if names and not chosen and split == "train" and splits_of(names) <= {"train"}:
@@ -305,7 +318,7 @@ def download_split(dataset, revision, folder, split):
 
 
 def cached_files(cache, dataset, revision):
-    """The names of a dataset's files that earlier downloads left in the cache, for use offline."""
+    """Return the names of a dataset's files that are in the cache, for use without network."""
     folder = cache / f"datasets--{dataset.replace('/', '--')}"
     ref = folder / "refs" / revision
     commit = ref.read_text(encoding="utf-8") if ref.is_file() else revision
@@ -317,7 +330,7 @@ def cached_files(cache, dataset, revision):
 
 
 def check_complete(names, dataset):
-    """Raise UserError if of train-00000-of-00002 and train-00001-of-00002 one is missing."""
+    """Raise UserError if a file of a split in several (train-00000-of-00002) is missing."""
     for name in names:
         number = re.search(r"\d{5}-of-(\d{5})", name)
         parts = [n for n in names if number and n.startswith(name[:number.start()])]
@@ -327,7 +340,7 @@ def check_complete(names, dataset):
 
 
 def choose_hub_files(names, dataset, folder, split):
-    """Return those of a dataset's file names that hold a split, all in one folder and format."""
+    """Return the file names of a split of a dataset, all in one folder and format."""
     names = [n for n in names if format_of(n) in HUB_FORMATS and Path(n).name not in METADATA]
     if folder:
         names = [n for n in names if n.startswith(f"{folder}/")]
@@ -348,12 +361,13 @@ def choose_hub_files(names, dataset, folder, split):
 class Chunk:
     """Some records of a file, or a part of one document that is too long for one chunk.
 
-    records  as the file has them: JSON as bytes, texts, dicts (.parquet, .csv), or for .npy
+    records  as they are in the file: JSON as bytes, texts, dicts (.parquet, .csv), or for .npy
              (ids [n], loss weights [n]). They are parsed by the process that encodes them
-    unit     what `numbers` counts from 1, for error messages: "line" or "record"
+    numbers  of the records, from 1: which line or which record of the file each is (see unit)
+    unit     "line" or "record", for error messages
     starts   False: the document started in an earlier chunk
     ends     False: the document continues in the next chunk
-    n_bytes  of the file, for the progress bar
+    n_bytes  its size in the file, for the progress bar. 0: read_chunks() measures it
     """
     file: str
     unit: str
@@ -366,7 +380,14 @@ class Chunk:
 
 @dataclasses.dataclass
 class Context:
-    """What reading and encoding a source depend on, besides its files."""
+    """What reading and encoding a source depend on, besides its files.
+
+    Derived from the fields are
+      data          the config's section data
+      now           the time of templates that read the clock
+      never_target  bool [V]: the ids that are never targets (data.ignore_token_ids, ..._range)
+      dtype         of token ids on the disk
+    """
     cfg: dict
     source: dict                 # its section of data.train or data.validation
     tok: object                  # Tokenizer or HFTokenizer
@@ -375,7 +396,7 @@ class Context:
         self.data = self.cfg["data"]
         self.now = fixed_time(self.cfg)
         ids = np.arange(self.tok.n_vocab)
-        self.never_target = np.isin(ids, self.data["ignore_token_ids"])      # bool [V]
+        self.never_target = np.isin(ids, self.data["ignore_token_ids"])
         if self.data["ignore_token_id_range"]:
             first, last = self.data["ignore_token_id_range"]
             self.never_target |= (first <= ids) & (ids <= last)
@@ -423,6 +444,11 @@ def unpack(raw, file):
 
 
 def check_format(stream, file, name):
+    """Raise UserError if the first bytes of a stream are not those of such a file.
+
+    file  for the error message
+    name  whose extension names the format: file, or file without .gz for the unpacked stream
+    """
     problem = configs.format_problem(stream.read(1000), name)
     if problem:
         raise UserError(f"{file}: {problem}")
@@ -430,23 +456,22 @@ def check_format(stream, file, name):
 
 
 def read_json(stream, file, context):
-    """.jsonl and .json: an object on each line; or a list, or objects in any lines. The items of
-    the latter two are cut apart here and parsed later."""
+    """Also .jsonl. The file's beginning shows where its records are:
+
+        {"a": 1}\\n{"a": 2}              one on each line
+        [{"a": 1}, {"a": 2}]             in a list: read_json_items()
+        {\\n"a": 1\\n}, {"a": 2}          otherwise: read_json_items(), with is_list=False
+    """
     head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
     stream.seek(0)
+    # (what begins otherwise in a .json file is refused there: a list is expected)
+    is_list = head.startswith("[") or (format_of(file) == "json" and not head.startswith("{"))
     first, end = decode_first(head)
-    wrapper = WRAPPER.match(head)
-    # a record may have a list of objects, too
-    is_record = wrapper and first and (head[end:].strip() or has_chat(first))
-    if wrapper and not is_record:
-        raise UserError(f"{file}: is one object, whose {wrapper[1]} are the records; "
-                        f"jq -c '.{wrapper[1]}[]' OLD > NEW.jsonl writes one on each line")
-    is_object = head.startswith("{") or format_of(file) == "jsonl" and not head.startswith("[")
-    # it has several lines, or a comma or another value after it on its line
-    is_no_line = "\n" in head[:end] or re.match(r"[ \t\r]*[,{]", head[end:])
-    # (one that is too long or an error is taken for a line, whose number then names it)
-    if not is_object or (first is not None and is_no_line):
-        yield from read_json_items(stream, file, is_list=not is_object)
+    has_line_break = "\n" in head[:end]
+    is_followed = re.match(r"[ \t\r]*[,{]", head[end:])       # by a comma or a value on its line
+    # a first value that is invalid or longer than BLOCK counts as a line: the error names it
+    if is_list or (first is not None and (has_line_break or is_followed)):
+        yield from read_json_items(stream, file, is_list)
         return
     n = 1
     while lines := stream.readlines(BLOCK):
@@ -456,7 +481,7 @@ def read_json(stream, file, context):
 
 
 def decode_first(text):
-    """Return (the first JSON value of a text, its end). (None, 0): too long, or an error."""
+    """Return (the first JSON value of a text, its end); (None, 0) if that is invalid or cut off."""
     try:
         return json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
@@ -464,36 +489,41 @@ def decode_first(text):
 
 
 def read_json_items(stream, file, is_list):
-    buffer = ""
+    """Yield Chunks of the items of a JSON list.
+
+    is_list  False: there is no list, and commas between the items are optional
+    """
+    # a limit, since after a missing comma or quote all of the file is one broken item
+    max_item = 256 * BLOCK
+    buffer = ""                              # text that is not cut into items yet
     n_items = 0
     for text in iter_text(stream):
         buffer += text
-        items, position, error = split_items(buffer, n_items, is_list)
+        items, position, error = split_items(buffer, is_list, at_start=n_items == 0)
         if items:
             yield Chunk(file, "record", range(n_items + 1, n_items + len(items) + 1), items)
         n_items += len(items)
-        # An item that the next block continues fails at the end of this one, or as "Unterminated
-        # string" where its last string starts. With BLOCK characters after it, it is an error that
-        # remains, however much is read. (A RecursionError has no pos, a missing comma no error.)
-        n_after_error = len(buffer) - getattr(error, "pos", position)
-        may_be_unfinished = n_after_error <= BLOCK or "Unterminated" in str(error)
-        if not may_be_unfinished and buffer[position:].strip(" \t\r\n,]"):
+        buffer = buffer[position:].lstrip()
+        if len(buffer) > max_item:
             break
-        buffer = buffer[position:]
-    end = r"\s*,?\s*"
+    end = r",?\s*"
     if is_list:
-        end = r"\s*\]\s*" if n_items else r"\s*\[\s*\]\s*"
+        end = r"\]\s*" if n_items else r"\[\s*\]\s*"
     if error or not re.fullmatch(end, buffer):
         expected = "a comma or the end is expected" if n_items else "a list is expected"
         problem = getattr(error, "msg", None) or error or expected
+        if len(buffer) > max_item:
+            problem = f"{problem} (and nothing in the next {max_item:,} characters ends it)"
         raise UserError(f"{file}, record {n_items + 1}: not valid JSON: {problem}")
 
 
-def split_items(text, n_before, is_list=True):
-    """Cut the complete items off a piece of a JSON list that has n_before items before it; or of
-    values that may have commas between them.
+def split_items(text, is_list=True, at_start=False):
+    """Cut the complete items off the start of a text.
 
         ', {"a": 1}, {"b": 2}, {"c"'  ->  [b'{"a": 1}', b'{"b": 2}'], 20, the decoder's error
+
+    is_list   items have commas between them; False: commas are optional
+    at_start  the text starts with the list's bracket
 
     Returns (items, the position after the last one, the error of the next item or None)
     """
@@ -501,27 +531,30 @@ def split_items(text, n_before, is_list=True):
     position = 0
     between = re.compile(r"\s*,\s*" if is_list else r"\s*,?\s*(?=[^\s,])")
     separator = between
-    if is_list and not n_before:
-        separator = re.compile(r"\s*\[\s*(?!\s*\])")         # the start of a list, unless empty
+    if is_list and at_start:
+        separator = re.compile(r"\s*\[\s*(?!\s*\])")         # the bracket, unless the list is empty
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
         except (ValueError, RecursionError) as error:
             return items, position, error
-        items.append(text[match.end():end].encode())         # bytes: JSON; a str would be a text
+        items.append(text[match.end():end].encode())    # parse_record() takes bytes for JSON
         position = end
         separator = between
     return items, position, None
 
 
 def iter_text(stream):
-    """Yield a file's text in blocks, with \\n for \\r\\n; the last one is empty."""
-    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig")
-    text = None
-    while text != "":
-        text = refuse_zero_bytes(text_stream.read(BLOCK))
-        yield text
-    text_stream.detach()                     # otherwise it would close the stream
+    """Yield a file's text in blocks, with \\n for \\r\\n. The last block, and only that, is ""."""
+    text_stream = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
+    is_end = False
+    while not is_end:
+        text = text_stream.read(BLOCK)
+        is_end = not text
+        while text.endswith("\r") and (following := text_stream.read(1)):     # perhaps \n
+            text += following
+        yield refuse_zero_bytes(text.replace("\r\n", "\n"))
+    text_stream.detach()                     # otherwise it closes the stream: read_chunks needs it
 
 
 def refuse_zero_bytes(text):
@@ -586,14 +619,19 @@ def read_csv(stream, file, context):
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if format_of(file) == "tsv" else ","
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(map(refuse_zero_bytes, lines), delimiter=delimiter, strict=True)
+    rows = csv.reader(map(refuse_zero_bytes, lines), delimiter=delimiter, strict=True)
+    columns = []
     numbers = []
     records = []
-    line = 2
+    line = 1                                 # where the next row starts; it may have several lines
     try:
-        for record in rows:
-            numbers.append(line)
-            records.append(record)
+        for fields in rows:
+            if not columns:
+                columns = fields
+            elif fields:                     # otherwise the line is empty
+                numbers.append(line)
+                # a missing field is None, and so is the column of one too many
+                records.append(dict(itertools.zip_longest(columns, fields)))
             line = rows.line_num + 1
             if len(records) == 512:
                 yield Chunk(file, "line", numbers, records)
@@ -624,15 +662,17 @@ def read_parquet(stream, file, context):
 def read_npy(stream, file, context):
     """The token ids of one document. Beside FILE.npy there may be
 
-        FILE_labels.npy     int [n]: the id of each token, or data.ignore_index: not a target
+        FILE_labels.npy     int [n]: the ids again, or data.ignore_index for tokens that are no
+                            targets, as in Hugging Face
         FILE_weights.npy    float [n]: the loss weight of each token
 
-    With data.shift_labels=false both are about the token after: labels[i] is the target of input
-    ids[i]. Then the document is the ids and the last label, unless that is ignored.
+    data.shift_labels=false: labels[i] and weights[i] belong to token i + 1. The last label is then
+    appended to the ids, unless it is data.ignore_index.
     """
+    labels_file = f"{file[:-4]}_labels.npy"
     ids = load_array(file, "iu")
-    labels = load_array(f"{file[:-4]}_labels.npy", "iu", len(ids))
-    weights = load_array(f"{file[:-4]}_weights.npy", "fiu", len(ids))
+    labels = load_array(labels_file, "iu", len(ids))
+    weights = load_array(f"{file[:-4]}_weights.npy", "iuf", len(ids))
     ignore_index = context.data["ignore_index"]
     offset = 0 if context.data["shift_labels"] else 1        # labels[i] is of token i + offset
     n = len(ids)
@@ -646,34 +686,34 @@ def read_npy(stream, file, context):
         wrong = np.flatnonzero((block < 0) | (block >= context.tok.n_vocab))
         if len(wrong):
             i = start + wrong[0]
-            place = f"{file}: index {i}"
-            if i == len(ids):                            # the last label
-                place = f"{file[:-4]}_labels.npy: index {i - 1}"
+            place = f"{file}: index {i}" if i < len(ids) else f"{labels_file}: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        # Labels and weights of this block. With the offset 1, the first block is ids[0:end], and
-        # labels[0:end - 1] are of block[1:]: token 0 has no label, and the weight 0
+        # Of tokens first ... end - 1. With the offset 1, token 0 has no label, and the weight 0
         first = max(start, offset)
-        in_block = slice(first - start, None)
-        in_arrays = slice(first - offset, end - offset)
+        in_arrays = slice(first - offset, end - offset)      # of labels and weights
         block_weights = np.zeros(len(block), np.float32)
-        with np.errstate(over="ignore"):                 # compact_weights refuses inf
-            block_weights[in_block] = 1 if weights is None else weights[in_arrays]
+        labeled_weights = block_weights[first - start:]      # a view
+        with np.errstate(over="ignore"):                     # compact_weights refuses inf
+            labeled_weights[:] = 1 if weights is None else weights[in_arrays]
         if labels is not None:
-            block_labels = labels[in_arrays]
-            is_target = block_labels != ignore_index
-            wrong = np.flatnonzero(is_target & (block_labels != block[in_block]))
+            is_target = labels[in_arrays] != ignore_index
+            wrong = np.flatnonzero(is_target & (labels[in_arrays] != block[first - start:]))
             if len(wrong):
                 raise UserError(
-                    f"{file[:-4]}_labels.npy: index {in_arrays.start + wrong[0]}: the label must "
-                    "be data.ignore_index or the id there (the next id: data.shift_labels=false)")
-            block_weights[in_block][~is_target] = 0
+                    f"{labels_file}: index {in_arrays.start + wrong[0]}: the label must be "
+                    "data.ignore_index or the id there (the next id: data.shift_labels=false)")
+            labeled_weights[~is_target] = 0
         yield Chunk(file, "record", [1], [(block, block_weights)], starts=start == 0,
                     ends=end == n, n_bytes=len(block) * ids.itemsize)
 
 
 def load_array(path, kinds, n_tokens=None):
-    """Map a .npy file into memory: [n]. None if it is optional (n_tokens given) and missing."""
+    """Map a .npy file into memory: [n].
+
+    kinds     letters of the allowed dtypes: i, u ints, f floats (numpy's dtype.kind)
+    n_tokens  of a file beside the ids: its length must be this. None is returned if it is missing
+    """
     if n_tokens is not None and not os.path.isfile(path):
         return None
     # (numpy's parser of the header lets tokenize's errors through)
@@ -705,6 +745,8 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
          "chatgpt": "assistant", "function_call": "assistant", "tool_call": "assistant",
          "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
          "tool_response": "tool", "ipython": "tool"}
+# of outputs of tools in ShareGPT's files, which have no ids
+OUTPUT_ROLES = {role for role in ROLES if ROLES[role] == "tool"} - {"tool"}
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
 RECORD_WEIGHT_KEYS = ("weight", "loss_weight")
@@ -723,7 +765,7 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 SHAPE_COLUMNS = {*MESSAGE_KEYS, *sum(PROMPT_RESPONSE_KEYS, ()), *RECORD_WEIGHT_KEYS, *MEDIA_KEYS,
                  "text", "input", "context", "history", "system", "system_prompt", "tools",
                  "documents", "chat_template_kwargs"}
-# warnings: what a record holds and what is trained on does not contain
+# warnings about parts of a record that are not trained on
 TEXT_BESIDE_CHAT = ("a record has a text beside a chat, and the chat is trained on; shape=text of "
                     "the source trains on the text, shape=chat says that this is right")
 MEDIA_BESIDE_CHAT = "a record has pictures, video or sound, of which nothing is trained on"
@@ -736,12 +778,12 @@ REJECTED_ANSWER = ("a record's answer is marked as a bad one (label or kto_tag i
 def normalize_record(record, place, shape="auto"):
     """Return {"text": str}, or {"messages": [{"role", "content", "weight", ...}], ...}.
 
-    The latter may have "tools", "documents", "chat_template_kwargs", "columns" and "warnings", and
-    both "weight", a factor of all loss weights. The result holds the keyword arguments of
-    encode_text() or encode_chat().
+    A chat may also have "tools", "documents", "chat_template_kwargs", "columns" (other variables of
+    the template) and "warnings"; both may have "weight", a factor of all loss weights. These are
+    the keyword arguments of encode_text() or encode_chat().
 
-    record  JSON as bytes, or what a reader made of it
-    place   begins the error message of a bad record
+    record  as in Chunk.records
+    place   of the record, for error messages
     """
     with error_context(place):
         record = parse_record(record)
@@ -765,6 +807,9 @@ def parse_record(record):
     if isinstance(record, bytes):
         if b"\0" in record:
             raise UserError(configs.ZERO_BYTE)
+        if record.strip() == b"{":           # read_json() took it for a record on one line
+            raise UserError("not valid JSON on one line; jq -c . OLD > NEW.jsonl writes each "
+                            "object on a line of its own")
         record = parse_json(record, "not valid JSON")
     elif isinstance(record, dict):
         # Arrow gives all structs of a column the same keys; those that a struct lacks are null
@@ -772,7 +817,7 @@ def parse_record(record):
     if isinstance(record, str):
         record = {"text": record}
     check_type(record, dict, f"expected an object ({KNOWN_SHAPES}) or a string")
-    if None in record:                                   # csv.DictReader's mark of a long line
+    if None in record:                                   # see read_csv
         raise UserError("has more fields than the first line has columns")
     return record
 
@@ -796,10 +841,10 @@ def parse_json(value, problem):
 
 
 def parse_column(record, key, expected, description):
-    """A list or dict, perhaps as JSON text. An empty one if it is missing or null."""
+    """A list or dict, perhaps as JSON text. An empty one if it is missing, null or ""."""
     value = record.get(key)
     if isinstance(value, str):
-        value = parse_json(value.strip() or "null", f"{key} is no JSON")
+        value = parse_json(value.strip() or "null", f"{key} is no JSON of {description}")
     if value is None:
         return expected()
     check_type(value, expected, f"{key}: expected {description}")
@@ -827,23 +872,23 @@ def is_filled(record, pair):
 
 
 def normalize_chat(record):
-    """{"messages": [...]}, and with what else of a record the chat template may use."""
+    """Return {"messages": [...]}, and, if the record has them, "tools", "documents",
+    "chat_template_kwargs", "columns" and "warnings": see normalize_record."""
     messages = []
     for n, turn in enumerate(find_messages(record), 1):
         with error_context(f"message {n}"):
             messages.append(normalize_message(turn, n))
-    if record.get("system"):
-        check_type(record["system"], str, "system: expected text")
-        if not (messages and messages[0]["role"] == "system"):
-            messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
     if not messages:
         raise UserError("a chat without messages")
+    if record.get("system"):
+        check_type(record["system"], str, "system: expected text")
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
     tools = []
     is_older = not record.get("tools") and isinstance(record.get("functions"), list)
     key = "functions" if is_older else "tools"           # OpenAI's older form
     for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
-    drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
     documents = record.get("documents") if isinstance(record.get("documents"), list) else []
@@ -861,22 +906,24 @@ def normalize_chat(record):
 
 
 def find_messages(record):
-    """The messages of a record, as it has them."""
+    """Return the messages of a record, as they are in it."""
     for key in MESSAGE_KEYS:
-        if record.get(key, "") == "":                    # also an empty field of a .csv file
-            continue
-        turns = parse_json(record[key], f"{key} must be a list, or one as JSON text")
-        if isinstance(turns, list):
-            return turns
-        if turns is not None:
-            check_type(turns, list, f"{key}: expected a list of messages")
+        messages = parse_column(record, key, list, "a list of messages")
+        if messages:
+            return messages
     pair = find_pair(record)
     if pair:
         return prompt_and_response(record, *pair)
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
-    raise UserError(f"keys {', '.join(record) or 'none'} are of no known shape; known are "
-                    f"{KNOWN_SHAPES}")
+    if any(key in record for key in MESSAGE_KEYS):
+        return []
+    problem = f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN_SHAPES}"
+    for key, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            problem += (f". If {key} holds the records: jq -c '.{key}[]' OLD > NEW.jsonl writes "
+                        "one on each line")
+    raise UserError(problem)
 
 
 def prompt_and_response(record, prompt_key, response_key):
@@ -914,7 +961,8 @@ def parse_turns(value, key):
     """A text, or a list of messages, perhaps as JSON text."""
     turns = value
     if isinstance(value, str) and value.lstrip().startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):    # else it is a text, as "[]" is
+        # not JSON, or an empty list: a text that begins with "["
+        with contextlib.suppress(ValueError, RecursionError):
             turns = json.loads(value) or value
     if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
         return turns
@@ -923,10 +971,10 @@ def parse_turns(value, key):
 
 
 def normalize_tool(tool):
-    """A tool as servers give it to templates: {"type": "function", "function": {...}}."""
+    """Return a tool as servers give it to templates: {"type": "function", "function": {...}}."""
     # Null fields are of other tools: a dataset that was stored with Arrow gives the same keys to
-    # all objects of a column. (In a JSON schema only a default can be null.)
-    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default",))
+    # all objects of a column. In a JSON schema, only these two can be null.
+    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default", "const"))
     check_type(tool, dict, "tools: expected objects")
     if "function" not in tool:
         tool = {"function": {key: value for key, value in tool.items()
@@ -937,22 +985,6 @@ def normalize_tool(tool):
     if parameters is not None:
         tool["function"]["parameters"] = parameters
     return {"type": "function"} | tool
-
-
-def drop_null_arguments(messages, tools):
-    """Drop null arguments that the tool of a call does not have: see normalize_tool."""
-    properties = {}
-    for tool in tools:
-        parameters = tool["function"].get("parameters")
-        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
-            properties[tool["function"].get("name")] = parameters["properties"]
-    for message in messages:
-        for call in message.get("tool_calls") or []:
-            function = call["function"]
-            if isinstance(function["arguments"], dict):
-                known = properties.get(function.get("name"), {})
-                function["arguments"] = {key: value for key, value in function["arguments"].items()
-                                         if value is not None or key in known}
 
 
 def normalize_message(turn, n):
@@ -966,41 +998,52 @@ def normalize_message(turn, n):
     for key, value in turn.items():
         if key not in REPLACED_KEYS and value is not None:
             message[key] = value
-    thoughts = []
-    for key in REASONING_KEYS:
-        if turn.get(key):
-            check_type(turn[key], str, f"{key}: expected text")
-            thoughts.append(turn[key])
-    if role in CALL_ROLES:
-        if isinstance(content, str):                     # a thought may precede the call
-            thought, _, content = content.rpartition(THOUGHTS_END)
-            thought = thought.strip().removeprefix("<think>").strip()
-            thoughts += [thought] if thought else []
-        calls = parse_function_calls(content, n)
-        content = None
-    elif turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
-        calls = parse_function_calls(turn["function_call"], n)
-    else:
-        calls = parse_column(turn, "tool_calls", list, "a list of objects")
+    # the first of three places counts: a key, text before a call, parts of the content
+    reasoning = find_reasoning(turn)
+    if role in CALL_ROLES and isinstance(content, str):
+        before, _, content = content.rpartition(THOUGHTS_END)
+        reasoning = reasoning or before.strip().removeprefix("<think>").strip()
+    calls = parse_calls(turn, role, content, n)
     if calls:
         message["tool_calls"] = [normalize_call(call) for call in calls]
-    if ROLES[role] == "tool" and role != "tool":
-        # ShareGPT's files have no ids. Outputs follow their calls in the same order: message n + 1
-        # is the output of the first call of message n, n + 2 that of the second
+    if role in CALL_ROLES:
+        content = None
+    if role in OUTPUT_ROLES:
+        # ShareGPT has no ids. Outputs follow their calls in the same order: message m + 1 is the
+        # output of the first call of message m, m + 2 that of the second
         message.setdefault("tool_call_id", tool_call_id(n - 1))
     if isinstance(content, list):
-        content, thoughts_in_parts = split_parts(content)
-        thoughts += thoughts_in_parts
+        content, thoughts = split_parts(content)
+        reasoning = reasoning or thoughts
         if len(content) < 2:
             content = "".join(part["text"] for part in content)
-    if thoughts:
-        message["reasoning_content"] = thoughts[0]
-    if not (content is None and has_generated_fields(message)):
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if content is not None or not has_generated_fields(message):     # calls or reasoning
         check_type(content, (str, list), "content: expected text")
     message["content"] = content
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
     return message
+
+
+def find_reasoning(turn):
+    """An answer's thoughts, under the first of REASONING_KEYS that has some; or ""."""
+    reasoning = ""
+    for key in REASONING_KEYS:
+        if turn.get(key):
+            check_type(turn[key], str, f"{key}: expected text")
+            reasoning = reasoning or turn[key]
+    return reasoning
+
+
+def parse_calls(turn, role, content, n):
+    """The tool calls of message n as they are in it: a list."""
+    if role in CALL_ROLES:
+        return parse_function_calls(content, n)
+    if turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
+        return parse_function_calls(turn["function_call"], n)
+    return parse_column(turn, "tool_calls", list, "a list of objects")
 
 
 def parse_function_calls(content, n):
@@ -1020,7 +1063,7 @@ def tool_call_id(n):
 
 
 def normalize_call(call):
-    """A tool call as servers give it to templates, without null fields:
+    """Return a tool call as servers give it to templates, without null fields:
 
         {"type": "function", "id": ..., "function": {"name": ..., "arguments": ...}}
     """
@@ -1036,17 +1079,17 @@ def normalize_call(call):
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
     function["arguments"] = values[0] if values and values[0] else {}
-    return {"type": "function"} | call | {"function": function}
+    return {"type": "function"} | call | {"type": "function", "function": function}
 
 
 def split_parts(parts):
-    """A content's parts -> its text parts, and the texts of its thoughts. UserError for images.
+    """A content's parts -> its text parts, and the text of its thoughts. UserError for images.
 
         [{"type": "thinking", "thinking": "a"}, {"value": "b"}, "c"]
-            -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], ["a"]
+            -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], "a"
     """
     texts = []
-    thoughts = []
+    thoughts = ""
     for part in parts:
         if isinstance(part, str):
             part = {"text": part}
@@ -1059,10 +1102,10 @@ def split_parts(parts):
             raise UserError(f"content: a part of type {kind} cannot be trained on, only text")
         check_type(text, str, f"content: expected text in a part of type {kind}")
         if kind in REASONING_KEYS:
-            thoughts.append(text)
+            thoughts += text
         else:
             texts.append({"type": "text", "text": text})
-    return texts, ["".join(thoughts)] if thoughts else []
+    return texts, thoughts
 
 
 def parse_weight(d, keys):
@@ -1095,15 +1138,9 @@ PLAIN = ("{% for message in messages %}"
          "{{ message.role }}:\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
          "{% if add_generation_prompt %}assistant:\n{% endif %}")
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")    # in a model's folder
-# what an export takes from there
-TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
-                   "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
-# transformers 5 builds these anew, to split text as GPT-2 does, whatever tokenizer.json says
-REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
-                   for suffix in ("", "Fast")]
-# Marks that are put into renderings, and taken out again by the same process. They are random, so
-# that no message contains them. tojson(ensure_ascii=true) would change them; so Marker, which marks
-# tools and arguments, too, has others.
+# Marks that are put into templates or messages, and found in the rendering: around {% generation %}
+# blocks, around the index of a message instead of its content, inside of spelled special tokens.
+# They are random, so that no message contains them
 GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1" for _ in range(3))
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
@@ -1112,16 +1149,9 @@ GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
-# Warnings: what a record holds and its rendered text does not
-WHAT_VANISHES = {"tools": "the tools", "documents": "the documents", "call": "a tool call",
-                 "reasoning": "the reasoning", "system": "a system message",
-                 "user": "a user's message", "assistant": "an assistant's message",
-                 "tool": "the output of a tool"}
-VANISHED = {key: f"the chat template does not write {what} of a record; another data.chat_template "
-                 "may" for key, what in WHAT_VANISHES.items()}
-THOUGHT_KEY = re.compile("reason|think|thought|rationale|^cot|_cot$|refusal", re.IGNORECASE)
-UNREAD_FIELD = ("the chat template does not write a field of a message; reasoning_content is the "
-                "name of an answer's reasoning")
+# warnings about parts of a record that the chat template does not write
+UNWRITTEN = "the chat template does not write {} of a record; another data.chat_template may"
+THOUGHT_KEY = re.compile("reason|think|thought|rationale|^cot|_cot$", re.IGNORECASE)
 UNUSED = "chat_template_kwargs has a variable that the chat template does not use"
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
@@ -1152,15 +1182,18 @@ def template_text(tok, cfg):
     return PLAIN
 
 
-def template_texts(tok, cfg):
-    """[template_text(), and that of chats with tools if the model has another one]; [] if none."""
+def template_texts(tok, cfg, required=False):
+    """[template_text(), and that of chats with tools if the model has another one].
+
+    required  False: [] if there is none and the config names none, because texts need none
+    """
     name = cfg["data"]["chat_template"]
     try:
         texts = [template_text(tok, cfg)]
     except UserError:
-        if name:
+        if name or required:
             raise
-        return []                            # texts need none
+        return []
     if "tool_use" in tok.templates and not name:
         texts.append(tok.templates["tool_use"])
     return texts
@@ -1171,8 +1204,7 @@ def load_template(tok, cfg, now=None):
 
     now  see compile_template
     """
-    # if there is none, template_text() raises the reason
-    texts = template_texts(tok, cfg) or [template_text(tok, cfg)]
+    texts = template_texts(tok, cfg, required=True)
     place = cfg["data"]["chat_template"] or "built-in template"
     if tok.folder and not cfg["data"]["chat_template"]:
         files = [tok.folder / name for name in TEMPLATE_FILES]
@@ -1185,6 +1217,7 @@ def load_template(tok, cfg, now=None):
 
 
 def reads_clock(tok, cfg):
+    """Do the templates write the date?"""
     return any("strftime_now" in text for text in template_texts(tok, cfg))
 
 
@@ -1192,8 +1225,8 @@ def fixed_time(cfg):
     """The time of templates that read the clock: data.date, or today's midnight."""
     date = cfg["data"]["date"]
     with error_context("data.date", ValueError, "must be a date like 2026-01-31: "):
-        time = datetime.fromisoformat(date) if date else datetime.now()
-    return time.replace(hour=0, minute=0, second=0, microsecond=0)
+        day = datetime.fromisoformat(date) if date else datetime.now()
+    return day.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -1203,19 +1236,23 @@ class ChatTemplate:
     text: str                    # as jinja2 compiles it
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-    vanished: dict = dataclasses.field(default_factory=dict)     # see find_vanished()
     openings: dict = dataclasses.field(default_factory=dict)     # see Rendering.openings
 
     @functools.cached_property
     def takes_text(self):
-        """False if it writes contents only if they are lists of parts, as vision models' do."""
+        """Does it write contents that are text? Those of vision models may need a list of parts.
+
+        True if it writes neither.
+        """
         parts = [{"type": "text", "text": "first"}]
-        return "first" in self.try_content("first") or "first" not in self.try_content(parts)
+        writes_parts = "first" in self.try_content(parts)
+        return "first" in self.try_content("first") or not writes_parts
 
     @functools.cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
-        texts = ("first\t", "\tsecond")                  # are the tabs still there?
+        # the tabs are in the rendering if it does not strip
+        texts = ("first\t", "\tsecond")
         text = self.try_content([{"type": "text", "text": text} for text in texts])
         between = re.search("first(.*)second", text, re.DOTALL)
         # a template that dumps the list, as Python or JSON, has no separator
@@ -1235,15 +1272,22 @@ class ChatTemplate:
         return {"reasoning_content", "thinking", *others}
 
     def writes_call(self, content, is_json):
-        """Does it write a call beside {"content": ...}, with its arguments as they should be?"""
+        """Does it write a call of a message with {"content": ...}, and the arguments as JSON?
+
+        False if it shows Python's None or {'first': ...} instead.
+        is_json  the arguments are given as JSON text
+        """
         arguments = {"first": "second"}
         text = to_json(arguments)
         function = {"name": "example", "arguments": text if is_json else arguments}
         call = {"type": "function", "id": "call00001", "function": function}
+        user = {"role": "user", "content": "a"}
         answer = {"role": "assistant", "tool_calls": [call]} | content
-        written = self.try_render([{"role": "user", "content": "a"}, answer])
-        if "None" in written or "'first'" in written:    # Python's spelling of null and objects
-            return False
+        written = self.try_render([user, answer])
+        without_call = self.try_render([user, {"role": "assistant", "content": "b"}])
+        for word in ("None", "'first'"):
+            if written.count(word) > without_call.count(word):
+                return False
         return (text if is_json else "first") in written
 
     def try_content(self, content):
@@ -1286,6 +1330,7 @@ def compile_template(text, now=None):
     environment = ChatEnvironment(now or datetime.now())
     text = GENERATION_TAG.sub(filter_tag, text)
     try:
+        # first, because it leaves out what is in environment.globals, where tools come next
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
         # templates test `tools is none`, which is false if it is undefined
         environment.globals.update(tools=None, documents=None)
@@ -1320,10 +1365,10 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-
 def render(template, tok, messages, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
-    variables = tok.names | {"bos_token": tok.bos or "", "eos_token": tok.eos or ""} | variables
+    special = {"bos_token": tok.bos or "", "eos_token": tok.eos or ""}
+    variables = tok.token_variables | special | variables
     messages = [template_message(template, message) for message in messages]
     # a template may raise any of Python's exceptions
     with error_context("the chat template refuses these messages", Exception):
@@ -1346,57 +1391,51 @@ def template_message(template, message):
     return message
 
 
-def limit_cache(cache, maxsize=1000):
-    """Empty a dict that is full: each chat may have a key of its own."""
-    if len(cache) >= maxsize:
-        cache.clear()
-
-
 @dataclasses.dataclass
 class Rendering:
+    """A chat's text, and what find_spans() and encode_spans() need to know about it."""
     template: ChatTemplate
     tok: object
     messages: list               # as rendered: see prepare_messages
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
-    # [(start, end)] of the first character of each special token that is only spelled; overlaps()
-    # finds the token by it
+    # [(i, i + 1)]: a message spells a special token at text[i:], which stays text. Its first
+    # character is enough for overlaps() to find it
     literals: list = ()
-    prompts: dict = dataclasses.field(default_factory=dict)      # see prompt()
+    prompts: dict = dataclasses.field(default_factory=dict)      # {i: prompt(i)}
     # indexes of answers whose prompt() is not the beginning of the text
     unprompted_answers: list = dataclasses.field(default_factory=list)
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
 
     @functools.cached_property
-    def options(self):
-        """The variables that many chats have in common."""
-        return {key: value for key, value in self.variables.items()
-                if key not in ("tools", "documents")}
-
-    @functools.cached_property
-    def options_json(self):
-        return to_json(self.options)
-
-    @functools.cached_property
     def openings(self):
-        """find_openings(), once for all chats of this kind."""
-        has_documents = bool(self.variables.get("documents"))
-        has_tools = bool(self.variables.get("tools"))
-        kind = (self.messages[0]["role"], has_tools, has_documents, self.options_json)
-        if kind not in self.template.openings:
-            limit_cache(self.template.openings)
-            self.template.openings[kind] = find_openings(self)
-        return self.template.openings[kind]
+        """find_openings(), once for all chats with the same first role and the same variables.
+
+        Of tools and documents it only counts whether there are some: few chats have the same.
+        """
+        kind = [self.messages[0]["role"]]
+        for name, value in self.variables.items():
+            kind.append((name, bool(value) if name in ("tools", "documents") else value))
+        key = to_json(kind)
+        cache = self.template.openings
+        if key not in cache:
+            if len(cache) >= 1000:           # each chat may have variables of its own
+                cache.clear()
+            cache[key] = find_openings(self)
+        return cache[key]
 
     def prompt(self, i):
-        """The text that asks for message i. None if the template refuses the messages before."""
+        """The generation prompt of answer i: the messages before it, and add_generation_prompt.
+
+        None if the template refuses them.
+        """
         if i not in self.prompts:
             self.prompts[i] = self.render_other(self.messages[:i], add_generation_prompt=True)
         return self.prompts[i]
 
     def render_other(self, messages, add_generation_prompt=False):
-        """The text of other messages. None if the template refuses them."""
+        """The text of other messages with these variables. None if the template refuses them."""
         with contextlib.suppress(UserError):
             return render(self.template, self.tok, messages, add_generation_prompt,
                           **self.variables)[0]
@@ -1417,14 +1456,15 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     variables = {key: value for key, value in variables.items() if key in template.variables}
     messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
+    # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode. It is rare, so
+    # messages are cleaned only then
     if SURROGATES.search(text):
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     rendering = Rendering(template, tok, messages, variables, text, generated)
     rendering.literals = find_literals(rendering, add_generation_prompt)
-    if not add_generation_prompt:
-        rendering.warnings += find_vanished(rendering, given)
-        rendering.warnings += find_unread_fields(rendering)
+    if not add_generation_prompt:            # a prompt is a part of a chat, which is checked
+        rendering.warnings += find_unwritten(rendering, given)
         for name in options:
             if name not in template.variables:
                 rendering.warnings.append((UNUSED, f"{name}={options[name]!r:.60}"))
@@ -1472,100 +1512,49 @@ def map_strings(function, value):
     return value
 
 
-class Marker:
-    """Ends texts with marks that can be found in a rendering, and remembers what it marked.
+def find_unwritten(rendering, given):
+    """Return warnings about texts of a record that are not in its rendering: [(warning, example)].
 
-    Marks are letters and digits, because they are in tools and arguments, too, where a filter
-    (tojson, urlencode) may escape other characters.
-    """
-    prefix = f"q{os.urandom(8).hex()}x"
-
-    def __init__(self):
-        self.parts = []          # [(key of VANISHED, index of the message or None, text)]
-
-    def mark(self, key, i, text):
-        if not text.strip():
-            return text
-        self.parts.append((key, i, text))
-        return f"{text}{self.prefix}{len(self.parts) - 1}z"
-
-    def find_missing(self, text):
-        """The indexes of the parts that a rendering does not hold."""
-        return {n for n in range(len(self.parts)) if f"{self.prefix}{n}z" not in text}
-
-    def mark_message(self, i, message):
-        marked = dict(message)
-        if message.get("content"):
-            thoughts, end, words = message["content"].rpartition(THOUGHTS_END)
-            thoughts = self.mark("reasoning", i, thoughts)
-            marked["content"] = thoughts + end + self.mark(message["role"], i, words)
-        marked |= self.mark_values("reasoning", i, message, ["reasoning_content"])
-        if message.get("tool_calls"):
-            marked["tool_calls"] = []
-            for call in message["tool_calls"]:
-                function = call["function"]
-                function = function | self.mark_values("call", i, function, function)
-                marked["tool_calls"].append(call | {"function": function})
-        return marked
-
-    def mark_values(self, key, i, value, names):
-        """{name: value[name]} with marks, for those of the names that a value has."""
-        mark = functools.partial(self.mark, key, i)
-        return {name: map_strings(mark, value[name]) for name in names if value.get(name)}
-
-
-def find_vanished(rendering, given):
-    """Return what messages, tools and documents hold and the text does not: [(warning, example)].
+    Arguments of calls and parameters of tools are not searched: templates write them in many forms.
+    A short text counts as written if it is anywhere in the rendering.
 
     given  {"tools": ..., "documents": ...}, if there are some
-
-    All are rendered once more with a mark in each text. This is done once for all chats with the
-    same parts: the same roles with and without reasoning, calls and so on.
     """
-    template = rendering.template
-    marker = Marker()
-    messages = [marker.mark_message(i, message) for i, message in enumerate(rendering.messages)]
-    tools = []
+    texts = []                               # [(what it is, where, text)]
     for tool in given.get("tools", []):
-        function = tool["function"]
-        marks = marker.mark_values("tools", None, function, ("name", "description"))
-        tools.append(tool | {"function": function | marks})
-    documents = []
+        for key in ("name", "description"):
+            texts.append(("the tools", "", tool["function"].get(key) or ""))
     for document in given.get("documents", []):
-        texts = [name for name, value in document.items() if isinstance(value, str)]
-        documents.append(document | marker.mark_values("documents", None, document, texts))
-    shape = (rendering.options_json, *[part[:2] for part in marker.parts])
-    if shape not in template.vanished:
-        limit_cache(template.vanished)
-        template.vanished[shape] = set()                 # stays empty if marks make it raise
-        with contextlib.suppress(UserError):
-            text, _ = render(template, rendering.tok, messages, tools=tools or None,
-                             documents=documents or None, **rendering.options)
-            template.vanished[shape] = marker.find_missing(text)
-    missing = template.vanished[shape]
-    if not missing:
-        return []
-    written = {key for n, (key, _, _) in enumerate(marker.parts) if n not in missing}
-    vanished = {}
-    for n in sorted(missing):
-        key, i, text = marker.parts[n]
-        # templates drop the reasoning of earlier turns on purpose
-        if key == "reasoning" and key in written:
-            continue
-        place = "" if i is None else f"message {i + 1}: "
-        vanished.setdefault(key, f"{place}{text!r:.60}")
-    return [(VANISHED[key], example) for key, example in vanished.items()]
-
-
-def find_unread_fields(rendering):
-    """Fields of answers that hold a thought under a name that we and the template don't know."""
-    unread = []
+        values = [value for value in document.values() if isinstance(value, str)]
+        texts += [("the documents", "", value) for value in values]
     for i, message in enumerate(rendering.messages):
+        place = f"message {i + 1}: "
+        thoughts, _, words = (message.get("content") or "").rpartition(THOUGHTS_END)
+        texts.append((f"the {message['role']} message", place, words))
+        texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
         for key, value in message.items():
-            is_known = key in GENERATED_FIELDS or key in rendering.template.text
-            if THOUGHT_KEY.search(key) and value and not is_known:
-                unread.append((UNREAD_FIELD, f"message {i + 1}: {key}"))
-    return unread[:1]
+            if isinstance(value, str) and THOUGHT_KEY.search(key):
+                texts.append(("the reasoning", place, value))
+        for call in message.get("tool_calls") or []:
+            texts.append(("a tool call", place, call["function"].get("name") or ""))
+    written = set()
+    examples = {}                            # {what: the first that is not written}
+    for what, place, text in texts:
+        if not is_written(text, rendering.text):
+            examples.setdefault(what, f"{place}{text!r:.60}")
+        elif text.strip():
+            written.add(what)
+    if "the reasoning" in written:           # templates drop that of earlier turns on purpose
+        examples.pop("the reasoning", None)
+    return [(UNWRITTEN.format(what), example) for what, example in examples.items()]
+
+
+def is_written(text, rendered):
+    if text.strip() in rendered:
+        return True
+    # if the template trims or escapes it, letters, digits and spaces stay
+    runs = re.findall(r"[\w ]+", text)
+    return max(runs, key=len, default="").strip() in rendered
 
 
 def prepare_messages(template, messages):
@@ -1584,6 +1573,7 @@ def prepare_messages(template, messages):
 
 
 def prepare_calls(template, message):
+    """Give a message's tool calls, and its content if that is empty, a form that is written."""
     content = message.get("content")
     calls = message["tool_calls"]
     if "tool_calls" not in template.text:
@@ -1592,9 +1582,8 @@ def prepare_calls(template, message):
             texts.append(to_json(with_arguments(call, as_json=False)["function"]))
         return message | {"content": "\n".join(texts), "tool_calls": None}
     is_json = isinstance(calls[0]["function"]["arguments"], str)
-    # only whether there is text matters: so few forms are in the cache
-    kind_of_content = content and "text"
-    form, as_json = find_call_form(template, kind_of_content, is_json)
+    # find_call_form is cached: so only whether there is text counts
+    form, as_json = find_call_form(template, content and "text", is_json)
     if not content:
         message = {key: value for key, value in message.items() if key != "content"} | form
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
@@ -1604,8 +1593,8 @@ def prepare_calls(template, message):
 def find_call_form(template, content, is_json):
     """The form in which a template writes tool calls: ({"content": ...} or {}, arguments as JSON?).
 
-    content  of the message that has them: null, empty, or another text
-    is_json  are the arguments JSON text?
+    content  of the message that has them: None, "", or "text" for any other
+    is_json  the arguments are JSON text
 
     Some templates look for null content, or need arguments as an object. The given form is returned
     if they are written in none. Null content is left out as in transformers.
@@ -1644,8 +1633,14 @@ class BaseTokenizer:
     template  jinja text of the model's chat template
     templates {name: jinja text}, if the model has several
     path      of the tokenizer.json, beside the model's other files
-    names     {"pad_token": text, ...}, which templates may use
+    token_variables  {"pad_token": text, ...}: variables of templates
     nfc       text is first brought to Unicode's composed form (Qwen)
+
+    compile_patterns() sets
+      special_and_added, special_and_added_ids    both kinds of tokens as {text: id}, and the ids
+      special_pattern, special_and_added_pattern  find them in text
+      escaped_pattern                             finds special tokens in JSON
+      end_ids                                     of tokens that can end an answer
     """
     special: dict
     added: dict = dataclasses.field(default_factory=dict)
@@ -1654,7 +1649,7 @@ class BaseTokenizer:
     template: str = None
     templates: dict = dataclasses.field(default_factory=dict)
     path: Path = None
-    names: dict = dataclasses.field(default_factory=dict)
+    token_variables: dict = dataclasses.field(default_factory=dict)
     nfc: bool = False
 
     @property
@@ -1666,7 +1661,7 @@ class BaseTokenizer:
         self.special_and_added = self.special | self.added
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
         self.special_and_added_ids = frozenset(self.special_and_added.values())
-        # those that can end an answer: some models have <|im_end|>, too, as an added token
+        # some models have <|im_end|> among the added tokens
         self.end_ids = {i for text, i in self.special_and_added.items()
                         if text in self.special or CONTROL_TOKEN.fullmatch(text)}
         # special tokens as JSON spells them
@@ -1971,7 +1966,7 @@ def huggingface_tokenizer(path):
         names = token_names(spec, config)
         files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": templates.get("default"), "path": path, "names": names}
+                 "template": templates.get("default"), "path": path, "token_variables": names}
         if len(templates) > 1 or "default" not in templates:
             files["templates"] = templates
         for key in ("bos", "eos"):
@@ -2202,6 +2197,14 @@ def recover_merges(ranks):
             if token[:i] in ranks and token[i:] in ranks:
                 merges.append((token[:i], token[i:]))
     return merges
+
+
+# files of a model's folder that save_tokenizer copies
+TOKENIZER_FILES = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "vocab.*",
+                   "added_tokens.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+# for these classes, transformers 5 ignores the pre-tokenizer in tokenizer.json and takes GPT-2's
+REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "CodeGen")
+                   for suffix in ("", "Fast")]
 
 
 def save_tokenizer(tok, folder, chat_template):
@@ -3187,7 +3190,7 @@ def fingerprint_source(cfg, source, tok, files):
 
 
 def fingerprint_tokenizer(cfg, tok):
-    template = fingerprint(template_texts(tok, cfg), tok.names)
+    template = fingerprint(template_texts(tok, cfg), tok.token_variables)
     return {"tokenizer": tok.fingerprint, "template": template}
 
 

@@ -78,7 +78,7 @@ SIGNATURES = (
 def format_problem(head, name):
     """What a file is whose first bytes do not fit its name, and what to do; or ""."""
     for pattern, ends, problem in SIGNATURES:
-        if re.match(pattern, head, re.IGNORECASE) and not name.endswith(ends):
+        if re.match(pattern, head, re.IGNORECASE) and not name.lower().endswith(ends):
             return problem
     return ""
 

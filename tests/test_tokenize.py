@@ -806,7 +806,11 @@ def test_a_hub_dataset_is_downloaded_by_split(hub, tmp_path):
     for error, words in ((got[5], ["'extra'", "data/test.jsonl"]), (got[6], ["'train'", "other/dev.jsonl.gz"]),
                          (got[7], ["data.train.x.path", "no/such", "no such dataset"])):
         assert isinstance(error, str) and "\n" not in error and all(w in error for w in words), error
-    assert hub("someone/sums", HF_HUB_OFFLINE="1") == [[7, []]]
+    cache = tmp_path / "home" / "hub" / "datasets--someone--sums"
+    first, second = sorted(cache.glob("snapshots/*/data/train-*"))
+    second.unlink()
+    second.symlink_to(os.readlink(first))                            # so the cache keeps files of equal content
+    assert hub("someone/sums", HF_HUB_OFFLINE="1") == [[6, []]]
     (tmp_path / "someone" / "sums").mkdir(parents=True)              # a path that exists wins
     write(tmp_path / "someone" / "sums", [{"text": "local"}])
     assert hub("someone/sums") == [[1, []]]
@@ -821,6 +825,14 @@ def test_a_hub_dataset_without_network_or_library_is_one_line(hub, tmp_path, mon
 
 
 # ---- what a reader found
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_writes_call_ignores_none_that_the_template_writes_itself(arguments):
+    template = ("Tools: None\n{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}<|im_end|>")
+    answer = {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    assert rendered(template, {"messages": [*chat("q"), answer]})[0] == 'Tools: None\nqb{"a": 1}<|im_end|>'
+
 
 def test_tojson_takes_the_options_of_transformers():
     template = T.compile_template("{{ messages | tojson(ensure_ascii=True, indent=1, separators=(',', '='), sort_keys=True) }}")
@@ -839,6 +851,10 @@ def test_tool_calls_without_function_and_tools_as_json_texts():
 def test_empty_and_null_columns_are_skipped():
     record = {"messages": "", "prompt": "a", "completion": "b"}
     assert [m["content"] for m in T.normalize_record(record, "x")["messages"]] == ["a", "b"]
+    for empty in ([], None, "[]"):
+        got = T.normalize_record(record | {"messages": empty, "system": "s"}, "x")["messages"]
+        assert [m["content"] for m in got] == ["s", "a", "b"]
+        wrong(["x: a chat without messages"], T.normalize_record, {"messages": empty, "system": "s"}, "x")
     turns = [{"role": None, "content": None, "from": "human", "value": "a"}]
     assert T.normalize_record({"conversations": turns}, "x")["messages"][0]["content"] == "a"
     wrong(["x: message 1: role"], T.normalize_record, {"system": "s", "messages": [{"role": "robot"}]}, "x")
@@ -847,6 +863,10 @@ def test_empty_and_null_columns_are_skipped():
 def test_csv_errors_name_the_first_line_of_a_record(tmp_path):
     (tmp_path / "a.csv").write_text('text,n\n"a\n\nb",1\n"c\nd",2,3\n')
     wrong(["a.csv, line 5: has more fields"], load_one, tmp_path, tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('\n"te\nxt",n\n"a",1\n\n\nb,2,3\n')
+    wrong(["a.csv, line 4: keys te xt, n are of no known shape"], load_one, tmp_path, tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('\ntext,n\n"a",1\n\n\nb,2,3\n')
+    wrong(["a.csv, line 6: has more fields"], load_one, tmp_path, tmp_path / "a.csv")
     (tmp_path / "a.csv").write_bytes(b"text\na\n\xff\n")
     wrong(["a.csv, line 3: not UTF-8"], load_one, tmp_path, tmp_path / "a.csv")
 
@@ -906,7 +926,7 @@ def rendered(template, record):
     report = T.Report()
     ids, _ = T.encode_chat(BYTES, template, report=report, **record)
     return BYTES.decode(ids), [(kind.split(";")[0], example) for kind, example in report.warnings
-                               if kind in (*T.VANISHED.values(), T.UNUSED)]
+                               if kind == T.UNUSED or kind.startswith(T.UNWRITTEN.partition("{")[0])]
 
 
 @pytest.mark.parametrize("record, words", [
@@ -962,7 +982,7 @@ ANSWERS_WITH_CALLS = [
     {"tool_calls": [{"name": "f", "arguments": {"a": 1}}]}, {"tool_calls": json.dumps([{"name": "f", "arguments": {"a": 1}}])},
     {"function_call": {"name": "f", "arguments": '{"a": 1}'}}, {"content": "", "function_call": {"name": "f", "arguments": {"a": 1}}},
     {"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'},
-    {"tool_calls": [{"name": "f", "arguments": {"a": 1, "of another call": None}}]}]
+    {"tool_calls": [{"type": "tool_use", "name": "f", "input": {"a": 1}}]}]
 TOOL_FORMS = [
     {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}},
     {"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "integer"}, "b": None}}, "strict": None},
@@ -982,16 +1002,18 @@ def test_normalize_tools_and_calls_in_all_forms_render_alike():
 
 
 def test_normalize_null_columns_of_arrow_are_left_out():
-    """Arrow gives all structs of a column the same keys. In JSON, null of an argument that the tool has is kept."""
-    tool = {"name": "f", "parameters": {"properties": {"a": {"type": ["null", "string"], "default": None, "enum": None}, "b": None}}}
+    """Arrow gives all structs of a column the same keys. In JSON, an argument that is null is one; null in a tool is not."""
+    b = {"type": ["null", "string"], "default": None, "const": None, "enum": None}
+    tool = {"name": "f", "parameters": {"properties": {"a": b, "b": None}}}
     call = {"name": "f", "arguments": {"a": None, "b": None}}
     record = {"messages": [*chat("q"), {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}], "tools": [tool]}
     from_arrow = T.normalize_record(record, "x")
     assert from_arrow["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
     assert "b" not in from_arrow["tools"][0]["function"]["parameters"]["properties"]
     from_json = T.normalize_record(json.dumps(record).encode(), "x")
-    assert from_json["tools"][0]["function"]["parameters"]["properties"] == {"a": {"type": ["null", "string"], "default": None}}
-    assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None}}
+    kept = {"a": {"type": ["null", "string"], "default": None, "const": None}}
+    assert from_json["tools"][0]["function"]["parameters"]["properties"] == kept
+    assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
 
 
 def test_encode_chat_null_content_keeps_tool_calls():
@@ -1016,7 +1038,7 @@ def test_encode_chat_reports_what_the_template_drops():
     does_not = "the chat template does not write"
     text, warnings = rendered(drops, record)
     assert text == "a<|im_end|>b<|im_end|>" and sorted(warnings) == sorted([
-        (f"{does_not} a system message of a record", "message 1: 'be good'"), (f"{does_not} the tools of a record", "'f'"),
+        (f"{does_not} the system message of a record", "message 1: 'be good'"), (f"{does_not} the tools of a record", "'f'"),
         (f"{does_not} the reasoning of a record", "message 3: 'hm'"), (f"{does_not} the documents of a record", "'t'"),
         ("chat_template_kwargs has a variable that the chat template does not use", "enable_thinking=False")])
     last = "{% for m in messages %}{{ m.thinking if loop.last }}{{ m.content }}<|im_end|>{% endfor %}"
@@ -1124,7 +1146,7 @@ def test_fingerprint_source_holds_the_names_of_special_tokens(tmp_path):
     tok = T.bytes_tokenizer()
     cfg = cfg_for(tmp_path, "x")
     before = T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"]
-    tok.names = {"pad_token": "<pad>"}
+    tok.token_variables = {"pad_token": "<pad>"}
     assert T.fingerprint_source(cfg, cfg["data"]["train"]["x"], tok, [])["template"] != before
 
 
@@ -1293,6 +1315,11 @@ def test_read_chunks_names_files_that_are_something_else(tmp_path, content, word
           f"data.chat_template={put(tmp_path, 't.jinja', content)}")
 
 
+def test_read_chunks_takes_extensions_in_capitals(tmp_path):
+    import gzip
+    assert texts_of(tmp_path, put(tmp_path, "a.JSONL.GZ", gzip.compress(b'{"text": "a"}'))) == ["a"]
+
+
 def test_read_chunks_names_a_parquet_file_with_another_name(tmp_path):
     wrong(["a.jsonl: ", ".parquet"], load_one, tmp_path, put(tmp_path, "a.jsonl", b"PAR1\x15\x04\x15\x20"))
 
@@ -1318,12 +1345,24 @@ def test_read_json_names_the_key_of_a_wrapped_list(tmp_path):
         for indent in (None, 2):
             put(tmp_path, "a.json", json.dumps(wrapped, indent=indent).encode())
             wrong(["a.json", f"jq -c '.{key}[]'"], load_one, tmp_path, tmp_path / "a.json")
+    long = {"data": [{"text": "a" * 300_000}]}                       # too long to be read before it is cut into lines
+    put(tmp_path, "a.json", json.dumps(long, indent=2).encode())
+    wrong(["a.json, line 1", "jq -c ."], load_one, tmp_path, tmp_path / "a.json")
+    put(tmp_path, "a.json", json.dumps(long).encode())
+    wrong(["a.json, line 1", "jq -c '.data[]'"], load_one, tmp_path, tmp_path / "a.json")
     chats = {"id": "1", "messages": chat("a", "b")}
     assert len(load_one(tmp_path, put(tmp_path, "a.json", json.dumps(chats).encode()))) == 1
 
 
-def test_read_txt_has_line_ends_like_python(tmp_path):
-    """A separator is found in files of Windows, too, and the text is that of open().read()."""
+def test_read_txt_has_line_ends_like_python(tmp_path, monkeypatch):
+    """A separator is found in files of Windows, too, and the text is that of open().read(); \\r alone is text."""
+    path = put(tmp_path, "a.txt", b"1%\r2%\r\r\n")
+    assert texts_of(tmp_path, path) == ["1%\r2%\r\n"]
+    assert texts_of(tmp_path, path, "data.train.x.separator=\r") == ["1%", "2%"]
+    for block in range(1, 9):                                        # \r\n in two blocks
+        monkeypatch.setattr(T, "BLOCK", block)
+        with open(path, "rb") as f:
+            assert "".join(T.iter_text(f)) == "1%\r2%\r\n"
     path = put(tmp_path, "a.txt", b"one\r\n\r\ntwo\r\nlines")
     assert texts_of(tmp_path, path, "data.train.x.separator=\n\n") == ["one", "two\nlines"]
     assert texts_of(tmp_path, path) == [path.read_text()]
@@ -1473,12 +1512,11 @@ def test_normalize_record_takes_functions_as_tools():
     assert T.normalize_record(record | {"tools": [{"name": "g"}]}, "x")["tools"][0]["function"]["name"] == "g"
 
 
-@pytest.mark.parametrize("key, warns", [("cot", True), ("reasoning_details", True), ("refusal", True), ("model", False)])
+@pytest.mark.parametrize("key, warns", [("cot", True), ("reasoning_text", True), ("model", False)])
 def test_encode_chat_warns_of_thoughts_under_an_unknown_name(key, warns):
-    report = T.Report()
-    messages = T.normalize_record({"messages": [chat("q")[0], chat("q", "a")[1] | {key: "hm"}]}, "x")["messages"]
-    T.encode_chat(BYTES, T.compile_template(T.CHATML), messages, report=report)
-    assert report.warnings == ([(T.UNREAD_FIELD, f"message 2: {key}")] if warns else [])
+    record = {"messages": [chat("q")[0], chat("q", "a")[1] | {key: "hmm"}]}
+    warning = ("the chat template does not write the reasoning of a record", "message 2: 'hmm'")
+    assert rendered(CHATML, record)[1] == [warning] * warns
 
 
 @pytest.mark.parametrize("text, more, want", [
@@ -1494,7 +1532,7 @@ def test_load_datasets_warns_of_control_tokens_that_are_plain_text(tmp_path, tex
 def test_load_datasets_gives_the_reason_if_nothing_is_trained(tmp_path, capsys):
     """A template that writes no answer: its warnings precede the error."""
     wrong(["holds nothing to train on"], load_with_template, tmp_path, "hello", [{"messages": chat("q", "a")}])
-    assert "does not write an assistant's message" in capsys.readouterr().err
+    assert "does not write the assistant message" in capsys.readouterr().err
 
 
 def test_find_files_refuses_a_separator_without_txt_files(tmp_path):
@@ -1669,8 +1707,10 @@ def test_normalize_several_calls_of_one_message_have_the_ids_of_their_outputs():
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_read_json_records_that_have_a_list_of_objects_are_no_wrapper(tmp_path, n):
-    record = {"id": 1, "items": [{"a": 1}], "messages": chat("q", "a")}
-    assert len(load_one(tmp_path, write(tmp_path, [record] * n))) == n
+    for more in ({"messages": chat("q", "a")}, {"text": "q"}):
+        for a in (1, "a" * 300_000):
+            record = {"id": 1, "items": [{"a": a}]} | more
+            assert len(load_one(tmp_path, write(tmp_path, [record] * n))) == n
 
 
 @pytest.mark.parametrize("end, n_warnings", [("</tool_call>", 1), ("</think>\n", 1), ("<|im_end|>\n", 0)])
@@ -1736,12 +1776,27 @@ def test_read_json_many_blank_lines_between_objects_end_nothing(tmp_path, monkey
         assert sum(len(chunk.records) for chunk in T.read_json(f, path.name, None)) == 2
 
 
-def test_find_vanished_remembers_a_limited_number_of_kinds_of_chats():
-    template = T.compile_template(T.CHATML)
+def test_find_openings_remembers_a_limited_number_of_kinds_of_chats():
+    template = T.compile_template("{{ day }}" + T.CHATML)
     for n in range(1001):
-        template.vanished[n] = set()
-    T.render_messages(template, BYTES, chat("q", "a"))
-    assert len(template.vanished) == 1
+        template.openings[n] = []
+    for n in range(2):
+        T.encode_chat(BYTES, template, chat("q", "a"), tools=[{"function": {"name": f"f{n}"}}], columns={"day": "one"})
+    assert len(template.openings) == 1
+
+
+def test_find_unwritten_finds_texts_that_the_template_trims_or_escapes():
+    """A part of a text that is lost, and names that are found only in calls, are the limits of the search."""
+    escapes = "{% for m in messages %}{{ m.content | trim | tojson }}<|im_end|>{% endfor %}"
+    assert rendered(escapes, {"messages": chat(' two\nlines "é" ', "\\ \t")})[1] == []
+    drops = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    text, warnings = rendered(drops, {"messages": chat("q", "a", system="Be a good\nassistant")})
+    assert warnings == [("the chat template does not write the system message of a record",
+                         "message 1: 'Be a good\\nassistant'")]
+    tools = [{"name": "f", "description": "adds"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    warnings = rendered(CHATML, {"messages": [*chat("q"), call], "tools": tools})[1]
+    assert warnings == [("the chat template does not write the tools of a record", "'adds'")]
 
 
 def test_save_tokenizer_of_a_file_with_another_name(tmp_path):

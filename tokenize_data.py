@@ -2305,6 +2305,150 @@ class Report:
     prompt: list = ()
 
 
+@dataclasses.dataclass
+class Span:
+    """A part of a chat's text that has a loss weight."""
+    start: int
+    end: int
+    weight: float
+    answer: int = None           # the index of the message, if all of the span is one answer
+    first_token: int = None
+    end_token: int = None
+
+
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
+                report=None, **variables):
+    """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
+
+    messages    as from normalize_record
+    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
+                token that ends it; "last": only the last of them; "everything": all text except the
+                outputs of tools. Templates with {% generation %} say themselves where turns are
+    weight      a factor of all loss weights
+    append_eos  append EOS, as a target, if the last answer ends in no token
+    warnings    of normalize_record
+    report      a Report to fill
+    variables   for the template, see render_messages: tools
+    """
+    report = report or Report()
+    rendering = render_messages(template, tok, messages, **variables)
+    spans = [span for span in find_spans(rendering, train_on)
+             if span.start < span.end and span.weight]
+    for span in spans:
+        span.weight *= weight
+        if not is_in_weight_range(span.weight):
+            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
+                            f"must be {WEIGHT_RANGE}")
+    ids, loss_weights = encode_spans(rendering, spans)
+    warn_of_plain_tokens(rendering)
+    if spans:
+        last = spans[-1]
+        report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
+        if lacks_end(rendering, last, ids, append_eos):
+            # text after the answer (a line break) is trained, too, since EOS comes after it
+            ids = np.append(ids, tok.special[tok.eos])
+            loss_weights = np.append(loss_weights, np.float32(0))
+            loss_weights[last.end_token:] = last.weight
+    report.warnings += [*warnings, *rendering.warnings]
+    return ids, loss_weights
+
+
+def encode_spans(rendering, spans):
+    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
+    borders = [border for span in spans for border in (span.start, span.end)]
+    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
+                                                                   rendering.literals, borders)
+    # a token that overlaps a span has the span's weight
+    first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
+    end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
+    loss_weights = np.zeros(len(ids), np.float32)
+    for i, span in enumerate(spans):
+        span.first_token = first_tokens[i]
+        span.end_token = end_tokens[i]
+        loss_weights[span.first_token:span.end_token] = span.weight
+    return ids.astype(np.int64), loss_weights
+
+
+def find_spans(rendering, train_on):
+    """Return the Spans of the text that are targets."""
+    messages = rendering.messages
+    weights = message_weights(messages, train_on)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    blocks = rendering.generated
+    spans = []
+    if train_on == "everything":                         # all text has the weight 1, except for:
+        wanted = [i for i, weight in enumerate(weights) if weight != 1]
+        position = 0
+        for start, end, i in find_turns(rendering, wanted):
+            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
+            position = end
+        spans.append(Span(position, len(rendering.text), 1.0))
+    elif not blocks:
+        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        for start, end, i in find_turns(rendering, wanted):
+            spans.append(Span(start, end, weights[i], i))
+    elif len(blocks) == len(answers):            # one of each answer
+        for (start, end), i in zip(blocks, answers):
+            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
+            if prompt_end < end:                 # otherwise the prompt holds all of the block
+                start = prompt_end
+            spans.append(Span(start, end, weights[i], i))
+    else:                                        # a block may be of no answer, or two of one
+        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
+        for start, end in blocks:
+            weight = 1.0
+            for turn_start, turn_end, i in others:
+                if turn_start < end and start < turn_end:
+                    weight = weights[i]
+            spans.append(Span(start, end, weight))
+    return spans
+
+
+def message_weights(messages, train_on):
+    """The loss weight of each message. Outputs of tools have none."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = []
+    for i, message in enumerate(messages):
+        is_earlier = train_on == "last" and i not in answers[-1:]
+        is_excluded = is_earlier or message["role"] == "tool"
+        weights.append(0.0 if is_excluded else message.get("weight", 1.0))
+    return weights
+
+
+def has_words(message):
+    return bool(message.get("content")) or has_generated_fields(message)
+
+
+def find_turns(rendering, wanted):
+    """find_message_spans(), where an answer's span is all that is generated, its last token too."""
+    turns = []
+    for start, end, i in find_message_spans(rendering, wanted):
+        if rendering.messages[i]["role"] == "assistant":
+            start = find_answer_start(rendering, i, start)
+            end = min(end, find_output_start(rendering, i) or end)
+            end = end_of_turn(rendering.tok, rendering.text, end)
+        turns.append((start, end, i))
+    return turns
+
+
+def find_output_start(rendering, i):
+    """Where the output of a tool that answer i calls may start; None if that is not known.
+
+    Some templates write it between the call and the token that ends the answer (Gemma 4).
+    """
+    if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
+        return None
+    before = (rendering.render_other(rendering.messages[:i + 1]) or "").rstrip()
+    return len(before) if before and rendering.text.startswith(before) else None
+
+
+def end_of_turn(tok, text, end):
+    """The end of the special token that follows, perhaps after white space; or `end`."""
+    spaces = SPACES.match(text, end)
+    token = tok.special_and_added_pattern.match(text, spaces.end())
+    return token.end() if token else end
+
+
 def find_message_spans(rendering, wanted):
     """Return where the wanted messages are in the rendered text: [(start, end, index)], ascending.
 
@@ -2532,78 +2676,6 @@ def names_in(tree):
     return [name.name for name in tree.find_all(nodes.Name)]
 
 
-@functools.lru_cache(maxsize=1000)
-def find_missing_tokens(template, tok):
-    """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
-    text = ""
-    with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, SHORT_CHAT)
-    return missing_tokens(text, tok)
-
-
-def missing_tokens(text, tok):
-    """The control tokens that a text spells and the vocabulary lacks, or ""."""
-    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
-    return " ".join(sorted(missing))
-
-
-@dataclasses.dataclass
-class Span:
-    """A part of a chat's text that has a loss weight."""
-    start: int
-    end: int
-    weight: float
-    answer: int = None           # the index of the message, if all of the span is one answer
-    first_token: int = None
-    end_token: int = None
-
-
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
-                report=None, **variables):
-    """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
-
-    messages    as from normalize_record
-    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
-                token that ends it; "last": only the last of them; "everything": all text except the
-                outputs of tools. Templates with {% generation %} say themselves where turns are
-    weight      a factor of all loss weights
-    append_eos  append EOS, as a target, if the last answer ends in no token
-    warnings    of normalize_record
-    report      a Report to fill
-    variables   for the template, see render_messages: tools
-    """
-    report = report or Report()
-    rendering = render_messages(template, tok, messages, **variables)
-    spans = [span for span in find_spans(rendering, train_on)
-             if span.start < span.end and span.weight]
-    for span in spans:
-        span.weight *= weight
-        if not is_in_weight_range(span.weight):
-            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
-                            f"must be {WEIGHT_RANGE}")
-    ids, loss_weights = encode_spans(rendering, spans)
-    warn_of_plain_tokens(rendering)
-    if spans:
-        last = spans[-1]
-        report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
-        if lacks_end(rendering, last, ids, append_eos):
-            # text after the answer (a line break) is trained, too, since EOS comes after it
-            ids = np.append(ids, tok.special[tok.eos])
-            loss_weights = np.append(loss_weights, np.float32(0))
-            loss_weights[last.end_token:] = last.weight
-    report.warnings += [*warnings, *rendering.warnings]
-    return ids, loss_weights
-
-
-def warn_of_plain_tokens(rendering):
-    """Add warnings of control tokens that are plain text."""
-    for start, _ in rendering.literals[:1]:
-        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
-    missing = find_missing_tokens(rendering.template, rendering.tok)
-    if missing:
-        rendering.warnings.append((NO_TOKENS, missing))
-
-
 def lacks_end(rendering, span, ids, append_eos):
     """Must EOS be appended, since the last span ends in no token? If it cannot, add a warning."""
     tok = rendering.tok
@@ -2616,22 +2688,6 @@ def lacks_end(rendering, span, ids, append_eos):
     end = rendering.text[span.start:span.end][-30:]
     rendering.warnings.append((NO_END, f"{end!r} before {after[:30]!r}"))
     return False
-
-
-def encode_spans(rendering, spans):
-    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
-    borders = [border for span in spans for border in (span.start, span.end)]
-    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
-                                                                   rendering.literals, borders)
-    # a token that overlaps a span has the span's weight
-    first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
-    loss_weights = np.zeros(len(ids), np.float32)
-    for i, span in enumerate(spans):
-        span.first_token = first_tokens[i]
-        span.end_token = end_tokens[i]
-        loss_weights[span.first_token:span.end_token] = span.weight
-    return ids.astype(np.int64), loss_weights
 
 
 def find_other_prompt(rendering, span, ids):
@@ -2667,84 +2723,28 @@ def encode_last_token(tok, text):
     return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
-def find_spans(rendering, train_on):
-    """Return the Spans of the text that are targets."""
-    messages = rendering.messages
-    weights = message_weights(messages, train_on)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    blocks = rendering.generated
-    spans = []
-    if train_on == "everything":                         # all text has the weight 1, except for:
-        wanted = [i for i, weight in enumerate(weights) if weight != 1]
-        position = 0
-        for start, end, i in find_turns(rendering, wanted):
-            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
-            position = end
-        spans.append(Span(position, len(rendering.text), 1.0))
-    elif not blocks:
-        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
-        for start, end, i in find_turns(rendering, wanted):
-            spans.append(Span(start, end, weights[i], i))
-    elif len(blocks) == len(answers):            # one of each answer
-        for (start, end), i in zip(blocks, answers):
-            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            if prompt_end < end:                 # otherwise the prompt holds all of the block
-                start = prompt_end
-            spans.append(Span(start, end, weights[i], i))
-    else:                                        # a block may be of no answer, or two of one
-        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
-        for start, end in blocks:
-            weight = 1.0
-            for turn_start, turn_end, i in others:
-                if turn_start < end and start < turn_end:
-                    weight = weights[i]
-            spans.append(Span(start, end, weight))
-    return spans
+def warn_of_plain_tokens(rendering):
+    """Add warnings of control tokens that are plain text."""
+    for start, _ in rendering.literals[:1]:
+        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
+    missing = find_missing_tokens(rendering.template, rendering.tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
 
 
-def has_words(message):
-    return bool(message.get("content")) or has_generated_fields(message)
+@functools.lru_cache(maxsize=1000)
+def find_missing_tokens(template, tok):
+    """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
+    text = ""
+    with contextlib.suppress(UserError):                 # the template refuses such a chat
+        text, _ = render(template, tok, SHORT_CHAT)
+    return missing_tokens(text, tok)
 
 
-def find_turns(rendering, wanted):
-    """find_message_spans(), where an answer's span is all that is generated, its last token too."""
-    turns = []
-    for start, end, i in find_message_spans(rendering, wanted):
-        if rendering.messages[i]["role"] == "assistant":
-            start = find_answer_start(rendering, i, start)
-            end = min(end, find_output_start(rendering, i) or end)
-            end = end_of_turn(rendering.tok, rendering.text, end)
-        turns.append((start, end, i))
-    return turns
-
-
-def find_output_start(rendering, i):
-    """Where the output of a tool that answer i calls may start; None if that is not known.
-
-    Some templates write it between the call and the token that ends the answer (Gemma 4).
-    """
-    if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
-        return None
-    before = (rendering.render_other(rendering.messages[:i + 1]) or "").rstrip()
-    return len(before) if before and rendering.text.startswith(before) else None
-
-
-def message_weights(messages, train_on):
-    """The loss weight of each message. Outputs of tools have none."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    weights = []
-    for i, message in enumerate(messages):
-        is_earlier = train_on == "last" and i not in answers[-1:]
-        is_excluded = is_earlier or message["role"] == "tool"
-        weights.append(0.0 if is_excluded else message.get("weight", 1.0))
-    return weights
-
-
-def end_of_turn(tok, text, end):
-    """The end of the special token that follows, perhaps after white space; or `end`."""
-    spaces = SPACES.match(text, end)
-    token = tok.special_and_added_pattern.match(text, spaces.end())
-    return token.end() if token else end
+def missing_tokens(text, tok):
+    """The control tokens that a text spells and the vocabulary lacks, or ""."""
+    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+    return " ".join(sorted(missing))
 
 
 def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):

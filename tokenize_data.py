@@ -1713,18 +1713,19 @@ class Tokenizer(BaseTokenizer):
         with error_context("tiktoken refuses its pattern", (ValueError, RecursionError)):
             self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern,
                                               special_tokens=tokens, mergeable_ranks=self.ranks)
-        self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
-        self.token_bytes[ids] = [len(token) for token in self.ranks]
-        self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
-        self.byte_ids = None                                 # [256], if there is nothing to merge
+        self.token_lengths = np.zeros(self.n_vocab, np.int64)    # [V] in bytes; 0: no such id
+        self.token_lengths[ids] = [len(token) for token in self.ranks]
+        self.token_lengths[list(tokens.values())] = [len(text.encode()) for text in tokens]
+        self.byte_ids = None                     # [256] the id of each byte, if nothing is merged
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        # Does tiktoken find special and added tokens? If one starts with another, it may take the
-        # shorter one; and byte_ids do without tiktoken
+        # tiktoken's own search for special and added tokens is exact unless one of them is a prefix
+        # of another: then it may take the shorter one. (Sorted, such a pair has neighbours like
+        # it.) byte_ids encodes without tiktoken, so the search is ours: split_special().
         in_order = sorted(tokens)
-        overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
-        self.native_special = not overlap and self.byte_ids is None
+        has_prefix = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
+        self.tiktoken_finds_special = not has_prefix and self.byte_ids is None
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1752,26 +1753,41 @@ class Tokenizer(BaseTokenizer):
             return np.array(ids, np.uint32)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """Encode a text, and return where given positions are among the tokens.
+        """Encode a text; also return where its tokens are, for comparison with given positions.
 
         literals      spans of the text where special tokens are text
-        borders       positions in the text
+        borders       positions in the text, in characters
         find_special  False: special tokens are text everywhere
 
         Returns
-          ids           uint32 [n]
-          starts, ends  int64 [n]; of each token, in a unit of this tokenizer: bytes of the text
-          borders       the given positions in the same unit
+          ids            uint32 [n]
+          starts, ends   int64 [n]: of each token, in bytes of the text (composed, if nfc)
+          moved_borders  the borders in the same unit
         """
+        ids = None
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
-        if self.native_special and is_composed and not literals:
-            with contextlib.suppress(ValueError):            # see encode_ordinary
-                names = set(self.special_and_added) if find_special else set(self.added)
-                ids = self.encoding.encode_to_numpy(text, allowed_special=names,
-                                                    disallowed_special=())
-                if not text.isascii():
-                    borders = [len(text[:border].encode()) for border in borders]
-                return self.with_offsets(ids, borders)
+        if self.tiktoken_finds_special and is_composed and not literals:
+            ids = self.encode_native(text, find_special)
+            moved_borders = borders
+            if not text.isascii():
+                moved_borders = [len(text[:border].encode()) for border in borders]
+        if ids is None:
+            ids, moved_borders = self.encode_segments(text, literals, borders, find_special)
+        lengths = self.token_lengths[ids]
+        ends = lengths.cumsum()
+        return ids, ends - lengths, ends, moved_borders
+
+    def encode_native(self, text, find_special):
+        """Encode a text in which tiktoken finds special tokens: ids [n]. None if it gives up."""
+        found = self.special_and_added if find_special else self.added
+        try:
+            return self.encoding.encode_to_numpy(text, allowed_special=set(found),
+                                                 disallowed_special=())
+        except ValueError:                                   # see encode_ordinary
+            return None
+
+    def encode_segments(self, text, literals, borders, find_special):
+        """Encode the pieces between special tokens one by one: (ids [n], moved borders)."""
         ids = []
         segment_starts = [0]                                 # in bytes; the last is the total
         segments = self.split_special(text, literals, find_special)
@@ -1783,23 +1799,18 @@ class Tokenizer(BaseTokenizer):
             else:
                 ids.append(np.array([token], np.uint32))
             segment_starts.append(segment_starts[-1] + len(piece.encode()))
-        ids = np.concatenate(ids)
         segment_ends = [end for _, end, _ in segments]
-        borders_in_bytes = []
+        moved_borders = []
         for border in borders:
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
+            # composed as its piece was, since that changes the length
             before = self.compose(text[segments[i][0]:border])
-            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
-        return self.with_offsets(ids, borders_in_bytes)
-
-    def with_offsets(self, ids, borders):
-        lengths = self.token_bytes[ids]
-        ends = lengths.cumsum()
-        return ids, ends - lengths, ends, borders
+            moved_borders.append(segment_starts[i] + len(before.encode()))
+        return np.concatenate(ids), moved_borders
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.token_bytes[i]]
+        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.token_lengths[i]]
         tokens = self.encoding.decode_tokens_bytes(known)
         return b"".join(tokens).decode("utf-8", errors="replace")
 
@@ -1808,13 +1819,14 @@ class Tokenizer(BaseTokenizer):
 class HFTokenizer(BaseTokenizer):
     """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
 
-    Some of its models (Unigram) find special tokens in plain text even with encode_special_tokens.
-    So the copy that runs has other names for them, which no text spells, and a text gets these
-    names only where a special token is meant:
+    The package finds special tokens in a text even where they are only spelled (Unigram models do
+    in spite of its option encode_special_tokens). So we load a copy of tokenizer.json in which
+    special tokens have random names (self.hidden), and before encoding, those special tokens of the
+    text that are meant as such are replaced by these names:
 
         <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
     """
-    spec: dict                   # what tokenizer.json holds
+    spec: dict                   # the content of tokenizer.json
 
     def __post_init__(self):
         import tokenizers
@@ -1834,20 +1846,20 @@ class HFTokenizer(BaseTokenizer):
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """As Tokenizer's, with ends and borders in characters of the text with hidden names."""
+        """As Tokenizer.encode_with_offsets(), but in characters of the text with hidden names."""
         borders = np.array(borders, np.int64)
-        moved = borders.copy()
+        moved_borders = borders.copy()
         pieces = []
         for start, end, token in self.split_special(text, literals, find_special):
             piece = text[start:end]
             if token is not None:
                 piece = self.hidden.get(piece, piece)
-            moved[borders >= end] += len(piece) - (end - start)
+            moved_borders[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # tokens that share a character all report its whole span: a border there counts for each
+        # (the byte tokens of one character all have this character's span)
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoded.ids, np.uint32), starts, ends, moved
+        return np.array(encoded.ids, np.uint32), starts, ends, moved_borders
 
     def decode(self, ids):
         """ids -> str"""
@@ -1882,7 +1894,9 @@ def bytes_to_unicode():
 BYTES_TO_UNICODE = bytes_to_unicode()
 UNICODE_TO_BYTES = {character: b for b, character in BYTES_TO_UNICODE.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's for texts from which digits were split off before (StarCoder)
+# GPT-2's without numbers, for tokenizers that first split digits off (StarCoder). Then a text ends
+# before each digit, so (?!\S), which is true at the end and before white space, must be true before
+# a digit, too: (?![^\s\p{N}])
 WITHOUT_DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|"
                           r"\s+(?![^\s\p{N}])|\s+")
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
@@ -1930,8 +1944,12 @@ def tiktoken_encoding(name):
     problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
-    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str,
-                     special=encoding._special_tokens, eos="<|endoftext|>")
+    special = {}
+    for text, i in encoding._special_tokens.items():
+        if i not in special.values():        # o200k_harmony has two texts of one id
+            special[text] = i
+    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, special=special,
+                     eos="<|endoftext|>")
 
 
 def tiktoken_file(path, pattern, special):
@@ -1950,7 +1968,7 @@ def tiktoken_file(path, pattern, special):
                             f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place):
-        if len(ranks) > 256:                                 # otherwise it is not used
+        if len(ranks) > 256:             # with 256 tokens, byte_ids is used instead of the pattern
             check_pattern(pattern)
         return Tokenizer(ranks, pattern, special=special)
 
@@ -1969,26 +1987,26 @@ def huggingface_tokenizer(path):
         templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
         names = token_names(spec, config)
-        files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
-                 "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": templates.get("default"), "path": path, "names": names}
+        fields = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
+                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
+                  "template": templates.get("default"), "path": path, "names": names}
         if len(templates) > 1 or "default" not in templates:
-            files["templates"] = templates
+            fields["templates"] = templates
         for key in ("bos", "eos"):
             text = names.get(f"{key}_token")
-            files[key] = text if text in files["special"] else None
+            fields[key] = text if text in fields["special"] else None
         try:
-            return byte_level_tokenizer(spec, tokens, files)
+            return byte_level_tokenizer(spec, tokens, fields)
         except UserError as error:
-            return package_tokenizer(spec, files, str(error))
+            return package_tokenizer(spec, fields, str(error))
 
 
-def package_tokenizer(spec, files, problem):
-    """Let the tokenizers package run what tiktoken cannot represent, and print why."""
-    path = files["path"]
-    install = f"{problem}; with `pip install tokenizers` it would run there"
-    with error_context(path), error_context(install, ImportError):
-        tok = HFTokenizer(spec, **files)
+def package_tokenizer(spec, fields, problem):
+    """A tokenizer.json that tiktoken cannot represent -> HFTokenizer. Prints why."""
+    path = fields["path"]
+    install = f"{path}: {problem}; pip install tokenizers makes it usable"
+    with error_context(install, ImportError), error_context(path):
+        tok = HFTokenizer(spec, **fields)
     if configs.is_local_rank0():
         note = f"{problem}; the tokenizers package runs it"
         print(f"note: {path}: {note}", file=sys.stderr, flush=True)
@@ -2017,7 +2035,7 @@ def read_templates(folder, config):
 def token_names(spec, config):
     """{"bos_token": text, ...} of tokenizer_config.json.
 
-    If that has no BOS or EOS, they are what tokenizer.json's post-processor puts around a text.
+    If it has no such key, BOS and EOS are what tokenizer.json's post-processor puts around a text.
     """
     names = {}
     processor = spec.get("post_processor") or {}
@@ -2030,14 +2048,14 @@ def token_names(spec, config):
     extra = config.get("extra_special_tokens")
     for key, token in (config | (extra if isinstance(extra, dict) else {})).items():
         text = token.get("content") if isinstance(token, dict) else token
-        if key.endswith("_token") and isinstance(text, str):
+        if key.endswith("_token") and (text is None or isinstance(text, str)):
             names[key] = text
     return {key: text for key, text in names.items() if text}
 
 
-def unsupported(part):
-    return UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
-                     "tokenizers (GPT-2, Llama 3, Qwen kinds)")
+def unsupported_error(part):
+    return UserError(f"tiktoken cannot run {part} exactly, only byte-level BPE tokenizers (GPT-2, "
+                     "Llama 3, Qwen kinds)")
 
 
 def unsupported_part(spec, tokens):
@@ -2071,7 +2089,8 @@ def unsupported_part(spec, tokens):
         # 1. The normalizer makes the token from other text, as NFC makes one "é" of "e" and its
         # accent. It makes no spaces (NeoX's tokens).
         may_change = normalizer and not content.isspace()
-        # 2. The token overlaps with one that is searched first: "bc" in "abc", if this is "ab"
+        # 2. The token overlaps with one that is searched first: of the text "abc", tokenizers takes
+        # "bc", if that is searched first, and tiktoken takes the leftmost, "ab".
         may_overlap = not set(content).isdisjoint(searched_first)
         if token["normalized"] and (may_change or may_overlap):
             return f"the normalized added token {content!r}"
@@ -2084,7 +2103,10 @@ def pre_tokenizer_steps(spec):
 
 
 def split_pattern(steps):
-    """The regular expression of ByteLevel, alone or after Split or Digits; None for others."""
+    """Return one regular expression that splits a text as these pre-tokenizer steps do.
+
+    We have one for ByteLevel, alone or after one Split or Digits. Otherwise None is returned.
+    """
     *before, last = steps
     uses_gpt2_regex = last.get("use_regex", True)
     if last.get("type") != "ByteLevel" or len(before) > 1:
@@ -2093,31 +2115,40 @@ def split_pattern(steps):
         return GPT2_PATTERN if uses_gpt2_regex else r"[\s\S]+"
     step = before[0]
     if step.get("type") == "Digits" and uses_gpt2_regex:
-        digits = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+        digits = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
         return f"{digits}|{WITHOUT_DIGITS_PATTERN}"
-    how = (step.get("behavior"), step.get("invert"))
-    if uses_gpt2_regex or how not in (("Isolated", False), ("Removed", True)):
-        return None                                          # the Split alone does not decide
+    if uses_gpt2_regex:                      # it would split the Split's words again
+        return None
+    # A Split with these options yields the matches of its pattern. (Isolated also yields the text
+    # between matches; check_pattern refuses patterns that leave some.)
+    if (step.get("behavior"), step.get("invert")) not in (("Isolated", False), ("Removed", True)):
+        return None
     return step.get("pattern", {}).get("Regex") or None
 
 
-def byte_level_tokenizer(spec, tokens, files):
-    """A byte-level BPE tokenizer.json, read -> Tokenizer. UserError if it is not exact."""
+def byte_level_tokenizer(spec, tokens, fields):
+    """A byte-level BPE tokenizer.json -> Tokenizer. Raises UserError if that is not exact.
+
+    spec    the content of tokenizer.json
+    tokens  its added tokens
+    fields  of BaseTokenizer
+    """
     problem = unsupported_part(spec, tokens)
     if problem:
-        raise unsupported(problem)
+        raise unsupported_error(problem)
     ranks = {}
     for text, i in spec["model"]["vocab"].items():
-        if text in files["special"] or text in files["added"]:
+        if text in fields["special"] or text in fields["added"]:
             continue
         try:
             ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
-            raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+            problem = f"a vocabulary with {text!r}, which does not spell bytes,"
+            raise unsupported_error(problem) from None
     check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
     check_pattern(pattern)
-    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
+    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **fields)
 
 
 TEST_STRINGS = (
@@ -2132,7 +2163,7 @@ TEST_STRINGS = (
 
 
 def check_pattern(pattern):
-    """Raise UserError unless a regular expression splits texts without leaving something out."""
+    """Raise UserError if a regular expression is wrong, or if its matches leave text out."""
     with error_context(f"its pattern {pattern!r}", regex.error):
         words = regex.compile(pattern)
     for text in TEST_STRINGS:
@@ -2143,28 +2174,29 @@ def check_pattern(pattern):
 def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
-    tokenizer.json merges the pair that comes first in its list, tiktoken any two neighbours that
-    make a token, the lowest id first. That is the same under these conditions:
+    tokenizer.json joins the pair of neighbours that comes first in its list of merges. tiktoken
+    joins any two neighbours that make a token, the lowest id first. Both give the same ids if:
 
-    1. The ids of the results ascend. If bc is first in the list and ab has the lower id, abc is
-       a + bc here and ab + c there.
-    2. Each token is what the list makes of its characters. If the list is ab, bc, a + bc, it makes
-       ab + c of abc, and tiktoken makes the token abc of these two.
-    3. A token that is found only as a whole word (ignore_merges) has all its pairs in the list:
-       otherwise tiktoken makes it inside of words, too.
+    1. The ids of the list's results ascend. Otherwise, with the list [b c, a b] and ab's id below
+       bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
+    2. The list joins the characters of each token to this token. Otherwise, with the list
+       [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
+    3. With ignore_merges, a word that is a token needs no merges, so 2 need not hold. But then all
+       pairs of tokens that make this token are in the list: tiktoken joins them inside of words.
 
-    2 and 3 are not tried for more than 20,000 merges, which takes seconds. Such lists come from
-    training or conversion, which keep to them.
+    2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such long lists
+    come from training or conversion, which comply with both.
     """
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
     vocab = model["vocab"]
     ids = [vocab[left + right] for left, right in pairs]
     if ids != sorted(ids):
-        raise unsupported("its order of merges")
+        raise unsupported_error("its order of merges")
     ignore_merges = model.get("ignore_merges")
+    # the cheap part of 2, for lists of any length: each token but the bytes has a merge
     if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
-        raise unsupported("a vocabulary with tokens that no merge makes")
+        raise unsupported_error("a vocabulary with tokens that no merge makes")
     if len(pairs) > 20_000:
         return
     indexes = {}
@@ -2176,7 +2208,7 @@ def check_merges(model, ranks):
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
         if not ignore_merges or not indexes.keys() >= splits:
-            raise unsupported(f"a vocabulary whose merges do not make {token!r}")
+            raise unsupported_error(f"a vocabulary whose merges do not make {token!r}")
 
 
 def merge_characters(text, indexes):
@@ -2184,10 +2216,10 @@ def merge_characters(text, indexes):
     parts = list(text)
     while True:
         pairs = list(zip(parts, parts[1:]))
-        known = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
-        if not known:
+        merges = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
+        if not merges:
             return parts
-        _, first = min(known)
+        _, first = min(merges)
         parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
@@ -2205,7 +2237,10 @@ def recover_merges(ranks):
 
 
 def save_tokenizer(tok, folder, chat_template):
-    """Write the files from which transformers loads the tokenizer: its own, or new ones."""
+    """Write the files from which transformers loads the tokenizer: copies of its own, or new ones.
+
+    chat_template  jinja text, or None to keep the tokenizer's
+    """
     folder = Path(folder)
     config_file = folder / "tokenizer_config.json"
     if not tok.folder:
@@ -2223,13 +2258,17 @@ def save_tokenizer(tok, folder, chat_template):
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
+    # transformers ignores tokenizer.json for these classes and splits as GPT-2
     is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
     if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if tok.bos:
-        config["bos_token"] = tok.bos
-    if tok.eos:
-        config["eos_token"] = tok.eos
+    config["bos_token"] = tok.bos
+    config["eos_token"] = tok.eos
+    map_file = folder / "special_tokens_map.json"        # of older models; it would override both
+    if map_file.is_file():
+        names = read_json_object(map_file)
+        write_json(map_file, {key: names[key] for key in names
+                              if key not in ("bos_token", "eos_token")})
     if chat_template and chat_template != tok.template:
         config["chat_template"] = chat_template
         (folder / "chat_template.jinja").unlink(missing_ok=True)     # it would come first

@@ -1744,7 +1744,7 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
     token)].
 
     The prompt is the chat up to its last answer; if the template writes that differently at
-    inference (source.prompt), it is those ids. The first `limit` chats are taken that end in a
+    inference (other_prompt), it is those ids. The first `limit` chats are taken that end in a
     complete answer and whose prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
@@ -1765,7 +1765,7 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
                 continue
             start = int(untrained[-1]) + 1               # the last run of trained tokens
             answer = ids[start:last_target + 1].tolist()
-            prompt = source.prompt(i).tolist() or ids[:start].tolist()
+            prompt = source.other_prompt(i).tolist() or ids[:start].tolist()
             stops = [n for n, token in enumerate(answer) if token in stop_ids]
             if len(prompt) < max_prompt_tokens and stops:
                 prompts.append((prompt, answer[:stops[0]]))

@@ -2962,7 +2962,7 @@ def encode_record(record, place, context, counts, warnings):
         warn_of_spelled_tokens(record["text"], context, place, warnings)
         special = context.source["special"]
         return split_windows(*encode_text(context.tok, **record, special=special), seq_len)
-    template = context.template              # (outside of error_context, which adds the record)
+    template = context.template              # (an error of the template is not the record's)
     report = Report()
     options = context.source["chat_template_kwargs"] | record.pop("chat_template_kwargs", {})
     with error_context(place):
@@ -3124,7 +3124,7 @@ def init_worker(context, is_over):
 
 
 def exit_with_parent():
-    """Wait for the end of the parent, which a process of the pool does not notice by itself."""
+    """Exit if the parent is killed: a process of the pool does not notice this by itself."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -3147,8 +3147,8 @@ class TokenWriter:
             trained=0,           # targets
             longest=0,           # tokens of the longest document
             truncated=0,         # chats longer than seq_len
-            dropped=0,           # documents without a target,
-            cut_away=0,          # and of them the chats whose targets are all after seq_len
+            dropped=0,           # documents without a target, including:
+            cut_away=0,          # chats whose targets are all after seq_len
             skipped=0)           # records with an error, if data.on_error=skip
         self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
         for name in self.last_offsets:
@@ -3214,8 +3214,8 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
     """
     files = find_files(cfg, name, source)
     fingerprints = fingerprint_source(cfg, source, tok, files)
-    # The folder's name depends on data.date, if a template reads the clock, but not on today's
-    # date: otherwise every day would tokenize again.
+    # If a template reads the clock, the folder's name depends on data.date, but not on today's
+    # date: otherwise every day would tokenize again. header.json records the date.
     set_date = cfg["data"]["date"] if reads_clock(tok, cfg) else ""
     label = name.partition(".")[2]
     folder = Path(cfg["data"]["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
@@ -3388,7 +3388,7 @@ def load_datasets(cfg, tok=None, quiet=False):
 
 
 def count_held_out(split, name, n_documents):
-    """Return how many documents of a source data.validation_split (count or fraction) takes."""
+    """How many documents data.validation_split, a count or a fraction, holds out of a source."""
     held_out = split if isinstance(split, int) else round(split * n_documents)
     if not 0 < held_out < n_documents:
         purpose = "validate" if held_out < 1 else "train"
@@ -3408,7 +3408,7 @@ def summary(name, tokens):
     """
     header = tokens.header
     n_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
-    n_inputs = n_tokens - len(tokens)                    # the last token of a document is none
+    n_inputs = n_tokens - len(tokens)                    # the last token of a document is no input
     n_targets = int(tokens.n_targets.sum(dtype=np.int64))
     parts = [f"{name}: {len(tokens):,} documents",
              f"{n_tokens:,} tokens ({n_targets / n_inputs:.0%} trained)",
@@ -3464,11 +3464,13 @@ def mark_special(tok, ids, use_color):
     """The text of ids, with special tokens distinguished from text that spells them."""
     parts = []
     is_special = np.isin(ids, list(tok.special_and_added_ids))
-    for part in np.split(ids, np.flatnonzero(np.diff(is_special)) + 1):
+    borders = np.flatnonzero(np.diff(is_special)) + 1
+    for part in np.split(ids, borders):
         text = tok.decode(part)
-        if part[0] in tok.special_and_added_ids:
-            text = f"\x1b[7m{text}\x1b[27m" if use_color else text
-        elif not use_color:
+        part_is_special = part[0] in tok.special_and_added_ids
+        if part_is_special and use_color:
+            text = f"\x1b[7m{text}\x1b[27m"
+        if not part_is_special and not use_color:
             text = tok.special_pattern.sub(r"\\\g<0>", text)
         parts.append(text)
     return "".join(parts)

@@ -1778,7 +1778,7 @@ class Tokenizer(BaseTokenizer):
         return ids, ends - lengths, ends, moved_borders
 
     def encode_native(self, text, find_special):
-        """Encode a text in which tiktoken finds special tokens: ids [n]. None if it gives up."""
+        """Encode a text and its special tokens by tiktoken alone: ids [n]. None if it gives up."""
         found = self.special_and_added if find_special else self.added
         try:
             return self.encoding.encode_to_numpy(text, allowed_special=set(found),
@@ -2187,6 +2187,7 @@ def check_merges(model, ranks):
     2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such long lists
     come from training or conversion, which comply with both.
     """
+    # "a b" in older files, ["a", "b"] in newer ones
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
     vocab = model["vocab"]
@@ -2312,9 +2313,10 @@ def spell(token):
 # writes for the messages before the answer, with add_generation_prompt=True.
 
 # Warnings, each with its remedy. They are counted by source, and printed with the first example.
-OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
-                "training text begins with, so that inference asks in another way than training; "
-                "use a data.chat_template where it is, or answers that begin as the prompt ends")
+OTHER_PROMPT = ("an answer's generation prompt (add_generation_prompt=True) is not how the chat "
+                "begins, so that a model is prompted in another way than it is trained; use a "
+                "data.chat_template that writes both alike, or answers that begin as the prompt "
+                "ends")
 NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
           "data.append_eos=true trains EOS there")
 NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
@@ -2647,16 +2649,10 @@ def find_span_alone(rendering, i, after):
 
 
 def count_common(a, b):
-    """The number of characters with which two texts start alike, by binary search."""
-    low = 0
-    high = min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a.startswith(b[:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """The number of characters with which two texts start alike."""
+    # a binary search for the first index where they differ: texts are long, a loop is slow
+    indexes = range(min(len(a), len(b)))
+    return bisect.bisect_left(indexes, True, key=lambda i: not a.startswith(b[:i + 1]))
 
 
 def find_answer_start(rendering, i, start):

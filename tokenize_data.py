@@ -3106,6 +3106,7 @@ def end_children_on_error(pool, is_over):
         for process in set(multiprocessing.active_children()).difference(others):
             process.join(max(0, deadline - time.monotonic()))
             process.terminate()
+            process.join(1)
         raise
 
 

@@ -1882,8 +1882,9 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
     """Prompts from held-out chats: [(prompt ids, ids of the chat's last answer)].
 
     The last answer is the last run of tokens with a loss weight above 0, up to its first stop
-    token, which is left out. The prompt is what comes before it. The first `limit` chats are taken
-    that have both and whose prompt is shorter than max_prompt_tokens.
+    token, which is left out. The prompt is what comes before it; if the template writes that
+    differently at inference, it is other_prompt of the token files. The first `limit` chats are
+    taken that have both and whose prompt is shorter than max_prompt_tokens.
 
     dataset  a sampler.Dataset
     """
@@ -1902,8 +1903,7 @@ def build_eval_prompts(dataset, stop_ids, limit, max_prompt_tokens):
             while start > 0 and loss_weights[start - 1] > 0:
                 start -= 1
             answer = ids[start:end].tolist()
-            # the template's prompt for generation, stored only where the chat begins differently
-            prompt = source.prompt(i).tolist() or ids[:start].tolist()
+            prompt = source.other_prompt(i).tolist() or ids[:start].tolist()
             stops = [n for n, token in enumerate(answer) if token in stop_ids]
             if start > 0 and stops and len(prompt) < max_prompt_tokens:
                 prompts.append((prompt, answer[:stops[0]]))

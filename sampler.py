@@ -440,7 +440,7 @@ class Dataset:
         """Return the number of inputs of each document (one less than its tokens): int64 [n]."""
         out = np.zeros(len(indices), np.int64)
         for tokens, chosen, within in self._by_source(indices):
-            out[chosen] = tokens.lengths(within)
+            out[chosen] = tokens.n_inputs(within)
         return out
 
     def n_targets(self, indices):

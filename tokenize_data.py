@@ -1708,18 +1708,19 @@ class Tokenizer(BaseTokenizer):
         with error_context("tiktoken refuses its pattern", (ValueError, RecursionError)):
             self.encoding = tiktoken.Encoding("tokenizer", pat_str=self.pattern,
                                               special_tokens=tokens, mergeable_ranks=self.ranks)
-        self.token_bytes = np.zeros(self.n_vocab, np.int64)  # length of each token
-        self.token_bytes[ids] = [len(token) for token in self.ranks]
-        self.token_bytes[list(tokens.values())] = [len(text.encode()) for text in tokens]
-        self.byte_ids = None                                 # [256], if there is nothing to merge
+        self.token_lengths = np.zeros(self.n_vocab, np.int64)    # [V] in bytes; 0: no such id
+        self.token_lengths[ids] = [len(token) for token in self.ranks]
+        self.token_lengths[list(tokens.values())] = [len(text.encode()) for text in tokens]
+        self.byte_ids = None                     # [256] the id of each byte, if nothing is merged
         if len(ids) == 256:
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
-        # Does tiktoken find special and added tokens? If one starts with another, it may take the
-        # shorter one; and byte_ids do without tiktoken
+        # tiktoken's own search for special and added tokens is exact unless one of them is a prefix
+        # of another: then it may take the shorter one. (Sorted, such a pair has neighbours like
+        # it.) byte_ids encodes without tiktoken, so the search is ours: split_special().
         in_order = sorted(tokens)
-        overlap = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
-        self.native_special = not overlap and self.byte_ids is None
+        has_prefix = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
+        self.tiktoken_finds_special = not has_prefix and self.byte_ids is None
 
         vocabulary = hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         self.fingerprint = fingerprint(self.pattern, self.special, self.added, self.bos, self.eos,
@@ -1747,26 +1748,41 @@ class Tokenizer(BaseTokenizer):
             return np.array(ids, np.uint32)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """Encode a text, and return where given positions are among the tokens.
+        """Encode a text; also return where its tokens are, for comparison with given positions.
 
         literals      spans of the text where special tokens are text
-        borders       positions in the text
+        borders       positions in the text, in characters
         find_special  False: special tokens are text everywhere
 
         Returns
-          ids           uint32 [n]
-          starts, ends  int64 [n]; of each token, in a unit of this tokenizer: bytes of the text
-          borders       the given positions in the same unit
+          ids            uint32 [n]
+          starts, ends   int64 [n]: of each token, in bytes of the text (composed, if nfc)
+          moved_borders  the borders in the same unit
         """
+        ids = None
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
-        if self.native_special and is_composed and not literals:
-            with contextlib.suppress(ValueError):            # see encode_ordinary
-                names = set(self.special_and_added) if find_special else set(self.added)
-                ids = self.encoding.encode_to_numpy(text, allowed_special=names,
-                                                    disallowed_special=())
-                if not text.isascii():
-                    borders = [len(text[:border].encode()) for border in borders]
-                return self.with_offsets(ids, borders)
+        if self.tiktoken_finds_special and is_composed and not literals:
+            ids = self.encode_native(text, find_special)
+            moved_borders = borders
+            if not text.isascii():
+                moved_borders = [len(text[:border].encode()) for border in borders]
+        if ids is None:
+            ids, moved_borders = self.encode_segments(text, literals, borders, find_special)
+        lengths = self.token_lengths[ids]
+        ends = lengths.cumsum()
+        return ids, ends - lengths, ends, moved_borders
+
+    def encode_native(self, text, find_special):
+        """Encode a text and its special tokens by tiktoken alone: ids [n]. None if it gives up."""
+        found = self.special_and_added if find_special else self.added
+        try:
+            return self.encoding.encode_to_numpy(text, allowed_special=set(found),
+                                                 disallowed_special=())
+        except ValueError:                                   # see encode_ordinary
+            return None
+
+    def encode_segments(self, text, literals, borders, find_special):
+        """Encode the pieces between special tokens one by one: (ids [n], moved borders)."""
         ids = []
         segment_starts = [0]                                 # in bytes; the last is the total
         segments = self.split_special(text, literals, find_special)
@@ -1778,23 +1794,18 @@ class Tokenizer(BaseTokenizer):
             else:
                 ids.append(np.array([token], np.uint32))
             segment_starts.append(segment_starts[-1] + len(piece.encode()))
-        ids = np.concatenate(ids)
         segment_ends = [end for _, end, _ in segments]
-        borders_in_bytes = []
+        moved_borders = []
         for border in borders:
             i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
+            # composed as its piece was, since that changes the length
             before = self.compose(text[segments[i][0]:border])
-            borders_in_bytes.append(segment_starts[i] + len(before.encode()))
-        return self.with_offsets(ids, borders_in_bytes)
-
-    def with_offsets(self, ids, borders):
-        lengths = self.token_bytes[ids]
-        ends = lengths.cumsum()
-        return ids, ends - lengths, ends, borders
+            moved_borders.append(segment_starts[i] + len(before.encode()))
+        return np.concatenate(ids), moved_borders
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.token_bytes[i]]
+        known = [int(i) for i in ids if 0 <= i < self.n_vocab and self.token_lengths[i]]
         tokens = self.encoding.decode_tokens_bytes(known)
         return b"".join(tokens).decode("utf-8", errors="replace")
 
@@ -1803,13 +1814,14 @@ class Tokenizer(BaseTokenizer):
 class HFTokenizer(BaseTokenizer):
     """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
 
-    Some of its models (Unigram) find special tokens in plain text even with encode_special_tokens.
-    So the copy that runs has other names for them, which no text spells, and a text gets these
-    names only where a special token is meant:
+    The package finds special tokens in a text even where they are only spelled (Unigram models do
+    in spite of its option encode_special_tokens). So we load a copy of tokenizer.json in which
+    special tokens have random names (self.hidden), and before encoding, those special tokens of the
+    text that are meant as such are replaced by these names:
 
         <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
     """
-    spec: dict                   # what tokenizer.json holds
+    spec: dict                   # the content of tokenizer.json
 
     def __post_init__(self):
         import tokenizers
@@ -1829,20 +1841,20 @@ class HFTokenizer(BaseTokenizer):
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
 
     def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """As Tokenizer's, with ends and borders in characters of the text with hidden names."""
+        """As Tokenizer.encode_with_offsets(), but in characters of the text with hidden names."""
         borders = np.array(borders, np.int64)
-        moved = borders.copy()
+        moved_borders = borders.copy()
         pieces = []
         for start, end, token in self.split_special(text, literals, find_special):
             piece = text[start:end]
             if token is not None:
                 piece = self.hidden.get(piece, piece)
-            moved[borders >= end] += len(piece) - (end - start)
+            moved_borders[borders >= end] += len(piece) - (end - start)
             pieces.append(piece)
         encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # tokens that share a character all report its whole span: a border there counts for each
+        # (the byte tokens of one character all have this character's span)
         starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoded.ids, np.uint32), starts, ends, moved
+        return np.array(encoded.ids, np.uint32), starts, ends, moved_borders
 
     def decode(self, ids):
         """ids -> str"""
@@ -1877,7 +1889,9 @@ def bytes_to_unicode():
 BYTES_TO_UNICODE = bytes_to_unicode()
 UNICODE_TO_BYTES = {character: b for b, character in BYTES_TO_UNICODE.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's for texts from which digits were split off before (StarCoder)
+# GPT-2's without numbers, for tokenizers that first split digits off (StarCoder). Then a text ends
+# before each digit, so (?!\S), which is true at the end and before white space, must be true before
+# a digit, too: (?![^\s\p{N}])
 WITHOUT_DIGITS_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|"
                           r"\s+(?![^\s\p{N}])|\s+")
 BYTES_SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
@@ -1925,8 +1939,12 @@ def tiktoken_encoding(name):
     problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
-    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str,
-                     special=encoding._special_tokens, eos="<|endoftext|>")
+    special = {}
+    for text, i in encoding._special_tokens.items():
+        if i not in special.values():        # o200k_harmony has two texts of one id
+            special[text] = i
+    return Tokenizer(encoding._mergeable_ranks, encoding._pat_str, special=special,
+                     eos="<|endoftext|>")
 
 
 def tiktoken_file(path, pattern, special):
@@ -1945,7 +1963,7 @@ def tiktoken_file(path, pattern, special):
                             f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place):
-        if len(ranks) > 256:                                 # otherwise it is not used
+        if len(ranks) > 256:             # with 256 tokens, byte_ids is used instead of the pattern
             check_pattern(pattern)
         return Tokenizer(ranks, pattern, special=special)
 
@@ -1964,26 +1982,26 @@ def huggingface_tokenizer(path):
         templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
         names = token_names(spec, config)
-        files = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
-                 "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                 "template": templates.get("default"), "path": path, "token_variables": names}
+        fields = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
+                  "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
+                  "template": templates.get("default"), "path": path, "token_variables": names}
         if len(templates) > 1 or "default" not in templates:
-            files["templates"] = templates
+            fields["templates"] = templates
         for key in ("bos", "eos"):
             text = names.get(f"{key}_token")
-            files[key] = text if text in files["special"] else None
+            fields[key] = text if text in fields["special"] else None
         try:
-            return byte_level_tokenizer(spec, tokens, files)
+            return byte_level_tokenizer(spec, tokens, fields)
         except UserError as error:
-            return package_tokenizer(spec, files, str(error))
+            return package_tokenizer(spec, fields, str(error))
 
 
-def package_tokenizer(spec, files, problem):
-    """Let the tokenizers package run what tiktoken cannot represent, and print why."""
-    path = files["path"]
-    install = f"{problem}; with `pip install tokenizers` it would run there"
-    with error_context(path), error_context(install, ImportError):
-        tok = HFTokenizer(spec, **files)
+def package_tokenizer(spec, fields, problem):
+    """A tokenizer.json that tiktoken cannot represent -> HFTokenizer. Prints why."""
+    path = fields["path"]
+    install = f"{path}: {problem}; pip install tokenizers makes it usable"
+    with error_context(install, ImportError), error_context(path):
+        tok = HFTokenizer(spec, **fields)
     if configs.is_local_rank0():
         note = f"{problem}; the tokenizers package runs it"
         print(f"note: {path}: {note}", file=sys.stderr, flush=True)
@@ -2012,7 +2030,7 @@ def read_templates(folder, config):
 def token_names(spec, config):
     """{"bos_token": text, ...} of tokenizer_config.json.
 
-    If that has no BOS or EOS, they are what tokenizer.json's post-processor puts around a text.
+    If it has no such key, BOS and EOS are what tokenizer.json's post-processor puts around a text.
     """
     names = {}
     processor = spec.get("post_processor") or {}
@@ -2025,14 +2043,14 @@ def token_names(spec, config):
     extra = config.get("extra_special_tokens")
     for key, token in (config | (extra if isinstance(extra, dict) else {})).items():
         text = token.get("content") if isinstance(token, dict) else token
-        if key.endswith("_token") and isinstance(text, str):
+        if key.endswith("_token") and (text is None or isinstance(text, str)):
             names[key] = text
     return {key: text for key, text in names.items() if text}
 
 
-def unsupported(part):
-    return UserError(f"{part} cannot be carried over exactly; supported are byte-level BPE "
-                     "tokenizers (GPT-2, Llama 3, Qwen kinds)")
+def unsupported_error(part):
+    return UserError(f"tiktoken cannot run {part} exactly, only byte-level BPE tokenizers (GPT-2, "
+                     "Llama 3, Qwen kinds)")
 
 
 def unsupported_part(spec, tokens):
@@ -2066,7 +2084,8 @@ def unsupported_part(spec, tokens):
         # 1. The normalizer makes the token from other text, as NFC makes one "é" of "e" and its
         # accent. It makes no spaces (NeoX's tokens).
         may_change = normalizer and not content.isspace()
-        # 2. The token overlaps with one that is searched first: "bc" in "abc", if this is "ab"
+        # 2. The token overlaps with one that is searched first: of the text "abc", tokenizers takes
+        # "bc", if that is searched first, and tiktoken takes the leftmost, "ab".
         may_overlap = not set(content).isdisjoint(searched_first)
         if token["normalized"] and (may_change or may_overlap):
             return f"the normalized added token {content!r}"
@@ -2079,7 +2098,10 @@ def pre_tokenizer_steps(spec):
 
 
 def split_pattern(steps):
-    """The regular expression of ByteLevel, alone or after Split or Digits; None for others."""
+    """Return one regular expression that splits a text as these pre-tokenizer steps do.
+
+    We have one for ByteLevel, alone or after one Split or Digits. Otherwise None is returned.
+    """
     *before, last = steps
     uses_gpt2_regex = last.get("use_regex", True)
     if last.get("type") != "ByteLevel" or len(before) > 1:
@@ -2088,31 +2110,40 @@ def split_pattern(steps):
         return GPT2_PATTERN if uses_gpt2_regex else r"[\s\S]+"
     step = before[0]
     if step.get("type") == "Digits" and uses_gpt2_regex:
-        digits = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+        digits = r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
         return f"{digits}|{WITHOUT_DIGITS_PATTERN}"
-    how = (step.get("behavior"), step.get("invert"))
-    if uses_gpt2_regex or how not in (("Isolated", False), ("Removed", True)):
-        return None                                          # the Split alone does not decide
+    if uses_gpt2_regex:                      # it would split the Split's words again
+        return None
+    # A Split with these options yields the matches of its pattern. (Isolated also yields the text
+    # between matches; check_pattern refuses patterns that leave some.)
+    if (step.get("behavior"), step.get("invert")) not in (("Isolated", False), ("Removed", True)):
+        return None
     return step.get("pattern", {}).get("Regex") or None
 
 
-def byte_level_tokenizer(spec, tokens, files):
-    """A byte-level BPE tokenizer.json, read -> Tokenizer. UserError if it is not exact."""
+def byte_level_tokenizer(spec, tokens, fields):
+    """A byte-level BPE tokenizer.json -> Tokenizer. Raises UserError if that is not exact.
+
+    spec    the content of tokenizer.json
+    tokens  its added tokens
+    fields  of BaseTokenizer
+    """
     problem = unsupported_part(spec, tokens)
     if problem:
-        raise unsupported(problem)
+        raise unsupported_error(problem)
     ranks = {}
     for text, i in spec["model"]["vocab"].items():
-        if text in files["special"] or text in files["added"]:
+        if text in fields["special"] or text in fields["added"]:
             continue
         try:
             ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
         except KeyError:
-            raise unsupported(f"a vocabulary with {text!r}, which does not spell bytes,") from None
+            problem = f"a vocabulary with {text!r}, which does not spell bytes,"
+            raise unsupported_error(problem) from None
     check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
     check_pattern(pattern)
-    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **files)
+    return Tokenizer(ranks, pattern, nfc=bool(spec.get("normalizer")), **fields)
 
 
 TEST_STRINGS = (
@@ -2127,7 +2158,7 @@ TEST_STRINGS = (
 
 
 def check_pattern(pattern):
-    """Raise UserError unless a regular expression splits texts without leaving something out."""
+    """Raise UserError if a regular expression is wrong, or if its matches leave text out."""
     with error_context(f"its pattern {pattern!r}", regex.error):
         words = regex.compile(pattern)
     for text in TEST_STRINGS:
@@ -2138,28 +2169,30 @@ def check_pattern(pattern):
 def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
-    tokenizer.json merges the pair that comes first in its list, tiktoken any two neighbours that
-    make a token, the lowest id first. That is the same under these conditions:
+    tokenizer.json joins the pair of neighbours that comes first in its list of merges. tiktoken
+    joins any two neighbours that make a token, the lowest id first. Both give the same ids if:
 
-    1. The ids of the results ascend. If bc is first in the list and ab has the lower id, abc is
-       a + bc here and ab + c there.
-    2. Each token is what the list makes of its characters. If the list is ab, bc, a + bc, it makes
-       ab + c of abc, and tiktoken makes the token abc of these two.
-    3. A token that is found only as a whole word (ignore_merges) has all its pairs in the list:
-       otherwise tiktoken makes it inside of words, too.
+    1. The ids of the list's results ascend. Otherwise, with the list [b c, a b] and ab's id below
+       bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
+    2. The list joins the characters of each token to this token. Otherwise, with the list
+       [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
+    3. With ignore_merges, a word that is a token needs no merges, so 2 need not hold. But then all
+       pairs of tokens that make this token are in the list: tiktoken joins them inside of words.
 
-    2 and 3 are not tried for more than 20,000 merges, which takes seconds. Such lists come from
-    training or conversion, which keep to them.
+    2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such long lists
+    come from training or conversion, which comply with both.
     """
+    # "a b" in older files, ["a", "b"] in newer ones
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
              for pair in model["merges"]]
     vocab = model["vocab"]
     ids = [vocab[left + right] for left, right in pairs]
     if ids != sorted(ids):
-        raise unsupported("its order of merges")
+        raise unsupported_error("its order of merges")
     ignore_merges = model.get("ignore_merges")
+    # the cheap part of 2, for lists of any length: each token but the bytes has a merge
     if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
-        raise unsupported("a vocabulary with tokens that no merge makes")
+        raise unsupported_error("a vocabulary with tokens that no merge makes")
     if len(pairs) > 20_000:
         return
     indexes = {}
@@ -2171,7 +2204,7 @@ def check_merges(model, ranks):
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
         splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
         if not ignore_merges or not indexes.keys() >= splits:
-            raise unsupported(f"a vocabulary whose merges do not make {token!r}")
+            raise unsupported_error(f"a vocabulary whose merges do not make {token!r}")
 
 
 def merge_characters(text, indexes):
@@ -2179,10 +2212,10 @@ def merge_characters(text, indexes):
     parts = list(text)
     while True:
         pairs = list(zip(parts, parts[1:]))
-        known = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
-        if not known:
+        merges = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
+        if not merges:
             return parts
-        _, first = min(known)
+        _, first = min(merges)
         parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
@@ -2208,7 +2241,10 @@ REBUILT_CLASSES = [f"{name}Tokenizer{suffix}" for name in ("GPT2", "GPTNeoX", "C
 
 
 def save_tokenizer(tok, folder, chat_template):
-    """Write the files from which transformers loads the tokenizer: its own, or new ones."""
+    """Write the files from which transformers loads the tokenizer: copies of its own, or new ones.
+
+    chat_template  jinja text, or None to keep the tokenizer's
+    """
     folder = Path(folder)
     config_file = folder / "tokenizer_config.json"
     if not tok.folder:
@@ -2226,13 +2262,17 @@ def save_tokenizer(tok, folder, chat_template):
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
+    # transformers ignores tokenizer.json for these classes and splits as GPT-2
     is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
     if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if tok.bos:
-        config["bos_token"] = tok.bos
-    if tok.eos:
-        config["eos_token"] = tok.eos
+    config["bos_token"] = tok.bos
+    config["eos_token"] = tok.eos
+    map_file = folder / "special_tokens_map.json"        # of older models; it would override both
+    if map_file.is_file():
+        names = read_json_object(map_file)
+        write_json(map_file, {key: names[key] for key in names
+                              if key not in ("bos_token", "eos_token")})
     if chat_template and chat_template != tok.template:
         config["chat_template"] = chat_template
         (folder / "chat_template.jinja").unlink(missing_ok=True)     # it would come first
@@ -2269,15 +2309,17 @@ def spell(token):
 # --------------------------------------------------------------------------------------------------
 # loss weights: a chat -> token ids and the loss weight of each
 #
-# encode_chat() below renders the chat, finds the Spans of the text that are targets, encodes the
-# text, and gives the tokens of each span its weight. Where a message is in the text takes most of
-# the code, since only the template knows: find_message_spans() finds contents, and
-# find_answer_start() where an answer's generation starts.
+# encode_chat() renders the chat, finds the Spans of the text that are targets, encodes the text,
+# and gives the tokens of each span its weight. Most of the code locates messages in the rendered
+# text, because a template does not tell where it wrote them: find_message_spans() finds contents,
+# and find_answer_start() the end of an answer's generation prompt: the text that the template
+# writes for the messages before the answer, with add_generation_prompt=True.
 
-# Warnings, each with what mends it. They are counted, and the first of a source is an example.
-OTHER_PROMPT = ("the prompt that asks for an answer (add_generation_prompt=True) is not what its "
-                "training text begins with, so that inference asks in another way than training; "
-                "use a data.chat_template where it is, or answers that begin as the prompt ends")
+# Warnings, each with its remedy. They are counted by source, and printed with the first example.
+OTHER_PROMPT = ("an answer's generation prompt (add_generation_prompt=True) is not how the chat "
+                "begins, so that a model is prompted in another way than it is trained; use a "
+                "data.chat_template that writes both alike, or answers that begin as the prompt "
+                "ends")
 NO_END = ("an answer ends in no token of the vocabulary, so that nothing ends its generation; "
           "data.append_eos=true trains EOS there")
 NOT_FOUND = ("a message is not found in the rendered text, so that its loss weight is not applied; "
@@ -2293,6 +2335,7 @@ NO_TOKENS = ("the chat template writes control tokens that the vocabulary lacks,
 
 END_TOKENS = 2               # the token that ends an answer, and perhaps a line break after it
 SHORT_CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+# <|im_end|> and others (\uff5c are DeepSeek's full-width bars), <s>, </s>, <bos>, <end_of_turn>
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>|</?s>|<(?:bos|eos|\w+_of_turn)>")
 # of a chat with tools, in stop_token_ids
 TOOL = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {
@@ -2304,8 +2347,162 @@ CALL = {"name": "f", "arguments": {"a": 1}}
 class Report:
     """What encode_chat() finds out about a chat besides ids and loss weights."""
     warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
-    # ids that ask for the last answer, if they are not those before it in the chat
-    prompt: list = ()
+    # the ids of the last answer's generation prompt, if they differ from the chat's ids before this
+    # answer; otherwise empty
+    other_prompt: list = ()
+
+
+@dataclasses.dataclass
+class Span:
+    """A part of a chat's text that has a loss weight."""
+    start: int                   # text[start:end]
+    end: int
+    weight: float
+    answer: int = None           # index of the message, if the span is one answer
+    first_token: int = None      # set by encode_spans: ids[first_token:end_token]
+    end_token: int = None
+
+
+def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
+                report=None, **variables):
+    """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
+
+    messages    as from normalize_record
+    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
+                token that ends it; "last": only the last of them; "everything": all text except the
+                outputs of tools. In templates with {% generation %}, these blocks are the turns
+    weight      a factor of all loss weights
+    append_eos  append EOS, as a target, if no control token ends the last answer
+    warnings    of normalize_record
+    report      a Report to fill
+    variables   see render_messages: tools, documents, columns, chat_template_kwargs
+    """
+    report = report or Report()
+    rendering = render_messages(template, tok, messages, **variables)
+    spans = [span for span in find_spans(rendering, train_on)
+             if span.start < span.end and span.weight]
+    for span in spans:
+        span.weight *= weight
+        if not is_in_weight_range(span.weight):
+            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
+                            f"must be {WEIGHT_RANGE}")
+    ids, loss_weights = encode_spans(rendering, spans)
+    warn_of_plain_tokens(rendering)
+    if spans:
+        last = spans[-1]
+        report.other_prompt = find_other_prompt(rendering, last, ids[:last.first_token])
+        if should_append_eos(rendering, last, ids, append_eos):
+            # text between the answer and EOS (a line break) is trained, too
+            ids = np.append(ids, tok.special[tok.eos])
+            loss_weights = np.append(loss_weights, np.float32(0))
+            loss_weights[last.end_token:] = last.weight
+    report.warnings += [*warnings, *rendering.warnings]
+    return ids, loss_weights
+
+
+def encode_spans(rendering, spans):
+    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
+    borders = [span.start for span in spans] + [span.end for span in spans]
+    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
+                                                                   rendering.literals, borders)
+    # all tokens that overlap a span have its weight
+    first_tokens = np.searchsorted(ends, borders[:len(spans)], side="right").tolist()
+    end_tokens = np.searchsorted(starts, borders[len(spans):], side="left").tolist()
+    loss_weights = np.zeros(len(ids), np.float32)
+    for i, span in enumerate(spans):
+        span.first_token = first_tokens[i]
+        span.end_token = end_tokens[i]
+        loss_weights[span.first_token:span.end_token] = span.weight
+    return ids.astype(np.int64), loss_weights
+
+
+def find_spans(rendering, train_on):
+    """Return the Spans of the text that are targets."""
+    messages = rendering.messages
+    weights = message_weights(messages, train_on)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    blocks = rendering.generated
+    spans = []
+    if train_on == "everything":                 # all text has the weight 1, except these messages:
+        wanted = [i for i, weight in enumerate(weights) if weight != 1]
+        position = 0
+        for start, end, i in find_turns(rendering, wanted):
+            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
+            position = end
+        spans.append(Span(position, len(rendering.text), 1.0))
+    elif not blocks:
+        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        for start, end, i in find_turns(rendering, wanted):
+            spans.append(Span(start, end, weights[i], i))
+    elif len(blocks) == len(answers):            # each answer has one block
+        for (start, end), i in zip(blocks, answers):
+            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
+            if prompt_end < end:                 # else the prompt has the block (<think></think>)
+                start = prompt_end
+            spans.append(Span(start, end, weights[i], i))
+    else:
+        # Which answer a block is of is unknown. So it has the weight of an answer that it overlaps,
+        # otherwise 1.
+        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
+        for start, end in blocks:
+            weight = 1.0
+            for turn_start, turn_end, i in others:
+                if turn_start < end and start < turn_end:
+                    weight = weights[i]
+            spans.append(Span(start, end, weight))
+    return spans
+
+
+def message_weights(messages, train_on):
+    """The loss weight of each message. Outputs of tools have none."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = []
+    for i, message in enumerate(messages):
+        is_earlier = train_on == "last" and i not in answers[-1:]
+        is_excluded = is_earlier or message["role"] == "tool"
+        weights.append(0.0 if is_excluded else message.get("weight", 1.0))
+    return weights
+
+
+def has_words(message):
+    return bool(message.get("content")) or has_generated_fields(message)
+
+
+def find_turns(rendering, wanted):
+    """Return find_message_spans(), with the spans of answers extended to all that is generated.
+
+    That is from the end of the generation prompt to the end of the token that ends the turn.
+    """
+    turns = []
+    for start, end, i in find_message_spans(rendering, wanted):
+        if rendering.messages[i]["role"] == "assistant":
+            start = find_answer_start(rendering, i, start)
+            output_start = find_output_start(rendering, i)
+            if output_start is not None:
+                end = min(end, output_start)
+            end = end_of_turn(rendering.tok, rendering.text, end)
+        turns.append((start, end, i))
+    return turns
+
+
+def find_output_start(rendering, i):
+    """Return where the output of a tool that answer i calls may start, or None if unknown.
+
+    Some templates write it between the call and the token that ends the answer (Gemma 4).
+    """
+    following = rendering.messages[i + 1:i + 2]
+    if not following or following[0]["role"] != "tool":
+        return None
+    before = rendering.render_other(rendering.messages[:i + 1]) or ""
+    before = before.rstrip()
+    return len(before) if before and rendering.text.startswith(before) else None
+
+
+def end_of_turn(tok, text, end):
+    """The end of the special or added token after `end` and white space; `end` if none follows."""
+    spaces = SPACES.match(text, end)
+    token = tok.special_and_added_pattern.match(text, spaces.end())
+    return token.end() if token else end
 
 
 def find_message_spans(rendering, wanted):
@@ -2330,9 +2527,10 @@ def find_message_spans(rendering, wanted):
     if len(spans) < len(plain):
         spans = align_messages(rendering, [i for i in plain if i in wanted])
     spans = [span for span in spans if span[2] in wanted]
-    for i in sorted(set(wanted) - {i for _, _, i in spans}):
-        after = max((end for _, end, before in spans if before < i), default=0)
-        span = find_span_alone(rendering, i, after)
+    found = {index for _, _, index in spans}
+    for i in sorted(set(wanted) - found):
+        earlier_ends = [end for _, end, index in spans if index < i]
+        span = find_span_alone(rendering, i, after=max(earlier_ends, default=0))
         if span:
             spans.append((*span, i))
         else:
@@ -2341,13 +2539,15 @@ def find_message_spans(rendering, wanted):
 
 
 def align_messages(rendering, replaced):
-    """The spans of messages that are all replaced by placeholders, as far as they are found."""
+    """Replace the contents of some messages by placeholders: align_placeholders()."""
     messages = list(rendering.messages)
-    # (the same weight for all, so that render_placeholders' cache finds equal chats)
     for i in replaced:
+        # the weight is not rendered: equal ones let more chats share a rendering
         messages[i] = messages[i] | {"content": placeholder(i), "weight": 1}
     pieces = render_placeholders(rendering.template, rendering.tok,
                                  to_json([messages, rendering.variables]))
+    if pieces is None:
+        return []
     return align_placeholders(rendering.text, pieces, rendering.messages)
 
 
@@ -2361,27 +2561,29 @@ def placeholder(i):
 
 @functools.lru_cache(maxsize=1000)
 def render_placeholders(template, tok, values):
-    """The pieces of [messages, variables], as JSON, since all chats with the same roles share them.
+    """Render placeholders: (text before the first one, [(index, text after this placeholder)]).
 
-        "U:2+3?; A:<1>;" -> ("U:2+3?; A:", [(1, ";")])
+        "U:<0>; A:<1>;" -> ("U:", [(0, "; A:"), (1, ";")])
 
-    None if the template refuses the messages.
+    Returns None if the template refuses the messages.
+
+    values  [messages, variables] as JSON text: the cache needs a hashable key. Chats with the same
+            roles have the same one
     """
     messages, variables = json.loads(values)
     with contextlib.suppress(UserError):
         text, _ = render(template, tok, messages, **variables)
         pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
         return text.partition(PLACEHOLDER_MARK)[0], pieces
+    return None
 
 
 def align_placeholders(text, pieces, messages):
-    """Match a text with its rendering with placeholders: [(start, end, index)], as far as it goes.
+    """Find the contents in a text by render_placeholders()'s pieces: [(start, end, index)].
 
-    pieces  of render_placeholders()
-    Returns [] if they differ in anything else than contents.
+    Returns the spans before the first piece that is not in its place. If all are, but the text goes
+    on after the last one, some may have been found too early: [].
     """
-    if pieces is None:
-        return []
     head, after_placeholders = pieces
     if not text.startswith(head):
         return []
@@ -2397,9 +2599,9 @@ def align_placeholders(text, pieces, messages):
 
 
 def find_content_end(text, start, content, after):
-    """The end of a message's content at `start`, if `after` follows it; else None.
+    """The end of a content that starts at `start` and is followed by `after`; None if not found.
 
-    The template may have written the content as it is, trimmed, or a part of it.
+    The template may have written the content as it is, trimmed, or only a part of it.
     """
     for form in (content, content.strip(), content.lstrip(), content.rstrip()):
         if text.startswith(form + after, start):
@@ -2409,61 +2611,67 @@ def find_content_end(text, start, content, after):
 
 
 def find_span_alone(rendering, i, after):
-    """The (start, end) of message i in the text, at position `after` or later; None if not found.
+    """Return (start, end) of message i in the text, at `after` or later; None if it is not found.
 
-    The text is compared with another rendering, in which only this message has a placeholder, and
-    neither tool calls nor reasoning. What differs is the message:
+    The text is compared with a rendering in which a placeholder replaces this message, with its
+    reasoning and calls. The message is where they differ:
 
-        text   U:2+3?; A:5; U:Sure?; A:Yes;
-        other  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
-
-    An answer starts at the end of its generation prompt, if the text has that.
+        text              U:2+3?; A:5; U:Sure?; A:Yes;
+        with placeholder  U:2+3?; A:<1>; U:Sure?; A:Yes;      ->  (10, 11)
     """
-    compared = rendering.text
     messages = rendering.messages
+    text = rendering.text
     kept = {key: value for key, value in messages[i].items() if key not in GENERATED_FIELDS}
     replaced = [*messages[:i], kept | {"content": placeholder(i)}]
-    other = rendering.render_other([*replaced, *messages[i + 1:]])
-    if other is None:                            # the template has rules for what may follow
-        other = rendering.render_other(replaced)
-        compared = rendering.render_other(messages[:i + 1])
-    if other is None or compared is None:
+    with_placeholder = rendering.render_other([*replaced, *messages[i + 1:]])
+    if with_placeholder is None:
+        # Outputs of tools may not follow a message without calls: try chats that end at message i.
+        with_placeholder = rendering.render_other(replaced)
+        text = rendering.render_other(messages[:i + 1])
+    if with_placeholder is None or text is None:
         return None
-    before, mark, behind = other.partition(placeholder(i))
+
+    prefix, mark, suffix = with_placeholder.partition(placeholder(i))
     if not mark:                                 # the template drops this message
         return None
+    # The template may write reasoning before the content, and so before the placeholder. An answer
+    # starts before both, after its generation prompt.
     prompt = rendering.prompt(i) if messages[i]["role"] == "assistant" else None
-    if prompt is not None and compared.startswith(prompt):
-        before = prompt
-    start = count_common(compared, before)
-    end = len(compared) - count_common(compared[start:][::-1], behind[::-1])
-    if rendering.text.startswith(compared[:end]):
+    if prompt is not None and text.startswith(prompt):
+        prefix = prompt
+    start = count_common(text, prefix)
+    end = len(text) - count_common(text[start:][::-1], suffix[::-1])
+    if rendering.text.startswith(text[:end]):
         return start, end
-    # before it, the chat is written in another way than the one that ends here: search the message
-    written = compared[start:end]
+
+    # The text that ends at message i is no prefix of the whole chat's (the template drops earlier
+    # reasoning, for example), so its positions do not apply.
+    written = text[start:end]
     start = rendering.text.find(written, after) if written else -1
     return (start, start + len(written)) if start >= 0 else None
 
 
-def count_common(text, start):
+def count_common(a, b):
     """The number of characters with which two texts start alike."""
-    # commonprefix compares in Python, character by character
-    return len(start) if text.startswith(start) else len(os.path.commonprefix([text, start]))
+    # a binary search for the first index where they differ: texts are long, a loop is slow
+    indexes = range(min(len(a), len(b)))
+    return bisect.bisect_left(indexes, True, key=lambda i: not a.startswith(b[:i + 1]))
 
 
 def find_answer_start(rendering, i, start):
-    """Where generation of message i, an answer, starts: at the end of its generation prompt.
+    """Return where generation of answer i starts: at the end of its generation prompt.
 
-    What the template writes between the prompt and the answer's content, which is at `start`, is
-    generated too: an empty <think></think>, for example. Returns `start` if the prompt is not the
-    beginning of the text.
+    start  of the answer's content. The template may write text between the prompt and the content,
+           which is generated, too: an empty <think></think>, for example
+
+    If the chat's text does not begin with the prompt, `start` is returned, and a warning is added.
     """
     text = rendering.text
     messages = rendering.messages
+    # openings, which save rendering the prompt, are those of plain answers to a user
     if i and messages[i - 1]["role"] == "user" and not has_generated_fields(messages[i]):
-        # the usual case, without a rendering of the prompt
-        for before, n_generated in rendering.openings:
-            if text.endswith(before, 0, start):
+        for opening, n_generated in rendering.openings:
+            if text.endswith(opening, 0, start):
                 return start - n_generated
     prompt = rendering.prompt(i)
     if prompt is None:
@@ -2471,193 +2679,120 @@ def find_answer_start(rendering, i, start):
     if text.startswith(prompt):
         return len(prompt)
     rendering.unprompted_answers.append(i)
-    end = start if prompt[:start] == text[:start] else len(os.path.commonprefix([prompt, text]))
-    near = slice(max(end - 30, 0), end + 30)
+    difference = count_common(prompt, text)
+    near = slice(max(difference - 30, 0), difference + 30)
     example = f"message {i + 1}: prompt ...{prompt[near]!r}, text ...{text[near]!r}"
     rendering.warnings.append((OTHER_PROMPT, example))
     return start
 
 
 def find_openings(rendering):
-    """What a template writes before an answer to a user, so that few prompts must be rendered.
+    """Return what a template writes between the contents of a user and of an answer.
 
-    Two answers are tried:
+    Each opening is (text, n_generated): its last n_generated characters are after the answer's
+    generation prompt. So prompts of other answers need not be rendered. Two answers are tried:
 
         text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
         prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
         openings  [("; A:", 0), ("; A:<think></think>", 15)]
 
-    Each is what the template writes between the user's words and the answer's, and how much of that
-    is after the prompt. [] if one of the prompts is not the beginning of the text, or if prompts
-    depend on what messages say.
+    Returns [] if the text does not begin with these prompts, or if prompts depend on messages.
     """
     if not has_constant_prompt(rendering.template):
         return []
-    has_system = rendering.messages[0]["role"] == "system"
-    roles = [*["system"] * has_system, "user", "assistant", "user", "assistant"]
+    roles = ["user", "assistant"] * 2
+    if rendering.messages[0]["role"] == "system":
+        roles.insert(0, "system")
     messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
-    openings = set()
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
     text = rendering.render_other(messages)
-    for i in (len(roles) - 3, len(roles) - 1):
+    if text is None:
+        return []
+    openings = set()
+    for i in answers:
         prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-        if text is None or prompt is None:
+        if prompt is None:
             break
         opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
-        lead, mark, _ = text[len(prompt):].partition(placeholder(i))
+        added, mark, _ = text[len(prompt):].partition(placeholder(i))
         if not (text.startswith(prompt) and opening and mark):
             return []
-        # the latter if contents bring the lead themselves
-        openings |= {(opening + lead, len(lead)), (opening, 0)}
+        openings.add((opening + added, len(added)))
+        # if a content begins with the added text itself, the template may not add it
+        openings.add((opening, 0))
     return sorted(openings)
 
 
 def has_constant_prompt(template):
-    """Is what a template writes for add_generation_prompt the same after all messages?
+    """Whether a template writes the same for add_generation_prompt after any messages.
 
-    True if it reads that only in tests of ifs, and if all names in these ifs are arguments of the
-    template: neither messages nor variables that it sets.
+    True if it reads add_generation_prompt only in conditions of ifs, and if these ifs, with their
+    bodies, name only arguments of the template: neither messages nor variables that it sets.
     """
     tree = template.jinja.environment.parse(template.text)
     names = set()
-    n_tests = 0
+    n_conditions = 0
     for branch in tree.find_all((nodes.If, nodes.CondExpr)):
-        # in a node of its own, because find_all skips the node itself
-        test = names_in(nodes.Output([branch.test]))
-        if "add_generation_prompt" in test:
-            n_tests += 1
+        # (find_all, in names_in, skips the node itself: so the condition is put into another one)
+        condition = names_in(nodes.Output([branch.test]))
+        if "add_generation_prompt" in condition:
+            n_conditions += 1
             names.update(names_in(branch))
     n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
-    return n_tests == n_mentions and names <= arguments
+    return n_conditions == n_mentions and names <= arguments
 
 
 def names_in(tree):
     return [name.name for name in tree.find_all(nodes.Name)]
 
 
-@functools.lru_cache(maxsize=1000)
-def find_missing_tokens(template, tok):
-    """Return the control tokens that a template writes and the vocabulary lacks, or ""."""
-    text = ""
-    with contextlib.suppress(UserError):                 # the template refuses such a chat
-        text, _ = render(template, tok, SHORT_CHAT)
-    return missing_tokens(text, tok)
+def should_append_eos(rendering, span, ids, append_eos):
+    """Whether append_eos applies: no control token ends the last span, and no message follows.
 
-
-def missing_tokens(text, tok):
-    """The control tokens that a text spells and the vocabulary lacks, or ""."""
-    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
-    return " ".join(sorted(missing))
-
-
-@dataclasses.dataclass
-class Span:
-    """A part of a chat's text that has a loss weight."""
-    start: int
-    end: int
-    weight: float
-    answer: int = None           # the index of the message, if all of the span is one answer
-    first_token: int = None
-    end_token: int = None
-
-
-def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=False, warnings=(),
-                report=None, **variables):
-    """Return (ids [n] int64, loss weights [n] float32) of a chat. UserError if it is refused.
-
-    messages    as from normalize_record
-    train_on    "all": the assistant's turns, each from the end of its generation prompt to the
-                token that ends it; "last": only the last of them; "everything": all text except the
-                outputs of tools. Templates with {% generation %} say themselves where turns are
-    weight      a factor of all loss weights
-    append_eos  append EOS, as a target, if the last answer ends in no token
-    warnings    of normalize_record
-    report      a Report to fill
-    variables   for the template, see render_messages: tools
+    If none ends it, and EOS is not appended, a warning is added.
     """
-    report = report or Report()
-    rendering = render_messages(template, tok, messages, **variables)
-    spans = [span for span in find_spans(rendering, train_on)
-             if span.start < span.end and span.weight]
-    for span in spans:
-        span.weight *= weight
-        if not is_in_weight_range(span.weight):
-            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
-                            f"must be {WEIGHT_RANGE}")
-    ids, loss_weights = encode_spans(rendering, spans)
-    warn_of_plain_tokens(rendering)
-    if spans:
-        last = spans[-1]
-        report.prompt = find_other_prompt(rendering, last, ids[:last.first_token])
-        if lacks_end(rendering, last, ids, append_eos):
-            # text after the answer (a line break) is trained, too, since EOS comes after it
-            ids = np.append(ids, tok.special[tok.eos])
-            loss_weights = np.append(loss_weights, np.float32(0))
-            loss_weights[last.end_token:] = last.weight
-    report.warnings += [*warnings, *rendering.warnings]
-    return ids, loss_weights
-
-
-def warn_of_plain_tokens(rendering):
-    """Add warnings of control tokens that are plain text."""
-    for start, _ in rendering.literals[:1]:
-        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
-    missing = find_missing_tokens(rendering.template, rendering.tok)
-    if missing:
-        rendering.warnings.append((NO_TOKENS, missing))
-
-
-def lacks_end(rendering, span, ids, append_eos):
-    """Must EOS be appended, since the last span ends in no token? If it cannot, add a warning."""
     tok = rendering.tok
-    if tok.end_ids.intersection(ids[:span.end_token][-END_TOKENS:].tolist()):
+    # A control token before an answer does not end it. But if the span is other text (with
+    # data.train_on=everything), it may be a line break after the token that ends the answer.
+    start = 0 if span.answer is None else span.first_token
+    last_tokens = ids[max(start, span.end_token - END_TOKENS):span.end_token]
+    if tok.end_ids.intersection(last_tokens.tolist()):
         return False
     after = rendering.text[span.end:]
-    is_at_end = span.answer == len(rendering.messages) - 1 or not after.strip()
-    if append_eos and tok.eos and is_at_end:
+    is_last = span.answer == len(rendering.messages) - 1 or not after.strip()
+    if append_eos and tok.eos and is_last:
         return True
     end = rendering.text[span.start:span.end][-30:]
     rendering.warnings.append((NO_END, f"{end!r} before {after[:30]!r}"))
     return False
 
 
-def encode_spans(rendering, spans):
-    """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
-    borders = [border for span in spans for border in (span.start, span.end)]
-    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
-                                                                   rendering.literals, borders)
-    # a token that overlaps a span has the span's weight
-    first_tokens = np.searchsorted(ends, borders[::2], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[1::2], side="left").tolist()
-    loss_weights = np.zeros(len(ids), np.float32)
-    for i, span in enumerate(spans):
-        span.first_token = first_tokens[i]
-        span.end_token = end_tokens[i]
-        loss_weights[span.first_token:span.end_token] = span.weight
-    return ids.astype(np.int64), loss_weights
-
-
 def find_other_prompt(rendering, span, ids):
-    """Return the ids that ask for an answer, if they are not `ids`, those before its span.
+    """Return Report.other_prompt: the ids of an answer's generation prompt if they are not `ids`.
 
-    They also differ where the last characters of a prompt are another token with the answer after
-    them: "A: " + "yes" is [A][:][ yes]. Then a warning is added. () if they are the same.
+    ids  before the answer's span
+
+    They may differ although the texts are the same: the ids of "A: " are [A][:][ ], but in "A: yes"
+    the last space is in a token of the answer, [A][:][ yes]. Then a warning is added.
     """
     tok = rendering.tok
     i = span.answer
     if i is None or span.weight <= 0:
         return ()
-    # If the texts are the same, the last token tells whether the ids differ. A special token and
-    # line breaks after it are shorter than 32 characters: <|end_header_id|>\n\n has 19
+    text_differs = i in rendering.unprompted_answers
+    # A fast test without rendering: if the texts are the same, only the last token may differ.
+    # Encoding 32 characters gives this token, also if it is a special token and line breaks after
+    # it: <|end_header_id|>\n\n has 19.
     last_token = encode_last_token(tok, rendering.text[max(span.start - 32, 0):span.start])
-    is_other = i in rendering.unprompted_answers
-    is_same = not is_other and ids[-1:].tolist() == last_token
-    if is_same or rendering.prompt(i) is None:
+    if not text_differs and ids[-1:].tolist() == last_token:
+        return ()
+    if rendering.prompt(i) is None:
         return ()
     prompt = encode_prompt(tok, rendering.template, rendering.messages[:i], **rendering.variables)
     if prompt == ids.tolist():
         return ()
-    if not is_other:
+    if not text_differs:
         tokens = [tok.decode([token]) for token in prompt[-3:]]
         rendering.warnings.append((OTHER_PROMPT, f"message {i + 1}: the prompt's last tokens are "
                                    f"{tokens}, in the text {[tok.decode([t]) for t in ids[-3:]]}"))
@@ -2670,92 +2805,38 @@ def encode_last_token(tok, text):
     return tok.encode_with_offsets(text)[0][-1:].tolist()
 
 
-def find_spans(rendering, train_on):
-    """Return the Spans of the text that are targets."""
-    messages = rendering.messages
-    weights = message_weights(messages, train_on)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    blocks = rendering.generated
-    spans = []
-    if train_on == "everything":                         # all text has the weight 1, except for:
-        wanted = [i for i, weight in enumerate(weights) if weight != 1]
-        position = 0
-        for start, end, i in find_turns(rendering, wanted):
-            spans += [Span(position, start, 1.0), Span(start, end, weights[i])]
-            position = end
-        spans.append(Span(position, len(rendering.text), 1.0))
-    elif not blocks:
-        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
-        for start, end, i in find_turns(rendering, wanted):
-            spans.append(Span(start, end, weights[i], i))
-    elif len(blocks) == len(answers):            # one of each answer
-        for (start, end), i in zip(blocks, answers):
-            prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            if prompt_end < end:                 # otherwise the prompt holds all of the block
-                start = prompt_end
-            spans.append(Span(start, end, weights[i], i))
-    else:                                        # a block may be of no answer, or two of one
-        others = find_turns(rendering, [i for i in answers if weights[i] != 1])
-        for start, end in blocks:
-            weight = 1.0
-            for turn_start, turn_end, i in others:
-                if turn_start < end and start < turn_end:
-                    weight = weights[i]
-            spans.append(Span(start, end, weight))
-    return spans
+def warn_of_plain_tokens(rendering):
+    """Add warnings of control tokens that are plain text."""
+    if rendering.literals:
+        start, _ = rendering.literals[0]
+        rendering.warnings.append((SPELLED_IN_CHAT, repr(rendering.text[start:start + 30])))
+    missing = template_missing_tokens(rendering.template, rendering.tok)
+    if missing:
+        rendering.warnings.append((NO_TOKENS, missing))
 
 
-def has_words(message):
-    return bool(message.get("content")) or has_generated_fields(message)
+@functools.lru_cache(maxsize=1000)
+def template_missing_tokens(template, tok):
+    """The control tokens that a template writes and the vocabulary lacks, or ""."""
+    try:
+        text, _ = render(template, tok, SHORT_CHAT)
+    except UserError:                                    # the template refuses such a chat
+        return ""
+    return text_missing_tokens(text, tok)
 
 
-def find_turns(rendering, wanted):
-    """find_message_spans(), where an answer's span is all that is generated, its last token too."""
-    turns = []
-    for start, end, i in find_message_spans(rendering, wanted):
-        if rendering.messages[i]["role"] == "assistant":
-            start = find_answer_start(rendering, i, start)
-            end = min(end, find_output_start(rendering, i) or end)
-            end = end_of_turn(rendering.tok, rendering.text, end)
-        turns.append((start, end, i))
-    return turns
-
-
-def find_output_start(rendering, i):
-    """Where the output of a tool that answer i calls may start; None if that is not known.
-
-    Some templates write it between the call and the token that ends the answer (Gemma 4).
-    """
-    if [message["role"] for message in rendering.messages[i + 1:i + 2]] != ["tool"]:
-        return None
-    before = (rendering.render_other(rendering.messages[:i + 1]) or "").rstrip()
-    return len(before) if before and rendering.text.startswith(before) else None
-
-
-def message_weights(messages, train_on):
-    """The loss weight of each message. Outputs of tools have none."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    weights = []
-    for i, message in enumerate(messages):
-        is_earlier = train_on == "last" and i not in answers[-1:]
-        is_excluded = is_earlier or message["role"] == "tool"
-        weights.append(0.0 if is_excluded else message.get("weight", 1.0))
-    return weights
-
-
-def end_of_turn(tok, text, end):
-    """The end of the special token that follows, perhaps after white space; or `end`."""
-    spaces = SPACES.match(text, end)
-    token = tok.special_and_added_pattern.match(text, spaces.end())
-    return token.end() if token else end
+def text_missing_tokens(text, tok):
+    """The control tokens that a text spells and the vocabulary lacks, or ""."""
+    missing = set(CONTROL_TOKEN.findall(text)) - set(tok.special_and_added)
+    return " ".join(sorted(missing))
 
 
 def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
     """Return (BOS + ids + EOS [n] int64, loss weights [n] float32) of a text, or of a part of it.
 
     starts, ends  False: the text started in an earlier part, continues in a later one
-    special       special tokens that the text spells are control tokens. BOS and EOS are not added
-                  to a text that has them
+    special       True: special tokens that the text spells are control tokens. BOS and EOS are not
+                  added to a text that has them
     """
     text = tok.clean(text)
     ids, _, _, _ = tok.encode_with_offsets(text, find_special=special)
@@ -2768,36 +2849,44 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
 
 
 def encode_prompt(tok, template, messages, **variables):
-    """Messages -> the ids of the text that asks for an assistant's answer, as a list."""
+    """Return the ids of the generation prompt for an answer to these messages, as a list."""
     rendering = render_messages(template, tok, messages, add_generation_prompt=True, **variables)
     ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
     return ids.tolist()
 
 
 def stop_token_ids(tok, template):
-    """The ids that end an assistant's turn, at which generation stops: EOS and the template's."""
+    """Return the ids at which generation of an answer stops, sorted: EOS and the template's."""
     user, _ = SHORT_CHAT
     stop_ids = find_end_token(tok, template, SHORT_CHAT)
-    with contextlib.suppress(UserError):                 # the template refuses such a chat
-        # the next role's token may end an answer (GLM)
-        stop_ids = stop_ids or find_end_token(tok, template, [*SHORT_CHAT, user])
-    with contextlib.suppress(UserError):
-        # two of them, so that the token after each call occurs twice: it ends no answer
-        calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
-        outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
-        answer = {"role": "assistant", "content": None, "tool_calls": calls}
-        stop_ids |= find_end_token(tok, template, [user, answer, *outputs], tools=[TOOL])
+    if not stop_ids:                         # the token of the next role may end an answer (GLM)
+        stop_ids = find_end_token(tok, template, [*SHORT_CHAT, user])
+    # Another token may end an answer with calls. There are two, so that a token that closes each
+    # call, such as </tool_call>, occurs twice and is not taken for the end of the answer.
+    calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
+    outputs = [{"role": "tool", "content": "c", "tool_call_id": call["id"]} for call in calls]
+    answer = {"role": "assistant", "content": None, "tool_calls": calls}
+    stop_ids |= find_end_token(tok, template, [user, answer, *outputs], tools=[TOOL])
     if tok.eos:
         stop_ids.add(tok.special[tok.eos])
     return sorted(stop_ids)
 
 
 def find_end_token(tok, template, messages, **variables):
-    """{the id that ends the last answer}, which no other token of it is; empty if there is none."""
-    ids, loss_weights = encode_chat(tok, template, messages, **variables)
-    trained = ids[loss_weights != 0].tolist()
-    last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids]
-    return {i for i in last[-1:] if trained.count(i) == 1}
+    """Return {id of the control token that ends the last answer}, or an empty set.
+
+    A token that also occurs earlier in the answer does not count. If the template refuses the
+    messages, they are tried with a system message.
+    """
+    for system in ([], [{"role": "system", "content": "a"}]):
+        try:
+            ids, loss_weights = encode_chat(tok, template, [*system, *messages], **variables)
+        except UserError:
+            continue
+        trained = ids[loss_weights != 0].tolist()
+        last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids]
+        return {i for i in last[-1:] if trained.count(i) == 1}
+    return set()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2809,10 +2898,10 @@ class Encoded:
     ids: np.ndarray              # [n]
     weights: np.ndarray          # [n]: uint8 if all are 0 or 1, otherwise float16
     lengths: np.ndarray          # [D] in tokens
-    counts: collections.Counter
+    counts: collections.Counter  # see TokenWriter
     problems: list               # error messages of skipped records
     warnings: dict               # {kind: (count, the first example)}
-    prompts: np.ndarray          # of the documents, one after the other: see Report.prompt
+    prompts: np.ndarray          # Report.other_prompt of all documents, one after the other
     prompt_lengths: np.ndarray   # [D]
 
 
@@ -2827,15 +2916,17 @@ class EncodedPart:
 
 
 def encode_chunk(chunk, context):
-    """Return a Chunk's documents as Encoded, or as EncodedPart."""
+    """Return a Chunk's documents as Encoded, or a part of a document as EncodedPart."""
     warnings = {}
     if not (chunk.starts and chunk.ends):
-        document = chunk.records[0]
-        if isinstance(document, str):
-            document = encode_text(context.tok, document, 1.0, chunk.starts, chunk.ends,
-                                   context.source["special"])
-            find_spelled(chunk.records[0], context, chunk.file, warnings)
-        return EncodedPart(chunk.file, *document, chunk.ends, warnings)
+        part = chunk.records[0]
+        if isinstance(part, str):
+            ids, weights = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
+                                       context.source["special"])
+            warn_of_spelled_tokens(part, context, chunk.file, warnings)
+        else:
+            ids, weights = part
+        return EncodedPart(chunk.file, ids, weights, chunk.ends, warnings)
     documents = []
     problems = []
     counts = collections.Counter(records=len(chunk.records))
@@ -2847,28 +2938,30 @@ def encode_chunk(chunk, context):
             raise
         except UserError as error:
             if context.data["on_error"] != "skip":
-                if "not UTF-8" in str(error):            # skipping would lose all such lines
-                    raise
-                raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
+                hint = "; data.on_error=skip leaves such records out"
+                # not UTF-8: then the whole file is likely to be in another encoding
+                if isinstance(record, bytes) and record.decode(errors="ignore").encode() != record:
+                    hint = ""
+                raise UserError(f"{error}{hint}") from None
             counts["skipped"] += 1
             problems.append(str(error))
     return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
 
 
 def encode_record(record, place, context, counts, warnings):
-    """Return the documents of a record: [(ids, loss weights, prompt: see Report)].
+    """Return the documents of a record: [(ids, loss weights, Report.other_prompt)].
 
-    Long texts are cut into several.
+    Long texts are cut into several documents.
     """
     seq_len = context.data["seq_len"]
     if isinstance(record, tuple):                        # of .npy
         return split_windows(*record, seq_len)
     record = normalize_record(record, place, context.source["shape"])
     if "text" in record:
-        find_spelled(record["text"], context, place, warnings)
+        warn_of_spelled_tokens(record["text"], context, place, warnings)
         special = context.source["special"]
         return split_windows(*encode_text(context.tok, **record, special=special), seq_len)
-    template = context.template
+    template = context.template              # (an error of the template is not the record's)
     report = Report()
     options = context.source["chat_template_kwargs"] | record.pop("chat_template_kwargs", {})
     with error_context(place):
@@ -2882,29 +2975,32 @@ def encode_record(record, place, context, counts, warnings):
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
         return [(ids[:seq_len + 1], weights[:seq_len + 1], ())]
-    return [(ids, weights, report.prompt)]
+    return [(ids, weights, report.other_prompt)]
 
 
-def find_spelled(text, context, place, warnings):
+def warn_of_spelled_tokens(text, context, place, warnings):
     """Add a warning if a text spells control tokens that are plain text in it."""
+    # 1. tokens of the vocabulary, without special=true
     special = context.source["special"]
     match = None if special else context.tok.special_pattern.search(text)
     if match:
         add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
-    elif special or CONTROL_TOKEN.match(text.lstrip()):      # a rendered chat begins with one
-        missing = missing_tokens(text, context.tok)
+        return
+    # 2. tokens that the vocabulary lacks, if the text is a rendered chat: it begins with one
+    if special or CONTROL_TOKEN.match(text.lstrip()):
+        missing = text_missing_tokens(text, context.tok)
         if missing:
             add_warning(warnings, FOREIGN, 1, f"{place}: {missing}")
 
 
 def add_warning(warnings, kind, count, example):
-    """Add to warnings, {kind: (count, the first example)}."""
+    """Count a warning in `warnings`, {kind: (count, the first example)}."""
     n_before, first = warnings.get(kind, (0, example))
     warnings[kind] = (n_before + count, first)
 
 
 def split_windows(ids, weights, seq_len):
-    """Cut a document into windows of at most seq_len targets: [(ids, loss weights, no prompt)].
+    """Cut a document into windows of at most seq_len targets: [(ids, loss weights, ())].
 
     The last target of a window is the first token of the next one.
     """
@@ -2916,7 +3012,7 @@ def split_windows(ids, weights, seq_len):
 
 
 def concat_documents(documents, context, file, counts, problems, warnings):
-    """[(ids, loss weights, prompt)] -> Encoded, without documents that have no targets."""
+    """[(ids, loss weights, other_prompt)] -> Encoded, without documents that have no targets."""
     kept = []
     ignores_ids = context.never_target.any()
     for ids, weights, prompt in documents:
@@ -2929,9 +3025,9 @@ def concat_documents(documents, context, file, counts, problems, warnings):
     prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
     ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in kept)])
     weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
-    prompts = np.concatenate([np.zeros(0, np.int64), *(prompt for _, _, prompt in kept)])
+    prompts = np.array([i for _, _, prompt in kept for i in prompt], context.dtype)
     return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
-                   problems, warnings, prompts.astype(context.dtype), prompt_lengths)
+                   problems, warnings, prompts, prompt_lengths)
 
 
 def compact_weights(weights, file):
@@ -2947,8 +3043,8 @@ def compact_weights(weights, file):
 
 
 def join_parts_of_documents(results, context):
-    """Yield the results of encode_chunk, the parts of long documents as windows: all Encoded."""
-    open_ids = np.zeros(0, np.int64)                     # a window that the next part may continue
+    """Yield the results of encode_chunk() as Encoded: parts of documents are cut into windows."""
+    open_ids = np.zeros(0, np.int64)                     # a window that the next part continues
     open_weights = np.zeros(0, np.float32)
     for result in results:
         if isinstance(result, EncodedPart):
@@ -2967,7 +3063,7 @@ def join_parts_of_documents(results, context):
 def encode_parallel(chunks, n_bytes, context, name, quiet):
     """Yield encode_chunk() of each chunk in order, computed by data.processes processes."""
     n_processes = context.data["processes"]
-    if not n_processes:                                  # macOS may crash forks
+    if not n_processes:                                  # (a fork may crash on macOS)
         n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
     bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
                disable=quiet or None, leave=False)           # None: only in a terminal
@@ -2981,7 +3077,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
         is_over = fork.Event()
         pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker,
                                                       [context, is_over])
-        problem = "a process was killed, perhaps for lack of memory; fewer need less: "
+        problem = "a process was killed, perhaps for lack of memory; set a smaller number: "
         pending = collections.deque()                    # two chunks per process
         with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
               end_children_on_error(pool, is_over)):
@@ -2998,12 +3094,12 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
 
 @contextlib.contextmanager
 def end_children_on_error(pool, is_over):
-    """After an error or a signal, don't wait for what the pool's processes still have to do.
+    """After an error or a signal, end a pool's processes without waiting for their work.
 
-    Killing a process while it sends a result would hang the pool, which waits for the rest. So
-    is_over asks them to end after their chunk, and those that have not after 3 s are killed.
+    Killing a process while it sends a result would hang the pool, which waits for the rest of it.
+    So is_over makes the processes end after their chunk; those that have not after 3 s are killed.
     """
-    others = multiprocessing.active_children()           # the pool starts its own when it gets work
+    others = multiprocessing.active_children()           # the pool starts its processes later
     try:
         yield
     except BaseException:
@@ -3013,11 +3109,12 @@ def end_children_on_error(pool, is_over):
         for process in set(multiprocessing.active_children()).difference(others):
             process.join(max(0, deadline - time.monotonic()))
             process.terminate()
+            process.join(1)
         raise
 
 
 def init_worker(context, is_over):
-    """Called once in each process of the pool, so that chunks are sent without the context."""
+    """Called once in each process of the pool: chunks are then sent to it without the context."""
     global worker_context, worker_is_over
     worker_context = context
     worker_is_over = is_over
@@ -3027,7 +3124,7 @@ def init_worker(context, is_over):
 
 
 def exit_with_parent():
-    """A process of the pool does not notice by itself that its parent was killed."""
+    """Exit if the parent is killed: a process of the pool does not notice this by itself."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -3045,9 +3142,14 @@ class TokenWriter:
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.warnings = {}
-        names = ("documents", "records", "chats", "trained", "longest", "truncated", "dropped",
-                 "cut_away", "skipped")
-        self.counts = collections.Counter({name: 0 for name in names})
+        self.counts = collections.Counter(
+            documents=0, records=0, chats=0,
+            trained=0,           # targets
+            longest=0,           # tokens of the longest document
+            truncated=0,         # chats longer than seq_len
+            dropped=0,           # documents without a target, including:
+            cut_away=0,          # chats whose targets are all after seq_len
+            skipped=0)           # records with an error, if data.on_error=skip
         self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
         for name in self.last_offsets:
             self.write_offsets(name, [0])
@@ -3077,10 +3179,10 @@ class TokenWriter:
         self.last_offsets[name] += int(np.sum(lengths))
 
     def widen_weights(self):
-        """Write what is in weights.bin again, as float16."""
+        """Write weights.bin again, as float16."""
         self.files["weights"].close()
         path = Path(self.files["weights"].name)
-        with open(path, "rb") as narrow:             # it can be read after it is removed
+        with open(path, "rb") as narrow:             # (an open file can be read after its removal)
             path.unlink()
             self.files["weights"] = open(path, "wb")
             while block := narrow.read(BLOCK):
@@ -3093,7 +3195,11 @@ class TokenWriter:
 
 
 def count_targets(weights, lengths):
-    """The number of targets of each of the documents that are one after the other: uint32 [D]."""
+    """Return the number of targets of each document: uint32 [D].
+
+    weights  [n]: of the documents, one after the other
+    lengths  [D] in tokens
+    """
     starts = np.cumsum(lengths) - lengths
     is_target = weights != 0
     is_target[starts] = False                            # the first token is never a target
@@ -3106,19 +3212,22 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
 
     name  "train.NAME" or "validation.NAME"
     """
-    data = cfg["data"]
     files = find_files(cfg, name, source)
     fingerprints = fingerprint_source(cfg, source, tok, files)
+    # If a template reads the clock, the folder's name depends on data.date, but not on today's
+    # date: otherwise every day would tokenize again. header.json records the date.
+    set_date = cfg["data"]["date"] if reads_clock(tok, cfg) else ""
     label = name.partition(".")[2]
-    # today's date is not in the fingerprint, so that tomorrow finds this folder; header.json has
-    # it. data.date is in it.
-    has_date = reads_clock(tok, cfg)
-    set_date = data["date"] if has_date else ""
-    folder = Path(data["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
-    if folder.exists():
-        print_warnings(read_header(folder)["warnings"], name)
-        return folder
-    context = Context(cfg, source, tok)
+    folder = Path(cfg["data"]["cache_dir"]) / f"{label}-{fingerprint(fingerprints, set_date)}"
+    if not folder.exists():
+        context = Context(cfg, source, tok)
+        write_token_files(folder, files, fingerprints, context, name, quiet)
+    print_warnings(read_header(folder)["warnings"], name)
+    return folder
+
+
+def write_token_files(folder, files, fingerprints, context, name, quiet):
+    """Tokenize files into a folder, which exists when all is written."""
     building = folder.with_name(f"{folder.name}.building.{os.urandom(8).hex()}")
     try:
         building.mkdir(parents=True)
@@ -3128,16 +3237,13 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
         with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
-        if not writer.counts["documents"]:
-            print_warnings(writer.warnings, name)
-        check_not_empty(writer, name, source, data["seq_len"])
-        if writer.counts["chats"] and has_date:
+        check_not_empty(writer, name, context)
+        if writer.counts["chats"] and reads_clock(context.tok, context.cfg):
             fingerprints["date"] = str(context.now.date())
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.last_offsets["offsets"],
-                  "fingerprints": fingerprints, "files": files, "commit": commit_of(files),
-                  "vocabulary": tok.n_vocab, "problems": writer.problems,
-                  "warnings": writer.warnings, **writer.counts}
+                  "fingerprints": fingerprints, "files": files, "vocabulary": context.tok.n_vocab,
+                  "problems": writer.problems, "warnings": writer.warnings, **writer.counts}
         text = json.dumps(header, indent=1) + "\n"
         (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
@@ -3147,20 +3253,12 @@ def tokenize_source(cfg, name, source, tok, quiet=False):
                             "data.cache_dir sets their place") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print_warnings(writer.warnings, name)
-    return folder
 
 
 def read_header(folder):
     if not (folder / "header.json").is_file():
-        raise UserError(f"{folder}: has no header.json; delete the folder, and it is written again")
+        raise UserError(f"{folder}: has no header.json; delete the folder to tokenize again")
     return read_json_object(folder / "header.json")
-
-
-def commit_of(files):
-    """The commit of a dataset on the hub, or None."""
-    match = re.search(r"/datasets--[^/]+/snapshots/(\w+)/", files[0])
-    return match and match[1]
 
 
 def print_warnings(warnings, name):
@@ -3173,12 +3271,13 @@ def print_warnings(warnings, name):
 
 
 def fingerprint_source(cfg, source, tok, files):
-    """What the token files of a source depend on, as fingerprints by name."""
+    """Return the fingerprints of all that a source's token files depend on, by name."""
     data = cfg["data"]
     beside = [file[:-len(".npy")] + suffix for file in files if format_of(file) == "npy"
               for suffix in BESIDE_NPY]
     inputs = [*files, *filter(os.path.isfile, beside)]
-    root = os.path.join(os.path.abspath(cfg["data_root"]), "")    # it may have moved
+    # paths relative to data_root, so that it may be moved
+    root = os.path.join(os.path.abspath(cfg["data_root"]), "")
     stats = [(path.removeprefix(root), os.stat(path).st_size, os.stat(path).st_mtime_ns)
              for path in inputs]
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
@@ -3194,18 +3293,21 @@ def fingerprint_tokenizer(cfg, tok):
     return {"tokenizer": tok.fingerprint, "template": template}
 
 
-def check_not_empty(writer, name, source, seq_len):
+def check_not_empty(writer, name, context):
+    """Raise UserError if a source has no documents."""
     counts = writer.counts
-    if not counts["documents"]:
-        problem = f": {writer.problems[0]}" if writer.problems else ""
-        cut = ""
-        if counts["cut_away"]:
-            cut = (f", {counts['cut_away']} of them because data.seq_len={seq_len} cuts the "
-                   f"answers off; a larger one keeps them")
-        raise UserError(
-            f"data.{name}: {source['path']} holds nothing to train on ({counts['records']} "
-            f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
-            f"a target{cut})")
+    if counts["documents"]:
+        return
+    print_warnings(writer.warnings, name)                # they may tell the reason
+    problem = f": {writer.problems[0]}" if writer.problems else ""
+    cut = ""
+    if counts["cut_away"]:
+        cut = (f", {counts['cut_away']} of them because data.seq_len={context.data['seq_len']} "
+               "cuts the answers off; a larger one keeps them")
+    raise UserError(
+        f"data.{name}: {context.source['path']} holds nothing to train on ({counts['records']} "
+        f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
+        f"a target{cut})")
 
 
 class Tokens:
@@ -3229,18 +3331,18 @@ class Tokens:
     def map_file(self, name, dtype, length):
         path = self.folder / name
         if not path.is_file() or path.stat().st_size != length * np.dtype(dtype).itemsize:
-            raise UserError(f"{path}: damaged: it has not the size that header.json says; delete "
-                            f"the folder {self.folder}, and it is written again")
+            raise UserError(f"{path}: damaged: its size does not match header.json; delete the "
+                            f"folder {self.folder} to tokenize again")
         if not length:                                   # np.memmap refuses it
             return np.zeros(0, dtype)
-        # slices of an array are faster than those of a memmap
+        # an array, because its slices are faster than those of a memmap
         return np.asarray(np.memmap(path, dtype, "r"))
 
     def __len__(self):
         return len(self.offsets) - 1
 
-    def lengths(self, i):
-        """The number of inputs of documents i: one less than their tokens."""
+    def n_inputs(self, i):
+        """The number of inputs of documents i, one less than their tokens: int64, shaped as i."""
         i = np.asarray(i)
         return self.offsets[i + 1] - self.offsets[i] - 1
 
@@ -3249,8 +3351,8 @@ class Tokens:
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[span], self.weights[span]
 
-    def prompt(self, i):
-        """The ids that ask for the last answer of chat i, if they are not those before it."""
+    def other_prompt(self, i):
+        """Report.other_prompt of document i: its last answer's generation prompt if it differs."""
         return self.prompts[self.prompt_offsets[i]:self.prompt_offsets[i + 1]]
 
 
@@ -3298,22 +3400,22 @@ def count_held_out(split, name, n_documents):
 
 
 # --------------------------------------------------------------------------------------------------
-# show: check here, before a step is trained, that the template marks the right targets
+# show: see before training whether the right tokens are targets
 
 def summary(name, tokens):
-    """One line about a source: documents, tokens, what was cut off, dropped or skipped.
+    """One line about a source: documents, tokens, and how many were cut off, dropped or skipped.
 
-    The latter three are of the whole source. If data.validation_split divides it, they are in the
-    line of the first part.
+    The latter three count the whole source. If data.validation_split divides it, only the line of
+    the training part has them.
     """
     header = tokens.header
     n_tokens = int(tokens.offsets[-1] - tokens.offsets[0])
-    n_inputs = n_tokens - len(tokens)                    # each may have a target: the next token
+    n_inputs = n_tokens - len(tokens)                    # the last token of a document is no input
     n_targets = int(tokens.n_targets.sum(dtype=np.int64))
     parts = [f"{name}: {len(tokens):,} documents",
              f"{n_tokens:,} tokens ({n_targets / n_inputs:.0%} trained)",
              f"longest {np.diff(tokens.offsets).max():,}"]
-    if tokens.offsets[0] > 0:
+    if tokens.offsets[0] > 0:                            # the validation part
         return ", ".join(parts)
     if header["truncated"]:
         parts.append(f"{header['truncated']:,} cut off")
@@ -3326,7 +3428,7 @@ def summary(name, tokens):
 
 
 def histogram(tokens):
-    """The lengths of the documents, as lines: one for each power of two."""
+    """The distribution of the documents' lengths as lines of text, one for each power of two."""
     powers = np.ceil(np.log2(np.diff(tokens.offsets))).astype(int)
     powers, counts = np.unique(powers, return_counts=True)
     lines = []
@@ -3342,8 +3444,8 @@ COLORS = {0: 2, 1: 32, -1: 31}          # by the sign of a loss weight: dim, gre
 def colorize(tok, ids, weights, use_color):
     """The text of a document with its targets in green and special tokens inverted.
 
-    Without color, targets are in [[ ]], and \\ is before text that only spells a special token. A
-    weight other than 1 is printed after the target: {0.5}; targets of negative weight are red.
+    Without color, targets are in [[ ]], and text that only spells a special token begins with \\.
+    A weight other than 1 is printed after its targets: {0.5}. Targets of negative weight are red.
     """
     parts = []
     borders = np.flatnonzero(np.diff(weights)) + 1
@@ -3361,15 +3463,18 @@ def colorize(tok, ids, weights, use_color):
 
 
 def mark_special(tok, ids, use_color):
-    """The text of ids, with special tokens told from text that spells them."""
+    """The text of ids, with special tokens distinguished from text that spells them."""
     parts = []
     is_special = np.isin(ids, list(tok.special_and_added_ids))
-    for part in np.split(ids, np.flatnonzero(np.diff(is_special)) + 1):
+    borders = np.flatnonzero(np.diff(is_special)) + 1
+    for part in np.split(ids, borders):
         text = tok.decode(part)
-        if not tok.special_and_added_ids.isdisjoint(part.tolist()):
-            parts.append(f"\x1b[7m{text}\x1b[27m" if use_color else text)
-        else:
-            parts.append(text if use_color else tok.special_pattern.sub(r"\\\g<0>", text))
+        part_is_special = part[0] in tok.special_and_added_ids
+        if part_is_special and use_color:
+            text = f"\x1b[7m{text}\x1b[27m"
+        if not part_is_special and not use_color:
+            text = tok.special_pattern.sub(r"\\\g<0>", text)
+        parts.append(text)
     return "".join(parts)
 
 

@@ -431,7 +431,7 @@ def test_describe_run_prints_derived_numbers_as_arithmetic(start):
         lines.setdefault(key, []).append(text)
     assert list(lines) == ["data", "model", "step", "run", "device"]
     tokens = run.data["train"]["chats"]
-    lengths = tokens.lengths(range(len(tokens)))
+    lengths = tokens.n_inputs(range(len(tokens)))
     per_step = 4 * lengths.sum() / 36
     assert lines["data"][0].startswith("train.chats: 36 documents") and len(lines["data"]) == 2
     n_params = sum(p.numel() for p in run.model.parameters())
@@ -464,7 +464,7 @@ def test_describe_run_weights_the_sources(start, tmp_path):
     path.write_text("\n\n".join("ten bytes " for _ in range(100)))
     run = start(f"data.train.short.path={path}", "data.train.short.separator=\n\n",
                 "data.train.short.weight=0.5")
-    lengths = {name: tokens.lengths(range(len(tokens)))
+    lengths = {name: tokens.n_inputs(range(len(tokens)))
                for name, tokens in run.data["train"].items()}
     n_short = round(len(lengths["short"]) / 2)
     n_documents = 36 + n_short

@@ -1,9 +1,10 @@
 """tokenize_data.py: shapes, templates, masks, tokenizers, token files (law 6)."""
-import json, multiprocessing, os, random, signal, subprocess, sys, time
+import json, multiprocessing, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 import configs, sampler, tokenize_data as T
 from conftest import ROOT
@@ -112,7 +113,7 @@ def test_text_is_bos_ids_eos_in_windows_that_lose_no_target(tmp_path):
     docs = [data.document(i) for i in range(len(data))]
     first = np.concatenate([docs[0][0], *[d[0][1:] for d in docs[1:4]]])
     assert BYTES.decode(first) == f"<|endoftext|>{text}<|endoftext|>" and all(m.all() for _, m in docs)
-    assert data.lengths(np.arange(len(data))).max() == 16 and sum(data.lengths(np.arange(4))) == len(text) + 1
+    assert data.n_inputs(np.arange(len(data))).max() == 16 and sum(data.n_inputs(np.arange(4))) == len(text) + 1
     assert BYTES.decode(docs[4][0]) == "<|endoftext|>xy<|endoftext|>"
     assert len(docs) == 6                                            # an empty text: its end is learned
 
@@ -355,11 +356,43 @@ def test_save_tokenizer_carries_the_files_beside_tokenizer_json(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     T.save_tokenizer(BYTES, tmp_path / "in", None)
-    names = ("tokenizer.model", "spiece.model", "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+    names = ("tokenizer.model", "spiece.model", "added_tokens.json", "vocab.json", "merges.txt")
     for name in names:
         (tmp_path / "in" / name).write_text(f"{name} of the base")
     T.save_tokenizer(T.huggingface_tokenizer(tmp_path / "in"), tmp_path / "out", None)
     assert all((tmp_path / "out" / name).read_text() == f"{name} of the base" for name in names)
+
+
+@pytest.mark.parametrize("text", [None, "<|im_start|>"])
+def test_save_tokenizer_writes_a_bos_that_was_set_or_left_out(tmp_path, text):
+    """data.bos_token; special_tokens_map.json of older models and a post-processor name the model's own."""
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    T.save_tokenizer(BYTES, tmp_path / "in", None)
+    (tmp_path / "in" / "special_tokens_map.json").write_text('{"bos_token": "<|endoftext|>", "pad_token": "a"}')
+    spec = json.loads((tmp_path / "in" / "tokenizer.json").read_text())
+    spec["post_processor"] = {"single": [{"SpecialToken": {"id": "<|endoftext|>"}}, {"Sequence": {}}]}
+    (tmp_path / "in" / "tokenizer.json").write_text(json.dumps(spec))
+    tok = T.load_tokenizer(configs.load([f"data.tokenizer={tmp_path / 'in'}", f"data.bos_token={text or ''}"])[0])
+    T.save_tokenizer(tok, tmp_path / "out", None)
+    again = T.huggingface_tokenizer(tmp_path / "out")
+    assert (tok.bos, again.bos, again.eos) == (text, text, "<|endoftext|>")
+    assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text()) == {"pad_token": "a"}
+
+
+def test_tiktoken_encoding_with_two_texts_of_one_id(monkeypatch):
+    """o200k_harmony; offsets need the length of each token."""
+    special = {"<|endoftext|>": 256, "<|end|>": 257, "<|reserved_257|>": 257}
+    made = tiktoken.Encoding("made", pat_str=BYTES.pattern, mergeable_ranks=BYTES.ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: made)
+    ids, starts, ends, _ = T.tiktoken_encoding("made").encode_with_offsets("a<|end|>b")
+    assert (ids.tolist(), starts.tolist(), ends.tolist()) == ([97, 257, 98], [0, 1, 8], [1, 8, 9])
+
+
+@pytest.mark.parametrize("digits, words", [({}, ["a", "12"]), ({"individual_digits": True}, ["a", "1", "2"])])
+def test_split_pattern_of_digits_may_leave_the_option_out(digits, words):
+    pattern = T.split_pattern([{"type": "Digits", **digits}, {"type": "ByteLevel"}])
+    assert T.regex.findall(pattern, "a12") == words
 
 
 def test_huggingface_tokenizer_names_a_pointer_of_git_lfs(tmp_path):
@@ -1378,12 +1411,12 @@ def test_read_npy_names_file_and_index_of_a_wrong_label(tmp_path):
 
 
 def test_a_hub_dataset_has_a_revision_and_is_whole_or_refused(hub, tmp_path):
-    """Its commit is recorded. Without network, a split of which a part was downloaded is not the split."""
+    """Its commit is recorded, in the names of its files. Without network, a split of which a part was downloaded is not the split."""
     train = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
     got = hub("someone/sums", "someone/sums@v1.0 data.train.x.split=test", "someone/sums@gone")
     assert got[:2] == [[7, train], [1, ["data/test.jsonl"]]] and "no revision gone" in got[2]
     headers = [json.loads(path.read_text()) for path in tmp_path.glob("tokens/x-*/header.json")]
-    assert {header["commit"] for header in headers} == {"0" * 40}
+    assert all(f"/snapshots/{'0' * 40}/" in file for header in headers for file in header["files"])
     cache = tmp_path / "home" / "hub" / "datasets--someone--sums"
     next(cache.glob("snapshots/*/data/train-00001-of-00002.jsonl")).unlink()
     part, test, other = hub("someone/sums", "someone/sums@v1.0/data data.train.x.split=test", "someone/sums@v2",
@@ -1489,6 +1522,27 @@ def test_append_eos_trains_eos_after_the_last_answer(tmp_path):
     data = load_with_template(tmp_path, NO_END, records, "data.append_eos=true")
     assert spans(BYTES, *data.document(0)) == ["a\n\n<|endoftext|>"]
     assert spans(BYTES, *data.document(1)) == ["a"]
+
+
+@pytest.mark.parametrize("answer", ["5", "55"])
+def test_append_eos_after_an_answer_of_one_token(answer):
+    """The control token at the end of its prompt does not end it."""
+    tok = control_tokenizer("<|user|>", "<|assistant|>")
+    template = T.compile_template("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+                                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    ids, weights = T.encode_chat(tok, template, chat("q", answer), append_eos=True)
+    assert spans(tok, ids, weights) == [f"{answer}<eos>"]
+    report = T.Report()
+    T.encode_chat(tok, template, chat("q", answer), report=report)
+    assert [kind for kind, _ in report.warnings] == [T.NO_END]
+
+
+def test_append_eos_appends_none_after_a_line_break_of_another_weight():
+    """data.train_on=everything: the last span is the line break, and the token before it ends the answer."""
+    messages = [*chat("q"), {"role": "assistant", "content": "a", "weight": 0.5}]
+    report = T.Report()
+    ids, _ = T.encode_chat(BYTES, CHATML, messages, "everything", append_eos=True, report=report)
+    assert BYTES.decode(ids).endswith("a<|im_end|>\n") and report.warnings == []
 
 
 def test_append_eos_without_an_eos_is_a_warning():
@@ -1635,6 +1689,14 @@ def test_stop_token_ids_are_all_that_end_an_answer_or_a_call(template, special, 
     """Also if the next role's token ends it (GLM), an output follows a call (Gemma 4), or a line break follows."""
     tok = control_tokenizer(*special)
     assert {tok.decode([i]) for i in T.stop_token_ids(tok, T.compile_template(template))} == {"<eos>", *ends}
+
+
+def test_stop_token_ids_of_a_template_that_needs_a_system_message():
+    tok = control_tokenizer("<|im_start|>", "<|im_end|>")
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN_TURNS
+    assert {tok.decode([i]) for i in T.stop_token_ids(tok, T.compile_template(template))} == {"<eos>", "<|im_end|>"}
+    refuses = T.compile_template("{{ raise_exception('no') }}")
+    assert T.stop_token_ids(tok, refuses) == [tok.special["<eos>"]]
 
 
 def test_encode_chat_does_not_train_outputs_of_tools_inside_of_answers():
@@ -1843,6 +1905,20 @@ def test_tokenize_source_a_folder_without_header_says_to_delete_it(tmp_path):
     (load_one(tmp_path, path).folder / "header.json").unlink()
     with pytest.raises(configs.UserError, match="no header.json; delete the folder"):
         load_one(tmp_path, path)
+
+
+def test_tokenize_source_another_process_was_faster(tmp_path, monkeypatch):
+    """Its folder is taken, also if this process cannot write its own."""
+    path = write(tmp_path, [{"text": "a"}])
+    folder = load_one(tmp_path, path).folder
+    folder.rename(tmp_path / "done")
+
+    def fail(*args, **options):
+        shutil.copytree(tmp_path / "done", folder)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    assert load_one(tmp_path, path).folder == folder
 
 
 def test_show_the_first_token_is_never_a_target(capsys):

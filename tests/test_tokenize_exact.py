@@ -144,7 +144,7 @@ def test_every_kind_of_tokenizer_is_exact_or_borrowed_and_says_so(kind, tmp_path
 def test_without_the_tokenizers_package_one_line_names_the_feature(tmp_path, monkeypatch):
     trained(reference(), "wordpiece", tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    told = "tokenizer.json: a WordPiece model cannot be carried over.*pip install tokenizers"
+    told = "tokenizer.json: tiktoken cannot run a WordPiece model exactly.*pip install tokenizers"
     with pytest.raises(ValueError, match=told) as e:
         T.huggingface_tokenizer(tmp_path)
     assert "\n" not in str(e.value)

@@ -29,7 +29,7 @@ class Lengths:
     def __len__(self):
         return len(self.values)
 
-    def lengths(self, i):
+    def n_inputs(self, i):
         return self.values[i]
 
 

@@ -9,9 +9,9 @@ whole model, up to a factor). A document that is drawn r times as often as in th
 its losses multiplied by 1 / r, so that the gradient is that of the default order on average; only
 the denominator, the sum of loss weights, is that of the documents drawn.
 
-The paper estimates the norms of a large batch with an additional forward pass. Here a document's
-estimate is that of the last step that had it, and half of the probability is that of the default
-order. So r is at least 1/2, even if a small estimate is out of date.
+The paper computes its estimates with a forward pass of more documents. Here a document's estimate
+is from the last step that had it, and half of the probability is that of the default order. So r
+is at least 1/2, even if a small estimate is out of date.
 """
 import sys
 
@@ -24,20 +24,20 @@ import sampler
 import train
 
 
-def head_gradient(x, dlogits):
-    """Return the norm of the gradient of the head's weights for each token, [n].
+def squared_norm(x, dlogits):
+    """Return the squared norm of the gradient of the head's weights for each token, [n].
 
     The gradient is the outer product of dlogits and x, so its norm is the product of their norms.
     """
     x_norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-    return x_norm * torch.linalg.vector_norm(dlogits, dim=-1, dtype=torch.float32)
+    return (x_norm * torch.linalg.vector_norm(dlogits, dim=-1, dtype=torch.float32)) ** 2
 
 
 class GradientSampler(sampler.Sampler):
     """Draws by source's weight x (1 + norm / mean norm) / 2.
 
-    norm is the sum of head_gradient over a document's targets. It is at least the norm of the
-    document's gradient of the head, by the triangle inequality.
+    norm is the root of the sum of squared_norm over a document's targets: the norm of its gradient
+    of the head, if the gradients of its tokens are orthogonal.
     """
     uses_feedback = True
 
@@ -65,14 +65,14 @@ class GradientSampler(sampler.Sampler):
         micro_batch["loss_weights"][:lengths.sum()] *= np.repeat(factors, lengths)
 
     def update(self, doc_ids, stats):
-        norm = stats["head_gradient"] * self.times_as_often()[doc_ids]       # undoes reweight()
+        norm = np.sqrt(stats["squared_norm"]) * self.times_as_often()[doc_ids]  # undoes reweight()
         self.norm[doc_ids] = np.where(np.isfinite(norm), norm, np.nan)
 
     def state_dict(self):
         return {"norm": self.norm}
 
 
-model.TOKEN_STATS["head_gradient"] = head_gradient
+model.TOKEN_STATS["squared_norm"] = squared_norm
 sampler.SAMPLERS["by_gradient"] = GradientSampler
 
 if __name__ == "__main__":

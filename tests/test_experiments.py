@@ -239,37 +239,36 @@ def to_torch(micro_batch):
 
 @pytest.fixture
 def by_gradient(tiny, experiment):
-    """(a GradientSampler of 36 chats, six of them per step; a model; its cfg)"""
+    """(a GradientSampler of 36 chats, six of them per step; a model)"""
     experiment("by_gradient")
     config = tiny("sampler.order=by_gradient", "batch_size=6", "model.tie_embeddings=false")
     cfg = config[0]
     model = M.build(train.resolve_model(cfg, tokenize_data.load_tokenizer(cfg))[0], cfg["seed"])
-    return make_sampler(config), model, cfg
+    return make_sampler(config), model
 
 
-def test_by_gradient_bounds_the_norm_of_the_heads_gradient(by_gradient):
-    """For documents with one target, it is that norm."""
-    made, model, _ = by_gradient
-    for n_targets in (None, 1):
-        for document in range(6):
-            micro_batch = sampler.collate([document], made.dataset)
-            if n_targets:
-                micro_batch["targets"][np.flatnonzero(micro_batch["loss_weights"])[n_targets:]] = -100
-            loss_sum, _, stats = model(to_torch(micro_batch))
+def test_by_gradient_sums_the_squared_norms_of_the_heads_gradients(by_gradient):
+    made, model = by_gradient
+    for document in range(3):
+        micro_batch = sampler.collate([document], made.dataset)
+        squares = []
+        for target in np.flatnonzero(micro_batch["loss_weights"]):
+            alone = np.full_like(micro_batch["targets"], -100)
+            alone[target] = micro_batch["targets"][target]
             model.zero_grad()
-            loss_sum.backward()
-            norm, bound = float(model.head.weight.grad.norm()), float(stats["head_gradient"])
-            assert norm <= bound * (1 + 1e-5)
-            assert n_targets is None or norm == pytest.approx(bound, rel=1e-5)
+            model(to_torch(micro_batch | {"targets": alone}))[0].backward()
+            squares.append(float(model.head.weight.grad.norm()) ** 2)
+        stats = model(to_torch(micro_batch))[2]
+        assert float(stats["squared_norm"]) == pytest.approx(sum(squares), rel=1e-4)
 
 
 def test_by_gradient_is_the_default_gradient_on_average(by_gradient):
-    """The summed gradients of drawn documents, divided by how often they are drawn: over 300 steps within 6%."""
-    made, model, cfg = by_gradient
+    """The summed gradients of the documents of 300 steps, with their weights, are those of as many even draws."""
+    made, model = by_gradient
     n = len(made.dataset)
     per_document = torch.stack([gradient_of(model, to_torch(sampler.collate([i], made.dataset)), normalize=False)
                                 for i in range(n)])
-    made.update(np.arange(n), {"head_gradient": per_document.norm(dim=1).numpy()})
+    made.update(np.arange(n), {"squared_norm": per_document.norm(dim=1).numpy() ** 2})
     total, drawn = torch.zeros_like(per_document[0]), np.zeros(n)
     for step in range(300):
         indices = made.documents(step)
@@ -285,17 +284,17 @@ def test_by_gradient_is_the_default_gradient_on_average(by_gradient):
 
 def test_by_gradient_update_removes_its_own_weights(by_gradient):
     """The norm that it stores is that of the loss without importance weights."""
-    made, model, _ = by_gradient
+    made, model = by_gradient
     n = len(made.dataset)
-    made.update(np.arange(n), {"head_gradient": np.linspace(1, 9, n)})
+    made.update(np.arange(n), {"squared_norm": np.linspace(1, 9, n)})
     stored = []
     for _ in range(2):
         micro_batch = sampler.collate([4, 20, 31], made.dataset)
         made.reweight(micro_batch)
-        made.update(np.array([4, 20, 31]), {"head_gradient": model(to_torch(micro_batch))[2]["head_gradient"].numpy()})
+        made.update(np.array([4, 20, 31]), {"squared_norm": model(to_torch(micro_batch))[2]["squared_norm"].numpy()})
         stored.append(made.norm[[4, 20, 31]].copy())
-    plain = model(to_torch(sampler.collate([4, 20, 31], made.dataset)))[2]["head_gradient"].numpy()
-    np.testing.assert_allclose(stored, [plain, plain], rtol=1e-4)
+    plain = model(to_torch(sampler.collate([4, 20, 31], made.dataset)))[2]["squared_norm"].numpy()
+    np.testing.assert_allclose(stored, [plain ** 0.5] * 2, rtol=1e-4)
 
 
 # ---- clipped.py

@@ -3,6 +3,7 @@
     python tests/bench/experiments.py                                 all of experiments/, 300 steps each
     python tests/bench/experiments.py by_loss lion --steps 1000       these, and the default
     python tests/bench/experiments.py --seeds 3                       seeds 0, 1 and 2: means and ranges
+    python tests/bench/experiments.py batch_size=16                   words with a "=" are added to every command
 
 Every run fine-tunes data/base with configs/ft.yaml on one rank, so that it starts from the same weights and, with the
 default sampler, sees the same documents. The schedule ends with the last step.
@@ -44,10 +45,10 @@ def command_of(name):
     return [*script, "configs/ft.yaml", *OPTIONS.get(name, [])]
 
 
-def run(name, steps, seed, out):
+def run(name, steps, seed, out, more):
     """Returns {"nll", "exact_match"} after the last step, or a line that says why there is none."""
     words = [f"max_steps={steps}", "epochs=0", f"seed={seed}", f"eval_every={steps}", "save_every=0", "samples=0",
-             "checkpoint.export=false", f"out_dir={out}"]
+             "checkpoint.export=false", f"out_dir={out}", *more]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command_of(name), *words], cwd=ROOT,
                           capture_output=True, text=True)
     if done.returncode:
@@ -106,23 +107,28 @@ def machine():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="files of experiments/ without .py; all, if none is given")
+    parser.add_argument("words", nargs="*", help="files of experiments/ without .py (all, if none is given); KEY=VALUE")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "experiments.md")
     args = parser.parse_args()
-    unknown = set(args.names) - set(names())
+    more = [word for word in args.words if "=" in word]
+    chosen = [word for word in args.words if "=" not in word] or names()
+    unknown = set(chosen) - set(names())
     if unknown:
         parser.error(f"not in experiments/: {', '.join(sorted(unknown))}")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ["default", *(args.names or names())]:
-            results[name] = [run(name, args.steps, seed, Path(folder) / f"{name}-{seed}") for seed in range(args.seeds)]
-            print(name, *results[name], flush=True)
+        for name in ["default", *chosen]:
+            results[name] = []
+            for seed in range(args.seeds):
+                out = Path(folder) / f"{name}-{seed}"
+                results[name].append(run(name, args.steps, seed, out, more))
+                print(name, seed, results[name][-1], flush=True)
     if any(isinstance(result, str) for result in results["default"]):
         sys.exit("the default run failed")
     seeds = "seed 0" if args.seeds == 1 else f"mean and range of seeds 0 to {args.seeds - 1}"
-    words = " ".join([*args.names, f"--steps {args.steps}", f"--seeds {args.seeds}"])
+    words = " ".join([*args.words, f"--steps {args.steps}", f"--seeds {args.seeds}"])
     header = HEADER.format(steps=args.steps, seeds=seeds, machine=machine(), words=words)
     args.out.write_text(header + table(results))
     print(f"wrote {args.out}")

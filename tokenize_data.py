@@ -3418,7 +3418,7 @@ def summary(name, tokens):
     if tokens.offsets[0] > 0:                            # the validation part
         return ", ".join(parts)
     if header["truncated"]:
-        parts.append(f"{header['truncated']:,} cut off")
+        parts.append(f"{header['truncated']:,} cut off by data.seq_len")
     if header["dropped"]:
         cut = f", {header['cut_away']:,} of them by cutting" if header["cut_away"] else ""
         parts.append(f"{header['dropped']:,} dropped (nothing to train on{cut})")
@@ -3500,7 +3500,7 @@ def main(argv):
             print(summary(f"{kind}.{name}", tokens), f"  in {tokens.folder}", *histogram(tokens),
                   sep="\n")
             for i in range(min(options["show"], len(tokens))):
-                show_document(tok, name, i, *tokens.document(i), options["ids"])
+                show_document(tok, f"{kind}.{name}", i, *tokens.document(i), options["ids"])
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ from tqdm import tqdm
 import configs
 from configs import UserError, read_text
 
-FORMAT = 9                  # of the token files
+FORMAT = 10                 # of the token files
 # size of a Chunk, the unit of work of a process, in bytes, characters or token ids of the file:
 # larger ones make work uneven, smaller ones cost time to send
 BLOCK = 2**18
@@ -889,6 +889,7 @@ def normalize_chat(record):
     key = "functions" if is_older else "tools"           # OpenAI's older form
     for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
+    drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
     documents = record.get("documents") if isinstance(record.get("documents"), list) else []
@@ -985,6 +986,22 @@ def normalize_tool(tool):
     if parameters is not None:
         tool["function"]["parameters"] = parameters
     return {"type": "function"} | tool
+
+
+def drop_null_arguments(messages, tools):
+    """Drop null arguments that the tool of a call does not have: see normalize_tool."""
+    properties = {}                                      # {tool: its parameters}
+    for tool in tools:
+        parameters = tool["function"].get("parameters")
+        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+            properties[tool["function"].get("name")] = parameters["properties"]
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            known = properties.get(function.get("name"))
+            if known is not None and isinstance(function["arguments"], dict):
+                function["arguments"] = {key: value for key, value in function["arguments"].items()
+                                         if value is not None or key in known}
 
 
 def normalize_message(turn, n):

@@ -1035,7 +1035,7 @@ def test_normalize_tools_and_calls_in_all_forms_render_alike():
 
 
 def test_normalize_null_columns_of_arrow_are_left_out():
-    """Arrow gives all structs of a column the same keys. In JSON, an argument that is null is one; null in a tool is not."""
+    """Arrow gives all structs of a column the same keys. In JSON, null is kept where the tool has the argument, or is not known."""
     b = {"type": ["null", "string"], "default": None, "const": None, "enum": None}
     tool = {"name": "f", "parameters": {"properties": {"a": b, "b": None}}}
     call = {"name": "f", "arguments": {"a": None, "b": None}}
@@ -1046,7 +1046,10 @@ def test_normalize_null_columns_of_arrow_are_left_out():
     from_json = T.normalize_record(json.dumps(record).encode(), "x")
     kept = {"a": {"type": ["null", "string"], "default": None, "const": None}}
     assert from_json["tools"][0]["function"]["parameters"]["properties"] == kept
-    assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
+    assert from_json["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None}}
+    del record["tools"]
+    without_tools = T.normalize_record(json.dumps(record).encode(), "x")
+    assert without_tools["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
 
 
 def test_encode_chat_null_content_keeps_tool_calls():

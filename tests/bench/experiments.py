@@ -81,8 +81,9 @@ def table(results):
         link = name if name == "default" else f"[{name}](../experiments/{name}.py)"
         command = " ".join(["torchrun", *command_of(name)])
         errors = [result for result in of_seeds if isinstance(result, str)]
-        figures = [f"failed: {errors[0]}", ""]
-        if not errors:
+        if errors:
+            figures = [f"failed: {errors[0]}", ""]
+        else:
             figures = [cell(of_seeds, default, "nll", 4), cell(of_seeds, default, "exact_match", 3)]
         rows.append(f"| {' | '.join([link, title, f'`{command}`', *figures])} |")
     return "\n".join(rows) + "\n"

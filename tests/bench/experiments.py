@@ -8,7 +8,7 @@
 Every run fine-tunes data/base with configs/ft.yaml on one rank, so that it starts from the same weights and, with the
 default sampler, sees the same documents. The schedule ends with the last step.
 """
-import argparse, ast, datetime, json, platform, subprocess, sys, tempfile
+import argparse, ast, datetime, json, os, platform, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = models[0].split(":")[1].strip() if models else processor
-    device = f"{processor}, {torch.get_num_threads()} cores"
+    device = f"{processor}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     commit += " with changes" if changed else ""

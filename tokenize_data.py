@@ -1953,7 +1953,8 @@ def bytes_tokenizer():
 
 def tiktoken_encoding(name):
     """An encoding that tiktoken knows by name, such as gpt2, and downloads."""
-    problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
+    problem = (f"cannot download {name}; TIKTOKEN_CACHE_DIR=FOLDER names a folder that has it, and "
+               "bytes or a folder with a tokenizer.json needs no network: ")
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
     special = {}

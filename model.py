@@ -717,8 +717,8 @@ class MicroBatchLoss:
         index = self.token_index[start:end]
         inputs = {"token_index": index, "batch": self.batch}
         if "reference_logits" in self.model.loss_inputs:
-            # Under FSDP2 only forward(), hidden() and logits() gather sharded weights. Here those of
-            # the head are gathered: hidden() did it, and without a backward pass they stay so (see
+            # Under FSDP2 only forward(), hidden() and logits() gather sharded weights. Those of the
+            # head are gathered here: hidden() did it, and without a backward pass they stay so (see
             # compute_hidden()).
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])

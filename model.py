@@ -369,7 +369,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            # The rest is empty, too. Without any token, one empty group gives unpad() its shape.
+            # From here on all are empty. (If all documents are, keep one group: unpad() concatenates
+            # the outputs, and torch.cat() needs at least one.)
             if groups and length == 0:
                 break
             if not groups or 3 * length < 2 * groups[-1][0]:
@@ -1257,7 +1258,8 @@ def load(path, m=None, device="cpu"):
 
 def read_model_section(folder):
     """The complete model section of a pretrained folder: its config.json, and the defaults."""
-    return configs.load([f"model.init_from={folder}"])[0]["model"]
+    path = str(folder).replace("$", "$$")                # a $ would be an environment variable
+    return configs.load([f"model.init_from={path}"])[0]["model"]
 
 
 STORED_DTYPES = {
@@ -1543,7 +1545,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     write_json(folder / "generation_config.json", generation)
     if source:
         for pattern in configs.LICENSES:
-            for path in source.glob(pattern):
+            for path in filter(Path.is_file, source.glob(pattern)):
                 shutil.copyfile(path, folder / path.name)
     write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
 
@@ -1653,7 +1655,7 @@ def hf_config(m, source):
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
-        config[hf_key] = configs.to_hf(m[key], places)
+        config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]

@@ -369,7 +369,7 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            # From here on all are empty. (If all documents are, keep one group: unpad() concatenates
+            # All that follow are empty. (If all documents are, keep one group: unpad() concatenates
             # the outputs, and torch.cat() needs at least one.)
             if groups and length == 0:
                 break

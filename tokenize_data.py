@@ -1416,7 +1416,7 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def render(template, tok, messages, add_generation_prompt=False, **variables):
+def render(template, tok, messages, /, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
     special = {"bos_token": tok.bos or "", "eos_token": tok.eos or ""}
     variables = tok.token_variables | special | variables
@@ -1493,7 +1493,7 @@ class Rendering:
                           **self.variables)[0]
 
 
-def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
+def render_messages(template, tok, messages, /, add_generation_prompt=False, columns=None,
                     chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
@@ -1728,8 +1728,8 @@ class BaseTokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
-        """Replace lone surrogates by U+FFFD. Composed, so that positions are those of tokens."""
-        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        """Replace lone surrogates by U+FFFD."""
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
@@ -2494,8 +2494,9 @@ def find_spans(rendering, train_on):
     elif len(blocks) == len(answers):            # each answer has one block
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            # The part of the block that is in the generation prompt is no target. (If the prompt
-            # has all of it, as when only an empty <think></think> is marked, the block stays.)
+            # An answer starts where its generation prompt ends, also if the template marks less: in
+            # use, the model has to write what is in between. (If the prompt has the whole block, as
+            # when only an empty <think></think> is marked, the block stays.)
             if prompt_end < end:
                 start = prompt_end
             spans.append(Span(start, end, weights[i], i))
@@ -2537,7 +2538,9 @@ def find_turns(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
             output_start = find_output_start(rendering, i)
-            if output_start is not None:                 # then it is inside of the answer's turn
+            # Gemma 4 writes the output inside of the answer's turn. In other templates it starts
+            # after the turn, and this changes nothing.
+            if output_start is not None:
                 end = min(end, output_start)
             end = end_of_turn(rendering.tok, rendering.text, end)
         turns.append((start, end, i))
@@ -2553,7 +2556,7 @@ def find_output_start(rendering, i):
     if not following or following[0]["role"] != "tool":
         return None
     before = rendering.render_other(rendering.messages[:i + 1]) or ""
-    before = before.rstrip()
+    before = before.rstrip()                 # the output may start before a final line break
     return len(before) if before and rendering.text.startswith(before) else None
 
 

@@ -680,8 +680,8 @@ LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
 # {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
-# training forward() returns the sums beside "loss", for a sampler's update() (see
-# experiments/by_gradient.py). Both inputs have the compute dtype:
+# training forward() computes all of them in each step and returns the sums beside "loss", for a
+# sampler's update() (see experiments/by_gradient.py). Both inputs have the compute dtype:
 #
 #     x        what the head reads
 #     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
@@ -1810,6 +1810,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
              temperature=0.0, top_k=0, top_p=1.0, seed=0,
              keep_going=any):
     """Continue B prompts, lists of token ids. Yields, per step, B items: each prompt's next id.
+    (generate_all() returns whole answers.)
 
     A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or when prompt
     and answer have model.max_len tokens. After that, its item is None. temperature 0 takes the

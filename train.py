@@ -392,9 +392,9 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
 
     gradients is a list, one tensor per trained parameter in the order of model.parameters(): the
     gradient of this micro-batch on this rank alone, of its summed loss / global_loss_weight (see
-    experiments/clipped.py for that of its mean loss). It is 0 for an empty one. Aggregate them, assign the result to each
-    p.grad, and call shard.all_reduce_gradients(model), which sums .grad over ranks. A list stays
-    valid after the next one is yielded.
+    experiments/clipped.py for that of its mean loss). It is 0 for an empty one. Aggregate them,
+    assign the result to each p.grad, and call shard.all_reduce_gradients(model), which sums .grad
+    over ranks. A list stays valid after the next one is yielded.
 
     Works on one rank and on replicated ranks. With shard.mesh.shard > 1 no rank ever holds the
     gradient of its own micro-batch, because the backward pass reduces it over ranks: UserError.

@@ -427,23 +427,33 @@ def num_graphs():
 # LoRA
 
 class LoRALinear(transformer.Linear):
-    """A frozen linear layer with an adapter: x W^T + scale * (x A^T) B^T.
+    """A frozen linear layer with an adapter: x W^T + scale * (dropout(x) A^T) B^T.
 
     A is [r, in] and B [out, r]. init_adapters() gives them their values.
+
+    place  of the layer in its block. It makes the dropouts of a block's layers differ
     """
 
-    def __init__(self, linear, r, alpha):
+    def __init__(self, linear, lora_cfg, place):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None,
                          device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
-        self.scale = alpha / r
+        r = lora_cfg["r"]
+        self.scale = adapter_scale(lora_cfg)
+        self.dropout = lora_cfg["dropout"]
+        self.place = place
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, r, device=device))
 
-    def forward(self, x):                                                # [T, in]
-        low_rank = F.linear(x, self.lora_A.to(x.dtype)) * self.scale     # [T, r]
+    def forward(self, x, seeds=None):                                    # [T, in]
+        """seeds  int32 [T] of the block's dropouts, see model.Block. None: no dropout"""
+        adapter_x = x
+        if seeds is not None and self.dropout:
+            layer_seeds = transformer.hash_int32(seeds + 3 + self.place)
+            adapter_x = transformer.dropout(x, self.dropout, layer_seeds)
+        low_rank = F.linear(adapter_x, self.lora_A.to(x.dtype)) * self.scale    # [T, r]
         # in place: no second tensor of the width of the output
         return super().forward(x).addmm_(low_rank, self.lora_B.to(x.dtype).T)    # [T, out]
 
@@ -452,12 +462,21 @@ class LoRALinear(transformer.Linear):
         return self.lora_B @ self.lora_A * self.scale
 
 
+def adapter_scale(lora_cfg):
+    """The factor of B A: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    r = lora_cfg["r"]
+    return lora_cfg["alpha"] / (math.sqrt(r) if lora_cfg["rslora"] else r)
+
+
 def add_lora(model, lora_cfg):
     """Freeze the model and replace linear layers of its blocks by LoRALinear, in place.
 
     Raises UserError for a target that no layer has.
     """
     model.requires_grad_(False)
+    model.adapter_dropout = lora_cfg["dropout"]
+    block_modules = model.blocks[0].named_modules()
+    places = [name for name, module in block_modules if isinstance(module, nn.Linear)]
     layout = transformer.hf_slices(model.cfg)
     wanted = lora_cfg["targets"]
     known = set()
@@ -467,7 +486,9 @@ def add_lora(model, lora_cfg):
         target = short_name(layout[f"{name}.weight"])
         known.add(target)
         if not wanted or target in wanted:
-            model.set_submodule(name, LoRALinear(module, lora_cfg["r"], lora_cfg["alpha"]))
+            _, _, name_in_block = name.split(".", 2)
+            place = places.index(name_in_block)
+            model.set_submodule(name, LoRALinear(module, lora_cfg, place))
     for target in wanted:
         if target not in known:
             raise configs.UserError(f"shard.lora.targets: must be some of "
@@ -545,12 +566,15 @@ def save_adapter(model, lora_cfg, folder, base):
             n_fused[hf_module.split(".")[-1]] = len(layers)
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
+    # so that the scale of n fused adapters is that of one: see adapter_scale()
+    power = 0.5 if lora_cfg["rslora"] else 1
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base) if base else None,
-        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "r": r, "lora_alpha": alpha, "lora_dropout": lora_cfg["dropout"], "bias": "none",
+        "use_rslora": lora_cfg["rslora"],
         "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
-        "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
+        "alpha_pattern": {target: n ** power * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
         "target_modules": sorted(n_fused)}
     config_file = folder / "adapter_config.json"
@@ -903,6 +927,8 @@ class StepSize:
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
+        adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
+        self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         self.n_blocks = model_cfg["n_layers"]
@@ -1035,6 +1061,8 @@ def block_activation_bytes(s):
     if s.keeps_probabilities:
         # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
         dropout += H * length * (1 + 4 + attention_element)
+    # a mask, and a copy of the input per adapter
+    dropout += (1 + s.element) * s.adapter_inputs
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
     mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
     return norms + attention + dropout + mlp

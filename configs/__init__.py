@@ -718,8 +718,8 @@ def derive(cfg, layers_by_key):
 def conditional_options(cfg):
     """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
     lora = cfg["shard"]["lora"]
-    for key, is_used in (("alpha", lora["r"] or not lora["alpha"]), ("targets", lora["r"])):
-        yield (f"shard.lora.{key}", "shard.lora.r", is_used,
+    for key in ("alpha", "targets", "rslora", "dropout"):
+        yield (f"shard.lora.{key}", "shard.lora.r", lora["r"] or not lora[key],
                "without LoRA; shard.lora.r=8 turns it on")
     yield ("min_lr", "schedule", cfg["schedule"] != "constant",
            "with schedule=constant, which stays at lr")

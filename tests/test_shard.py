@@ -16,9 +16,13 @@ def micro_batch():
                     "doc_ids": torch.arange(2)}
 
 
-def model_with_lora(targets, r=4):
+def lora_section(r=4, alpha=8.0, **more):
+    return configs.load([])[0]["shard"]["lora"] | {"r": r, "alpha": alpha, **more}
+
+
+def model_with_lora(targets, **more):
     model = M.build_on_meta(TINY)
-    shard.add_lora(model, {"r": r, "alpha": 8.0, "targets": targets})
+    shard.add_lora(model, lora_section(targets=targets, **more))
     shard.load_weights(model.to_empty(device="cpu"), M.NewWeights(TINY, 0).read, 0)
     return model
 
@@ -49,7 +53,7 @@ def test_add_lora_changes_nothing_at_first_and_trains_adapters_only():
 
 def test_add_lora_refuses_a_target_that_no_layer_has():
     with pytest.raises(configs.UserError, match="shard.lora.targets: .*q_proj.*; got q_prj"):
-        shard.add_lora(M.build_on_meta(TINY), {"r": 4, "alpha": 8.0, "targets": ["q_prj"]})
+        shard.add_lora(M.build_on_meta(TINY), lora_section(targets=["q_prj"]))
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"], ["k_proj", "gate_proj", "o_proj"]])
@@ -76,7 +80,7 @@ def test_save_adapter_names_the_base(tmp_path, base, written):
 
     The weights have the permissions of other files."""
     model = model_with_lora(["q_proj"])
-    shard.save_adapter(model, {"r": 4, "alpha": 8.0}, tmp_path, base)
+    shard.save_adapter(model, lora_section(), tmp_path, base)
     config_file = tmp_path / "adapter_config.json"
     assert json.loads(config_file.read_text())["base_model_name_or_path"] == written
     weights = tmp_path / "adapter_model.safetensors"
@@ -88,6 +92,46 @@ def test_init_adapters_draws_an_adapter_whatever_else_is_adapted():
     everything = model_with_lora([])
     assert torch.equal(only_v.blocks[0].attn.v_proj.lora_A,
                        everything.blocks[0].attn.v_proj.lora_A)
+
+
+def randomize_adapters(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def test_add_lora_with_rslora_divides_alpha_by_the_root_of_r():
+    batch = micro_batch()
+    by_root = randomize_adapters(model_with_lora([], rslora=True))
+    doubled = randomize_adapters(model_with_lora([], alpha=16.0))    # r = 4 = 2 sqrt(r)
+    assert torch.equal(by_root.logits(batch), doubled.logits(batch))
+
+
+def test_lora_dropout_is_of_the_adapters_input_and_in_training_only():
+    """Each adapter has noise of its own, the same with other targets."""
+    model = randomize_adapters(model_with_lora([], dropout=0.25))
+    plain = randomize_adapters(model_with_lora([]))
+    batch = micro_batch()
+    assert torch.equal(model(batch)[0], plain(batch)[0])    # no noise_seed
+    noisy = batch | {"noise_seed": (0, 3)}
+    assert not torch.allclose(model(noisy)[0], plain(noisy)[0])
+    assert torch.equal(model.eval()(noisy)[0], plain.eval()(noisy)[0])
+
+    layer = model.blocks[1].attn.q_proj
+    x = torch.ones(1000, 48)
+    seeds = torch.arange(1000, dtype=torch.int32)
+    frozen = torch.nn.functional.linear(x, layer.weight)
+    dropped = M.dropout(x, 0.25, M.hash_int32(seeds + 3 + layer.place))
+    assert torch.allclose(layer(x, seeds), frozen + dropped @ layer.delta().T, atol=1e-5)
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    places = [module.place for module in model.blocks[1].modules()
+              if isinstance(module, shard.LoRALinear)]
+    assert places == list(range(7))
+    assert model_with_lora(["k_proj"]).blocks[0].attn.k_proj.place == places[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
 
 
 @pytest.mark.parametrize("more, tolerance", [
-    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
+    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5),
+    (("shard.lora.r=4", "shard.lora.dropout=0.2"), 1e-5)])
 def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance):
     """The layout of a step changes rounding and nothing else (guarantee 1)."""
     # ten steps that don't amplify rounding by themselves
@@ -91,6 +92,7 @@ TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.m
 CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
     "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
+    "lora, dropout, recompute": (["shard.lora.r=4", "shard.lora.dropout=0.2", "shard.recompute=1"], 2),
     "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (GPT2, 11),
     "one source twice, one half": (TWICE_AND_HALF, 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),

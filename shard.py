@@ -39,6 +39,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -471,7 +472,8 @@ def adapter_scale(lora_cfg):
 def add_lora(model, lora_cfg):
     """Freeze the model and replace linear layers of its blocks by LoRALinear, in place.
 
-    Raises UserError for a target that no layer has.
+    The modules of shard.lora.modules_to_save stay trained. Raises UserError for a target that no
+    layer has, and for a module that does not exist.
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
@@ -493,6 +495,42 @@ def add_lora(model, lora_cfg):
         if target not in known:
             raise configs.UserError(f"shard.lora.targets: must be some of "
                                     f"{', '.join(sorted(known))}; got {target}")
+    for name in saved_tensors(model.cfg, lora_cfg["modules_to_save"]).values():
+        model.get_parameter(name).requires_grad_(True)
+
+
+def tensors_outside_blocks(m):
+    """{tensor of the exported files: parameter}. A tied head is listed, as the embedding."""
+    tensors = {}
+    for tensor, parts in transformer.hf_tensors(m).items():
+        name, _, _ = parts[0]
+        if not name.startswith("blocks."):
+            tensors[tensor] = name
+    if m["tie_embeddings"]:
+        names = configs.families()[m["family"]].get("weights", {})
+        tensors[names.get("head.weight", "head.weight")] = "embed.weight"
+    return tensors
+
+
+def module_name(tensor):
+    """model.embed_tokens.weight -> embed_tokens"""
+    return tensor.rpartition(".")[0].split(".")[-1]
+
+
+def saved_tensors(m, modules_to_save):
+    """The part of tensors_outside_blocks() in these modules, named as in the exported files.
+
+    Embedding and tied head are one parameter, which has both names as soon as one is given.
+    Raises UserError for a module that does not exist.
+    """
+    tensors = tensors_outside_blocks(m)
+    known = {module_name(tensor) for tensor in tensors}
+    for module in modules_to_save:
+        if module not in known:
+            raise configs.UserError(f"shard.lora.modules_to_save: must be some of "
+                                    f"{', '.join(sorted(known))}; got {module}")
+    chosen = {name for tensor, name in tensors.items() if module_name(tensor) in modules_to_save}
+    return {tensor: name for tensor, name in tensors.items() if name in chosen}
 
 
 def short_name(slices):
@@ -525,7 +563,7 @@ def init_adapters(model, seed):
 class MergedWeights:
     """Reads a model's parameters without LoRA, with the adapters added to the weights.
 
-    model      with adapters; its other weights are not used
+    model      with adapters and modules_to_save; its other weights are not used
     read_base  read() of the base: (name, first row, end row) -> rows
     """
 
@@ -534,8 +572,11 @@ class MergedWeights:
         self.read_base = read_base
 
     def read(self, name):
+        parameter = self.model.get_parameter(name)
+        if parameter.requires_grad:                      # of modules_to_save
+            return parameter
         layer, _, kind = name.rpartition(".")            # kind: "weight" or "bias"
-        tensor = self.read_base(name, 0, len(self.model.get_parameter(name)))
+        tensor = self.read_base(name, 0, len(parameter))
         module = self.model.get_submodule(layer)
         if kind == "weight" and isinstance(module, LoRALinear):
             tensor = tensor + module.delta()
@@ -555,15 +596,19 @@ def save_adapter(model, lora_cfg, folder, base):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     n_fused = {}                                         # {target module: number of fused layers}
-    for hf_name, parts in transformer.hf_tensors(model.cfg).items():
-        hf_module = hf_name.removesuffix(".weight")
-        layers = layers_of(model, parts)
-        if hf_name.endswith(".weight") and layers:
-            prefix = f"base_model.model.{hf_module}"
-            A, B = fuse_adapters(layers, parts)
-            tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
-            n_fused[hf_module.split(".")[-1]] = len(layers)
+    for hf_module, layers, parts in adapted_modules(model):
+        A, B = fuse_adapters(layers, parts)
+        tensors[f"{PEFT_PREFIX}{hf_module}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{hf_module}.lora_B.weight"] = B
+        n_fused[hf_module.split(".")[-1]] = len(layers)
+    saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
+    for tensor, name in saved.items():
+        parameter = model.get_parameter(name)
+        rows = transformer.unpadded_rows(name, len(parameter), model.cfg)
+        tensors[PEFT_PREFIX + tensor] = parameter[:rows]
+    # clone: a safetensors file holds no tensor twice
+    tensors = {name: t.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+               for name, t in tensors.items()}
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
     # so that the scale of n fused adapters is that of one: see adapter_scale()
@@ -576,10 +621,31 @@ def save_adapter(model, lora_cfg, folder, base):
         "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
         "alpha_pattern": {target: n ** power * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
-        "target_modules": sorted(n_fused)}
+        "target_modules": sorted(n_fused),
+        "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
+    if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
+        adapter_config["ensure_weight_tying"] = True
     config_file = folder / "adapter_config.json"
     transformer.write_json(config_file, adapter_config)
     transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)
+
+
+PEFT_PREFIX = "base_model.model."    # of the tensors in adapter_model.safetensors
+
+
+def adapted_modules(model):
+    """The modules of the exported files that have adapters, as tuples of
+
+    hf_module  the name, such as model.layers.0.self_attn.q_proj
+    layers     {parameter name: LoRALinear}; several if the module is fused
+    parts      the entry of hf_tensors(), see fuse_adapters()
+    """
+    modules = []
+    for tensor, parts in transformer.hf_tensors(model.cfg).items():
+        layers = layers_of(model, parts)
+        if tensor.endswith(".weight") and layers:
+            modules.append((tensor.removesuffix(".weight"), layers, parts))
+    return modules
 
 
 def layers_of(model, parts):
@@ -613,6 +679,116 @@ def fuse_adapters(layers, parts):
     return torch.cat([layer.lora_A for layer in layers.values()]), torch.cat(rows_of_B)
 
 
+def split_adapter(A, B, layers, parts, r):
+    """The inverse of fuse_adapters(): {parameter name: (A [r, in], B [its outputs, r])}.
+
+    An adapter of rank r that PEFT made for a fused module has one A for all of its layers.
+    Returns None if the adapter has another rank, or was trained further after fuse_adapters().
+    """
+    is_fused = len(A) == len(layers) * r
+    if not is_fused and len(A) != r:
+        return None
+    rows_of_B = {name: [] for name in layers}
+    part_sizes = [n_rows for _, _, n_rows in parts]
+    for (name, _, _), rows in zip(parts, B.split(part_sizes)):
+        rows_of_B[name].append(rows)
+    adapters = {}
+    for place, (name, rows) in enumerate(rows_of_B.items()):
+        columns = slice(place * r, (place + 1) * r) if is_fused else slice(None)
+        layer_B = torch.cat(rows)
+        if layer_B.count_nonzero() > layer_B[:, columns].count_nonzero():
+            return None
+        adapters[name] = (A[columns], layer_B[:, columns])
+    return adapters
+
+
+@torch.no_grad()
+def load_adapter(model, lora_cfg):
+    """Copy the tensors of shard.lora.init_from, a PEFT adapter, into a model, in place.
+
+    lora_cfg  r and targets are the adapter's: see configs.hf_config.read_adapter()
+    Raises UserError for tensors that are missing, unknown or of another shape.
+    """
+    folder = Path(lora_cfg["init_from"])
+    adapter_config = configs.read_json(folder / "adapter_config.json")
+    files = transformer.open_weights(folder)
+    modules = adapted_modules(model)
+    saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
+    check_adapter_tensors(folder, files, model, modules, saved)
+    read = {name.removeprefix(PEFT_PREFIX): functools.partial(file.get_tensor, name)
+            for name, file in files.items()}
+    for hf_module, layers, parts in modules:
+        A = read[f"{hf_module}.lora_A.weight"]().float()
+        B = read[f"{hf_module}.lora_B.weight"]().float()
+        B *= peft_scale(adapter_config, hf_module, len(A)) / adapter_scale(lora_cfg)
+        adapters = split_adapter(A, B, layers, parts, lora_cfg["r"])
+        if adapters is None:
+            raise configs.UserError(
+                f"shard.lora.init_from: {folder}: the adapter of {hf_module} has rank {len(A)} and "
+                f"does not split into adapters of rank {lora_cfg['r']} (r of adapter_config.json); "
+                "merge it into its base with PEFT, and start from that")
+        for name, (layer_A, layer_B) in adapters.items():
+            copy_first_rows(layers[name].lora_A, layer_A)
+            copy_first_rows(layers[name].lora_B, layer_B)
+    loaded = {}
+    for tensor, name in saved.items():
+        rows = read[tensor]()
+        if not torch.equal(loaded.setdefault(name, rows), rows):
+            raise configs.UserError(f"shard.lora.init_from: {folder}: {tensor} differs from the "
+                                    "embedding, to which config.json ties the head; merge it into "
+                                    "its base with PEFT, and start from that")
+        copy_first_rows(model.get_parameter(name), rows)
+
+
+def check_adapter_tensors(folder, files, model, modules, saved):
+    """Raise UserError unless a PEFT adapter has exactly the tensors that load_adapter() reads.
+
+    files    {tensor: open safetensors file};  modules  adapted_modules();  saved  saved_tensors()
+    """
+    shapes = {}                                          # None: any size
+    for hf_module, layers, parts in modules:
+        in_features = next(iter(layers.values())).in_features
+        out_features = sum(n_rows for _, _, n_rows in parts)
+        shapes[f"{PEFT_PREFIX}{hf_module}.lora_A.weight"] = [None, in_features]
+        shapes[f"{PEFT_PREFIX}{hf_module}.lora_B.weight"] = [out_features, None]
+    for tensor, name in saved.items():
+        n_rows, *rest = model.get_parameter(name).shape
+        shapes[PEFT_PREFIX + tensor] = [transformer.unpadded_rows(name, n_rows, model.cfg), *rest]
+    wrong = [f"{tensor} is unknown" for tensor in sorted(files.keys() - shapes.keys())]
+    for tensor, shape in shapes.items():
+        if tensor not in files:
+            wrong.append(f"{tensor} is missing")
+            continue
+        found = files[tensor].get_slice(tensor).get_shape()
+        # tokens that were added since then have no rows in the adapter
+        is_vocabulary = shape[0] == model.cfg["vocab_size"] and found[0] < shape[0]
+        expected = [found[0], *shape[1:]] if is_vocabulary else shape
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(expected, found)):
+            wrong.append(f"{tensor} is {found}, and the model makes it {shape}")
+    if wrong:
+        raise configs.UserError(f"shard.lora.init_from: {folder}: the adapter does not fit the "
+                                f"model: {transformer.shorten(wrong)}")
+
+
+def peft_scale(adapter_config, hf_module, rank):
+    """The factor of B A in PEFT, for a module whose adapter has this rank."""
+    alpha = adapter_config.get("lora_alpha", 8)
+    for pattern, value in adapter_config.get("alpha_pattern", {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", hf_module):
+            alpha = value
+            break
+    return adapter_scale({"r": rank, "alpha": alpha,
+                          "rslora": adapter_config.get("use_rslora", False)})
+
+
+def copy_first_rows(p, rows):
+    """Copy rows 0 ... len(rows) - 1 of a parameter, or those of them that this rank holds."""
+    local, start, end = local_shard(p)
+    end = min(end, len(rows))
+    if start < end:
+        local[:end - start].copy_(rows[start:end])
+
+
 # --------------------------------------------------------------------------------------------------
 # parallelize a model
 
@@ -641,6 +817,8 @@ def parallelize(model, cfg, read_slice):
         apply_fsdp(model, cfg, device, dtype)
     # 5) load weights: each rank reads the rows of its shard only
     load_weights(model.to_empty(device=device), read_slice, cfg["seed"])
+    if lora_cfg["r"] and lora_cfg["init_from"]:
+        load_adapter(model, lora_cfg)
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
@@ -939,6 +1117,9 @@ class StepSize:
         self.block = count_parameters(block)
         self.block_trained = count_parameters(block, trained=True)
         self.outside = count_parameters(model) - len(model.blocks) * self.block
+        outside_trained = self.trained - len(model.blocks) * self.block_trained
+        self.outside_bytes = 4 * outside_trained + self.element * (self.outside - outside_trained)
+        self.trains_head = model.head_weight().requires_grad
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
@@ -964,7 +1145,7 @@ def predict_memory(model_cfg, cfg, world_size=1):
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
     accumulated = gradients if s.micro_batches > 1 else 0
     all_gradients = gradients if s.micro_batches > 1 else gradients // s.shards
-    head_gradient = 0 if s.is_lora else 4 * s.head
+    head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
     if model_cfg["tie_embeddings"]:
@@ -1014,8 +1195,7 @@ def gathered_or_cast_bytes(s, blocks=None):
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
-        outside = s.outside * (s.element if s.is_lora else 4)
-        return outside + blocks * s.block * s.element
+        return s.outside_bytes + blocks * s.block * s.element
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
     if s.element == 4 or s.is_lora:
         return 0
@@ -1080,7 +1260,7 @@ def loss_bytes(s):
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
     logits += min(piece, s.tokens) * V * 4 * 4
     input_gradient = s.tokens * C * s.element
-    if s.is_lora:
+    if not s.trains_head:
         return logits + input_gradient
     bf16_head = s.element * s.head if s.element < 4 else 0
     return logits + input_gradient + 4 * s.head + bf16_head

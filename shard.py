@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 train.py configs/ft.yaml out_dir=out/two        two replicated ranks
     torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/sharded
-    python shard.py configs/ft.yaml gpus=64 device=cuda              predicted memory per device
+    python shard.py configs/ft.yaml gpus=64 device=cuda              predicted memory per device,
+                                                and what fits one of memory=80 GiB
 
 Ranks form a mesh of replicate x shard. Here 2 x 4:
 
@@ -33,6 +34,8 @@ model.py knows nothing of this: the model that parallelize() returns is called a
                 (arXiv:2106.09685)
 """
 import atexit
+import bisect
+import copy
 import ctypes
 import datetime
 import functools
@@ -53,7 +56,7 @@ import configs
 
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
-    configs.load_or_exit(sys.argv[1:], gpus=1)
+    configs.load_or_exit(sys.argv[1:], gpus=1, memory=80.0)
 
 import torch
 import torch.distributed as dist
@@ -1091,7 +1094,8 @@ class StepSize:
         if lora_cfg["r"]:
             add_lora(model, lora_cfg)
         device_type = resolve_device_type(cfg)
-        rank_tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
+        documents = math.ceil(cfg["batch_size"] / world_size)
+        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         block = model.blocks[0]
         self.cfg = cfg
         self.model_cfg = model_cfg
@@ -1099,8 +1103,7 @@ class StepSize:
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
         self.is_replicated = world_size > 1 and self.shards == 1
-        self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
-        self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
+        self.set_micro_tokens(cfg["micro_tokens"])
         self.is_lora = lora_cfg["r"] > 0
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
@@ -1117,13 +1120,18 @@ class StepSize:
         self.block = count_parameters(block)
         self.block_trained = count_parameters(block, trained=True)
         self.outside = count_parameters(model) - len(model.blocks) * self.block
-        outside_trained = self.trained - len(model.blocks) * self.block_trained
-        self.outside_bytes = 4 * outside_trained + self.element * (self.outside - outside_trained)
+        self.outside_trained = self.trained - len(model.blocks) * self.block_trained
+        self.outside_frozen = self.outside - self.outside_trained
         self.trains_head = model.head_weight().requires_grad
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
+
+
+    def set_micro_tokens(self, micro_tokens):
+        self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
+        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)      # per rank
 
 
 def count_parameters(module, trained=None):
@@ -1138,7 +1146,11 @@ def predict_memory(model_cfg, cfg, world_size=1):
     Returns {phase: {what: bytes}}. Needs no device: device=auto predicts for this machine's kind of
     device; set device=cuda to plan for GPUs elsewhere.
     """
-    s = StepSize(model_cfg, cfg, world_size)
+    return memory_of_phases(StepSize(model_cfg, cfg, world_size))
+
+
+def memory_of_phases(s):
+    """What predict_memory() returns, of a StepSize."""
     state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
     gradients = 4 * s.trained
@@ -1148,7 +1160,7 @@ def predict_memory(model_cfg, cfg, world_size=1):
     head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
-    if model_cfg["tie_embeddings"]:
+    if s.model_cfg["tie_embeddings"]:
         in_backward = accumulated + head_gradient
     else:
         in_backward = max(accumulated, head_gradient)
@@ -1195,7 +1207,8 @@ def gathered_or_cast_bytes(s, blocks=None):
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
-        return s.outside_bytes + blocks * s.block * s.element
+        outside = 4 * s.outside_trained + s.element * s.outside_frozen
+        return outside + blocks * s.block * s.element
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
     if s.element == 4 or s.is_lora:
         return 0
@@ -1241,8 +1254,11 @@ def block_activation_bytes(s):
     if s.keeps_probabilities:
         # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
         dropout += H * length * (1 + 4 + attention_element)
-    # a mask, and a copy of the input per adapter
-    dropout += (1 + s.element) * s.adapter_inputs
+    # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
+    # and activation that are their inputs.
+    if s.adapter_inputs:
+        shared_inputs = s.norms * C + m["d_ff"] + (0 if s.is_cuda else H * E)
+        dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
     mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
     return norms + attention + dropout + mlp
@@ -1288,16 +1304,93 @@ def block_backward_bytes(s, last):
     return total
 
 
+GIB = 2**30
+
+# The choices that the script compares: (name, values of keys). Others are as in START.
+START = {"shard.lora.r": 0, "shard.quantize": "none",
+         "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
+CHOICES = [
+    ("full fine-tuning", {}),
+    ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
+    ("LoRA", {"shard.lora.r": 16}),
+    ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
+]
+
+
+def choices_of(cfg):
+    """Yields (name, the config of this choice) of CHOICES whose keys exist.
+
+    The rank of adapters is that of cfg, if it has LoRA.
+    """
+    r = cfg["shard"]["lora"]["r"]
+    known = configs.flat(cfg)
+    start = {key: value for key, value in START.items() if key in known}
+    for name, keys in CHOICES:
+        if not keys.keys() <= known.keys():
+            continue
+        keys = start | keys
+        if keys["shard.lora.r"] and r:
+            keys["shard.lora.r"] = r
+        for recompute in (False, True):
+            choice = copy.deepcopy(cfg)
+            for key, value in {**keys, "shard.recompute": recompute}.items():
+                configs.overlay(choice, configs.nested(key, value), "choice")
+            yield name, choice
+
+
+def peak_bytes(s, micro_tokens):
+    """The predicted peak of a StepSize with other micro_tokens."""
+    s.set_micro_tokens(micro_tokens)
+    _, held = peak_phase(memory_of_phases(s))
+    return sum(held.values())
+
+
+def largest_micro_tokens(s, budget):
+    """The largest micro_tokens whose predicted peak is within a budget of bytes; 0 if none is.
+
+    A power of two below 1,024, or a multiple of it. At least a document's tokens (data.seq_len); at
+    most those of a rank's step, above which nothing changes.
+    """
+    in_one = math.ceil(s.rank_tokens / 1024) * 1024
+    if peak_bytes(s, in_one) <= budget:      # a single micro-batch accumulates no gradients
+        return in_one
+    sizes = [*(2 ** n for n in range(10)), *range(1024, in_one, 1024)]
+    sizes = [size for size in sizes if size >= s.cfg["data"]["seq_len"]]
+    n_fitting = bisect.bisect_right(sizes, budget, key=functools.partial(peak_bytes, s))
+    return sizes[n_fitting - 1] if n_fitting else 0
+
+
+def print_choices(model_cfg, cfg, gpus, memory):
+    """Print a table of CHOICES, with and without recomputation, for devices of `memory` GiB."""
+    budget = 0.9 * memory * GIB
+    print(f"\nusual choices on devices of {memory:g} GiB, of which 90% may be used:\n"
+          f"  {'':<20}{'shard.recompute':<17}{'GiB':>10}  fits  largest micro_tokens")
+    for name, choice in choices_of(cfg):
+        s = StepSize(model_cfg, choice, gpus)
+        total = peak_bytes(s, cfg["micro_tokens"])
+        fits = "yes" if total <= budget else "no"
+        micro_tokens = largest_micro_tokens(s, budget)
+        tokens = f"{micro_tokens:,}" if micro_tokens else "none"
+        if micro_tokens >= s.rank_tokens:
+            tokens += " (a whole step)"
+        recompute = configs.show(choice["shard"]["recompute"])
+        print(f"  {name:<20}{recompute:<17}{total / GIB:>10,.3f}  {fits:<6}{tokens}")
+    print(f"  GiB: with micro_tokens={cfg['micro_tokens']}; a step has {s.rank_tokens:,} tokens per "
+          f"device (batch_size={cfg['batch_size']} x data.seq_len={cfg['data']['seq_len']})")
+
+
 def main(argv):
-    """python shard.py CONFIG... [key=value ...] [gpus=N]
+    """python shard.py CONFIG... [key=value ...] [gpus=N] [memory=GIB]
 
     device=auto predicts for this machine's kind of device; set device=cuda to plan for GPUs
     elsewhere.
     """
-    options, argv = configs.pop_options(argv, gpus=1)
+    options, argv = configs.pop_options(argv, gpus=1, memory=80.0)
     gpus = options["gpus"]
     if gpus < 1:
         raise configs.UserError(f"gpus: expected at least 1, got {gpus}")
+    if options["memory"] <= 0:
+        raise configs.UserError(f"memory: expected GiB above 0, got {options['memory']:g}")
     cfg, _, _ = configs.load(argv)
     model_cfg = cfg["model"]
     if model_cfg["vocab_size"] is None:
@@ -1311,11 +1404,12 @@ def main(argv):
           f"replicate {replicate} x shard {shards}), {phase}:")
     for what, n in held.items():
         bar = "#" * round(40 * n / total)
-        print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())
-    print(f"  {'total':<16} {total / 2**20:>12,.1f} MiB")
+        print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
+    print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")
+    print_choices(model_cfg, cfg, gpus, options["memory"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """shard.py in one process: LoRA, precision, compilation, predicted memory."""
-import json, os, shutil
+import json, os, re, shutil
 
 import pytest
 import torch
@@ -275,7 +275,57 @@ def test_shard_script_prints_the_predicted_memory(script):
     assert "each of 64 devices" in out.stdout and "optimizer" in out.stdout
     assert "shard.recompute=true predicts" in out.stdout
     out = script("shard.py", "configs/ft.yaml", "gpus=8", "device=cuda", "shard.recompute=true")
-    assert "8 devices (cuda, replicate 8" in out.stdout and "shard.recompute" not in out.stdout
+    assert "8 devices (cuda, replicate 8" in out.stdout
+    assert "shard.recompute=true predicts" not in out.stdout
+
+
+def table_of(out):
+    """{(choice, shard.recompute): (GiB, fits, largest micro_tokens)} as printed by shard.py."""
+    assert out.returncode == 0, out.stderr
+    rows = re.findall(r"^  (\S.*?)  +(true|false) +([\d.,]+)  (yes|no) +(\S+)", out.stdout, re.M)
+    return {(name, recompute): (float(gib.replace(",", "")), fits, tokens.replace(",", ""))
+            for name, recompute, gib, fits, tokens in rows}
+
+
+EIGHT_BILLION = ["model.d_model=4096", "model.n_layers=32", "model.n_heads=32", "model.n_kv_heads=8",
+                 "model.d_ff=14336", "model.vocab_size=128256", "model.tie_embeddings=false",
+                 "device=cuda", "batch_size=64", "data.seq_len=1024", "data.tokenizer=bytes"]
+
+
+def test_shard_script_compares_the_usual_choices(script):
+    """All weights of a model of 8 billion do not fit 80 GiB; adapters do. The largest micro_tokens
+    that fits is followed by one that does not."""
+    table = table_of(script("shard.py", *EIGHT_BILLION))
+    full, recomputed = table["full fine-tuning", "false"], table["full fine-tuning", "true"]
+    assert full[0] > recomputed[0] > 16 * 8 and full[1:] == recomputed[1:] == ("no", "none")
+    lora = table["LoRA", "true"]
+    assert 15 < lora[0] < table["LoRA", "false"][0] and lora[1] == "yes"
+    # 64 documents of 1,024 tokens on one device: a step is one micro-batch
+    assert lora[2] == "65536"
+    largest = int(table["LoRA", "false"][2])
+    assert 1024 < largest < 65536 and largest % 1024 == 0
+    for micro_tokens, fits in ((largest, "yes"), (largest + 1024, "no")):
+        again = table_of(script("shard.py", *EIGHT_BILLION, f"micro_tokens={micro_tokens}"))
+        assert again["LoRA", "false"][1] == fits
+    # a smaller card; more shards
+    assert table_of(script("shard.py", *EIGHT_BILLION, "memory=16"))["LoRA", "true"][1:] == ("no", "none")
+    sharded = table_of(script("shard.py", *EIGHT_BILLION, "gpus=8", "shard.mesh.shard=8", "shard.lora.r=4"))
+    assert sharded["full fine-tuning", "true"][1] == "yes" and sharded["LoRA", "true"][0] < 8
+
+
+def test_largest_micro_tokens_below_1024_is_a_power_of_two_and_at_least_a_document():
+    cfg = configs.load(["model.vocab_size=1000", "device=cpu", "dtype=float32", "batch_size=64",
+                        "data.seq_len=100", "shard.recompute=false"])[0]
+    s = shard.StepSize(cfg["model"], cfg, 1)
+    for largest in (128, 512, 1024, 3072):
+        assert shard.largest_micro_tokens(s, shard.peak_bytes(s, largest)) == largest
+    assert shard.largest_micro_tokens(s, shard.peak_bytes(s, 127)) == 0
+    assert shard.largest_micro_tokens(s, 2**40) == 7168    # a whole step: 6,400
+
+
+def test_shard_script_refuses_a_card_without_memory(script):
+    out = script("shard.py", "configs/ft.yaml", "device=cpu", "memory=0")
+    assert out.stderr == "error: memory: expected GiB above 0, got 0\n"
 
 
 def test_shard_script_predicts_less_for_more_shards(script):

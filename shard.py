@@ -769,8 +769,11 @@ def check_adapter_tensors(folder, files, model, modules, saved):
         if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(expected, found)):
             wrong.append(f"{tensor} is {found}, and the model makes it {shape}")
     if wrong:
+        hint = ""
+        if len(saved) > len(set(saved.values())):
+            hint = " (the head is tied to the embedding: PEFT saves both with ensure_weight_tying)"
         raise configs.UserError(f"shard.lora.init_from: {folder}: the adapter does not fit the "
-                                f"model: {transformer.shorten(wrong)}")
+                                f"model: {transformer.shorten(wrong)}{hint}")
 
 
 def peft_scale(adapter_config, hf_module, rank):

@@ -812,7 +812,7 @@ def check(cfg, layers_by_key, defaults):
         yield section["path"].strip(), f"{name}.path", "a file, a folder or a glob"
     yield cfg["out_dir"].strip(), "out_dir", "a folder"
     yield cfg["data"]["cache_dir"].strip(), "data.cache_dir", "a folder"
-    yield from check_adapter(cfg["shard"]["lora"])
+    yield from check_adapter(cfg["shard"]["lora"], cfg["out_dir"])
     yield from check_model(cfg["model"])
     max_len = cfg["model"]["max_len"]
     yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
@@ -832,10 +832,13 @@ def is_pattern(text):
     return True
 
 
-def check_adapter(lora_cfg):
+def check_adapter(lora_cfg, out_dir):
     """Do the keys that were set agree with the adapter of init_from? Yields like check()."""
     folder = lora_cfg["init_from"]
     adapter = hf_config.read_adapter(folder) if folder else {}
+    is_own = folder and Path(out_dir).resolve() in Path(folder).resolve().parents
+    yield (not is_own, "shard.lora.init_from", "outside of out_dir, where this run writes its own "
+           "adapter; out_dir=NEW")
     for key, value in adapter.items():
         if key != "dropout":                       # it may change
             ours = lora_cfg[key]

@@ -180,7 +180,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
      "layers.1.self_attn.q_proj has rank 5 and does not split into adapters of rank 4"),
     ([], {}, lambda t: t.update({Q + "B.weight": torch.ones(7, 4)}), r"q_proj.lora_B.weight is \[7, 4\]"),
     ([], {}, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(101, 48)}),
-     "lm_head.weight is missing"),
+     "lm_head.weight is missing .the head is tied"),
     ([], {}, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(101, 48),
                                  "base_model.model.lm_head.weight": torch.zeros(101, 48)}),
      "differs from the embedding"),
@@ -198,6 +198,16 @@ def test_init_from_refuses_what_it_cannot_continue(tmp_path, keys, values, chang
     with pytest.raises(configs.UserError, match=words) as error:
         our_model(base, f"shard.lora.init_from={adapter}", *keys)
     assert "\n" not in str(error.value)
+
+
+def test_init_from_refuses_the_adapter_of_the_same_out_dir(tmp_path):
+    """The run would overwrite it."""
+    base = save_base(tmp_path / "base", "tied")
+    model, lora = our_model(base, "shard.lora.r=4")
+    adapter = tmp_path / "run" / "adapter"
+    shard.save_adapter(model, lora, adapter, base)
+    with pytest.raises(configs.UserError, match="shard.lora.init_from: must be outside of out_dir, .*out_dir=NEW"):
+        our_model(base, f"shard.lora.init_from={adapter}", f"out_dir={tmp_path / 'run'}")
 
 
 def test_init_from_names_what_is_missing(tmp_path):

@@ -757,21 +757,24 @@ def check_adapter_tensors(folder, files, model, modules, saved):
     for tensor, name in saved.items():
         n_rows, *rest = model.get_parameter(name).shape
         shapes[PEFT_PREFIX + tensor] = [transformer.unpadded_rows(name, n_rows, model.cfg), *rest]
+    hint = ""
+    if len(saved) > len(set(saved.values())):
+        hint = " (the head is tied to the embedding: PEFT saves both with ensure_weight_tying)"
     wrong = [f"{tensor} is unknown" for tensor in sorted(files.keys() - shapes.keys())]
     for tensor, shape in shapes.items():
         if tensor not in files:
             wrong.append(f"{tensor} is missing")
             continue
         found = files[tensor].get_slice(tensor).get_shape()
-        # tokens that were added since then have no rows in the adapter
-        is_vocabulary = shape[0] == model.cfg["vocab_size"] and found[0] < shape[0]
-        expected = [found[0], *shape[1:]] if is_vocabulary else shape
-        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(expected, found)):
+        is_saved = tensor.removeprefix(PEFT_PREFIX) in saved
+        if is_saved and shape[0] == model.cfg["vocab_size"]:
+            if found[0] > shape[0]:
+                hint = f"; its tokenizer has more tokens: data.tokenizer={folder}"
+            else:
+                shape = [found[0], *shape[1:]]           # tokens added since then have no rows
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found)):
             wrong.append(f"{tensor} is {found}, and the model makes it {shape}")
     if wrong:
-        hint = ""
-        if len(saved) > len(set(saved.values())):
-            hint = " (the head is tied to the embedding: PEFT saves both with ensure_weight_tying)"
         raise configs.UserError(f"shard.lora.init_from: {folder}: the adapter does not fit the "
                                 f"model: {transformer.shorten(wrong)}{hint}")
 

@@ -200,6 +200,23 @@ def test_init_from_refuses_what_it_cannot_continue(tmp_path, keys, values, chang
     assert "\n" not in str(error.value)
 
 
+def test_init_from_with_another_number_of_tokens(tmp_path):
+    """Fewer than the adapter has are refused; of more, the new rows start at the base's mean."""
+    base = save_base(tmp_path / "base", "tied")
+    keys = ["shard.lora.r=4", "shard.lora.modules_to_save=[embed_tokens]"]
+    model, lora = our_model(base, *keys, n_vocab=103)
+    randomize(trained(model).values())
+    shard.save_adapter(model, lora, tmp_path / "adapter", base)
+    init_from = f"shard.lora.init_from={tmp_path / 'adapter'}"
+    with pytest.raises(configs.UserError, match=r"\[103, 48\], and the model makes it \[101, 48\].*; its tokenizer "
+                       "has more tokens: data.tokenizer=.*/adapter"):
+        our_model(base, init_from)
+    more, _ = our_model(base, init_from, n_vocab=104)
+    assert torch.equal(more.embed.weight[:103], model.embed.weight)
+    mean = M.load(base)[0].embed.weight.mean(0)
+    assert torch.allclose(more.embed.weight[103], mean, atol=1e-6)
+
+
 def test_init_from_refuses_the_adapter_of_the_same_out_dir(tmp_path):
     """The run would overwrite it."""
     base = save_base(tmp_path / "base", "tied")

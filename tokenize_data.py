@@ -26,8 +26,9 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
-    prompts.bin    for sampling: the generation prompt of a chat's last answer as ids, if the chat's
-                   ids do not begin with it; otherwise empty. dtype as tokens.bin
+    prompts.bin    for sampling: the ids of a chat's last generation prompt, where they differ from
+                   the chat's own ids before that answer (the template or the tokenizer may write
+                   them in another way); otherwise empty. dtype as tokens.bin
     prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
@@ -88,7 +89,8 @@ class error_context:
             with error_context("tools", ValueError, "not valid JSON: "):
                 json.loads("{")        ->  x.jsonl, line 3: tools: not valid JSON: Expecting ...
 
-    (A class, because records are read in it, and contextlib's generators take 3 times as long.)
+    RecursionError comes from JSON that is nested too deeply. (A class, because each record is read
+    in one, and contextlib's generators take 3 times as long.)
     """
 
     def __init__(self, place, errors=(UserError, RecursionError), problem=""):
@@ -192,7 +194,8 @@ def list_files(path, data_root, split):
     elif os.path.isfile(path):
         files = [path]
     elif hub_path and not is_local and not glob.has_magic(path):
-        # (in its cache, files of equal content are links to one file: all of them count)
+        # returned at once: in the hub's cache, files of equal content are links to one file, and
+        # what follows would drop all but one of them
         return download_split(*hub_path.groups(), split)
     else:
         files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
@@ -600,8 +603,9 @@ def find_split_point(text, encode, margin=200):
 
     Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
     accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together: words are shorter. They are searched in the last 2**15 characters, so that the
-    rest is short. At most 200 are tried.
+    encoded together. (A cut only changes the ids of the words next to it, which are shorter than
+    margin.) Candidates are searched in the last 2**15 characters, so that the rest is short. At
+    most 200 are tried.
     """
     earliest = max(margin, len(text) - 2**15)
     candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
@@ -689,9 +693,10 @@ def read_npy(stream, file, context):
             place = f"{file}: index {i}" if i < len(ids) else f"{labels_file}: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        # Of tokens first ... end - 1. With the offset 1, token 0 has no label, and the weight 0
+        # labels[in_arrays] and weights[in_arrays] are those of tokens first ... end - 1. With the
+        # offset 1, token 0 has neither, and its weight stays 0
         first = max(start, offset)
-        in_arrays = slice(first - offset, end - offset)      # of labels and weights
+        in_arrays = slice(first - offset, end - offset)
         block_weights = np.zeros(len(block), np.float32)
         labeled_weights = block_weights[first - start:]      # a view
         with np.errstate(over="ignore"):                     # compact_weights refuses inf
@@ -717,7 +722,7 @@ def load_array(path, kinds, n_tokens=None):
     if n_tokens is not None and not os.path.isfile(path):
         return None
     # (numpy's parser of the header lets tokenize's errors through)
-    errors = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
+    errors = (ValueError, EOFError, SyntaxError, AttributeError, tokenize.TokenError)
     with error_context(path, errors, "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
@@ -977,7 +982,7 @@ def normalize_tool(tool):
     # all objects of a column. In a JSON schema, only these two can be null.
     tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default", "const"))
     check_type(tool, dict, "tools: expected objects")
-    if "function" not in tool:
+    if "function" not in tool:    # {"name": ..., "parameters": ...}, with or without the type
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
     check_type(tool["function"], dict, "tools: expected objects")
@@ -1027,7 +1032,8 @@ def normalize_message(turn, n):
         content = None
     if role in OUTPUT_ROLES:
         # ShareGPT has no ids. Outputs follow their calls in the same order: message m + 1 is the
-        # output of the first call of message m, m + 2 that of the second
+        # output of the first call of message m, m + 2 that of the second. Call i (from 0) of
+        # message m has the number m + i (parse_function_calls), so the output n has n - 1
         message.setdefault("tool_call_id", tool_call_id(n - 1))
     if isinstance(content, list):
         content, thoughts = split_parts(content)
@@ -1038,6 +1044,8 @@ def normalize_message(turn, n):
         message["reasoning_content"] = reasoning
     if content is not None or not has_generated_fields(message):     # calls or reasoning
         check_type(content, (str, list), "content: expected text")
+    elif not calls:                                      # reasoning alone: no template needs null
+        content = ""
     message["content"] = content
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
@@ -1096,6 +1104,7 @@ def normalize_call(call):
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
     function["arguments"] = values[0] if values and values[0] else {}
+    # the type comes first for the order of the keys, and again to override the call's own type
     return {"type": "function"} | call | {"type": "function", "function": function}
 
 
@@ -1253,7 +1262,9 @@ class ChatTemplate:
     text: str                    # as jinja2 compiles it
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-    openings: dict = dataclasses.field(default_factory=dict)     # see Rendering.openings
+    # {kind of chat: what the template writes between the contents of a user and of an answer}, see
+    # Rendering.openings
+    openings: dict = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def takes_text(self):
@@ -1289,10 +1300,12 @@ class ChatTemplate:
         return {"reasoning_content", "thinking", *others}
 
     def writes_call(self, content, is_json):
-        """Does it write a call of a message with {"content": ...}, and the arguments as JSON?
+        """Does it write a tool call, if its message has no other field than `content`?
 
-        False if it shows Python's None or {'first': ...} instead.
-        is_json  the arguments are given as JSON text
+        content  {} or {"content": ...}: this field of the message
+        is_json  the arguments are given as JSON text, and must be written as this text; otherwise
+                 they are given as an object
+        False also if it shows Python's None or {'first': ...} instead.
         """
         arguments = {"first": "second"}
         text = to_json(arguments)
@@ -1427,7 +1440,9 @@ class Rendering:
 
     @functools.cached_property
     def openings(self):
-        """find_openings(), once for all chats with the same first role and the same variables.
+        """What the template writes between the contents of a user and of an answer.
+
+        find_openings() is called once for all chats with the same first role and variables.
 
         Of tools and documents it only counts whether there are some: few chats have the same.
         """
@@ -1733,8 +1748,9 @@ class Tokenizer(BaseTokenizer):
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
         # tiktoken's own search for special and added tokens is exact unless one of them is a prefix
-        # of another: then it may take the shorter one. (Sorted, such a pair has neighbours like
-        # it.) byte_ids encodes without tiktoken, so the search is ours: split_special().
+        # of another: then it may take the shorter one. (If a token is a prefix of any other, then
+        # also of the next one in sorted order.) byte_ids encodes without tiktoken, so the search is
+        # ours: split_special().
         in_order = sorted(tokens)
         has_prefix = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.tiktoken_finds_special = not has_prefix and self.byte_ids is None
@@ -1953,7 +1969,8 @@ def bytes_tokenizer():
 
 def tiktoken_encoding(name):
     """An encoding that tiktoken knows by name, such as gpt2, and downloads."""
-    problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
+    problem = (f"cannot download {name}; TIKTOKEN_CACHE_DIR=FOLDER names a folder that has it, and "
+               "bytes or a folder with a tokenizer.json needs no network: ")
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
     special = {}
@@ -2193,11 +2210,12 @@ def check_merges(model, ranks):
        bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
     2. The list joins the characters of each token to this token. Otherwise, with the list
        [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
-    3. With ignore_merges, a word that is a token needs no merges, so 2 need not hold. But then all
-       pairs of tokens that make this token are in the list: tiktoken joins them inside of words.
+    3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
+       needs no merges, and the list has all pairs of tokens that make it, because inside of longer
+       words tiktoken joins each of them.
 
-    2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such long lists
-    come from training or conversion, which comply with both.
+    Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
+    long lists come from training or conversion, which comply with both.
     """
     # "a b" in older files, ["a", "b"] in newer ones
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
@@ -2454,7 +2472,9 @@ def find_spans(rendering, train_on):
     elif len(blocks) == len(answers):            # each answer has one block
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            if prompt_end < end:                 # else the prompt has the block (<think></think>)
+            # otherwise the whole block is in the generation prompt (an empty <think></think>), and
+            # stays as the template marks it
+            if prompt_end < end:
                 start = prompt_end
             spans.append(Span(start, end, weights[i], i))
     else:
@@ -2770,8 +2790,9 @@ def should_append_eos(rendering, span, ids, append_eos):
     If none ends it, and EOS is not appended, a warning is added.
     """
     tok = rendering.tok
-    # A control token before an answer does not end it. But if the span is other text (with
-    # data.train_on=everything), it may be a line break after the token that ends the answer.
+    # A control token before an answer does not end it: look only into the span. But a span of other
+    # text (data.train_on=everything) may be just the line break after the token that ends the
+    # answer: look before it, too.
     start = 0 if span.answer is None else span.first_token
     last_tokens = ids[max(start, span.end_token - END_TOKENS):span.end_token]
     if tok.end_ids.intersection(last_tokens.tolist()):
@@ -2991,6 +3012,7 @@ def encode_record(record, place, context, counts, warnings):
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
+        # no other_prompt: the last answer is cut off, so it is not compared with a generated one
         return [(ids[:seq_len + 1], weights[:seq_len + 1], ())]
     return [(ids, weights, report.other_prompt)]
 

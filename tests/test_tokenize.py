@@ -1052,6 +1052,13 @@ def test_normalize_null_columns_of_arrow_are_left_out():
     assert without_tools["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
 
 
+def test_encode_chat_null_content_with_reasoning_is_empty():
+    """Reasoning without calls or content: the word None is not trained."""
+    record = {"messages": [*chat("hi"), {"role": "assistant", "content": None, "reasoning_content": "x"}]}
+    message = T.normalize_record(record, "x")["messages"][1]
+    assert message["content"] == "" and message["reasoning_content"] == "x"
+
+
 def test_encode_chat_null_content_keeps_tool_calls():
     """A template that writes calls only beside null content (DeepSeek R1's distilled models), and adds arguments to text."""
     template = ("{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"

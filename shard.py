@@ -1381,8 +1381,9 @@ def print_choices(model_cfg, cfg, gpus, memory):
             tokens += " (a whole step)"
         recompute = configs.show(choice["shard"]["recompute"])
         print(f"  {name:<20}{recompute:<17}{total / GIB:>10,.3f}  {fits:<6}{tokens}")
-    print(f"  GiB: with micro_tokens={cfg['micro_tokens']}; a step has {s.rank_tokens:,} tokens per "
-          f"device (batch_size={cfg['batch_size']} x data.seq_len={cfg['data']['seq_len']})")
+    print(f"  GiB: with micro_tokens={cfg['micro_tokens']}; a step has {s.rank_tokens:,} tokens "
+          f"per device (batch_size={cfg['batch_size']} x data.seq_len={cfg['data']['seq_len']} "
+          f"/ {gpus})")
 
 
 def main(argv):

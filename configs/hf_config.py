@@ -18,7 +18,8 @@ import configs
 NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
                     "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
                     "pad_vocab_size_multiple")
-# scaled is folded into the table where a family has no key for it, neftune only adds noise in training
+# scaled is folded into the table where a family has no key for it, neftune only adds noise in
+# training
 EXPORTED_EMBEDDINGS = ("plain", "scaled", "neftune")
 
 # The kinds of rope_scaling that model.py computes, and the numbers that each needs
@@ -197,8 +198,8 @@ def what_is_there(name):
         merged = path.parent / "hf"
         if (merged / "config.json").is_file():
             return f"is an adapter, not a whole model; {merged} has it merged into its base"
-        return (f"is an adapter, not a whole model; model.init_from=BASE shard.lora.init_from={path} "
-                "trains it further, and this merges it into its base: python -c \"from peft import "
+        return ("is an adapter, not a whole model; model.init_from=BASE shard.lora.init_from="
+                f"{path} trains it further, and this merges it into its base: python -c \"from peft import "
                 f"AutoPeftModelForCausalLM as M; M.from_pretrained('{path}').merge_and_unload()"
                 ".save_pretrained('DIR')\"")
     return "has no config.json; name the folder of a model in Hugging Face format"

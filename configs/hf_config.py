@@ -199,9 +199,9 @@ def what_is_there(name):
         if (merged / "config.json").is_file():
             return f"is an adapter, not a whole model; {merged} has it merged into its base"
         return ("is an adapter, not a whole model; model.init_from=BASE shard.lora.init_from="
-                f"{path} trains it further, and this merges it into its base: python -c \"from peft import "
-                f"AutoPeftModelForCausalLM as M; M.from_pretrained('{path}').merge_and_unload()"
-                ".save_pretrained('DIR')\"")
+                f"{path} trains it further, and this merges it into its base: python -c \"from "
+                f"peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
+                ".merge_and_unload().save_pretrained('DIR')\"")
     return "has no config.json; name the folder of a model in Hugging Face format"
 
 

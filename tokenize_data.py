@@ -467,7 +467,7 @@ def read_json(stream, file, context):
     """
     head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
     stream.seek(0)
-    # (what begins otherwise in a .json file is refused there: a list is expected)
+    # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
     is_list = head.startswith("[") or (format_of(file) == "json" and not head.startswith("{"))
     first, end = decode_first(head)
     has_line_break = "\n" in head[:end]
@@ -894,6 +894,7 @@ def normalize_chat(record):
     key = "functions" if is_older else "tools"           # OpenAI's older form
     for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
+    set_call_ids(messages)
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
@@ -986,7 +987,8 @@ def normalize_tool(tool):
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
     check_type(tool["function"], dict, "tools: expected objects")
-    check_type(tool["function"].get("name", ""), str, "tools: expected a name that is text")
+    for key in ("name", "description"):
+        check_type(tool["function"].get(key, ""), str, f"tools: expected a {key} that is text")
     parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
     if parameters is not None:
         tool["function"]["parameters"] = parameters
@@ -1025,16 +1027,13 @@ def normalize_message(turn, n):
     if role in CALL_ROLES and isinstance(content, str):
         before, _, content = content.rpartition(THOUGHTS_END)
         reasoning = reasoning or before.strip().removeprefix("<think>").strip()
-    calls = parse_calls(turn, role, content, n)
+    calls = parse_calls(turn, role, content)
     if calls:
         message["tool_calls"] = [normalize_call(call) for call in calls]
     if role in CALL_ROLES:
         content = None
     if role in OUTPUT_ROLES:
-        # ShareGPT has no ids. Outputs follow their calls in the same order: message m + 1 is the
-        # output of the first call of message m, m + 2 that of the second. Call i (from 0) of
-        # message m has the number m + i (parse_function_calls), so the output n has n - 1
-        message.setdefault("tool_call_id", tool_call_id(n - 1))
+        message.setdefault("tool_call_id", "")           # set_call_ids
     if isinstance(content, list):
         content, thoughts = split_parts(content)
         reasoning = reasoning or thoughts
@@ -1062,16 +1061,16 @@ def find_reasoning(turn):
     return reasoning
 
 
-def parse_calls(turn, role, content, n):
-    """The tool calls of message n as they are in it: a list."""
+def parse_calls(turn, role, content):
+    """The tool calls of a message as they are in it: a list."""
     if role in CALL_ROLES:
-        return parse_function_calls(content, n)
+        return parse_function_calls(content)
     if turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
-        return parse_function_calls(turn["function_call"], n)
+        return parse_function_calls(turn["function_call"])
     return parse_column(turn, "tool_calls", list, "a list of objects")
 
 
-def parse_function_calls(content, n):
+def parse_function_calls(content):
     """'{"name": ..., "arguments": ...}', or a list of such calls -> tool_calls."""
     errors = (ValueError, KeyError, TypeError)
     with error_context("a function_call must be JSON with a name and arguments", errors):
@@ -1079,8 +1078,28 @@ def parse_function_calls(content, n):
         if not isinstance(calls, list):
             calls = [calls]
         functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return [{"type": "function", "id": tool_call_id(n + i), "function": function}
-            for i, function in enumerate(functions)]
+    return [{"type": "function", "id": "", "function": function} for function in functions]
+
+
+def set_call_ids(messages):
+    """Give ids to ShareGPT's calls and outputs, which have none ("").
+
+    Outputs follow their calls in the same order: the first after some calls is that of the first.
+    """
+    n_calls = 0
+    waiting = []                             # ids of calls without an output
+    was_output = False
+    for message in messages:
+        if was_output and message["role"] != "tool":
+            waiting = []
+        was_output = message["role"] == "tool"
+        for call in message.get("tool_calls", []):
+            if call.get("id") == "":
+                n_calls += 1
+                call["id"] = tool_call_id(n_calls)
+                waiting.append(call["id"])
+        if message.get("tool_call_id") == "":
+            message["tool_call_id"] = waiting.pop(0) if waiting else tool_call_id(n_calls)
 
 
 def tool_call_id(n):
@@ -1172,6 +1191,8 @@ GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1"
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
                          rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# two words with which ChatTemplate tries a template out; no template has them in its own text
+WORDS = [f"w{os.urandom(8).hex()}" for _ in range(2)]
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
@@ -1197,7 +1218,7 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if "<|im_end|>" in tok.special:
+    if {"<|im_start|>", "<|im_end|>"} <= tok.special.keys() | tok.added.keys():
         return CHATML
     if name:
         raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
@@ -1272,17 +1293,17 @@ class ChatTemplate:
 
         True if it writes neither.
         """
-        parts = [{"type": "text", "text": "first"}]
-        writes_parts = "first" in self.try_content(parts)
-        return "first" in self.try_content("first") or not writes_parts
+        parts = [{"type": "text", "text": WORDS[0]}]
+        writes_parts = WORDS[0] in self.try_content(parts)
+        return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
 
     @functools.cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
         # the tabs are in the rendering if it does not strip
-        texts = ("first\t", "\tsecond")
+        texts = (f"{WORDS[0]}\t", f"\t{WORDS[1]}")
         text = self.try_content([{"type": "text", "text": text} for text in texts])
-        between = re.search("first(.*)second", text, re.DOTALL)
+        between = re.search(f"{WORDS[0]}(.*){WORDS[1]}", text, re.DOTALL)
         # a template that dumps the list, as Python or JSON, has no separator
         if not between or '"type"' in between[1].replace("'", '"'):
             return "", False
@@ -1295,9 +1316,9 @@ class ChatTemplate:
 
     @functools.cached_property
     def reasoning_keys(self):
-        """The names under which it gets reasoning: two for every template, as in transformers."""
-        others = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
-        return {"reasoning_content", "thinking", *others}
+        """The names under which it gets reasoning: those that it has, and reasoning_content."""
+        names = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
+        return {"reasoning_content", *names}
 
     def writes_call(self, content, is_json):
         """Does it write a tool call, if its message has no other field than `content`?
@@ -1305,9 +1326,9 @@ class ChatTemplate:
         content  {} or {"content": ...}: this field of the message
         is_json  the arguments are given as JSON text, and must be written as this text; otherwise
                  they are given as an object
-        False also if it shows Python's None or {'first': ...} instead.
+        False also if it shows Python's None or {'NAME': ...} instead.
         """
-        arguments = {"first": "second"}
+        arguments = {WORDS[0]: WORDS[1]}
         text = to_json(arguments)
         function = {"name": "example", "arguments": text if is_json else arguments}
         call = {"type": "function", "id": "call00001", "function": function}
@@ -1315,10 +1336,10 @@ class ChatTemplate:
         answer = {"role": "assistant", "tool_calls": [call]} | content
         written = self.try_render([user, answer])
         without_call = self.try_render([user, {"role": "assistant", "content": "b"}])
-        for word in ("None", "'first'"):
+        for word in ("None", f"'{WORDS[0]}'"):
             if written.count(word) > without_call.count(word):
                 return False
-        return (text if is_json else "first") in written
+        return (text if is_json else WORDS[0]) in written
 
     def try_content(self, content):
         return self.try_render([{"role": "user", "content": content}])
@@ -1395,7 +1416,7 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def render(template, tok, messages, add_generation_prompt=False, **variables):
+def render(template, tok, messages, /, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
     special = {"bos_token": tok.bos or "", "eos_token": tok.eos or ""}
     variables = tok.token_variables | special | variables
@@ -1440,11 +1461,10 @@ class Rendering:
 
     @functools.cached_property
     def openings(self):
-        """What the template writes between the contents of a user and of an answer.
+        """find_openings() for this kind of chat: find_answer_start() then renders no prompts.
 
-        find_openings() is called once for all chats with the same first role and variables.
-
-        Of tools and documents it only counts whether there are some: few chats have the same.
+        Chats of one kind, with the same first role and variables, share them. (Of tools and
+        documents, a kind has only whether there are some: few chats have the same ones.)
         """
         kind = [self.messages[0]["role"]]
         for name, value in self.variables.items():
@@ -1473,7 +1493,7 @@ class Rendering:
                           **self.variables)[0]
 
 
-def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
+def render_messages(template, tok, messages, /, add_generation_prompt=False, columns=None,
                     chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
@@ -1708,8 +1728,8 @@ class BaseTokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
-        """Replace lone surrogates by U+FFFD, and compose if the tokenizer does."""
-        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        """Replace lone surrogates by U+FFFD."""
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
@@ -1990,6 +2010,8 @@ def tiktoken_file(path, pattern, special):
     with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if not all(0 <= rank < 2**32 for rank in ranks.values()):
+            raise UserError("a rank must be from 0 to 2**32 - 1")
     ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or ids.count(i) > 1:
@@ -2211,8 +2233,8 @@ def check_merges(model, ranks):
     2. The list joins the characters of each token to this token. Otherwise, with the list
        [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
     3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
-       needs no merges, and the list has all pairs of tokens that make it, because inside of longer
-       words tiktoken joins each of them.
+       becomes it at once; and the list has each pair of tokens that makes it, [a bc, ab c] for abc,
+       because inside of longer words tiktoken joins any such pair.
 
     Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
     long lists come from training or conversion, which comply with both.
@@ -2472,8 +2494,9 @@ def find_spans(rendering, train_on):
     elif len(blocks) == len(answers):            # each answer has one block
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            # otherwise the whole block is in the generation prompt (an empty <think></think>), and
-            # stays as the template marks it
+            # An answer starts where its generation prompt ends, also if the template marks less: in
+            # use, the model has to write what is in between. (If the prompt has the whole block, as
+            # when only an empty <think></think> is marked, the block stays.)
             if prompt_end < end:
                 start = prompt_end
             spans.append(Span(start, end, weights[i], i))
@@ -2515,6 +2538,8 @@ def find_turns(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
             output_start = find_output_start(rendering, i)
+            # Gemma 4 writes the output inside of the answer's turn. In other templates it starts
+            # after the turn, and this changes nothing.
             if output_start is not None:
                 end = min(end, output_start)
             end = end_of_turn(rendering.tok, rendering.text, end)
@@ -2531,7 +2556,7 @@ def find_output_start(rendering, i):
     if not following or following[0]["role"] != "tool":
         return None
     before = rendering.render_other(rendering.messages[:i + 1]) or ""
-    before = before.rstrip()
+    before = before.rstrip()                 # the output may start before a final line break
     return len(before) if before and rendering.text.startswith(before) else None
 
 
@@ -2748,7 +2773,7 @@ def find_openings(rendering):
     openings = set()
     for i in answers:
         prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-        if prompt is None:
+        if prompt is None:               # it refuses the second turn: keep what the first gave
             break
         opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
         added, mark, _ = text[len(prompt):].partition(placeholder(i))
@@ -2775,6 +2800,7 @@ def has_constant_prompt(template):
         if "add_generation_prompt" in condition:
             n_conditions += 1
             names.update(names_in(branch))
+    # as many mentions as conditions: it is read nowhere else (twice in one condition: False)
     n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
     return n_conditions == n_mentions and names <= arguments

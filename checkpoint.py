@@ -527,7 +527,8 @@ MAY_CHANGE = (
     "data_root", "output_root", "out_dir", "data.cache_dir", "data.processes", "data.validation",
     "micro_tokens", "device", "shard.mesh", "shard.reshard_after_forward", "shard.recompute",
     "shard.compile",
-    "model.init_from", "reference_model",    # base_hashes() compares what is there
+    # base_hashes() compares what is there
+    "model.init_from", "reference_model", "shard.lora.init_from",
 )
 
 
@@ -735,7 +736,7 @@ HASHED_BLOCK = 1 << 16       # bytes
 
 
 def base_hashes(cfg):
-    """{key of cfg: {file: hash}} of the pretrained models that a run reads.
+    """{key of cfg: {file: hash}} of the pretrained models and the adapter that a run reads.
 
     Paths do not count, so a copy is the same model, nor do keys of config.json that we don't read.
     """
@@ -750,6 +751,10 @@ def base_hashes(cfg):
             transformer.read_source(folder, "generation_config.json")
             for path in transformer.weight_files(folder):
                 hashes[key][path.name] = weights_hash(path)
+    adapter = cfg["shard"]["lora"]["init_from"]
+    if adapter:
+        path = Path(adapter) / "adapter_model.safetensors"
+        hashes["shard.lora.init_from"] = {path.name: weights_hash(path)}
     return hashes
 
 
@@ -780,7 +785,7 @@ def config_diff(out_dir, cfg):
         return {}
     # these may have moved
     paths = [f"{key}={configs.get(cfg, key)}"
-             for key in ("data_root", "output_root", "model.init_from")]
+             for key in ("data_root", "output_root", "model.init_from", "shard.lora.init_from")]
     saved_cfg, _, _ = configs.load([str(path), *paths])
     may_change = list(MAY_CHANGE)
     if can_be_extended(out_dir, saved_cfg) and can_be_extended(out_dir, cfg):

@@ -521,6 +521,8 @@ def describe_model(run):
     if lora_rank:
         text += f" (LoRA of rank {lora_rank})"
     text += f", from {model_cfg['init_from'] or 'scratch'}"
+    if run.cfg["shard"]["lora"]["init_from"]:
+        text += f" with the adapter {run.cfg['shard']['lora']['init_from']}"
     # run.cfg has the vocabulary size of the pretrained config.json (null without one). model_cfg
     # has the final size, which is larger if the tokenizer has more tokens.
     old_vocab_size = run.cfg["model"]["vocab_size"]

@@ -82,7 +82,8 @@ class Linear(nn.Linear):
         """Does nothing: load_weights() sets the weights. (On the meta device, torch's
         initialization would import the compiler, which takes seconds.)"""
 
-    def forward(self, x):
+    def forward(self, x, seeds=None):
+        """seeds  not used here; shard.LoRALinear has dropout"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -175,13 +176,13 @@ class MLP(nn.Module):
         self.up_proj = Linear(C, d_ff, bias=bias)
         self.down_proj = Linear(d_ff, C, bias=bias)
 
-    def forward(self, x):                                                          # [T, C]
-        h = self.up_proj(x)                                                        # [T, F]
+    def forward(self, x, seeds=None):                                              # [T, C]
+        h = self.up_proj(x, seeds)                                                 # [T, F]
         if self.gate_proj is None:
             h = self.activation(h)
         else:
-            h = self.activation(self.gate_proj(x)) * h
-        return self.down_proj(h)
+            h = self.activation(self.gate_proj(x, seeds)) * h
+        return self.down_proj(h, seeds)
 
 
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
@@ -239,11 +240,11 @@ class Attention(nn.Module):
         """
         return self.changes_scores or (training and self.dropout > 0)
 
-    def project(self, x, rope):                                                    # [T, C]
+    def project(self, x, rope, seeds=None):                                        # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
-        q = self.q_proj(x)                                                         # [T, H E]
-        k = self.k_proj(x)                                                         # [T, K E]
-        v = self.v_proj(x)                                                         # [T, K E]
+        q = self.q_proj(x, seeds)                                                  # [T, H E]
+        k = self.k_proj(x, seeds)                                                  # [T, K E]
+        v = self.v_proj(x, seeds)                                                  # [T, K E]
         if self.qk_norm == "all":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -480,16 +481,16 @@ class Block(nn.Module):
         self.mlp = MLP(m)
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
-        """rope (cos, sin) or None; seeds int32 [T] of this block's dropout, None: no dropout."""
-        h, q, k, v = self.pre_attention(x, rope)
+        """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
+        h, q, k, v = self.pre_attention(x, rope, seeds)
         attention_seeds = None if seeds is None else hash_int32(seeds)
         y = attention(self.attn, q, k, v, layout, attention_seeds)                 # [T, H, E]
         return self.post_attention(x, h, y, seeds)
 
-    def pre_attention(self, x, rope):
+    def pre_attention(self, x, rope, seeds=None):
         """Return h [T, C], the input of q_proj, k_proj and v_proj, and q, k, v."""
         h = x if self.norm_after else self.norm1(x)
-        return h, *self.attn.project(h, rope)
+        return h, *self.attn.project(h, rope, seeds)
 
     def post_attention(self, x, h, y, seeds):
         """Return the block's output [T, C].
@@ -498,7 +499,7 @@ class Block(nn.Module):
         h  [T, C], the input of q_proj, k_proj and v_proj: see pre_attention()
         y  [T, H, E], the output of attention()
         """
-        y = self.attn.o_proj(y.flatten(1))                                         # [T, C]
+        y = self.attn.o_proj(y.flatten(1), seeds)                                  # [T, C]
         if self.norm_after:
             y = self.norm1(y)
         block_input = x
@@ -508,7 +509,7 @@ class Block(nn.Module):
         elif self.norm2 is not None:
             h = self.norm2(block_input)
         # otherwise shared_norm: the MLP reads the same h as attention
-        y = self.mlp(h)
+        y = self.mlp(h, seeds)
         if self.norm_after:
             y = self.norm2(y)
         return self.add(x, y, seeds, 2)
@@ -533,6 +534,7 @@ class Block(nn.Module):
 #     block i                   s = hash(seeds + i + 1)
 #     its attention             hash(s), which head_seeds() hashes once more per head
 #     its two residuals         hash(s + 1), hash(s + 2)
+#     adapter n of a block      hash(s + 3 + n) (shard.add_lora)
 
 def hash_int32(x):
     """Scramble int32 (the hash lowbias32, github.com/skeeto/hash-prospector)."""
@@ -894,6 +896,7 @@ class Transformer(nn.Module):
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
         self.recompute = 0                   # activation checkpointing for this many first blocks
+        self.adapter_dropout = 0.0           # shard.lora.dropout
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -952,7 +955,8 @@ class Transformer(nn.Module):
             x = x * multiplier
         if self.pos is not None:
             x = x + self.pos(positions)
-        has_dropout = m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]
+        has_dropout = (m["embd_pdrop"] or m["attn_pdrop"] or m["resid_pdrop"]
+                       or self.adapter_dropout)
         seeds = token_seeds(batch) if has_dropout and self.has_noise(batch) else None        # [T]
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 train.py configs/ft.yaml out_dir=out/two        two replicated ranks
     torchrun --nproc_per_node 2 train.py configs/ft.yaml shard.mesh.shard=2 out_dir=out/sharded
-    python shard.py configs/ft.yaml gpus=64 device=cuda              predicted memory per device
+    python shard.py configs/ft.yaml gpus=64 device=cuda              predicted memory per device,
+                                                and what fits one of memory=80 GiB
 
 Ranks form a mesh of replicate x shard. Here 2 x 4:
 
@@ -33,12 +34,15 @@ model.py knows nothing of this: the model that parallelize() returns is called a
                 (arXiv:2106.09685)
 """
 import atexit
+import bisect
+import copy
 import ctypes
 import datetime
 import functools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -52,7 +56,7 @@ import configs
 
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
-    configs.load_or_exit(sys.argv[1:], gpus=1)
+    configs.load_or_exit(sys.argv[1:], gpus=1, memory=80.0)
 
 import torch
 import torch.distributed as dist
@@ -427,23 +431,33 @@ def num_graphs():
 # LoRA
 
 class LoRALinear(transformer.Linear):
-    """A frozen linear layer with an adapter: x W^T + scale * (x A^T) B^T.
+    """A frozen linear layer with an adapter: x W^T + scale * (dropout(x) A^T) B^T.
 
     A is [r, in] and B [out, r]. init_adapters() gives them their values.
+
+    place  of the layer in its block. It makes the dropouts of a block's layers differ
     """
 
-    def __init__(self, linear, r, alpha):
+    def __init__(self, linear, lora_cfg, place):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None,
                          device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
-        self.scale = alpha / r
+        r = lora_cfg["r"]
+        self.scale = adapter_scale(lora_cfg)
+        self.dropout = lora_cfg["dropout"]
+        self.place = place
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, r, device=device))
 
-    def forward(self, x):                                                # [T, in]
-        low_rank = F.linear(x, self.lora_A.to(x.dtype)) * self.scale     # [T, r]
+    def forward(self, x, seeds=None):                                    # [T, in]
+        """seeds  int32 [T] of the block's dropouts, see model.Block. None: no dropout"""
+        adapter_x = x
+        if seeds is not None and self.dropout:
+            layer_seeds = transformer.hash_int32(seeds + 3 + self.place)
+            adapter_x = transformer.dropout(x, self.dropout, layer_seeds)
+        low_rank = F.linear(adapter_x, self.lora_A.to(x.dtype)) * self.scale    # [T, r]
         # in place: no second tensor of the width of the output
         return super().forward(x).addmm_(low_rank, self.lora_B.to(x.dtype).T)    # [T, out]
 
@@ -452,12 +466,22 @@ class LoRALinear(transformer.Linear):
         return self.lora_B @ self.lora_A * self.scale
 
 
+def adapter_scale(lora_cfg):
+    """The factor of B A: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    r = lora_cfg["r"]
+    return lora_cfg["alpha"] / (math.sqrt(r) if lora_cfg["rslora"] else r)
+
+
 def add_lora(model, lora_cfg):
     """Freeze the model and replace linear layers of its blocks by LoRALinear, in place.
 
-    Raises UserError for a target that no layer has.
+    The modules of shard.lora.modules_to_save stay trained. Raises UserError for a target that no
+    layer has, and for a module that does not exist.
     """
     model.requires_grad_(False)
+    model.adapter_dropout = lora_cfg["dropout"]
+    block_modules = model.blocks[0].named_modules()
+    places = [name for name, module in block_modules if isinstance(module, nn.Linear)]
     layout = transformer.hf_slices(model.cfg)
     wanted = lora_cfg["targets"]
     known = set()
@@ -467,11 +491,49 @@ def add_lora(model, lora_cfg):
         target = short_name(layout[f"{name}.weight"])
         known.add(target)
         if not wanted or target in wanted:
-            model.set_submodule(name, LoRALinear(module, lora_cfg["r"], lora_cfg["alpha"]))
+            _, _, name_in_block = name.split(".", 2)
+            place = places.index(name_in_block)
+            model.set_submodule(name, LoRALinear(module, lora_cfg, place))
     for target in wanted:
         if target not in known:
             raise configs.UserError(f"shard.lora.targets: must be some of "
                                     f"{', '.join(sorted(known))}; got {target}")
+    for name in saved_tensors(model.cfg, lora_cfg["modules_to_save"]).values():
+        model.get_parameter(name).requires_grad_(True)
+
+
+def tensors_outside_blocks(m):
+    """{tensor of the exported files: parameter}. A tied head is listed, as the embedding."""
+    tensors = {}
+    for tensor, parts in transformer.hf_tensors(m).items():
+        name, _, _ = parts[0]
+        if not name.startswith("blocks."):
+            tensors[tensor] = name
+    if m["tie_embeddings"]:
+        names = configs.families()[m["family"]].get("weights", {})
+        tensors[names.get("head.weight", "head.weight")] = "embed.weight"
+    return tensors
+
+
+def module_name(tensor):
+    """model.embed_tokens.weight -> embed_tokens"""
+    return tensor.rpartition(".")[0].split(".")[-1]
+
+
+def saved_tensors(m, modules_to_save):
+    """The part of tensors_outside_blocks() in these modules, named as in the exported files.
+
+    Embedding and tied head are one parameter, which has both names as soon as one is given.
+    Raises UserError for a module that does not exist.
+    """
+    tensors = tensors_outside_blocks(m)
+    known = {module_name(tensor) for tensor in tensors}
+    for module in modules_to_save:
+        if module not in known:
+            raise configs.UserError(f"shard.lora.modules_to_save: must be some of "
+                                    f"{', '.join(sorted(known))}; got {module}")
+    chosen = {name for tensor, name in tensors.items() if module_name(tensor) in modules_to_save}
+    return {tensor: name for tensor, name in tensors.items() if name in chosen}
 
 
 def short_name(slices):
@@ -504,7 +566,7 @@ def init_adapters(model, seed):
 class MergedWeights:
     """Reads a model's parameters without LoRA, with the adapters added to the weights.
 
-    model      with adapters; its other weights are not used
+    model      with adapters and modules_to_save; its other weights are not used
     read_base  read() of the base: (name, first row, end row) -> rows
     """
 
@@ -513,8 +575,11 @@ class MergedWeights:
         self.read_base = read_base
 
     def read(self, name):
+        parameter = self.model.get_parameter(name)
+        if parameter.requires_grad:                      # of modules_to_save
+            return parameter
         layer, _, kind = name.rpartition(".")            # kind: "weight" or "bias"
-        tensor = self.read_base(name, 0, len(self.model.get_parameter(name)))
+        tensor = self.read_base(name, 0, len(parameter))
         module = self.model.get_submodule(layer)
         if kind == "weight" and isinstance(module, LoRALinear):
             tensor = tensor + module.delta()
@@ -534,28 +599,56 @@ def save_adapter(model, lora_cfg, folder, base):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     n_fused = {}                                         # {target module: number of fused layers}
-    for hf_name, parts in transformer.hf_tensors(model.cfg).items():
-        hf_module = hf_name.removesuffix(".weight")
-        layers = layers_of(model, parts)
-        if hf_name.endswith(".weight") and layers:
-            prefix = f"base_model.model.{hf_module}"
-            A, B = fuse_adapters(layers, parts)
-            tensors[f"{prefix}.lora_A.weight"] = A.detach().float().cpu().contiguous()
-            tensors[f"{prefix}.lora_B.weight"] = B.detach().float().cpu().contiguous()
-            n_fused[hf_module.split(".")[-1]] = len(layers)
+    for hf_module, layers, parts in adapted_modules(model):
+        A, B = fuse_adapters(layers, parts)
+        tensors[f"{PEFT_PREFIX}{hf_module}.lora_A.weight"] = A
+        tensors[f"{PEFT_PREFIX}{hf_module}.lora_B.weight"] = B
+        n_fused[hf_module.split(".")[-1]] = len(layers)
+    saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
+    for tensor, name in saved.items():
+        parameter = model.get_parameter(name)
+        rows = transformer.unpadded_rows(name, len(parameter), model.cfg)
+        tensors[PEFT_PREFIX + tensor] = parameter[:rows]
+    # clone: a safetensors file holds no tensor twice
+    tensors = {name: t.detach().float().cpu().clone(memory_format=torch.contiguous_format)
+               for name, t in tensors.items()}
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
+    # so that the scale of n fused adapters is that of one: see adapter_scale()
+    power = 0.5 if lora_cfg["rslora"] else 1
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base) if base else None,
-        "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "r": r, "lora_alpha": alpha, "lora_dropout": lora_cfg["dropout"], "bias": "none",
+        "use_rslora": lora_cfg["rslora"],
         "rank_pattern": {target: n * r for target, n in n_fused.items() if n > 1},
-        "alpha_pattern": {target: n * alpha for target, n in n_fused.items() if n > 1},
+        "alpha_pattern": {target: n ** power * alpha for target, n in n_fused.items() if n > 1},
         "inference_mode": True, "fan_in_fan_out": bool(family.get("transposed")),
-        "target_modules": sorted(n_fused)}
+        "target_modules": sorted(n_fused),
+        "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
+    if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
+        adapter_config["ensure_weight_tying"] = True
     config_file = folder / "adapter_config.json"
     transformer.write_json(config_file, adapter_config)
     transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)
+
+
+PEFT_PREFIX = "base_model.model."    # of the tensors in adapter_model.safetensors
+
+
+def adapted_modules(model):
+    """The modules of the exported files that have adapters, as tuples of
+
+    hf_module  the name, such as model.layers.0.self_attn.q_proj
+    layers     {parameter name: LoRALinear}; several if the module is fused
+    parts      the entry of hf_tensors(), see fuse_adapters()
+    """
+    modules = []
+    for tensor, parts in transformer.hf_tensors(model.cfg).items():
+        layers = layers_of(model, parts)
+        if tensor.endswith(".weight") and layers:
+            modules.append((tensor.removesuffix(".weight"), layers, parts))
+    return modules
 
 
 def layers_of(model, parts):
@@ -589,6 +682,122 @@ def fuse_adapters(layers, parts):
     return torch.cat([layer.lora_A for layer in layers.values()]), torch.cat(rows_of_B)
 
 
+def split_adapter(A, B, layers, parts, r):
+    """The inverse of fuse_adapters(): {parameter name: (A [r, in], B [its outputs, r])}.
+
+    An adapter of rank r that PEFT made for a fused module has one A for all of its layers.
+    Returns None if the adapter has another rank, or was trained further after fuse_adapters().
+    """
+    is_fused = len(A) == len(layers) * r
+    if not is_fused and len(A) != r:
+        return None
+    rows_of_B = {name: [] for name in layers}
+    part_sizes = [n_rows for _, _, n_rows in parts]
+    for (name, _, _), rows in zip(parts, B.split(part_sizes)):
+        rows_of_B[name].append(rows)
+    adapters = {}
+    for place, (name, rows) in enumerate(rows_of_B.items()):
+        columns = slice(place * r, (place + 1) * r) if is_fused else slice(None)
+        layer_B = torch.cat(rows)
+        if layer_B.count_nonzero() > layer_B[:, columns].count_nonzero():
+            return None
+        adapters[name] = (A[columns], layer_B[:, columns])
+    return adapters
+
+
+@torch.no_grad()
+def load_adapter(model, lora_cfg):
+    """Copy the tensors of shard.lora.init_from, a PEFT adapter, into a model, in place.
+
+    lora_cfg  r and targets are the adapter's: see configs.hf_config.read_adapter()
+    Raises UserError for tensors that are missing, unknown or of another shape.
+    """
+    folder = Path(lora_cfg["init_from"])
+    adapter_config = configs.read_json(folder / "adapter_config.json")
+    files = transformer.open_weights(folder)
+    modules = adapted_modules(model)
+    saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
+    check_adapter_tensors(folder, files, model, modules, saved)
+    read = {name.removeprefix(PEFT_PREFIX): functools.partial(file.get_tensor, name)
+            for name, file in files.items()}
+    for hf_module, layers, parts in modules:
+        A = read[f"{hf_module}.lora_A.weight"]().float()
+        B = read[f"{hf_module}.lora_B.weight"]().float()
+        B *= peft_scale(adapter_config, hf_module, len(A)) / adapter_scale(lora_cfg)
+        adapters = split_adapter(A, B, layers, parts, lora_cfg["r"])
+        if adapters is None:
+            raise configs.UserError(
+                f"shard.lora.init_from: {folder}: the adapter of {hf_module} has rank {len(A)} and "
+                f"does not split into adapters of rank {lora_cfg['r']} (r of adapter_config.json); "
+                "merge it into its base with PEFT, and start from that")
+        for name, (layer_A, layer_B) in adapters.items():
+            copy_first_rows(layers[name].lora_A, layer_A)
+            copy_first_rows(layers[name].lora_B, layer_B)
+    loaded = {}
+    for tensor, name in saved.items():
+        rows = read[tensor]()
+        if not torch.equal(loaded.setdefault(name, rows), rows):
+            raise configs.UserError(f"shard.lora.init_from: {folder}: {tensor} differs from the "
+                                    "embedding, to which config.json ties the head; merge it into "
+                                    "its base with PEFT, and start from that")
+        copy_first_rows(model.get_parameter(name), rows)
+
+
+def check_adapter_tensors(folder, files, model, modules, saved):
+    """Raise UserError unless a PEFT adapter has exactly the tensors that load_adapter() reads.
+
+    files    {tensor: open safetensors file};  modules  adapted_modules();  saved  saved_tensors()
+    """
+    shapes = {}                                          # None: any size
+    for hf_module, layers, parts in modules:
+        in_features = next(iter(layers.values())).in_features
+        out_features = sum(n_rows for _, _, n_rows in parts)
+        shapes[f"{PEFT_PREFIX}{hf_module}.lora_A.weight"] = [None, in_features]
+        shapes[f"{PEFT_PREFIX}{hf_module}.lora_B.weight"] = [out_features, None]
+    for tensor, name in saved.items():
+        n_rows, *rest = model.get_parameter(name).shape
+        shapes[PEFT_PREFIX + tensor] = [transformer.unpadded_rows(name, n_rows, model.cfg), *rest]
+    hint = ""
+    if len(saved) > len(set(saved.values())):
+        hint = " (the head is tied to the embedding: PEFT saves both with ensure_weight_tying)"
+    wrong = [f"{tensor} is unknown" for tensor in sorted(files.keys() - shapes.keys())]
+    for tensor, shape in shapes.items():
+        if tensor not in files:
+            wrong.append(f"{tensor} is missing")
+            continue
+        found = files[tensor].get_slice(tensor).get_shape()
+        is_saved = tensor.removeprefix(PEFT_PREFIX) in saved
+        if is_saved and shape[0] == model.cfg["vocab_size"]:
+            if found[0] > shape[0]:
+                hint = f"; its tokenizer has more tokens: data.tokenizer={folder}"
+            else:
+                shape = [found[0], *shape[1:]]           # tokens added since then have no rows
+        if len(found) != len(shape) or any(n not in (None, m) for n, m in zip(shape, found)):
+            wrong.append(f"{tensor} is {found}, and the model makes it {shape}")
+    if wrong:
+        raise configs.UserError(f"shard.lora.init_from: {folder}: the adapter does not fit the "
+                                f"model: {transformer.shorten(wrong)}{hint}")
+
+
+def peft_scale(adapter_config, hf_module, rank):
+    """The factor of B A in PEFT, for a module whose adapter has this rank."""
+    alpha = adapter_config.get("lora_alpha", 8)
+    for pattern, value in adapter_config.get("alpha_pattern", {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", hf_module):
+            alpha = value
+            break
+    return adapter_scale({"r": rank, "alpha": alpha,
+                          "rslora": adapter_config.get("use_rslora", False)})
+
+
+def copy_first_rows(p, rows):
+    """Copy rows 0 ... len(rows) - 1 of a parameter, or those of them that this rank holds."""
+    local, start, end = local_shard(p)
+    end = min(end, len(rows))
+    if start < end:
+        local[:end - start].copy_(rows[start:end])
+
+
 # --------------------------------------------------------------------------------------------------
 # parallelize a model
 
@@ -617,6 +826,8 @@ def parallelize(model, cfg, read_slice):
         apply_fsdp(model, cfg, device, dtype)
     # 5) load weights: each rank reads the rows of its shard only
     load_weights(model.to_empty(device=device), read_slice, cfg["seed"])
+    if lora_cfg["r"] and lora_cfg["init_from"]:
+        load_adapter(model, lora_cfg)
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
@@ -889,7 +1100,8 @@ class StepSize:
         if lora_cfg["r"]:
             add_lora(model, lora_cfg)
         device_type = resolve_device_type(cfg)
-        rank_tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
+        documents = math.ceil(cfg["batch_size"] / world_size)
+        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         block = model.blocks[0]
         self.cfg = cfg
         self.model_cfg = model_cfg
@@ -897,12 +1109,13 @@ class StepSize:
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
         self.is_replicated = world_size > 1 and self.shards == 1
-        self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
-        self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
+        self.set_micro_tokens(cfg["micro_tokens"])
         self.is_lora = lora_cfg["r"] > 0
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
+        adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
+        self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         self.n_blocks = model_cfg["n_layers"]
@@ -913,10 +1126,18 @@ class StepSize:
         self.block = count_parameters(block)
         self.block_trained = count_parameters(block, trained=True)
         self.outside = count_parameters(model) - len(model.blocks) * self.block
+        self.outside_trained = self.trained - len(model.blocks) * self.block_trained
+        self.outside_frozen = self.outside - self.outside_trained
+        self.trains_head = model.head_weight().requires_grad
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
+
+
+    def set_micro_tokens(self, micro_tokens):
+        self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
+        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)      # per rank
 
 
 def count_parameters(module, trained=None):
@@ -931,17 +1152,21 @@ def predict_memory(model_cfg, cfg, world_size=1):
     Returns {phase: {what: bytes}}. Needs no device: device=auto predicts for this machine's kind of
     device; set device=cuda to plan for GPUs elsewhere.
     """
-    s = StepSize(model_cfg, cfg, world_size)
+    return memory_of_phases(StepSize(model_cfg, cfg, world_size))
+
+
+def memory_of_phases(s):
+    """What predict_memory() returns, of a StepSize."""
     state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
     gradients = 4 * s.trained
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
     accumulated = gradients if s.micro_batches > 1 else 0
     all_gradients = gradients if s.micro_batches > 1 else gradients // s.shards
-    head_gradient = 0 if s.is_lora else 4 * s.head
+    head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
-    if model_cfg["tie_embeddings"]:
+    if s.model_cfg["tie_embeddings"]:
         in_backward = accumulated + head_gradient
     else:
         in_backward = max(accumulated, head_gradient)
@@ -988,7 +1213,7 @@ def gathered_or_cast_bytes(s, blocks=None):
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
-        outside = s.outside * (s.element if s.is_lora else 4)
+        outside = 4 * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block * s.element
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
     if s.element == 4 or s.is_lora:
@@ -1035,6 +1260,11 @@ def block_activation_bytes(s):
     if s.keeps_probabilities:
         # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
         dropout += H * length * (1 + 4 + attention_element)
+    # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
+    # and activation that are their inputs.
+    if s.adapter_inputs:
+        shared_inputs = s.norms * C + m["d_ff"] + (0 if s.is_cuda else H * E)
+        dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
     mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
     return norms + attention + dropout + mlp
@@ -1052,7 +1282,7 @@ def loss_bytes(s):
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
     logits += min(piece, s.tokens) * V * 4 * 4
     input_gradient = s.tokens * C * s.element
-    if s.is_lora:
+    if not s.trains_head:
         return logits + input_gradient
     bf16_head = s.element * s.head if s.element < 4 else 0
     return logits + input_gradient + 4 * s.head + bf16_head
@@ -1080,16 +1310,94 @@ def block_backward_bytes(s, last):
     return total
 
 
+GIB = 2**30
+
+# The choices that the script compares: (name, values of keys). Others are as in START.
+START = {"shard.lora.r": 0, "shard.quantize": "none",
+         "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
+CHOICES = [
+    ("full fine-tuning", {}),
+    ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
+    ("LoRA", {"shard.lora.r": 16}),
+    ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
+]
+
+
+def choices_of(cfg):
+    """Yields (name, the config of this choice) of CHOICES whose keys exist.
+
+    The rank of adapters is that of cfg, if it has LoRA.
+    """
+    r = cfg["shard"]["lora"]["r"]
+    known = configs.flat(cfg)
+    start = {key: value for key, value in START.items() if key in known}
+    for name, keys in CHOICES:
+        if not keys.keys() <= known.keys():
+            continue
+        keys = start | keys
+        if keys["shard.lora.r"] and r:
+            keys["shard.lora.r"] = r
+        for recompute in (False, True):
+            choice = copy.deepcopy(cfg)
+            for key, value in {**keys, "shard.recompute": recompute}.items():
+                configs.overlay(choice, configs.nested(key, value), "choice")
+            yield name, choice
+
+
+def peak_bytes(s, micro_tokens):
+    """The predicted peak of a StepSize with other micro_tokens."""
+    s.set_micro_tokens(micro_tokens)
+    _, held = peak_phase(memory_of_phases(s))
+    return sum(held.values())
+
+
+def largest_micro_tokens(s, budget):
+    """The largest micro_tokens whose predicted peak is within a budget of bytes; 0 if none is.
+
+    A power of two below 1,024, or a multiple of it. At least a document's tokens (data.seq_len); at
+    most those of a rank's step, above which nothing changes.
+    """
+    in_one = math.ceil(s.rank_tokens / 1024) * 1024
+    if peak_bytes(s, in_one) <= budget:      # a single micro-batch accumulates no gradients
+        return in_one
+    sizes = [*(2 ** n for n in range(10)), *range(1024, in_one, 1024)]
+    sizes = [size for size in sizes if size >= s.cfg["data"]["seq_len"]]
+    n_fitting = bisect.bisect_right(sizes, budget, key=functools.partial(peak_bytes, s))
+    return sizes[n_fitting - 1] if n_fitting else 0
+
+
+def print_choices(model_cfg, cfg, gpus, memory):
+    """Print a table of CHOICES, with and without recomputation, for devices of `memory` GiB."""
+    budget = 0.9 * memory * GIB
+    print(f"\nusual choices on devices of {memory:g} GiB, of which 90% may be used:\n"
+          f"  {'':<20}{'shard.recompute':<17}{'GiB':>10}  fits  largest micro_tokens")
+    for name, choice in choices_of(cfg):
+        s = StepSize(model_cfg, choice, gpus)
+        total = peak_bytes(s, cfg["micro_tokens"])
+        fits = "yes" if total <= budget else "no"
+        micro_tokens = largest_micro_tokens(s, budget)
+        tokens = f"{micro_tokens:,}" if micro_tokens else "none"
+        if micro_tokens >= s.rank_tokens:
+            tokens += " (a whole step)"
+        recompute = configs.show(choice["shard"]["recompute"])
+        print(f"  {name:<20}{recompute:<17}{total / GIB:>10,.3f}  {fits:<6}{tokens}")
+    print(f"  GiB: with micro_tokens={cfg['micro_tokens']}; a step has {s.rank_tokens:,} tokens "
+          f"per device (batch_size={cfg['batch_size']} x data.seq_len={cfg['data']['seq_len']} "
+          f"/ {gpus})")
+
+
 def main(argv):
-    """python shard.py CONFIG... [key=value ...] [gpus=N]
+    """python shard.py CONFIG... [key=value ...] [gpus=N] [memory=GIB]
 
     device=auto predicts for this machine's kind of device; set device=cuda to plan for GPUs
     elsewhere.
     """
-    options, argv = configs.pop_options(argv, gpus=1)
+    options, argv = configs.pop_options(argv, gpus=1, memory=80.0)
     gpus = options["gpus"]
     if gpus < 1:
         raise configs.UserError(f"gpus: expected at least 1, got {gpus}")
+    if options["memory"] <= 0:
+        raise configs.UserError(f"memory: expected GiB above 0, got {options['memory']:g}")
     cfg, _, _ = configs.load(argv)
     model_cfg = cfg["model"]
     if model_cfg["vocab_size"] is None:
@@ -1103,11 +1411,12 @@ def main(argv):
           f"replicate {replicate} x shard {shards}), {phase}:")
     for what, n in held.items():
         bar = "#" * round(40 * n / total)
-        print(f"  {what:<16} {n / 2**20:>12,.1f} MiB {n / total:>6.1%}  {bar}".rstrip())
-    print(f"  {'total':<16} {total / 2**20:>12,.1f} MiB")
+        print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
+    print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")
+    print_choices(model_cfg, cfg, gpus, options["memory"])
 
 
 if __name__ == "__main__":

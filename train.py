@@ -882,7 +882,7 @@ def resolve_model(cfg, tokenizer):
                                 f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null "
                                 "or another data.tokenizer")
     if cfg["shard"]["lora"]["r"] and model_cfg["init_from"]:
-        check_lora_vocabulary(cfg, tokenizer)
+        check_lora_vocabulary(cfg, tokenizer, model_cfg)
     is_scaled = model_cfg["rope_scaling"] is not None
     if seq_len > model_cfg["max_len"] and not is_scaled and shard.rank() == 0:
         print(f"warning: data.seq_len: {seq_len} is more than the {model_cfg['max_len']} positions "
@@ -906,21 +906,27 @@ def report_new_parameters(cfg, names):
         print(f"new       {', '.join(names)}: not in {base}, so initialized")
 
 
-def check_lora_vocabulary(cfg, tokenizer):
+def check_lora_vocabulary(cfg, tokenizer, model_cfg):
     """Raise UserError if the tokenizer has tokens that the pretrained model was not trained with.
 
-    The embedding is frozen under LoRA. Some models have more rows in it than their tokenizer ids.
+    Under LoRA, embedding and head are frozen unless they are in shard.lora.modules_to_save. Some
+    models have more rows in them than their tokenizer ids.
     """
     folder = configs.resolve_model_dir(cfg["model"]["init_from"])
     known = configs.read_model(folder)["vocab_size"]
     if cfg["data"]["tokenizer"] and (folder / "tokenizer.json").is_file():
         known = min(known, tokenize_data.huggingface_tokenizer(folder).n_vocab)
-    if tokenizer.n_vocab > known:
+    has_row_per_token = {shard.module_name(tensor): name
+                         for tensor, name in shard.tensors_outside_blocks(model_cfg).items()
+                         if name in ("embed.weight", "head.weight")}
+    saved = shard.saved_tensors(model_cfg, cfg["shard"]["lora"]["modules_to_save"])
+    if tokenizer.n_vocab > known and set(has_row_per_token.values()) - set(saved.values()):
         raise configs.UserError(
             f"shard.lora.r: the tokenizer has {tokenizer.n_vocab:,} ids, {folder} only {known:,}, "
-            "and LoRA leaves the rows of new ones untrained (there are no modules_to_save); "
-            "shard.lora.r=0 trains all weights, after which LoRA can start from that run's hf/, "
-            "and an empty data.tokenizer is the model's own")
+            "and LoRA leaves the rows of new ones untrained; "
+            f"shard.lora.modules_to_save=[{', '.join(has_row_per_token)}] trains all rows beside "
+            "the adapters, shard.lora.r=0 trains all weights, and an empty data.tokenizer is the "
+            "model's own")
 
 
 def load_reference(cfg, model_cfg):

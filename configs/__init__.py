@@ -718,8 +718,8 @@ def derive(cfg, layers_by_key):
 def conditional_options(cfg):
     """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
     lora = cfg["shard"]["lora"]
-    for key, is_used in (("alpha", lora["r"] or not lora["alpha"]), ("targets", lora["r"])):
-        yield (f"shard.lora.{key}", "shard.lora.r", is_used,
+    for key in ("alpha", "targets", "rslora", "dropout", "modules_to_save"):
+        yield (f"shard.lora.{key}", "shard.lora.r", lora["r"] or not lora[key],
                "without LoRA; shard.lora.r=8 turns it on")
     yield ("min_lr", "schedule", cfg["schedule"] != "constant",
            "with schedule=constant, which stays at lr")
@@ -812,6 +812,7 @@ def check(cfg, layers_by_key, defaults):
         yield section["path"].strip(), f"{name}.path", "a file, a folder or a glob"
     yield cfg["out_dir"].strip(), "out_dir", "a folder"
     yield cfg["data"]["cache_dir"].strip(), "data.cache_dir", "a folder"
+    yield from check_adapter(cfg["shard"]["lora"], cfg["out_dir"])
     yield from check_model(cfg["model"])
     max_len = cfg["model"]["max_len"]
     yield (cfg["model"]["positions"] != "learned" or cfg["data"]["seq_len"] <= max_len,
@@ -829,6 +830,21 @@ def is_pattern(text):
     except (TypeError, re.error):
         return False
     return True
+
+
+def check_adapter(lora_cfg, out_dir):
+    """Do the keys that were set agree with the adapter of init_from? Yields like check()."""
+    folder = lora_cfg["init_from"]
+    adapter = hf_config.read_adapter(folder) if folder else {}
+    is_own = folder and Path(out_dir).resolve() in Path(folder).resolve().parents
+    yield (not is_own, "shard.lora.init_from", "outside of out_dir, where this run writes its own "
+           "adapter; out_dir=NEW")
+    for key, value in adapter.items():
+        if key != "dropout":                       # it may change
+            ours = lora_cfg[key]
+            ours = sorted(ours) if isinstance(ours, list) else ours
+            yield (ours == value, f"shard.lora.{key}",
+                   f"{show(value)}, as in the adapter {folder}, or not set")
 
 
 def check_model(model_cfg):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import struct
 from pathlib import Path
 
 import configs
@@ -17,7 +18,8 @@ import configs
 NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
                     "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
                     "pad_vocab_size_multiple")
-# scaled is folded into the table where a family has no key for it, neftune only adds noise in training
+# scaled is folded into the table where a family has no key for it, neftune only adds noise in
+# training
 EXPORTED_EMBEDDINGS = ("plain", "scaled", "neftune")
 
 # The kinds of rope_scaling that model.py computes, and the numbers that each needs
@@ -57,12 +59,75 @@ def families():
 
 
 def import_model(cfg):
-    """The imported layer: from model.init_from, or what all new models of the family share."""
+    """The imported layer: from model.init_from, or what all new models of the family share.
+
+    With shard.lora.init_from also what that adapter says.
+    """
     model_cfg = cfg["model"]
+    adapter = cfg["shard"]["lora"]["init_from"]
+    imported = {"shard": {"lora": read_adapter(adapter)}} if adapter else {}
     if model_cfg["init_from"]:
-        return {"model": read_model(resolve_pretrained(model_cfg["init_from"]))}
+        return imported | {"model": read_model(resolve_pretrained(model_cfg["init_from"]))}
     family = families().get(model_cfg["family"], {})
-    return {"model": family.get("new", {}) | family.get("fixed", {})}
+    return imported | {"model": family.get("new", {}) | family.get("fixed", {})}
+
+
+# --------------------------------------------------------------------------------------------------
+# PEFT's adapters
+
+# Keys of adapter_config.json with which PEFT computes something else than shard.LoRALinear, unless
+# they are missing or have one of these values. Other init_lora_weights change the base.
+ADAPTER_KEYS = {
+    "peft_type": ["LORA"], "bias": ["none", None], "lora_bias": [False, None],
+    "use_dora": [False, None], "use_qalora": [False, None], "layer_replication": [None],
+    "alora_invocation_tokens": [None], "trainable_token_indices": [None],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal"],
+}
+
+
+def read_adapter(folder):
+    """The keys of shard.lora that a PEFT adapter decides, as a dict.
+
+    targets and modules_to_save are those of its tensors: adapter_config.json may have a pattern.
+    """
+    folder = Path(folder)
+    config_path = folder / "adapter_config.json"
+    weights_path = folder / "adapter_model.safetensors"
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            hint = "name the folder of an adapter that PEFT or a run has saved"
+            if (folder / "adapter" / path.name).is_file():
+                hint = f"shard.lora.init_from={folder / 'adapter'}"
+            raise configs.UserError(f"shard.lora.init_from: {folder} has no {path.name}; {hint}")
+    adapter = read_json(config_path)
+    for key, values in ADAPTER_KEYS.items():
+        if adapter.get(key, values[0]) not in values:
+            raise unsupported(config_path, key, values[0], adapter)
+    targets = set()
+    modules_to_save = set()
+    for tensor in tensor_names(weights_path):
+        module = tensor.rpartition(".")[0]               # ends in q_proj.lora_A, or embed_tokens
+        if module.endswith((".lora_A", ".lora_B")):
+            targets.add(module.split(".")[-2])
+        else:
+            modules_to_save.add(module.split(".")[-1])
+    return {"r": adapter.get("r", 8), "alpha": adapter.get("lora_alpha", 8),
+            "rslora": bool(adapter.get("use_rslora")), "dropout": adapter.get("lora_dropout", 0.0),
+            "targets": sorted(targets), "modules_to_save": sorted(modules_to_save)}
+
+
+def tensor_names(path):
+    """The names of the tensors in a safetensors file, read without torch.
+
+    Raises UserError for a damaged file.
+    """
+    try:
+        with open(path, "rb") as file:
+            [size] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(size, path.stat().st_size)))
+        return [name for name in header if name != "__metadata__"]
+    except (ValueError, TypeError, struct.error):
+        raise configs.UserError(f"{path}: is damaged or incomplete; copy it again") from None
 
 
 @functools.cache
@@ -133,8 +198,9 @@ def what_is_there(name):
         merged = path.parent / "hf"
         if (merged / "config.json").is_file():
             return f"is an adapter, not a whole model; {merged} has it merged into its base"
-        return ("is an adapter, not a whole model; merge it into its base: python -c \"from peft "
-                f"import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
+        return ("is an adapter, not a whole model; model.init_from=BASE shard.lora.init_from="
+                f"{path} trains it further, and this merges it into its base: python -c \"from "
+                f"peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{path}')"
                 ".merge_and_unload().save_pretrained('DIR')\"")
     return "has no config.json; name the folder of a model in Hugging Face format"
 

@@ -747,12 +747,15 @@ def test_a_bf16_checkpoint_in_parts_comes_back_bitwise(tmp_path):
         M.load(tmp_path / "in")
 
 
-def test_adapters_of_a_fused_projection_load_in_peft(tmp_path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapters_of_a_fused_projection_load_in_peft(tmp_path, rslora):
     peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
     transformers = pytest.importorskip("transformers")
     import shard
     ours, m, _, folder = pair("GPT-NeoX, Pythia")
-    lora, model = {"r": 3, "alpha": 6.0, "targets": ["query_key_value", "dense_h_to_4h"]}, M.build_on_meta(m)
+    targets = ["query_key_value", "dense_h_to_4h"]
+    lora = configs.load([])[0]["shard"]["lora"] | {"r": 3, "alpha": 6.0, "targets": targets, "rslora": rslora}
+    model = M.build_on_meta(m)
     shard.add_lora(model, lora)
     shard.load_weights(model.to_empty(device="cpu"), M.PretrainedWeights(folder, m).read, 0)
     with torch.no_grad():

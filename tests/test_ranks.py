@@ -285,6 +285,11 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "gpt-2": (GPT2, 1e-5),
     "lora": (["shard.lora.r=1"], 1e-5),
     "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
+    # in bf16, the trained embedding is fp32, and the frozen head is not
+    "lora, modules_to_save": ([
+        "shard.lora.r=1", "shard.lora.modules_to_save=[embed_tokens]", "dtype=bfloat16",
+        "model.tie_embeddings=false"], 1e-3),
+    "lora, dropout": (["shard.lora.r=1", "shard.lora.dropout=0.2", "shard.lora.rslora=true"], 1e-5),
     "muon": (["optimizer=muon"], 1e-3),
     "by_loss": (["sampler.order=by_loss"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
@@ -298,7 +303,9 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, []), ("full", 2, SHARD2),
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
-    ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
+    ("lora", 2, []), ("lora, dropout", 2, []), ("lora, dropout", 2, SHARD2),
+    ("lora, modules_to_save", 2, []), ("lora, modules_to_save", 2, SHARD2),
+    ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
     ("reference", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
@@ -306,7 +313,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("by_loss", 2, SHARD2), ("lora, bf16", 2, [])]
+    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2)]
 
 
 def name_of(layout):
@@ -438,7 +445,15 @@ def test_save_adapter_of_a_sharded_model_loads_in_peft(six_steps):
     argv = make_argv("lora", "adapted", "checkpoint.export=true", "shard.lora.r=3",
                      f"model.init_from={hf}", f"data.tokenizer={hf}", *SHARD4)
     argv = [arg for arg in argv if not re.match(r"model\.(n_|d_)", arg)]
-    run_jobs(4, [("run", argv)], folder)
+    # a sharded run that starts from this adapter equals one on one rank
+    further = [arg for arg in argv if not arg.startswith(("shard.", "out_dir="))]
+    further = [*further, f"shard.lora.init_from={folder / 'adapted' / 'adapter'}"]
+    sharded = [*further, f"out_dir={folder / 'further4'}", *SHARD4]
+    run_jobs(4, [("run", argv), ("run", sharded)], folder)
+    run_jobs(1, [("run", [*further, f"out_dir={folder / 'further1'}"])], folder)
+    first, on_one, on_four = (figures(folder / out, "loss")["loss"]
+                              for out in ("adapted", "further1", "further4"))
+    assert on_one == pytest.approx(on_four, rel=1e-5) and on_one != pytest.approx(first, rel=1e-4)
     reference = transformers.AutoModelForCausalLM.from_pretrained(hf)
     reference = peft.PeftModel.from_pretrained(reference, folder / "adapted" / "adapter").eval()
     ids = torch.randint(259, (1, 30), generator=torch.Generator().manual_seed(0))
@@ -489,12 +504,17 @@ SHAPES = {
         "data.seq_len=256", "batch_size=4", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
     "lora, recompute": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
-        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"]}
+        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],
+    "lora, dropout, modules_to_save": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
+        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.lora.dropout=0.1",
+        "shard.lora.modules_to_save=[embed_tokens]"]}
 
 
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens"]),
-    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute"])],
+    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute",
+                 "lora, dropout, modules_to_save"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

@@ -1,5 +1,5 @@
 """shard.py in one process: LoRA, precision, compilation, predicted memory."""
-import json, os, shutil
+import json, os, re, shutil
 
 import pytest
 import torch
@@ -16,9 +16,13 @@ def micro_batch():
                     "doc_ids": torch.arange(2)}
 
 
-def model_with_lora(targets, r=4):
+def lora_section(r=4, alpha=8.0, **more):
+    return configs.load([])[0]["shard"]["lora"] | {"r": r, "alpha": alpha, **more}
+
+
+def model_with_lora(targets, **more):
     model = M.build_on_meta(TINY)
-    shard.add_lora(model, {"r": r, "alpha": 8.0, "targets": targets})
+    shard.add_lora(model, lora_section(targets=targets, **more))
     shard.load_weights(model.to_empty(device="cpu"), M.NewWeights(TINY, 0).read, 0)
     return model
 
@@ -49,7 +53,7 @@ def test_add_lora_changes_nothing_at_first_and_trains_adapters_only():
 
 def test_add_lora_refuses_a_target_that_no_layer_has():
     with pytest.raises(configs.UserError, match="shard.lora.targets: .*q_proj.*; got q_prj"):
-        shard.add_lora(M.build_on_meta(TINY), {"r": 4, "alpha": 8.0, "targets": ["q_prj"]})
+        shard.add_lora(M.build_on_meta(TINY), lora_section(targets=["q_prj"]))
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"], ["k_proj", "gate_proj", "o_proj"]])
@@ -76,7 +80,7 @@ def test_save_adapter_names_the_base(tmp_path, base, written):
 
     The weights have the permissions of other files."""
     model = model_with_lora(["q_proj"])
-    shard.save_adapter(model, {"r": 4, "alpha": 8.0}, tmp_path, base)
+    shard.save_adapter(model, lora_section(), tmp_path, base)
     config_file = tmp_path / "adapter_config.json"
     assert json.loads(config_file.read_text())["base_model_name_or_path"] == written
     weights = tmp_path / "adapter_model.safetensors"
@@ -88,6 +92,46 @@ def test_init_adapters_draws_an_adapter_whatever_else_is_adapted():
     everything = model_with_lora([])
     assert torch.equal(only_v.blocks[0].attn.v_proj.lora_A,
                        everything.blocks[0].attn.v_proj.lora_A)
+
+
+def randomize_adapters(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def test_add_lora_with_rslora_divides_alpha_by_the_root_of_r():
+    batch = micro_batch()
+    by_root = randomize_adapters(model_with_lora([], rslora=True))
+    doubled = randomize_adapters(model_with_lora([], alpha=16.0))    # r = 4 = 2 sqrt(r)
+    assert torch.equal(by_root.logits(batch), doubled.logits(batch))
+
+
+def test_lora_dropout_is_of_the_adapters_input_and_in_training_only():
+    """Each adapter has noise of its own, the same with other targets."""
+    model = randomize_adapters(model_with_lora([], dropout=0.25))
+    plain = randomize_adapters(model_with_lora([]))
+    batch = micro_batch()
+    assert torch.equal(model(batch)[0], plain(batch)[0])    # no noise_seed
+    noisy = batch | {"noise_seed": (0, 3)}
+    assert not torch.allclose(model(noisy)[0], plain(noisy)[0])
+    assert torch.equal(model.eval()(noisy)[0], plain.eval()(noisy)[0])
+
+    layer = model.blocks[1].attn.q_proj
+    x = torch.ones(1000, 48)
+    seeds = torch.arange(1000, dtype=torch.int32)
+    frozen = torch.nn.functional.linear(x, layer.weight)
+    dropped = M.dropout(x, 0.25, M.hash_int32(seeds + 3 + layer.place))
+    assert torch.allclose(layer(x, seeds), frozen + dropped @ layer.delta().T, atol=1e-5)
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    places = [module.place for module in model.blocks[1].modules()
+              if isinstance(module, shard.LoRALinear)]
+    assert places == list(range(7))
+    assert model_with_lora(["k_proj"]).blocks[0].attn.k_proj.place == places[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,16 +176,18 @@ def test_compile_blocks_makes_the_same_steps():
     assert shard.num_graphs() - graphs_before == 2
 
 
-def test_num_graphs_does_not_grow_with_the_layers_also_under_lora():
+@pytest.mark.parametrize("dropout", [0, 0.1])
+def test_num_graphs_does_not_grow_with_the_layers_also_under_lora(dropout):
     """Equal blocks share what is compiled."""
     def graphs_of(layers):
-        _, model = parallelized("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2")
+        _, model = parallelized("model.vocab_size=70", f"model.n_layers={layers}", "shard.lora.r=2",
+                                f"shard.lora.dropout={dropout}")
         torch._dynamo.reset()
         for block in model.blocks:    # traced as by inductor, but then run as it is
             block.pre_attention = torch.compile(block.pre_attention, backend="eager")
             block.post_attention = torch.compile(block.post_attention, backend="eager")
         graphs_before = shard.num_graphs()
-        model(micro_batch())[0].backward()
+        model(micro_batch() | {"noise_seed": (0, 1)})[0].backward()
         return shard.num_graphs() - graphs_before
     assert graphs_of(2) == graphs_of(10)
 
@@ -231,7 +277,62 @@ def test_shard_script_prints_the_predicted_memory(script):
     assert "each of 64 devices" in out.stdout and "optimizer" in out.stdout
     assert "shard.recompute=true predicts" in out.stdout
     out = script("shard.py", "configs/ft.yaml", "gpus=8", "device=cuda", "shard.recompute=true")
-    assert "8 devices (cuda, replicate 8" in out.stdout and "shard.recompute" not in out.stdout
+    assert "8 devices (cuda, replicate 8" in out.stdout
+    assert "shard.recompute=true predicts" not in out.stdout
+
+
+def table_of(capsys, *argv):
+    """{(choice, shard.recompute): (GiB, fits, largest micro_tokens)} as printed by shard.py."""
+    shard.main(argv)
+    out = capsys.readouterr().out
+    rows = re.findall(r"^  (\S.*?)  +(true|false) +([\d.,]+)  (yes|no) +(\S+)", out, re.M)
+    return {(name, recompute): (float(gib.replace(",", "")), fits, tokens.replace(",", ""))
+            for name, recompute, gib, fits, tokens in rows}
+
+
+# few layers, for speed
+SEVEN_BILLION = ["model.d_model=8192", "model.n_layers=8", "model.n_heads=64", "model.n_kv_heads=8",
+                 "model.d_ff=28672", "model.vocab_size=32000", "model.tie_embeddings=false",
+                 "device=cuda", "batch_size=64", "data.seq_len=1024", "data.tokenizer=bytes"]
+
+
+def test_shard_script_compares_the_usual_choices(capsys):
+    """Full fine-tuning of 7.5 billion weights does not fit 80 GiB; adapters do. The largest
+    micro_tokens that fits is followed by one that does not."""
+    table = table_of(capsys, *SEVEN_BILLION)
+    full, recomputed = table["full fine-tuning", "false"], table["full fine-tuning", "true"]
+    assert full[0] > recomputed[0] > 7.5e9 * 16 / 2**30
+    assert full[1:] == recomputed[1:] == ("no", "none")
+    lora = table["LoRA", "true"]
+    assert 7.5e9 * 2 / 2**30 < lora[0] < table["LoRA", "false"][0] and lora[1] == "yes"
+    # 64 documents of 1,024 tokens on one device: a step is one micro-batch
+    assert lora[2] == "65536"
+    largest = int(table["LoRA", "false"][2])
+    assert 1024 < largest < 65536 and largest % 1024 == 0
+    for micro_tokens, fits in ((largest, "yes"), (largest + 1024, "no")):
+        again = table_of(capsys, *SEVEN_BILLION, f"micro_tokens={micro_tokens}")
+        assert again["LoRA", "false"][1] == fits
+    # a smaller card; more shards
+    assert table_of(capsys, *SEVEN_BILLION, "memory=15")["LoRA", "true"][1:] == ("no", "none")
+    on_eight = ["gpus=8", "shard.mesh.shard=8", "shard.lora.r=4"]
+    sharded = table_of(capsys, *SEVEN_BILLION, *on_eight)
+    assert sharded["full fine-tuning", "true"][1] == "yes"
+    assert sharded["LoRA", "true"][0] < lora[0] - 5
+
+
+def test_largest_micro_tokens_below_1024_is_a_power_of_two_and_at_least_a_document():
+    cfg = configs.load(["model.vocab_size=1000", "device=cpu", "dtype=float32", "batch_size=64",
+                        "data.seq_len=100", "shard.recompute=false"])[0]
+    s = shard.StepSize(cfg["model"], cfg, 1)
+    for largest in (128, 512, 1024, 3072):
+        assert shard.largest_micro_tokens(s, shard.peak_bytes(s, largest)) == largest
+    assert shard.largest_micro_tokens(s, shard.peak_bytes(s, 127)) == 0
+    assert shard.largest_micro_tokens(s, 2**40) == 7168    # a whole step: 6,400
+
+
+def test_shard_script_refuses_a_card_without_memory(script):
+    out = script("shard.py", "configs/ft.yaml", "device=cpu", "memory=0")
+    assert out.stderr == "error: memory: expected GiB above 0, got 0\n"
 
 
 def test_shard_script_predicts_less_for_more_shards(script):

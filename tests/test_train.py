@@ -57,7 +57,8 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
 
 
 @pytest.mark.parametrize("more, tolerance", [
-    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
+    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5),
+    (("shard.lora.r=4", "shard.lora.dropout=0.2"), 1e-5)])
 def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance):
     """The layout of a step changes rounding and nothing else (guarantee 1)."""
     # ten steps that don't amplify rounding by themselves
@@ -91,6 +92,7 @@ TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.m
 CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
     "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
+    "lora, dropout, recompute": (["shard.lora.r=4", "shard.lora.dropout=0.2", "shard.recompute=1"], 2),
     "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (GPT2, 11),
     "one source twice, one half": (TWICE_AND_HALF, 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
@@ -1088,8 +1090,32 @@ def test_lora_refuses_a_vocabulary_that_grows(tiny, tmp_path):
     (tmp_path / "larger").mkdir()
     tokenize_data.save_tokenizer(larger, tmp_path / "larger", None)
     keys = ["shard.lora.r=2", f"data.tokenizer={tmp_path / 'larger'}"]
-    with pytest.raises(configs.UserError, match="shard.lora.r: .*260 ids.*only 259.*modules_to_save.*shard.lora.r=0"):
+    way = r"shard.lora.modules_to_save=\[embed_tokens, lm_head\]"
+    with pytest.raises(configs.UserError, match=f"shard.lora.r: .*260 ids.*only 259.*{way}.*shard.lora.r=0"):
         main(from_base(tiny, base, *keys))
+    # the way that the message names, and its adapter as a start; resumed, it is bitwise the same run
+    new_token = [*keys, "shard.lora.modules_to_save=[embed_tokens, lm_head]", "shard.lora.dropout=0.1"]
+    main(from_base(tiny, base, *new_token, out="first"))
+    adapter = tmp_path / "first" / "adapter"
+    assert len(M.load(tmp_path / "first")[0].embed.weight) == 260
+    assert tokenize_data.huggingface_tokenizer(adapter).n_vocab == 260
+    further = [keys[1], f"shard.lora.init_from={adapter}"]
+    whole = from_base(tiny, base, *further, out="whole")
+    main(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again", symlinks=True)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "00000004")
+    again = from_base(tiny, base, *further, out="again")
+    main(again)
+    a, b = weights(whole[0], 4), weights(again[0], 4)
+    assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f])
+    assert {"embed.weight"} == {n for n in a["model.safetensors"] if not shard.is_adapter(n)}
+    # of another run's adapter: refused by name
+    main(from_base(tiny, base, *new_token, "seed=1", out="other"))
+    change = shutil.copytree(adapter, tmp_path / "moved")
+    main(from_base(tiny, base, keys[1], f"shard.lora.init_from={change}", out="again"))
+    shutil.copy(tmp_path / "other/adapter/adapter_model.safetensors", change)
+    with pytest.raises(configs.UserError, match="shard.lora.init_from: adapter_model.safetensors"):
+        main(from_base(tiny, base, keys[1], f"shard.lora.init_from={change}", out="again"))
     tokenize_data.save_tokenizer(tokenize_data.bytes_tokenizer(), base, None)
     m = configs.load([f"model.init_from={base}"])[0]["model"] | {"vocab_size": 300}
     M.save_pretrained(M.build(m).get_parameter, m, base)

@@ -285,6 +285,8 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "gpt-2": (GPT2, 1e-5),
     "lora": (["shard.lora.r=1"], 1e-5),
     "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
+    "nf4": (["shard.lora.r=1", "shard.quantize=nf4", "model.d_model=64"], 1e-5),
+    "int8, bf16": (["shard.lora.r=1", "shard.quantize=int8", "dtype=bfloat16"], 1e-3),
     "muon": (["optimizer=muon"], 1e-3),
     "feedback": (["sampler.order=feedback"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
@@ -298,15 +300,16 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, []), ("full", 2, SHARD2),
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
-    ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("feedback", 2, SHARD2),
+    ("lora", 2, []), ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("feedback", 2, SHARD2),
     ("reference", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
-    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
+    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
+    ("nf4", 4, SHARD4), ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
     ("feedback", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("feedback", 2, SHARD2), ("lora, bf16", 2, [])]
+    ("feedback", 2, SHARD2), ("lora, bf16", 2, []), ("nf4", 2, SHARD2)]
 
 
 def name_of(layout):

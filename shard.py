@@ -507,30 +507,30 @@ def dequantize_int8(weight, absmax):
     return weight * (absmax / 127).unsqueeze(1)
 
 
-QUANTIZE = {"nf4": quantize_nf4, "int8": quantize_int8}
-DEQUANTIZE = {"nf4": dequantize_nf4, "int8": dequantize_int8}
+def dequantize(weight, absmax, *nested):
+    """The weight of a FrozenLinear from its stored() tensors: fp32 [out, in]."""
+    if weight.dtype == torch.int8:
+        return dequantize_int8(weight, absmax)
+    return dequantize_nf4(weight, absmax, *nested)
 
 
 class QuantizedMatmul(torch.autograd.Function):
     """x W^T + bias. W is dequantized for the forward pass and again for the backward pass.
 
-    x         [T, in]; the only argument with a gradient
-    quantize  nf4 or int8
-    stored    the arguments of its function in DEQUANTIZE
+    Only x, [T, in], has a gradient. The arguments after bias are FrozenLinear.stored(). They are
+    listed, because torch 2.13's compiler loses ctx if their number varies.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, quantize, *stored):
-        ctx.quantize = quantize
+    def forward(ctx, x, bias, weight, absmax, nested_absmax, offset, pairs, absmax_code):
+        stored = (weight, absmax, nested_absmax, offset, pairs, absmax_code)
         ctx.save_for_backward(*stored)
-        weight = DEQUANTIZE[quantize](*stored).to(x.dtype)                # [out, in]
-        return F.linear(x, weight, bias)                                  # [T, out]
+        return F.linear(x, dequantize(*stored).to(x.dtype), bias)         # [T, out]
 
     @staticmethod
     def backward(ctx, grad_out):
-        stored = ctx.saved_tensors
-        weight = DEQUANTIZE[ctx.quantize](*stored).to(grad_out.dtype)
-        return grad_out @ weight, None, None, *[None] * len(stored)
+        weight = dequantize(*ctx.saved_tensors).to(grad_out.dtype)        # [out, in]
+        return grad_out @ weight, None, None, None, None, None, None, None
 
 
 class FrozenLinear(transformer.Linear):
@@ -548,23 +548,24 @@ class FrozenLinear(transformer.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.quantize = quantize
+        shapes = {"nested_absmax": None, "offset": None, "pairs": None, "absmax_code": None}
         rows = linear.out_features
         if quantize == "int8":
             self.weight = quantized_parameter(rows, linear.in_features, torch.int8)
-            self.register_buffer("absmax", torch.empty(rows, device="meta"))
+            shapes["absmax"] = (rows,)
         elif quantize == "nf4":
             n_blocks = linear.in_features // NF4_BLOCKSIZE                # of a row
             n_nested_blocks = math.ceil(rows * n_blocks / ABSMAX_BLOCKSIZE)
             self.weight = quantized_parameter(rows, linear.in_features // 2, torch.uint8)
             self.absmax = quantized_parameter(rows, n_blocks, torch.uint8)
-            for name, shape in (("nested_absmax", n_nested_blocks), ("offset", ()),
-                                ("pairs", (256, 2)), ("absmax_code", 256)):
-                self.register_buffer(name, torch.empty(shape, device="meta"))
+            shapes = {"nested_absmax": (n_nested_blocks,), "offset": (), "pairs": (256, 2),
+                      "absmax_code": (256,)}
+        for name, shape in shapes.items():
+            empty = None if shape is None else torch.empty(shape, device="meta")
+            self.register_buffer(name, empty)
 
     def stored(self):
-        """The arguments of the function in DEQUANTIZE."""
-        if self.quantize == "int8":
-            return self.weight, self.absmax
+        """The arguments of dequantize(). The last four are None for int8."""
         return (self.weight, self.absmax, self.nested_absmax, self.offset, self.pairs,
                 self.absmax_code)
 
@@ -572,16 +573,16 @@ class FrozenLinear(transformer.Linear):
         if self.quantize == "none":
             return super().forward(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return QuantizedMatmul.apply(x, bias, self.quantize, *self.stored())
+        return QuantizedMatmul.apply(x, bias, *self.stored())
 
     def load_quantized(self, read_rows):
         """Quantize the weight while it is read. read_rows: (first row, end row) -> rows"""
+        quantize_rows = quantize_nf4 if self.quantize == "nf4" else quantize_int8
         weight, start, end = local_shard(self.weight)
-        n_scales = (self.out_features, *self.absmax.shape[1:])
-        absmax = torch.zeros(n_scales, device=weight.device)
+        absmax = torch.zeros(self.absmax.shape, device=weight.device)
         for low, high in transformer.row_ranges(start, end):
             rows = read_rows(low, high).to(weight.device).float()
-            weight[low - start:high - start], absmax[low:high] = QUANTIZE[self.quantize](rows)
+            weight[low - start:high - start], absmax[low:high] = quantize_rows(rows)
         if is_dtensor(self.weight):          # the mean and the nested blocks are of all ranks' rows
             dist.all_reduce(absmax, dist.ReduceOp.MAX)
         if self.quantize == "int8":

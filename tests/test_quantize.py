@@ -25,7 +25,7 @@ def parallelized(*more):
 
 
 def dequantized(layer):
-    return shard.DEQUANTIZE[layer.quantize](*layer.stored())
+    return shard.dequantize(*layer.stored())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -69,7 +69,10 @@ def test_quantize_int8_of_values_computed_by_hand():
 @pytest.mark.parametrize("shape", [(128, 192), (1000, 320), (3, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantize_nf4_equals_bitsandbytes(shape, dtype):
-    """Table, rounding, packing, scales and double quantization, bit for bit, and what comes back."""
+    """Table, rounding, packing, scales and double quantization, bit for bit, and what comes back.
+
+    Of the scales, its CUDA kernels and its torch code, which takes fp64 tensors on a CPU, find the
+    nearest code. Its kernel for fp32 on a CPU looks them up in a coarse table, some 1% one code off."""
     reference = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     weight = weight.to(dtype)
@@ -80,9 +83,14 @@ def test_quantize_nf4_equals_bitsandbytes(shape, dtype):
     ours, absmax = shard.quantize_nf4(weight.float())
     codes, nested_absmax, offset = shard.quantize_absmax(absmax)
     assert torch.equal(ours.flatten(), packed.flatten())
-    assert torch.equal(codes.flatten(), state.absmax)
     assert torch.equal(nested_absmax, state.state2.absmax) and offset == state.offset
     assert torch.equal(shard.dynamic_map(), state.state2.code)
+    centered = (absmax - offset).flatten().double()
+    exact, _ = torch.ops.bitsandbytes.quantize_blockwise(centered, state.state2.code, 256)
+    assert torch.equal(codes.flatten(), exact)
+    steps = codes.flatten().int() - state.absmax.int()
+    assert steps.abs().max() <= 1 and (steps != 0).float().mean() < 0.02
+    state.absmax = exact
     restored = shard.dequantize_nf4(ours, codes, nested_absmax, offset, shard.nf4_pairs(),
                                     shard.dynamic_map())
     assert torch.equal(restored.to(dtype), reference.dequantize_4bit(packed, state))
@@ -181,7 +189,7 @@ def test_add_lora_refuses_a_width_that_nf4_does_not_divide():
 
 
 def test_quantize_without_lora_is_refused():
-    with pytest.raises(configs.UserError, match="shard.quantize: nf4 .*without LoRA, which freezes"):
+    with pytest.raises(configs.UserError, match="shard.quantize: .*nf4.* without LoRA, which freezes"):
         configs.load(["shard.quantize=nf4"])
     assert configs.load([str(ROOT / "configs" / "qlora.yaml"), "shard.lora.r=0"])[0]["shard"]["quantize"] == "none"
 

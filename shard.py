@@ -1101,6 +1101,17 @@ class StepSize:
         self.block_trained = count_parameters(block, trained=True)
         self.outside = count_parameters(model) - len(model.blocks) * self.block
         self.head = model.padded_vocab_size * model_cfg["d_model"]
+        # the linear layers of a block, whose weights may be quantized
+        sizes = [module.in_features * module.out_features for module in block.modules()
+                 if isinstance(module, nn.Linear)]
+        self.linear = sum(sizes)
+        self.largest_linear = max(sizes)
+        self.is_quantized = cfg["shard"]["quantize"] != "none"
+        # bytes of a linear layer's weight, and of a block as FSDP gathers it
+        self.linear_element = BYTES_PER_WEIGHT.get(cfg["shard"]["quantize"], self.element)
+        self.block_bytes = self.element * self.block
+        if self.is_quantized:
+            self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -1119,7 +1130,10 @@ def predict_memory(model_cfg, cfg, world_size=1):
     device; set device=cuda to plan for GPUs elsewhere.
     """
     s = StepSize(model_cfg, cfg, world_size)
-    state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
+    frozen_bytes = s.element * s.frozen
+    if s.is_quantized:
+        frozen_bytes -= round((s.element - s.linear_element) * s.linear * s.n_blocks)
+    state = {"weights": (4 * s.trained + frozen_bytes) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
     gradients = 4 * s.trained
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
@@ -1176,7 +1190,7 @@ def gathered_or_cast_bytes(s, blocks=None):
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         outside = s.outside * (s.element if s.is_lora else 4)
-        return outside + blocks * s.block * s.element
+        return outside + blocks * s.block_bytes
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
     if s.element == 4 or s.is_lora:
         return 0
@@ -1262,8 +1276,11 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.element < 4 and not s.is_lora and s.shards == 1:
             total += s.element * s.block    # this block's weights, cast again
+    if s.is_quantized:
+        # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
+        total += 6 * s.largest_linear
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.element * s.block + (s.element + 4) * s.block_trained
+        total += s.block_bytes + (s.element + 4) * s.block_trained
     return total
 
 

@@ -492,12 +492,22 @@ SHAPES = {
         "data.seq_len=256", "batch_size=4", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
     "lora, recompute": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
-        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"]}
+        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],
+    "nf4": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=nf4"],
+    "nf4, bf16, recompute": [
+        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=8", "shard.lora.r=8", "shard.quantize=nf4",
+        "shard.recompute=true", "dtype=bfloat16"],
+    "int8": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=256",
+        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=int8"]}
 
 
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens"]),
-    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute"])],
+    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute", "nf4"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

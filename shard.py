@@ -387,7 +387,7 @@ def set_threads():
 def configure_device(device, cfg):
     """Settings of the process: memory on a CPU, determinism on a GPU."""
     if device.type == "cpu":
-        configure_malloc()
+        configure_malloc(map_large_blocks=cfg["shard"]["quantize"] != "none")
         return
     # Without determinism a kernel may add its partial sums in the order in which they finish.
     torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
@@ -401,18 +401,26 @@ def configure_device(device, cfg):
 # options of glibc's mallopt(3)
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 
 
-def configure_malloc():
+def configure_malloc(map_large_blocks):
     """Keep freed memory in the process: page faults cost more than the work on the pages.
 
     By default glibc maps every large block anew and unmaps it at once. Here it maps no blocks,
     never shrinks the heap, and grows it by 64 MB. Does nothing with another C library.
+
+    map_large_blocks  map blocks of 16 MB and more nevertheless. Where a dequantized weight was
+                      freed, small tensors that live longer would take a part of its place, and the
+                      next one would not fit: the heap grew to three times what was in use
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
+        if map_large_blocks:
+            mallopt(M_MMAP_THRESHOLD, 16 << 20)
+        else:
+            mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 64 << 20)
 

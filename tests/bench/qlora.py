@@ -17,8 +17,9 @@ SHAPE = ["model.family=qwen2", "model.qkv_bias=true", "model.n_layers=28", "mode
          "model.n_heads=12", "model.n_kv_heads=2", "model.d_ff=8960", "model.vocab_size=151936",
          "model.max_len=32768", "data.tokenizer=bytes"]
 RUN = ["data.train.chats.path=data/chats.jsonl", "data.validation_split=2", "data.seq_len=128",
-       "batch_size=4", "micro_tokens=256", "max_steps=3", "epochs=0", "shard.recompute=true",
-       "checkpoint.export=false", "eval_prompts=0", "samples=0", "device=cpu"]
+       "batch_size=2", "micro_tokens=128", "max_steps=3", "epochs=0", "shard.recompute=true",
+       "checkpoint.export=false", "eval_every=0", "eval_prompts=0", "save_every=0",
+       "samples=0", "device=cpu"]
 
 
 def main(argv):

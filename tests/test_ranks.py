@@ -495,10 +495,10 @@ SHAPES = {
         "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],
     "nf4": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
-        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=nf4"],
+        "data.seq_len=128", "batch_size=8", "shard.lora.r=8", "shard.quantize=nf4"],
     "nf4, bf16, recompute": [
-        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
-        "data.seq_len=128", "batch_size=8", "shard.lora.r=8", "shard.quantize=nf4",
+        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=128",
+        "data.seq_len=64", "batch_size=4", "shard.lora.r=8", "shard.quantize=nf4",
         "shard.recompute=true", "dtype=bfloat16"],
     "int8": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=256",

@@ -478,7 +478,7 @@ def quantize_blockwise(values, code, blocksize):
 
 
 def quantize_nf4(weight):
-    """fp32 [rows, in] -> (two codes per byte, uint8 [rows, in / 2]; absmax, fp32 [rows, in / 64])."""
+    """fp32 [rows, in] -> (two codes per byte [rows, in / 2]; absmax, fp32 [rows, in / 64])."""
     code = torch.tensor(NF4, device=weight.device)
     indices, absmax = quantize_blockwise(weight, code, NF4_BLOCKSIZE)
     packed = indices[:, 0::2] << 4 | indices[:, 1::2]
@@ -651,8 +651,8 @@ def add_lora(model, lora_cfg, quantize="none"):
         known.add(target)
         if quantize == "nf4" and module.in_features % NF4_BLOCKSIZE:
             raise configs.UserError(
-                f"shard.quantize: nf4 stores blocks of {NF4_BLOCKSIZE} weights, which do not divide "
-                f"the rows of {name}, {module.in_features} long; shard.quantize=int8")
+                f"shard.quantize: nf4 stores blocks of {NF4_BLOCKSIZE} weights, which do not "
+                f"divide the rows of {name}, {module.in_features} long; shard.quantize=int8")
         if not wanted or target in wanted:
             layer = LoRALinear(module, lora_cfg["r"], lora_cfg["alpha"], quantize)
         else:

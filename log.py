@@ -511,15 +511,20 @@ def describe_run(run):
 
 
 def describe_model(run):
+    import model as transformer
     model_cfg = run.model.cfg
-    params = list(run.model.parameters())
-    n_params = sum(p.numel() for p in params)
-    n_trained = sum(p.numel() for p in params if p.requires_grad)
-    text = (f"{model_cfg['family']} {model_cfg['n_layers']} x {model_cfg['d_model']}, "
-            f"{n_params:,} parameters, {n_trained:,} trained")
+    # not from run.model: a quantized weight has another shape
+    n_params = sum(shape.numel() for shape in transformer.parameter_shapes(model_cfg).values())
+    n_trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     lora_rank = run.cfg["shard"]["lora"]["r"]
     if lora_rank:
-        text += f" (LoRA of rank {lora_rank})"
+        n_params += n_trained
+    text = (f"{model_cfg['family']} {model_cfg['n_layers']} x {model_cfg['d_model']}, "
+            f"{n_params:,} parameters, {n_trained:,} trained")
+    if lora_rank:
+        quantize = run.cfg["shard"]["quantize"]
+        stored = "" if quantize == "none" else f", the blocks' frozen weights in {quantize}"
+        text += f" (LoRA of rank {lora_rank}{stored})"
     text += f", from {model_cfg['init_from'] or 'scratch'}"
     if run.cfg["shard"]["lora"]["init_from"]:
         text += f" with the adapter {run.cfg['shard']['lora']['init_from']}"

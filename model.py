@@ -1084,13 +1084,17 @@ def load_parameter(name, read, local, start, end):
 
     A part at a time, because read() may need memory for what it returns.
     """
+    for low, high in row_ranges(start, end):
+        local[low - start:high - start].copy_(read(name, low, high))
+
+
+def row_ranges(start, end):
+    """Yield (first row, end row) of the parts in which rows start ... end - 1 are read."""
     if start == end:                                     # the last ranks may hold no rows
         return
     # from a multiple of ROWS_AT_ONCE, so that NewWeights draws no rows twice
     for first in range(start - start % ROWS_AT_ONCE, end, ROWS_AT_ONCE):
-        low = max(first, start)
-        high = min(first + ROWS_AT_ONCE, end)
-        local[low - start:high - start].copy_(read(name, low, high))
+        yield max(first, start), min(first + ROWS_AT_ONCE, end)
 
 
 def parameter_shapes(m):
@@ -1945,8 +1949,12 @@ def flops(model, lengths, n_targets):
     m = model.cfg
     per_token = 0
     for p in model.blocks.parameters():
-        if p.dim() == 2:
-            per_token += p.numel() * (6 if p.requires_grad else 4)
+        if p.dim() == 2 and p.requires_grad:
+            per_token += 6 * p.numel()
+    for module in model.blocks.modules():
+        # not numel(): a quantized weight has another shape
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            per_token += 4 * module.in_features * module.out_features
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]

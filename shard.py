@@ -31,7 +31,7 @@ model.py knows nothing of this: the model that parallelize() returns is called a
                 state are fp32; frozen matrices (LoRA) have the dtype of the computation. Each
                 matmul casts its weight; FSDP casts a block's weights when it gathers them.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
-                (arXiv:2106.09685)
+                (arXiv:2106.09685). With shard.quantize, W is stored in 4 or 8 bits per weight
 """
 import atexit
 import bisect
@@ -391,7 +391,7 @@ def set_threads():
 def configure_device(device, cfg):
     """Settings of the process: memory on a CPU, determinism on a GPU."""
     if device.type == "cpu":
-        configure_malloc()
+        configure_malloc(map_large_blocks=cfg["shard"]["quantize"] != "none")
         return
     # Without determinism a kernel may add its partial sums in the order in which they finish.
     torch.use_deterministic_algorithms(cfg["shard"]["deterministic"])
@@ -405,18 +405,26 @@ def configure_device(device, cfg):
 # options of glibc's mallopt(3)
 M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 
 
-def configure_malloc():
+def configure_malloc(map_large_blocks):
     """Keep freed memory in the process: page faults cost more than the work on the pages.
 
     By default glibc maps every large block anew and unmaps it at once. Here it maps no blocks,
     never shrinks the heap, and grows it by 64 MB. Does nothing with another C library.
+
+    map_large_blocks  map blocks of 16 MB and more nevertheless. Where a dequantized weight was
+                      freed, small tensors that live longer would take a part of its place, and the
+                      next one would not fit: the heap grew to three times what was in use
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
+        if map_large_blocks:
+            mallopt(M_MMAP_THRESHOLD, 16 << 20)
+        else:
+            mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 64 << 20)
 
@@ -428,9 +436,187 @@ def num_graphs():
 
 
 # --------------------------------------------------------------------------------------------------
+# quantized weights. NF4 is equal to bitsandbytes's with double quantization, bit for bit
+
+# quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E)
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0]
+NF4_BLOCKSIZE = 64           # weights with one absmax
+ABSMAX_BLOCKSIZE = 256       # absmax values that are quantized together
+# stored per weight; int8 has 4 more per row
+BYTES_PER_WEIGHT = {"nf4": 1 / 2 + 1 / NF4_BLOCKSIZE + 4 / (NF4_BLOCKSIZE * ABSMAX_BLOCKSIZE),
+                    "int8": 1}
+
+
+def nf4_pairs():
+    """The two values of each byte of NF4 codes: fp32 [256, 2]. The first has the upper 4 bits."""
+    return torch.cartesian_prod(torch.tensor(NF4), torch.tensor(NF4))
+
+
+def dynamic_map():
+    """The 256 values of the 8-bit dynamic data type (arXiv:1511.04561), ascending."""
+    positive = []
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2 ** exponent + 1)
+        positive.append((bounds[1:] + bounds[:-1]) / 2 * 10.0 ** (exponent - 6))
+    positive = torch.cat(positive)
+    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+
+
+def quantize_blockwise(values, code, blocksize):
+    """Divide blocks of values by their largest absolute value, and find the nearest codes.
+
+    values  fp32, of any shape; the last block may be shorter
+    code    fp32, ascending: the values that can be stored
+    Returns (indices into code, uint8 in the shape of values; absmax, fp32 [number of blocks]).
+    """
+    n = values.numel()
+    blocks = F.pad(values.flatten(), (0, -n % blocksize)).view(-1, blocksize)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)
+    bounds = (code[1:] + code[:-1]) / 2
+    indices = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    return indices.flatten()[:n].view_as(values), absmax
+
+
+def quantize_nf4(weight):
+    """fp32 [rows, in] -> (two codes per byte [rows, in / 2]; absmax, fp32 [rows, in / 64])."""
+    code = torch.tensor(NF4, device=weight.device)
+    indices, absmax = quantize_blockwise(weight, code, NF4_BLOCKSIZE)
+    packed = indices[:, 0::2] << 4 | indices[:, 1::2]
+    return packed, absmax.view(len(weight), -1)
+
+
+def quantize_absmax(absmax):
+    """Double quantization of quantize_nf4's absmax: (uint8 in its shape, nested_absmax, offset)."""
+    offset = absmax.mean()
+    code = dynamic_map().to(absmax.device)
+    return *quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE), offset
+
+
+def dequantize_nf4(packed, absmax, nested_absmax, offset, pairs, absmax_code):
+    """The inverse of quantize_nf4 and quantize_absmax: fp32 [rows, in].
+
+    pairs        nf4_pairs()
+    absmax_code  dynamic_map()
+    """
+    scales = absmax_code.index_select(0, absmax.flatten().int())
+    scales = scales * nested_absmax.repeat_interleave(ABSMAX_BLOCKSIZE)[:scales.numel()] + offset
+    values = pairs.index_select(0, packed.flatten().int())                # [rows * in / 2, 2]
+    return values.view(-1, NF4_BLOCKSIZE).mul_(scales.unsqueeze(1)).view(len(packed), -1)
+
+
+def quantize_int8(weight):
+    """fp32 [rows, in] -> (int8 [rows, in], absmax, fp32 [rows])."""
+    absmax = weight.abs().amax(1)
+    scale = 127 / absmax.clamp(min=1e-36)
+    return (weight * scale.unsqueeze(1)).round().to(torch.int8), absmax
+
+
+def dequantize_int8(weight, absmax):
+    return weight * (absmax / 127).unsqueeze(1)
+
+
+def dequantize(weight, absmax, *nested):
+    """The weight of a FrozenLinear from its stored() tensors: fp32 [out, in]."""
+    if weight.dtype == torch.int8:
+        return dequantize_int8(weight, absmax)
+    return dequantize_nf4(weight, absmax, *nested)
+
+
+class QuantizedMatmul(torch.autograd.Function):
+    """x W^T + bias. W is dequantized for the forward pass and again for the backward pass.
+
+    Only x, [T, in], has a gradient. The arguments after bias are FrozenLinear.stored(). They are
+    listed, because torch 2.13's compiler loses ctx if their number varies.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, weight, absmax, nested_absmax, offset, pairs, absmax_code):
+        stored = (weight, absmax, nested_absmax, offset, pairs, absmax_code)
+        ctx.save_for_backward(*stored)
+        return F.linear(x, dequantize(*stored).to(x.dtype), bias)         # [T, out]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        weight = dequantize(*ctx.saved_tensors).to(grad_out.dtype)        # [out, in]
+        return grad_out @ weight, None, None, None, None, None, None, None
+
+
+class FrozenLinear(transformer.Linear):
+    """A frozen linear layer, whose weight may be stored quantized.
+
+    nf4   weight [out, in / 2] and absmax [out, in / 64] in uint8; nested_absmax and offset in fp32
+    int8  weight [out, in] in int8; absmax [out] in fp32
+
+    FSDP shards parameters, by rows. Buffers are small, and whole on every rank.
+    """
+
+    def __init__(self, linear, quantize="none"):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None,
+                         device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.quantize = quantize
+        shapes = {"nested_absmax": None, "offset": None, "pairs": None, "absmax_code": None}
+        rows = linear.out_features
+        if quantize == "int8":
+            self.weight = quantized_parameter(rows, linear.in_features, torch.int8)
+            shapes["absmax"] = (rows,)
+        elif quantize == "nf4":
+            n_blocks = linear.in_features // NF4_BLOCKSIZE                # of a row
+            n_nested_blocks = math.ceil(rows * n_blocks / ABSMAX_BLOCKSIZE)
+            self.weight = quantized_parameter(rows, linear.in_features // 2, torch.uint8)
+            self.absmax = quantized_parameter(rows, n_blocks, torch.uint8)
+            shapes = {"nested_absmax": (n_nested_blocks,), "offset": (), "pairs": (256, 2),
+                      "absmax_code": (256,)}
+        for name, shape in shapes.items():
+            empty = None if shape is None else torch.empty(shape, device="meta")
+            self.register_buffer(name, empty)
+
+    def stored(self):
+        """The arguments of dequantize(). The last four are None for int8."""
+        return (self.weight, self.absmax, self.nested_absmax, self.offset, self.pairs,
+                self.absmax_code)
+
+    def forward(self, x, seeds=None):                                    # [T, in]
+        """seeds  are for the adapters of LoRALinear."""
+        if self.quantize == "none":
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return QuantizedMatmul.apply(x, bias, *self.stored())
+
+    def load_quantized(self, read_rows):
+        """Quantize the weight while it is read. read_rows: (first row, end row) -> rows"""
+        quantize_rows = quantize_nf4 if self.quantize == "nf4" else quantize_int8
+        weight, start, end = local_shard(self.weight)
+        absmax = torch.zeros(self.absmax.shape, device=weight.device)
+        for low, high in transformer.row_ranges(start, end):
+            rows = read_rows(low, high).to(weight.device).float()
+            weight[low - start:high - start], absmax[low:high] = quantize_rows(rows)
+        if is_dtensor(self.weight):          # the mean and the nested blocks are of all ranks' rows
+            dist.all_reduce(absmax, dist.ReduceOp.MAX)
+        if self.quantize == "int8":
+            self.absmax.copy_(absmax)
+            return
+        absmax, nested_absmax, offset = quantize_absmax(absmax)
+        local_shard(self.absmax)[0].copy_(absmax[start:end])
+        self.nested_absmax.copy_(nested_absmax)
+        self.offset.copy_(offset)
+        self.pairs.copy_(nf4_pairs())
+        self.absmax_code.copy_(dynamic_map())
+
+
+def quantized_parameter(rows, columns, dtype):
+    return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device="meta"), requires_grad=False)
+
+
+# --------------------------------------------------------------------------------------------------
 # LoRA
 
-class LoRALinear(transformer.Linear):
+class LoRALinear(FrozenLinear):
     """A frozen linear layer with an adapter: x W^T + scale * (dropout(x) A^T) B^T.
 
     A is [r, in] and B [out, r]. init_adapters() gives them their values.
@@ -438,11 +624,8 @@ class LoRALinear(transformer.Linear):
     place  of the layer in its block. It makes the dropouts of a block's layers differ
     """
 
-    def __init__(self, linear, lora_cfg, place):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                         device="meta")
-        self.weight = linear.weight
-        self.bias = linear.bias
+    def __init__(self, linear, lora_cfg, place, quantize="none"):
+        super().__init__(linear, quantize)
         r = lora_cfg["r"]
         self.scale = adapter_scale(lora_cfg)
         self.dropout = lora_cfg["dropout"]
@@ -472,11 +655,14 @@ def adapter_scale(lora_cfg):
     return lora_cfg["alpha"] / (math.sqrt(r) if lora_cfg["rslora"] else r)
 
 
-def add_lora(model, lora_cfg):
+def add_lora(model, lora_cfg, quantize="none"):
     """Freeze the model and replace linear layers of its blocks by LoRALinear, in place.
 
-    The modules of shard.lora.modules_to_save stay trained. Raises UserError for a target that no
-    layer has, and for a module that does not exist.
+    The modules of shard.lora.modules_to_save stay trained.
+
+    quantize  how all linear layers of the blocks store their frozen weights; see FrozenLinear
+    Raises UserError for a target that no layer has, for a module that does not exist, and for a
+    width that NF4 cannot divide.
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
@@ -490,10 +676,16 @@ def add_lora(model, lora_cfg):
             continue
         target = short_name(layout[f"{name}.weight"])
         known.add(target)
+        if quantize == "nf4" and module.in_features % NF4_BLOCKSIZE:
+            raise configs.UserError(
+                f"shard.quantize: nf4 stores blocks of {NF4_BLOCKSIZE} weights, which do not "
+                f"divide the rows of {name}, {module.in_features} long; shard.quantize=int8")
         if not wanted or target in wanted:
             _, _, name_in_block = name.split(".", 2)
-            place = places.index(name_in_block)
-            model.set_submodule(name, LoRALinear(module, lora_cfg, place))
+            layer = LoRALinear(module, lora_cfg, places.index(name_in_block), quantize)
+        else:
+            layer = FrozenLinear(module, quantize)
+        model.set_submodule(name, layer)
     for target in wanted:
         if target not in known:
             raise configs.UserError(f"shard.lora.targets: must be some of "
@@ -816,7 +1008,7 @@ def parallelize(model, cfg, read_slice):
     # 2) LoRA
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
-        add_lora(model, lora_cfg)
+        add_lora(model, lora_cfg, cfg["shard"]["quantize"])
     cast_frozen_weights(model, dtype)
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
@@ -838,15 +1030,18 @@ def parallelize(model, cfg, read_slice):
 def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
     for name, p in model.named_parameters():
-        if not is_adapter(name):
+        if p.is_floating_point() and not is_adapter(name):
             transformer.load_parameter(name, read_slice, *local_shard(p))
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear) and module.quantize != "none":
+            module.load_quantized(functools.partial(read_slice, f"{name}.weight"))
     init_adapters(model, seed)
 
 
 def cast_frozen_weights(model, dtype):
     """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
     for p in model.parameters():
-        if not p.requires_grad and p.dim() == 2:
+        if not p.requires_grad and p.dim() == 2 and p.is_floating_point():
             p.data = p.data.to(dtype)
 
 
@@ -951,8 +1146,10 @@ def apply_fsdp(model, cfg, device, dtype):
         mesh = mesh["shard"]
     precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
+    # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
+    param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=dtype),
+        fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=param_dtype),
                     reshard_after_forward=cfg["shard"]["reshard_after_forward"])
     fully_shard(model, mesh=mesh, mp_policy=precision(param_dtype=None))
     for module in fsdp_modules(model):
@@ -1130,6 +1327,17 @@ class StepSize:
         self.outside_frozen = self.outside - self.outside_trained
         self.trains_head = model.head_weight().requires_grad
         self.head = model.padded_vocab_size * model_cfg["d_model"]
+        # the linear layers of a block, whose weights may be quantized
+        sizes = [module.in_features * module.out_features for module in block.modules()
+                 if isinstance(module, nn.Linear)]
+        self.linear = sum(sizes)
+        self.largest_linear = max(sizes)
+        self.is_quantized = cfg["shard"]["quantize"] != "none"
+        # bytes of a linear layer's weight, and of a block as FSDP gathers it
+        self.linear_element = BYTES_PER_WEIGHT.get(cfg["shard"]["quantize"], self.element)
+        self.block_bytes = self.element * self.block
+        if self.is_quantized:
+            self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -1157,7 +1365,10 @@ def predict_memory(model_cfg, cfg, world_size=1):
 
 def memory_of_phases(s):
     """What predict_memory() returns, of a StepSize."""
-    state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
+    frozen_bytes = s.element * s.frozen
+    if s.is_quantized:
+        frozen_bytes -= round((s.element - s.linear_element) * s.linear * s.n_blocks)
+    state = {"weights": (4 * s.trained + frozen_bytes) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
     gradients = 4 * s.trained
     # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
@@ -1214,7 +1425,7 @@ def gathered_or_cast_bytes(s, blocks=None):
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         outside = 4 * s.outside_trained + s.element * s.outside_frozen
-        return outside + blocks * s.block * s.element
+        return outside + blocks * s.block_bytes
     # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
     if s.element == 4 or s.is_lora:
         return 0
@@ -1305,8 +1516,11 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.element < 4 and not s.is_lora and s.shards == 1:
             total += s.element * s.block    # this block's weights, cast again
+    if s.is_quantized:
+        # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
+        total += 6 * s.largest_linear
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.element * s.block + (s.element + 4) * s.block_trained
+        total += s.block_bytes + (s.element + 4) * s.block_trained
     return total
 
 

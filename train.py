@@ -945,7 +945,7 @@ def load_reference(cfg, model_cfg):
                                 "the same")
     read_slice = transformer.PretrainedWeights(path, reference_cfg).read
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
-    without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
+    without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}, "quantize": "none"}
     return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
 
 

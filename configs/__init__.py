@@ -721,6 +721,8 @@ def conditional_options(cfg):
     for key in ("alpha", "targets", "rslora", "dropout", "modules_to_save"):
         yield (f"shard.lora.{key}", "shard.lora.r", lora["r"] or not lora[key],
                "without LoRA; shard.lora.r=8 turns it on")
+    yield ("shard.quantize", "shard.lora.r", lora["r"] or cfg["shard"]["quantize"] == "none",
+           "without LoRA, which freezes the weights that are quantized; shard.lora.r=8 turns it on")
     yield ("min_lr", "schedule", cfg["schedule"] != "constant",
            "with schedule=constant, which stays at lr")
     yield "decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"

@@ -416,7 +416,7 @@ def test_suggestion_knows_the_names_of_other_trainers():
         for arg in (f"{name}=1", f"--{name}", f"--{name.replace('_', '-')}=1"):
             assert error_of(configs.load, [arg]).endswith(f"; it is {key} here"), name
     for name, words in (("dropout", "model.resid_pdrop"), ("gradient_accumulation_steps", "batch_size counts"),
-                        ("lora_dropout", "shard.lora.dropout"), ("qlora", "not supported"),
+                        ("lora_dropout", "shard.lora.dropout"), ("qlora", "shard.quantize=nf4"),
                         ("nproc_per_node", "torchrun --nproc_per_node N"), ("eval_batch_size", "micro_tokens bounds"),
                         ("split_special_tokens", "always split"), ("trust_remote_code", "never executed")):
         assert words in error_of(configs.load, [f"{name}=1"]), name

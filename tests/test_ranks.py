@@ -290,6 +290,8 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
         "shard.lora.r=1", "shard.lora.modules_to_save=[embed_tokens]", "dtype=bfloat16",
         "model.tie_embeddings=false"], 1e-3),
     "lora, dropout": (["shard.lora.r=1", "shard.lora.dropout=0.2", "shard.lora.rslora=true"], 1e-5),
+    "nf4": (["shard.lora.r=1", "shard.quantize=nf4", "model.d_model=64"], 1e-5),
+    "int8, bf16": (["shard.lora.r=1", "shard.quantize=int8", "dtype=bfloat16"], 1e-3),
     "muon": (["optimizer=muon"], 1e-3),
     "by_loss": (["sampler.order=by_loss"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
@@ -305,15 +307,16 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
     ("lora", 2, []), ("lora, dropout", 2, []), ("lora, dropout", 2, SHARD2),
     ("lora, modules_to_save", 2, []), ("lora, modules_to_save", 2, SHARD2),
-    ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
+    ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
     ("reference", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
-    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
+    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
+    ("nf4", 4, SHARD4), ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2)]
+    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2), ("nf4", 2, SHARD2)]
 
 
 def name_of(layout):
@@ -508,13 +511,23 @@ SHAPES = {
     "lora, dropout, modules_to_save": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
         "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.lora.dropout=0.1",
-        "shard.lora.modules_to_save=[embed_tokens]"]}
+        "shard.lora.modules_to_save=[embed_tokens]"],
+    "nf4": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=8", "shard.lora.r=8", "shard.quantize=nf4"],
+    "nf4, bf16, recompute": [
+        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=128",
+        "data.seq_len=64", "batch_size=4", "shard.lora.r=8", "shard.quantize=nf4",
+        "shard.recompute=true", "dtype=bfloat16"],
+    "int8": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=256",
+        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=int8"]}
 
 
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens"]),
     (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute",
-                 "lora, dropout, modules_to_save"])],
+                 "lora, dropout, modules_to_save", "nf4"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

@@ -94,6 +94,7 @@ CELLS = {
     "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
     "lora, dropout, recompute": (["shard.lora.r=4", "shard.lora.dropout=0.2", "shard.recompute=1"], 2),
     "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (GPT2, 11),
+    "nf4": (["shard.lora.r=4", "shard.quantize=nf4", "model.d_model=64"], 4),
     "one source twice, one half": (TWICE_AND_HALF, 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
     "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 4),

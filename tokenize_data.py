@@ -889,9 +889,9 @@ def normalize_chat(record):
             messages.append(normalize_message(turn, n))
     if not messages:
         raise UserError("a chat without messages")
-    system = record.get("system") or record.get("system_prompt")
-    if system:
-        check_type(system, str, "system: expected text")
+    systems = [(key, record[key]) for key in ("system_prompt", "system") if record.get(key)]
+    for key, system in systems:
+        check_type(system, str, f"{key}: expected text")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system, "weight": 1.0}, *messages]
     tools = []
@@ -913,9 +913,9 @@ def normalize_chat(record):
         "columns": columns,
         "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
                     + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
-    first = messages[0]
-    if first["role"] == "system" and system not in (None, "", first["content"]):
-        chat["warnings"].append((SYSTEM_TWICE, f"{system!r:.60}"))
+    for _key, system in systems:
+        if system != messages[0]["content"]:
+            chat["warnings"].append((SYSTEM_TWICE, f"{system!r:.60}"))
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 

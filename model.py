@@ -593,7 +593,8 @@ def dropout(x, p, seeds):
 # An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options) and
 # called with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by
 # NewWeights; the attribute init_std of the class replaces model.init_std. A pretrained model with
-# another embedding lacks them, so they are new there, too. model.family=native saves them.
+# another embedding lacks them, so they are new there, too. Only model.family=native saves them, as
+# all embeddings that are not in EXPORTED_EMBEDDINGS of configs/hf_config.py.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])

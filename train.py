@@ -516,7 +516,8 @@ def exact_match(answer, reference):
     return answer.strip() == reference.strip()
 
 
-# name: function (answer, reference) -> bool or number, whose mean is logged
+# name: function (answer, reference) -> bool or number, whose mean is logged as val/LABEL/name. If
+# larger is better, cfg["best"] names it with "max "
 METRICS = {"exact_match": exact_match}
 # name: function (run, [(prompt ids, reference ids)]) -> number, which is logged. All ranks call it
 # and return the same (experiments/pass_at_k.py)

@@ -39,6 +39,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -604,10 +605,11 @@ def parallelize(model, cfg, read_slice):
     device, dtype = pick_device(cfg)
     configure_device(device, cfg)
     model.dtype = dtype
-    # 2) LoRA
+    # 2) LoRA, frozen parameters
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
         add_lora(model, lora_cfg)
+    freeze_parameters(model, cfg["param_groups"])
     cast_frozen_weights(model, dtype)
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
@@ -630,6 +632,34 @@ def load_weights(model, read_slice, seed):
         if not is_adapter(name):
             transformer.load_parameter(name, read_slice, *local_shard(p))
     init_adapters(model, seed)
+
+
+def freeze_parameters(model, param_groups):
+    """Freeze the parameters of the config's param_groups with train: false.
+
+    Raises UserError for such a group without parameters, and if nothing remains trained.
+    """
+    frozen_patterns = {spec["match"] for spec in param_groups if not spec.get("train", True)}
+    used_patterns = set()
+    for name, p in model.named_parameters():
+        spec = matching_group(name, param_groups)
+        if spec and spec["match"] in frozen_patterns:
+            p.requires_grad = False
+            used_patterns.add(spec["match"])
+    for pattern in sorted(frozen_patterns - used_patterns):
+        raise configs.UserError(f"param_groups: no parameter matches {pattern!r} (or an earlier "
+                                "group already took them); python model.py FOLDER lists the names")
+    if frozen_patterns and not any(p.requires_grad for p in model.parameters()):
+        raise configs.UserError("param_groups: train: false leaves no parameter to train; freeze "
+                                "fewer")
+
+
+def matching_group(name, param_groups):
+    """The first of the config's param_groups whose pattern is in a parameter's name, or None."""
+    for spec in param_groups:
+        if re.search(spec["match"], name):
+            return spec
+    return None
 
 
 def cast_frozen_weights(model, dtype):
@@ -888,6 +918,7 @@ class StepSize:
         model = transformer.build_on_meta(model_cfg)
         if lora_cfg["r"]:
             add_lora(model, lora_cfg)
+        freeze_parameters(model, cfg["param_groups"])
         device_type = resolve_device_type(cfg)
         rank_tokens = math.ceil(cfg["batch_size"] / world_size) * cfg["data"]["seq_len"]
         block = model.blocks[0]
@@ -899,21 +930,33 @@ class StepSize:
         self.is_replicated = world_size > 1 and self.shards == 1
         self.tokens = min(rank_tokens, cfg["micro_tokens"])        # of the largest micro-batch
         self.micro_batches = math.ceil(rank_tokens / cfg["micro_tokens"])    # per rank
-        self.is_lora = lora_cfg["r"] > 0
+        # bytes of a trained weight and its gradient, and of a number of the optimizer's state
+        self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
+        self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
+        self.needs_cast = self.master != self.element
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
-        self.n_blocks = model_cfg["n_layers"]
-        self.recompute = self.n_blocks if recompute is True else min(recompute, self.n_blocks)
+        n_blocks = model_cfg["n_layers"]
+        recompute = n_blocks if recompute is True else min(recompute, n_blocks)
+        # The first blocks without a backward pass keep nothing: below them all is frozen, too
+        frozen_blocks = count_frozen_blocks(model)
+        self.n_blocks = n_blocks - frozen_blocks
+        self.recompute = max(0, recompute - frozen_blocks)
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
         self.block = count_parameters(block)
-        self.block_trained = count_parameters(block, trained=True)
-        self.outside = count_parameters(model) - len(model.blocks) * self.block
+        # of each block that has a backward pass
+        self.blocks_trained = [count_parameters(block, trained=True)
+                               for block in model.blocks[frozen_blocks:]]
+        self.outside_trained = self.trained - sum(self.blocks_trained)
+        self.outside_frozen = count_parameters(model) - n_blocks * self.block - self.outside_trained
         self.head = model.padded_vocab_size * model_cfg["d_model"]
+        self.trains_head = model.head_weight().requires_grad
+        self.trains_embedding = model.embed.weight.requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -925,6 +968,17 @@ def count_parameters(module, trained=None):
                if trained is None or p.requires_grad == trained)
 
 
+def count_frozen_blocks(model):
+    """How many of the first blocks need no backward pass: they and all before them are frozen."""
+    for module in (model.embed, model.pos, model.embedding):
+        if isinstance(module, nn.Module) and count_parameters(module, trained=True):
+            return 0
+    for i, block in enumerate(model.blocks):
+        if count_parameters(block, trained=True):
+            return i
+    return len(model.blocks)
+
+
 def predict_memory(model_cfg, cfg, world_size=1):
     """Predict each device's memory in the phases of a step that can be its peak.
 
@@ -932,13 +986,14 @@ def predict_memory(model_cfg, cfg, world_size=1):
     device; set device=cuda to plan for GPUs elsewhere.
     """
     s = StepSize(model_cfg, cfg, world_size)
-    state = {"weights": (4 * s.trained + s.element * s.frozen) // s.shards,
+    state = {"weights": (s.master * s.trained + s.element * s.frozen) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
-    gradients = 4 * s.trained
-    # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
-    accumulated = gradients if s.micro_batches > 1 else 0
-    all_gradients = gradients if s.micro_batches > 1 else gradients // s.shards
-    head_gradient = 0 if s.is_lora else 4 * s.head
+    gradients = s.master * s.trained
+    # Gradients of earlier micro-batches. FSDP shards them in the last one only, and until then
+    # keeps them in fp32.
+    accumulated = (4 if s.shards > 1 else s.master) * s.trained if s.micro_batches > 1 else 0
+    all_gradients = accumulated or gradients // s.shards
+    head_gradient = s.master * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
     if model_cfg["tie_embeddings"]:
@@ -959,8 +1014,12 @@ def predict_memory(model_cfg, cfg, world_size=1):
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients // s.shards}}
-    if s.is_replicated:    # see all_reduce_gradients
-        phases["at the all-reduce"] = state | {"gradients": 2 * gradients}
+    if s.trains_embedding and s.master < 4:    # see Embedding in model.py
+        phases["in the embedding's backward pass"] = state | {
+            "activations": activation_bytes(s, blocks=0),
+            "gradients": all_gradients + (4 + s.master) * s.head}
+    if s.is_replicated:    # summed in fp32, see all_reduce_gradients
+        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
 
 
@@ -970,13 +1029,13 @@ def peak_phase(phases):
 
 
 def optimizer_bytes(s):
-    """Two fp32 numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
+    """Two numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
     numbers = 2 * s.trained
     if s.cfg["optimizer"] == "muon":
         numbers -= s.matrices
     elif s.cfg["optimizer"] == "sgd":
         numbers = s.trained if s.cfg["momentum"] > 0 else 0
-    return 4 * numbers
+    return s.moment * numbers
 
 
 def gathered_or_cast_bytes(s, blocks=None):
@@ -984,16 +1043,17 @@ def gathered_or_cast_bytes(s, blocks=None):
 
     blocks  how many, from the first; None: all
     """
-    blocks = blocks or s.n_blocks
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
-        outside = s.outside * (s.element if s.is_lora else 4)
+        elif blocks is None:
+            blocks = s.model_cfg["n_layers"]
+        outside = s.master * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block * s.element
-    # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
-    if s.element == 4 or s.is_lora:
+    # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
+    if not s.needs_cast:
         return 0
-    return max(0, blocks - s.recompute) * s.block * s.element
+    return sum(s.blocks_trained[s.recompute:blocks]) * s.element
 
 
 def activation_bytes(s, blocks=None):
@@ -1002,7 +1062,7 @@ def activation_bytes(s, blocks=None):
     blocks  how many, from the first; None: all
     """
     C = s.model_cfg["d_model"]
-    blocks = blocks or s.n_blocks
+    blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
     n_recomputed = min(s.recompute, blocks)
     in_blocks = n_recomputed * s.element * C
     in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
@@ -1052,15 +1112,17 @@ def loss_bytes(s):
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
     logits += min(piece, s.tokens) * V * 4 * 4
     input_gradient = s.tokens * C * s.element
-    if s.is_lora:
+    if not s.trains_head:
         return logits + input_gradient
-    bf16_head = s.element * s.head if s.element < 4 else 0
-    return logits + input_gradient + 4 * s.head + bf16_head
+    cast_head = s.element * s.head if s.needs_cast else 0
+    return logits + input_gradient + 4 * s.head + cast_head
 
 
 def block_backward_bytes(s, last):
     """What the backward pass of the last or first block needs besides the kept activations."""
     is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
+    # that of the last and of the first block are alike, unless one is frozen
+    block_trained = (s.blocks_trained or [0])[-1 if last else 0]
     mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
     is_gated = s.model_cfg["glu"]
     if not is_recomputed:
@@ -1073,10 +1135,10 @@ def block_backward_bytes(s, last):
         total = s.tokens * block_activation_bytes(s)
         if is_gated:
             total += mlp_gradient
-        if s.element < 4 and not s.is_lora and s.shards == 1:
-            total += s.element * s.block    # this block's weights, cast again
+        if s.needs_cast and s.shards == 1:
+            total += s.element * block_trained    # this block's weights, cast again
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.element * s.block + (s.element + 4) * s.block_trained
+        total += s.element * s.block + (s.element + 4) * block_trained
     return total
 
 

@@ -52,7 +52,6 @@ import dataclasses
 import functools
 import math
 import platform
-import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -298,9 +297,8 @@ def make_param_groups(model, cfg):
             continue
         lr_scale = 1.0
         weight_decay = cfg["weight_decay"] if p.dim() >= 2 else 0.0
-        matching = [spec for spec in cfg["param_groups"] if re.search(spec["match"], name)]
-        if matching:
-            spec = matching[0]
+        spec = shard.matching_group(name, cfg["param_groups"])
+        if spec:
             used_patterns.add(spec["match"])
             # in the config, lr is a factor; weight_decay replaces the default
             lr_scale = spec.get("lr", lr_scale)
@@ -309,7 +307,8 @@ def make_param_groups(model, cfg):
         group["params"].append(p)
         group["names"].append(name)
     for spec in cfg["param_groups"]:
-        if spec["match"] not in used_patterns:
+        is_trained = spec.get("train", True)             # else: see shard.freeze_parameters
+        if is_trained and spec["match"] not in used_patterns:
             raise configs.UserError(f"param_groups: no trained parameter matches {spec['match']!r} "
                                     "(or an earlier group already took them)")
     return [group | {"lr": cfg["lr"], "lr_scale": lr_scale, "weight_decay": weight_decay}
@@ -938,7 +937,8 @@ def load_reference(cfg, model_cfg):
     read_slice = transformer.PretrainedWeights(path, reference_cfg).read
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
     without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}}
-    return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
+    cfg = cfg | {"shard": without_lora, "param_groups": []}
+    return shard.parallelize(reference, cfg, read_slice).eval()
 
 
 @torch.no_grad()

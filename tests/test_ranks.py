@@ -288,6 +288,7 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "muon": (["optimizer=muon"], 1e-3),
     "by_loss": (["sampler.order=by_loss"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
+    "frozen": (["param_groups=[{match: 'embed|blocks.0|mlp', train: false}]"], 1e-5),
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
     "olmo2": (OLMO2, 1e-3)}
@@ -299,14 +300,14 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
     ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
-    ("reference", 2, SHARD2),
+    ("reference", 2, SHARD2), ("frozen", 2, []), ("frozen", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("by_loss", 2, SHARD2), ("lora, bf16", 2, [])]
+    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("frozen", 2, SHARD2)]
 
 
 def name_of(layout):
@@ -489,12 +490,15 @@ SHAPES = {
         "data.seq_len=256", "batch_size=4", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
     "lora, recompute": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
-        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"]}
+        "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],
+    "frozen": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}
 
 
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens"]),
-    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute"])],
+    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute", "frozen"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

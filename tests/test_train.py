@@ -88,6 +88,8 @@ GPT2 = ["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", 
         "model.activation=gelu_new", "data.seq_len=400"]
 TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5",
                   "data.train.chats.weight=2"]
+FROZEN = "param_groups=[{match: embed, train: false}]"
+FROZEN_BLOCK = "param_groups=[{match: 'embed|blocks.0', train: false}]"
 CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
     "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
@@ -95,7 +97,8 @@ CELLS = {
     "one source twice, one half": (TWICE_AND_HALF, 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
     "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 4),
-    "sgd": (["optimizer=sgd"], 10), }
+    "sgd": (["optimizer=sgd"], 10), "frozen embedding": ([FROZEN], 13),
+    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4), }
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -529,6 +532,22 @@ def test_make_param_groups_applies_lr_and_weight_decay(tiny):
     fresh = M.build(tiny()[0]["model"] | {"vocab_size": 259})
     assert torch.equal(still["embed.weight"], fresh.embed.weight)
     assert not torch.equal(still["norm.weight"], fresh.norm.weight)
+
+
+@pytest.mark.parametrize("more", [[FROZEN], ["param_groups=[{match: lora_A, train: false}]", "shard.lora.r=2"]])
+def test_frozen_parameters_keep_their_values_in_checkpoints_and_exports(tiny, more):
+    """Full fine-tuning saves them, too. Under LoRA, adapters are saved although they are frozen."""
+    loaded = tiny(*more, "max_steps=3", "save_every=3", "eval_every=0", "checkpoint.export=true")
+    run(loaded)
+    saved = weights(loaded[0], 3)
+    fresh = M.build(loaded[0]["model"] | {"vocab_size": 259})
+    exported = M.load(Path(loaded[0]["out_dir"]) / "hf")[0]
+    assert torch.equal(exported.embed.weight, fresh.embed.weight)
+    assert not torch.equal(exported.blocks[0].attn.q_proj.weight, fresh.blocks[0].attn.q_proj.weight)
+    trained = {name.rpartition("/")[0] for name in saved["optimizer.safetensors"]}
+    frozen = saved["model.safetensors"].keys() - trained
+    pattern = loaded[0]["param_groups"][0]["match"]
+    assert frozen and frozen == {name for name in saved["model.safetensors"] if pattern in name}
 
 
 def register_nan_loss(monkeypatch):

@@ -574,7 +574,10 @@ def describe_device(run):
         replicate, shards = shard.mesh_sizes(run.cfg, world_size)
         text = f"{world_size} ranks (replicate {replicate} x shard {shards}), each {text}"
     dtype = str(run.model.dtype).removeprefix("torch.")
-    text += f", computing in {dtype}, trained weights in float32"
+    shard_cfg = run.cfg["shard"]
+    text += f", computing in {dtype}, trained weights in {shard_cfg['master_dtype']}"
+    if shard_cfg["moment_dtype"] != "float32":
+        text += f", moments in {shard_cfg['moment_dtype']}"
     if run.model.recompute:
         blocks = plural(run.model.recompute, "block", "blocks")
         text += f", {blocks} recomputed in the backward pass"

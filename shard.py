@@ -26,9 +26,11 @@ Communication in one step:
 
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
-    precision   The computation is bf16 or fp32. Trained parameters, their gradients and optimizer
-                state are fp32; frozen matrices (LoRA) have the dtype of the computation. Each
+    precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
+                fp32 or bf16 (shard.master_dtype), and so is the optimizer's state
+                (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
                 matmul casts its weight; FSDP casts a block's weights when it gathers them.
+                Gradients are summed over ranks in fp32.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
                 (arXiv:2106.09685)
 """
@@ -611,6 +613,7 @@ def parallelize(model, cfg, read_slice):
         add_lora(model, lora_cfg)
     freeze_parameters(model, cfg["param_groups"])
     cast_frozen_weights(model, dtype)
+    cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     # 4) shard
@@ -666,6 +669,16 @@ def cast_frozen_weights(model, dtype):
     """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
     for p in model.parameters():
         if not p.requires_grad and p.dim() == 2:
+            p.data = p.data.to(dtype)
+
+
+def cast_trained_weights(model, dtype):
+    """Store trained parameters in shard.master_dtype. Their gradients have the same dtype.
+
+    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    """
+    for p in model.parameters():
+        if p.requires_grad:
             p.data = p.data.to(dtype)
 
 
@@ -758,8 +771,8 @@ def mesh_sizes(cfg, world_size):
 def apply_fsdp(model, cfg, device, dtype):
     """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
 
-    The rest (embedding, last norm, head) is gathered as it is stored, in fp32 unless LoRA froze it:
-    the gradient of an embedding is a sum over all tokens, for which bf16 is too coarse.
+    The rest (embedding, last norm, head) is gathered as it is stored, in shard.master_dtype unless
+    it is frozen: the gradient of an embedding is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
@@ -860,19 +873,21 @@ def set_gradient_sync(model, last):
 def all_reduce_gradients(model):
     """Replace .grad of each trained parameter by its sum over replicated ranks.
 
-    Takes whatever is in .grad; None counts as zero. All gradients go through one flat tensor, of
-    which the new .grad are views, so that there is one all-reduce per step. Under FSDP the
-    backward pass has already summed them.
+    Takes whatever is in .grad; None counts as zero. All gradients go through one flat tensor in
+    fp32, of which new .grad in fp32 are views, so that there is one all-reduce per step. Under FSDP
+    the backward pass has already summed them.
     """
     if world_size() == 1 or is_sharded(model):
         return
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    n_numbers = sum(p.numel() for p in params)
+    flat = torch.empty(n_numbers, dtype=torch.float32, device=params[0].device)
+    torch.cat([gradient.flatten() for gradient in gradients], out=flat)
     del gradients    # frees the zeros; each .grad is freed when it is replaced
     dist.all_reduce(flat)
     for p, summed in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = summed.view_as(p)
+        p.grad = summed.view_as(p).to(p.dtype)
 
 
 def check_replicas(model):
@@ -887,7 +902,7 @@ def check_replicas(model):
     for p in model.parameters():
         if p.requires_grad:
             local, start, end = local_shard(p)
-            bits = local.view(torch.int32)
+            bits = local.view(torch.int32 if local.itemsize == 4 else torch.int16)
             my_checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
             my_rows.append((start, end))
     my_checksums = torch.stack(my_checksums).tolist()
@@ -906,6 +921,9 @@ def check_replicas(model):
 
 # --------------------------------------------------------------------------------------------------
 # predicted memory, from formulas
+
+UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
+
 
 class StepSize:
     """The quantities from which the memory of a training step follows.
@@ -954,6 +972,7 @@ class StepSize:
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
         self.outside_frozen = count_parameters(model) - n_blocks * self.block - self.outside_trained
+        self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         self.trains_embedding = model.embed.weight.requires_grad
@@ -1014,6 +1033,8 @@ def predict_memory(model_cfg, cfg, world_size=1):
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients // s.shards}}
+    if s.master < 4 or s.moment < 4:    # see train.LowPrecisionAdamW
+        phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
     if s.trains_embedding and s.master < 4:    # see Embedding in model.py
         phases["in the embedding's backward pass"] = state | {
             "activations": activation_bytes(s, blocks=0),

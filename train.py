@@ -54,6 +54,7 @@ import math
 import platform
 import signal
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,6 +159,96 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
                              "exp_avg_sq": torch.zeros_like(p)}
 
 
+class LowPrecisionAdamW:
+    """AdamW (arXiv:1711.05101) whose weights or moments are bf16, computed in fp32.
+
+    What is stored in bf16 is rounded stochastically (arXiv:2010.06192, section 3): a change that is
+    smaller than the distance of two bf16 numbers, as most updates are, is made with a probability
+    that makes it right on average. The random bits are a hash of seed, update, parameter, row and
+    column, so that they do not depend on ranks or on resuming.
+
+    It has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
+    """
+
+    def __init__(self, param_groups, betas, eps, moment_dtype, seed):
+        self.param_groups = param_groups
+        self.betas = betas
+        self.eps = eps
+        self.seed = seed
+        self.state = {}
+        for p in optimizer_parameters(self):
+            self.state[p] = {"step": 0,
+                             "exp_avg": torch.zeros_like(p, dtype=moment_dtype),
+                             "exp_avg_sq": torch.zeros_like(p, dtype=moment_dtype)}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                if p.grad is not None:
+                    self.update(name, p, group["lr"], group["weight_decay"])
+
+    def update(self, name, p, lr, weight_decay):
+        """Update a parameter chunk by chunk, so that little exists in fp32 at once."""
+        state = self.state[p]
+        state["step"] += 1
+        seed = zlib.crc32(f"{self.seed} {state['step']} {name}".encode()) - 2**31
+        weights, first_row, end_row = shard.local_shard(p)
+        if first_row == end_row:                         # this rank has no rows of it
+            return
+        rows = torch.arange(first_row, end_row, dtype=torch.int32, device=weights.device)
+        tensors = [weights]
+        for t in (p.grad, state["exp_avg"], state["exp_avg_sq"]):
+            tensors.append(shard.local_shard(t)[0])
+        # [rows, columns] each; a vector has one column
+        tensors = [t.view(len(rows), -1) for t in tensors]
+        rows_at_once = max(1, shard.UPDATE_CHUNK // tensors[0].shape[1])
+        for start in range(0, len(rows), rows_at_once):
+            chunk = slice(start, start + rows_at_once)
+            row_seeds = transformer.hash_int32(rows[chunk] ^ seed)
+            self.update_chunk(*[t[chunk] for t in tensors], row_seeds, state["step"], lr,
+                              weight_decay)
+
+    def update_chunk(self, weights, gradient, exp_avg, exp_avg_sq, row_seeds, step, lr,
+                     weight_decay):
+        """weights, gradient and moments are [rows, columns], row_seeds [rows]."""
+        beta1, beta2 = self.betas
+        gradient = gradient.float()
+        mean = exp_avg.float().lerp(gradient, 1 - beta1)
+        mean_sq = (exp_avg_sq.float() * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (mean_sq / (1 - beta2**step)).sqrt_().add_(self.eps)
+        new_weights = weights.float() * (1 - lr * weight_decay)
+        new_weights.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        # three times 16 random bits, pairwise independent, from 32
+        random = transformer.random_int32(row_seeds, weights.shape[1])
+        store(weights, new_weights, random)
+        store(exp_avg, mean, random >> 16)
+        store(exp_avg_sq, mean_sq, random ^ (random >> 16))
+
+    def zero_grad(self):
+        for p in optimizer_parameters(self):
+            p.grad = None
+
+
+def store(stored, x, random):
+    """Copy fp32 numbers to where they are stored, in fp32 or in bf16."""
+    if stored.dtype == torch.bfloat16:
+        x = round_stochastically(x, random)
+    stored.copy_(x)
+
+
+def round_stochastically(x, random):
+    """fp32 -> one of the two nearest bf16 numbers, the nearer one more probably.
+
+    bf16 is the upper half of fp32. A random number is added to the lower half, which is then cut
+    off: the probability of a carry, which rounds away from 0, is the fraction that is cut off.
+
+    random  int32 in the shape of x, of which the lower 16 bits are used
+    """
+    bits = x.view(torch.int32) + (random & 0xffff)
+    return (bits & -0x10000).view(torch.float32).bfloat16()
+
+
 class SGD(WithoutDynamo, torch.optim.SGD):
     """torch.optim.SGD whose momentum buffers exist from the start."""
     step = torch.no_grad()(torch.optim.SGD.step.__wrapped__)
@@ -234,6 +325,10 @@ def newton_schulz(g):
 
 
 def adamw(param_groups, cfg):
+    moment_dtype = cfg["shard"]["moment_dtype"]
+    if "bfloat16" in (cfg["shard"]["master_dtype"], moment_dtype):
+        return LowPrecisionAdamW(param_groups, cfg["betas"], cfg["eps"],
+                                 getattr(torch, moment_dtype), cfg["seed"])
     return AdamW(param_groups, betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
@@ -432,7 +527,7 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
     loss, document_stats = forward_backward(model, micro_batches, global_loss_weight, cfg)
     params = optimizer_parameters(optimizer)
     gradients = [p.grad for p in params if p.grad is not None]
-    grad_norm = shard.full_tensor(torch.nn.utils.get_total_norm(gradients))
+    grad_norm = shard.full_tensor(total_norm(gradients))
     norm_on_host = float(grad_norm + 0 * loss)           # not finite if either is not
     is_finite = math.isfinite(norm_on_host)
     if is_finite:
@@ -443,6 +538,14 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
         optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm, is_finite, document_stats
+
+
+def total_norm(gradients):
+    """The norm of all gradients together, in fp32."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def gather_document_stats(document_stats):

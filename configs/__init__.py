@@ -809,6 +809,9 @@ def check(cfg, layers_by_key, defaults):
         yield (group.get("train", True) or not {"lr", "weight_decay"} & group.keys(),
                "param_groups", "a list in which groups with train: false have no lr and no "
                "weight_decay")
+    for key in ("master_dtype", "moment_dtype"):
+        yield (cfg["optimizer"] == "adamw" or cfg["shard"][key] == "float32", f"shard.{key}",
+               f"float32 with optimizer={cfg['optimizer']}; bfloat16 is for adamw")
     id_range = cfg["data"]["ignore_token_id_range"] or [0, 0]
     yield (len(id_range) == 2 and id_range[0] <= id_range[1], "data.ignore_token_id_range",
            "null or [first, last]")

@@ -57,7 +57,8 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
 
 
 @pytest.mark.parametrize("more, tolerance", [
-    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5)])
+    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5),
+    (("shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"), 1e-3)])
 def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance):
     """The layout of a step changes rounding and nothing else (guarantee 1)."""
     # ten steps that don't amplify rounding by themselves
@@ -88,6 +89,7 @@ GPT2 = ["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", 
         "model.activation=gelu_new", "data.seq_len=400"]
 TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5",
                   "data.train.chats.weight=2"]
+BF16_MASTERS, BF16_MOMENTS = "shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"
 FROZEN = "param_groups=[{match: embed, train: false}]"
 FROZEN_BLOCK = "param_groups=[{match: 'embed|blocks.0', train: false}]"
 CELLS = {
@@ -98,7 +100,10 @@ CELLS = {
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
     "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 4),
     "sgd": (["optimizer=sgd"], 10), "frozen embedding": ([FROZEN], 13),
-    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4), }
+    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4),
+    "bf16 masters and moments": ([BF16_MASTERS, BF16_MOMENTS], 13),
+    "bf16 masters, frozen, in bf16": ([BF16_MASTERS, FROZEN_BLOCK, "dtype=bfloat16"], 4),
+    "bf16 moments": ([BF16_MOMENTS], 10), }
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -486,6 +491,50 @@ def test_adamw_equals_torch_bitwise_without_importing_dynamo(tiny, script):
             "print('torch._dynamo' in sys.modules)")
     out = script("-c", code)
     assert out.stdout.strip() == "False", out.stderr
+
+
+def test_round_stochastically_is_right_on_average():
+    """The two neighbours in bf16, with the probabilities of their distances; also below 0."""
+    spacing = 2.0 ** -7
+    random = M.random_int32(M.hash_int32(torch.arange(400)), 400)
+    for sign in (1, -1):
+        x = torch.full((400, 400), sign * (1 + 0.3 * spacing))
+        for noise in (random, random >> 16, random ^ (random >> 16)):
+            rounded = train.round_stochastically(x, noise).float()
+            assert set(rounded.unique().tolist()) == {sign * 1.0, sign * (1 + spacing)}
+            assert float(rounded.mean() - sign) / (sign * spacing) == pytest.approx(0.3, abs=0.01)
+    exact = torch.tensor([0.0, 1.5, -3.0])
+    assert torch.equal(train.round_stochastically(exact, torch.full((3,), 0xffff, dtype=torch.int32)).float(), exact)
+
+
+def test_low_precision_adamw_equals_torch_on_average(tiny):
+    """Updates of a hundredth of bf16's spacing add up. Chunks of rows do not change the result."""
+    def after(steps, chunk, **dtypes):
+        c = tiny("weight_decay=0.1")[0]
+        c["shard"] |= dtypes
+        start = torch.full((64, 128), 1.0)
+        p = torch.nn.Parameter(start.to(getattr(torch, c["shard"]["master_dtype"])))
+        group = {"params": [p], "names": ["w"], "lr": 1e-4, "weight_decay": 0.1}
+        optimizer = train.adamw([group], c)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shard, "UPDATE_CHUNK", chunk)
+            for n in range(steps):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)).add(1).to(p.dtype)
+                optimizer.step()
+        return optimizer, p.detach()
+    reference, exact = after(60, 1)
+    assert isinstance(reference, train.AdamW)
+    for master, moment in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")):
+        dtypes = {"master_dtype": master, "moment_dtype": moment}
+        optimizer, p = after(60, 1 << 20, **dtypes)
+        [state] = optimizer.state.values()
+        assert str(p.dtype) == f"torch.{master}" and str(state["exp_avg"].dtype) == f"torch.{moment}"
+        change = float((exact - 1).mean())
+        assert float((p.float() - 1).mean()) == pytest.approx(change, rel=0.05), dtypes
+        for key in ("exp_avg", "exp_avg_sq"):
+            [expected] = [s[key] for s in reference.state.values()]
+            assert float(state[key].float().mean()) == pytest.approx(float(expected.mean()), rel=0.01)
+        assert torch.equal(after(60, 300, **dtypes)[1], p)
 
 
 def test_muon_equals_torch_on_every_matrix(tiny):

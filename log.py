@@ -408,14 +408,14 @@ def describe_kernels(events, device):
 # --------------------------------------------------------------------------------------------------
 # for the training loop: the hardware, and the best step
 
-# dense bf16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
+# dense bf16 and fp16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak_flops(device, dtype):
     """The peak FLOP/s of a device in the dtype of the computation; None if it is not known."""
     import torch
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype == torch.float32:
         return None
     device_name = torch.cuda.get_device_name(device)
     if "PCIe" in device_name or "NVL" in device_name:    # slower than the SXM card of that name

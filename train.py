@@ -464,7 +464,8 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     Returns the loss of the global batch as a tensor, and document_stats: for each micro-batch of
     this rank a pair (doc_ids [D], {"loss": [D]}).
 
-    To aggregate gradients in another way, replace this function: see experiments/majority.py.
+    To aggregate gradients in another way, replace this function: see experiments/majority.py. One
+    that calls backward() itself has to call unscale_gradients(model) afterwards.
     """
     loss = torch.zeros((), device=model.embed.weight.device)
     document_stats = []
@@ -476,6 +477,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
         micro_loss.backward()
         loss += micro_loss.detach()
         document_stats.append((micro_batch["doc_ids"], stats))
+    unscale_gradients(model)
     shard.all_reduce_gradients(model)                    # replicated parameters: one all-reduce
     return shard.all_reduce_(loss), document_stats
 
@@ -500,8 +502,43 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
         loss_sum, _weight_sum, stats = model(micro_batch)
         micro_loss = loss_sum / global_loss_weight
         micro_loss.backward()
+        unscale_gradients(model)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         yield micro_loss.detach(), (micro_batch["doc_ids"], stats), gradients
+
+
+def unscale_gradients(model):
+    """Divide all .grad by model.loss_scale, which is 1 except with dtype=float16."""
+    if model.loss_scale != 1.0:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.div_(model.loss_scale)
+
+
+FIRST_LOSS_SCALE = 2.0**16
+LEAST_LOSS_SCALE = 1.0
+LOSS_SCALE_PERIOD = 2000     # good steps
+
+
+def adjust_loss_scale(state, loss, is_finite):
+    """Dynamic loss scaling of dtype=float16 (arXiv:1710.03740, section 3.2), after a step.
+
+    The scale lifts small gradients into the range of float16. It is halved when a gradient
+    overflows, and doubled after LOSS_SCALE_PERIOD good steps in a row. It is a power of two, so
+    that scaling rounds nothing.
+
+    Returns whether the scale was halved. It is not if the loss, which is not scaled, is not finite.
+    """
+    if state.dtype != "float16":
+        return False
+    state.good_steps = state.good_steps + 1 if is_finite else 0
+    if state.good_steps == LOSS_SCALE_PERIOD:
+        state.loss_scale *= 2
+        state.good_steps = 0
+    if is_finite or not math.isfinite(loss) or state.loss_scale <= LEAST_LOSS_SCALE:
+        return False
+    state.loss_scale /= 2
+    return True
 
 
 def weight_documents(micro_batch, factors):
@@ -773,7 +810,9 @@ class TrainState:
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
-    consecutive_skips: int
+    consecutive_skips: int        # of them, those since the last update; without halved loss scales
+    loss_scale: float             # of the next step; 1 unless dtype is float16
+    good_steps: int               # updates since the loss scale has changed or a step was skipped
     dtype: str                    # of the computation, chosen at the first start
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
@@ -1111,6 +1150,7 @@ def new_state(explicit, cfg, data, base, total_steps):
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
         step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
@@ -1121,8 +1161,10 @@ def new_state(explicit, cfg, data, base, total_steps):
 
 def continue_state(state, saved):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "changes"):
-        setattr(state, key, saved[key])
+    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
+                "changes"):
+        if key in saved:                                 # older versions had no loss scale
+            setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
     changed += [f"data.train.{name}" for name in sorted(saved["data"] | state.data)
                 if saved["data"].get(name) != state.data.get(name)]
@@ -1209,6 +1251,7 @@ def train(run):
             # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
             noise_seed = {"noise_seed": (cfg["seed"], step)}
             state.step += 1                  # from here on: the number of this step, from 1
+            run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
                 [global_loss_weight] = shard.all_reduce_sum([loss_weight])
@@ -1219,9 +1262,16 @@ def train(run):
                 next_batch = loader.submit(load_step, run, step + 1)
 
             # a non-finite step made no update
-            state.consecutive_skips = 0 if is_finite else state.consecutive_skips + 1
-            if not is_finite:
+            is_overflow = adjust_loss_scale(state, loss, is_finite)
+            if is_finite:
+                state.consecutive_skips = 0
+            else:
                 state.skipped_steps += 1
+            if is_overflow:
+                run.logger.print(f"step {state.step:,}: a gradient overflows float16, so no "
+                                 f"update; the loss scale is now {state.loss_scale:g}")
+            elif not is_finite:
+                state.consecutive_skips += 1
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
@@ -1323,7 +1373,7 @@ def log_step(run, info, loss, lr, grad_norm):
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
-    run.logger.step({
+    record = {
         "step": state.step,
         "loss": loss,
         "lr": lr,
@@ -1341,7 +1391,10 @@ def log_step(run, info, loss, lr, grad_norm):
         "data_wait": run.data_wait / elapsed,
         "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
-    })
+    }
+    if run.model.dtype == torch.float16:
+        record["loss_scale"] = run.model.loss_scale
+    run.logger.step(record)
 
 
 def reset_meters(run):

@@ -283,6 +283,7 @@ BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 MODELS = {    # name: (keys, relative tolerance of the loss)
     "full": ([], 1e-5),
     "bf16": (["dtype=bfloat16"], 1e-3),
+    "fp16": (["dtype=float16"], 1e-3),
     "gpt-2": (GPT2, 1e-5),
     "lora": (["shard.lora.r=1"], 1e-5),
     "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
@@ -303,7 +304,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
     ("lora", 2, []), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
     ("reference", 2, SHARD2), ("frozen", 2, []), ("frozen", 2, SHARD2),
-    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2),
+    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, []), ("fp16", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("muon", 4, HYBRID),
@@ -311,7 +312,7 @@ LAYOUTS = [    # (model, ranks, keys)
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
     ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("frozen", 2, SHARD2),
-    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2)]
+    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, SHARD2)]
 
 
 def name_of(layout):

@@ -1,5 +1,5 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, re, shutil, signal, subprocess, sys, time, traceback
+import json, math, os, re, shutil, signal, subprocess, sys, time, traceback, types
 from pathlib import Path
 
 import pytest
@@ -103,7 +103,8 @@ CELLS = {
     "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4),
     "bf16 masters and moments": ([BF16_MASTERS, BF16_MOMENTS], 13),
     "bf16 masters, frozen, in bf16": ([BF16_MASTERS, FROZEN_BLOCK, "dtype=bfloat16"], 4),
-    "bf16 moments": ([BF16_MOMENTS], 10), }
+    "bf16 moments": ([BF16_MOMENTS], 10), "fp16": (["dtype=float16"], 4),
+    "lora in fp16": (["dtype=float16", "shard.lora.r=4"], 4), }
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -535,6 +536,73 @@ def test_low_precision_adamw_equals_torch_on_average(tiny):
             [expected] = [s[key] for s in reference.state.values()]
             assert float(state[key].float().mean()) == pytest.approx(float(expected.mean()), rel=0.01)
         assert torch.equal(after(60, 300, **dtypes)[1], p)
+
+
+FP16 = ["dtype=float16", "eval_every=0"]
+
+
+def test_float16_trains_as_float32_does(tiny):
+    """Gradients are unscaled, whatever their scale; the scale is logged."""
+    exact = run(tiny("max_steps=10", "lr=1e-3", "eval_every=0", out="exact"))
+    loaded = tiny(*FP16, "max_steps=10", "lr=1e-3")
+    half = run(loaded)
+    assert float((losses(half) / losses(exact) - 1).abs().max()) < 2e-3
+    pairs = zip(records(loaded[0], "grad_norm", "loss_scale"), records(tiny(out="exact")[0], "grad_norm"))
+    for (norm, scale), (exact_norm,) in pairs:
+        assert scale == 65536 and norm == pytest.approx(exact_norm, rel=0.02)
+
+
+def test_float16_halves_the_loss_scale_on_overflow(tiny, monkeypatch, capsys):
+    """Such steps make no update, and are not among the bad_steps."""
+    monkeypatch.setattr(train, "FIRST_LOSS_SCALE", 2.0**26)
+    loaded = tiny(*FP16, "max_steps=12", "bad_steps=1", "save_every=1", "checkpoint.keep=99")
+    run(loaded)
+    rows = records(loaded[0], "step", "loss_scale", "skipped", "loss")
+    assert [scale for _, scale, _, _ in rows[:2]] == [2.0**26, 2.0**25]
+    n_skipped = rows[-1][2]
+    assert 2 <= n_skipped < 12 and rows[-1][1] == 2.0**(26 - n_skipped)
+    assert all(math.isfinite(loss) for *_, loss in rows)
+    assert f"the loss scale is now {2.0**25:g}" in capsys.readouterr().out
+    for step, scale, skipped, _ in rows[1:]:
+        a, b = (weights(loaded[0], s)["model.safetensors"] for s in (step - 1, step))
+        was_skipped = skipped > rows[step - 2][2]
+        assert all(torch.equal(a[n], b[n]) for n in a) == was_skipped
+
+
+def test_adjust_loss_scale_doubles_after_good_steps_and_has_a_least_value():
+    state = types.SimpleNamespace(dtype="float16", loss_scale=4.0, good_steps=0)
+    for _ in range(1999):
+        assert not train.adjust_loss_scale(state, 1.0, True)
+    assert state.loss_scale == 4 and not train.adjust_loss_scale(state, 1.0, True) and state.loss_scale == 8
+    assert [train.adjust_loss_scale(state, 1.0, False) for _ in range(4)] == [True, True, True, False]
+    assert state.loss_scale == 1 and state.good_steps == 0
+    state.loss_scale = 8.0
+    assert not train.adjust_loss_scale(state, math.nan, False) and state.loss_scale == 8
+    other = types.SimpleNamespace(dtype="bfloat16", loss_scale=1.0, good_steps=0)
+    assert not train.adjust_loss_scale(other, 1.0, False) and other.loss_scale == 1
+
+
+def test_bad_steps_counts_float16_overflows_at_the_least_loss_scale(tiny, monkeypatch):
+    monkeypatch.setattr(train, "FIRST_LOSS_SCALE", 2.0**32)
+    monkeypatch.setattr(train, "LEAST_LOSS_SCALE", 2.0**31)
+    with pytest.raises(configs.UserError, match="bad_steps: 3 steps in a row, up to step 4"):
+        run(tiny(*FP16, "bad_steps=3"))
+
+
+def test_unscale_gradients_serves_experiments_with_gradients_per_micro_batch(tiny):
+    """micro_batch_gradients yields unscaled gradients, too."""
+    c = tiny(*FP16, "model.vocab_size=50")[0]
+    model = M.build(c["model"])
+    model.dtype = torch.float16
+    batch = M.pack_prompts([list(range(20)), [1, 2, 3]])
+    batch |= {"targets": batch["tokens"].flip(0), "loss_weights": torch.ones(23), "doc_ids": torch.arange(2)}
+    results = []
+    for scale in (1.0, 1024.0):
+        model.loss_scale = scale
+        [(loss, _, gradients)] = train.micro_batch_gradients(model, [batch], 23.0)
+        results.append((loss, torch.cat([g.flatten() for g in gradients])))
+    assert results[0][0] == results[1][0]
+    assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
 
 
 def test_muon_equals_torch_on_every_matrix(tiny):

@@ -772,7 +772,7 @@ def apply_fsdp(model, cfg, device, dtype):
     """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
 
     The rest (embedding, last norm, head) is gathered as it is stored, in shard.master_dtype unless
-    it is frozen: the gradient of an embedding is a sum over all tokens, for which bf16 is too coarse.
+    The rest (embedding, last norm, head) is gathered as it is stored, in shard.master_dtype unless it
     """
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,

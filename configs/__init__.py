@@ -288,7 +288,8 @@ def layer_of(source, key):
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
          "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
-SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "gpu": "cuda"}    # of values
+# of values
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "gpu": "cuda"}
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
                "param_groups.weight_decay": "float >= 0", "param_groups.train": "bool"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}

@@ -45,17 +45,17 @@ OPTIONS = {                  # of the command line, and their defaults
     "top_p": 1.0,
     "seed": 0,
     "max_tokens": 256,
-    "prompt": "",
+    "prompt": "",            # instead of words: for a prompt that looks like an option
 }
 
 
 def parse_arguments(argv):
     """The command line as (folder of the model, prompt, arguments of generate())."""
     options, words = configs.pop_options(argv, **OPTIONS)
-    configs.check_words(words, options)
+    configs.check_words(words, options)                  # a mistyped option is no word of a prompt
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
-                                "top_p=1.0 seed=0 max_tokens=256]")
+                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT]")
     prompt = options.pop("prompt") or " ".join(words[1:])
     return configs.resolve_model_dir(words[0]), prompt, options
 
@@ -215,9 +215,9 @@ class Attention(nn.Module):
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
         self.changes_scores = m["score_mod"] != "none"
-        score_mod = SCORE_MODS[m["score_mod"]]
-        options = m["score_mod_options"]
-        self.score_mod = configs.bind_options("model.score_mod", score_mod, 1, options)
+        self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
+                                              given=1,   # the scores
+                                              options=m["score_mod_options"])
         has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
         self.use_rope = m["positions"] == "rope" and has_rope
 
@@ -377,7 +377,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            # The rest is empty, too. Without any token, one empty group gives unpad() its shape.
+            # All that follow are empty. (If all documents are, keep one group: unpad() concatenates
+            # the outputs, and torch.cat() needs at least one.)
             if groups and length == 0:
                 break
             if not groups or 3 * length < 2 * groups[-1][0]:
@@ -623,8 +624,8 @@ def neftune(model, batch, alpha):
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
     noise = random_int32(seeds, C) / 2**31                                         # [T, C]
     lengths = batch["cu_seqlens"].diff()                                           # [D]
-    lengths = lengths[document_index(batch), None]                                 # [T, 1]
-    return x + noise * alpha / (lengths * C).sqrt()
+    lengths = lengths[document_index(batch), None].clamp(min=1)                    # [T, 1]
+    return x + noise * alpha / (lengths.float() * C).sqrt()
 
 
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
@@ -725,8 +726,9 @@ class MicroBatchLoss:
         index = self.token_index[start:end]
         inputs = {"token_index": index, "batch": self.batch}
         if "reference_logits" in self.model.loss_inputs:
-            # head_logits() gathers no sharded weights. hidden() has gathered those of the head, and
-            # they stay gathered: see compute_hidden().
+            # Under FSDP2 only forward(), hidden() and logits() gather sharded weights. Those of the
+            # head are gathered here: hidden() did it, and without a backward pass they stay so (see
+            # compute_hidden()).
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
@@ -737,10 +739,14 @@ class MicroBatchLoss:
         return self.model.token_losses(logits, targets, **inputs)
 
     def record_stats(self, x, dlogits, start, end):
-        """Compute TOKEN_STATS of target tokens start ... end - 1: x [n, C], dlogits [n, V']."""
-        n = end - start
+        """Compute TOKEN_STATS of target tokens start ... end - 1.
+
+        x, dlogits  [n, C], [n, V'], n >= end - start: with padding of tokens and vocabulary
+        """
+        n_tokens = end - start
+        dlogits = dlogits[:n_tokens, :self.vocab_size]
         for name, values in self.stats.items():
-            values[start:end] = TOKEN_STATS[name](x[:n], dlogits[:n, :self.vocab_size])
+            values[start:end] = TOKEN_STATS[name](x[:n_tokens], dlogits)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -883,7 +889,11 @@ class Transformer(nn.Module):
         embedding = configs.bind_options("model.embed", embedding, given=1 if is_module else 2,
                                          options=m["embed_options"])
         self.embedding = embedding(m) if is_module else embedding
-        self.loss_fn = None                  # of an experiment that is not imported: see forward()
+        if is_module and any(True for _ in self.embedding.buffers()):
+            raise TypeError(f"model.embed={m['embed']}: buffers are neither saved nor initialized; "
+                            "use a parameter, or compute them in forward()")
+        # stays None if no function has this name: only forward() needs it, and raises
+        self.loss_fn = None
         self.loss_inputs = set()
         if m["loss"] in LOSSES:
             loss = LOSSES[m["loss"]]
@@ -1040,7 +1050,7 @@ def check_choice(m, key, choices):
         return
     hf_keys = configs.families()[m["family"]].get("keys", {})
     hf_key = ""
-    if key in hf_keys:                # the user of a pretrained model sees its key of config.json
+    if key in hf_keys:    # the user of a pretrained model sees its key of config.json, as exported
         hf_key = f" ({configs.hf_names(hf_keys[key])[-1]})"
     raise configs.UserError(f"model.{key}{hf_key}: must be one of {', '.join(choices)}; got "
                             f"{m[key]}; if an experiment registers it, import that experiment "
@@ -1207,9 +1217,9 @@ def slices_of_parameter(name, shapes, m):
         place = parts.index(module)
         # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
-            assert m["n_heads"] == m["n_kv_heads"]
             E = m["head_dim"]
-            first_rows = [(i * len(parts) + place) * E for i in range(m["n_heads"])]
+            n_heads = rows // E
+            first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
@@ -1270,7 +1280,8 @@ def load(path, m=None, device="cpu"):
 
 def read_model_section(folder):
     """The complete model section of a pretrained folder: its config.json, and the defaults."""
-    return configs.load([f"model.init_from={folder}"])[0]["model"]
+    path = str(folder).replace("$", "$$")                # a $ would be an environment variable
+    return configs.load([f"model.init_from={path}"])[0]["model"]
 
 
 STORED_DTYPES = {
@@ -1407,7 +1418,8 @@ class PretrainedWeights:
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
             head_is_missing = self.head in name_of and self.head not in self.files
-            if head_is_missing and not is_tied:    # else contradicting_keys() names tie_embeddings
+            # if config.json ties it, only the user can have untied it, which hints has already
+            if head_is_missing and not is_tied:
                 hints.append("model.tie_embeddings=true takes the embedding for it")
             hint = f"; {shorten(hints)}" if hints else ""
             raise configs.UserError(f"{self.folder}: weights don't fit the model: "
@@ -1497,6 +1509,8 @@ def open_weights(folder):
 
 def damage(path, error):
     """Why a safetensors file cannot be read, and what helps."""
+    if isinstance(error, PermissionError):
+        return "cannot be read (permission denied); chmod +r"
     if not path.is_file():
         return ("is missing, and model.safetensors.index.json says that it holds weights; "
                 "download it again")
@@ -1553,7 +1567,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     write_json(folder / "generation_config.json", generation)
     if source:
         for pattern in configs.LICENSES:
-            for path in source.glob(pattern):
+            for path in filter(Path.is_file, source.glob(pattern)):
                 shutil.copyfile(path, folder / path.name)
     write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
 
@@ -1655,14 +1669,15 @@ def hf_config(m, source):
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
 
-    # 3) our keys, under the family's names. config.json has embedding_multiplier as a number, and
-    #    layer_types with one item per block
+    # 3) our keys, under the family's names. If versions of transformers have different names for
+    #    one, the last in families.yaml is written, and the others, from source, are removed.
+    #    config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
-        config[hf_key] = configs.to_hf(m[key], places)
+        config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]

@@ -26,8 +26,9 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
-    prompts.bin    for sampling: the generation prompt of a chat's last answer as ids, if the chat's
-                   ids do not begin with it; otherwise empty. dtype as tokens.bin
+    prompts.bin    for sampling: the ids of a chat's last generation prompt, where they differ from
+                   the chat's own ids before that answer (the template or the tokenizer may write
+                   them in another way); otherwise empty. dtype as tokens.bin
     prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
@@ -88,7 +89,8 @@ class error_context:
             with error_context("tools", ValueError, "not valid JSON: "):
                 json.loads("{")        ->  x.jsonl, line 3: tools: not valid JSON: Expecting ...
 
-    (A class, because records are read in it, and contextlib's generators take 3 times as long.)
+    RecursionError comes from JSON that is nested too deeply. (A class, because each record is read
+    in one, and contextlib's generators take 3 times as long.)
     """
 
     def __init__(self, place, errors=(UserError, RecursionError), problem=""):
@@ -192,7 +194,8 @@ def list_files(path, data_root, split):
     elif os.path.isfile(path):
         files = [path]
     elif hub_path and not is_local and not glob.has_magic(path):
-        # (in its cache, files of equal content are links to one file: all of them count)
+        # returned at once: in the hub's cache, files of equal content are links to one file, and
+        # what follows would drop all but one of them
         return download_split(*hub_path.groups(), split)
     else:
         files = [file for file in glob.glob(path, recursive=True) if os.path.isfile(file)]
@@ -464,7 +467,7 @@ def read_json(stream, file, context):
     """
     head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
     stream.seek(0)
-    # (what begins otherwise in a .json file is refused there: a list is expected)
+    # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
     is_list = head.startswith("[") or (format_of(file) == "json" and not head.startswith("{"))
     first, end = decode_first(head)
     has_line_break = "\n" in head[:end]
@@ -600,8 +603,9 @@ def find_split_point(text, encode, margin=200):
 
     Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
     accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together: words are shorter. They are searched in the last 2**15 characters, so that the
-    rest is short. At most 200 are tried.
+    encoded together. (A cut only changes the ids of the words next to it, which are shorter than
+    margin.) Candidates are searched in the last 2**15 characters, so that the rest is short. At
+    most 200 are tried.
     """
     earliest = max(margin, len(text) - 2**15)
     candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
@@ -689,9 +693,10 @@ def read_npy(stream, file, context):
             place = f"{file}: index {i}" if i < len(ids) else f"{labels_file}: index {i - 1}"
             raise UserError(f"{place}: {block[wrong[0]]} is an id that the tokenizer "
                             f"({context.tok.n_vocab} tokens) lacks")
-        # Of tokens first ... end - 1. With the offset 1, token 0 has no label, and the weight 0
+        # labels[in_arrays] and weights[in_arrays] are those of tokens first ... end - 1. With the
+        # offset 1, token 0 has neither, and its weight stays 0
         first = max(start, offset)
-        in_arrays = slice(first - offset, end - offset)      # of labels and weights
+        in_arrays = slice(first - offset, end - offset)
         block_weights = np.zeros(len(block), np.float32)
         labeled_weights = block_weights[first - start:]      # a view
         with np.errstate(over="ignore"):                     # compact_weights refuses inf
@@ -717,7 +722,7 @@ def load_array(path, kinds, n_tokens=None):
     if n_tokens is not None and not os.path.isfile(path):
         return None
     # (numpy's parser of the header lets tokenize's errors through)
-    errors = (ValueError, EOFError, SyntaxError, tokenize.TokenError)
+    errors = (ValueError, EOFError, SyntaxError, AttributeError, tokenize.TokenError)
     with error_context(path, errors, "no array of token ids: "):
         array = np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1)
         if array.dtype.kind not in kinds:
@@ -889,6 +894,7 @@ def normalize_chat(record):
     key = "functions" if is_older else "tools"           # OpenAI's older form
     for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
+    set_call_ids(messages)
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
@@ -977,11 +983,12 @@ def normalize_tool(tool):
     # all objects of a column. In a JSON schema, only these two can be null.
     tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default", "const"))
     check_type(tool, dict, "tools: expected objects")
-    if "function" not in tool:
+    if "function" not in tool:    # {"name": ..., "parameters": ...}, with or without the type
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
     check_type(tool["function"], dict, "tools: expected objects")
-    check_type(tool["function"].get("name", ""), str, "tools: expected a name that is text")
+    for key in ("name", "description"):
+        check_type(tool["function"].get(key, ""), str, f"tools: expected a {key} that is text")
     parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
     if parameters is not None:
         tool["function"]["parameters"] = parameters
@@ -1020,15 +1027,13 @@ def normalize_message(turn, n):
     if role in CALL_ROLES and isinstance(content, str):
         before, _, content = content.rpartition(THOUGHTS_END)
         reasoning = reasoning or before.strip().removeprefix("<think>").strip()
-    calls = parse_calls(turn, role, content, n)
+    calls = parse_calls(turn, role, content)
     if calls:
         message["tool_calls"] = [normalize_call(call) for call in calls]
     if role in CALL_ROLES:
         content = None
     if role in OUTPUT_ROLES:
-        # ShareGPT has no ids. Outputs follow their calls in the same order: message m + 1 is the
-        # output of the first call of message m, m + 2 that of the second
-        message.setdefault("tool_call_id", tool_call_id(n - 1))
+        message.setdefault("tool_call_id", "")           # set_call_ids
     if isinstance(content, list):
         content, thoughts = split_parts(content)
         reasoning = reasoning or thoughts
@@ -1038,6 +1043,8 @@ def normalize_message(turn, n):
         message["reasoning_content"] = reasoning
     if content is not None or not has_generated_fields(message):     # calls or reasoning
         check_type(content, (str, list), "content: expected text")
+    elif not calls:                                      # reasoning alone: no template needs null
+        content = ""
     message["content"] = content
     message["role"] = ROLES[role]
     message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
@@ -1054,16 +1061,16 @@ def find_reasoning(turn):
     return reasoning
 
 
-def parse_calls(turn, role, content, n):
-    """The tool calls of message n as they are in it: a list."""
+def parse_calls(turn, role, content):
+    """The tool calls of a message as they are in it: a list."""
     if role in CALL_ROLES:
-        return parse_function_calls(content, n)
+        return parse_function_calls(content)
     if turn.get("function_call") and not turn.get("tool_calls"):     # OpenAI's older form
-        return parse_function_calls(turn["function_call"], n)
+        return parse_function_calls(turn["function_call"])
     return parse_column(turn, "tool_calls", list, "a list of objects")
 
 
-def parse_function_calls(content, n):
+def parse_function_calls(content):
     """'{"name": ..., "arguments": ...}', or a list of such calls -> tool_calls."""
     errors = (ValueError, KeyError, TypeError)
     with error_context("a function_call must be JSON with a name and arguments", errors):
@@ -1071,8 +1078,28 @@ def parse_function_calls(content, n):
         if not isinstance(calls, list):
             calls = [calls]
         functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return [{"type": "function", "id": tool_call_id(n + i), "function": function}
-            for i, function in enumerate(functions)]
+    return [{"type": "function", "id": "", "function": function} for function in functions]
+
+
+def set_call_ids(messages):
+    """Give ids to ShareGPT's calls and outputs, which have none ("").
+
+    Outputs follow their calls in the same order: the first after some calls is that of the first.
+    """
+    n_calls = 0
+    waiting = []                             # ids of calls without an output
+    was_output = False
+    for message in messages:
+        if was_output and message["role"] != "tool":
+            waiting = []
+        was_output = message["role"] == "tool"
+        for call in message.get("tool_calls", []):
+            if call.get("id") == "":
+                n_calls += 1
+                call["id"] = tool_call_id(n_calls)
+                waiting.append(call["id"])
+        if message.get("tool_call_id") == "":
+            message["tool_call_id"] = waiting.pop(0) if waiting else tool_call_id(n_calls)
 
 
 def tool_call_id(n):
@@ -1096,6 +1123,7 @@ def normalize_call(call):
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
     function["arguments"] = values[0] if values and values[0] else {}
+    # the type comes first for the order of the keys, and again to override the call's own type
     return {"type": "function"} | call | {"type": "function", "function": function}
 
 
@@ -1163,6 +1191,8 @@ GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1"
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
                          rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# two words with which ChatTemplate tries a template out; no template has them in its own text
+WORDS = [f"w{os.urandom(8).hex()}" for _ in range(2)]
 SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
@@ -1188,7 +1218,7 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if "<|im_end|>" in tok.special:
+    if {"<|im_start|>", "<|im_end|>"} <= tok.special.keys() | tok.added.keys():
         return CHATML
     if name:
         raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
@@ -1253,7 +1283,9 @@ class ChatTemplate:
     text: str                    # as jinja2 compiles it
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-    openings: dict = dataclasses.field(default_factory=dict)     # see Rendering.openings
+    # {kind of chat: what the template writes between the contents of a user and of an answer}, see
+    # Rendering.openings
+    openings: dict = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def takes_text(self):
@@ -1261,17 +1293,17 @@ class ChatTemplate:
 
         True if it writes neither.
         """
-        parts = [{"type": "text", "text": "first"}]
-        writes_parts = "first" in self.try_content(parts)
-        return "first" in self.try_content("first") or not writes_parts
+        parts = [{"type": "text", "text": WORDS[0]}]
+        writes_parts = WORDS[0] in self.try_content(parts)
+        return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
 
     @functools.cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
         # the tabs are in the rendering if it does not strip
-        texts = ("first\t", "\tsecond")
+        texts = (f"{WORDS[0]}\t", f"\t{WORDS[1]}")
         text = self.try_content([{"type": "text", "text": text} for text in texts])
-        between = re.search("first(.*)second", text, re.DOTALL)
+        between = re.search(f"{WORDS[0]}(.*){WORDS[1]}", text, re.DOTALL)
         # a template that dumps the list, as Python or JSON, has no separator
         if not between or '"type"' in between[1].replace("'", '"'):
             return "", False
@@ -1284,17 +1316,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def reasoning_keys(self):
-        """The names under which it gets reasoning: two for every template, as in transformers."""
-        others = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
-        return {"reasoning_content", "thinking", *others}
+        """The names under which it gets reasoning: those that it has, and reasoning_content."""
+        names = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
+        return {"reasoning_content", *names}
 
     def writes_call(self, content, is_json):
-        """Does it write a call of a message with {"content": ...}, and the arguments as JSON?
+        """Does it write a tool call, if its message has no other field than `content`?
 
-        False if it shows Python's None or {'first': ...} instead.
-        is_json  the arguments are given as JSON text
+        content  {} or {"content": ...}: this field of the message
+        is_json  the arguments are given as JSON text, and must be written as this text; otherwise
+                 they are given as an object
+        False also if it shows Python's None or {'NAME': ...} instead.
         """
-        arguments = {"first": "second"}
+        arguments = {WORDS[0]: WORDS[1]}
         text = to_json(arguments)
         function = {"name": "example", "arguments": text if is_json else arguments}
         call = {"type": "function", "id": "call00001", "function": function}
@@ -1302,10 +1336,10 @@ class ChatTemplate:
         answer = {"role": "assistant", "tool_calls": [call]} | content
         written = self.try_render([user, answer])
         without_call = self.try_render([user, {"role": "assistant", "content": "b"}])
-        for word in ("None", "'first'"):
+        for word in ("None", f"'{WORDS[0]}'"):
             if written.count(word) > without_call.count(word):
                 return False
-        return (text if is_json else "first") in written
+        return (text if is_json else WORDS[0]) in written
 
     def try_content(self, content):
         return self.try_render([{"role": "user", "content": content}])
@@ -1382,7 +1416,7 @@ def raise_exception(message):
     raise ValueError(message)
 
 
-def render(template, tok, messages, add_generation_prompt=False, **variables):
+def render(template, tok, messages, /, add_generation_prompt=False, **variables):
     """Return (the text of messages, [(start, end)] of its {% generation %} blocks)."""
     special = {"bos_token": tok.bos or "", "eos_token": tok.eos or ""}
     variables = tok.token_variables | special | variables
@@ -1427,9 +1461,10 @@ class Rendering:
 
     @functools.cached_property
     def openings(self):
-        """find_openings(), once for all chats with the same first role and the same variables.
+        """find_openings() for this kind of chat: find_answer_start() then renders no prompts.
 
-        Of tools and documents it only counts whether there are some: few chats have the same.
+        Chats of one kind, with the same first role and variables, share them. (Of tools and
+        documents, a kind has only whether there are some: few chats have the same ones.)
         """
         kind = [self.messages[0]["role"]]
         for name, value in self.variables.items():
@@ -1458,7 +1493,7 @@ class Rendering:
                           **self.variables)[0]
 
 
-def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
+def render_messages(template, tok, messages, /, add_generation_prompt=False, columns=None,
                     chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
@@ -1693,8 +1728,8 @@ class BaseTokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
-        """Replace lone surrogates by U+FFFD, and compose if the tokenizer does."""
-        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        """Replace lone surrogates by U+FFFD."""
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
@@ -1733,8 +1768,9 @@ class Tokenizer(BaseTokenizer):
             self.byte_ids = np.array([self.ranks[bytes([b])] for b in range(256)], np.uint32)
 
         # tiktoken's own search for special and added tokens is exact unless one of them is a prefix
-        # of another: then it may take the shorter one. (Sorted, such a pair has neighbours like
-        # it.) byte_ids encodes without tiktoken, so the search is ours: split_special().
+        # of another: then it may take the shorter one. (If a token is a prefix of any other, then
+        # also of the next one in sorted order.) byte_ids encodes without tiktoken, so the search is
+        # ours: split_special().
         in_order = sorted(tokens)
         has_prefix = any(b.startswith(a) for a, b in zip(in_order, in_order[1:]))
         self.tiktoken_finds_special = not has_prefix and self.byte_ids is None
@@ -1953,7 +1989,8 @@ def bytes_tokenizer():
 
 def tiktoken_encoding(name):
     """An encoding that tiktoken knows by name, such as gpt2, and downloads."""
-    problem = f"cannot download {name}; bytes or a folder with a tokenizer.json needs no network: "
+    problem = (f"cannot download {name}; TIKTOKEN_CACHE_DIR=FOLDER names a folder that has it, and "
+               "bytes or a folder with a tokenizer.json needs no network: ")
     with error_context("data.tokenizer", OSError, problem):
         encoding = tiktoken.get_encoding(name)
     special = {}
@@ -1973,6 +2010,8 @@ def tiktoken_file(path, pattern, special):
     with error_context(path, (OSError, ValueError), "not a .tiktoken file: "):
         lines = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if not all(0 <= rank < 2**32 for rank in ranks.values()):
+            raise UserError("a rank must be from 0 to 2**32 - 1")
     ids = [*ranks.values(), *special.values()]
     for text, i in special.items():
         if type(i) is not int or i < 0 or ids.count(i) > 1:
@@ -2193,11 +2232,12 @@ def check_merges(model, ranks):
        bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
     2. The list joins the characters of each token to this token. Otherwise, with the list
        [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
-    3. With ignore_merges, a word that is a token needs no merges, so 2 need not hold. But then all
-       pairs of tokens that make this token are in the list: tiktoken joins them inside of words.
+    3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
+       becomes it at once; and the list has each pair of tokens that makes it, [a bc, ab c] for abc,
+       because inside of longer words tiktoken joins any such pair.
 
-    2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such long lists
-    come from training or conversion, which comply with both.
+    Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
+    long lists come from training or conversion, which comply with both.
     """
     # "a b" in older files, ["a", "b"] in newer ones
     pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
@@ -2454,7 +2494,10 @@ def find_spans(rendering, train_on):
     elif len(blocks) == len(answers):            # each answer has one block
         for (start, end), i in zip(blocks, answers):
             prompt_end = find_answer_start(rendering, i, start) if weights[i] else start
-            if prompt_end < end:                 # else the prompt has the block (<think></think>)
+            # An answer starts where its generation prompt ends, also if the template marks less: in
+            # use, the model has to write what is in between. (If the prompt has the whole block, as
+            # when only an empty <think></think> is marked, the block stays.)
+            if prompt_end < end:
                 start = prompt_end
             spans.append(Span(start, end, weights[i], i))
     else:
@@ -2495,6 +2538,8 @@ def find_turns(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
             output_start = find_output_start(rendering, i)
+            # Gemma 4 writes the output inside of the answer's turn. In other templates it starts
+            # after the turn, and this changes nothing.
             if output_start is not None:
                 end = min(end, output_start)
             end = end_of_turn(rendering.tok, rendering.text, end)
@@ -2511,7 +2556,7 @@ def find_output_start(rendering, i):
     if not following or following[0]["role"] != "tool":
         return None
     before = rendering.render_other(rendering.messages[:i + 1]) or ""
-    before = before.rstrip()
+    before = before.rstrip()                 # the output may start before a final line break
     return len(before) if before and rendering.text.startswith(before) else None
 
 
@@ -2728,7 +2773,7 @@ def find_openings(rendering):
     openings = set()
     for i in answers:
         prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-        if prompt is None:
+        if prompt is None:               # it refuses the second turn: keep what the first gave
             break
         opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
         added, mark, _ = text[len(prompt):].partition(placeholder(i))
@@ -2755,6 +2800,7 @@ def has_constant_prompt(template):
         if "add_generation_prompt" in condition:
             n_conditions += 1
             names.update(names_in(branch))
+    # as many mentions as conditions: it is read nowhere else (twice in one condition: False)
     n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
     return n_conditions == n_mentions and names <= arguments
@@ -2770,8 +2816,9 @@ def should_append_eos(rendering, span, ids, append_eos):
     If none ends it, and EOS is not appended, a warning is added.
     """
     tok = rendering.tok
-    # A control token before an answer does not end it. But if the span is other text (with
-    # data.train_on=everything), it may be a line break after the token that ends the answer.
+    # A control token before an answer does not end it: look only into the span. But a span of other
+    # text (data.train_on=everything) may be just the line break after the token that ends the
+    # answer: look before it, too.
     start = 0 if span.answer is None else span.first_token
     last_tokens = ids[max(start, span.end_token - END_TOKENS):span.end_token]
     if tok.end_ids.intersection(last_tokens.tolist()):
@@ -2991,6 +3038,7 @@ def encode_record(record, place, context, counts, warnings):
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
         counts["cut_away"] += bool(weights.any() and not weights[1:seq_len + 1].any())
+        # no other_prompt: the last answer is cut off, so it is not compared with a generated one
         return [(ids[:seq_len + 1], weights[:seq_len + 1], ())]
     return [(ids, weights, report.other_prompt)]
 

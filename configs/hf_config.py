@@ -17,6 +17,8 @@ import configs
 NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
                     "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
                     "pad_vocab_size_multiple")
+# scaled is folded into the table where a family has no key for it, neftune only adds noise in training
+EXPORTED_EMBEDDINGS = ("plain", "scaled", "neftune")
 
 # The kinds of rope_scaling that model.py computes, and the numbers that each needs
 ROPE_SCALINGS = {
@@ -344,6 +346,10 @@ def check_export(model_cfg, defaults):
     fixed = defaults | plain_heads | family["fixed"]
     hf_values = {}                                 # several of our keys may be one of config.json
     for key, value in model_cfg.items():
+        if key == "embed" and value not in EXPORTED_EMBEDDINGS:
+            yield (False, "model.embed",
+                   f"one of {', '.join(EXPORTED_EMBEDDINGS)} to be exported as a {name} model; "
+                   "model.family=native exports any model, checkpoint.export=false none")
         if key in NOT_IN_HF_CONFIG and key not in family["fixed"]:
             continue
         if key not in family["keys"]:

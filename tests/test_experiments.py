@@ -28,7 +28,14 @@ EXPERIMENTS = {
     "by_gradient": row(),
     "by_loss": row(),
     "clipped": row("grad_clip=0.5", same_loss=False, sharded=False),
+    "distill": row("reference_model=FOLDER/base"),
+    "dpo": row("data.train.chats.path=FOLDER/pairs.jsonl", "model.init_from=FOLDER/base", "lr=1e-3"),
+    "focal": row(),
+    "lion": row("lr=1e-3"),
     "majority": row(same_loss=False, sharded=False),
+    "ngram_embeddings": row("model.embed_options.rows=64"),
+    "pass_at_k": row(),
+    "softcap": row("model.score_mod_options.cap=5"),
 }
 TINY = ["data.train.chats.path=FOLDER/chats.jsonl", "data.validation_split=4", "data.tokenizer=bytes",
         "data.cache_dir=FOLDER/tokens", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "batch_size=6",
@@ -45,6 +52,11 @@ def start(chats, tmp_path_factory):
     """start(name, ranks, *words, out) -> (the finished process of each rank, the run's folder)"""
     folder = tmp_path_factory.mktemp("experiments")
     shutil.copy(chats, folder / "chats.jsonl")
+    pairs = [{"prompt": "red " * (1 + i % 9), "chosen": "blue " * (1 + i % 3), "rejected": "green"} for i in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model_words = [word for word in TINY if word.startswith("model.")]
+    base_cfg = configs.load([*model_words, "model.vocab_size=259"])[0]["model"]
+    M.save_pretrained(M.build(base_cfg).get_parameter, base_cfg, folder / "base")
 
     def start_experiment(name, ranks, *words, out=None):
         out = folder / (out or f"{name}-{ranks}")

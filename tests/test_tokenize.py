@@ -1052,6 +1052,32 @@ def test_normalize_null_columns_of_arrow_are_left_out():
     assert without_tools["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
 
 
+def test_normalize_sharegpt_outputs_have_the_ids_of_their_calls():
+    """Two calls in messages of their own, then their outputs."""
+    turns = [("human", "q"), ("function_call", '{"name": "A", "arguments": {}}'),
+             ("function_call", '{"name": "B", "arguments": {}}'), ("observation", "a"), ("observation", "b"),
+             ("gpt", "x"), ("function_call", '{"name": "C", "arguments": {}}'), ("observation", "c"), ("gpt", "y")]
+    messages = T.normalize_record({"conversations": [{"from": role, "value": text} for role, text in turns]}, "x")["messages"]
+    calls = [message["tool_calls"][0]["id"] for message in messages if "tool_calls" in message]
+    outputs = [message["tool_call_id"] for message in messages if "tool_call_id" in message]
+    assert calls == outputs == ["call00001", "call00002", "call00003"]
+
+
+def test_template_probes_are_not_fooled_by_a_templates_own_words():
+    """A template with "first" in its text, whose parts of a content are written without a separator."""
+    text = ("Think first. {% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+            "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}")
+    template = T.compile_template(text)
+    assert template.join_parts([{"text": "a"}, {"text": "b"}]) == "ab"
+
+
+def test_encode_chat_null_content_with_reasoning_is_empty():
+    """Reasoning without calls or content: the word None is not trained."""
+    record = {"messages": [*chat("hi"), {"role": "assistant", "content": None, "reasoning_content": "x"}]}
+    message = T.normalize_record(record, "x")["messages"][1]
+    assert message["content"] == "" and message["reasoning_content"] == "x"
+
+
 def test_encode_chat_null_content_keeps_tool_calls():
     """A template that writes calls only beside null content (DeepSeek R1's distilled models), and adds arguments to text."""
     template = ("{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}{% for c in m['tool_calls'] %}"

@@ -8,7 +8,7 @@
 Every run fine-tunes data/base with configs/ft.yaml on one rank, so that it starts from the same weights and, with the
 default sampler, sees the same documents. The schedule ends with the last step.
 """
-import argparse, ast, datetime, json, platform, subprocess, sys, tempfile
+import argparse, ast, datetime, json, os, platform, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,8 +81,9 @@ def table(results):
         link = name if name == "default" else f"[{name}](../experiments/{name}.py)"
         command = " ".join(["torchrun", *command_of(name)])
         errors = [result for result in of_seeds if isinstance(result, str)]
-        figures = [f"failed: {errors[0]}", ""]
-        if not errors:
+        if errors:
+            figures = [f"failed: {errors[0]}", ""]
+        else:
             figures = [cell(of_seeds, default, "nll", 4), cell(of_seeds, default, "exact_match", 3)]
         rows.append(f"| {' | '.join([link, title, f'`{command}`', *figures])} |")
     return "\n".join(rows) + "\n"
@@ -98,7 +99,7 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = models[0].split(":")[1].strip() if models else processor
-    device = f"{processor}, {torch.get_num_threads()} cores"
+    device = f"{processor}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     commit += " with changes" if changed else ""

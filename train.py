@@ -162,9 +162,9 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
 class LowPrecisionAdamW:
     """AdamW (arXiv:1711.05101) whose weights or moments are bf16, computed in fp32.
 
-    What is stored in bf16 is rounded stochastically (arXiv:2010.06192, section 3): a change that is
-    smaller than the distance of two bf16 numbers, as most updates are, is made with a probability
-    that makes it right on average. The random bits are a hash of seed, update, parameter, row and
+    What is stored in bf16 is rounded stochastically (arXiv:2010.06192): a change that is smaller
+    than the distance of two bf16 numbers, as most updates are, is made with a probability that
+    makes it right on average. The random bits are a hash of seed, update, parameter, row and
     column, so that they do not depend on ranks or on resuming.
 
     It has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.

@@ -771,8 +771,8 @@ def mesh_sizes(cfg, world_size):
 def apply_fsdp(model, cfg, device, dtype):
     """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
 
-    The rest (embedding, last norm, head) is gathered as it is stored, in shard.master_dtype unless
-    The rest (embedding, last norm, head) is gathered as it is stored, in shard.master_dtype unless it
+    The rest (embedding, last norm, head) is gathered as it is stored, and not in the dtype of the
+    computation: an embedding's gradient is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,

@@ -599,7 +599,8 @@ def dropout(x, p, seeds):
 # An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options) and
 # called with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by
 # NewWeights; the attribute init_std of the class replaces model.init_std. A pretrained model with
-# another embedding lacks them, so they are new there, too. model.family=native saves them.
+# another embedding lacks them, so they are new there, too. Only model.family=native saves them, as
+# all embeddings that are not in EXPORTED_EMBEDDINGS of configs/hf_config.py.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -688,8 +689,8 @@ LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
 # {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
-# training forward() returns the sums beside "loss", for a sampler's update() (see
-# experiments/by_gradient.py). Both inputs have the compute dtype:
+# training forward() computes all of them in each step and returns the sums beside "loss", for a
+# sampler's update() (see experiments/by_gradient.py). Both inputs have the compute dtype:
 #
 #     x        what the head reads
 #     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
@@ -1832,6 +1833,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
              temperature=0.0, top_k=0, top_p=1.0, seed=0,
              keep_going=any):
     """Continue B prompts, lists of token ids. Yields, per step, B items: each prompt's next id.
+    (generate_all() returns whole answers.)
 
     A prompt's answer ends with an id of `stop`, which is yielded, after max_tokens, or when prompt
     and answer have model.max_len tokens. After that, its item is None. temperature 0 takes the

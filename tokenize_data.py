@@ -26,9 +26,9 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
     offsets.bin    int64: where each document starts, and the end of the last one
     targets.bin    uint32: the number of targets of each document. Its first token is never one:
                    no token before it predicts it
-    prompts.bin    for sampling: the ids of a chat's last generation prompt, where they differ from
-                   the chat's own ids before that answer (the template or the tokenizer may write
-                   them in another way); otherwise empty. dtype as tokens.bin
+    prompts.bin    for sampling: the ids of the generation prompt of a chat's last trained answer.
+                   Empty if the chat's own ids before this answer are the same; they differ if the
+                   template or the tokenizer writes the prompt in another way. dtype as tokens.bin
     prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
 """
@@ -750,7 +750,7 @@ ROLES = {"user": "user", "human": "user", "system": "system", "developer": "syst
          "chatgpt": "assistant", "function_call": "assistant", "tool_call": "assistant",
          "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
          "tool_response": "tool", "ipython": "tool"}
-# of outputs of tools in ShareGPT's files, which have no ids
+# roles of tool outputs in ShareGPT's files, which have no tool_call_id
 OUTPUT_ROLES = {role for role in ROLES if ROLES[role] == "tool"} - {"tool"}
 CALL_ROLES = ("function_call", "tool_call")               # their content is a call, or a list
 MESSAGE_WEIGHT_KEYS = ("weight", "loss_weight", "loss_scale", "loss", "train", "training")
@@ -856,6 +856,10 @@ def parse_column(record, key, expected, description):
     return value
 
 
+def is_json_list(value):
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
 def has_chat(record):
     """Does a record hold a chat? A text beside it, as Alpaca has one, is the rendered chat."""
     if any(record.get(key) for key in MESSAGE_KEYS):
@@ -885,12 +889,13 @@ def normalize_chat(record):
             messages.append(normalize_message(turn, n))
     if not messages:
         raise UserError("a chat without messages")
-    if record.get("system"):
-        check_type(record["system"], str, "system: expected text")
+    systems = [(key, record[key]) for key in ("system_prompt", "system") if record.get(key)]
+    for key, system in systems:
+        check_type(system, str, f"{key}: expected text")
         if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": record["system"], "weight": 1.0}, *messages]
+            messages = [{"role": "system", "content": system, "weight": 1.0}, *messages]
     tools = []
-    is_older = not record.get("tools") and isinstance(record.get("functions"), list)
+    is_older = not record.get("tools") and is_json_list(record.get("functions"))
     key = "functions" if is_older else "tools"           # OpenAI's older form
     for tool in parse_column(record, key, list, "a list of tools"):
         tools.append(normalize_tool(tool))
@@ -898,7 +903,9 @@ def normalize_chat(record):
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
-    documents = record.get("documents") if isinstance(record.get("documents"), list) else []
+    documents = []
+    if is_json_list(record.get("documents")):            # otherwise it is another column
+        documents = parse_column(record, "documents", list, "a list of documents")
     chat = {
         "tools": tools,
         "documents": [document for document in documents if isinstance(document, dict)],
@@ -906,9 +913,9 @@ def normalize_chat(record):
         "columns": columns,
         "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
                     + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
-    first = messages[0]
-    if first["role"] == "system" and record.get("system") not in (None, "", first["content"]):
-        chat["warnings"].append((SYSTEM_TWICE, f"{record['system']!r:.60}"))
+    for _key, system in systems:
+        if system != messages[0]["content"]:
+            chat["warnings"].append((SYSTEM_TWICE, f"{system!r:.60}"))
     return {"messages": messages} | {key: value for key, value in chat.items() if value}
 
 
@@ -943,8 +950,6 @@ def prompt_and_response(record, prompt_key, response_key):
     prompt = parse_turns(record[prompt_key], prompt_key)
     response = parse_turns(record[response_key], response_key)
     turns = []
-    if record.get("system_prompt"):
-        turns.append({"role": "system", "content": record["system_prompt"]})
     for n, pair in enumerate(parse_column(record, "history", list, "a list of turns"), 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f"history: item {n} must be a list of a prompt and a response")
@@ -1033,7 +1038,7 @@ def normalize_message(turn, n):
     if role in CALL_ROLES:
         content = None
     if role in OUTPUT_ROLES:
-        message.setdefault("tool_call_id", "")           # set_call_ids
+        message.setdefault("tool_call_id", "")           # set_call_ids() gives it one
     if isinstance(content, list):
         content, thoughts = split_parts(content)
         reasoning = reasoning or thoughts
@@ -1461,10 +1466,12 @@ class Rendering:
 
     @functools.cached_property
     def openings(self):
-        """find_openings() for this kind of chat: find_answer_start() then renders no prompts.
+        """What the template writes before an answer, for chats of this kind: see find_openings().
 
-        Chats of one kind, with the same first role and variables, share them. (Of tools and
-        documents, a kind has only whether there are some: few chats have the same ones.)
+        They only save time: find_answer_start() compares the text with them, instead of rendering
+        a generation prompt for each answer. Chats of one kind, with the same first role and
+        variables, share them. (Of tools and documents, a kind has only whether there are some: few
+        chats have the same ones.)
         """
         kind = [self.messages[0]["role"]]
         for name, value in self.variables.items():
@@ -2138,7 +2145,7 @@ def unsupported_part(spec, tokens):
             if token[flag]:
                 return f"the {flag} added token {content!r}"
         # 1. The normalizer makes the token from other text, as NFC makes one "é" of "e" and its
-        # accent. It makes no spaces (NeoX's tokens).
+        # accent. It makes no spaces, so that tokens of spaces (GPT-NeoX has some) are safe.
         may_change = normalizer and not content.isspace()
         # 2. The token overlaps with one that is searched first: of the text "abc", tokenizers takes
         # "bc", if that is searched first, and tiktoken takes the leftmost, "ab".
@@ -2538,8 +2545,9 @@ def find_turns(rendering, wanted):
         if rendering.messages[i]["role"] == "assistant":
             start = find_answer_start(rendering, i, start)
             output_start = find_output_start(rendering, i)
-            # Gemma 4 writes the output inside of the answer's turn. In other templates it starts
-            # after the turn, and this changes nothing.
+            # Gemma 4 writes the output of a call inside of the answer's turn, and the span found
+            # may include it: cut it off. In other templates the output starts after the turn, and
+            # this changes nothing.
             if output_start is not None:
                 end = min(end, output_start)
             end = end_of_turn(rendering.tok, rendering.text, end)

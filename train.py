@@ -457,15 +457,16 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     """Compute the gradient of the global batch, and leave it (or this rank's shard) in .grad.
 
     micro_batches       this rank's micro-batches (model.py describes them); every rank has the
-                        same number of them
+                        same number of them, some of which may be empty
     global_loss_weight  sum of |loss_weight| over the micro-batches of all ranks
     cfg                 not used here; a replacement may read its options from it
 
     Returns the loss of the global batch as a tensor, and document_stats: for each micro-batch of
     this rank a pair (doc_ids [D], {"loss": [D]}).
 
-    To aggregate gradients in another way, replace this function: see experiments/majority.py. One
-    that calls backward() itself has to call unscale_gradients(model) afterwards.
+    To aggregate gradients in another way, replace this function: see experiments/majority.py. The
+    sum does not depend on micro_tokens and ranks; another aggregation may. One that calls
+    backward() itself has to call unscale_gradients(model) afterwards.
     """
     loss = torch.zeros((), device=model.embed.weight.device)
     document_stats = []
@@ -486,9 +487,10 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
     """Yield (loss, (doc_ids [D], {"loss": [D]}), gradients) for each of this rank's micro-batches.
 
     gradients is a list, one tensor per trained parameter in the order of model.parameters(): the
-    gradient of this micro-batch on this rank alone. Aggregate them, assign the result to each
-    p.grad, and call shard.all_reduce_gradients(model), which sums .grad over ranks. A list stays
-    valid after the next one is yielded.
+    gradient of this micro-batch on this rank alone, of its summed loss / global_loss_weight (see
+    experiments/clipped.py for that of its mean loss). It is 0 for an empty one. Aggregate them,
+    assign the result to each p.grad, and call shard.all_reduce_gradients(model), which sums .grad
+    over ranks. A list stays valid after the next one is yielded.
 
     Works on one rank and on replicated ranks. With shard.mesh.shard > 1 no rank ever holds the
     gradient of its own micro-batch, because the backward pass reduces it over ranks: UserError.
@@ -653,7 +655,8 @@ def exact_match(answer, reference):
     return answer.strip() == reference.strip()
 
 
-# name: function (answer, reference) -> bool or number, whose mean is logged
+# name: function (answer, reference) -> bool or number, whose mean is logged as val/LABEL/name. If
+# larger is better, cfg["best"] names it with "max "
 METRICS = {"exact_match": exact_match}
 # name: function (run, [(prompt ids, reference ids)]) -> number, which is logged. All ranks call it
 # and return the same (experiments/pass_at_k.py)

@@ -1052,6 +1052,15 @@ def test_normalize_null_columns_of_arrow_are_left_out():
     assert without_tools["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": None, "b": None}}
 
 
+def test_normalize_columns_beside_messages_are_kept():
+    """system_prompt, functions and documents, the latter two as JSON text."""
+    record = {"messages": chat("q", "a"), "system_prompt": "s", "functions": '[{"name": "f"}]',
+              "documents": '[{"title": "t"}]'}
+    got = T.normalize_record(record, "x")
+    assert got["messages"][0] == {"role": "system", "content": "s", "weight": 1.0} and len(got["messages"]) == 3
+    assert got["tools"][0]["function"] == {"name": "f"} and got["documents"] == [{"title": "t"}]
+
+
 def test_normalize_sharegpt_outputs_have_the_ids_of_their_calls():
     """Two calls in messages of their own, then their outputs."""
     turns = [("human", "q"), ("function_call", '{"name": "A", "arguments": {}}'),

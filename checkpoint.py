@@ -6,7 +6,7 @@
                                                    at the end, key=value for what has moved;
                                                    adapter=DIR writes LoRA's adapters, too
 
-    out/ft/checkpoints/00000100/model.safetensors       trained parameters in fp32, or adapters
+    out/ft/checkpoints/00000100/model.safetensors       all parameters, or LoRA's adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
                                 sampler.safetensors     the state of a sampler with feedback
                                 state.json              step, config, code, data, base, checksums
@@ -82,6 +82,17 @@ def trained_parameters(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def saved_parameters(model):
+    """What model.safetensors holds: under LoRA the trained parameters and all adapters, else all.
+
+    The frozen weights under LoRA are read again, where they were read at the start.
+    """
+    params = dict(model.named_parameters())
+    is_lora = any(shard.is_adapter(name) for name in params)
+    return {name: p for name, p in params.items()
+            if not is_lora or p.requires_grad or shard.is_adapter(name)}
+
+
 def optimizer_tensors(model, optimizer):
     """{"PARAMETER/KEY": tensor} of an optimizer's state. Python numbers become scalar tensors."""
     tensors = {}
@@ -146,7 +157,7 @@ def snapshot(model, optimizer, sampler_state, buffers):
                    for each snapshot would take several times as long as copying
     """
     contents = {
-        "model.safetensors": trained_parameters(model),
+        "model.safetensors": saved_parameters(model),
         "optimizer.safetensors": optimizer_tensors(model, optimizer),
         "sampler.safetensors": {name: torch.as_tensor(a) for name, a in sampler_state.items()},
     }
@@ -466,7 +477,7 @@ def load_checkpoint(folder, model, optimizer):
     """
     folder = Path(folder)
     state = shard.rank0_only(verify, folder)
-    weights = trained_parameters(model)
+    weights = saved_parameters(model)
     optimizer_state = optimizer_tensors(model, optimizer)
     with safe_open(folder / "model.safetensors", framework="pt") as saved_weights, \
             safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
@@ -476,7 +487,7 @@ def load_checkpoint(folder, model, optimizer):
         copy_rows(saved_weights, weights)
         copy_rows(saved_state, optimizer_state)
     # numbers of the optimizer were read into temporary tensors: put them back
-    for name, p in weights.items():
+    for name, p in trained_parameters(model).items():
         for key, value in optimizer.state[p].items():
             if not torch.is_tensor(value):
                 number = optimizer_state[f"{name}/{key}"].item()

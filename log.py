@@ -408,14 +408,14 @@ def describe_kernels(events, device):
 # --------------------------------------------------------------------------------------------------
 # for the training loop: the hardware, and the best step
 
-# dense bf16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
+# dense bf16 and fp16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def peak_flops(device, dtype):
     """The peak FLOP/s of a device in the dtype of the computation; None if it is not known."""
     import torch
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype == torch.float32:
         return None
     device_name = torch.cuda.get_device_name(device)
     if "PCIe" in device_name or "NVL" in device_name:    # slower than the SXM card of that name
@@ -581,7 +581,10 @@ def describe_device(run):
         replicate, shards = shard.mesh_sizes(run.cfg, world_size)
         text = f"{world_size} ranks (replicate {replicate} x shard {shards}), each {text}"
     dtype = str(run.model.dtype).removeprefix("torch.")
-    text += f", computing in {dtype}, trained weights in float32"
+    shard_cfg = run.cfg["shard"]
+    text += f", computing in {dtype}, trained weights in {shard_cfg['master_dtype']}"
+    if shard_cfg["moment_dtype"] != "float32":
+        text += f", moments in {shard_cfg['moment_dtype']}"
     if run.model.recompute:
         blocks = plural(run.model.recompute, "block", "blocks")
         text += f", {blocks} recomputed in the backward pass"

@@ -91,6 +91,14 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
+    def forward(self, index):
+        """fp32 if the weight is trained: a row's gradient is a sum over all its tokens, for which
+        bf16 is too coarse."""
+        weight = self.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            weight = weight.float()
+        return F.embedding(index, weight)
+
 
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""
@@ -791,6 +799,9 @@ class ChunkedLoss(torch.autograd.Function):
                 dx[start:end] = (dlogits @ weight)[:end - start]
             if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
                 dhead.addmm_(dlogits.T, x_chunk)
+            elif want_head and x.dtype == torch.float16:
+                # A sum over thousands of tokens may exceed 65504. 1/64 and 64 are exact.
+                dhead.add_(dlogits.T @ (x_chunk / 64), alpha=64)
             elif want_head:
                 dhead += dlogits.T @ x_chunk
             if want_bias:
@@ -896,6 +907,7 @@ class Transformer(nn.Module):
         self.references = []
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
+        self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
 
@@ -922,6 +934,8 @@ class Transformer(nn.Module):
             head = head.detach()
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        if self.loss_scale != 1.0 and loss_sum.requires_grad:
+            loss_sum.register_hook(self.scale_gradient)
 
         stats = {"loss": losses * loss_weights, **compute_losses.stats}
         if self.computes_nll():
@@ -931,6 +945,9 @@ class Transformer(nn.Module):
             zeros = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)     # [D]
             stats[name] = zeros.index_add_(0, documents, values)
         return loss_sum, loss_weights.abs().sum(), stats
+
+    def scale_gradient(self, gradient):
+        return gradient * self.loss_scale
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -982,10 +999,15 @@ class Transformer(nn.Module):
         return self.training and "noise_seed" in batch and len(batch["doc_ids"]) > 0
 
     def can_use_varlen(self):
-        """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head."""
+        """CUDA's kernel for packed documents takes bf16 or fp16 and certain widths of a head.
+
+        It needs a GPU of 2020 (A100) or later.
+        """
         E = self.cfg["head_dim"]
         can_take_width = E % 8 == 0 and E <= 256
-        return self.embed.weight.is_cuda and self.dtype != torch.float32 and can_take_width
+        if not self.embed.weight.is_cuda or self.dtype == torch.float32 or not can_take_width:
+            return False
+        return torch.cuda.get_device_capability(self.embed.weight.device) >= (8, 0)
 
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]

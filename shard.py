@@ -27,9 +27,11 @@ Communication in one step:
 
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
-    precision   The computation is bf16 or fp32. Trained parameters, their gradients and optimizer
-                state are fp32; frozen matrices (LoRA) have the dtype of the computation. Each
+    precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
+                fp32 or bf16 (shard.master_dtype), and so is the optimizer's state
+                (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
                 matmul casts its weight; FSDP casts a block's weights when it gathers them.
+                Gradients are summed over ranks in fp32.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
                 (arXiv:2106.09685). With shard.quantize, W is stored in 4 or 8 bits per weight
 """
@@ -1005,11 +1007,13 @@ def parallelize(model, cfg, read_slice):
     device, dtype = pick_device(cfg)
     configure_device(device, cfg)
     model.dtype = dtype
-    # 2) LoRA
+    # 2) LoRA, frozen parameters
     lora_cfg = cfg["shard"]["lora"]
     if lora_cfg["r"]:
         add_lora(model, lora_cfg, cfg["shard"]["quantize"])
+    freeze_parameters(model, cfg["param_groups"])
     cast_frozen_weights(model, dtype)
+    cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     # 4) shard
@@ -1038,10 +1042,48 @@ def load_weights(model, read_slice, seed):
     init_adapters(model, seed)
 
 
+def freeze_parameters(model, param_groups):
+    """Freeze the parameters of the config's param_groups with train: false.
+
+    Raises UserError for such a group without parameters, and if nothing remains trained.
+    """
+    frozen_patterns = {spec["match"] for spec in param_groups if not spec.get("train", True)}
+    used_patterns = set()
+    for name, p in model.named_parameters():
+        spec = matching_group(name, param_groups)
+        if spec and spec["match"] in frozen_patterns:
+            p.requires_grad = False
+            used_patterns.add(spec["match"])
+    for pattern in sorted(frozen_patterns - used_patterns):
+        raise configs.UserError(f"param_groups: no parameter matches {pattern!r} (or an earlier "
+                                "group already took them); python model.py FOLDER lists the names")
+    if frozen_patterns and not any(p.requires_grad for p in model.parameters()):
+        raise configs.UserError("param_groups: train: false leaves no parameter to train; freeze "
+                                "fewer")
+
+
+def matching_group(name, param_groups):
+    """The first of the config's param_groups whose pattern is in a parameter's name, or None."""
+    for spec in param_groups:
+        if re.search(spec["match"], name):
+            return spec
+    return None
+
+
 def cast_frozen_weights(model, dtype):
     """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
     for p in model.parameters():
         if not p.requires_grad and p.dim() == 2 and p.is_floating_point():
+            p.data = p.data.to(dtype)
+
+
+def cast_trained_weights(model, dtype):
+    """Store trained parameters in shard.master_dtype. Their gradients have the same dtype.
+
+    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    """
+    for p in model.parameters():
+        if p.requires_grad:
             p.data = p.data.to(dtype)
 
 
@@ -1134,8 +1176,8 @@ def mesh_sizes(cfg, world_size):
 def apply_fsdp(model, cfg, device, dtype):
     """Shard the parameters with FSDP2, in place: each block is a unit, and the rest is one more.
 
-    The rest (embedding, last norm, head) is gathered as it is stored, in fp32 unless LoRA froze it:
-    the gradient of an embedding is a sum over all tokens, for which bf16 is too coarse.
+    The rest (embedding, last norm, head) is gathered as it is stored, and not in the dtype of the
+    computation: an embedding's gradient is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
@@ -1238,19 +1280,21 @@ def set_gradient_sync(model, last):
 def all_reduce_gradients(model):
     """Replace .grad of each trained parameter by its sum over replicated ranks.
 
-    Takes whatever is in .grad; None counts as zero. All gradients go through one flat tensor, of
-    which the new .grad are views, so that there is one all-reduce per step. Under FSDP the
-    backward pass has already summed them.
+    Takes whatever is in .grad; None counts as zero. All gradients go through one flat tensor in
+    fp32, of which new .grad in fp32 are views, so that there is one all-reduce per step. Under FSDP
+    the backward pass has already summed them.
     """
     if world_size() == 1 or is_sharded(model):
         return
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    n_numbers = sum(p.numel() for p in params)
+    flat = torch.empty(n_numbers, dtype=torch.float32, device=params[0].device)
+    torch.cat([gradient.flatten() for gradient in gradients], out=flat)
     del gradients    # frees the zeros; each .grad is freed when it is replaced
     dist.all_reduce(flat)
     for p, summed in zip(params, flat.split([p.numel() for p in params])):
-        p.grad = summed.view_as(p)
+        p.grad = summed.view_as(p).to(p.dtype)
 
 
 def check_replicas(model):
@@ -1265,7 +1309,7 @@ def check_replicas(model):
     for p in model.parameters():
         if p.requires_grad:
             local, start, end = local_shard(p)
-            bits = local.view(torch.int32)
+            bits = local.view(torch.int32 if local.itemsize == 4 else torch.int16)
             my_checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
             my_rows.append((start, end))
     my_checksums = torch.stack(my_checksums).tolist()
@@ -1285,6 +1329,9 @@ def check_replicas(model):
 # --------------------------------------------------------------------------------------------------
 # predicted memory, from formulas
 
+UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
+
+
 class StepSize:
     """The quantities from which the memory of a training step follows.
 
@@ -1296,6 +1343,7 @@ class StepSize:
         model = transformer.build_on_meta(model_cfg)
         if lora_cfg["r"]:
             add_lora(model, lora_cfg)
+        freeze_parameters(model, cfg["param_groups"])
         device_type = resolve_device_type(cfg)
         documents = math.ceil(cfg["batch_size"] / world_size)
         self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
@@ -1307,7 +1355,10 @@ class StepSize:
         _, self.shards = mesh_sizes(cfg, world_size)
         self.is_replicated = world_size > 1 and self.shards == 1
         self.set_micro_tokens(cfg["micro_tokens"])
-        self.is_lora = lora_cfg["r"] > 0
+        # bytes of a trained weight and its gradient, and of a number of the optimizer's state
+        self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
+        self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
+        self.needs_cast = self.master != self.element
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
@@ -1315,18 +1366,25 @@ class StepSize:
         self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
-        self.n_blocks = model_cfg["n_layers"]
-        self.recompute = self.n_blocks if recompute is True else min(recompute, self.n_blocks)
+        n_blocks = model_cfg["n_layers"]
+        recompute = n_blocks if recompute is True else min(recompute, n_blocks)
+        # The first blocks without a backward pass keep nothing: below them all is frozen, too
+        frozen_blocks = count_frozen_blocks(model)
+        self.n_blocks = n_blocks - frozen_blocks
+        self.recompute = max(0, recompute - frozen_blocks)
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
         self.block = count_parameters(block)
-        self.block_trained = count_parameters(block, trained=True)
-        self.outside = count_parameters(model) - len(model.blocks) * self.block
-        self.outside_trained = self.trained - len(model.blocks) * self.block_trained
-        self.outside_frozen = self.outside - self.outside_trained
-        self.trains_head = model.head_weight().requires_grad
+        # of each block that has a backward pass
+        self.blocks_trained = [count_parameters(block, trained=True)
+                               for block in model.blocks[frozen_blocks:]]
+        self.outside_trained = self.trained - sum(self.blocks_trained)
+        self.outside_frozen = count_parameters(model) - n_blocks * self.block - self.outside_trained
+        self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * model_cfg["d_model"]
+        self.trains_head = model.head_weight().requires_grad
+        self.trains_embedding = model.embed.weight.requires_grad
         # the linear layers of a block, whose weights may be quantized
         sizes = [module.in_features * module.out_features for module in block.modules()
                  if isinstance(module, nn.Linear)]
@@ -1354,6 +1412,17 @@ def count_parameters(module, trained=None):
                if trained is None or p.requires_grad == trained)
 
 
+def count_frozen_blocks(model):
+    """How many of the first blocks need no backward pass: they and all before them are frozen."""
+    for module in (model.embed, model.pos, model.embedding):
+        if isinstance(module, nn.Module) and count_parameters(module, trained=True):
+            return 0
+    for i, block in enumerate(model.blocks):
+        if count_parameters(block, trained=True):
+            return i
+    return len(model.blocks)
+
+
 def predict_memory(model_cfg, cfg, world_size=1):
     """Predict each device's memory in the phases of a step that can be its peak.
 
@@ -1367,14 +1436,16 @@ def memory_of_phases(s):
     """What predict_memory() returns, of a StepSize."""
     frozen_bytes = s.element * s.frozen
     if s.is_quantized:
-        frozen_bytes -= round((s.element - s.linear_element) * s.linear * s.n_blocks)
-    state = {"weights": (4 * s.trained + frozen_bytes) // s.shards,
+        n_weights = s.linear * s.model_cfg["n_layers"]
+        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
+    state = {"weights": (s.master * s.trained + frozen_bytes) // s.shards,
              "optimizer": optimizer_bytes(s) // s.shards}
-    gradients = 4 * s.trained
-    # gradients of earlier micro-batches; FSDP shards gradients in the last micro-batch only
-    accumulated = gradients if s.micro_batches > 1 else 0
-    all_gradients = gradients if s.micro_batches > 1 else gradients // s.shards
-    head_gradient = 4 * s.head if s.trains_head else 0
+    gradients = s.master * s.trained
+    # Gradients of earlier micro-batches. FSDP shards them in the last one only, and until then
+    # keeps them in fp32.
+    accumulated = (4 if s.shards > 1 else s.master) * s.trained if s.micro_batches > 1 else 0
+    all_gradients = accumulated or gradients // s.shards
+    head_gradient = s.master * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
     if s.model_cfg["tie_embeddings"]:
@@ -1395,8 +1466,14 @@ def memory_of_phases(s):
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients // s.shards}}
-    if s.is_replicated:    # see all_reduce_gradients
-        phases["at the all-reduce"] = state | {"gradients": 2 * gradients}
+    if s.master < 4 or s.moment < 4:    # see train.LowPrecisionAdamW
+        phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
+    if s.trains_embedding and s.master < 4:    # see Embedding in model.py
+        phases["in the embedding's backward pass"] = state | {
+            "activations": activation_bytes(s, blocks=0),
+            "gradients": all_gradients + (4 + s.master) * s.head}
+    if s.is_replicated:    # summed in fp32, see all_reduce_gradients
+        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
 
 
@@ -1406,13 +1483,13 @@ def peak_phase(phases):
 
 
 def optimizer_bytes(s):
-    """Two fp32 numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
+    """Two numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
     numbers = 2 * s.trained
     if s.cfg["optimizer"] == "muon":
         numbers -= s.matrices
     elif s.cfg["optimizer"] == "sgd":
         numbers = s.trained if s.cfg["momentum"] > 0 else 0
-    return 4 * numbers
+    return s.moment * numbers
 
 
 def gathered_or_cast_bytes(s, blocks=None):
@@ -1420,16 +1497,17 @@ def gathered_or_cast_bytes(s, blocks=None):
 
     blocks  how many, from the first; None: all
     """
-    blocks = blocks or s.n_blocks
     if s.shards > 1:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
-        outside = 4 * s.outside_trained + s.element * s.outside_frozen
+        elif blocks is None:
+            blocks = s.model_cfg["n_layers"]
+        outside = s.master * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block_bytes
-    # fp32: no cast. LoRA: frozen weights are stored in bf16. Recompute: see block_backward_bytes
-    if s.element == 4 or s.is_lora:
+    # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
+    if not s.needs_cast:
         return 0
-    return max(0, blocks - s.recompute) * s.block * s.element
+    return sum(s.blocks_trained[s.recompute:blocks]) * s.element
 
 
 def activation_bytes(s, blocks=None):
@@ -1438,7 +1516,7 @@ def activation_bytes(s, blocks=None):
     blocks  how many, from the first; None: all
     """
     C = s.model_cfg["d_model"]
-    blocks = blocks or s.n_blocks
+    blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
     n_recomputed = min(s.recompute, blocks)
     in_blocks = n_recomputed * s.element * C
     in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
@@ -1495,13 +1573,15 @@ def loss_bytes(s):
     input_gradient = s.tokens * C * s.element
     if not s.trains_head:
         return logits + input_gradient
-    bf16_head = s.element * s.head if s.element < 4 else 0
-    return logits + input_gradient + 4 * s.head + bf16_head
+    cast_head = s.element * s.head if s.needs_cast else 0
+    return logits + input_gradient + 4 * s.head + cast_head
 
 
 def block_backward_bytes(s, last):
     """What the backward pass of the last or first block needs besides the kept activations."""
     is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
+    # that of the last and of the first block are alike, unless one is frozen
+    block_trained = (s.blocks_trained or [0])[-1 if last else 0]
     mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
     is_gated = s.model_cfg["glu"]
     if not is_recomputed:
@@ -1514,13 +1594,13 @@ def block_backward_bytes(s, last):
         total = s.tokens * block_activation_bytes(s)
         if is_gated:
             total += mlp_gradient
-        if s.element < 4 and not s.is_lora and s.shards == 1:
-            total += s.element * s.block    # this block's weights, cast again
+        if s.needs_cast and s.shards == 1:
+            total += s.element * block_trained    # this block's weights, cast again
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
     if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.block_bytes + (s.element + 4) * s.block_trained
+        total += s.block_bytes + (s.element + 4) * block_trained
     return total
 
 

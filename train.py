@@ -52,9 +52,9 @@ import dataclasses
 import functools
 import math
 import platform
-import re
 import signal
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -159,6 +159,96 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
                              "exp_avg_sq": torch.zeros_like(p)}
 
 
+class LowPrecisionAdamW:
+    """AdamW (arXiv:1711.05101) whose weights or moments are bf16, computed in fp32.
+
+    What is stored in bf16 is rounded stochastically (arXiv:2010.06192): a change that is smaller
+    than the distance of two bf16 numbers, as most updates are, is made with a probability that
+    makes it right on average. The random bits are a hash of seed, update, parameter, row and
+    column, so that they do not depend on ranks or on resuming.
+
+    It has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
+    """
+
+    def __init__(self, param_groups, betas, eps, moment_dtype, seed):
+        self.param_groups = param_groups
+        self.betas = betas
+        self.eps = eps
+        self.seed = seed
+        self.state = {}
+        for p in optimizer_parameters(self):
+            self.state[p] = {"step": 0,
+                             "exp_avg": torch.zeros_like(p, dtype=moment_dtype),
+                             "exp_avg_sq": torch.zeros_like(p, dtype=moment_dtype)}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"]):
+                if p.grad is not None:
+                    self.update(name, p, group["lr"], group["weight_decay"])
+
+    def update(self, name, p, lr, weight_decay):
+        """Update a parameter chunk by chunk, so that little exists in fp32 at once."""
+        state = self.state[p]
+        state["step"] += 1
+        seed = zlib.crc32(f"{self.seed} {state['step']} {name}".encode()) - 2**31
+        weights, first_row, end_row = shard.local_shard(p)
+        if first_row == end_row:                         # this rank has no rows of it
+            return
+        rows = torch.arange(first_row, end_row, dtype=torch.int32, device=weights.device)
+        tensors = [weights]
+        for t in (p.grad, state["exp_avg"], state["exp_avg_sq"]):
+            tensors.append(shard.local_shard(t)[0])
+        # [rows, columns] each; a vector has one column
+        tensors = [t.view(len(rows), -1) for t in tensors]
+        rows_at_once = max(1, shard.UPDATE_CHUNK // tensors[0].shape[1])
+        for start in range(0, len(rows), rows_at_once):
+            chunk = slice(start, start + rows_at_once)
+            row_seeds = transformer.hash_int32(rows[chunk] ^ seed)
+            self.update_chunk(*[t[chunk] for t in tensors], row_seeds, state["step"], lr,
+                              weight_decay)
+
+    def update_chunk(self, weights, gradient, exp_avg, exp_avg_sq, row_seeds, step, lr,
+                     weight_decay):
+        """weights, gradient and moments are [rows, columns], row_seeds [rows]."""
+        beta1, beta2 = self.betas
+        gradient = gradient.float()
+        mean = exp_avg.float().lerp(gradient, 1 - beta1)
+        mean_sq = (exp_avg_sq.float() * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (mean_sq / (1 - beta2**step)).sqrt_().add_(self.eps)
+        new_weights = weights.float() * (1 - lr * weight_decay)
+        new_weights.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        # three times 16 random bits, pairwise independent, from 32
+        random = transformer.random_int32(row_seeds, weights.shape[1])
+        store(weights, new_weights, random)
+        store(exp_avg, mean, random >> 16)
+        store(exp_avg_sq, mean_sq, random ^ (random >> 16))
+
+    def zero_grad(self):
+        for p in optimizer_parameters(self):
+            p.grad = None
+
+
+def store(stored, x, random):
+    """Copy fp32 numbers to where they are stored, in fp32 or in bf16."""
+    if stored.dtype == torch.bfloat16:
+        x = round_stochastically(x, random)
+    stored.copy_(x)
+
+
+def round_stochastically(x, random):
+    """fp32 -> one of the two nearest bf16 numbers, the nearer one more probably.
+
+    bf16 is the upper half of fp32. A random number is added to the lower half, which is then cut
+    off: the probability of a carry, which rounds away from 0, is the fraction that is cut off.
+
+    random  int32 in the shape of x, of which the lower 16 bits are used
+    """
+    bits = x.view(torch.int32) + (random & 0xffff)
+    return (bits & -0x10000).view(torch.float32).bfloat16()
+
+
 class SGD(WithoutDynamo, torch.optim.SGD):
     """torch.optim.SGD whose momentum buffers exist from the start."""
     step = torch.no_grad()(torch.optim.SGD.step.__wrapped__)
@@ -235,6 +325,10 @@ def newton_schulz(g):
 
 
 def adamw(param_groups, cfg):
+    moment_dtype = cfg["shard"]["moment_dtype"]
+    if "bfloat16" in (cfg["shard"]["master_dtype"], moment_dtype):
+        return LowPrecisionAdamW(param_groups, cfg["betas"], cfg["eps"],
+                                 getattr(torch, moment_dtype), cfg["seed"])
     return AdamW(param_groups, betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
@@ -298,9 +392,8 @@ def make_param_groups(model, cfg):
             continue
         lr_scale = 1.0
         weight_decay = cfg["weight_decay"] if p.dim() >= 2 else 0.0
-        matching = [spec for spec in cfg["param_groups"] if re.search(spec["match"], name)]
-        if matching:
-            spec = matching[0]
+        spec = shard.matching_group(name, cfg["param_groups"])
+        if spec:
             used_patterns.add(spec["match"])
             # in the config, lr is a factor; weight_decay replaces the default
             lr_scale = spec.get("lr", lr_scale)
@@ -309,7 +402,8 @@ def make_param_groups(model, cfg):
         group["params"].append(p)
         group["names"].append(name)
     for spec in cfg["param_groups"]:
-        if spec["match"] not in used_patterns:
+        is_trained = spec.get("train", True)             # else: see shard.freeze_parameters
+        if is_trained and spec["match"] not in used_patterns:
             raise configs.UserError(f"param_groups: no trained parameter matches {spec['match']!r} "
                                     "(or an earlier group already took them)")
     return [group | {"lr": cfg["lr"], "lr_scale": lr_scale, "weight_decay": weight_decay}
@@ -371,7 +465,8 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     this rank a pair (doc_ids [D], {"loss": [D]}).
 
     To aggregate gradients in another way, replace this function: see experiments/majority.py. The
-    sum does not depend on micro_tokens and ranks; another aggregation may.
+    sum does not depend on micro_tokens and ranks; another aggregation may. One that calls
+    backward() itself has to call unscale_gradients(model) afterwards.
     """
     loss = torch.zeros((), device=model.embed.weight.device)
     document_stats = []
@@ -383,6 +478,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
         micro_loss.backward()
         loss += micro_loss.detach()
         document_stats.append((micro_batch["doc_ids"], stats))
+    unscale_gradients(model)
     shard.all_reduce_gradients(model)                    # replicated parameters: one all-reduce
     return shard.all_reduce_(loss), document_stats
 
@@ -408,8 +504,43 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
         loss_sum, _weight_sum, stats = model(micro_batch)
         micro_loss = loss_sum / global_loss_weight
         micro_loss.backward()
+        unscale_gradients(model)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         yield micro_loss.detach(), (micro_batch["doc_ids"], stats), gradients
+
+
+def unscale_gradients(model):
+    """Divide all .grad by model.loss_scale, which is 1 except with dtype=float16."""
+    if model.loss_scale != 1.0:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.div_(model.loss_scale)
+
+
+FIRST_LOSS_SCALE = 2.0**16
+LEAST_LOSS_SCALE = 1.0
+LOSS_SCALE_PERIOD = 2000     # good steps
+
+
+def adjust_loss_scale(state, loss, is_finite):
+    """Dynamic loss scaling of dtype=float16 (arXiv:1710.03740, section 3.2), after a step.
+
+    The scale lifts small gradients into the range of float16. It is halved when a gradient
+    overflows, and doubled after LOSS_SCALE_PERIOD good steps in a row. It is a power of two, so
+    that scaling rounds nothing.
+
+    Returns whether the scale was halved. It is not if the loss, which is not scaled, is not finite.
+    """
+    if state.dtype != "float16":
+        return False
+    state.good_steps = state.good_steps + 1 if is_finite else 0
+    if state.good_steps == LOSS_SCALE_PERIOD:
+        state.loss_scale *= 2
+        state.good_steps = 0
+    if is_finite or not math.isfinite(loss) or state.loss_scale <= LEAST_LOSS_SCALE:
+        return False
+    state.loss_scale /= 2
+    return True
 
 
 def weight_documents(micro_batch, factors):
@@ -435,7 +566,7 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
     loss, document_stats = forward_backward(model, micro_batches, global_loss_weight, cfg)
     params = optimizer_parameters(optimizer)
     gradients = [p.grad for p in params if p.grad is not None]
-    grad_norm = shard.full_tensor(torch.nn.utils.get_total_norm(gradients))
+    grad_norm = shard.full_tensor(total_norm(gradients))
     norm_on_host = float(grad_norm + 0 * loss)           # not finite if either is not
     is_finite = math.isfinite(norm_on_host)
     if is_finite:
@@ -446,6 +577,14 @@ def train_step(model, optimizer, micro_batches, global_loss_weight, lr, cfg):
         optimizer.step()
     optimizer.zero_grad()
     return loss, grad_norm, is_finite, document_stats
+
+
+def total_norm(gradients):
+    """The norm of all gradients together, in fp32."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def gather_document_stats(document_stats):
@@ -674,7 +813,9 @@ class TrainState:
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
-    consecutive_skips: int
+    consecutive_skips: int        # of them, those since the last update; without halved loss scales
+    loss_scale: float             # of the next step; 1 unless dtype is float16
+    good_steps: int               # updates since the loss scale has changed or a step was skipped
     dtype: str                    # of the computation, chosen at the first start
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
@@ -947,7 +1088,8 @@ def load_reference(cfg, model_cfg):
     read_slice = transformer.PretrainedWeights(path, reference_cfg).read
     reference = transformer.build_on_meta(reference_cfg).requires_grad_(False)
     without_lora = cfg["shard"] | {"lora": cfg["shard"]["lora"] | {"r": 0}, "quantize": "none"}
-    return shard.parallelize(reference, cfg | {"shard": without_lora}, read_slice).eval()
+    cfg = cfg | {"shard": without_lora, "param_groups": []}
+    return shard.parallelize(reference, cfg, read_slice).eval()
 
 
 @torch.no_grad()
@@ -1017,6 +1159,7 @@ def new_state(explicit, cfg, data, base, total_steps):
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
         step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
@@ -1027,8 +1170,10 @@ def new_state(explicit, cfg, data, base, total_steps):
 
 def continue_state(state, saved):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "changes"):
-        setattr(state, key, saved[key])
+    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
+                "changes"):
+        if key in saved:                                 # older versions had no loss scale
+            setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
     changed += [f"data.train.{name}" for name in sorted(saved["data"] | state.data)
                 if saved["data"].get(name) != state.data.get(name)]
@@ -1115,6 +1260,7 @@ def train(run):
             # Dropout and NEFTune are hashed from this, doc_id and position: the same on any layout.
             noise_seed = {"noise_seed": (cfg["seed"], step)}
             state.step += 1                  # from here on: the number of this step, from 1
+            run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
                 [global_loss_weight] = shard.all_reduce_sum([loss_weight])
@@ -1125,9 +1271,16 @@ def train(run):
                 next_batch = loader.submit(load_step, run, step + 1)
 
             # a non-finite step made no update
-            state.consecutive_skips = 0 if is_finite else state.consecutive_skips + 1
-            if not is_finite:
+            is_overflow = adjust_loss_scale(state, loss, is_finite)
+            if is_finite:
+                state.consecutive_skips = 0
+            else:
                 state.skipped_steps += 1
+            if is_overflow:
+                run.logger.print(f"step {state.step:,}: a gradient overflows float16, so no "
+                                 f"update; the loss scale is now {state.loss_scale:g}")
+            elif not is_finite:
+                state.consecutive_skips += 1
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
@@ -1229,7 +1382,7 @@ def log_step(run, info, loss, lr, grad_norm):
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
-    run.logger.step({
+    record = {
         "step": state.step,
         "loss": loss,
         "lr": lr,
@@ -1247,7 +1400,10 @@ def log_step(run, info, loss, lr, grad_norm):
         "data_wait": run.data_wait / elapsed,
         "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
-    })
+    }
+    if run.model.dtype == torch.float16:
+        record["loss_scale"] = run.model.loss_scale
+    run.logger.step(record)
 
 
 def reset_meters(run):

@@ -288,9 +288,10 @@ def layer_of(source, key):
 TYPES = {"str": str, "bool": bool, "int": int, "float": float, "list": list, "map": dict,
          "section": dict, "null": type(None), "name": str, "names": list, "path": str}
 COUNT_OR_FRACTION = "int >= 0 or float >= 0 and <= 1"
-SHORT_NAMES = {"bf16": "bfloat16", "fp32": "float32", "gpu": "cuda"}    # of values
+# of values
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "gpu": "cuda"}
 PARAM_GROUP = {"param_groups.match": "str", "param_groups.lr": "float >= 0",
-               "param_groups.weight_decay": "float >= 0"}
+               "param_groups.weight_decay": "float >= 0", "param_groups.train": "bool"}
 COMPARISONS = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 
 
@@ -806,7 +807,14 @@ def check(cfg, layers_by_key, defaults):
         # for its errors only: the values need no conversion
         validate(group, PARAM_GROUP, layers_by_key, "param_groups.")
         yield (is_pattern(group.get("match")), "param_groups",
-               "a list of {match: a regular expression, lr: a factor, weight_decay: a number}")
+               "a list of {match: a regular expression, lr: a factor, weight_decay: a number, "
+               "train: false}")
+        yield (group.get("train", True) or not {"lr", "weight_decay"} & group.keys(),
+               "param_groups", "a list in which groups with train: false have no lr and no "
+               "weight_decay")
+    for key in ("master_dtype", "moment_dtype"):
+        yield (cfg["optimizer"] == "adamw" or cfg["shard"][key] == "float32", f"shard.{key}",
+               f"float32 with optimizer={cfg['optimizer']}; bfloat16 is for adamw")
     id_range = cfg["data"]["ignore_token_id_range"] or [0, 0]
     yield (len(id_range) == 2 and id_range[0] <= id_range[1], "data.ignore_token_id_range",
            "null or [first, last]")

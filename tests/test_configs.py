@@ -325,7 +325,11 @@ def test_load_reports_the_file_of_a_mistake(tmp_path):
     (["shard.compile=no"], ["shard.compile", "true or false or null"]), (["shard.compile=1"], ["shard.compile"]),
     (["model.init_std=-1"], ["model.init_std"]), (["model.rope_theta=-1.0"], ["model.rope_theta"]),
     (["lr=.inf"], ["lr"]), (["lr=nan"], ["lr"]), (["lr=-1"], ["lr"]), (["resume="], ["resume", "latest"]),
-    (["dtype=fp8"], ["dtype: must be one of auto, bfloat16, float32; got 'fp8' (from cli)"]),
+    (["param_groups=[{match: a, train: false, lr: 2}]"], ["groups with train: false have no lr and no weight_decay"]),
+    (["param_groups=[{match: a, train: 0}]"], ["param_groups.train: must be true or false; got 0"]),
+    (["optimizer=sgd", "shard.master_dtype=bf16"],
+     ["shard.master_dtype: must be float32 with optimizer=sgd; bfloat16 is for adamw"]),
+    (["dtype=fp8"], ["dtype: must be one of auto, bfloat16, float16, float32; got 'fp8' (from cli)"]),
     (["batch_size=0"], ["batch_size", ">= 1"]), (["max_steps=x"], ["max_steps", "int"]),
     (["warmup_steps=1.5"], ["warmup_steps", "int", "<= 1"]), (["data.ignore_token_id_range=[3, 1]"], ["first, last"]),
     (["data.ignore_token_ids=[x]"], ["data.ignore_token_ids", "list of int"]),
@@ -384,11 +388,11 @@ def test_source_without_name_shows_an_example_for_null(tmp_path):
 
 
 def test_coerce_takes_short_names_of_values(tmp_path):
-    """dtype=bf16 is bfloat16, and is recorded so; float16 is refused."""
-    for text, dtype in (("bf16", "bfloat16"), ("fp32", "float32"), ("float32", "float32")):
+    """dtype=bf16 is bfloat16, and is recorded so."""
+    for text, dtype in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("float32", "float32")):
         cfg, _, explicit = configs.load([f"dtype={text}"])
         assert cfg["dtype"] == explicit["dtype"] == dtype
-    for text in ("fp16", "float16", "bf"):
+    for text in ("fp8", "half", "bf"):
         assert_names(error_of(configs.load, [f"dtype={text}"]), ["dtype: must be one of", "bfloat16", repr(text)])
 
 
@@ -472,7 +476,7 @@ def test_read_defaults_states_a_constraint_for_every_key():
             assert pattern.fullmatch(alternative), f"{key}: {schema[key]}"
         if not schema[key].startswith("section"):
             assert configs.fits(configs.get(cfg, key), schema[key]), key
-    assert schema["lr"] == "float >= 0" and schema["dtype"] == "one of auto, bfloat16, float32"
+    assert schema["lr"] == "float >= 0" and schema["dtype"] == "one of auto, bfloat16, float16, float32"
     assert schema["model.loss"].startswith("name in model.LOSSES: cross_entropy")
 
 

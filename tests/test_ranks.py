@@ -279,9 +279,11 @@ NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
         "model.pad_vocab_size_multiple=64", "model.resid_pdrop=0.1", "model.attn_pdrop=0.1",
         "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
+BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 MODELS = {    # name: (keys, relative tolerance of the loss)
     "full": ([], 1e-5),
     "bf16": (["dtype=bfloat16"], 1e-3),
+    "fp16": (["dtype=float16"], 1e-3),
     "gpt-2": (GPT2, 1e-5),
     "lora": (["shard.lora.r=1"], 1e-5),
     "lora, bf16": (["shard.lora.r=1", "dtype=bfloat16"], 1e-3),
@@ -295,6 +297,8 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "muon": (["optimizer=muon"], 1e-3),
     "by_loss": (["sampler.order=by_loss"], 1e-5),
     "sgd": (["optimizer=sgd"], 1e-5),
+    "bf16 state": (["dtype=bfloat16", *BF16_STATE], 1e-3),
+    "frozen": (["param_groups=[{match: 'embed|blocks.0|mlp', train: false}]"], 1e-5),
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
     "olmo2": (OLMO2, 1e-3)}
@@ -308,7 +312,8 @@ LAYOUTS = [    # (model, ranks, keys)
     ("lora", 2, []), ("lora, dropout", 2, []), ("lora, dropout", 2, SHARD2),
     ("lora, modules_to_save", 2, []), ("lora, modules_to_save", 2, SHARD2),
     ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
-    ("reference", 2, SHARD2),
+    ("reference", 2, SHARD2), ("frozen", 2, []), ("frozen", 2, SHARD2),
+    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, []), ("fp16", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
@@ -316,7 +321,9 @@ LAYOUTS = [    # (model, ranks, keys)
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2), ("nf4", 2, SHARD2)]
+    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2),
+    ("nf4", 2, SHARD2), ("frozen", 2, SHARD2), ("bf16 state", 2, []), ("bf16 state", 2, SHARD2),
+    ("fp16", 2, SHARD2)]
 
 
 def name_of(layout):
@@ -521,13 +528,25 @@ SHAPES = {
         "shard.recompute=true", "dtype=bfloat16"],
     "int8": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=256",
-        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=int8"]}
+        "data.seq_len=128", "batch_size=4", "shard.lora.r=8", "shard.quantize=int8"],
+    "bf16 state": [
+        "model.d_model=128", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=256",
+        "data.seq_len=128", "batch_size=4", "dtype=bfloat16", *BF16_STATE],
+    "bf16 state, fp32": [
+        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=256",
+        "data.seq_len=128", "batch_size=4", *BF16_STATE],
+    "bf16 moments, fp32": [
+        "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=256",
+        "data.seq_len=128", "batch_size=4", "shard.moment_dtype=bfloat16"],
+    "frozen": [
+        "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}
 
 
 @pytest.mark.parametrize("ranks, mesh, shapes", [
-    (1, [], list(SHAPES)), (2, [], ["narrow, many tokens"]),
-    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute",
-                 "lora, dropout, modules_to_save", "nf4"])],
+    (1, [], list(SHAPES)), (2, [], ["narrow, many tokens", "bf16 state, fp32"]),
+    (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute", "lora, dropout, modules_to_save",
+                 "nf4", "frozen", "bf16 state, fp32"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

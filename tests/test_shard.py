@@ -154,6 +154,33 @@ def test_parallelize_under_lora_in_bf16_stores_frozen_matrices_in_bf16():
         assert p.dtype == (torch.bfloat16 if is_frozen_matrix else torch.float32)
 
 
+# --------------------------------------------------------------------------------------------------
+# frozen parameters
+
+def test_freeze_parameters_computes_no_gradient_and_has_no_optimizer_state():
+    """The first matching group decides. Frozen matrices are stored in the compute dtype."""
+    groups = ("param_groups=[{match: q_proj, lr: 0.5}, {match: 'embed|blocks', train: false}, "
+              "{match: norm}]")
+    cfg, model = parallelized("model.vocab_size=101", "dtype=bfloat16", groups)
+    optimizer = train.make_optimizer(model, cfg)
+    model(micro_batch())[0].backward()
+    expected = {f"blocks.{i}.attn.q_proj.weight" for i in range(4)} | {"norm.weight"}
+    params = dict(model.named_parameters())
+    assert {name for name, p in params.items() if p.grad is not None} == expected
+    assert set(optimizer.state) == {params[name] for name in expected}
+    assert params["embed.weight"].dtype == torch.bfloat16
+    assert params["blocks.0.attn.q_proj.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("groups, words", [
+    ("[{match: head, train: false}]", "param_groups: no parameter matches 'head'"),
+    ("[{match: blocks}, {match: blocks.0, train: false}]", "no parameter matches 'blocks.0'"),
+    ("[{match: '', train: false}]", "train: false leaves no parameter to train")])
+def test_freeze_parameters_refuses_a_pattern_without_effect(groups, words):
+    with pytest.raises(configs.UserError, match=words):
+        parallelized("model.vocab_size=101", f"param_groups={groups}")
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs a C++ compiler")
 def test_compile_blocks_makes_the_same_steps():
     """A graph of each half serves all blocks and lengths; equal to rounding."""

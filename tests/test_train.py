@@ -1,5 +1,5 @@
 """train.py with checkpoint.py: one loss (law 1), a stopped run is the same run (law 3), bad input loses nothing."""
-import json, math, os, re, shutil, signal, subprocess, sys, time, traceback
+import json, math, os, re, shutil, signal, subprocess, sys, time, traceback, types
 from pathlib import Path
 
 import pytest
@@ -58,7 +58,8 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
 
 @pytest.mark.parametrize("more, tolerance", [
     ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5),
-    (("shard.lora.r=4", "shard.lora.dropout=0.2"), 1e-5)])
+    (("shard.lora.r=4", "shard.lora.dropout=0.2"), 1e-5),
+    (("shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"), 1e-3)])
 def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance):
     """The layout of a step changes rounding and nothing else (guarantee 1)."""
     # ten steps that don't amplify rounding by themselves
@@ -89,6 +90,9 @@ GPT2 = ["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", 
         "model.activation=gelu_new", "data.seq_len=400"]
 TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.more.weight=0.5",
                   "data.train.chats.weight=2"]
+BF16_MASTERS, BF16_MOMENTS = "shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"
+FROZEN = "param_groups=[{match: embed, train: false}]"
+FROZEN_BLOCK = "param_groups=[{match: 'embed|blocks.0', train: false}]"
 CELLS = {
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
     "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
@@ -98,7 +102,12 @@ CELLS = {
     "one source twice, one half": (TWICE_AND_HALF, 23),
     "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
     "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 4),
-    "sgd": (["optimizer=sgd"], 10), }
+    "sgd": (["optimizer=sgd"], 10), "frozen embedding": ([FROZEN], 13),
+    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4),
+    "bf16 masters and moments": ([BF16_MASTERS, BF16_MOMENTS], 13),
+    "bf16 masters, frozen, in bf16": ([BF16_MASTERS, FROZEN_BLOCK, "dtype=bfloat16"], 4),
+    "bf16 moments": ([BF16_MOMENTS], 10), "fp16": (["dtype=float16"], 4),
+    "lora in fp16": (["dtype=float16", "shard.lora.r=4"], 4), }
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -488,6 +497,117 @@ def test_adamw_equals_torch_bitwise_without_importing_dynamo(tiny, script):
     assert out.stdout.strip() == "False", out.stderr
 
 
+def test_round_stochastically_is_right_on_average():
+    """The two neighbours in bf16, with the probabilities of their distances; also below 0."""
+    spacing = 2.0 ** -7
+    random = M.random_int32(M.hash_int32(torch.arange(400)), 400)
+    for sign in (1, -1):
+        x = torch.full((400, 400), sign * (1 + 0.3 * spacing))
+        for noise in (random, random >> 16, random ^ (random >> 16)):
+            rounded = train.round_stochastically(x, noise).float()
+            assert set(rounded.unique().tolist()) == {sign * 1.0, sign * (1 + spacing)}
+            assert float(rounded.mean() - sign) / (sign * spacing) == pytest.approx(0.3, abs=0.01)
+    exact = torch.tensor([0.0, 1.5, -3.0])
+    assert torch.equal(train.round_stochastically(exact, torch.full((3,), 0xffff, dtype=torch.int32)).float(), exact)
+
+
+def test_low_precision_adamw_equals_torch_on_average(tiny):
+    """Updates of a hundredth of bf16's spacing add up. Chunks of rows do not change the result."""
+    def after(steps, chunk, **dtypes):
+        c = tiny("weight_decay=0.1")[0]
+        c["shard"] |= dtypes
+        start = torch.full((64, 128), 1.0)
+        p = torch.nn.Parameter(start.to(getattr(torch, c["shard"]["master_dtype"])))
+        group = {"params": [p], "names": ["w"], "lr": 1e-4, "weight_decay": 0.1}
+        optimizer = train.adamw([group], c)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shard, "UPDATE_CHUNK", chunk)
+            for n in range(steps):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)).add(1).to(p.dtype)
+                optimizer.step()
+        return optimizer, p.detach()
+    reference, exact = after(60, 1)
+    assert isinstance(reference, train.AdamW)
+    for master, moment in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")):
+        dtypes = {"master_dtype": master, "moment_dtype": moment}
+        optimizer, p = after(60, 1 << 20, **dtypes)
+        [state] = optimizer.state.values()
+        assert str(p.dtype) == f"torch.{master}" and str(state["exp_avg"].dtype) == f"torch.{moment}"
+        change = float((exact - 1).mean())
+        assert float((p.float() - 1).mean()) == pytest.approx(change, rel=0.05), dtypes
+        for key in ("exp_avg", "exp_avg_sq"):
+            [expected] = [s[key] for s in reference.state.values()]
+            assert float(state[key].float().mean()) == pytest.approx(float(expected.mean()), rel=0.01)
+        assert torch.equal(after(60, 300, **dtypes)[1], p)
+
+
+FP16 = ["dtype=float16", "eval_every=0"]
+
+
+def test_float16_trains_as_float32_does(tiny):
+    """Gradients are unscaled, whatever their scale; the scale is logged."""
+    exact = run(tiny("max_steps=10", "lr=1e-3", "eval_every=0", out="exact"))
+    loaded = tiny(*FP16, "max_steps=10", "lr=1e-3")
+    half = run(loaded)
+    assert float((losses(half) / losses(exact) - 1).abs().max()) < 2e-3
+    pairs = zip(records(loaded[0], "grad_norm", "loss_scale"), records(tiny(out="exact")[0], "grad_norm"))
+    for (norm, scale), (exact_norm,) in pairs:
+        assert scale == 65536 and norm == pytest.approx(exact_norm, rel=0.02)
+
+
+def test_float16_halves_the_loss_scale_on_overflow(tiny, monkeypatch, capsys):
+    """Such steps make no update, and are not among the bad_steps."""
+    monkeypatch.setattr(train, "FIRST_LOSS_SCALE", 2.0**26)
+    loaded = tiny(*FP16, "max_steps=12", "bad_steps=1", "save_every=1", "checkpoint.keep=99")
+    run(loaded)
+    rows = records(loaded[0], "step", "loss_scale", "skipped", "loss")
+    assert [scale for _, scale, _, _ in rows[:2]] == [2.0**26, 2.0**25]
+    n_skipped = rows[-1][2]
+    assert 2 <= n_skipped < 12 and rows[-1][1] == 2.0**(26 - n_skipped)
+    assert all(math.isfinite(loss) for *_, loss in rows)
+    assert f"the loss scale is now {2.0**25:g}" in capsys.readouterr().out
+    for step, scale, skipped, _ in rows[1:]:
+        a, b = (weights(loaded[0], s)["model.safetensors"] for s in (step - 1, step))
+        was_skipped = skipped > rows[step - 2][2]
+        assert all(torch.equal(a[n], b[n]) for n in a) == was_skipped
+
+
+def test_adjust_loss_scale_doubles_after_good_steps_and_has_a_least_value():
+    state = types.SimpleNamespace(dtype="float16", loss_scale=4.0, good_steps=0)
+    for _ in range(1999):
+        assert not train.adjust_loss_scale(state, 1.0, True)
+    assert state.loss_scale == 4 and not train.adjust_loss_scale(state, 1.0, True) and state.loss_scale == 8
+    assert [train.adjust_loss_scale(state, 1.0, False) for _ in range(4)] == [True, True, True, False]
+    assert state.loss_scale == 1 and state.good_steps == 0
+    state.loss_scale = 8.0
+    assert not train.adjust_loss_scale(state, math.nan, False) and state.loss_scale == 8
+    other = types.SimpleNamespace(dtype="bfloat16", loss_scale=1.0, good_steps=0)
+    assert not train.adjust_loss_scale(other, 1.0, False) and other.loss_scale == 1
+
+
+def test_bad_steps_counts_float16_overflows_at_the_least_loss_scale(tiny, monkeypatch):
+    monkeypatch.setattr(train, "FIRST_LOSS_SCALE", 2.0**32)
+    monkeypatch.setattr(train, "LEAST_LOSS_SCALE", 2.0**31)
+    with pytest.raises(configs.UserError, match="bad_steps: 3 steps in a row, up to step 4"):
+        run(tiny(*FP16, "bad_steps=3"))
+
+
+def test_unscale_gradients_serves_experiments_with_gradients_per_micro_batch(tiny):
+    """micro_batch_gradients yields unscaled gradients, too."""
+    c = tiny(*FP16, "model.vocab_size=50")[0]
+    model = M.build(c["model"])
+    model.dtype = torch.float16
+    batch = M.pack_prompts([list(range(20)), [1, 2, 3]])
+    batch |= {"targets": batch["tokens"].flip(0), "loss_weights": torch.ones(23), "doc_ids": torch.arange(2)}
+    results = []
+    for scale in (1.0, 1024.0):
+        model.loss_scale = scale
+        [(loss, _, gradients)] = train.micro_batch_gradients(model, [batch], 23.0)
+        results.append((loss, torch.cat([g.flatten() for g in gradients])))
+    assert results[0][0] == results[1][0]
+    assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
+
+
 def test_muon_equals_torch_on_every_matrix(tiny):
     c = tiny("optimizer=muon", "lr=1e-2", "weight_decay=0.1")[0]
     model = M.build(c["model"] | {"vocab_size": 50})
@@ -532,6 +652,22 @@ def test_make_param_groups_applies_lr_and_weight_decay(tiny):
     fresh = M.build(tiny()[0]["model"] | {"vocab_size": 259})
     assert torch.equal(still["embed.weight"], fresh.embed.weight)
     assert not torch.equal(still["norm.weight"], fresh.norm.weight)
+
+
+@pytest.mark.parametrize("more", [[FROZEN], ["param_groups=[{match: lora_A, train: false}]", "shard.lora.r=2"]])
+def test_frozen_parameters_keep_their_values_in_checkpoints_and_exports(tiny, more):
+    """Full fine-tuning saves them, too. Under LoRA, adapters are saved although they are frozen."""
+    loaded = tiny(*more, "max_steps=3", "save_every=3", "eval_every=0", "checkpoint.export=true")
+    run(loaded)
+    saved = weights(loaded[0], 3)
+    fresh = M.build(loaded[0]["model"] | {"vocab_size": 259})
+    exported = M.load(Path(loaded[0]["out_dir"]) / "hf")[0]
+    assert torch.equal(exported.embed.weight, fresh.embed.weight)
+    assert not torch.equal(exported.blocks[0].attn.q_proj.weight, fresh.blocks[0].attn.q_proj.weight)
+    trained = {name.rpartition("/")[0] for name in saved["optimizer.safetensors"]}
+    frozen = saved["model.safetensors"].keys() - trained
+    pattern = loaded[0]["param_groups"][0]["match"]
+    assert frozen and frozen == {name for name in saved["model.safetensors"] if pattern in name}
 
 
 def register_nan_loss(monkeypatch):

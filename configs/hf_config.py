@@ -17,7 +17,7 @@ import configs
 NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", "loss_options",
                     "embed", "embed_options", "embd_pdrop", "attn_pdrop", "resid_pdrop",
                     "pad_vocab_size_multiple")
-# scaled is folded into the table where a family has no key for it, neftune only adds noise in training
+# scaled is folded into the table where a family has no key for it; neftune is only for training
 EXPORTED_EMBEDDINGS = ("plain", "scaled", "neftune")
 
 # The kinds of rope_scaling that model.py computes, and the numbers that each needs

@@ -1385,20 +1385,24 @@ class StepSize:
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         self.trains_embedding = model.embed.weight.requires_grad
-        # the linear layers of a block, whose weights may be quantized
+        self.measure_linear_layers(block)
+        # in the blocks' matrices: with Muon they have a momentum and no other state
+        self.matrices = sum(p.numel() for name, p in model.named_parameters()
+                            if p.requires_grad and transformer.is_block_matrix(name, p))
+
+    def measure_linear_layers(self, block):
+        """The sizes of a block's linear layers, whose weights may be quantized."""
         sizes = [module.in_features * module.out_features for module in block.modules()
                  if isinstance(module, nn.Linear)]
         self.linear = sum(sizes)
         self.largest_linear = max(sizes)
-        self.is_quantized = cfg["shard"]["quantize"] != "none"
+        quantize = self.cfg["shard"]["quantize"]
+        self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
-        self.linear_element = BYTES_PER_WEIGHT.get(cfg["shard"]["quantize"], self.element)
+        self.linear_element = BYTES_PER_WEIGHT.get(quantize, self.element)
         self.block_bytes = self.element * self.block
         if self.is_quantized:
             self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
-        # in the blocks' matrices: with Muon they have a momentum and no other state
-        self.matrices = sum(p.numel() for name, p in model.named_parameters()
-                            if p.requires_grad and transformer.is_block_matrix(name, p))
 
 
     def set_micro_tokens(self, micro_tokens):

@@ -1500,7 +1500,7 @@ class Rendering:
                           **self.variables)[0]
 
 
-def render_messages(template, tok, messages, /, add_generation_prompt=False, columns=None,
+def render_messages(template, tok, messages, add_generation_prompt=False, columns=None,
                     chat_template_kwargs=None, **given):
     """Render messages and find what in them only spells special tokens: a Rendering.
 
@@ -1735,8 +1735,8 @@ class BaseTokenizer:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
-        """Replace lone surrogates by U+FFFD."""
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        """Replace lone surrogates by U+FFFD, and compose: the text that the ids stand for."""
+        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""

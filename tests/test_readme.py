@@ -37,7 +37,7 @@ def find_commands():
         line = line.strip().split("   ")[0].split("  #")[0]
         for command in line.split("&&"):
             command = command.strip().rstrip(":")
-            is_command = re.match(r"(torchrun|python) (.* )?(\S+\.py|-m \S+)", command)
+            is_command = re.match(r"(torchrun|python) (.* )?(\S+\.py|-m (configs|experiments))", command)
             if is_command and not re.search(r"\b(N_MB|RUN|PATH|FILE)\b", command):
                 commands.append(command)
     return list(dict.fromkeys(commands))

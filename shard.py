@@ -1376,11 +1376,7 @@ class StepSize:
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
         self.block = count_parameters(block)
-        # of each block that has a backward pass
-        self.blocks_trained = [count_parameters(block, trained=True)
-                               for block in model.blocks[frozen_blocks:]]
-        self.outside_trained = self.trained - sum(self.blocks_trained)
-        self.outside_frozen = count_parameters(model) - n_blocks * self.block - self.outside_trained
+        self.measure_trained_parameters(model, frozen_blocks)
         self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
@@ -1389,6 +1385,14 @@ class StepSize:
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
+
+    def measure_trained_parameters(self, model, frozen_blocks):
+        """The numbers of parameters inside and outside of the blocks with a backward pass."""
+        self.blocks_trained = [count_parameters(block, trained=True)
+                               for block in model.blocks[frozen_blocks:]]
+        self.outside_trained = self.trained - sum(self.blocks_trained)
+        in_blocks = len(model.blocks) * self.block
+        self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
 
     def measure_linear_layers(self, block):
         """The sizes of a block's linear layers, whose weights may be quantized."""
@@ -1403,7 +1407,6 @@ class StepSize:
         self.block_bytes = self.element * self.block
         if self.is_quantized:
             self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
-
 
     def set_micro_tokens(self, micro_tokens):
         self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch

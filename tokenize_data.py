@@ -1574,7 +1574,8 @@ def map_strings(function, value):
 def find_unwritten(rendering, given):
     """Return warnings about texts of a record that are not in its rendering: [(warning, example)].
 
-    Arguments of calls and parameters of tools are not searched: templates write them in many forms.
+    Of arguments of calls, only texts are searched, and parameters of tools are not: templates write
+    them in many forms.
     A short text counts as written if it is anywhere in the rendering.
 
     given  {"tools": ..., "documents": ...}, if there are some
@@ -1595,7 +1596,7 @@ def find_unwritten(rendering, given):
             if isinstance(value, str) and THOUGHT_KEY.search(key):
                 texts.append(("the reasoning", place, value))
         for call in message.get("tool_calls") or []:
-            texts.append(("a tool call", place, call["function"].get("name") or ""))
+            texts += [("a tool call", place, text) for text in call_texts(call["function"])]
     written = set()
     examples = {}                            # {what: the first that is not written}
     for what, place, text in texts:
@@ -1606,6 +1607,16 @@ def find_unwritten(rendering, given):
     if "the reasoning" in written:           # templates drop that of earlier turns on purpose
         examples.pop("the reasoning", None)
     return [(UNWRITTEN.format(what), example) for what, example in examples.items()]
+
+
+def call_texts(function):
+    """The name of a call, and those of its arguments that are texts."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):    # a template may take any text
+            arguments = json.loads(arguments)
+    values = arguments.values() if isinstance(arguments, dict) else ()
+    return [function.get("name") or "", *(value for value in values if isinstance(value, str))]
 
 
 def is_written(text, rendered):

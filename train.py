@@ -1,10 +1,10 @@
 """The training loop: pretraining and fine-tuning of language models on one device or many.
 
     torchrun train.py configs/ft.yaml                          fine-tune data/base on chats
-    torchrun train.py configs/ft.yaml lr=1e-4 out_dir=out/slow another learning rate
+    torchrun train.py configs/ft.yaml lr=1e-4 out_dir=out/b    with another learning rate
     torchrun --nproc_per_node 2 train.py configs/ft.yaml out_dir=out/two             on two devices
     torchrun train.py configs/pretrain.yaml                    train from scratch on text
-    torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/lora        adapters only
+    torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/r8          adapters only
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu         a laptop
 
 The loss of a step is

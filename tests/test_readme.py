@@ -180,7 +180,7 @@ ALLOWED_IMPORTS = {
     "shard.py": {"model", "tokenize_data"},
     "sampler.py": {"tokenize_data"},
     "checkpoint.py": {"model", "shard", "tokenize_data"},
-    "log.py": {"sampler", "shard", "tokenize_data"},
+    "log.py": {"model", "sampler", "shard", "tokenize_data"},
     "train.py": {"checkpoint", "log", "model", "sampler", "shard", "tokenize_data"},
 }
 

@@ -1024,8 +1024,6 @@ def resolve_model(cfg, tokenizer):
         raise configs.UserError(f"model.vocab_size: {model_cfg['vocab_size']} rows are too few for "
                                 f"the tokenizer's {tokenizer.n_vocab} ids; model.vocab_size=null "
                                 "or another data.tokenizer")
-    if cfg["shard"]["lora"]["r"] and model_cfg["init_from"]:
-        check_lora_vocabulary(cfg, tokenizer, model_cfg)
     is_scaled = model_cfg["rope_scaling"] is not None
     if seq_len > model_cfg["max_len"] and not is_scaled and shard.rank() == 0:
         print(f"warning: data.seq_len: {seq_len} is more than the {model_cfg['max_len']} positions "
@@ -1036,6 +1034,8 @@ def resolve_model(cfg, tokenizer):
     reader = transformer.weights_reader(model_cfg, cfg["seed"])
     if model_cfg["init_from"] and reader.new_names:
         report_new_parameters(cfg, reader.new_names)
+    if cfg["shard"]["lora"]["r"] and model_cfg["init_from"]:
+        check_lora_vocabulary(cfg, tokenizer, model_cfg)
     return model_cfg, reader.read
 
 

@@ -251,6 +251,12 @@ def make_sampler(cfg, dataset):
     return SAMPLERS[order](cfg, dataset)
 
 
+def times_per_epoch(cfg, sizes):
+    """Return how often each document is in an epoch, by the weights of sources: [documents]."""
+    counts = np.array(list(sizes.values()))
+    return np.repeat(documents_per_epoch(cfg, sizes) / np.maximum(counts, 1), counts)
+
+
 def fill_unknown(values):
     """Return values [n] as float64, with the mean of the others for each nan (1 if all are nan)."""
     is_known = ~np.isnan(values)

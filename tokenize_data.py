@@ -856,8 +856,12 @@ def parse_column(record, key, expected, description):
     return value
 
 
-def is_json_list(value):
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+def parse_list(value):
+    """A list, perhaps as JSON text. An empty one if a column of this name holds something else."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, list) else []
 
 
 def has_chat(record):
@@ -894,18 +898,14 @@ def normalize_chat(record):
         check_type(system, str, f"{key}: expected text")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system, "weight": 1.0}, *messages]
-    tools = []
-    is_older = not record.get("tools") and is_json_list(record.get("functions"))
-    key = "functions" if is_older else "tools"           # OpenAI's older form
-    for tool in parse_column(record, key, list, "a list of tools"):
-        tools.append(normalize_tool(tool))
+    given_tools = parse_column(record, "tools", list, "a list of tools")
+    given_tools = given_tools or parse_list(record.get("functions"))         # OpenAI's older form
+    tools = [normalize_tool(tool) for tool in given_tools]
     set_call_ids(messages)
     drop_null_arguments(messages, tools)
     columns = {key: value for key, value in record.items()
                if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
-    documents = []
-    if is_json_list(record.get("documents")):            # otherwise it is another column
-        documents = parse_column(record, "documents", list, "a list of documents")
+    documents = parse_list(record.get("documents"))
     chat = {
         "tools": tools,
         "documents": [document for document in documents if isinstance(document, dict)],
@@ -1095,13 +1095,15 @@ def set_call_ids(messages):
     waiting = []                             # ids of calls without an output
     was_output = False
     for message in messages:
-        if was_output and message["role"] != "tool":
+        is_output = message["role"] == "tool"
+        if was_output and not is_output:
             waiting = []
-        was_output = message["role"] == "tool"
+        was_output = is_output
         for call in message.get("tool_calls", []):
             if call.get("id") == "":
                 n_calls += 1
                 call["id"] = tool_call_id(n_calls)
+            if "id" in call:
                 waiting.append(call["id"])
         if message.get("tool_call_id") == "":
             message["tool_call_id"] = waiting.pop(0) if waiting else tool_call_id(n_calls)
@@ -1575,8 +1577,7 @@ def find_unwritten(rendering, given):
     """Return warnings about texts of a record that are not in its rendering: [(warning, example)].
 
     Of arguments of calls, only texts are searched, and parameters of tools are not: templates write
-    them in many forms.
-    A short text counts as written if it is anywhere in the rendering.
+    them in many forms. A short text counts as written if it is anywhere in the rendering.
 
     given  {"tools": ..., "documents": ...}, if there are some
     """

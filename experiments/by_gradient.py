@@ -43,9 +43,7 @@ class GradientSampler(sampler.Sampler):
 
     def __init__(self, cfg, dataset):
         super().__init__(cfg, dataset)
-        sizes = np.array(list(dataset.sizes.values()))
-        per_epoch = sampler.documents_per_epoch(cfg, dataset.sizes)
-        self.source_weights = np.repeat(per_epoch / np.maximum(sizes, 1), sizes)    # [documents]
+        self.times_per_epoch = sampler.times_per_epoch(cfg, dataset.sizes)          # [documents]
         self.norm = np.full(len(dataset), np.nan, np.float32)                       # nan: not seen
 
     def times_as_often(self):
@@ -55,7 +53,7 @@ class GradientSampler(sampler.Sampler):
         return 0.5 + 0.5 * norm / (mean + 1e-12)
 
     def documents(self, step):
-        weights = self.source_weights * self.times_as_often()
+        weights = self.times_per_epoch * self.times_as_often()
         key = sampler.hash_key(self.cfg["seed"], sampler.WEIGHTED_ORDER, step)
         return sampler.systematic_sample(weights, self.cfg["batch_size"], key)
 

@@ -27,14 +27,12 @@ class LossSampler(sampler.Sampler):
 
     def __init__(self, cfg, dataset):
         super().__init__(cfg, dataset)
-        sizes = np.array(list(dataset.sizes.values()))
-        per_epoch = sampler.documents_per_epoch(cfg, dataset.sizes)
-        self.source_weights = np.repeat(per_epoch / np.maximum(sizes, 1), sizes)    # [documents]
+        self.times_per_epoch = sampler.times_per_epoch(cfg, dataset.sizes)          # [documents]
         self.loss = np.full(len(dataset), np.nan, np.float32)                       # nan: not seen
 
     def documents(self, step):
         loss = sampler.fill_unknown(self.loss)
-        weights = loss.clip(min=0) * self.source_weights + 1e-6
+        weights = loss.clip(min=0) * self.times_per_epoch + 1e-6
         key = sampler.hash_key(self.cfg["seed"], sampler.WEIGHTED_ORDER, step)
         return sampler.systematic_sample(weights, self.cfg["batch_size"], key)
 

@@ -1,5 +1,5 @@
 """Shared by the tests: where real inputs are, how a script is run, and a run small enough for seconds."""
-import json, os, signal, subprocess, sys
+import importlib, json, os, signal, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +60,27 @@ def script():
         done, = launch.run(command, cwd, timeout, **env)
         return done
     return call
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """experiment(name) -> its module, for one test: what it registers and replaces is restored."""
+    import model, sampler, tokenize_data, train
+    for script, names in ((model, ("LOSSES", "EMBEDDINGS", "SCORE_MODS", "TOKEN_STATS")), (sampler, ("SAMPLERS",)),
+                          (train, ("OPTIMIZERS", "EVALUATIONS"))):
+        for name in names:
+            monkeypatch.setattr(script, name, dict(getattr(script, name)))
+    for script, name in ((train, "forward_backward"), (train, "train"), (tokenize_data, "encode_record"),
+                         (tokenize_data, "FORMAT")):
+        monkeypatch.setattr(script, name, getattr(script, name))
+    loaded = []
+
+    def load(name):
+        loaded.append(f"experiments.{name}")
+        return importlib.import_module(loaded[-1])
+    yield load
+    for name in loaded:                     # a run's code includes all modules that are loaded
+        del sys.modules[name]
 
 
 WORDS = "red green blue black white brown pink grey gold lime navy teal rust sand plum mint".split()

@@ -2,7 +2,7 @@
 
 Add an experiment to EXPERIMENTS. Tests of what only one of them does follow.
 """
-import importlib, json, math, shutil, sys
+import json, math, shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,22 +146,6 @@ def test_experiment_prints_its_commands_without_arguments(name, script):
     assert out.returncode == 0, out.stderr
     assert f"torchrun -m experiments.{name} configs/" in out.stdout
     assert f"torchrun --nproc_per_node 2 -m experiments.{name} configs/" in out.stdout
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    """experiment(name) -> its module, for one test: what it registers and replaces is restored."""
-    monkeypatch.setattr(sampler, "SAMPLERS", dict(sampler.SAMPLERS))
-    monkeypatch.setattr(M, "TOKEN_STATS", dict(M.TOKEN_STATS))
-    monkeypatch.setattr(train, "forward_backward", train.forward_backward)
-    loaded = []
-
-    def load(name):
-        loaded.append(f"experiments.{name}")
-        return importlib.import_module(loaded[-1])
-    yield load
-    for name in loaded:                     # a run's code includes all modules that are loaded
-        del sys.modules[name]
 
 
 # ---- by_loss.py

@@ -1,5 +1,5 @@
 """experiments/ that change model.py: focal, distill, ngram_embeddings, softcap."""
-import importlib, json, shutil, sys
+import json, shutil
 from pathlib import Path
 
 import pytest
@@ -7,21 +7,6 @@ import torch
 
 import configs, launch, model as M, tokenize_data, train
 from test_model import M_TINY, close, documents, grads, noisy, row
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    """experiment(name) -> its module, for one test: a run's code includes all modules that are loaded."""
-    for registry in ("LOSSES", "EMBEDDINGS", "SCORE_MODS"):
-        monkeypatch.setattr(M, registry, dict(getattr(M, registry)))
-    loaded = []
-
-    def load(name):
-        loaded.append(f"experiments.{name}")
-        return importlib.import_module(loaded[-1])
-    yield load
-    for name in loaded:
-        del sys.modules[name]
 
 
 def generates_what_it_computes(model, prompts, n_tokens=8):

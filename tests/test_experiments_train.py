@@ -1,5 +1,5 @@
 """experiments/: lion.py, dpo.py and pass_at_k.py. tests/test_experiments.py starts every experiment."""
-import importlib, itertools, json, math, shutil, sys
+import itertools, json, math, shutil
 
 import numpy as np
 import pytest
@@ -12,24 +12,6 @@ TINY = ["data.tokenizer=bytes", "model.n_layers=2", "model.d_model=32", "model.n
         "batch_size=6", "micro_tokens=240", "data.seq_len=240", "max_steps=6", "epochs=0", "save_every=3",
         "checkpoint.keep=9", "eval_every=0", "samples=0", "log_every=1", "lr=1e-2", "dtype=float32",
         "checkpoint.export=false"]
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    """experiment(name) -> its module, for one test: what it registers and replaces is restored."""
-    for script, name in ((sampler, "SAMPLERS"), (train, "OPTIMIZERS"), (train, "EVALUATIONS")):
-        monkeypatch.setattr(script, name, dict(getattr(script, name)))
-    for script, name in ((train, "forward_backward"), (train, "train"), (tokenize_data, "encode_record"),
-                         (tokenize_data, "FORMAT")):
-        monkeypatch.setattr(script, name, getattr(script, name))
-    loaded = []
-
-    def load(name):
-        loaded.append(f"experiments.{name}")
-        return importlib.import_module(loaded[-1])
-    yield load
-    for name in loaded:                     # a run's code includes all modules that are loaded
-        del sys.modules[name]
 
 
 def load_config(folder, *words, out="run"):

@@ -1072,6 +1072,20 @@ def test_normalize_sharegpt_outputs_have_the_ids_of_their_calls():
     assert calls == outputs == ["call00001", "call00002", "call00003"]
 
 
+def test_normalize_sharegpt_outputs_take_the_ids_that_calls_have():
+    """OpenAI's calls with ids, and outputs under ShareGPT's name, which have none."""
+    calls = [{"id": f"id{n}", "function": {"name": "f", "arguments": {}}} for n in (1, 2)]
+    turns = [*chat("q"), {"role": "assistant", "content": "", "tool_calls": calls},
+             *({"role": "observation", "content": text} for text in "ab")]
+    messages = T.normalize_record({"messages": turns}, "x")["messages"]
+    assert [message["tool_call_id"] for message in messages[2:]] == ["id1", "id2"]
+
+
+def test_normalize_a_documents_column_of_another_kind_is_left_alone():
+    for text in ("[1] and [2]", "none", "{}"):
+        assert "documents" not in T.normalize_record({"messages": chat("q", "a"), "documents": text}, "x")
+
+
 def test_template_probes_are_not_fooled_by_a_templates_own_words():
     """A template with "first" in its text, whose parts of a content are written without a separator."""
     text = ("Think first. {% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"

@@ -20,8 +20,10 @@ HEADER = """# Experiments
 
 What each file of [experiments/](../experiments) does to the embedded task: `configs/ft.yaml`, {steps} steps, {seeds}.
 Differences to the default are in parentheses. nll is the validation loss, in nats per target token, as plain cross
-entropy whatever the loss of the training; exact_match is the share of the 300 validation chats that are answered
-exactly. A short run of a small model says whether an idea works at all, not whether it is a good one.
+entropy whatever the loss of the training; exact_match is the share of validation chats that are answered exactly, of
+300 or of `eval_prompts`. A short run of a small model says whether an idea works at all, not whether it is a good one.
+All start from data/base, which has never seen a chat. So distill, whose reference it is, and dpo, which expects a model
+that answers already, do not learn to answer here; their files have the commands for what they are meant for.
 
 {machine}. Made by `python tests/bench/experiments.py {words}`.
 

@@ -3,6 +3,7 @@
 This file is also what those processes run: tests/test_ranks.py JOBS.json
 """
 import functools
+import gc
 import json
 import os
 import re
@@ -85,6 +86,7 @@ def full_micro_batch(cfg):
 def measure_memory(argv, out):
     """Measure the peak of torch's allocations in a step on rank 0, and predict it."""
     from torch.profiler import ProfilerActivity, profile, record_function
+    gc.collect()                                         # what the job before has left is not freed below
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         cfg, model = build(argv)
         with record_function("phase"):

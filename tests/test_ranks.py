@@ -3,7 +3,6 @@
 This file is also what those processes run: tests/test_ranks.py JOBS.json
 """
 import functools
-import gc
 import json
 import os
 import re
@@ -86,7 +85,6 @@ def full_micro_batch(cfg):
 def measure_memory(argv, out):
     """Measure the peak of torch's allocations in a step on rank 0, and predict it."""
     from torch.profiler import ProfilerActivity, profile, record_function
-    gc.collect()                                         # what the job before has left is not freed below
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         cfg, model = build(argv)
         with record_function("phase"):
@@ -99,12 +97,24 @@ def measure_memory(argv, out):
                 train.train_step(model, optimizer, micro_batches, 1000.0, 1e-4, cfg)
     if shard.rank() != 0:
         return
-    events = prof.profiler.kineto_results.events()
-    phase_starts = sorted(e.start_ns() for e in events if e.name() == "phase")
-    allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    kineto = prof.profiler.kineto_results
+    phase_starts = sorted(e.start_ns() for e in kineto.events() if e.name() == "phase")
+    allocations = []                                     # (time, address, bytes or -bytes)
+    unvisited = list(kineto.experimental_event_tree())
+    while unvisited:
+        event = unvisited.pop()
+        unvisited += event.children
+        if event.name == "[memory]":
+            fields = event.extra_fields
+            allocations.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    sizes = {}                                           # of what is held, by address
     held = 0
     peaks = [0] * 5                                      # loading, make_optimizer, three steps
-    for at, n_bytes in allocations:
+    for at, address, n_bytes in sorted(allocations):
+        if n_bytes > 0:
+            sizes[address] = n_bytes
+        elif sizes.pop(address, None) is None:
+            continue                                     # the job before has allocated it
         held += n_bytes
         phase = sum(at >= start for start in phase_starts)
         peaks[phase] = max(peaks[phase], held)

@@ -684,7 +684,8 @@ METRICS = {"exact_match": exact_match}
 EVALUATIONS = {}
 PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
 PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
-# A generated token takes about as long as so many trained ones: see LOG.md.
+# A generated token takes about as long as so many trained ones: 9 with 10M parameters on a CPU,
+# from 64 prompts at once
 GENERATION_COST = 10
 
 

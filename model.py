@@ -106,11 +106,13 @@ class Norm(nn.Module):
     def __init__(self, m, width):
         super().__init__()
         self.eps = m["norm_eps"]
+        self.offset = m["norm_offset"]
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
+        weight = self.weight + self.offset if self.offset else self.weight
+        weight = weight.to(x.dtype)
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -193,9 +195,14 @@ class MLP(nn.Module):
         return self.down_proj(h, seeds)
 
 
+def softcap(x, cap):
+    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * (x / cap).tanh()
+
+
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
-# after the scale and before the mask. Add your own to SCORE_MODS. With any but "none" attention is
-# computed without a kernel, in training and in generation.
+# after scale and softcap and before the mask. Add your own to SCORE_MODS. With any but "none"
+# attention is computed without a kernel, in training and in generation.
 
 def unchanged(scores):
     return scores
@@ -215,7 +222,8 @@ class Attention(nn.Module):
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
-        self.changes_scores = m["score_mod"] != "none"
+        self.softcap = m["attn_softcap"]
+        self.changes_scores = m["score_mod"] != "none" or self.softcap is not None
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
@@ -242,8 +250,8 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for score_mod and for dropout: no kernel calls the first, and kernels use torch's
-        random generator, not our seeds. If you change the scores or the probabilities in
+        It does for softcap and score_mod, which no kernel computes, and for dropout: kernels use
+        torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
         return self.changes_scores or (training and self.dropout > 0)
@@ -328,7 +336,10 @@ def padded_attention(layer, q, k, v, mask, seeds):
             scale=layer.scale,
             enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
-    scores = layer.score_mod(scores.float() * layer.scale)
+    scores = scores.float() * layer.scale
+    if layer.softcap:
+        scores = softcap(scores, layer.softcap)
+    scores = layer.score_mod(scores)
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
     if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
@@ -467,9 +478,10 @@ def varlen_attention(layer, q, k, v, documents):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then + mlp(norm2(x)).
+    """x + post_norm1(attention(norm1(x))), then + post_norm2(mlp(norm2(x))).
 
-    norm_after         norms on the outputs of attention and MLP instead (OLMo2)
+    norm_place         before: without post_norm1 and post_norm2; after: with these two alone
+                       (OLMo2); both: with all four (Gemma 2)
     parallel_residual  attention and MLP both read the block's input (GPT-NeoX, Phi)
     shared_norm        of a parallel block: both read norm1(x) (Phi)
 
@@ -480,13 +492,17 @@ class Block(nn.Module):
     def __init__(self, m, layer_idx):
         super().__init__()
         self.parallel_residual = m["parallel_residual"]
-        self.norm_after = m["norm_after"]
         self.residual_multiplier = m["residual_multiplier"]
         self.dropout = m["resid_pdrop"]
-        self.norm1 = Norm(m, m["d_model"])
+        C = m["d_model"]
+        has_norms = m["norm_place"] in ("before", "both")
+        has_post_norms = m["norm_place"] in ("after", "both")
+        self.norm1 = Norm(m, C) if has_norms else None
         self.attn = Attention(m, layer_idx)
-        self.norm2 = None if m["shared_norm"] else Norm(m, m["d_model"])
+        self.post_norm1 = Norm(m, C) if has_post_norms else None
+        self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
         self.mlp = MLP(m)
+        self.post_norm2 = Norm(m, C) if has_post_norms else None
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
         """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
@@ -497,7 +513,7 @@ class Block(nn.Module):
 
     def pre_attention(self, x, rope, seeds=None):
         """Return h [T, C], the input of q_proj, k_proj and v_proj, and q, k, v."""
-        h = x if self.norm_after else self.norm1(x)
+        h = x if self.norm1 is None else self.norm1(x)
         return h, *self.attn.project(h, rope, seeds)
 
     def post_attention(self, x, h, y, seeds):
@@ -508,18 +524,18 @@ class Block(nn.Module):
         y  [T, H, E], the output of attention()
         """
         y = self.attn.o_proj(y.flatten(1), seeds)                                  # [T, C]
-        if self.norm_after:
-            y = self.norm1(y)
+        if self.post_norm1 is not None:
+            y = self.post_norm1(y)
         block_input = x
         x = self.add(x, y, seeds, 1)
-        if not self.parallel_residual:
-            h = x if self.norm_after else self.norm2(x)
-        elif self.norm2 is not None:
-            h = self.norm2(block_input)
+        if self.norm2 is not None:
+            h = self.norm2(block_input if self.parallel_residual else x)
+        elif not self.parallel_residual:
+            h = x
         # otherwise shared_norm: the MLP reads the same h as attention
         y = self.mlp(h, seeds)
-        if self.norm_after:
-            y = self.norm2(y)
+        if self.post_norm2 is not None:
+            y = self.post_norm2(y)
         return self.add(x, y, seeds, 2)
 
     def add(self, x, y, seeds, place):
@@ -1025,6 +1041,8 @@ class Transformer(nn.Module):
         scaling = self.cfg["logits_scaling"]
         if scaling != 1.0:
             logits = logits / scaling
+        if self.cfg["logit_softcap"]:
+            logits = softcap(logits, self.cfg["logit_softcap"])
         return logits
 
     def logits(self, batch, layout=None, index=None):
@@ -1133,7 +1151,8 @@ class NewWeights:
     """A reader that draws the weights of a new model.
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
-    are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
+    are divided by sqrt(2 L), as in GPT-2. Norms multiply by 1; biases and padding of the vocabulary
+    are 0.
     Each ROWS_AT_ONCE rows are drawn with a seed of their own, made from the run's seed, the
     parameter's name and the first row. They do not depend on other parameters or on ranks.
     """
@@ -1145,7 +1164,7 @@ class NewWeights:
 
     def read(self, name, start, end):
         if len(self.shapes[name]) < 2:
-            value = 1.0 if name.endswith("weight") else 0.0
+            value = 1.0 - self.m["norm_offset"] if name.endswith("weight") else 0.0
             return torch.full((end - start,), value)
         begin = start - start % ROWS_AT_ONCE
         parts = [self.draw(name, first) for first in range(begin, end, ROWS_AT_ONCE)]

@@ -870,8 +870,8 @@ def check_model(model_cfg):
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
     yield (not model_cfg["shared_norm"] or model_cfg["parallel_residual"], "model.shared_norm",
            "false unless model.parallel_residual")
-    yield (not (model_cfg["norm_after"] and model_cfg["parallel_residual"]), "model.norm_after",
-           "false if model.parallel_residual: a parallel block has its norms before")
+    yield (model_cfg["norm_place"] == "before" or not model_cfg["parallel_residual"],
+           "model.norm_place", "before if model.parallel_residual")
     yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
 

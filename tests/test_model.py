@@ -60,6 +60,9 @@ GRANITE = LLAMA | dict(embedding_multiplier=12.0, attention_multiplier=0.1, resi
                        logits_scaling=8.0)
 OLMO2 = LLAMA | dict(pad_token_id=None, eos_token_id=None)
 SMOLLM3 = LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=101, initializer_range=0.05, pad_token_id=None, bos_token_id=0, eos_token_id=0)
+GEMMA = SMALL | dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=19)
 # as the table of docs/models.md has them -> (model_type, its config)
 FAMILIES = {
     "GPT-2": ("gpt2", GPT2),
@@ -91,6 +94,7 @@ FAMILIES = {
     "SmolLM3": ("smollm3", SMOLLM3 | dict(
         num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
     "SmolLM3, untied": ("smollm3", SMOLLM3 | dict(no_rope_layers=[0, 1])),
+    "Gemma 2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
 }
 
 

@@ -238,6 +238,8 @@ class Attention(nn.Module):
         self.q_proj = Linear(C, q_width, bias=bias)
         self.k_proj = Linear(C, kv_width, bias=bias)
         self.v_proj = Linear(C, kv_width, bias=bias)
+        # the gate of each number before o_proj (arXiv:2505.06708, Qwen3.5)
+        self.gate_proj = Linear(C, q_width, bias=bias) if m["attention_gate"] else None
         self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
         if self.qk_norm == "head":                       # of each head (arXiv:2302.05442)
@@ -276,9 +278,28 @@ class Attention(nn.Module):
             k = apply_rotary_emb(k, cos, sin)
         return q, k, v
 
+    def mix(self, q, k, v, layout, seeds=None):
+        return attention(self, q, k, v, layout, seeds)                             # [T, H, E]
+
+    def output(self, y, x, seeds=None):
+        """The output [T, C] of the block, from y [T, H, E] of attention() and x [T, C], which
+        project() reads."""
+        y = y.flatten(1)                                                           # [T, H E]
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x, seeds).sigmoid()
+        return self.o_proj(y, seeds)
+
+
+def make_attention(m, layer_idx):
+    """The attention of a block, or the GatedDeltaNet that replaces it."""
+    if layer_types(m)[layer_idx] != "linear_attention":
+        return Attention(m, layer_idx)
+    from families import delta_net
+    return delta_net.GatedDeltaNet(m)
+
 
 def layer_types(m):
-    """The kind of each block's attention: sliding_attention or full_attention.
+    """The kind of each block's attention: sliding_attention, full_attention or linear_attention.
 
     By default all are "sliding", with the window model.sliding_window; null turns that off.
     """
@@ -298,6 +319,7 @@ def attention(layer, q, k, v, layout, seeds=None):
     layer   an Attention, for its settings
     q       [T, H, E];  k, v  [T, K, E]
     layout  PackedDocuments (training), Prefill (prompts) or KVCache (a new token per prompt):
+                is_decoding         is it a KVCache?
                 use_varlen          may varlen_attention() be called?
                 padded_groups(...)  yields the arguments of padded_attention(), group by group
                 unpad(outputs)      [d, t, H, E] of each group -> [T, H, E]
@@ -362,18 +384,27 @@ class PackedDocuments:
 
     cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
     use_varlen  attention() may call the kernel for packed documents
+    cache       the KVCache that generation continues from
     """
 
     cu_seqlens: torch.Tensor
     n_tokens: int
     max_seqlen: int
     use_varlen: bool = False
+    cache: object = None
+    is_decoding = False
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
         """The number of tokens of each document, and of the padding: [int]."""
         boundaries = [*self.cu_seqlens.tolist(), self.n_tokens]
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
+
+    @functools.cached_property
+    def chunks(self):
+        """The chunks of the documents, for blocks with linear_attention."""
+        from families import delta_net
+        return delta_net.Chunks(self)
 
     @functools.cached_property
     def have_equal_lengths(self):
@@ -498,7 +529,7 @@ class Block(nn.Module):
         has_norms = m["norm_place"] in ("before", "both")
         has_post_norms = m["norm_place"] in ("after", "both")
         self.norm1 = Norm(m, C) if has_norms else None
-        self.attn = Attention(m, layer_idx)
+        self.attn = make_attention(m, layer_idx)
         self.post_norm1 = Norm(m, C) if has_post_norms else None
         self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
         self.mlp = MLP(m)
@@ -506,13 +537,13 @@ class Block(nn.Module):
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
         """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
-        h, q, k, v = self.pre_attention(x, rope, seeds)
+        h, *projected = self.pre_attention(x, rope, seeds)
         attention_seeds = None if seeds is None else hash_int32(seeds)
-        y = attention(self.attn, q, k, v, layout, attention_seeds)                 # [T, H, E]
+        y = self.attn.mix(*projected, layout, attention_seeds)                     # [T, H, E]
         return self.post_attention(x, h, y, seeds)
 
     def pre_attention(self, x, rope, seeds=None):
-        """Return h [T, C], the input of q_proj, k_proj and v_proj, and q, k, v."""
+        """Return h [T, C], the input of the projections, and what they return: q, k, v."""
         h = x if self.norm1 is None else self.norm1(x)
         return h, *self.attn.project(h, rope, seeds)
 
@@ -523,7 +554,7 @@ class Block(nn.Module):
         h  [T, C], the input of q_proj, k_proj and v_proj: see pre_attention()
         y  [T, H, E], the output of attention()
         """
-        y = self.attn.o_proj(y.flatten(1), seeds)                                  # [T, C]
+        y = self.attn.output(y, h, seeds)                                          # [T, C]
         if self.post_norm1 is not None:
             y = self.post_norm1(y)
         block_input = x
@@ -1163,6 +1194,10 @@ class NewWeights:
         self.shapes = parameter_shapes(m)
 
     def read(self, name, start, end):
+        if name.endswith(("A_log", "dt_bias", "conv_weight", "attn.norm_weight")):
+            from families import delta_net
+            generator = make_generator(self.seed, name)
+            return delta_net.new_values(name, self.shapes[name], generator)[start:end]
         if len(self.shapes[name]) < 2:
             value = 1.0 - self.m["norm_offset"] if name.endswith("weight") else 0.0
             return torch.full((end - start,), value)
@@ -1795,6 +1830,7 @@ class KVCache:
     capacity  the most tokens of a sequence
     """
 
+    is_decoding = True
     use_varlen = False
 
     def __init__(self, n_tokens, capacity):
@@ -1804,6 +1840,7 @@ class KVCache:
         self.sequences = torch.arange(len(n_tokens), device=n_tokens.device)
         self.keys = {}               # {Attention: [B, capacity, K, E]}
         self.values = {}
+        self.states = {}             # {GatedDeltaNet: its states}
 
     def advance(self):
         """Go to the next token. An answer that is finished and full stays at its last position."""
@@ -1845,8 +1882,7 @@ class Prefill(PackedDocuments):
     def __init__(self, batch, cache):
         # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
         n_tokens = len(batch["tokens"])
-        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"])
-        self.cache = cache
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], cache=cache)
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
 
@@ -2000,8 +2036,14 @@ def flops(model, lengths, n_targets):
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
+    kinds = layer_types(m)
+    windows = [window for window, kind in zip(sliding_windows(m), kinds)
+               if kind != "linear_attention"]
+    if len(windows) < len(kinds):
+        from families import delta_net
+        per_token += (len(kinds) - len(windows)) * delta_net.flops_per_token(m)
     pairs = 0                                            # a query and a key that it sees
-    for window, n_blocks in collections.Counter(sliding_windows(m)).items():
+    for window, n_blocks in collections.Counter(windows).items():
         for length in lengths:
             outside_window = max(0, length - window) if window else 0
             pairs += n_blocks * (length ** 2 - outside_window ** 2) / 2
@@ -2012,7 +2054,7 @@ def flops(model, lengths, n_targets):
 
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
-    "attention": r"attn\..*_proj",
+    "attention": r"attn\..*(_proj|conv_weight|A_log|dt_bias)",
     "mlp": "mlp",
     "norms": "norm",
     "head": "head",
@@ -2028,13 +2070,16 @@ def summary(model):
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
              f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
+    n_blocks = collections.Counter(split_block(name)[1] for name in params)
+    shown = set()
     for name, p in params.items():
-        in_block = name.startswith("blocks.")
-        if not in_block or name.startswith("blocks.0."):
-            times = f"  x {m['n_layers']}" if in_block else ""
-            name = name.replace("blocks.0", "blocks.*")
-            shape = "x".join(map(str, p.shape))
-            lines.append(f"  {name:<28} {shape:>14} {p.numel():>14,}{times}")
+        block, pattern = split_block(name)
+        if pattern in shown:
+            continue
+        shown.add(pattern)
+        times = f"  x {n_blocks[pattern]}" if block else ""
+        shape = "x".join(map(str, p.shape))
+        lines.append(f"  {pattern.replace('{i}', '*'):<28} {shape:>14} {p.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
         n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))

@@ -668,8 +668,10 @@ def add_lora(model, lora_cfg, quantize="none"):
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
-    block_modules = model.blocks[0].named_modules()
-    places = [name for name, module in block_modules if isinstance(module, nn.Linear)]
+    # of all kinds of blocks, in the order of their first one
+    places = list(dict.fromkeys(name for block in model.blocks
+                                for name, module in block.named_modules()
+                                if isinstance(module, nn.Linear)))
     layout = transformer.hf_slices(model.cfg)
     wanted = lora_cfg["targets"]
     known = set()

@@ -705,6 +705,14 @@ def derive(cfg, layers_by_key):
     if "attention_multiplier" in family_keys:
         # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
+    types = model_cfg["layer_types"] or values.get("model.layer_types") or []
+    if "linear_attention" in types:
+        n_key_heads = model_cfg["linear_num_key_heads"] or model_cfg["n_heads"]
+        values |= {"model.linear_num_key_heads": n_key_heads,
+                   "model.linear_num_value_heads": n_key_heads,
+                   "model.linear_key_head_dim": head_dim,
+                   "model.linear_value_head_dim": head_dim,
+                   "model.linear_conv_kernel_dim": 4}
     for key, value in values.items():
         if get(cfg, key) is None:
             overlay(cfg, nested(key, value), "derived")
@@ -745,8 +753,13 @@ def conditional_options(cfg):
     for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
-    yield ("model.layer_types", "model.sliding_window", cfg["model"]["sliding_window"],
-           "without model.sliding_window")
+    has_linear = "linear_attention" in (cfg["model"]["layer_types"] or [])
+    yield ("model.layer_types", "model.sliding_window",
+           cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
+    for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+                "conv_kernel_dim"):
+        yield (f"model.linear_{key}", "model.layer_types", has_linear,
+               "without linear_attention in model.layer_types")
     for key in ("init_std", "init_by_depth"):
         yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
                "with model.init_from, which has the weights")
@@ -866,6 +879,9 @@ def check_model(model_cfg):
     rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
     yield (n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
            f"a divisor of model.n_heads ({n_heads})")
+    n_value_heads = model_cfg["linear_num_value_heads"] or 0
+    yield (n_value_heads % (model_cfg["linear_num_key_heads"] or 1) == 0,
+           "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
     yield (not model_cfg["shared_norm"] or model_cfg["parallel_residual"], "model.shared_norm",

@@ -76,6 +76,26 @@ class GatedDeltaNet(nn.Module):
         gated = normalized * F.silu(z.float())
         return self.out_proj(gated.to(x.dtype).flatten(1), seeds)
 
+    def mix(self, qkv, g, beta, layout, seeds=None):
+        """The convolution and the delta rule within each document: y [T, Hv, Ev].
+
+        qkv, g, beta  what project() returns
+        layout        see model.attention(). In generation, a KVCache holds the states
+        """
+        weight = self.conv_weight[:, 0].to(qkv.dtype).float()                      # [W, kernel]
+        if layout.is_decoding:
+            return decode(self, qkv, g, beta, weight, layout.states).to(qkv.dtype)
+        chunks = layout.chunks
+        convolved = convolve(qkv.float(), weight, chunks.positions)                # [T, W]
+        q, k, v = self.split_heads(self.activation(convolved))
+        if layout.use_varlen and flash_kernel():
+            return flash_delta_rule(q, k, v, g, beta, layout, qkv.dtype)
+        y, states = chunked_delta_rule(q, k, v, g, beta, chunks)
+        if layout.cache is not None:
+            inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
+            layout.cache.states[self] = (inputs, states)
+        return y.to(qkv.dtype)
+
     def split_heads(self, qkv):                                                    # [T, W]
         """Return q, k [T, Hv, Ek] of length 1, and v [T, Hv, Ev], in fp32."""
         q, k, v = qkv.float().split(self.widths, -1)
@@ -90,40 +110,16 @@ def unit_length(x):
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def mix(layer, qkv, g, beta, layout):
-    """The convolution and the delta rule within each document, for training and generation.
-
-    layer          a GatedDeltaNet
-    qkv, g, beta   what layer.project() returns
-    layout         as that of model.attention(); a KVCache holds the states of generation
-    Returns y [T, Hv, Ev].
-    """
-    weight = layer.conv_weight.to(qkv.dtype).float()                               # [W, 1, kernel]
-    if layout.is_decoding:
-        return decode(layer, qkv, g, beta, weight, layout.states).to(qkv.dtype)
-    chunks = layout.chunks
-    convolved = layer.activation(convolve(qkv.float(), weight, chunks.positions))
-    q, k, v = layer.split_heads(convolved)
-    if layout.use_varlen and flash_kernel():
-        y = flash_delta_rule(q, k, v, g, beta, layout, qkv.dtype)
-    else:
-        y, states = chunked_delta_rule(q, k, v, g, beta, chunks)
-    if layout.cache is not None:
-        inputs = previous_inputs(qkv, weight.shape[-1], layout.cu_seqlens[1:].long())
-        layout.cache.states[layer] = (inputs, states)
-    return y.to(qkv.dtype)
-
-
 # --------------------------------------------------------------------------------------------------
 # the convolution
 
 def convolve(x, weight, positions):
-    """sum over j of weight[:, 0, -1 - j] * x_(t - j), within documents. x [T, W] -> [T, W]"""
-    y = x * weight[:, 0, -1]
-    for j in range(1, weight.shape[-1]):
+    """sum over j of weight[:, -1 - j] * x_(t - j), within documents. x [T, W] -> [T, W]"""
+    y = x * weight[:, -1]
+    for j in range(1, weight.shape[1]):
         earlier = F.pad(x, (0, 0, j, 0))[:len(x)]                                  # x_(t - j)
         is_outside = positions[:, None] < j
-        y = y + (earlier * weight[:, 0, -1 - j]).masked_fill(is_outside, 0)
+        y = y + (earlier * weight[:, -1 - j]).masked_fill(is_outside, 0)
     return y
 
 
@@ -254,7 +250,7 @@ def decode(layer, qkv, g, beta, weight, states):
     """
     inputs, S = states[layer]
     inputs = torch.cat([inputs, qkv[:, None]], 1)                                  # [B, kernel, W]
-    convolved = (inputs.float() * weight[:, 0].T).sum(1)                           # [B, W]
+    convolved = (inputs.float() * weight.T).sum(1)                           # [B, W]
     q, k, v = layer.split_heads(layer.activation(convolved))
     S = S * g.exp()[..., None, None]
     stored = (k[..., None, :] @ S)[..., 0, :]                                      # [B, Hv, Ev]
@@ -297,6 +293,8 @@ def new_values(name, shape, generator):
     if name.endswith("dt_bias"):
         dt = 0.001 * 100 ** uniform
         return dt.expm1().log()                          # the inverse of softplus
+    if name.endswith("norm_weight"):
+        return torch.ones(shape)
     bound = shape[-1] ** -0.5                            # conv_weight, as torch initializes it
     return (2 * uniform - 1) * bound
 

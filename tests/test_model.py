@@ -63,6 +63,8 @@ SMOLLM3 = LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=101, initializer_range=0.05, pad_token_id=None, bos_token_id=0, eos_token_id=0)
 GEMMA = SMALL | dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=19)
+QWEN3_5 = LLAMA | dict(num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+                       linear_key_head_dim=8, linear_value_head_dim=12)
 # as the table of docs/models.md has them -> (model_type, its config)
 FAMILIES = {
     "GPT-2": ("gpt2", GPT2),
@@ -87,6 +89,10 @@ FAMILIES = {
     "Qwen2, tied": ("qwen2", LLAMA | dict(tie_word_embeddings=True)),
     "Qwen3": ("qwen3", LLAMA | dict(head_dim=16)),
     "Qwen3, tied": ("qwen3", LLAMA | dict(head_dim=12, tie_word_embeddings=True, num_key_value_heads=1)),
+    "Qwen3.5 (text)": ("qwen3_5_text", QWEN3_5),
+    "Qwen3.5 (text), tied": ("qwen3_5_text", QWEN3_5 | dict(
+        tie_word_embeddings=True, partial_rotary_factor=0.5, linear_num_value_heads=2, linear_conv_kernel_dim=3,
+        layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"])),
     "Granite 3": ("granite", GRANITE),
     "Granite 3, tied": ("granite", GRANITE | dict(tie_word_embeddings=True, num_key_value_heads=4)),
     "OLMo2": ("olmo2", OLMO2),

@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import model as transformer
 
@@ -28,7 +29,7 @@ CHUNK_SIZE = 64              # S, tokens
 
 
 class GatedDeltaNet(nn.Module):
-    """The projections around mix(), in the place of an Attention."""
+    """What a block has in the place of an Attention."""
 
     def __init__(self, m):
         super().__init__()
@@ -39,17 +40,18 @@ class GatedDeltaNet(nn.Module):
         self.eps = m["norm_eps"]
         self.activation = transformer.ACTIVATIONS[m["activation"]]
         C = m["d_model"]
+        Hv = self.n_value_heads
         key_width = self.n_key_heads * self.key_dim
-        value_width = self.n_value_heads * self.value_dim
+        value_width = Hv * self.value_dim
         self.widths = [key_width, key_width, value_width]                  # of q, k, v
-        n_channels = sum(self.widths)
-        self.in_proj_qkv = transformer.Linear(C, n_channels, bias=False)
+        W = sum(self.widths)
+        self.in_proj_qkv = transformer.Linear(C, W, bias=False)
         self.in_proj_z = transformer.Linear(C, value_width, bias=False)
-        self.in_proj_b = transformer.Linear(C, self.n_value_heads, bias=False)
-        self.in_proj_a = transformer.Linear(C, self.n_value_heads, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(n_channels, 1, m["linear_conv_kernel_dim"]))
-        self.A_log = nn.Parameter(torch.empty(self.n_value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.n_value_heads))
+        self.in_proj_b = transformer.Linear(C, Hv, bias=False)
+        self.in_proj_a = transformer.Linear(C, Hv, bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(W, 1, m["linear_conv_kernel_dim"]))
+        self.A_log = nn.Parameter(torch.empty(Hv))
+        self.dt_bias = nn.Parameter(torch.empty(Hv))
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.out_proj = transformer.Linear(value_width, C, bias=False)
 
@@ -60,21 +62,12 @@ class GatedDeltaNet(nn.Module):
         """Return what mix() reads: qkv [T, W], and in fp32 g and beta [T, Hv]."""
         qkv = self.in_proj_qkv(x, seeds)                                           # [T, W]
         beta = self.in_proj_b(x, seeds).float().sigmoid()                          # [T, Hv]
-        # A step of size dt of S' = -A S. Both weights are rounded to the compute dtype like all
-        # others: FSDP casts the weights of a block when it gathers them.
+        # A step of size dt of S' = -A S. Like all weights, A_log and dt_bias are rounded to the
+        # compute dtype: FSDP casts the weights of a block when it gathers them.
         A = self.A_log.to(x.dtype).float().exp()                                   # [Hv]
         dt_bias = self.dt_bias.to(x.dtype).float()
         dt = F.softplus(self.in_proj_a(x, seeds).float() + dt_bias)                # [T, Hv]
         return qkv, -A * dt, beta
-
-    def output(self, y, x, seeds=None):
-        """y [T, Hv, Ev] of mix(), normalized, gated by the input x [T, C] of project(), as [T, C].
-        """
-        z = self.in_proj_z(x, seeds).view_as(y)                                    # [T, Hv, Ev]
-        weight = self.norm_weight.to(x.dtype).float()
-        normalized = F.rms_norm(y.float(), weight.shape, weight, self.eps)
-        gated = normalized * F.silu(z.float())
-        return self.out_proj(gated.to(x.dtype).flatten(1), seeds)
 
     def mix(self, qkv, g, beta, layout, seeds=None):
         """The convolution and the delta rule within each document: y [T, Hv, Ev].
@@ -84,34 +77,66 @@ class GatedDeltaNet(nn.Module):
         """
         weight = self.conv_weight[:, 0].to(qkv.dtype).float()                      # [W, kernel]
         if layout.is_decoding:
-            return decode(self, qkv, g, beta, weight, layout.states).to(qkv.dtype)
-        chunks = layout.chunks
-        convolved = convolve(qkv.float(), weight, chunks.positions)                # [T, W]
-        q, k, v = self.split_heads(self.activation(convolved))
-        if layout.use_varlen and flash_kernel():
-            return flash_delta_rule(q, k, v, g, beta, layout, qkv.dtype)
-        y, states = chunked_delta_rule(q, k, v, g, beta, chunks)
+            return self.decode(qkv, g, beta, weight, layout.states)
+        if layout.cache is None and torch.is_grad_enabled():
+            # What is computed here takes five times the memory of the MLP, and 3% of its time.
+            y, _ = checkpoint(self.mix_documents, qkv, g, beta, weight, layout,
+                              use_reentrant=False, preserve_rng_state=False)
+            return y
+        y, states = self.mix_documents(qkv, g, beta, weight, layout)
         if layout.cache is not None:
             inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
             layout.cache.states[self] = (inputs, states)
-        return y.to(qkv.dtype)
+        return y
+
+    def mix_documents(self, qkv, g, beta, weight, layout):
+        """Return y [T, Hv, Ev], and the states after the documents, as the delta rule does."""
+        convolved = convolve(qkv.float(), weight, layout.chunks.positions)         # [T, W]
+        q, k, v = self.split_heads(self.activation(convolved))
+        if layout.use_varlen and flash_kernel():
+            return flash_delta_rule(q, k, v, g, beta, layout, qkv.dtype)
+        y, states = chunked_delta_rule(q, k, v, g, beta, layout.chunks)
+        return y.to(qkv.dtype), states
+
+    def decode(self, qkv, g, beta, weight, states):
+        """mix() of the next token of B prompts. Updates their states:
+
+        (the inputs of the convolution at the tokens before [B, kernel - 1, W], S [B, Hv, Ek, Ev])
+        """
+        inputs, S = states[self]
+        inputs = torch.cat([inputs, qkv[:, None]], 1)                              # [B, kernel, W]
+        convolved = (inputs.float() * weight.T).sum(1)                             # [B, W]
+        q, k, v = self.split_heads(self.activation(convolved))
+        S = S * g.exp()[..., None, None]
+        stored = (k[..., None, :] @ S)[..., 0, :]                                  # [B, Hv, Ev]
+        correction = beta[..., None] * (v - stored)
+        S = S + k[..., :, None] * correction[..., None, :]
+        states[self] = (inputs[:, 1:], S)
+        y = (q[..., None, :] @ S)[..., 0, :]                                       # [B, Hv, Ev]
+        return (y * self.key_dim ** -0.5).to(qkv.dtype)
 
     def split_heads(self, qkv):                                                    # [T, W]
-        """Return q, k [T, Hv, Ek] of length 1, and v [T, Hv, Ev], in fp32."""
-        q, k, v = qkv.float().split(self.widths, -1)
+        """Return q, k [T, Hv, Ek] of length 1, and v [T, Hv, Ev]."""
+        q, k, v = qkv.split(self.widths, -1)
         group_size = self.n_value_heads // self.n_key_heads
         q = unit_length(q.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [T, Hk, Ek]
         k = unit_length(k.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [T, Hk, Ek]
         v = v.unflatten(-1, (self.n_value_heads, self.value_dim))                  # [T, Hv, Ev]
         return q.repeat_interleave(group_size, 1), k.repeat_interleave(group_size, 1), v
 
+    def output(self, y, x, seeds=None):
+        """The block's output [T, C]: y [T, Hv, Ev] of mix(), normalized, and gated by the input of
+        project(), x [T, C]."""
+        z = self.in_proj_z(x, seeds).view_as(y)                                    # [T, Hv, Ev]
+        weight = self.norm_weight.to(x.dtype).float()
+        normalized = F.rms_norm(y.float(), weight.shape, weight, self.eps)
+        gated = normalized * F.silu(z.float())
+        return self.out_proj(gated.to(x.dtype).flatten(1), seeds)
+
 
 def unit_length(x):
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
-
-# --------------------------------------------------------------------------------------------------
-# the convolution
 
 def convolve(x, weight, positions):
     """sum over j of weight[:, -1 - j] * x_(t - j), within documents. x [T, W] -> [T, W]"""
@@ -125,7 +150,8 @@ def convolve(x, weight, positions):
 
 def last_inputs(x, n, cu_seqlens):
     """The last n rows of each document in x [T, W], zeros before its first: [D, n, W]."""
-    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    starts = cu_seqlens[:-1, None].long()
+    ends = cu_seqlens[1:, None].long()
     index = ends - torch.arange(n, 0, -1, device=x.device)                         # [D, n]
     is_outside = index < starts
     return x[index.clamp(min=0)].masked_fill(is_outside[..., None], 0)
@@ -135,17 +161,16 @@ def last_inputs(x, n, cu_seqlens):
 # the delta rule
 
 class Chunks:
-    """How the documents of a layout are cut into chunks, and each token's position.
+    """The documents of a layout, cut into chunks of S tokens; the last one of each may be shorter.
 
-    The chunks are sorted by their number in the document: first those with number 0, the longest
-    document's first, then those with number 1 of the same documents, without the last ones, which
-    are shorter. Thus a step of the scan over chunk numbers reads neighboring rows.
+    Chunks are sorted by their number in the document, and those of one number by the length of
+    their documents, the longest first. So the documents that have a chunk of some number are the
+    first of those that have one of the number before, in the same order.
 
-    positions  int64 [T], of each token in its document
-    index      int64 [n, S], of each chunk's tokens; T where there is none
-    place      int64 [T], of each token in the flattened index
-    counts     [int], the number of documents that have a chunk 0, a chunk 1, ...
-    order      int64 [counts[0]], the documents, sorted by decreasing number of chunks
+    index   int64 [n, S], of each chunk's tokens; T where it has none
+    place   int64 [T], of each token in the flattened index
+    counts  [int]: how many documents have a chunk 0, a chunk 1, ...
+    order   int64 [counts[0]], the documents: that of chunk 0, of chunk 1, ...
     """
 
     def __init__(self, layout):
@@ -153,40 +178,37 @@ class Chunks:
 
     @functools.cached_property
     def positions(self):
+        """int64 [T], of each token in its document. Padding counts as one more document."""
         cu_seqlens = self.layout.cu_seqlens.long()
         tokens = torch.arange(self.layout.n_tokens, device=cu_seqlens.device)
-        # tokens after the last document count as one more document
         documents = torch.bucketize(tokens, cu_seqlens[1:], right=True)
         return tokens - cu_seqlens[documents]
 
     @functools.cached_property
     def tables(self):
         """(index, place, counts, order). On a GPU, the lengths of the documents cost a sync."""
-        device = self.layout.cu_seqlens.device
         n_tokens = self.layout.n_tokens
         lengths = torch.tensor(self.layout.lengths)
         ends = lengths.cumsum(0)
         n_chunks = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
         order = n_chunks.argsort(descending=True, stable=True)
-        index = [torch.empty(0, CHUNK_SIZE, dtype=torch.int64)]
-        counts = []
-        for number in range(int(n_chunks.max())):
-            documents = order[n_chunks[order] > number]
-            counts.append(len(documents))
-            first = (ends - lengths)[documents] + number * CHUNK_SIZE
-            tokens = first[:, None] + torch.arange(CHUNK_SIZE)
-            index.append(tokens.where(tokens < ends[documents, None], n_tokens))
-        index = torch.cat(index)
+        exists = torch.arange(int(n_chunks.max()))[:, None] < n_chunks[order]      # [numbers, D]
+        number, rank = exists.nonzero(as_tuple=True)                               # [n]
+        documents = order[rank]
+        first = (ends - lengths)[documents] + number * CHUNK_SIZE
+        tokens = first[:, None] + torch.arange(CHUNK_SIZE)                         # [n, S]
+        index = tokens.where(tokens < ends[documents, None], n_tokens)
         place = torch.empty(n_tokens + 1, dtype=torch.int64)
         place[index.flatten()] = torch.arange(index.numel())
-        order = order[:counts[0]] if counts else order[:0]
-        return index.to(device), place[:n_tokens].to(device), counts, order.to(device)
+        order = order[n_chunks[order] > 0]
+        device = self.layout.cu_seqlens.device
+        return index.to(device), place[:-1].to(device), exists.sum(1).tolist(), order.to(device)
 
     def split(self, x):
         """x [T, Hv, ...] -> [n, Hv, S, ...], with zeros where a chunk has no token."""
         index, _, _, _ = self.tables
         zero = x.new_zeros(1, *x.shape[1:])
-        return torch.cat([x, zero])[index].transpose(1, 2)
+        return torch.cat([x, zero])[index].transpose(1, 2).contiguous()
 
     def join(self, y):
         """[n, Hv, S, Ev] -> [T, Hv, Ev]"""
@@ -195,69 +217,57 @@ class Chunks:
 
 
 def chunked_delta_rule(q, k, v, g, beta, chunks):
-    """The delta rule from zero states, a matrix product per chunk (arXiv:2412.06464, section 3.3).
+    """The delta rule within documents, by a few matrix products per chunk (section 3.3 of the
+    paper).
 
     In a chunk, let G_r be the sum of g_1 ... g_r, D_ri = exp(G_r - G_i), and S the state before it.
-    Then the state after token r is exp(G_r) S + sum over i <= r of D_ri k_i u_i^T, where u_r is
-    what token r writes. Put into the rule, that gives u_1, u_2, ... one after another:
+    The state after token r is exp(G_r) S + sum over i <= r of D_ri k_i u_i^T, where u_r is what
+    token r writes. With the rule follows, for one u after another,
 
         u_r = beta_r (v_r - exp(G_r) S^T k_r - sum over i < r of D_ri (k_i . k_r) u_i)
 
-    that is, a triangular system for all u of the chunk (the WY form of arXiv:2406.06484). Its
-    solution is linear in S: u = new_values - read_keys S. What does not depend on S is computed for
-    all chunks at once, S in a loop over the numbers of chunks, for all documents together.
+    a triangular system for the u of the chunk (the WY form of arXiv:2406.06484), whose solution is
+    linear in S: u = values - keys S. What does not depend on S is computed for all chunks at once.
 
-    q, k      fp32 [T, Hv, Ek];  v  [T, Hv, Ev];  g, beta  [T, Hv]
-    Returns y [T, Hv, Ev], and the states after each document that has tokens [D, Hv, Ek, Ev].
+    q, k  fp32 [T, Hv, Ek];  v  [T, Hv, Ev];  g, beta  [T, Hv]
+    Returns y [T, Hv, Ev], and the states after those documents that have tokens [D, Hv, Ek, Ev].
     """
-    q, k, v, g, beta = [chunks.split(x) for x in (q, k, v, g, beta)]   # a place without token keeps
-    _, _, counts, order = chunks.tables                                # the state: g, k and v are 0
-    S, Ek, Ev = CHUNK_SIZE, k.shape[-1], v.shape[-1]
-    q = q * Ek ** -0.5
+    _, _, counts, order = chunks.tables
+    # Where a chunk has no token, g, k and v are 0 and leave the state as it is.
+    q, k, v, g, beta = [chunks.split(x) for x in (q, k, v, g, beta)]
+    Ek = k.shape[-1]
+    Ev = v.shape[-1]
     G = g.cumsum(-1)                                                               # [n, Hv, S]
-    is_later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    is_later = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=torch.bool, device=q.device).triu(1)
     D = (G[..., :, None] - G[..., None, :]).masked_fill(is_later, -math.inf).exp()
-    decay = G.exp()[..., None]                           # since the start of the chunk
-    decay_to_end = (G[..., -1:] - G).exp()[..., None]                              # [n, Hv, S, 1]
+    since_start = G.exp()[..., None]                                               # [n, Hv, S, 1]
+    until_end = (G[..., -1:] - G).exp()[..., None]
 
-    k_beta = k * beta[..., None]                                                   # [n, Hv, S, Ek]
-    system = (k_beta @ k.transpose(-1, -2)) * D          # below the diagonal, which counts as 1
-    right_sides = torch.cat([v * beta[..., None], k_beta * decay], -1)
+    k_T = k.transpose(-1, -2)                                                      # [n, Hv, Ek, S]
+    k_beta = k * beta[..., None]
+    system = (k_beta @ k_T) * D                          # its diagonal is read as 1
+    right_sides = torch.cat([v * beta[..., None], k_beta * since_start], -1)
     solved = torch.linalg.solve_triangular(system, right_sides, upper=False, unitriangular=True)
-    new_values, read_keys = solved.split([Ev, Ek], -1)
+    values, keys = solved.split([Ev, Ek], -1)
 
     state = q.new_zeros(len(order), *k.shape[1:2], Ek, Ev)                         # [D, Hv, Ek, Ev]
-    states, written, finished = [state[:0]], [new_values[:0]], []
-    steps = zip(counts, [*counts[1:], 0], new_values.split(counts), read_keys.split(counts),
-                (k * decay_to_end).transpose(-1, -2).split(counts), decay[:, :, -1:].split(counts))
-    for count, next_count, new_values_c, read_keys_c, keys_c, decay_c in steps:
-        u = new_values_c - read_keys_c @ state                                     # [., Hv, S, Ev]
+    states = [state[:0]]                                 # before each chunk
+    written = [values[:0]]                               # u of each chunk
+    finished = [state[:0]]                               # after each document, the longest last
+    tensors = (values, keys, k * until_end, since_start[:, :, -1:])
+    chunks_of_number = zip(*(x.split(counts) for x in tensors))
+    for values_c, keys_c, k_c, decay_c in chunks_of_number:
+        n = len(values_c)                                # documents that have a chunk of this number
+        finished.append(state[n:])
+        state = state[:n]
+        u = values_c - keys_c @ state
         states.append(state)
         written.append(u)
-        state = state * decay_c + keys_c @ u
-        finished.append(state[next_count:])              # of documents without another chunk
-        state = state[:next_count]
-    states = torch.cat(states)                           # before each chunk: [n, Hv, Ek, Ev]
-    y = (q * decay) @ states + ((q @ k.transpose(-1, -2)) * D) @ torch.cat(written)
-    finished = torch.cat(finished[::-1]) if finished else state
-    return chunks.join(y), finished[order.argsort()]
-
-
-def decode(layer, qkv, g, beta, weight, states):
-    """mix() for the next token of B prompts, one step of the rule. Updates states[layer]:
-
-    (the inputs of the convolution at the tokens before [B, kernel - 1, W], S [B, Hv, Ek, Ev])
-    """
-    inputs, S = states[layer]
-    inputs = torch.cat([inputs, qkv[:, None]], 1)                                  # [B, kernel, W]
-    convolved = (inputs.float() * weight.T).sum(1)                           # [B, W]
-    q, k, v = layer.split_heads(layer.activation(convolved))
-    S = S * g.exp()[..., None, None]
-    stored = (k[..., None, :] @ S)[..., 0, :]                                      # [B, Hv, Ev]
-    correction = beta[..., None] * (v - stored)
-    S = S + k[..., :, None] * correction[..., None, :]
-    states[layer] = (inputs[:, 1:], S)
-    return (q[..., None, :] @ S)[..., 0, :] * layer.key_dim ** -0.5
+        state = state * decay_c + k_c.transpose(-1, -2) @ u
+    finished.append(state)
+    y = (q * since_start) @ torch.cat(states) + ((q @ k_T) * D) @ torch.cat(written)
+    states = torch.cat(finished[::-1])[order.argsort()]
+    return chunks.join(y * Ek ** -0.5), states
 
 
 @functools.cache
@@ -271,38 +281,39 @@ def flash_kernel():
 
 
 def flash_delta_rule(q, k, v, g, beta, layout, dtype):
-    """chunked_delta_rule() by flash_kernel(), in dtype; without the states. Returns [T, Hv, Ev]."""
+    """chunked_delta_rule() by flash_kernel(), in dtype; None for the states."""
     end = torch.full_like(layout.cu_seqlens[:1], layout.n_tokens)
     cu_seqlens = torch.cat([layout.cu_seqlens, end]).long()      # padding is one more document
-    q, k, v, g, beta = [x[None] for x in (q.to(dtype), k.to(dtype), v.to(dtype), g, beta)]
-    y, _ = flash_kernel()(q, k, v, g, beta, cu_seqlens=cu_seqlens)
-    return y[0]
+    q, k, v = [x[None].to(dtype) for x in (q, k, v)]
+    y, _ = flash_kernel()(q, k, v, g[None], beta[None], cu_seqlens=cu_seqlens)
+    return y[0], None
 
 
 # --------------------------------------------------------------------------------------------------
-# what other files ask for
+# for NewWeights, flops() and predict_memory()
 
 def new_values(name, shape, generator):
-    """The values of a parameter that is no matrix, for a new model (arXiv:2405.21060, as in Mamba).
-
-    The step of a token's decay is between 0.001 and 0.1, its rate A between 1 and 16.
-    """
-    uniform = torch.rand(shape, generator=generator)
-    if name.endswith("A_log"):
-        return (1 + 15 * uniform).log()
-    if name.endswith("dt_bias"):
-        dt = 0.001 * 100 ** uniform
-        return dt.expm1().log()                          # the inverse of softplus
+    """The values of a new model's parameter that is no matrix, as in Mamba 2 (arXiv:2405.21060)."""
     if name.endswith("norm_weight"):
         return torch.ones(shape)
-    bound = shape[-1] ** -0.5                            # conv_weight, as torch initializes it
-    return (2 * uniform - 1) * bound
+    uniform = torch.rand(shape, generator=generator)
+    if name.endswith("A_log"):
+        return (1 + 15 * uniform).log()                  # A from 1 to 16
+    if name.endswith("dt_bias"):
+        dt = 0.001 * 100 ** uniform                      # from 0.001 to 0.1
+        return dt.expm1().log()                          # the inverse of softplus
+    return (2 * uniform - 1) * shape[-1] ** -0.5         # the convolution, as in torch
 
 
 def flops_per_token(m):
     """Of forward and backward of mix(): the rule token by token, of which chunks compute more."""
-    n_channels = 2 * m["linear_num_key_heads"] * m["linear_key_head_dim"]
-    n_channels += m["linear_num_value_heads"] * m["linear_value_head_dim"]
-    state = m["linear_num_value_heads"] * m["linear_key_head_dim"] * m["linear_value_head_dim"]
+    Hv, Ek, Ev, W = sizes(m)
     # 3 products of the size of S, and the convolution; 2 operations; 1 forward + 2 backward
-    return 6 * (3 * state + n_channels * m["linear_conv_kernel_dim"])
+    return 6 * (3 * Hv * Ek * Ev + W * m["linear_conv_kernel_dim"])
+
+
+def sizes(m):
+    Hv = m["linear_num_value_heads"]
+    Ek = m["linear_key_head_dim"]
+    Ev = m["linear_value_head_dim"]
+    return Hv, Ek, Ev, 2 * m["linear_num_key_heads"] * Ek + Hv * Ev

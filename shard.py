@@ -1361,11 +1361,16 @@ class StepSize:
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
-        # of a block
+        # of a block, the mean where blocks are of different kinds
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
-        self.keeps_probabilities = block.attn.needs_probabilities(training=True)
-        adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
-        self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
+        self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
+                                       for block in model.blocks)
+        adapted = [m for m in model.blocks.modules() if isinstance(m, LoRALinear) and m.dropout]
+        adapter_inputs = sum(layer.in_features for layer in adapted)         # after dropout
+        self.adapter_inputs = adapter_inputs // len(model.blocks)
+        # of all blocks, the part with linear_attention
+        n_linear = transformer.layer_types(model_cfg).count("linear_attention")
+        self.linear_attention = n_linear / model_cfg["n_layers"]
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         n_blocks = model_cfg["n_layers"]
@@ -1377,13 +1382,13 @@ class StepSize:
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
-        self.block = count_parameters(block)
+        self.block = count_parameters(model.blocks) // len(model.blocks)
         self.measure_trained_parameters(model, frozen_blocks)
         self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         self.trains_embedding = model.embed.weight.requires_grad
-        self.measure_linear_layers(block)
+        self.measure_linear_layers(model.blocks)
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -1393,14 +1398,14 @@ class StepSize:
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
-        in_blocks = len(model.blocks) * self.block
+        in_blocks = count_parameters(model.blocks)
         self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
 
-    def measure_linear_layers(self, block):
+    def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
-        sizes = [module.in_features * module.out_features for module in block.modules()
+        sizes = [module.in_features * module.out_features for module in blocks.modules()
                  if isinstance(module, nn.Linear)]
-        self.linear = sum(sizes)
+        self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
@@ -1542,8 +1547,7 @@ def block_activation_bytes(s):
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
     norms = s.element * 2 * s.norms * C
-    if m["qk_norm"] != "none":
-        norms += s.element * (H + K) * E
+    qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
     # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
     in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
@@ -1553,6 +1557,13 @@ def block_activation_bytes(s):
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
+    attention += qk_norms
+    if m["attention_gate"]:              # the gate, and its product with the output
+        attention += 2 * s.element * H * E
+    if s.linear_attention:
+        from families import delta_net
+        attention *= 1 - s.linear_attention
+        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     # Dropout: a mask of one byte per number; in attention also the probabilities.
     dropout = 2 * C if m["resid_pdrop"] else 0
     if s.keeps_probabilities:
@@ -1563,9 +1574,13 @@ def block_activation_bytes(s):
     if s.adapter_inputs:
         shared_inputs = s.norms * C + m["d_ff"] + (0 if s.is_cuda else H * E)
         dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
-    # MLP: input and output of the activation function; if gated, the gate's factor and the product.
-    mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
-    return norms + attention + dropout + mlp
+    return norms + attention + dropout + mlp_activation_bytes(s)
+
+
+def mlp_activation_bytes(s):
+    """Of a token: input and output of the activation function; if gated, also the gate's factor and
+    the product."""
+    return s.element * s.model_cfg["d_ff"] * (4 if s.model_cfg["glu"] else 2)
 
 
 def loss_bytes(s):
@@ -1605,6 +1620,12 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.needs_cast and s.shards == 1:
             total += s.element * block_trained    # this block's weights, cast again
+    if s.linear_attention:    # its turn comes when the activations of the MLP are freed
+        from families import delta_net
+        per_token = delta_net.backward_bytes(s.model_cfg)
+        if not is_recomputed:
+            per_token -= mlp_activation_bytes(s)
+        total = max(total, s.tokens * per_token)
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear

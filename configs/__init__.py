@@ -683,6 +683,13 @@ def fill_sources(cfg, layers_by_key):
                 layers_by_key[f"{name}.{key}"] = layer_of(layers_by_key, f"data.source.{key}")
 
 
+def has_linear_attention(model_cfg):
+    """Do model.layer_types, or else those of the family, have linear_attention?"""
+    places = families().get(model_cfg["family"], {}).get("keys", {}).get("layer_types")
+    default = places[-1]["default"] if places else []
+    return "linear_attention" in (model_cfg["layer_types"] or default)
+
+
 def derive(cfg, layers_by_key):
     """Fill values that are null and follow from others, and join paths, in place."""
     model_cfg = cfg["model"]
@@ -705,8 +712,7 @@ def derive(cfg, layers_by_key):
     if "attention_multiplier" in family_keys:
         # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
-    types = model_cfg["layer_types"] or values.get("model.layer_types") or []
-    if "linear_attention" in types:
+    if has_linear_attention(model_cfg):
         n_key_heads = model_cfg["linear_num_key_heads"] or model_cfg["n_heads"]
         values |= {"model.linear_num_key_heads": n_key_heads,
                    "model.linear_num_value_heads": n_key_heads,
@@ -753,7 +759,7 @@ def conditional_options(cfg):
     for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
-    has_linear = "linear_attention" in (cfg["model"]["layer_types"] or [])
+    has_linear = has_linear_attention(cfg["model"])
     yield ("model.layer_types", "model.sliding_window",
            cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
     for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",

@@ -317,3 +317,19 @@ def sizes(m):
     Ek = m["linear_key_head_dim"]
     Ev = m["linear_value_head_dim"]
     return Hv, Ek, Ev, 2 * m["linear_num_key_heads"] * Ek + Hv * Ev
+
+
+def activation_bytes(m, element):
+    """What a GatedDeltaNet keeps per token for the backward pass, in bytes."""
+    Hv, Ek, Ev, W = sizes(m)
+    # qkv; g, beta and what they are computed from; in output(): y, its norm, z and silu(z) in fp32,
+    # and their product
+    return element * W + 4 * 6 * Hv + (4 * 4 + element) * Hv * Ev
+
+
+def backward_bytes(m):
+    """What its backward pass computes again per token, and some gradients, in bytes."""
+    Hv, Ek, Ev, W = sizes(m)
+    kernel = m["linear_conv_kernel_dim"]
+    heads = 6 * Hv * Ek + 4 * Hv * Ev + 5 * Hv * CHUNK_SIZE + 2 * Hv * Ek * Ev / CHUNK_SIZE
+    return 4 * ((kernel + 2) * W + heads)

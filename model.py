@@ -1336,25 +1336,25 @@ def slices_of_parameter(name, shapes, m):
         return [(name, 0, rows)]
     block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
     module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
-    # 1) a tensor of its own
-    if pattern in family["weights"]:
-        tensor = family["weights"][pattern].replace("{i}", block)
-        return [(tensor, 0, rows)]
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
-        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
+        # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             E = m["head_dim"]
             n_heads = rows // E
             first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
-        # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
+        # 2) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
+    # 3) a tensor of its own
+    if pattern in family["weights"]:
+        tensor = family["weights"][pattern].replace("{i}", block)
+        return [(tensor, 0, rows)]
     return []
 
 

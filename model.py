@@ -123,11 +123,13 @@ class Norm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-def rope_freqs(positions, m):
+def rope_freqs(positions, m, lengths=None):
     """Return cos and sin of the rotary embedding (arXiv:2104.09864), each [T, 1, R/2] in fp32.
 
     positions [T]. The first R = partial_rotary_factor * E numbers of a head are rotated. Angles are
     computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
+
+    lengths   [T], of each token's document; for longrope alone
     """
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     first_of_pair = torch.arange(0, R, 2, device=positions.device)
@@ -144,17 +146,76 @@ def rope_freqs(positions, m):
         rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    elif kind == "yarn":
+        keep = yarn_keep(scaling, m["rope_theta"], R).to(positions.device)
+        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    elif kind == "longrope":                             # arXiv:2402.13753
+        short = freqs / freqs.new_tensor(scaling["short_factor"])
+        long = freqs / freqs.new_tensor(scaling["long_factor"])
+        is_long = lengths > scaling["original_max_position_embeddings"]            # [T]
+        freqs = torch.where(is_long[:, None, None], long, short)                   # [T, 1, R/2]
     angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
-    return angles.cos().float(), angles.sin().float()
+    scale = rope_scale(scaling, m["max_len"])
+    return (scale * angles.cos()).float(), (scale * angles.sin()).float()
 
 
-def apply_rotary_emb(x, cos, sin):
-    """Rotate the pairs (x_i, x_(i + R/2)) of every head. x [T, H, E]; cos, sin [T, 1, R/2]."""
+def yarn_keep(scaling, theta, R):
+    """The part of each frequency that YaRN (arXiv:2309.00071, section 3.2) keeps: fp64 [R/2].
+
+    1 for pairs that rotate more than beta_fast times within the original context, 0 below
+    beta_slow. In between it falls linearly with the number of the pair.
+    """
+    original = scaling["original_max_position_embeddings"]
+    bounds = []                                          # the pairs with so many rotations
+    for rotations in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)):
+        bounds.append(R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta)))
+    low, high = bounds
+    if scaling.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, R - 1)
+    if low == high:
+        high += 0.001
+    pairs = torch.arange(R // 2, dtype=torch.float64)
+    return 1 - ((pairs - low) / (high - low)).clamp(0, 1)
+
+
+def rope_scale(scaling, max_len):
+    """The factor of cos and sin with YaRN and LongRoPE. Attention scores have its square."""
+    kind = configs.rope_kind(scaling)
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    original = scaling["original_max_position_embeddings"]
+    factor = max(1, scaling.get("factor") or max_len / original)
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    growth = 0.1 * math.log(factor)
+    if "mscale" in scaling and "mscale_all_dim" in scaling:      # DeepSeek-V2
+        return (1 + scaling["mscale"] * growth) / (1 + scaling["mscale_all_dim"] * growth)
+    return 1 + growth
+
+
+def apply_rotary_emb(x, cos, sin, interleaved=False):
+    """Rotate the pairs (x_i, x_(i + R/2)) of every head, or (x_(2i), x_(2i + 1)) if interleaved.
+
+    x [T, H, E]; cos, sin [T, 1, R/2]
+    """
     R = 2 * cos.shape[-1]
-    x1, x2 = x[..., :R].float().chunk(2, -1)                                       # [T, H, R/2]
+    x_R = x[..., :R].float()
+    if interleaved:
+        x1, x2 = x_R[..., 0::2], x_R[..., 1::2]                                    # [T, H, R/2]
+    else:
+        x1, x2 = x_R.chunk(2, -1)                                                  # [T, H, R/2]
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
-    rotated = torch.cat([y1, y2], -1).to(x.dtype)                                  # [T, H, R]
+    if interleaved:
+        rotated = torch.stack([y1, y2], -1).flatten(-2)                            # [T, H, R]
+    else:
+        rotated = torch.cat([y1, y2], -1)                                          # [T, H, R]
+    rotated = rotated.to(x.dtype)
     if R == x.shape[-1]:
         return rotated
     return torch.cat([rotated, x[..., R:]], -1)
@@ -164,10 +225,16 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def relu_squared(x):
+    """arXiv:2109.08668"""
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": relu_squared,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
 }
@@ -227,8 +294,9 @@ class Attention(nn.Module):
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
-        has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
-        self.use_rope = m["positions"] == "rope" and has_rope
+        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
+        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
+        self.rope_interleaved = m["rope_interleaved"]
 
         C = m["d_model"]
         E = self.head_dim
@@ -242,7 +310,7 @@ class Attention(nn.Module):
         self.gate_proj = Linear(C, q_width, bias=bias) if m["attention_gate"] else None
         self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
-        if self.qk_norm == "head":                       # of each head (arXiv:2302.05442)
+        if self.qk_norm.startswith("head"):              # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
         elif self.qk_norm == "all":                      # of all heads together
@@ -274,8 +342,11 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         if self.use_rope:
             cos, sin = rope
-            q = apply_rotary_emb(q, cos, sin)
-            k = apply_rotary_emb(k, cos, sin)
+            q = apply_rotary_emb(q, cos, sin, self.rope_interleaved)
+            k = apply_rotary_emb(k, cos, sin, self.rope_interleaved)
+        if self.qk_norm == "head_after_rope":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return q, k, v
 
     def mix(self, q, k, v, layout, seeds=None):
@@ -304,6 +375,8 @@ def layer_types(m):
     By default all are "sliding", with the window model.sliding_window; null turns that off.
     """
     pattern = m["layer_types"] or ["sliding_attention"]
+    if m["sliding_window"] is None:
+        pattern = ["full_attention"]
     return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
 
 
@@ -311,6 +384,15 @@ def sliding_windows(m):
     """Per block, the number of tokens that a token attends to, itself included, or None: all."""
     window = m["sliding_window"]
     return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
+
+
+def has_rope(m, layer_idx):
+    """Does a block of a model with positions=rope use them? See model.rope_layers."""
+    if m["rope_layers"] is None:
+        return True
+    if m["rope_layers"] == "sliding_attention":
+        return m["sliding_window"] is None or layer_types(m)[layer_idx] == "sliding_attention"
+    return m["rope_layers"][layer_idx] == 1
 
 
 def attention(layer, q, k, v, layout, seeds=None):
@@ -610,6 +692,13 @@ def document_index(batch):
     return torch.bucketize(tokens, ends, right=True).clamp(max=last)
 
 
+def document_lengths(batch):
+    """The length of each token's document: int64 [T]. In generation, the most it may have."""
+    if "document_lengths" in batch:
+        return batch["document_lengths"]
+    return batch["cu_seqlens"].long().diff()[document_index(batch)]
+
+
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
     seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
@@ -673,8 +762,7 @@ def neftune(model, batch, alpha):
     C = x.shape[1]
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
     noise = random_int32(seeds, C) / 2**31                                         # [T, C]
-    lengths = batch["cu_seqlens"].diff()                                           # [D]
-    lengths = lengths[document_index(batch), None].clamp(min=1)                    # [T, 1]
+    lengths = document_lengths(batch)[:, None].clamp(min=1)                        # [T, 1]
     return x + noise * alpha / (lengths.float() * C).sqrt()
 
 
@@ -1026,16 +1114,30 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
-        rope = rope_freqs(positions, m) if m["positions"] == "rope" else None
+        rope, local_rope = self.rope(batch)
         for i, block in enumerate(self.blocks):
             block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
-            args = (x, rope, layout, block_seeds)
+            args = (x, local_rope if block.attn.is_local else rope, layout, block_seeds)
             if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
         return self.norm(x)
+
+    def rope(self, batch):
+        """rope_freqs() for blocks with full attention, and for those with a window."""
+        m = self.cfg
+        if m["positions"] != "rope":
+            return None, None
+        lengths = None
+        if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
+            lengths = document_lengths(batch)
+        rope = rope_freqs(batch["positions"], m, lengths)
+        if m["rope_local_theta"] is None:
+            return rope, rope
+        local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
+        return rope, rope_freqs(batch["positions"], local)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -1269,25 +1371,25 @@ def slices_of_parameter(name, shapes, m):
         return [(name, 0, rows)]
     block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
     module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
-    # 1) a tensor of its own
-    if pattern in family["weights"]:
-        tensor = family["weights"][pattern].replace("{i}", block)
-        return [(tensor, 0, rows)]
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
-        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
+        # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             E = m["head_dim"]
             n_heads = rows // E
             first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
-        # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
+        # 2) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
+    # 3) a tensor of its own
+    if pattern in family["weights"]:
+        tensor = family["weights"][pattern].replace("{i}", block)
+        return [(tensor, 0, rows)]
     return []
 
 
@@ -1475,8 +1577,10 @@ class PretrainedWeights:
         ignored = tuple(self.family.get("ignore", ()))
         if is_tied:
             ignored += (self.head,)
+        prefixes = tuple(self.family.get("ignore_prefixes", ()))
         for tensor in sorted(self.files):
-            if tensor not in name_of and not tensor.endswith(ignored):
+            is_ignored = tensor.endswith(ignored) or tensor.startswith(prefixes)
+            if tensor not in name_of and not is_ignored:
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
@@ -1741,6 +1845,10 @@ def hf_config(m, source):
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
+    scaling = m["rope_scaling"] or {}
+    if configs.rope_kind(scaling) == "longrope":         # where Phi-3 has it
+        key = "original_max_position_embeddings"
+        config[key] = scaling[key]
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
@@ -1918,6 +2026,10 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
+    # longrope takes its factors for the longest text that this can become, from the start: keys in
+    # the cache cannot change their angles
+    document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
+    batch["document_lengths"] = document_lengths[layout.sequences]
     if isinstance(seed, list):
         generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
     else:
@@ -1934,7 +2046,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
         if n + 1 == max_tokens or not keep_going(unfinished):
             break
         history[cache.sequences, cache.n_tokens] = ids
-        batch = {"tokens": ids, "positions": cache.n_tokens, "history": history}
+        batch = {"tokens": ids, "positions": cache.n_tokens, "history": history,
+                 "document_lengths": document_lengths}
         logits = model.logits(batch, cache)
         cache.advance()
 

@@ -756,12 +756,15 @@ def conditional_options(cfg):
     yield ("shard.reshard_after_forward", "shard.mesh",
            mesh["replicate"] or (mesh["shard"] or 1) > 1,
            "on unsharded ranks; shard.mesh.shard=2 shards over two")
-    for key in ("rope_theta", "rope_scaling", "rope_layers", "partial_rotary_factor"):
+    for key in ("rope_theta", "rope_scaling", "rope_local_theta", "rope_interleaved",
+                "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
     has_linear = has_linear_attention(cfg["model"])
     yield ("model.layer_types", "model.sliding_window",
            cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
+    yield ("model.rope_local_theta", "model.sliding_window", cfg["model"]["sliding_window"],
+           "without model.sliding_window")
     for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
                 "conv_kernel_dim"):
         yield (f"model.linear_{key}", "model.layer_types", has_linear,
@@ -890,11 +893,15 @@ def check_model(model_cfg):
            "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
+    for key in ("short_factor", "long_factor"):
+        factors = (model_cfg["rope_scaling"] or {}).get(key)
+        yield (factors is None or len(factors) == rope_dim // 2, f"model.rope_scaling.{key}",
+               f"a list of {rope_dim // 2} numbers, one per pair that rope rotates")
     yield (not model_cfg["shared_norm"] or model_cfg["parallel_residual"], "model.shared_norm",
            "false unless model.parallel_residual")
     yield (model_cfg["norm_place"] == "before" or not model_cfg["parallel_residual"],
            "model.norm_place", "before if model.parallel_residual")
-    yield (rope_layers is None or len(rope_layers) == n_layers, "model.rope_layers",
+    yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
 
 

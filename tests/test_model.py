@@ -62,6 +62,7 @@ OLMO2 = LLAMA | dict(pad_token_id=None, eos_token_id=None)
 SMOLLM3 = LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=101, initializer_range=0.05, pad_token_id=None, bos_token_id=0, eos_token_id=0)
+YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, original_max_position_embeddings=64)
 GEMMA = SMALL | dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=19)
 QWEN3_5 = LLAMA | dict(num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
                        linear_key_head_dim=8, linear_value_head_dim=12)
@@ -100,6 +101,32 @@ FAMILIES = {
     "SmolLM3": ("smollm3", SMOLLM3 | dict(
         num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
     "SmolLM3, untied": ("smollm3", SMOLLM3 | dict(no_rope_layers=[0, 1])),
+    "Gemma 1": ("gemma", GEMMA),
+    "Gemma 3": ("gemma3_text", GEMMA | dict(
+        num_hidden_layers=3, sliding_window_pattern=3, rope_theta=5000.0, rope_local_base_freq=70.0,
+        rope_scaling=dict(rope_type="linear", factor=8.0))),
+    "StarCoder2": ("starcoder2", SMALL | dict(sliding_window=19)),
+    "Phi-3, Phi-4": ("phi3", SMALL),
+    "Phi-4-mini, longrope": ("phi3", SMALL | dict(
+        partial_rotary_factor=0.5, max_position_embeddings=400, original_max_position_embeddings=100,
+        tie_word_embeddings=True, rope_scaling=dict(rope_type="longrope", short_factor=[1.0, 1.5],
+                                                    long_factor=[2.0, 7.5]))),
+    "OLMo 3": ("olmo3", SMALL | dict(sliding_window=19, layer_types=["sliding_attention", "full_attention"],
+                                     rope_theta=5000.0, rope_scaling=YARN)),
+    "Ministral": ("ministral", SMALL | dict(head_dim=8, sliding_window=19, layer_types=["sliding_attention", "full_attention"])),
+    "Seed-OSS": ("seed_oss", SMALL | dict(head_dim=16)),
+    "EXAONE 4": ("exaone4", SMALL | dict(sliding_window=19, sliding_window_pattern=2)),
+    "EXAONE 4, 1.2B": ("exaone4", SMALL | dict(sliding_window=None, layer_types=["full_attention"] * 2)),
+    "GLM-4": ("glm", SMALL | dict(head_dim=8)),
+    "GLM-4-0414": ("glm4", SMALL | dict(head_dim=8)),
+    "Granite 4": ("granitemoehybrid", SMALL | dict(
+        shared_intermediate_size=48, num_local_experts=0, layer_types=["full_attention"] * 2, mamba_n_heads=4,
+        position_embedding_type="rope", embedding_multiplier=12.0, attention_multiplier=0.1,
+        residual_multiplier=0.22, logits_scaling=8.0)),
+    "ERNIE 4.5": ("ernie4_5", SMALL | dict(head_dim=8, use_bias=True)),
+    "Arcee": ("arcee", SMALL),
+    "Nemotron, Minitron": ("nemotron", SMALL),
+    "Qwen3, YaRN": ("qwen3", SMALL | dict(head_dim=16, rope_parameters=YARN | dict(rope_theta=5000.0))),
     "Gemma 2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
 }
 
@@ -243,7 +270,9 @@ def test_models_page_shows_a_family_of_the_file():
 
 def test_new_weights_export_too(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
-    needed = {"gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"]}
+    needed = {"gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"],
+              "granite4": ["model.d_model=64"], "gemma2": ["model.sliding_window=9"], "olmo3": ["model.sliding_window=9"],
+              "gemma3": ["model.rope_local_theta=100.0", "model.sliding_window=9"], "ministral": ["model.sliding_window=9"]}
     for family in configs.families().keys() - {"native"}:
         m = configs.load(["model.n_layers=2", "model.d_model=32", "model.vocab_size=64", f"model.family={family}",
                           *needed.get(family, [])])[0]["model"]
@@ -258,7 +287,7 @@ def test_new_weights_export_too(tmp_path):
 
 def draw_rope(choose):
     """A rope_scaling or rope_parameters section: often incomplete, sometimes of a kind that we don't compute."""
-    section = {"rope_type": choose("default", "linear", "linear", "llama3", "llama3", "yarn"),
+    section = {"rope_type": choose("default", "linear", "linear", "llama3", "llama3", "yarn", "dynamic"),
                "rope_theta": choose(500.0, 100_000), "factor": choose(2.0, 8), "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": choose(16, 64),
                "partial_rotary_factor": choose(0.5, 1.0), "full_attention": {"rope_theta": 7.0}}
@@ -275,9 +304,16 @@ def draw_config(choose, kind):
     small = {"gpt2": dict(n_embd=64, n_layer=2, n_head=4, vocab_size=101, n_positions=128)}
     config = small.get(kind, dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                                   vocab_size=101, pad_token_id=None))
-    config |= dict(model_type=kind, bos_token_id=0, eos_token_id=0)
-    if kind in ("mistral", "qwen2", "qwen3"):                          # their defaults are those of large models
+    family = configs.families()[kind]
+    config |= dict(model_type=family["model_type"], bos_token_id=0, eos_token_id=0)
+    *_, n_kv_heads = family["keys"].get("n_kv_heads", [None])
+    if n_kv_heads or kind == "nemotron":                               # the default is that of a large model, or fails
         config["num_key_value_heads"] = 2
+    if kind == "ministral":
+        config["head_dim"] = 16
+    if kind == "granite4":
+        config |= dict(num_local_experts=0, position_embedding_type="rope", layer_types=["attention"] * 2,
+                       mamba_n_heads=8)
     usual = {"rope_theta": (100.0, 500_000), "rope_scaling": (None, {}, draw_rope), "rope_parameters": (None, draw_rope),
              "partial_rotary_factor": (0.5, 1.0), "rotary_pct": (0.5, 1.0), "rotary_emb_base": (50, 1000.0),
              "max_position_embeddings": (64, 256), "original_max_position_embeddings": (16, 64),
@@ -289,11 +325,14 @@ def draw_config(choose, kind):
              "no_rope_layers": ([1, 0], [0, 1]), "no_rope_layer_interval": (1, 2, 3), "hidden_size": (64,),
              "num_attention_heads": (4,), "n_inner": (80, None), "use_parallel_residual": (True, False),
              "reorder_and_upcast_attn": (True, False), "torch_dtype": ("float32",), "logits_scaling": (3,),
-             "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,)}
+             "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,),
+             "final_logit_softcapping": (None, 2.0), "attn_logit_softcapping": (None, 3), "query_pre_attn_scalar": (12,),
+             "hidden_activation": ("gelu_pytorch_tanh", "silu"), "rope_local_base_freq": (70.0,), "use_bias": (True, False),
+             "sliding_window_pattern": (1, 2, 3)}
     rare = {"layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
             "use_sliding_window": (True,), "is_causal": (True, False), "hidden_act": ("quick_gelu",),
             "scale_attn_weights": (True, False), "scale_attn_by_inverse_layer_idx": (True, False),
-            "qk_layernorm": (True,), "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
+            "qk_layernorm": (True,), "use_bidirectional_attention": (True,), "num_local_experts": (0, 4), "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
             "text_config": (None, {"model_type": "llama"}), "quantization_config": ({"quant_method": "gptq"},)}
     for keys, probability in ((usual, 0.25), (rare, 0.025)):
         for key, values in keys.items():

@@ -376,7 +376,7 @@ def layer_types(m):
     """
     pattern = m["layer_types"] or ["sliding_attention"]
     if m["sliding_window"] is None:
-        pattern = ["full_attention"]
+        pattern = ["full_attention" if kind == "sliding_attention" else kind for kind in pattern]
     return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
 
 

@@ -297,7 +297,7 @@ def standardize(hf_config, family, path):
     hf_config["rope_parameters"] = rope
 
     types = hf_config.get("layer_types") or []
-    if isinstance(types, list):                    # its older name
+    if types and isinstance(types, list):          # its older name
         types = ["full_attention" if kind == "attention" else kind for kind in types]
         hf_config["layer_types"] = types
     if "sliding_window_pattern" in hf_names(family["keys"].get("layer_types")):

@@ -31,6 +31,8 @@ CHUNK_SIZE = 64              # S, tokens
 class GatedDeltaNet(nn.Module):
     """What a block has in the place of an Attention."""
 
+    is_local = False         # of the two kinds of rope it reads neither
+
     def __init__(self, m):
         super().__init__()
         self.n_key_heads = m["linear_num_key_heads"]

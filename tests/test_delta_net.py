@@ -61,7 +61,8 @@ def test_chunked_delta_rule_is_the_rule_token_by_token(lengths, decay):
     states = states[:len(lengths)]                       # without that of the padding
     got = torch.autograd.grad((y[:T] * direction).sum() + states.sum(), inputs)
     assert close(y[:T], exact, 1e-5) and close(states, exact_states, 1e-5)
-    assert all(close(a, b, 1e-4) for a, b in zip(got, wanted))
+    for a, b in zip(got, wanted):                        # a single token's gradient of g is 0
+        assert float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max()))
 
 
 def test_packed_documents_of_a_hybrid_model_do_not_see_each_other():

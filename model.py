@@ -193,6 +193,14 @@ class MLP(nn.Module):
         return self.down_proj(h, seeds)
 
 
+def make_mlp(m):
+    """The MLP of a block, or its mixture of experts."""
+    if not m["n_experts"]:
+        return MLP(m)
+    from families import moe
+    return moe.MixtureOfExperts(m)
+
+
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
 # after the scale and before the mask. Add your own to SCORE_MODS. With any but "none" attention is
 # computed without a kernel, in training and in generation.
@@ -486,7 +494,7 @@ class Block(nn.Module):
         self.norm1 = Norm(m, m["d_model"])
         self.attn = Attention(m, layer_idx)
         self.norm2 = None if m["shared_norm"] else Norm(m, m["d_model"])
-        self.mlp = MLP(m)
+        self.mlp = make_mlp(m)
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
         """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
@@ -910,6 +918,8 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
+        # int64 [L, X] after a forward pass: see families/moe.py. train.py logs it, and sets it to 0
+        self.expert_tokens = 0
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -922,7 +932,7 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x = self.compute_hidden(batch)                                             # [T, C]
+        x, router_loss = self.compute_hidden_and_router_loss(batch)                # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -934,6 +944,9 @@ class Transformer(nn.Module):
             head = head.detach()
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        if router_loss is not None:
+            # adds its gradient and not its value, so that the loss is that of the targets alone
+            loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
@@ -948,6 +961,22 @@ class Transformer(nn.Module):
 
     def scale_gradient(self, gradient):
         return gradient * self.loss_scale
+
+    def compute_hidden_and_router_loss(self, batch):
+        """Return (hidden states [T, C], the loss that balances experts, summed like loss_sum).
+
+        The second is None in evaluation and without experts. In training, the tokens of each expert
+        are added to self.expert_tokens.
+        """
+        if not self.cfg["n_experts"] or not self.training or not torch.is_grad_enabled():
+            return self.compute_hidden(batch), None
+        from families import moe
+        with moe.record_routing(self.blocks) as routing:
+            x = self.compute_hidden(batch)
+        coef = self.cfg["router_aux_loss_coef"]
+        router_loss, expert_tokens = moe.router_loss(routing, batch, coef)
+        self.expert_tokens = self.expert_tokens + expert_tokens
+        return x, router_loss
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -1218,6 +1247,9 @@ def slices_of_parameter(name, shapes, m):
     # 1) a tensor of its own
     if pattern in family["weights"]:
         tensor = family["weights"][pattern].replace("{i}", block)
+        if "{e}" in tensor:                              # a tensor per expert
+            n = rows // m["n_experts"]
+            return [(tensor.replace("{e}", str(e)), 0, n) for e in range(m["n_experts"])]
         return [(tensor, 0, rows)]
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
@@ -1230,6 +1262,9 @@ def slices_of_parameter(name, shapes, m):
             n_heads = rows // E
             first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
+        if family.get("fused_by_expert"):
+            n = rows // m["n_experts"]
+            return [(tensor, (e * len(parts) + place) * n, n) for e in range(m["n_experts"])]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
@@ -1267,6 +1302,16 @@ def hf_tensors(m):
 def is_transposed(name, family):
     """Do the files store this weight as [in, out]?"""
     return name.endswith(tuple(family.get("transposed", ())))
+
+
+def is_stacked(tensor, family):
+    """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
+    return tensor.endswith(tuple(family.get("stacked", ())))
+
+
+def stacked_shape(shape, m):
+    """[X * out, in] -> [X, out, in]"""
+    return [m["n_experts"], shape[0] // m["n_experts"], *shape[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1368,7 +1413,7 @@ class PretrainedWeights:
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
                 else:
-                    out.append(stored[first + low:first + high])
+                    out.append(read_rows(stored, first + low, first + high))
             row += rows
         if end > row:
             out.append(self.new_rows(name, max(start, row), end))
@@ -1407,6 +1452,8 @@ class PretrainedWeights:
             shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
+            if is_stacked(tensor, self.family):
+                shape = stacked_shape(shape, self.m)
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
@@ -1448,6 +1495,17 @@ class PretrainedWeights:
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
+
+
+def read_rows(stored, start, end):
+    """Rows start ... end - 1 of a tensor in a file. Of [X, out, in], the rows of [X * out, in]."""
+    shape = stored.get_shape()
+    if len(shape) < 3:
+        return stored[start:end]
+    n = shape[1]                                         # rows of an expert
+    first = start // n
+    experts = stored[first:math.ceil(end / n)].flatten(0, 1)
+    return experts[start - first * n:end - first * n]
 
 
 def have_equal_rows(a, b, rows):
@@ -1734,6 +1792,8 @@ def collect_tensors(get_parameter, m, tensors_in_file, dtype):
         first_name, _, _ = parts[0]
         if is_transposed(first_name, family):
             tensor = tensor.T
+        if is_stacked(tensor_name, family):
+            tensor = tensor.view(stacked_shape(tensor.shape, m))
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

@@ -45,6 +45,23 @@ def grads(model):
     return out
 
 
+def grads_by_file_name(theirs):
+    """Gradients of one of their models. In memory, it has several experts' matrices in one parameter."""
+    wanted = {}
+    for name, grad in grads(theirs).items():
+        experts, _, kind = name.partition(".experts.")
+        if not kind:
+            wanted[name.replace("router.weight", "router.layer.weight")] = grad
+        elif "block_sparse_moe" in name:
+            wanted[experts + {"gate_up_proj": ".input_linear.weight", "down_proj": ".output_linear.weight"}[kind]] = grad
+        else:
+            kinds = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+            for i, of_expert in enumerate(grad):
+                for kind, part in zip(kinds, of_expert.chunk(len(kinds))):
+                    wanted[f"{experts}.experts.{i}.{kind}.weight"] = part
+    return wanted
+
+
 def close(a, b, tolerance):
     return float((a - b).detach().abs().max()) <= tolerance * float(b.detach().abs().max())
 
@@ -60,6 +77,8 @@ GRANITE = LLAMA | dict(embedding_multiplier=12.0, attention_multiplier=0.1, resi
                        logits_scaling=8.0)
 OLMO2 = LLAMA | dict(pad_token_id=None, eos_token_id=None)
 SMOLLM3 = LLAMA | dict(pad_token_id=None, bos_token_id=0, eos_token_id=0)
+# the loss that balances experts is compared by itself, in tests/test_moe.py
+EXPERTS = LLAMA | dict(num_experts_per_tok=3, router_aux_loss_coef=0.0)
 # as the table of docs/models.md has them -> (model_type, its config)
 FAMILIES = {
     "GPT-2": ("gpt2", GPT2),
@@ -91,6 +110,11 @@ FAMILIES = {
     "SmolLM3": ("smollm3", SMOLLM3 | dict(
         num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
     "SmolLM3, untied": ("smollm3", SMOLLM3 | dict(no_rope_layers=[0, 1])),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS | dict(moe_intermediate_size=32, head_dim=16, num_experts=8, norm_topk_prob=True)),
+    "Qwen3-MoE, tied": ("qwen3_moe", EXPERTS | dict(
+        moe_intermediate_size=24, head_dim=12, num_experts=4, tie_word_embeddings=True)),
+    "OLMoE": ("olmoe", EXPERTS | dict(num_experts=8, pad_token_id=None, eos_token_id=None)),
+    "Granite 3 MoE": ("granitemoe", GRANITE | EXPERTS | dict(num_local_experts=6, tie_word_embeddings=True)),
 }
 
 
@@ -130,7 +154,7 @@ def loss_and_gradients(ours, m, theirs, folder):
     loss_sum, weight, stats = ours(row(docs))
     loss_sum.backward()
     assert weight == sum(len(d) - 1 for d in docs) and close(stats["loss"], torch.stack(wants), 1e-5)
-    got, wanted = grads(ours), grads(theirs)
+    got, wanted = grads(ours), grads_by_file_name(theirs)
     got = M.collect_tensors(got.get, m, M.hf_tensors(m), torch.float32)
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")

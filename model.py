@@ -2031,13 +2031,14 @@ def flops(model, lengths, n_targets):
     """
     m = model.cfg
     per_token = 0
-    for p in model.blocks.parameters():
+    for name, p in model.blocks.named_parameters():
         if p.dim() == 2 and p.requires_grad:
-            per_token += 6 * p.numel()
-    for module in model.blocks.modules():
+            per_token += 6 * active_parameters(name, p.numel(), m)
+    for name, module in model.blocks.named_modules():
         # not numel(): a quantized weight has another shape
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            per_token += 4 * module.in_features * module.out_features
+            n_weights = module.in_features * module.out_features
+            per_token += 4 * active_parameters(name, n_weights, m)
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
@@ -2049,6 +2050,13 @@ def flops(model, lengths, n_targets):
     # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
     per_pair = 12 * m["n_heads"] * m["head_dim"]
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
+
+
+def active_parameters(name, n, m):
+    """Of n parameters, the number that a token is computed with: of experts, that of a few."""
+    if ".experts." in name:
+        return n // m["n_experts"] * m["n_experts_per_token"]
+    return n
 
 
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
@@ -2066,8 +2074,9 @@ def summary(model):
     params = dict(model.named_parameters())
     total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
+    mlp = f"{m['n_experts']} experts of {m['d_expert']}" if m["n_experts"] else f"MLP {m['d_ff']}"
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
-             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
+             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
     for name, p in params.items():
         in_block = name.startswith("blocks.")
@@ -2083,6 +2092,10 @@ def summary(model):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
     lines.append(f"  {'parameters':<28} {total:>29,}{tied}")
+    if m["n_experts"]:
+        active = sum(active_parameters(name, p.numel(), m) for name, p in params.items())
+        lines.append(f"  {'of these, a token uses':<28} {active:>29,} {active / total:>6.1%}  "
+                     f"({m['n_experts_per_token']} of {m['n_experts']} experts)")
     length = m["max_len"]
     lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and "
                  f"backward, in documents of {length:,} tokens")

@@ -29,20 +29,22 @@ import model as transformer
 
 
 def grouped_linear(x, weight, ends):
-    """Multiply the rows of each expert with its matrix. Returns [R, out].
+    """F.linear() of the rows of each expert with its weight. Returns [R, out].
 
     x       [R, in], sorted by expert
     weight  [X out, in], in the dtype of x
     ends    int32 [X]: the rows of expert e are ends[e - 1] ... ends[e] - 1
     """
-    weight = weight.unflatten(0, (len(ends), -1))                                  # [X, out, in]
-    _, n_out, n_in = weight.shape
-    if n_in * x.element_size() % 16 == 0 and n_out * x.element_size() % 16 == 0:
-        # one kernel on CUDA, which does not wait for the device; a loop like the one below on a CPU
-        return F.grouped_mm(x, weight.mT, offs=ends)
+    return grouped_matmul(x, weight.unflatten(0, (len(ends), -1)).mT, ends)
+
+
+def grouped_matmul(x, matrices, ends):
+    """Multiply the rows x [R, in] of each expert by its matrix of [X, in, out]. Returns [R, out]."""
+    if all(n * x.element_size() % 16 == 0 for n in matrices.shape[1:]):
+        # one kernel on CUDA, which does not wait for the device; a loop like that below on a CPU
+        return F.grouped_mm(x, matrices, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    outputs = [F.linear(rows, matrix) for rows, matrix in zip(x.split(sizes), weight.unbind())]
-    return torch.cat(outputs)
+    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), matrices.unbind())])
 
 
 class ExpertLinear(transformer.Linear):

@@ -730,13 +730,20 @@ def add_lora(model, lora_cfg, quantize="none"):
         model.get_parameter(name).requires_grad_(True)
     adapts_experts = any(layer.n_experts > 1 for layer in model.modules()
                          if isinstance(layer, LoRALinear))
-    if adapts_experts and wanted and ("gate_proj" in wanted) != ("up_proj" in wanted):
-        raise configs.UserError("shard.lora.targets: PEFT has gate_proj and up_proj of experts in "
-                                "one matrix; name both or none of them")
-    if adapts_experts and lora_cfg["rslora"]:
-        raise configs.UserError("shard.lora.rslora: PEFT scales the adapters of experts in another "
-                                "way; shard.lora.rslora=false, or shard.lora.targets without "
-                                "gate_proj, up_proj and down_proj")
+    if adapts_experts:
+        check_adapters_of_experts(lora_cfg)
+
+
+def check_adapters_of_experts(lora_cfg):
+    """Raise UserError for adapters of experts that PEFT loads wrongly or not at all."""
+    layers = {"gate_proj", "up_proj", "down_proj"}
+    if lora_cfg["targets"] and not layers <= set(lora_cfg["targets"]):
+        raise configs.UserError("shard.lora.targets: PEFT loads adapters of experts only for "
+                                "gate_proj, up_proj and down_proj together; name all or none")
+    if lora_cfg["rslora"]:
+        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another way; "
+                                "shard.lora.rslora=false, or shard.lora.targets without gate_proj, "
+                                "up_proj and down_proj")
 
 
 def tensors_outside_blocks(m):

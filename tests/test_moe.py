@@ -184,7 +184,7 @@ def test_muon_orthogonalizes_each_expert_by_itself():
     change = (p.detach() - start) / cfg["lr"]
     for of_expert, grad in zip(change.chunk(6), p.grad.chunk(6)):
         wanted = -0.2 * 8 * train.newton_schulz(grad[None])[0]           # 8: sqrt of the larger side
-        assert apart(of_expert, wanted) < 0.05           # bf16
+        assert apart(of_expert, wanted) < 0.1            # bf16
         assert torch.linalg.svdvals(of_expert / 1.6)[-1] > 0.5
 
 
@@ -228,7 +228,7 @@ def our_logits(model):
 
 
 @pytest.mark.parametrize("family, more", [
-    ("qwen3_moe", []), ("qwen3_moe", ["shard.lora.targets=[q_proj, gate_proj, up_proj]"]),
+    ("qwen3_moe", []), ("qwen3_moe", ["shard.lora.targets=[gate_proj, up_proj, down_proj]"]),
     ("olmoe", ["model.d_expert=80"])])
 def test_adapters_of_experts_load_in_peft_and_again(tmp_path, family, more):
     """PEFT computes the same logits with them, and so does the merged model, and a new start."""
@@ -266,7 +266,7 @@ def test_add_lora_leaves_out_experts_that_files_have_in_one_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("key, words", [
-    ("shard.lora.targets=[gate_proj]", "name both or none"), ("shard.lora.rslora=true", "PEFT scales")])
+    ("shard.lora.targets=[gate_proj, up_proj]", "name all or none"), ("shard.lora.rslora=true", "PEFT scales")])
 def test_add_lora_refuses_adapters_of_experts_that_peft_computes_otherwise(tmp_path, key, words):
     with pytest.raises(configs.UserError, match=words):
         adapted(save_base(tmp_path / "base"), key)

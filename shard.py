@@ -1421,8 +1421,12 @@ class StepSize:
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
+        self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
         adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
-        self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
+        # after dropout; in experts, those of each row of a token
+        k = model_cfg["n_experts_per_token"]
+        self.adapter_inputs = sum(layer.in_features * (k if layer.n_experts > 1 else 1)
+                                  for layer in adapted)
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         n_blocks = model_cfg["n_layers"]
@@ -1618,7 +1622,8 @@ def block_activation_bytes(s):
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
     # and activation that are their inputs.
     if s.adapter_inputs:
-        shared_inputs = s.norms * C + m["d_ff"] + (0 if s.is_cuda else H * E)
+        inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
+        shared_inputs = s.norms * C + inside + (0 if s.is_cuda else H * E)
         dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
     # MLP: input and output of the activation function; if gated, the gate's factor and the product.
     mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
@@ -1633,8 +1638,9 @@ def expert_activation_bytes(s):
     k = m["n_experts_per_token"]
     # a row per expert: its input and output, and those inside of its gated MLP
     rows = k * s.element * (2 * m["d_model"] + 4 * m["d_expert"])
-    # The router: x and the weights of the output in fp32, probabilities, indices of the rows
-    return rows + 4 * m["d_model"] + 4 * m["n_experts"] + 5 * 8 * k
+    # The router: x in fp32, probabilities, five indices of each row
+    router_input = 4 * m["d_model"] if s.trains_router and s.element < 4 else 0
+    return rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
 
 
 def loss_bytes(s):

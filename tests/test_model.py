@@ -286,6 +286,9 @@ def draw_config(choose, kind):
     config = small.get(kind, dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
                                   vocab_size=101, pad_token_id=None))
     config |= dict(model_type=kind, bos_token_id=0, eos_token_id=0)
+    if "n_experts" in configs.families()[kind]["keys"]:
+        config |= dict(num_experts_per_tok=2, moe_intermediate_size=24)
+        config[choose("num_experts", "num_local_experts") if kind != "granitemoe" else "num_local_experts"] = 4
     if kind in ("mistral", "qwen2", "qwen3"):                          # their defaults are those of large models
         config["num_key_value_heads"] = 2
     usual = {"rope_theta": (100.0, 500_000), "rope_scaling": (None, {}, draw_rope), "rope_parameters": (None, draw_rope),
@@ -299,11 +302,13 @@ def draw_config(choose, kind):
              "no_rope_layers": ([1, 0], [0, 1]), "no_rope_layer_interval": (1, 2, 3), "hidden_size": (64,),
              "num_attention_heads": (4,), "n_inner": (80, None), "use_parallel_residual": (True, False),
              "reorder_and_upcast_attn": (True, False), "torch_dtype": ("float32",), "logits_scaling": (3,),
-             "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,)}
+             "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,),
+             "norm_topk_prob": (True, False), "router_aux_loss_coef": (0.0, 0.1)}
     rare = {"layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
             "use_sliding_window": (True,), "is_causal": (True, False), "hidden_act": ("quick_gelu",),
             "scale_attn_weights": (True, False), "scale_attn_by_inverse_layer_idx": (True, False),
             "qk_layernorm": (True,), "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
+            "mlp_only_layers": ([], [0]), "decoder_sparse_step": (1, 2), "clip_qkv": (None, 0.1),
             "text_config": (None, {"model_type": "llama"}), "quantization_config": ({"quant_method": "gptq"},)}
     for keys, probability in ((usual, 0.25), (rare, 0.025)):
         for key, values in keys.items():
@@ -313,11 +318,20 @@ def draw_config(choose, kind):
     return config
 
 
+def state_of_files(model):
+    """Their state_dict with the names of files. In memory, it has several experts' matrices in one parameter."""
+    state = model.state_dict()
+    if any(".experts." in name for name in state):
+        from transformers.core_model_loading import revert_weight_conversion
+        state = revert_weight_conversion(model, state)
+    return state
+
+
 def draw_weights(choose, model):
     """Random weights for one of their models, as a file has them: with, without, or with another head than is tied."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, p in model.state_dict().items():
+    for name, p in state_of_files(model).items():
         tensors[name] = (0 if p.dim() > 1 else p) + torch.randn(p.shape, generator=generator) * 0.15
     head = tensors.pop("lm_head.weight")
     [embed] = [name for name in tensors if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))]

@@ -267,6 +267,14 @@ def softcap(x, cap):
     return cap * (x / cap).tanh()
 
 
+def make_mlp(m):
+    """The MLP of a block, or its mixture of experts."""
+    if not m["n_experts"]:
+        return MLP(m)
+    from families import moe
+    return moe.MixtureOfExperts(m)
+
+
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
 # after scale and softcap and before the mask. Add your own to SCORE_MODS. With any but "none"
 # attention is computed without a kernel, in training and in generation.
@@ -614,7 +622,7 @@ class Block(nn.Module):
         self.attn = make_attention(m, layer_idx)
         self.post_norm1 = Norm(m, C) if has_post_norms else None
         self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
-        self.mlp = MLP(m)
+        self.mlp = make_mlp(m)
         self.post_norm2 = Norm(m, C) if has_post_norms else None
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
@@ -1045,6 +1053,8 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
+        # int64 [L, X] after a forward pass: see families/moe.py. train.py logs it, and sets it to 0
+        self.expert_tokens = 0
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1057,7 +1067,7 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x = self.compute_hidden(batch)                                             # [T, C]
+        x, router_loss = self.compute_hidden_and_router_loss(batch)                # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -1069,6 +1079,9 @@ class Transformer(nn.Module):
             head = head.detach()
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        if router_loss is not None:
+            # adds its gradient and not its value, so that the loss is that of the targets alone
+            loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
@@ -1083,6 +1096,22 @@ class Transformer(nn.Module):
 
     def scale_gradient(self, gradient):
         return gradient * self.loss_scale
+
+    def compute_hidden_and_router_loss(self, batch):
+        """Return (hidden states [T, C], the loss that balances experts, summed like loss_sum).
+
+        The second is None in evaluation and without experts. In training, the tokens of each expert
+        are added to self.expert_tokens.
+        """
+        if not self.cfg["n_experts"] or not self.training or not torch.is_grad_enabled():
+            return self.compute_hidden(batch), None
+        from families import moe
+        with moe.record_routing(self.blocks) as routing:
+            x = self.compute_hidden(batch)
+        coef = self.cfg["router_aux_loss_coef"]
+        router_loss, expert_tokens = moe.router_loss(routing, batch, coef)
+        self.expert_tokens = self.expert_tokens + expert_tokens
+        return x, router_loss
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -1382,15 +1411,22 @@ def slices_of_parameter(name, shapes, m):
             n_heads = rows // E
             first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
-        # 2) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
+        # 2) in the same way by expert
+        if family.get("fused_by_expert"):
+            n = rows // m["n_experts"]
+            return [(tensor, (e * len(parts) + place) * n, n) for e in range(m["n_experts"])]
+        # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
-    # 3) a tensor of its own
-    if pattern in family["weights"]:
-        tensor = family["weights"][pattern].replace("{i}", block)
+    # 4) a tensor of its own, or one per expert
+    if pattern not in family["weights"]:
+        return []
+    tensor = family["weights"][pattern].replace("{i}", block)
+    if "{e}" not in tensor:
         return [(tensor, 0, rows)]
-    return []
+    n = rows // m["n_experts"]
+    return [(tensor.replace("{e}", str(e)), 0, n) for e in range(m["n_experts"])]
 
 
 def split_block(name):
@@ -1423,6 +1459,16 @@ def hf_tensors(m):
 def is_transposed(name, family):
     """Do the files store this weight as [in, out]?"""
     return name.endswith(tuple(family.get("transposed", ())))
+
+
+def is_stacked(tensor, family):
+    """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
+    return tensor.endswith(tuple(family.get("stacked", ())))
+
+
+def stacked_shape(shape, m):
+    """[X * out, in] -> [X, out, in]"""
+    return [m["n_experts"], shape[0] // m["n_experts"], *shape[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1524,7 +1570,7 @@ class PretrainedWeights:
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
                 else:
-                    out.append(stored[first + low:first + high])
+                    out.append(read_rows(stored, first + low, first + high))
             row += rows
         if end > row:
             out.append(self.new_rows(name, max(start, row), end))
@@ -1563,6 +1609,8 @@ class PretrainedWeights:
             shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
+            if is_stacked(tensor, self.family):
+                shape = stacked_shape(shape, self.m)
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
@@ -1606,6 +1654,17 @@ class PretrainedWeights:
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
+
+
+def read_rows(stored, start, end):
+    """Rows start ... end - 1 of a tensor in a file. Of [X, out, in], the rows of [X * out, in]."""
+    shape = stored.get_shape()
+    if len(shape) < 3:
+        return stored[start:end]
+    n = shape[1]                                         # rows of an expert
+    first = start // n
+    experts = stored[first:math.ceil(end / n)].flatten(0, 1)
+    return experts[start - first * n:end - first * n]
 
 
 def have_equal_rows(a, b, rows):
@@ -1896,6 +1955,8 @@ def collect_tensors(get_parameter, m, tensors_in_file, dtype):
         first_name, _, _ = parts[0]
         if is_transposed(first_name, family):
             tensor = tensor.T
+        if is_stacked(tensor_name, family):
+            tensor = tensor.view(stacked_shape(tensor.shape, m))
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 
@@ -2139,13 +2200,14 @@ def flops(model, lengths, n_targets):
     """
     m = model.cfg
     per_token = 0
-    for p in model.blocks.parameters():
+    for name, p in model.blocks.named_parameters():
         if p.dim() == 2 and p.requires_grad:
-            per_token += 6 * p.numel()
-    for module in model.blocks.modules():
+            per_token += 6 * active_parameters(name, p.numel(), m)
+    for name, module in model.blocks.named_modules():
         # not numel(): a quantized weight has another shape
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            per_token += 4 * module.in_features * module.out_features
+            n_weights = module.in_features * module.out_features
+            per_token += 4 * active_parameters(name, n_weights, m)
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
@@ -2165,6 +2227,13 @@ def flops(model, lengths, n_targets):
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
+def active_parameters(name, n, m):
+    """Of n parameters, the number that a token is computed with: of experts, that of a few."""
+    if ".experts." in name:
+        return n // m["n_experts"] * m["n_experts_per_token"]
+    return n
+
+
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
     "attention": r"attn\..*(_proj|conv_weight|A_log|dt_bias)",
@@ -2180,8 +2249,9 @@ def summary(model):
     params = dict(model.named_parameters())
     total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
+    mlp = f"{m['n_experts']} experts of {m['d_expert']}" if m["n_experts"] else f"MLP {m['d_ff']}"
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
-             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
+             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
     n_blocks = collections.Counter(split_block(name)[1] for name in params)
     shown = set()
@@ -2200,6 +2270,10 @@ def summary(model):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
     lines.append(f"  {'parameters':<28} {total:>29,}{tied}")
+    if m["n_experts"]:
+        active = sum(active_parameters(name, p.numel(), m) for name, p in params.items())
+        lines.append(f"  {'of these, a token uses':<28} {active:>29,} {active / total:>6.1%}  "
+                     f"({m['n_experts_per_token']} of {m['n_experts']} experts)")
     length = m["max_len"]
     lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and "
                  f"backward, in documents of {length:,} tokens")

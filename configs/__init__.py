@@ -703,6 +703,8 @@ def derive(cfg, layers_by_key):
               "model.n_kv_heads": model_cfg["n_heads"],
               "model.head_dim": head_dim,
               "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
+    if model_cfg["n_experts"]:
+        values["model.d_expert"] = model_cfg["d_ff"] or values["model.d_ff"]
     # stay null in families whose config.json lacks them
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
@@ -903,6 +905,11 @@ def check_model(model_cfg):
            "model.norm_place", "before if model.parallel_residual")
     yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
+    if model_cfg["n_experts"]:
+        yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
+               "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
+        yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
+        yield not model_cfg["mlp_bias"], "model.mlp_bias", "false if model.n_experts is above 0"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1360,7 +1360,9 @@ class StepSize:
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
         # of a block
-        self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        self.norms = min(norms, 2)
+        self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
         adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
         self.adapter_inputs = sum(layer.in_features for layer in adapted)    # after dropout
@@ -1539,7 +1541,8 @@ def block_activation_bytes(s):
     C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    norms = s.element * 2 * s.norms * C
+    # A norm of an output: its input alone.
+    norms = s.element * (2 * s.norms + s.post_norms) * C
     if m["qk_norm"] != "none":
         norms += s.element * (H + K) * E
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
@@ -1551,11 +1554,17 @@ def block_activation_bytes(s):
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
-    # Dropout: a mask of one byte per number; in attention also the probabilities.
-    dropout = 2 * C if m["resid_pdrop"] else 0
     if s.keeps_probabilities:
-        # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
-        dropout += H * length * (1 + 4 + attention_element)
+        # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
+        # dropout its mask and the probabilities once more; else only if their dtype is another
+        pair = 8 if m["attn_softcap"] else 4
+        if m["attn_pdrop"]:
+            pair += 1 + attention_element
+        elif attention_element < 4:
+            pair += attention_element
+        attention += H * length * pair
+    # Dropout: a mask of one byte per number.
+    dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
     # and activation that are their inputs.
     if s.adapter_inputs:

@@ -45,6 +45,16 @@ ROPE_CONSTRAINTS = {
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
 
+# Model types that are not supported, and why
+VISION = "a vision tower; only models of text alone are trained"
+NOT_COMPUTED = {
+    "gemma3": VISION,
+    "gemma4": VISION,
+    "gemma4_text": "embeddings per block, and blocks that share keys and values",
+    "mistral3": VISION,
+    "ministral3": "queries that are scaled by their position",
+}
+
 # Files of a pretrained model that its descendants must keep
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -244,6 +254,9 @@ def translate(hf_config, path):
     """A config.json's dict -> a dict like our model section. `path` is for error messages."""
     model_type = str(hf_config.get("model_type"))
     names = {family["model_type"]: name for name, family in families().items()}
+    if model_type in NOT_COMPUTED:
+        raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
+                                f"{NOT_COMPUTED[model_type]}")
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "
@@ -294,6 +307,8 @@ def standardize(hf_config, family, path):
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
                                 f"for all blocks; got {rope!r}")
+    if family["model_type"] == "hunyuan_v1_dense":
+        rope = fold_rope_alpha(rope, hf_config)
     hf_config["rope_parameters"] = rope
 
     types = hf_config.get("layer_types") or []
@@ -328,15 +343,29 @@ def split_rope_parameters(hf_config, path):
     That of blocks with a window becomes rope_local_base_freq, its older name, in place.
     """
     sections = hf_config.get("rope_parameters") or {}
-    full = sections.get("full_attention") or {}
-    local = sections.get("sliding_attention") or {}
+    scaling = hf_config.get("rope_scaling") or {}
+    full = configs.get(sections, "full_attention") or {}
+    local = configs.get(sections, "sliding_attention") or {}
+    if not all(isinstance(section, dict) for section in (sections, full, local, scaling)):
+        raise configs.UserError(f"{path}: rope_parameters must have the sections full_attention "
+                                f"and sliding_attention, or none; got {sections!r}")
     if rope_kind(local) != "default" or local.get("partial_rotary_factor", 1.0) != 1.0:
         raise configs.UserError(f"{path}: rope_parameters.sliding_attention must have no other key "
                                 f"than rope_theta; got {local!r}")
     if "rope_theta" in local:
         hf_config["rope_local_base_freq"] = local["rope_theta"]
     hf_config.pop("original_max_position_embeddings", None)      # counts only in the section
-    return full | (hf_config.get("rope_scaling") or {})
+    return full | scaling
+
+
+def fold_rope_alpha(rope, hf_config):
+    """Hunyuan's kind of dynamic scaling is another rope_theta, whatever the length of a text."""
+    alpha = rope.get("alpha")
+    head_dim = hf_config.get("head_dim")
+    if rope_kind(rope) != "dynamic" or not alpha or not head_dim:
+        return rope
+    theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+    return {"rope_theta": theta * alpha ** (head_dim / (head_dim - 2))}
 
 
 def read_key(hf_config, key, places, path):

@@ -117,6 +117,8 @@ FAMILIES = {
         shared_intermediate_size=48, num_local_experts=0, layer_types=["full_attention"] * 2, mamba_n_heads=4,
         position_embedding_type="rope", embedding_multiplier=12.0, attention_multiplier=0.1,
         residual_multiplier=0.22, logits_scaling=8.0)),
+    "Hunyuan": ("hunyuan_v1_dense", SMALL | dict(
+        head_dim=8, rope_scaling=dict(rope_type="dynamic", alpha=50.0, factor=1.0))),
     "ERNIE 4.5": ("ernie4_5", SMALL | dict(head_dim=8, use_bias=True)),
     "Arcee": ("arcee", SMALL),
     "Nemotron, Minitron": ("nemotron", SMALL),
@@ -278,11 +280,11 @@ def test_new_weights_export_too(tmp_path):
 
 def draw_rope(choose):
     """A rope_scaling or rope_parameters section: often incomplete, sometimes of a kind that we don't compute."""
-    section = {"rope_type": choose("default", "linear", "linear", "llama3", "llama3", "yarn", "dynamic"),
+    section = {"alpha": 50.0, "rope_type": choose("default", "linear", "linear", "llama3", "llama3", "yarn", "dynamic"),
                "rope_theta": choose(500.0, 100_000), "factor": choose(2.0, 8), "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": choose(16, 64),
                "partial_rotary_factor": choose(0.5, 1.0), "full_attention": {"rope_theta": 7.0}}
-    rare = {"full_attention": 0.03, "partial_rotary_factor": 0.15, "rope_theta": 0.5,
+    rare = {"alpha": 0.5, "full_attention": 0.03, "partial_rotary_factor": 0.15, "rope_theta": 0.5,
             "original_max_position_embeddings": 0.6}
     section = {key: value for key, value in section.items() if choose.often(rare.get(key, 0.93))}
     if choose.often(0.3):
@@ -300,7 +302,7 @@ def draw_config(choose, kind):
     *_, n_kv_heads = family["keys"].get("n_kv_heads", [None])
     if n_kv_heads or kind == "nemotron":                               # the default is that of a large model, or fails
         config["num_key_value_heads"] = 2
-    if kind == "ministral":
+    if kind in ("ministral", "hunyuan"):                               # they fail without one
         config["head_dim"] = 16
     if kind == "granite4":
         config |= dict(num_local_experts=0, position_embedding_type="rope", layer_types=["attention"] * 2,

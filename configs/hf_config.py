@@ -301,20 +301,15 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
-    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if "rope_local_theta" in family["keys"] | family["fixed"]:
-        rope = split_rope_parameters(hf_config, path)
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
-                                f"for all blocks; got {rope!r}")
-    if family["model_type"] == "hunyuan_v1_dense":
-        rope = fold_rope_alpha(rope, hf_config)
-    hf_config["rope_parameters"] = rope
+        hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
+    else:
+        hf_config["rope_parameters"] = merge_rope_parameters(hf_config, path)
 
     types = hf_config.get("layer_types") or []
-    if isinstance(types, list):                    # its older name
+    if types and isinstance(types, list):
         types = ["full_attention" if kind == "attention" else kind for kind in types]
-        hf_config["layer_types"] = types
+        hf_config["layer_types"] = types           # attention: its older name
     if "sliding_window_pattern" in hf_names(family["keys"].get("layer_types")):
         pattern = hf_config.pop("sliding_window_pattern", None)
         if not types and type(pattern) is int and pattern > 0:
@@ -337,6 +332,23 @@ def standardize(hf_config, family, path):
     return hf_config
 
 
+def merge_rope_parameters(hf_config, path):
+    """rope_parameters or rope_scaling, its older name, of a family with one section for all blocks.
+
+    Hunyuan's kind of dynamic scaling is no more than another rope_theta.
+    """
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
+                                f"for all blocks; got {rope!r}")
+    head_dim = hf_config.get("head_dim")
+    is_hunyuan = hf_config["model_type"] == "hunyuan_v1_dense"
+    if is_hunyuan and rope_kind(rope) == "dynamic" and rope.get("alpha") and head_dim:
+        theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+        rope = {"rope_theta": theta * rope["alpha"] ** (head_dim / (head_dim - 2))}
+    return rope
+
+
 def split_rope_parameters(hf_config, path):
     """rope_parameters of blocks with full attention, of a family with another rope_theta elsewhere.
 
@@ -356,16 +368,6 @@ def split_rope_parameters(hf_config, path):
         hf_config["rope_local_base_freq"] = local["rope_theta"]
     hf_config.pop("original_max_position_embeddings", None)      # counts only in the section
     return full | scaling
-
-
-def fold_rope_alpha(rope, hf_config):
-    """Hunyuan's kind of dynamic scaling is another rope_theta, whatever the length of a text."""
-    alpha = rope.get("alpha")
-    head_dim = hf_config.get("head_dim")
-    if rope_kind(rope) != "dynamic" or not alpha or not head_dim:
-        return rope
-    theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
-    return {"rope_theta": theta * alpha ** (head_dim / (head_dim - 2))}
 
 
 def read_key(hf_config, key, places, path):

@@ -613,6 +613,12 @@ def test_translate_takes_the_word_that_the_reference_takes():
     scaling = read("llama", rope_scaling=llama3, max_position_embeddings=64)["rope_scaling"]
     assert scaling["original_max_position_embeddings"] == 64
     assert read("mistral", layer_types=["full_attention"] * 4)["sliding_window"] is None
+    assert read("gemma2")["layer_types"] == ["sliding_attention", "full_attention"]
+    assert read("gemma3_text", sliding_window_pattern=2)["layer_types"] == ["sliding_attention", "full_attention"]
+    assert read("granitemoehybrid", layer_types=["attention"] * 4)["layer_types"] == ["full_attention"] * 4
+    gemma = read("gemma3_text", rope_theta=5.0, rope_parameters={"sliding_attention": {"rope_theta": 7.0}})
+    assert (gemma["rope_theta"], gemma["rope_local_theta"]) == (5.0, 7.0)
+    assert read("hunyuan_v1_dense", head_dim=4, rope_scaling={"type": "dynamic", "alpha": 3.0})["rope_theta"] == 90000.0
     assert read("granite", head_dim=16)["head_dim"] == 16 and read("granite", head_dim=None)["head_dim"] is None
 
 

@@ -246,6 +246,15 @@ def parity_table():
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def test_generate_rotates_by_the_longest_text_that_a_prompt_can_become():
+    """With longrope: a text of more than 100 tokens has other angles from its first token on."""
+    ours, m, _, _ = pair("Phi-4-mini, longrope")
+    prompt, short = documents(m["vocab_size"], 95, 5)
+    answer, other = M.generate_all(ours, [prompt, short], 10, ())
+    for text, n in ((prompt + answer, 95), (short + other, 5)):
+        assert ours.logits(M.pack_prompts([text]))[n - 1:-1].argmax(-1).tolist() == text[n:]
+
+
 @pytest.mark.release
 def test_parity_table_has_every_family_and_check():
     lines = (ROOT / "docs" / "models.md").read_text().splitlines()

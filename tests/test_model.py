@@ -307,6 +307,7 @@ def test_models_page_shows_a_family_of_the_file():
 def test_new_weights_export_too(tmp_path):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     needed = {"gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"],
+              "qwen3_5_text": ["model.layer_types=[linear_attention, full_attention]"],   # theirs must have both
               "granite4": ["model.d_model=64"], "gemma2": ["model.sliding_window=9"], "olmo3": ["model.sliding_window=9"],
               "gemma3": ["model.rope_local_theta=100.0", "model.sliding_window=9"], "ministral": ["model.sliding_window=9"]}
     for family in configs.families().keys() - {"native"}:

@@ -292,6 +292,7 @@ NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
         "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
 EXPERTS = ["model.family=qwen3_moe", "model.n_experts=4", "model.d_expert=24",
            "model.router_aux_loss_coef=0.1"]
+DELTA_NET = ["model.family=qwen3_5_text", "model.layer_types=[linear_attention, full_attention]"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 MODELS = {    # name: (keys, relative tolerance of the loss)
@@ -315,6 +316,7 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "frozen": (["param_groups=[{match: 'embed|blocks.0|mlp', train: false}]"], 1e-5),
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
+    "delta-net": (DELTA_NET, 1e-5),
     "olmo2": (OLMO2, 1e-3),
     "experts": (EXPERTS, 1e-5),
     "experts, lora, bf16": ([*EXPERTS, "shard.lora.r=1", "dtype=bfloat16"], 1e-3)}
@@ -330,7 +332,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
     ("reference", 2, SHARD2), ("frozen", 2, []), ("frozen", 2, SHARD2),
     ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, []), ("fp16", 2, SHARD2),
-    ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2),
+    ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2), ("delta-net", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
     ("nf4", 4, SHARD4), ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
@@ -568,6 +570,13 @@ SHAPES = {
         "model.family=qwen3_moe", "model.d_model=256", "model.n_layers=3", "model.n_experts=8",
         "model.d_expert=128", "model.vocab_size=512", "micro_tokens=512", "data.seq_len=128",
         "batch_size=8", "dtype=bfloat16", "shard.lora.r=8"],
+    "delta-net": [
+        *DELTA_NET, "model.d_model=128", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
+        "data.seq_len=128", "batch_size=8"],
+    "delta-net, recompute": [
+        *DELTA_NET, "model.d_model=256", "model.n_layers=4", "model.vocab_size=1024",
+        "micro_tokens=512", "data.seq_len=128", "batch_size=8", "shard.lora.r=4",
+        "shard.recompute=true", "dtype=bfloat16"],
     "frozen": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
         "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}
@@ -576,7 +585,7 @@ SHAPES = {
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens", "bf16 state, fp32"]),
     (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute", "lora, dropout, modules_to_save",
-                 "nf4", "frozen", "bf16 state, fp32"])],
+                 "nf4", "frozen", "delta-net", "bf16 state, fp32"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

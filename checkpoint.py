@@ -244,7 +244,7 @@ def write_shards(building, files):
             os.fsync(f.fileno())
 
 
-def commit(building, folder, files, state, keep):
+def commit(building, folder, files, state, keep, keep_every):
     """Add state.json, fsync, rename, point `latest` to it, delete old checkpoints.
 
     On rank 0, after all ranks have written their shards.
@@ -262,14 +262,18 @@ def commit(building, folder, files, state, keep):
     os.replace(building, folder)
     fsync(folder.parent)
     set_symlink(folder.parent / "latest", folder)
-    delete_old_checkpoints(folder, keep)
+    delete_old_checkpoints(folder, keep, keep_every)
 
 
-def delete_old_checkpoints(newest, keep):
-    """Delete all but the `keep` newest checkpoints of a run and the one that `best` points to."""
+def delete_old_checkpoints(newest, keep, keep_every):
+    """Delete all but the `keep` newest checkpoints of a run and the one that `best` points to.
+
+    keep_every  those of every so many steps are not deleted; 0: none
+    """
     best = (newest.parent / "best").resolve().name
     for folder in list_checkpoints(run_folder(newest))[:-keep]:
-        if folder.name != best:
+        is_kept = keep_every and int(folder.name) % keep_every == 0
+        if folder.name != best and not is_kept:
             remove_checkpoint(folder)
 
 
@@ -350,9 +354,10 @@ class Saver:
     calls warn(text), and older checkpoints stay complete.
     """
 
-    def __init__(self, out_dir, keep, warn):
+    def __init__(self, out_dir, keep, warn, keep_every=0):
         self.folder = Path(out_dir) / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
         self.warn = warn
         self.group = shard.new_gloo_group()    # threads must not share the main thread's group
         self.buffers = {}
@@ -396,7 +401,8 @@ class Saver:
         if not error:
             error = self.run_stage(True, write_shards, building, files)
         if not error:
-            error = self.run_stage(is_rank0, commit, building, folder, files, state, self.keep)
+            error = self.run_stage(is_rank0, commit, building, folder, files, state, self.keep,
+                                   self.keep_every)
         if error and is_rank0:
             shutil.rmtree(building, ignore_errors=True)    # it would keep a full disk full
         self.error = error
@@ -469,7 +475,7 @@ def suggest_other(folder):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Load a checkpoint into a model and its optimizer, in place. On all ranks.
+    """Load a checkpoint into a model and, unless that is None, its optimizer. On all ranks.
 
     The optimizer must have all its state tensors already (train.make_optimizer creates them); their
     values are replaced. Returns (state, {name: numpy array} of the sampler). Raises UserError for a
@@ -478,23 +484,29 @@ def load_checkpoint(folder, model, optimizer):
     folder = Path(folder)
     state = shard.rank0_only(verify, folder)
     weights = saved_parameters(model)
-    optimizer_state = optimizer_tensors(model, optimizer)
-    with safe_open(folder / "model.safetensors", framework="pt") as saved_weights, \
-            safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
+    with safe_open(folder / "model.safetensors", framework="pt") as saved_weights:
         check_tensors_fit(saved_weights, weights, folder, "model")
-        check_tensors_fit(saved_state, optimizer_state, folder, "optimizer")
-        # in place: these are the tensors that the model and the optimizer hold
+        if optimizer is not None:
+            load_optimizer(folder, model, optimizer)
+        # in place: these are the tensors that the model holds
         copy_rows(saved_weights, weights)
+    with safe_open(folder / "sampler.safetensors", framework="np") as saved_sampler:
+        sampler_state = {name: saved_sampler.get_tensor(name) for name in saved_sampler.keys()}
+    return state, sampler_state
+
+
+def load_optimizer(folder, model, optimizer):
+    """Load the state of an optimizer, in place. Raises UserError if it does not fit."""
+    optimizer_state = optimizer_tensors(model, optimizer)
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
+        check_tensors_fit(saved_state, optimizer_state, folder, "optimizer")
         copy_rows(saved_state, optimizer_state)
-    # numbers of the optimizer were read into temporary tensors: put them back
+    # numbers were read into temporary tensors: put them back
     for name, p in trained_parameters(model).items():
         for key, value in optimizer.state[p].items():
             if not torch.is_tensor(value):
                 number = optimizer_state[f"{name}/{key}"].item()
                 optimizer.state[p][key] = type(value)(number)
-    with safe_open(folder / "sampler.safetensors", framework="np") as saved_sampler:
-        sampler_state = {name: saved_sampler.get_tensor(name) for name in saved_sampler.keys()}
-    return state, sampler_state
 
 
 def check_tensors_fit(saved, tensors, folder, owner):
@@ -533,7 +545,8 @@ def copy_rows(saved, tensors):
 
 # Keys and sections that may change when a run is resumed: they do not change what it has computed.
 MAY_CHANGE = (
-    "log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "log",
+    "log_every", "eval_every", "save_every", "eval_only", "eval_prompts", "eval_tokens",
+    "eval_answer", "eval_share", "samples", "log",
     "best", "patience", "max_seconds", "bad_steps", "profile", "checkpoint", "resume",
     "data_root", "output_root", "out_dir", "data.cache_dir", "data.processes", "data.validation",
     "micro_tokens", "device", "shard.mesh", "shard.reshard_after_forward", "shard.recompute",
@@ -851,7 +864,7 @@ def start_over(out_dir):
     for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
         for folder in out_dir.glob(pattern):
             shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "wandb_id", "mlflow_id"):
+    for name in ("metrics.jsonl", "samples.jsonl", "wandb_id", "mlflow_id"):
         (out_dir / name).unlink(missing_ok=True)
 
 
@@ -1064,7 +1077,7 @@ def export_checkpoint(path, folder, *overrides):
         raise configs.UserError(f"adapter: {adapter} is in {folder}; name another folder")
     # export=true: the family must be able to express the model
     cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true",
-                              *overrides])
+                              "checkpoint.save_final=true", *overrides])
     if adapter and not cfg["shard"]["lora"]["r"]:
         raise configs.UserError(f"adapter: {path} has none, because all weights were trained; "
                                 "remove it")

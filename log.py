@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 import configs
 
 
@@ -204,7 +206,9 @@ class Logger:
         self.unwritten = b""                     # lines for which the disk had no room
         make_folder(folder)
         self.path = folder / "metrics.jsonl"
-        self.file = open_metrics(self.path, resumed_step)
+        self.file = open_metrics(self.path, resumed_step, cfg["eval_only"])
+        self.samples_path = folder / "samples.jsonl"
+        drop_later_samples(self.samples_path)
         self.trackers = [Tracker(name, cfg, folder) for name in cfg["log"]["to"]]
 
     def print(self, text=""):
@@ -233,6 +237,18 @@ class Logger:
         fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
                   for key, value in record.items()]
         print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
+
+    def samples(self, samples):
+        """Append the generated answers of an evaluation to samples.jsonl, before its validation().
+
+        samples  [{"step", "label", "prompt", "answer", "reference", "<metric>", ...}]
+        """
+        try:
+            with open(self.samples_path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        except OSError as e:
+            print(f"{self.samples_path} cannot be written ({e.strerror}); the run continues",
+                  flush=True)
 
     def write(self, record):
         """Append a record to metrics.jsonl, pass it to the backends, return its plain numbers.
@@ -295,6 +311,9 @@ class NullLogger:
     def flush(self):
         pass
 
+    def samples(self, samples):
+        pass
+
     def validation(self, record):
         pass
 
@@ -311,15 +330,27 @@ def make_folder(folder):
         raise configs.UserError(message) from None
 
 
-def open_metrics(path, resumed_step):
+def open_metrics(path, resumed_step, eval_only=False):
     """Open metrics.jsonl to append to, without its records of steps after `resumed_step`.
 
-    The run computes these steps again. With resumed_step 0 the file starts empty.
+    The run computes these steps again. With resumed_step 0 the file starts empty. With eval_only
+    the evaluation of resumed_step is left out, too: another replaces it.
     """
     records = read(path.parent) if resumed_step else []
-    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= resumed_step]
-    write_atomic(path, "".join(kept))
+    records = [record for record in records if record["step"] <= resumed_step]
+    if eval_only:
+        records = [record for record in records
+                   if record["step"] < resumed_step or not is_eval_record(record)]
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
     return open(path, "ab", buffering=0)
+
+
+def drop_later_samples(path):
+    """Drop the answers of evaluations that metrics.jsonl lacks, because they will be repeated."""
+    if path.is_file():
+        steps = {record["step"] for record in read(path.parent) if is_eval_record(record)}
+        kept = [sample for sample in read(path.parent, path.name) if sample["step"] in steps]
+        write_atomic(path, "".join(json.dumps(sample) + "\n" for sample in kept))
 
 
 def write_atomic(path, text):
@@ -354,6 +385,68 @@ def format_duration(seconds):
     if hours:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{minutes}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# the progress of what takes long, on stderr
+
+SECONDS_PER_LINE = 30.0
+
+
+def progress(iterable, what, total=None):
+    """Yield the items of an iterable, with a ProgressBar.
+
+    total  number of items; None: len(iterable), or not known
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with ProgressBar(what, total) as bar:
+        for item in iterable:
+            yield item
+            bar.update()
+
+
+class ProgressBar:
+    """On a terminal a tqdm bar, elsewhere a line every 30 s; on rank 0 only.
+
+    Both show rate and time left. Nothing is shown of what takes less than a second, and nothing of
+    the bar is left at the end.
+
+    what     a verb and its object, e.g. "export out/ft/hf"
+    total    number of units; None: not known
+    options  of tqdm: unit, unit_scale
+    """
+
+    def __init__(self, what, total=None, quiet=False, **options):
+        self.what = what
+        self.total = total
+        self.options = options
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self.n = 0
+        self.start = time.monotonic()
+        self.last_line = self.start
+        # disable=None: not on a terminal
+        self.bar = tqdm(total=total, desc=what, leave=False, delay=1.0, **options,
+                        disable=True if self.quiet else None)
+
+    def update(self, n=1):
+        self.bar.update(n)
+        self.n += n
+        now = time.monotonic()
+        if self.bar.disable and not self.quiet and now - self.last_line >= SECONDS_PER_LINE:
+            self.last_line = now
+            line = tqdm.format_meter(self.n, self.total, now - self.start, ncols=0,
+                                     prefix=self.what, **self.options)
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -496,10 +589,13 @@ def describe_run(run):
     import tokenize_data
     lines = []
     for kind, sources in run.data.items():
+        if kind == "train" and run.cfg["eval_only"]:
+            continue
         for name, tokens in sources.items():
             lines.append("data      " + tokenize_data.summary(f"{kind}.{name}", tokens))
     lines.append("model     " + describe_model(run))
-    lines += describe_length(run)
+    if not run.cfg["eval_only"]:
+        lines += describe_length(run)
     lines.append("device    " + describe_device(run))
     if run.resume_path:
         lines.append(f"resume    {run.resume_path}: {run.resumed_step:,} of "
@@ -626,22 +722,39 @@ def final_summary(run):
 
 
 def format_answers(answers, n_samples):
-    """{label: [(prompt, answer, reference)]} -> lines, for the first `n_samples` of each label."""
+    """Lines for the first `n_samples` of each label (see Logger.samples)."""
     lines = []
-    for texts in answers.values():
-        for prompt, answer, reference in texts[:n_samples]:
-            verdict = f"expected: {reference}"
-            if answer.strip() == reference.strip():
+    for samples in answers.values():
+        for sample in samples[:n_samples]:
+            verdict = f"expected: {shorten_lines(sample['reference'])}"
+            if sample.get("exact_match"):
                 verdict = "matches the reference"
-            lines += [f"{prompt}{shorten_gaps(answer)}", f"    {verdict}", ""]
+            lines += [f"{shorten_lines(sample['prompt'])}{shorten_lines(sample['answer'])}",
+                      f"    {verdict}", ""]
     return lines
 
 
-def shorten_gaps(text):
-    """Replace more than two empty lines by their number; an untrained model may write hundreds."""
-    for gap in sorted(set(re.findall(r"\n{4,}", text)), key=len, reverse=True):
-        text = text.replace(gap, f"\n[{len(gap) - 1} empty lines]\n")
-    return text
+def format_sample(sample):
+    """One generated answer -> three lines."""
+    prompt = " ".join(sample["prompt"].split())
+    lines = [f"    prompt     {prompt if len(prompt) <= 84 else '...' + prompt[-81:]}"]
+    for key in ("answer", "reference"):
+        text = " ".join(sample[key].split())
+        lines.append(f"    {key:<9}  {text if len(text) <= 84 else text[:81] + '...'}")
+    return lines
+
+
+def shorten_lines(text, n_lines=16, width=800):
+    """Leave out the middle of a long text; an untrained model may write hundreds of lines."""
+    lines = text.split("\n")
+    if len(lines) > n_lines:
+        half = n_lines // 2
+        left_out = f"[{len(lines) - 2 * half} lines]"
+        lines = [*lines[:half], left_out, *lines[-half:]]
+    for i, line in enumerate(lines):
+        if len(line) > width:
+            lines[i] = f"{line[:width // 2]} [{len(line) - width} characters] {line[-width // 2:]}"
+    return "\n".join(lines)
 
 
 def format_metrics(records):
@@ -658,13 +771,13 @@ def format_metrics(records):
 # --------------------------------------------------------------------------------------------------
 # reading and comparing runs
 
-def read(folder):
-    """The records of a run, [] if it has none.
+def read(folder, name="metrics.jsonl"):
+    """The records of a run, [] if it has none; or its answers (see Logger.samples).
 
     An incomplete last line, which a killed process leaves, is ignored. Raises UserError for any
     other line that is not a record.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / name
     if not path.is_file():
         return []
     records = []

@@ -487,8 +487,10 @@ def test_describe_run_of_a_resumed_run(start):
 
 def finished_run(folder, step, total_steps, resumed_step, export=True, has_chats=True):
     """What final_summary needs of a train.Run whose folder holds records."""
-    answers = {"chats": [("2 + 2 = ", "4\n", "4"), ("3 + 3 = ", "7", "6"), ("1 + 1 = ", "2", "2")],
-               "other": [("a", "b", "b")]}
+    keys = ("prompt", "answer", "reference", "exact_match")
+    answers = {"chats": [("2 + 2 = ", "4\n", "4", 1.0), ("3 + 3 = ", "7", "6", 0.0), ("1 + 1 = ", "2", "2", 1.0)],
+               "other": [("a", "b", "b", 1.0)]}
+    answers = {label: [dict(zip(keys, sample)) for sample in samples] for label, samples in answers.items()}
     return types.SimpleNamespace(
         cfg={"out_dir": str(folder), "samples": 2, "checkpoint": {"export": export}},
         answers=answers, resumed_step=resumed_step,
@@ -517,11 +519,6 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
     assert of_text[-1] == f'let it continue a text: python model.py \'{folder}\' "..."'
     not_exported = log.final_summary(finished_run(folder, 83, 83, 0, export=False))
     assert not any(line.startswith("chat with it") for line in not_exported)
-
-
-def test_shorten_gaps_counts_empty_lines():
-    assert log.shorten_gaps("a\n\n\nb") == "a\n\n\nb"
-    assert log.shorten_gaps("a\n\n\n\nb" + "\n" * 50) == "a\n[3 empty lines]\nb\n[49 empty lines]\n"
 
 
 def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path):

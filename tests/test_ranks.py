@@ -362,7 +362,7 @@ def six_steps(tmp_path_factory, chats):
                 "data.tokenizer=bytes", f"data.cache_dir={folder / 'tokens'}", "model.n_layers=2",
                 "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "batch_size=6",
                 "micro_tokens=240", "max_steps=6", "epochs=0", "log_every=1", "eval_every=6",
-                "save_every=6", "eval_tokens=8", "eval_prompts=5", "lr=1e-3", "dtype=float32",
+                "save_every=6", "eval_tokens=8", "eval_prompts=5", "eval_share=0", "lr=1e-3", "dtype=float32",
                 "samples=0", "checkpoint.export=false", f"out_dir={folder / out}",
                 *MODELS[model][0], *more]
     return folder, make_argv

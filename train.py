@@ -708,7 +708,7 @@ def evaluate(run):
     run.model.train()
     if run.stop_signal:
         return
-    run.logger.validation(record)
+    run.logger.validation(record, run.answers)
     mark_best(run)
 
 
@@ -791,16 +791,22 @@ def mark_best(run):
     """
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()    # for this rank's writer thread: not a collective
-        steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        steps, _ = rank_steps(run)
         checkpoint.set_best(run.cfg["out_dir"], steps)
 
 
-def is_out_of_patience(cfg):
+def rank_steps(run):
+    """log.sort_steps_by for the steps of this folder, without those of a run that it continues."""
+    records = log.read(run.cfg["out_dir"])
+    return log.sort_steps_by(records, run.cfg["best"], run.state.first_step)
+
+
+def is_out_of_patience(run):
     """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
-    if not cfg["patience"]:
+    if not run.cfg["patience"]:
         return False
-    _, evaluations_since_best = log.sort_steps_by(log.read(cfg["out_dir"]), cfg["best"])
-    return evaluations_since_best >= cfg["patience"]
+    _, evaluations_since_best = rank_steps(run)
+    return evaluations_since_best >= run.cfg["patience"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -811,6 +817,7 @@ class TrainState:
     """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
+    first_step: int               # of the checkpoint of another run that this one continues; 0
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
@@ -857,11 +864,7 @@ class Run:
     seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
     # what changes while the run is on
-    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
-                                  # evaluations since then
-    meter_tokens: int = 0         # trained since then
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
-    save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
+    meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     received: list = dataclasses.field(default_factory=list)    # signals, of this rank
     stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none
@@ -942,14 +945,15 @@ def setup(cfg, explicit):
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
-        continue_state(state, saved)
+        continue_state(state, saved, is_own_checkpoint)
         if is_rank0 and is_own_checkpoint:
             checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    logger = start_logging(cfg, explicit, state)
+    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    logger = start_logging(cfg, explicit, state, continued)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
     return Run(
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
@@ -1159,7 +1163,7 @@ def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
-        step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0, consecutive_skips=0,
         loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
@@ -1169,8 +1173,9 @@ def new_state(explicit, cfg, data, base, total_steps):
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
-def continue_state(state, saved):
+def continue_state(state, saved, is_own_checkpoint):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
+    state.first_step = saved.get("first_step", 0) if is_own_checkpoint else saved["step"]
     for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
                 "changes"):
         if key in saved:                                 # older versions had no loss scale
@@ -1185,11 +1190,15 @@ def continue_state(state, saved):
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
-def start_logging(cfg, explicit, state):
-    """Return the logger of this rank. Rank 0 also writes config.yaml and code/."""
+def start_logging(cfg, explicit, state, continued=None):
+    """Return the logger of this rank. Rank 0 also writes config.yaml and code/.
+
+    continued  the folder of the run that this one continues in a new folder, or None
+    """
     if shard.rank() > 0:
         return log.NullLogger()
-    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds)
+    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds, continued, explicit,
+                        state.git)
     write_run_folder(cfg, explicit, state)
     return logger
 
@@ -1242,17 +1251,17 @@ def train(run):
     if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
         poll_signals(run)
-    run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-    reset_meters(run)
+    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+    meter = run.meter
+    meter.start()
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
             step = state.step                # the number of this step, counted from 0
-            wait_start = time.perf_counter()
-            micro_batches, info, loss_weight = next_batch.result()
-            run.data_wait += time.perf_counter() - wait_start
+            with meter.waiting("data"):
+                micro_batches, info, loss_weight = next_batch.result()
             if not run.sampler.uses_feedback:
                 next_batch = loader.submit(load_step, run, step + 1)
 
@@ -1264,7 +1273,8 @@ def train(run):
             run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
-                [global_loss_weight] = shard.all_reduce_sum([loss_weight])
+                with meter.waiting("ranks"):
+                    [global_loss_weight] = shard.all_reduce_sum([loss_weight])
                 loss, grad_norm, is_finite, document_stats = train_step(
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
@@ -1285,11 +1295,12 @@ def train(run):
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            poll_stop(run)
-            run.meter_tokens += info["tokens"]
+            with meter.waiting("ranks"):
+                poll_stop(run)
+            meter.tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
-                reset_meters(run)
+                meter.start_interval()
 
             # save, before an evaluation that may fail or be interrupted
             evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
@@ -1301,11 +1312,11 @@ def train(run):
 
             # evaluate
             if evaluating:
-                evaluation_start = run.seconds()
-                evaluate(run)
-                run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run)                        # one may have arrived meanwhile
-                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
+                with meter.waiting("evaluation"):        # throughput is of training
+                    evaluate(run)
+                    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+                    poll_signals(run)                    # one may have arrived meanwhile
+            meter.end_step(state.step)
 
 
 def poll_stop(run):
@@ -1368,8 +1379,6 @@ def report_non_finite(run, loss, grad_norm, document_stats):
                      f"so no update; {which}")
     limit = run.cfg["bad_steps"]
     if limit and run.state.consecutive_skips >= limit:
-        run.logger.close()
-        run.saver.wait()
         raise configs.UserError(f"bad_steps: {limit} steps in a row, up to step {step:,}, had no "
                                 "finite loss and gradient; try a smaller lr or another dtype, or "
                                 "look at the documents named above")
@@ -1378,8 +1387,8 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
-    elapsed = run.seconds() - run.meter_start
-    tokens_per_second = run.meter_tokens / elapsed
+    meter = run.meter
+    tokens_per_second = meter.tokens / meter.interval_seconds()
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
@@ -1394,25 +1403,28 @@ def log_step(run, info, loss, lr, grad_norm):
         "tok_per_s": tokens_per_second,
         "mfu": flops_per_second / (peak * shard.world_size()) if peak else None,
         "packing": info["packing"],
-        "memory": log.peak_memory(run.device),
         "seconds": run.seconds(),
         "skipped": state.skipped_steps,
         "compiled": shard.num_graphs(),
-        "data_wait": run.data_wait / elapsed,
-        "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
     }
     if run.model.dtype == torch.float16:
         record["loss_scale"] = run.model.loss_scale
-    run.logger.step(record)
+    by_rank = gather_numbers([log.peak_memory(run.device), *meter.numbers()])
+    measured, slow_step = log.compare_ranks(by_rank, meter.slowest)
+    if slow_step:
+        run.logger.print(slow_step)
+    run.logger.step(record | measured)
 
 
-def reset_meters(run):
-    """Start to measure throughput and waiting anew."""
-    run.meter_start = run.seconds()
-    run.meter_tokens = 0
-    run.data_wait = 0.0
-    run.save_wait = 0.0
+def gather_numbers(numbers):
+    """A list of numbers per rank -> [[numbers of rank 0], [of rank 1], ...], in one collective."""
+    n = len(numbers)
+    rank = shard.rank()
+    table = [0.0] * (shard.world_size() * n)
+    table[rank * n:(rank + 1) * n] = numbers
+    table = shard.all_reduce_sum(table)
+    return [table[start:start + n] for start in range(0, len(table), n)]
 
 
 def save(run):
@@ -1423,12 +1435,11 @@ def save(run):
     shard.check_replicas(run.model)
     # write the pending record first: a run resumed from this checkpoint does not repeat its step
     run.logger.flush()
-    start = time.perf_counter()
     run.state.seconds = run.seconds()
-    run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
-                   dataclasses.asdict(run.state))
+    with run.meter.waiting("save"):
+        run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
+                       dataclasses.asdict(run.state))
     run.saved_step = run.state.step
-    run.save_wait += time.perf_counter() - start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1449,10 +1460,9 @@ def finish_saving(run):
         saved = "saved" if written else "not saved"
         run.logger.print(f"stopped by signal {run.stop_signal} after step {step:,}, {saved}; the "
                          "same command resumes from the newest checkpoint")
-        run.logger.close()
+        run.logger.close("killed")
         sys.exit(128 + run.stop_signal)
     if not written:
-        run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
 
@@ -1495,12 +1505,13 @@ def main(cfg, explicit):
         with record_signals(run.received):
             train(run)
             finish_saving(run)
+        if run.received:                                 # after finish_saving() has looked
+            signal.raise_signal(run.received[0])
+        finish(run)
     except Exception:
         run.saver.wait()                  # an error must not cut off a checkpoint being written
+        run.logger.close("failed")
         raise
-    if run.received:                                     # after finish_saving() has looked
-        signal.raise_signal(run.received[0])
-    finish(run)
 
 
 def cli(argv=None):

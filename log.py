@@ -2,8 +2,8 @@
 
     python log.py out/ft out/lora    compare runs: a table, and their curves in out/ft/curves.svg
 
-A record is a flat dict of numbers. README.md defines them; null is a value that is not known. With
-log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records are sent there.
+A record is a flat dict of numbers. docs/metrics.md defines them; null is a value that is not
+known. With log.to=wandb (or another of BACKENDS, if it is installed) the same records are sent there.
 
 Logging a step does not wait for the device: the tensors of a record are read when the next record
 arrives, and by then they have been computed. print(), validation(), flush() and close() wait.
@@ -47,7 +47,7 @@ class Backend:
             text, "last_step": of the records that the run resumes with, -1 without any}
     """
     id = None                 # names the run; kept in the run's folder
-    overwrites = False        # is a step that is logged again replaced? If not, it is not logged
+    last_step = math.inf      # later steps are not in the tracker, even if they were sent
 
     def log(self, record):
         """record: {"step": number, ...} without unknown values, of a step or of an evaluation."""
@@ -74,6 +74,9 @@ class WandbBackend(Backend):
         # a resumed run may have changed keys, which config= does not accept
         self.run.config.update(all_settings(cfg, about), allow_val_change=True)
         self.run.define_metric("*", step_metric="step")
+        # A process that is killed may not have sent all of its records: the server knows. Offline,
+        # each start has a folder of its own, which gets the whole curve (for wandb sync).
+        self.last_step = -1 if self.run.offline else self.run.step - 1
 
     def log(self, record):
         self.log_row(record["step"], record)
@@ -136,12 +139,11 @@ class MlflowBackend(Backend):
 
 
 class TensorboardBackend(Backend):
-    overwrites = True
-
     def __init__(self, cfg, folder, run_id, about):
         from torch.utils.tensorboard import SummaryWriter
         # the files of earlier starts may hold later steps, which this one repeats
-        self.next_step = about["last_step"] + 1
+        self.last_step = about["last_step"]
+        self.next_step = self.last_step + 1
         self.writer = SummaryWriter(str(folder), purge_step=self.next_step)
         for name, value in all_settings({"config": cfg}, about).items():
             self.add_text(name, as_code(value))
@@ -172,6 +174,8 @@ class TrackioBackend(Backend):
         self.id = run_id or f"{folder.name}-{secrets.token_hex(3)}"
         self.run = trackio.init(project=cfg["log"]["project"], name=self.id, resume="allow",
                                 config=all_settings(cfg, about), embed=False)
+        # a thread writes the records: a process that is killed loses the last ones
+        self.last_step = getattr(self.run, "_next_step", math.inf) - 1
 
     def log(self, record):
         numbers = {key: value for key, value in record.items() if key != "step"}    # a reserved key
@@ -264,8 +268,8 @@ class Tracker:
 
     out_dir/tracker_NAME.json has the id of the backend's run and the last steps that were sent. A
     resumed run first sends the records that the backend does not have yet, which are all of them if
-    the folder continues another one. Steps that are done again are sent again only if the backend
-    overwrites them.
+    the folder continues another one. Steps that are done again are not sent again, unless the
+    backend has lost or deleted them (Backend.last_step).
 
     After a failure, what has failed is tried again with the next record; a record that has failed
     twice is given up. After a failure of more than a second, this pauses for nine times as long, so
@@ -317,9 +321,8 @@ class Tracker:
     def open(self):
         backend = BACKENDS[self.name](*self.arguments, self.state["id"], self.about)
         self.state["id"] = backend.id
-        if backend.overwrites:
-            for kind in ("train", "validation"):
-                self.state[kind] = min(self.state[kind], self.about["last_step"])
+        for kind in ("train", "validation"):
+            self.state[kind] = min(self.state[kind], backend.last_step)
         self.backend = backend
 
     def close(self, status):

@@ -16,7 +16,7 @@ def records(cfg, *keys):
     if keys:
         return [tuple(r.get(k) for k in keys) for r in log.read(cfg["out_dir"])]
     clocks = ("tok_per_s", "seconds", "memory", "mfu", "data_wait", "save_wait", "compiled")
-    return [{k: v for k, v in r.items() if k not in clocks} for r in log.read(cfg["out_dir"])]
+    return [{k: v for k, v in r.items() if k not in clocks and not k.startswith("slow_")} for r in log.read(cfg["out_dir"])]
 
 
 def main(loaded):

@@ -3,7 +3,8 @@
     python log.py out/ft out/lora    compare runs: a table, and their curves in out/ft/curves.svg
 
 A record is a flat dict of numbers. docs/metrics.md defines them; null is a value that is not
-known. With log.to=wandb (or another of BACKENDS, if it is installed) the same records are sent there.
+known. With log.to=wandb (or another of BACKENDS, if it is installed) the same records are sent
+there.
 
 Logging a step does not wait for the device: the tensors of a record are read when the next record
 arrives, and by then they have been computed. print(), validation(), flush() and close() wait.

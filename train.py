@@ -1163,7 +1163,8 @@ def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
-        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0,
+        consecutive_skips=0,
         loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
@@ -1388,7 +1389,8 @@ def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
     meter = run.meter
-    tokens_per_second = meter.tokens / meter.interval_seconds()
+    seconds, _ = meter.interval.read()
+    tokens_per_second = meter.tokens / seconds
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)

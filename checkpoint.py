@@ -719,7 +719,7 @@ def check_same_code(folder, cfg):
     changed = changed_files(read_state(folder)["code"], code_hashes())
     if changed:
         raise configs.UserError(f"out_dir: the code of the run in {cfg['out_dir']} has changed "
-                                f"({', '.join(changed)}); {resume_choices('code')}")
+                                f"({', '.join(changed)}); {resume_choices('code', cfg)}")
 
 
 def check_same_data(state, fingerprints, cfg):
@@ -731,7 +731,7 @@ def check_same_data(state, fingerprints, cfg):
     changed = changed_inputs(state["data"], fingerprints, "data.train.")
     if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
         raise configs.UserError(f"out_dir: the data of the run in {cfg['out_dir']} has changed "
-                                f"({changed}); {resume_choices('data')}")
+                                f"({changed}); {resume_choices('data', cfg)}")
 
 
 def check_same_base(state, hashes, cfg):
@@ -743,7 +743,7 @@ def check_same_base(state, hashes, cfg):
     changed = changed_inputs(state.get("base", hashes), hashes)
     if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
         raise configs.UserError(f"out_dir: the run in {cfg['out_dir']} started from another model "
-                                f"({changed}); {resume_choices('model')}")
+                                f"({changed}); {resume_choices('model', cfg)}")
 
 
 def changed_inputs(saved, current, prefix=""):
@@ -793,9 +793,10 @@ def weights_hash(path):
     return digest.hexdigest()[:16]
 
 
-def resume_choices(what):
+def resume_choices(what, cfg):
     return ("out_dir=NEW starts another run, resume=never starts this run over, "
-            f"resume=latest continues it with the new {what} and records the change")
+            f"resume=latest continues it with the new {what} and records the change, "
+            f"resume={cfg['out_dir']}/checkpoints/latest out_dir=NEW does so in another folder")
 
 
 def config_diff(out_dir, cfg):
@@ -864,8 +865,9 @@ def start_over(out_dir):
     for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
         for folder in out_dir.glob(pattern):
             shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "samples.jsonl", "wandb_id", "mlflow_id"):
-        (out_dir / name).unlink(missing_ok=True)
+    files = [out_dir / "metrics.jsonl", out_dir / "evaluations.jsonl"]
+    for path in [*files, *out_dir.glob("tracker_*.json")]:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder, key):

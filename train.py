@@ -713,6 +713,7 @@ def evaluate(run):
     Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune. After a
     signal nothing is logged: the resumed run evaluates again.
     """
+    start = time.perf_counter()
     n_documents = sum(len(dataset) for dataset in run.validation_sets.values())
     n_answers = sum(len(prompts) for prompts in run.prompts.values())
     answers_of = f" and {n_answers:,} answers of at most {run.cfg['eval_tokens']:,} tokens"
@@ -733,9 +734,8 @@ def evaluate(run):
     record = {"step": run.state.step}
     for label, of_label in values.items():
         record |= {f"val/{label}/{name}": value for name, value in of_label.items()}
+    run.logger.validation(record, run.answers, time.perf_counter() - start)
     samples = [sample for of_label in run.answers.values() for sample in of_label]
-    run.logger.samples(samples)
-    run.logger.validation(record)
     if samples and run.cfg["samples"]:
         run.logger.print("\n".join(log.format_sample(samples[0])))
     mark_best(run)
@@ -751,8 +751,7 @@ def evaluate_answers(run):
     prompts = [prompt for of_label in run.prompts.values() for prompt in of_label]
     run.answers = {}
     for label, (prompt, answer, reference) in zip(labels, generate_answers(run, prompts)):
-        sample = {"step": run.state.step, "label": label, "prompt": prompt, "answer": answer,
-                  "reference": reference}
+        sample = {"prompt": prompt, "answer": answer, "reference": reference}
         parts = (compared_part(answer, eval_answer), compared_part(reference, eval_answer))
         for name, metric in METRICS.items():
             sample[name] = float(metric(*parts))
@@ -865,16 +864,22 @@ def mark_best(run):
     """
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()    # for this rank's writer thread: not a collective
-        steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        steps, _ = rank_steps(run)
         checkpoint.set_best(run.cfg["out_dir"], steps)
 
 
-def is_out_of_patience(cfg):
+def rank_steps(run):
+    """log.sort_steps_by for the steps of this folder, without those of a run that it continues."""
+    records = log.read(run.cfg["out_dir"])
+    return log.sort_steps_by(records, run.cfg["best"], run.state.first_step)
+
+
+def is_out_of_patience(run):
     """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
-    if not cfg["patience"]:
+    if not run.cfg["patience"]:
         return False
-    _, evaluations_since_best = log.sort_steps_by(log.read(cfg["out_dir"]), cfg["best"])
-    return evaluations_since_best >= cfg["patience"]
+    _, evaluations_since_best = rank_steps(run)
+    return evaluations_since_best >= run.cfg["patience"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -885,6 +890,7 @@ class TrainState:
     """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
+    first_step: int               # of the checkpoint of another run that this one continues; 0
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
@@ -932,11 +938,7 @@ class Run:
     seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
     # what changes while the run is on
-    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
-                                  # evaluations since then
-    meter_tokens: int = 0         # trained since then
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
-    save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
+    meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     received: list = dataclasses.field(default_factory=list)    # signals, of this rank
     stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none;
@@ -944,7 +946,7 @@ class Run:
     next_look: float = 0.0        # time.monotonic() at which rank 0 looks for that file again
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
-    # of the last evaluation: {label: [sample]}, see log.Logger.samples
+    # of the last evaluation: {label: [sample]}, see log.Logger.validation
     answers: dict = dataclasses.field(default_factory=dict)
     # {name: number or tensor of one element}: what an experiment adds to the record of a step
     # (experiments/dpo.py)
@@ -1028,14 +1030,15 @@ def setup(cfg, explicit):
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
-        continue_state(state, saved)
+        continue_state(state, saved, is_own_checkpoint)
         if is_rank0 and is_own_checkpoint and not cfg["eval_only"]:
             checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    logger = start_logging(cfg, explicit, state)
+    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    logger = start_logging(cfg, explicit, state, continued)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
     return Run(
@@ -1297,7 +1300,8 @@ def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
-        step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0,
+        consecutive_skips=0,
         loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
@@ -1307,8 +1311,9 @@ def new_state(explicit, cfg, data, base, total_steps):
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
-def continue_state(state, saved):
+def continue_state(state, saved, is_own_checkpoint):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
+    state.first_step = saved.get("first_step", 0) if is_own_checkpoint else saved["step"]
     for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
                 "changes"):
         if key in saved:                                 # older versions had no loss scale
@@ -1323,11 +1328,15 @@ def continue_state(state, saved):
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
-def start_logging(cfg, explicit, state):
-    """Return the logger of this rank. Rank 0 also writes config.yaml and code/."""
+def start_logging(cfg, explicit, state, continued=None):
+    """Return the logger of this rank. Rank 0 also writes config.yaml and code/.
+
+    continued  the folder of the run that this one continues in a new folder, or None
+    """
     if shard.rank() > 0:
         return log.NullLogger()
-    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds)
+    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds, continued, explicit,
+                        state.git)
     is_evaluated = cfg["eval_only"] and checkpoint.list_checkpoints(cfg["out_dir"])
     if not is_evaluated:                                 # the folder is that of another command
         write_run_folder(cfg, explicit, state)
@@ -1383,17 +1392,17 @@ def train(run):
     if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
         poll_signals(run)
-    run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-    reset_meters(run)
+    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+    meter = run.meter
+    meter.start()
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
             step = state.step                # the number of this step, counted from 0
-            wait_start = time.perf_counter()
-            micro_batches, info, loss_weight = next_batch.result()
-            run.data_wait += time.perf_counter() - wait_start
+            with meter.waiting("data"):
+                micro_batches, info, loss_weight = next_batch.result()
             if not run.sampler.uses_feedback:
                 next_batch = loader.submit(load_step, run, step + 1)
 
@@ -1405,7 +1414,8 @@ def train(run):
             run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
-                [global_loss_weight] = shard.all_reduce_sum([loss_weight])
+                with meter.waiting("ranks"):
+                    [global_loss_weight] = shard.all_reduce_sum([loss_weight])
                 loss, grad_norm, is_finite, document_stats = train_step(
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
@@ -1426,11 +1436,12 @@ def train(run):
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            poll_stop(run)
-            run.meter_tokens += info["tokens"]
+            with meter.waiting("ranks"):
+                poll_stop(run)
+            meter.tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
-                reset_meters(run)
+                meter.start_interval()
 
             # save, before an evaluation that may fail or be interrupted
             evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
@@ -1441,11 +1452,11 @@ def train(run):
 
             # evaluate
             if evaluating:
-                evaluation_start = run.seconds()
-                evaluate(run)
-                run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run)                        # one may have arrived meanwhile
-                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
+                with meter.waiting("evaluation"):        # throughput is of training
+                    evaluate(run)
+                    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+                    poll_signals(run)                    # one may have arrived meanwhile
+            meter.end_step(state.step)
 
 
 def poll_stop(run):
@@ -1539,8 +1550,6 @@ def report_non_finite(run, loss, grad_norm, document_stats):
                      f"so no update; {which}")
     limit = run.cfg["bad_steps"]
     if limit and run.state.consecutive_skips >= limit:
-        run.logger.close()
-        run.saver.wait()
         raise configs.UserError(f"bad_steps: {limit} steps in a row, up to step {step:,}, had no "
                                 "finite loss and gradient; try a smaller lr or another dtype, or "
                                 "look at the documents named above")
@@ -1549,8 +1558,9 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
-    elapsed = run.seconds() - run.meter_start
-    tokens_per_second = run.meter_tokens / elapsed
+    meter = run.meter
+    seconds, _ = meter.interval.read()
+    tokens_per_second = meter.tokens / seconds
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
@@ -1565,19 +1575,20 @@ def log_step(run, info, loss, lr, grad_norm):
         "tok_per_s": tokens_per_second,
         "mfu": flops_per_second / (peak * shard.world_size()) if peak else None,
         "packing": info["packing"],
-        "memory": log.peak_memory(run.device),
         "seconds": run.seconds(),
         "skipped": state.skipped_steps,
         "compiled": shard.num_graphs(),
-        "data_wait": run.data_wait / elapsed,
-        "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
     }
     if run.model.dtype == torch.float16:
         record["loss_scale"] = run.model.loss_scale
     if run.model.cfg["n_experts"]:
         record["expert_load"] = expert_load(run.model)
-    run.logger.step(record)
+    by_rank = gather_numbers([log.peak_memory(run.device), *meter.numbers()])
+    measured, slow_step = log.compare_ranks(by_rank, meter.slowest)
+    if slow_step:
+        run.logger.print(slow_step)
+    run.logger.step(record | measured)
 
 
 def expert_load(model):
@@ -1591,12 +1602,14 @@ def expert_load(model):
     return (tokens / tokens.mean(1, keepdim=True)).max()
 
 
-def reset_meters(run):
-    """Start to measure throughput and waiting anew."""
-    run.meter_start = run.seconds()
-    run.meter_tokens = 0
-    run.data_wait = 0.0
-    run.save_wait = 0.0
+def gather_numbers(numbers):
+    """A list of numbers per rank -> [[numbers of rank 0], [of rank 1], ...], in one collective."""
+    n = len(numbers)
+    rank = shard.rank()
+    table = [0.0] * (shard.world_size() * n)
+    table[rank * n:(rank + 1) * n] = numbers
+    table = shard.all_reduce_sum(table)
+    return [table[start:start + n] for start in range(0, len(table), n)]
 
 
 def save(run):
@@ -1607,12 +1620,11 @@ def save(run):
     shard.check_replicas(run.model)
     # write the pending record first: a run resumed from this checkpoint does not repeat its step
     run.logger.flush()
-    start = time.perf_counter()
     run.state.seconds = run.seconds()
-    run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
-                   dataclasses.asdict(run.state))
+    with run.meter.waiting("save"):
+        run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
+                       dataclasses.asdict(run.state))
     run.saved_step = run.state.step
-    run.save_wait += time.perf_counter() - start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1637,7 +1649,6 @@ def finish_saving(run):
                          f"command {resumes}")
         exit_stopped(run)
     if not written:
-        run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
 
@@ -1648,7 +1659,7 @@ def stop_reason(run):
 
 def exit_stopped(run):
     """End a run that was stopped, with its exit status. The file STOP is removed."""
-    run.logger.close()
+    run.logger.close("killed")
     if shard.rank() == 0:
         stop_file(run).unlink(missing_ok=True)
     sys.exit(0 if run.stop_signal == STOP_FILE else 128 + run.stop_signal)
@@ -1696,13 +1707,14 @@ def main(cfg, explicit):
                 return
             train(run)
             finish_saving(run)
+        signals = [number for number in run.received if number != STOP_FILE]
+        if signals:                                      # after finish_saving() has looked
+            signal.raise_signal(signals[0])
+        finish(run)
     except Exception:
         run.saver.wait()                  # an error must not cut off a checkpoint being written
+        run.logger.close("failed")
         raise
-    signals = [number for number in run.received if number != STOP_FILE]
-    if signals:                                          # after finish_saving() has looked
-        signal.raise_signal(signals[0])
-    finish(run)
 
 
 def evaluate_only(run):
@@ -1714,7 +1726,7 @@ def evaluate_only(run):
     out_dir = Path(run.cfg["out_dir"])
     for line in log.format_answers(run.answers, run.cfg["samples"]):
         run.logger.print(line)
-    answers = f", the answers in {out_dir / 'samples.jsonl'}" if run.answers else ""
+    answers = f", the answers in {out_dir / 'evaluations.jsonl'}" if run.answers else ""
     run.logger.print(f"step {run.state.step:,} evaluated; the record is in "
                      f"{out_dir / 'metrics.jsonl'}{answers}")
     run.logger.close()

@@ -614,7 +614,7 @@ def test_start_over_deletes_what_a_run_left(stopped):
     for name in ("hf", "adapter", "code-at-00000003", "notes"):
         (out_dir / name).mkdir()
     (out_dir / "metrics.jsonl").write_text("")
-    for name in ("wandb_id", "mlflow_id"):
+    for name in ("tracker_wandb.json", "tracker_mlflow.json"):
         (out_dir / name).write_text("abc")
     checkpoint.start_over(out_dir)
     assert sorted(p.name for p in out_dir.iterdir()) == ["config.yaml", "notes"]

@@ -395,6 +395,10 @@ def test_train_step_is_the_same_on_any_mesh(layout_runs, layout):
     assert len(one["loss"]) == 6 and len(one["val/chats/loss"]) == 2
     for key in ("documents", "tokens", "val/chats/exact_match"):
         assert one[key] == many[key], key
+    for record in log.read(out)[1:-1]:                       # without the two evaluations
+        assert record["slowest_rank"] in range(ranks) and 0 <= record["rank_wait"] <= 1
+        assert record["memory_max"] >= record["memory"] > 1e7
+        assert 1 >= record["data_wait_max"] >= record["data_wait"] >= 0
     tolerance = MODELS[model][1]
     for key in ("loss", "val/chats/loss", "grad_norm"):
         rel = 20 * tolerance if key == "grad_norm" else tolerance

@@ -27,6 +27,8 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 import configs
 
 
@@ -354,6 +356,68 @@ def format_duration(seconds):
     if hours:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{minutes}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# the progress of what takes long, on stderr
+
+SECONDS_PER_LINE = 30.0
+
+
+def progress(iterable, what, total=None):
+    """Yield the items of an iterable, with a ProgressBar.
+
+    total  number of items; None: len(iterable), or not known
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with ProgressBar(what, total) as bar:
+        for item in iterable:
+            yield item
+            bar.update()
+
+
+class ProgressBar:
+    """On a terminal a tqdm bar, elsewhere a line every 30 s; on rank 0 only.
+
+    Both show rate and time left. Nothing is shown of what takes less than a second, and nothing of
+    the bar is left at the end.
+
+    what     a verb and its object, e.g. "export out/ft/hf"
+    total    number of units; None: not known
+    options  of tqdm: unit, unit_scale
+    """
+
+    def __init__(self, what, total=None, quiet=False, **options):
+        self.what = what
+        self.total = total
+        self.options = options
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self.n = 0
+        self.start = time.monotonic()
+        self.last_line = self.start
+        # disable=None: not on a terminal
+        self.bar = tqdm(total=total, desc=what, leave=False, delay=1.0, **options,
+                        disable=True if self.quiet else None)
+
+    def update(self, n=1):
+        self.bar.update(n)
+        self.n += n
+        now = time.monotonic()
+        if self.bar.disable and not self.quiet and now - self.last_line >= SECONDS_PER_LINE:
+            self.last_line = now
+            line = tqdm.format_meter(self.n, self.total, now - self.start, ncols=0,
+                                     prefix=self.what, **self.options)
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -70,9 +70,9 @@ import numpy as np
 import regex                    # installed with tiktoken
 import tiktoken
 from jinja2 import nodes
-from tqdm import tqdm
 
 import configs
+import log
 from configs import UserError, read_text
 
 FORMAT = 10                 # of the token files
@@ -3150,9 +3150,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
     n_processes = context.data["processes"]
     if not n_processes:                                  # (a fork may crash on macOS)
         n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
-               disable=quiet or None, leave=False)           # None: only in a terminal
-    with bar:
+    with log.ProgressBar(f"tokenize {name}", n_bytes, quiet, unit="B", unit_scale=True) as bar:
         if n_processes == 1 or n_bytes < 4 * BLOCK:
             for chunk in chunks:
                 yield encode_chunk(chunk, context)

@@ -176,10 +176,10 @@ ALLOWED_IMPORTS = {
     "configs/__init__.py": set(),
     "configs/__main__.py": set(),
     "tokenize_data.py": set(),
-    "model.py": {"tokenize_data"},
-    "shard.py": {"model", "tokenize_data"},
+    "model.py": {"log", "tokenize_data"},
+    "shard.py": {"log", "model", "tokenize_data"},
     "sampler.py": {"tokenize_data"},
-    "checkpoint.py": {"model", "shard", "tokenize_data"},
+    "checkpoint.py": {"log", "model", "shard", "tokenize_data"},
     "log.py": {"model", "sampler", "shard", "tokenize_data"},
     "train.py": {"checkpoint", "log", "model", "sampler", "shard", "tokenize_data"},
 }

@@ -893,7 +893,7 @@ def test_best_checkpoint_is_kept_and_exported_and_patience_ends_the_run(tiny, sc
     assert (out / "checkpoints" / "best").resolve().name == f"{best:08}"
     exported, kept = load_file(out / "hf" / "model.safetensors"), weights(loaded[0], best)["model.safetensors"]
     assert torch.equal(exported["model.embed_tokens.weight"], kept["embed.weight"])
-    listing = script("checkpoint.py", "ls", out).stdout.splitlines()
+    listing = script("checkpoint.py", "ls", out).stdout.splitlines()[1:]
     assert [line.split()[-1] for line in listing] == ["best", "latest"]
     before = (out / "metrics.jsonl").read_text()
     run(loaded)

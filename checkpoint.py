@@ -1100,14 +1100,111 @@ def check_export_inputs(path, state, cfg, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------
-# the model card: README.md of an exported folder, as the hub reads it. It has no times, and no paths
-# of this machine: equal checkpoints have equal cards
+# the model card: README.md of an exported folder, as the hub reads it. It has no times, and no
+# paths of this machine: equal checkpoints have equal cards
+
+CARD = """---
+{header}---
+
+# {title}
+
+Trained{lora} for {step:,} of {total_steps:,} steps, computing in {dtype}.
+
+## Data
+
+{data}
+
+## Settings
+
+```yaml
+{settings}```
+
+## Evaluation
+
+{evaluation}
+
+## Use
+
+```python
+from transformers import AutoTokenizer
+from {library} import {auto}
+
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = {auto}.from_pretrained("{place}")
+```
+"""
+LICENSE_TITLES = {"Apache License": "apache-2.0", "MIT License": "mit"}    # first words of a file
+
+
+def write_card(folder, path, state, model_cfg, hub_id="", is_adapter=False):
+    """Write the model card of the checkpoint at `path`. See export()."""
+    base = base_metadata(model_cfg["init_from"])
+    sources = state.get("sources", {})                   # older checkpoints have none
+    datasets = sorted({source["dataset"] for source in sources.values()} - {""})
+    library = "peft" if is_adapter else "transformers"
+    tags = (["lora"] if is_adapter else []) + (["conversational"] if state["has_chats"] else [])
+    header = base | {"datasets": datasets, "library_name": library,
+                     "pipeline_tag": "text-generation", "tags": tags}
+    lora_r = configs.get(state["config"], "shard.lora.r")
+    values = state | {
+        "header": configs.dump({key: value for key, value in header.items() if value}),
+        "title": card_title(model_cfg, base),
+        "lora": f" with LoRA of rank {lora_r}" if lora_r else "",
+        "data": "\n".join(describe_source(name, sources.get(name)) for name in state["data"]),
+        "settings": configs.dump(card_settings(state["config"])),
+        "evaluation": evaluation_table(log.read(run_folder(path)), state["step"]),
+        "library": library,
+        "auto": "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
+        "place": hub_id or "path/to/this/folder",
+    }
+    card = CARD.format_map(values)
+    if configs.families()[model_cfg["family"]].get("native"):    # unknown to transformers
+        card = re.sub("library_name: .*\n", "", card).partition("## Use")[0]
+        card += f"    python model.py {values['place']}\n"
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+
+def base_metadata(init_from):
+    """The part of a card's header that its base decides: base_model and license, where known.
+
+    A base that is not on the hub passes on the base_model of its own card.
+    """
+    if not init_from:
+        return {}
+    folder = Path(configs.resolve_pretrained(init_from))
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = {}
+    if match := re.match(r"---\n(.*?)\n---", text, re.S):
+        with contextlib.suppress(configs.UserError):     # not ours to correct
+            header = configs.construct(configs.compose(match[1], card), card)
+    keys = ("base_model", "license", "license_name", "license_link")
+    metadata = {key: header[key] for key in keys if header.get(key)}
+    # where huggingface_hub keeps what it has downloaded
+    if match := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{folder}/"):
+        metadata["base_model"] = f"{match[1]}/{match[2]}"
+    licenses = sorted(folder.glob("LICENSE*"))
+    if licenses and "license" not in metadata:
+        text = licenses[0].read_text(encoding="utf-8", errors="replace")[:500]
+        known = [name for title, name in LICENSE_TITLES.items() if title in text]
+        metadata |= {"license": [*known, "other"][0], "license_link": licenses[0].name}
+    return metadata
+
+
+def card_title(model_cfg, base):
+    if not model_cfg["init_from"]:
+        return (f"{model_cfg['family']} of {model_cfg['n_layers']} x {model_cfg['d_model']}, "
+                "trained from new weights")
+    folder = Path(model_cfg["init_from"])
+    name = folder.parent.name if folder.name == "hf" else folder.name
+    return f"{base.get('base_model', name)}, fine-tuned"
+
 
 def describe_sources(cfg, data):
-    """What a card says of training sources: {name: {"documents", "tokens", "dataset"}}.
+    """What a card says of training sources, for state.json: {name: {"documents", "tokens",
+    "dataset"}}, where dataset is an id on the hub, or "" for local files.
 
-    data     {name: Tokens}
-    dataset  the id of a dataset on the hub; "" for local files
+    data  {name: Tokens}
     """
     sources = {}
     for name, tokens in data.items():
@@ -1120,126 +1217,36 @@ def describe_sources(cfg, data):
     return sources
 
 
-def write_card(folder, path, state, model_cfg, hub_id="", is_adapter=False):
-    """Write the model card of the checkpoint at `path`. See export()."""
-    base = base_metadata(model_cfg["init_from"])
-    is_native = configs.families()[model_cfg["family"]].get("native")
-    datasets = sorted({s["dataset"] for s in state.get("sources", {}).values()} - {""})
-    header = dict(base)
-    if datasets:
-        header["datasets"] = datasets
-    if not is_native:
-        header["library_name"] = "peft" if is_adapter else "transformers"
-    header["pipeline_tag"] = "text-generation"
-    header["tags"] = ["lora"] if is_adapter else []
-    header["tags"] += ["conversational"] if state["has_chats"] else []
-    place = hub_id or "path/to/this/folder"
-    lines = ["---", configs.dump(header) + "---", "", *describe_training(state, model_cfg, base),
-             *describe_data(state), *describe_settings(state),
-             *describe_evaluation(log.read(run_folder(path)), state["step"]),
-             *describe_use(place, is_native, is_adapter)]
-    Path(folder, "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def describe_source(name, source):
+    if not source:
+        return f"- {name}"
+    dataset = f" of {source['dataset']}" if source["dataset"] else ""
+    return f"- {name}: {source['documents']:,} documents, {source['tokens']:,} tokens{dataset}"
 
 
-def base_metadata(init_from):
-    """The part of a card's header that its base decides: base_model and license, where known.
-
-    A base that is not on the hub passes on the base_model of its own card.
-    """
-    if not init_from:
-        return {}
-    folder = Path(configs.resolve_pretrained(init_from))
-    header = {}
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    match = re.match(r"---\n(.*?)\n---", text, re.S)
-    if match:
-        with contextlib.suppress(configs.UserError):     # not ours to correct
-            header = configs.construct(configs.compose(match[1], card), card)
-    keys = ("base_model", "license", "license_name", "license_link")
-    metadata = {key: header[key] for key in keys if header.get(key)}
-    # where huggingface_hub keeps what it has downloaded
-    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{folder}/")
-    if cached:
-        metadata["base_model"] = f"{cached[1]}/{cached[2]}"
-    licenses = sorted(folder.glob("LICENSE*"))
-    if "license" not in metadata and licenses:
-        text = licenses[0].read_text(encoding="utf-8", errors="replace")[:500]
-        known = [name for name, title in LICENSE_TITLES.items() if title in text]
-        metadata["license"] = known[0] if known else "other"
-        metadata["license_link"] = licenses[0].name
-    return metadata
-
-
-LICENSE_TITLES = {"apache-2.0": "Apache License", "mit": "MIT License"}    # on the hub: first words
-
-
-def describe_training(state, model_cfg, base):
-    m = model_cfg
-    if m["init_from"]:
-        folder = Path(m["init_from"])
-        name = folder.parent.name if folder.name == "hf" else folder.name
-        what = f"{base.get('base_model', name)}, fine-tuned"
-    else:
-        what = f"{m['family']} of {m['n_layers']} x {m['d_model']}, trained from new weights"
-    lora_r = configs.get(state["config"], "shard.lora.r")
-    with_lora = f" with LoRA of rank {lora_r}" if lora_r else ""
-    code = f", code {state['git']}" if state.get("git") else ""
-    return [f"# {what}", "", f"Trained{with_lora} for {state['step']:,} of {state['total_steps']:,} "
-            f"steps, computing in {state['dtype']} (torch {state['versions']['torch']}{code})."]
-
-
-def describe_data(state):
-    lines = ["", "## Data", ""]
-    for name in state["data"]:
-        source = state.get("sources", {}).get(name)      # older checkpoints have none
-        counts, dataset = "", ""
-        if source:
-            counts = f": {source['documents']:,} documents, {source['tokens']:,} tokens"
-            dataset = f" of {source['dataset']}" if source["dataset"] else ""
-        lines.append(f"- {name}{counts}{dataset}")
-    return lines
-
-
-def describe_settings(state):
-    """The keys that were set, but those with paths and those of trackers."""
+def card_settings(explicit):
+    """The keys that were set, as {dotted key: value}, but those with paths or of trackers."""
     _, schema = configs.read_defaults()
     settings = {}
-    for key, value in configs.flat(state["config"]).items():
+    for key, value in configs.flat(explicit).items():
         is_path = (configs.constraint_of(key, schema) or "").startswith("path")
         # also in the options of an experiment
         has_path = re.search(r"""(^|[\s'"\[{:=])(~|\.{0,2}/|\$)""", str(value))
         if not is_path and not has_path and not key.startswith("log."):
             settings[key] = value
-    return ["", "## Settings", "", "```yaml", configs.dump(settings) + "```"] if settings else []
+    return settings
 
 
-def describe_evaluation(records, step):
-    """The last validation up to a step, as a table."""
+def evaluation_table(records, step):
+    """The last validation up to a step."""
     evaluations = [record for record in records if record["step"] <= step
                    and any(key.startswith("val/") for key in record)]
     if not evaluations:
-        return []
+        return "None."
     last = evaluations[-1]
-    values = {key.removeprefix("val/"): value for key, value in last.items()
-              if key.startswith("val/") and value is not None}
-    rows = [f"| {key} | {value:.4f} |" for key, value in values.items()]
-    return ["", "## Evaluation", "", f"| validation | after step {last['step']:,} |", "|---|---|",
-            *rows]
-
-
-def describe_use(place, is_native, is_adapter):
-    if is_native:
-        code = ["```sh", f"python model.py {place}"]
-    else:
-        library, auto = "transformers", "AutoModelForCausalLM"
-        if is_adapter:
-            library, auto = "peft", "AutoPeftModelForCausalLM"
-        code = ["```python", f"from {library} import {auto}",
-                "from transformers import AutoTokenizer", "",
-                f'model = {auto}.from_pretrained("{place}")',
-                f'tokenizer = AutoTokenizer.from_pretrained("{place}")']
-    return ["", "## Use", "", *code, "```"]
+    rows = [f"| {key.removeprefix('val/')} | {value:.4f} |" for key, value in last.items()
+            if key.startswith("val/") and value is not None]
+    return "\n".join([f"| validation | after step {last['step']:,} |", "|---|---|", *rows])
 
 
 # --------------------------------------------------------------------------------------------------

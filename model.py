@@ -1796,8 +1796,8 @@ def collect_tensors(get_parameter, m, items, dtype):
         if is_transposed(first_name, family):
             tensor = tensor.T
         if dtype == torch.float16 and tensor.isinf().any():
-            raise configs.UserError(f"dtype: float16 has no numbers above 65,504, and {tensor_name} "
-                                    "does; dtype=bfloat16")
+            raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
+                                    "dtype=bfloat16")
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

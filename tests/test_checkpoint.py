@@ -935,19 +935,27 @@ def test_describe_sources_names_datasets_on_the_hub(tmp_path):
     sources = checkpoint.describe_sources(cfg, dict.fromkeys(train, tokens))
     assert sources == {"mine": {"documents": 2, "tokens": 9, "dataset": ""},
                        "theirs": {"documents": 2, "tokens": 9, "dataset": "openai/gsm8k"}}
-    state = STATE | {"data": {"mine": {}, "theirs": {}, "older": {}}, "sources": sources}
-    assert checkpoint.describe_data(state)[3:] == [
+    assert [checkpoint.describe_source(name, sources.get(name)) for name in ("mine", "theirs", "older")] == [
         "- mine: 2 documents, 9 tokens", "- theirs: 2 documents, 9 tokens of openai/gsm8k", "- older"]
 
 
-def test_describe_settings_leaves_out_paths():
-    config = {"lr": 0.1, "best": "val/a/loss", "out_dir": "out/x", "resume": "out/y", "log": {"to": ["wandb"]},
-              "optimizer_options": {"file": "/home/me/x", "files": ["~/a"], "beta": 0.5},
-              "data": {"tokenizer": "gpt2", "train": {"a": {"path": "x.jsonl", "weight": 2.0}}}}
-    text = "\n".join(checkpoint.describe_settings(STATE | {"config": config}))
-    assert configs.construct(configs.compose(text.split("```")[1].removeprefix("yaml"), ""), "") == {
+def test_card_settings_leave_out_paths_and_trackers():
+    explicit = {"lr": 0.1, "best": "val/a/loss", "out_dir": "out/x", "resume": "out/y", "log": {"to": ["wandb"]},
+                "optimizer_options": {"file": "/home/me/x", "files": ["~/a"], "beta": 0.5},
+                "data": {"tokenizer": "gpt2", "train": {"a": {"path": "x.jsonl", "weight": 2.0}}}}
+    assert checkpoint.card_settings(explicit) == {
         "lr": 0.1, "best": "val/a/loss", "optimizer_options.beta": 0.5, "data.train.a.weight": 2.0}
-    assert checkpoint.describe_settings(STATE | {"config": {}}) == []
+
+
+def test_write_card_of_a_native_model(tmp_path):
+    """transformers does not know its family; without a validation the card says so."""
+    model_cfg = configs.load(["model.family=native"])[0]["model"]
+    state = STATE | {"config": {"lr": 0.1}, "has_chats": False, "data": {"a": {}}}
+    checkpoint.write_card(tmp_path, tmp_path / "checkpoints" / "00000003", state, model_cfg)
+    data, text = read_card(tmp_path)
+    assert data == {"pipeline_tag": "text-generation"} and "transformers" not in text
+    assert "# native of 4 x 128, trained from new weights" in text and "- a\n" in text and "lr: 0.1\n" in text
+    assert "## Evaluation\n\nNone.\n" in text and "python model.py path/to/this/folder" in text
 
 
 def test_lock_folder_does_without_locks(tmp_path, monkeypatch):

@@ -158,9 +158,8 @@ def test_resume_from_a_named_checkpoint(tiny):
     with pytest.raises(ValueError, match="lr"):                      # within its own folder a run keeps its keys
         main(tiny("max_steps=8", "save_every=4", "eval_every=0", "lr=5e-3", f"resume={four}", out="base"))
     assert [p.name for p in checkpoint.list_checkpoints(base[0]["out_dir"])] == ["00000004", "00000008"]
-    for more in ("optimizer=muon", "dtype=bfloat16"):                # what is in it can't go on so
-        with pytest.raises(ValueError, match=more.split("=")[0]):
-            main(tiny("max_steps=8", "eval_every=0", f"resume={four}", more, out="strange"))
+    with pytest.raises(ValueError, match="optimizer"):               # what is in it can't go on so
+        main(tiny("max_steps=8", "eval_every=0", f"resume={four}", "optimizer=muon", out="strange"))
 
 
 def test_resume_from_an_own_checkpoint_abandons_the_later_ones(tiny, monkeypatch):

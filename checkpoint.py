@@ -923,9 +923,10 @@ def source_files():
     """The files that decide what a run computes: {name relative to the project: Path}.
 
     These are the main script, the loaded modules of the project, and the yaml files with defaults
-    and families. Installed packages are not included, nor tests, which only call the code.
+    and families, and all of families/. Installed packages are not included, nor tests, which only call the code.
     """
     paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
+    paths += (PROJECT / "families").glob("*.py")         # imported when the model is built
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) or ""
         if Path(file).is_relative_to(PROJECT) or module is sys.modules["__main__"]:

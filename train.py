@@ -271,12 +271,14 @@ class Muon:
 
     muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
+    n_experts     model.n_experts
     """
 
-    def __init__(self, muon_groups, adamw_groups, momentum, **adamw_options):
+    def __init__(self, muon_groups, adamw_groups, momentum, n_experts=0, **adamw_options):
         self.adamw = AdamW(adamw_groups, **adamw_options)
         self.muon_groups = muon_groups
         self.momentum = momentum
+        self.n_experts = n_experts
         # The same objects as in self.adamw: the learning rate that the loop sets and the state that
         # a checkpoint loads reach both.
         self.param_groups = [*muon_groups, *self.adamw.param_groups]
@@ -289,17 +291,20 @@ class Muon:
     def step(self):
         self.adamw.step()
         for group in self.muon_groups:
-            for p in group["params"]:
+            for name, p in zip(group["names"], group["params"]):
                 if p.grad is not None:
-                    self.muon_update(p, group["lr"], group["weight_decay"])
+                    n_matrices = self.n_experts if ".experts." in name else 1
+                    self.muon_update(p, n_matrices, group["lr"], group["weight_decay"])
 
-    def muon_update(self, p, lr, weight_decay):
+    def muon_update(self, p, n_matrices, lr, weight_decay):
+        """n_matrices  that p holds one after another: those of the experts (families/moe.py), or 1"""
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)
         nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
-        scale = 0.2 * math.sqrt(max(p.shape))     # the update's RMS is 0.2, about AdamW's
-        update = scale * newton_schulz(nesterov)
+        matrices = nesterov.unflatten(0, (n_matrices, -1))                 # [n, out, in]
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))    # the update's RMS is 0.2, about AdamW's
+        update = scale * newton_schulz(matrices).flatten(0, 1)
         local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
         local.mul_(1 - lr * weight_decay)
         local.sub_(update[start:end], alpha=lr)
@@ -310,19 +315,19 @@ class Muon:
 
 
 def newton_schulz(g):
-    """Approximates U V^T of the singular value decomposition g = U S V^T, in bf16.
+    """Approximates U V^T of the singular value decompositions g = U S V^T of matrices [n, out, in].
 
-    Five iterations of an odd polynomial that drives all singular values towards 1.
+    In bf16. Five iterations of an odd polynomial that drives all singular values towards 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.shape[0] <= g.shape[1]
-    x = g.bfloat16() if wide else g.bfloat16().T
-    x = x / (x.norm() + 1e-7)
+    wide = g.shape[1] <= g.shape[2]
+    x = g.bfloat16() if wide else g.bfloat16().mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        xx = x @ x.T
-        polynomial = torch.addmm(xx, xx, xx, beta=b, alpha=c)           # b xx + c xx^2
-        x = torch.addmm(x, polynomial, x, beta=a)                       # a x + (b xx + c xx^2) x
-    return (x if wide else x.T).to(g.dtype)
+        xx = x @ x.mT
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)         # b xx + c xx^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                     # a x + (b xx + c xx^2) x
+    return (x if wide else x.mT).to(g.dtype)
 
 
 def adamw(param_groups, cfg):
@@ -343,7 +348,7 @@ def muon(param_groups, cfg):
     if not muon_groups:
         raise configs.UserError("optimizer: muon updates the blocks' weight matrices, and none of "
                                 "them is trained; optimizer=adamw")
-    return Muon(muon_groups, adamw_groups, cfg["momentum"],
+    return Muon(muon_groups, adamw_groups, cfg["momentum"], cfg["model"]["n_experts"],
                 betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
@@ -1410,7 +1415,20 @@ def log_step(run, info, loss, lr, grad_norm):
     }
     if run.model.dtype == torch.float16:
         record["loss_scale"] = run.model.loss_scale
+    if run.model.cfg["n_experts"]:
+        record["expert_load"] = expert_load(run.model)
     run.logger.step(record)
+
+
+def expert_load(model):
+    """Tokens of the fullest expert of any block since the last call, divided by the mean.
+
+    1 is perfect balance, n_experts / n_experts_per_token the worst. A tensor: the device is not
+    waited for.
+    """
+    tokens = shard.all_reduce_(model.expert_tokens).float()                        # [L, X]
+    model.expert_tokens = 0
+    return (tokens / tokens.mean(1, keepdim=True)).max()
 
 
 def reset_meters(run):

@@ -290,6 +290,8 @@ NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
         "model.partial_rotary_factor=0.5", "model.tie_embeddings=false",
         "model.pad_vocab_size_multiple=64", "model.resid_pdrop=0.1", "model.attn_pdrop=0.1",
         "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
+EXPERTS = ["model.family=qwen3_moe", "model.n_experts=4", "model.d_expert=24",
+           "model.router_aux_loss_coef=0.1"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 MODELS = {    # name: (keys, relative tolerance of the loss)
@@ -313,7 +315,9 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "frozen": (["param_groups=[{match: 'embed|blocks.0|mlp', train: false}]"], 1e-5),
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
-    "olmo2": (OLMO2, 1e-3)}
+    "olmo2": (OLMO2, 1e-3),
+    "experts": (EXPERTS, 1e-5),
+    "experts, lora, bf16": ([*EXPERTS, "shard.lora.r=1", "dtype=bfloat16"], 1e-3)}
 SHARD2 = ["shard.mesh.shard=2"]
 SHARD4 = ["shard.mesh.shard=4"]
 HYBRID = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
@@ -330,6 +334,8 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
     ("nf4", 4, SHARD4), ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
+    ("experts", 2, []), ("experts", 2, SHARD2), ("experts", 4, HYBRID),
+    ("experts, lora, bf16", 2, SHARD2),
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
@@ -542,6 +548,10 @@ SHAPES = {
         "model.family=phi", "model.activation=gelu", "model.tie_embeddings=false",
         "model.d_model=128", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=512",
         "data.seq_len=256", "batch_size=4", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
+    "norms before and after, softcap": [
+        "model.family=gemma2", "model.norm_place=both", "model.d_model=128", "model.n_layers=4",
+        "model.vocab_size=512", "micro_tokens=512", "data.seq_len=256", "batch_size=4",
+        "model.attn_softcap=50.0", "dtype=bfloat16"],
     "lora, recompute": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
         "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],
@@ -568,6 +578,14 @@ SHAPES = {
     "bf16 moments, fp32": [
         "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=256",
         "data.seq_len=128", "batch_size=4", "shard.moment_dtype=bfloat16"],
+    "experts": [
+        "model.family=qwen3_moe", "model.d_model=128", "model.n_layers=3", "model.n_experts=8",
+        "model.d_expert=64", "model.vocab_size=512", "micro_tokens=512", "data.seq_len=128",
+        "batch_size=8"],
+    "experts, bf16, lora": [
+        "model.family=qwen3_moe", "model.d_model=256", "model.n_layers=3", "model.n_experts=8",
+        "model.d_expert=128", "model.vocab_size=512", "micro_tokens=512", "data.seq_len=128",
+        "batch_size=8", "dtype=bfloat16", "shard.lora.r=8"],
     "frozen": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
         "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}

@@ -1,7 +1,11 @@
 """A decoder-only transformer, described by the config's model section: GPT-2, Llama and relatives.
 
-    python model.py data/base                       a summary: shapes, parameters, FLOPs per token
-    python model.py out/ft "What is 12 + 30?"       chat with a trained model
+    python model.py out/ft                          chat with a trained model, in several turns
+    python model.py out/ft "What is 12 + 30?"       one answer; without a terminal, also one for
+                                                    each line of stdin
+    python model.py out/ft prompts=FILE out=FILE    answers to .jsonl (messages or prompt) or the
+                                                    lines of .txt, as .jsonl with generated_text
+    python model.py data/base summary=true          shapes, parameters, FLOPs per token
 
 Letters for shapes, in all seven files:
 
@@ -26,6 +30,7 @@ ranks: shard.py takes a finished model and parallelizes it. In comments and mess
 key x of the config's model section.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -33,31 +38,70 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
 
 import configs
 
-OPTIONS = {                  # of the command line, and their defaults
+SAMPLING = {                 # arguments of generate(), and their defaults: greedy
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
     "seed": 0,
     "max_tokens": 256,
-    "prompt": "",            # instead of words: for a prompt that looks like an option
 }
+OPTIONS = SAMPLING | {       # of the command line
+    "prompt": "",            # instead of words: for a prompt that looks like an option
+    "prompts": "",
+    "out": "",               # empty: to stdout
+    "batch_size": 16,        # prompts that are answered at once
+    "device": "auto",
+    "dtype": "auto",
+    "summary": False,
+}
+CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
 def parse_arguments(argv):
-    """The command line as (folder of the model, prompt, arguments of generate())."""
+    """The command line as (folder of the model, prompt, options)."""
     options, words = configs.pop_options(argv, **OPTIONS)
     configs.check_words(words, options)                  # a mistyped option is no word of a prompt
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
-                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT]")
+                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT prompts=FILE "
+                                "out=FILE batch_size=16 device=auto dtype=auto summary=true]")
+    folder = configs.resolve_model_dir(words[0])
+    options, _ = configs.pop_options(argv, **OPTIONS | sampling_defaults(folder))
+    for key, choices in CHOICES.items():
+        if options[key] not in choices:
+            raise configs.UserError(f"{key}: must be one of {', '.join(choices)}; got "
+                                    f"{options[key]}")
+    prompts, out = options["prompts"], options["out"]
+    if prompts and not prompts.endswith((".jsonl", ".txt")):
+        raise configs.UserError(f"prompts: must be a .jsonl or .txt file; got {prompts}")
+    if out and Path(out).exists():
+        raise configs.UserError(f"out: {out} exists; name another file")
+    if out and not prompts:
+        raise configs.UserError("out: has no effect without prompts=FILE; remove it")
+    if options["batch_size"] < 1:
+        raise configs.UserError(f"batch_size: must be at least 1; got {options['batch_size']}")
     prompt = options.pop("prompt") or " ".join(words[1:])
-    return configs.resolve_model_dir(words[0]), prompt, options
+    return folder, prompt, options
+
+
+def sampling_defaults(folder):
+    """The defaults of sampling options that a model's generation_config.json gives."""
+    path = folder / "generation_config.json"
+    config = configs.read_json(path) if path.is_file() else {}
+    defaults = {"max_tokens": config.get("max_new_tokens")}
+    if config.get("do_sample"):
+        defaults |= {"temperature": config.get("temperature", 1.0),
+                     "top_k": config.get("top_k"), "top_p": config.get("top_p")}
+    # JSON may have 1 for 1.0
+    return {key: type(SAMPLING[key])(value) for key, value in defaults.items()
+            if isinstance(value, (int, float))}
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
@@ -68,6 +112,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import log
 
 IGNORE_INDEX = -100          # the target of a token without a loss
 
@@ -1267,7 +1313,7 @@ def build_on_meta(m):
 @torch.no_grad()
 def load_weights(model, read):
     """Copy the weights that a reader's read() gives into a model. Returns the model."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         load_parameter(name, read, p, 0, len(p))
     return model
 
@@ -1469,17 +1515,23 @@ def stacked_shape(shape, m):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: in
 
-def load(path, m=None, device="cpu"):
-    """Return (model in fp32 and in evaluation mode, its model section).
+def load(path, m=None, device="cpu", dtype=torch.float32):
+    """Return (model in evaluation mode, its model section).
 
-    path  a pretrained folder, a run's folder or a hub id
-    m     the complete model section, if the caller has one; otherwise it is that of config.json
+    path   a pretrained folder, a run's folder or a hub id
+    m      the complete model section, if the caller has one; otherwise it is that of config.json
+    dtype  of the computation and of matrices; vectors are fp32
     Raises UserError if the weights do not fit.
     """
     folder = configs.resolve_model_dir(path)
     if m is None:
         m = read_model_section(folder)
-    model = build_on_meta(m).to_empty(device=device)
+    model = build_on_meta(m)
+    model.dtype = dtype
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.to(dtype)
+    model.to_empty(device=device)
     load_weights(model, PretrainedWeights(folder, m).read)
     return model.eval(), m
 
@@ -1753,7 +1805,7 @@ def shorten(items, limit=8):
 # Hugging Face's format: out
 
 def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
-                    control_ids=None, shard_bytes=4 << 30):
+                    control_ids=None, shard_bytes=4 << 30, dtype=""):
     """Write config.json, generation_config.json and model.safetensors.
 
     get_parameter  name -> the whole tensor: model.get_parameter, for example. Only one file's
@@ -1764,6 +1816,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     control_ids  the tokenizer's control tokens: other ids in source's configs are dropped. None:
                  all are kept
     shard_bytes  a larger model is written as several files
+    dtype        of the weights; "": that of source
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1778,7 +1831,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
     # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
-    config = hf_config(m, source)
+    config = hf_config(m, source, dtype)
     set_token_ids(config, stop, bos, control_ids)
     generation = read_source(source, "generation_config.json")
     if not generation:
@@ -1786,11 +1839,18 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     set_token_ids(generation, stop, bos, control_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    if source:
-        for pattern in configs.LICENSES:
-            for path in filter(Path.is_file, source.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
+    copy_licenses(source, folder)
     write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
+
+
+def copy_licenses(source, folder):
+    """Copy the licenses of a pretrained model, the folder or hub id `source`; "" or None: none."""
+    if not source:
+        return
+    source = Path(configs.resolve_pretrained(str(source)))
+    for pattern in configs.LICENSES:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, Path(folder) / path.name)
 
 
 def write_weights(get_parameter, m, folder, dtype, shard_bytes):
@@ -1799,10 +1859,11 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes):
     weight_map = {}
     total_size = 0
     for i, tensors_in_file in enumerate(files):
-        tensors = collect_tensors(get_parameter, m, tensors_in_file, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        items = log.progress(tensors_in_file.items(), f"write {name}")
+        tensors = collect_tensors(get_parameter, m, items, dtype)
         write_safetensors(tensors, folder / name, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -1871,12 +1932,12 @@ def all_stop_ids(folder, stop, control_ids):
     return ids if isinstance(ids, list) else [ids]
 
 
-def hf_config(m, source):
+def hf_config(m, source, dtype=""):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
     # 1) the config.json of source
     config = read_source(source, "config.json")
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
@@ -1935,11 +1996,11 @@ def split_into_files(m, dtype, shard_bytes):
     return files
 
 
-def collect_tensors(get_parameter, m, tensors_in_file, dtype):
-    """The tensors of a file: {tensor name: tensor}. tensors_in_file: a part of hf_tensors(m)."""
+def collect_tensors(get_parameter, m, items, dtype):
+    """The tensors of a file: {tensor name: tensor}. items: a part of hf_tensors(m).items()"""
     family = configs.families()[m["family"]]
     tensors = {}
-    for tensor_name, parts in tensors_in_file.items():
+    for tensor_name, parts in items:
         params = {}
         slices = []
         for name, first, n_rows in parts:
@@ -1950,6 +2011,9 @@ def collect_tensors(get_parameter, m, tensors_in_file, dtype):
         first_name, _, _ = parts[0]
         if is_transposed(first_name, family):
             tensor = tensor.T
+        if dtype == torch.float16 and tensor.isinf().any():
+            raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
+                                    "dtype=bfloat16")
         if is_stacked(tensor_name, family):
             tensor = tensor.view(stacked_shape(tensor.shape, m))
         tensors[tensor_name] = tensor.contiguous()
@@ -2325,43 +2389,190 @@ def print_summary(folder):
     print(f"  {size / 1e6:,.1f} MB as stored")
 
 
-def encode_question(tokenizer, question):
-    """Return (prompt ids, stop ids): a chat of one message, or plain text without a template."""
+class Generator:
+    """A model and its tokenizer, for the command line.
+
+    template  compiled, or None: the model continues a text, and knows no turns
+    """
+
+    def __init__(self, folder, options):
+        import tokenize_data
+        device, dtype = choose_device(options)
+        self.model, _ = load(folder, device=device, dtype=dtype)
+        tokenizer = tokenize_data.huggingface_tokenizer(folder)
+        self.tokenizer = tokenizer
+        self.template = None
+        stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+        if tokenizer.template:
+            self.template = tokenize_data.compile_template(tokenizer.template)
+            stop = tokenize_data.stop_token_ids(tokenizer, self.template)
+        self.stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
+        self.sampling = {key: options[key] for key in SAMPLING}
+
+    def encode(self, messages, **variables):
+        """The ids of the prompt for an answer. Without a template, the last message is the text."""
+        import tokenize_data
+        tokenizer = self.tokenizer
+        if self.template:
+            return tokenize_data.encode_prompt(tokenizer, self.template, messages, **variables)
+        ids = tokenizer.encode(tokenizer.clean(messages[-1]["content"])).tolist()
+        return [tokenizer.special[tokenizer.bos], *ids] if tokenizer.bos else ids
+
+    def print_answer(self, messages):
+        """Print an answer while it is generated. Returns it."""
+        text = ""
+        answer = []
+        n_printed = 0
+        for [token] in generate(self.model, [self.encode(messages)], stop=self.stop,
+                                **self.sampling):
+            if token not in self.stop:
+                answer.append(token)
+            text = self.tokenizer.decode(answer)
+            if not text.endswith("\ufffd"):              # more bytes of a character may follow
+                print(text[n_printed:], end="", flush=True)
+                n_printed = len(text)
+        print(text[n_printed:])
+        return text
+
+
+def choose_device(options):
+    """(device, dtype) of a command line. auto: a GPU and bf16, if there are; else CPU and fp32."""
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise configs.UserError("device: cuda is not available; device=cpu or device=auto")
+    dtype = options["dtype"]
+    if dtype == "auto":
+        has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return device, getattr(torch, dtype)
+
+
+COMMANDS = ("/reset forgets the turns, /system TEXT also sets a system message; Ctrl-C ends an "
+            "answer, Ctrl-D the chat")
+OF_TEXT = "the model has no chat template: it continues each line; Ctrl-C ends that, Ctrl-D ends"
+
+
+def chat(generator):
+    """Answer what is typed on a terminal, line by line, each with the turns before it."""
+    with contextlib.suppress(ImportError):               # lets input() edit lines, with a history
+        import readline                                  # noqa: F401
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(COMMANDS if generator.template else OF_TEXT)
+    system = []
+    turns = []
+    while True:
+        try:
+            line = input("> ")
+            command, _, text = line.strip().partition(" ")
+            if command == "/reset" and generator.template:
+                turns = []
+            elif command == "/system" and generator.template:
+                system = system_message(generator, text.strip())
+                turns = []
+            elif re.fullmatch("/[a-z]+", command):
+                print(COMMANDS if generator.template else OF_TEXT)
+            elif command:
+                turns = take_turn(generator, system, turns, line)
+        except configs.UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def take_turn(generator, system, turns, line):
+    """Print the answer to a line. Returns all turns; an answer that Ctrl-C ends is not one."""
+    turns = [*turns, {"role": "user", "content": line}]
+    answer = generator.print_answer([*system, *turns])
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+def system_message(generator, text):
+    """The messages that begin a chat: [] without a text. UserError if the template has none."""
+    user = {"role": "user", "content": "a"}
+    system = [{"role": "system", "content": text}] if text else []
+    if system and generator.encode([*system, user]) == generator.encode([user]):
+        raise configs.UserError("the chat template leaves out system messages")
+    return system
+
+
+def read_prompts(generator, path):
+    """A file of prompts as [(record, prompt ids)]. Answers at the end of chats are not prompts."""
     import tokenize_data
-    if tokenizer.template:
-        template = tokenize_data.compile_template(tokenizer.template)
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenize_data.encode_prompt(tokenizer, template, messages)
-        return prompt, tokenize_data.stop_token_ids(tokenizer, template)
-    prompt = tokenizer.encode(tokenizer.clean(question)).tolist()
-    if tokenizer.bos:
-        prompt = [tokenizer.special[tokenizer.bos], *prompt]
-    stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
-    return prompt, stop
+    max_len = generator.model.cfg["max_len"]
+    prompts = []
+    for n, line in enumerate(configs.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        record = {"prompt": line}
+        with tokenize_data.error_context(f"{path}, line {n}"):
+            if path.endswith(".jsonl"):
+                record = tokenize_data.parse_record(line.encode())
+            messages, variables = parse_prompt(record)
+            ids = generator.encode(messages, **variables)
+            if not 0 < len(ids) < max_len:
+                raise configs.UserError(f"the prompt has {len(ids):,} tokens, and must have 1 to "
+                                        f"{max_len - 1:,} (model.max_len - 1)")
+        prompts.append((record, ids))
+    return prompts
+
+
+def parse_prompt(record):
+    """The messages to answer, and the other variables of the chat template."""
+    import tokenize_data
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], {}
+    if prompt:                                           # a list of messages
+        record = {"messages": prompt, "tools": record.get("tools")}
+    variables = tokenize_data.normalize_record(record, "a prompt", "chat")
+    for key in ("weight", "warnings"):                   # of training
+        variables.pop(key, None)
+    messages = variables.pop("messages")
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise configs.UserError("has no prompt")
+    return messages, variables
+
+
+def answer_file(generator, path, out, batch_size):
+    """Write the records of a file of prompts with their answers to `out`, or to stdout if empty."""
+    prompts = read_prompts(generator, path)
+    sampling = dict(generator.sampling)
+    seed = sampling.pop("seed")
+    file = open(out, "x", encoding="utf-8") if out else sys.stdout
+    for start in log.progress(range(0, len(prompts), batch_size), f"answer {path}"):
+        batch = prompts[start:start + batch_size]
+        seeds = [seed + start + i for i in range(len(batch))]
+        answers = generate_all(generator.model, [ids for _, ids in batch], stop=generator.stop,
+                               seed=seeds, **sampling)
+        for (record, _), answer in zip(batch, answers):
+            record = record | {"generated_text": generator.tokenizer.decode(answer)}
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
 
 
 def main(argv):
-    import tokenize_data
-    folder, question, options = parse_arguments(argv)
-    if not question:
+    folder, prompt, options = parse_arguments(argv)
+    if options["summary"]:
         print_summary(folder)
         return
-    model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = tokenize_data.huggingface_tokenizer(folder)
-    prompt, stop = encode_question(tokenizer, question)
-    stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
-    if not tokenizer.template:                           # the model continues the text
-        print(question, end="")
-    answer = []
-    n_printed = 0
-    for [token] in generate(model, [prompt], stop=stop, **options):
-        if token not in stop:
-            answer.append(token)
-        text = tokenizer.decode(answer)
-        if not text.endswith("\ufffd"):                  # more bytes of a character may follow
-            print(text[n_printed:], end="", flush=True)
-            n_printed = len(text)
-    print(tokenizer.decode(answer)[n_printed:])
+    generator = Generator(folder, options)
+    if options["prompts"]:
+        answer_file(generator, options["prompts"], options["out"], options["batch_size"])
+        return
+    if not prompt and sys.stdin.isatty():
+        chat(generator)
+        return
+    lines = [prompt] if prompt else map(str.strip, sys.stdin)
+    for line in filter(None, lines):
+        if not generator.template:                       # the model continues the text
+            print(line, end="")
+        generator.print_answer([{"role": "user", "content": line}])
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+import log
 import model as transformer
 
 
@@ -1091,7 +1092,7 @@ def parallelize(model, cfg, read_slice):
 @torch.no_grad()
 def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         if p.is_floating_point() and not is_adapter(name):
             transformer.load_parameter(name, read_slice, *local_shard(p))
     for name, module in model.named_modules():

@@ -901,6 +901,7 @@ class TrainState:
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
+    sources: dict                 # what a model card says of them: checkpoint.describe_sources
     base: dict                    # {key: hashes of the files of a pretrained model}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
@@ -1000,7 +1001,9 @@ def setup(cfg, explicit):
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
-    dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
+    dtype = shard.rank0_only(choose_dtype, cfg)
+    if saved and cfg["dtype"] == "auto":
+        dtype = saved["dtype"]
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
     if cfg["reference_model"] and "reference_logits" not in model.loss_inputs:
@@ -1306,6 +1309,7 @@ def new_state(explicit, cfg, data, base, total_steps):
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
+        sources=checkpoint.describe_sources(cfg, data["train"]),
         base=base, code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
         launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
@@ -1314,8 +1318,10 @@ def new_state(explicit, cfg, data, base, total_steps):
 def continue_state(state, saved, is_own_checkpoint):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
     state.first_step = saved.get("first_step", 0) if is_own_checkpoint else saved["step"]
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
-                "changes"):
+    keys = ["step", "seconds", "skipped_steps", "consecutive_skips", "changes"]
+    if saved["dtype"] == state.dtype:
+        keys += ["loss_scale", "good_steps"]
+    for key in keys:
         if key in saved:                                 # older versions had no loss scale
             setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)

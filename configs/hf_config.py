@@ -169,7 +169,8 @@ def resolve_pretrained(name):
                                 f"download {name} from the hub, pip install huggingface_hub"
                                 ) from None
     # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md",
+                *LICENSES]
     # (consolidated.safetensors: the same weights under Mistral's own names)
     ignored = ["*/*", "consolidated*"]
     try:

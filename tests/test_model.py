@@ -1247,7 +1247,7 @@ def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
     n = {words[0]: int(words[1].replace(",", "")) for words in rows if words[0] in parts}
     assert n.pop("parameters") == sum(n.values()) == sum(p.numel() for p in ours.parameters())
     if name == "Qwen3":
-        done = script("model.py", folder)
+        done = script("model.py", folder, "summary=true")
         assert done.returncode == 0 and done.stdout.splitlines()[:-1] == lines, done.stderr
         assert "MB as stored" in done.stdout, done.stderr
 

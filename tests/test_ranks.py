@@ -470,6 +470,24 @@ def test_checkpoint_resumes_on_other_ranks_and_bitwise_on_the_same(six_steps):
         assert figures(folder / out, *keys) == figures(folder / first, *keys)
 
 
+def test_checkpoint_moves_between_meshes_and_dtypes(six_steps):
+    """Two shards in bf16, then one rank in fp32, then two replicas with bf16 weights: one curve."""
+    folder, make_argv = six_steps
+    legs = [("move 1", 2, [*SHARD2, "dtype=bfloat16"]), ("move 2", 1, ["dtype=float32"]),
+            ("move 3", 2, ["dtype=bfloat16", *BF16_STATE])]
+    keys = ["save_every=2", "checkpoint.keep=9", "eval_every=0"]
+    run_jobs(1, [("run", make_argv("full", "unmoved", *keys))], folder)
+    losses = []
+    for step, (out, ranks, more) in zip((0, 2, 4), legs):
+        if step:
+            previous = f"move {step // 2}"
+            more = [*more, f"resume={folder / previous / 'checkpoints' / f'{step:08}'}"]
+        run_jobs(ranks, [("run", make_argv("full", out, *keys, *more))], folder)
+        steps = [(record["step"], record["loss"]) for record in log.read(folder / out)]
+        losses += [loss for n, loss in steps if step < n <= step + 2]
+    assert losses == pytest.approx(figures(folder / "unmoved", "loss")["loss"], rel=2e-3)
+
+
 def test_save_adapter_of_a_sharded_model_loads_in_peft(six_steps):
     peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
     transformers = pytest.importorskip("transformers")

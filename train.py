@@ -686,6 +686,7 @@ def evaluate(run):
     signal nothing is logged: the resumed run evaluates again.
     """
     record = {"step": run.state.step}
+    start = time.perf_counter()
     n_documents = sum(len(dataset) for dataset in run.validation_sets.values())
     n_answers = sum(len(prompts) for prompts in run.prompts.values())
     answers_of = f" and {n_answers:,} answers of at most {run.cfg['eval_tokens']:,} tokens"
@@ -709,6 +710,8 @@ def evaluate(run):
     if run.stop_signal:
         return
     run.logger.validation(record)
+    if shard.rank() == 0:
+        log.record_evaluation(run, time.perf_counter() - start)
     mark_best(run)
 
 
@@ -1489,6 +1492,7 @@ def main(cfg, explicit):
     """One run, on every rank."""
     run = setup(cfg, explicit)
     if shard.rank() == 0:
+        log.record_start(run)
         for line in log.describe_run(run):
             run.logger.print(line)
     try:

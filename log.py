@@ -775,33 +775,30 @@ DOCUMENTS = "documents.txt"          # the first training documents, coloured fo
 def record_start(run):
     """Append to starts.jsonl, and write the first training documents to documents.txt.
 
-    A start that has nothing to train is not recorded.
+    A run that continues another one in a new folder begins with that one's starts. A start that has
+    nothing to train is not recorded.
     """
-    folder = Path(run.cfg["out_dir"])
     if run.is_complete():
         return
-    resumed = run.resume_path and os.path.relpath(run.resume_path, folder)
-    if resumed is None or resumed.startswith(".."):      # not a checkpoint of this folder
-        for name in (STARTS, EVALUATIONS):
-            (folder / name).unlink(missing_ok=True)
-    append_line(folder / STARTS, {
-        "step": run.state.step, "total_steps": run.state.total_steps, "resumed": resumed,
+    folder = Path(run.cfg["out_dir"])
+    starts = []
+    if run.resume_path:                                  # RUN/checkpoints/STEP
+        starts = read_lines(Path(run.resume_path).parent.parent / STARTS)
+    starts.append({
+        "step": run.state.step, "total_steps": run.state.total_steps,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command_line(),
         "device": describe_device(run), "git": run.state.git, "versions": run.state.versions})
+    write_atomic(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
     write_atomic(folder / DOCUMENTS, first_documents(run))
 
 
 def record_evaluation(run, seconds):
-    """Append to evaluations.jsonl."""
+    """Append to evaluations.jsonl. A full disk does not end the run."""
     line = {"step": run.state.step, "seconds": seconds, "answers": run.answers}
-    append_line(Path(run.cfg["out_dir"]) / EVALUATIONS, line)
-
-
-def append_line(path, record):
-    """Append a line of JSON. A full disk does not end the run."""
+    path = Path(run.cfg["out_dir"]) / EVALUATIONS
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(line) + "\n")
     except OSError as error:
         warn(f"{path} cannot be written ({error.strerror}); the run continues")
 
@@ -842,37 +839,19 @@ class LoggedRun:
 
 
 def load_run(folder):
-    records, evaluations, starts = read_history(Path(folder))
-    records.sort(key=operator.itemgetter("step"))        # stable
+    path = Path(folder)
+    records = read(path)
+    # A run that was killed repeats steps: of evaluations of one step the last one is recorded.
     evaluated = {record["step"] for record in records if is_eval_record(record)}
-    # a run that was killed repeats steps; the last evaluation of a step is that of its record
-    by_step = {line["step"]: line for line in evaluations if line["step"] in evaluated}
-    config = Path(folder) / "config.yaml"
-    explicit = configs.flat(configs.read_file(config)) if config.is_file() else {}
-    documents = Path(folder) / DOCUMENTS
-    text = documents.read_text(encoding="utf-8") if documents.is_file() else ""
-    return LoggedRun(folder, records, [by_step[step] for step in sorted(by_step)], starts,
-                     explicit, text)
-
-
-def read_history(folder, before=math.inf):
-    """Records, evaluations and starts of a run, after those of the run that it continues.
-
-    before  a run whose first step is not below this one continues no other
-    """
-    own = [read(folder), read_lines(folder / EVALUATIONS), read_lines(folder / STARTS)]
-    first_start = own[2][0] if own[2] else {"step": 0, "resumed": None}
-    first_step = first_start["step"]
-    if not first_start["resumed"] or first_step >= before:
-        return own
-    checkpoint_path = Path(os.path.normpath(folder / first_start["resumed"]))
-    history = []
-    for lines, older in zip(own, read_history(checkpoint_path.parent.parent, before=first_step)):
-        present = {(line["step"], is_eval_record(line)) for line in lines}
-        older = [line for line in older if line["step"] <= first_step
-                 and (line["step"], is_eval_record(line)) not in present]
-        history.append(older + lines)
-    return history
+    evaluations = {line["step"]: line for line in read_lines(path / EVALUATIONS)
+                   if line["step"] in evaluated}
+    config = path / "config.yaml"
+    documents = path / DOCUMENTS
+    return LoggedRun(
+        name=folder, records=records, starts=read_lines(path / STARTS),
+        evaluations=[evaluations[step] for step in sorted(evaluations)],
+        explicit=configs.flat(configs.read_file(config)) if config.is_file() else {},
+        documents=documents.read_text(encoding="utf-8") if documents.is_file() else "")
 
 
 def read_lines(path):
@@ -922,9 +901,9 @@ MOST_POINTS = 120                                        # of a curve
 
 TITLES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tok_per_s": "Tokens per second", "mfu": "MFU", "memory": "Memory (GiB)"}
-# of these keys there are no curves: the report shows them otherwise, or they say little
-NOT_DRAWN = {"step", "seconds", "tokens", "target_tokens", "documents", "packing", "compiled",
-             "skipped", "data_wait", "save_wait"}
+# keys without curves: the report shows them otherwise, or they say little
+NOT_DRAWN = re.compile("step|seconds|tokens|target_tokens|documents|packing|compiled|skipped|"
+                       "slow.*|.*_wait(_max)?")
 # their axis is logarithmic if the values differ tenfold, and need not begin at 0
 LOGARITHMIC = {"loss", "grad_norm"}
 
@@ -938,9 +917,11 @@ def make_plots(runs):
             groups["loss"].append(key)
         elif key.startswith("val/"):
             groups.setdefault(key.rpartition("/")[2], []).append(key)
-    for key in [*TITLES, *keys]:
-        if not key.startswith("val/") and key not in NOT_DRAWN:
-            groups.setdefault(key, [key])
+    for key in [*TITLES, *sorted(keys)]:
+        name = key.removesuffix("_max")                  # of all ranks; without it: of rank 0
+        is_drawn = key != "loss" and not key.startswith("val/") and not NOT_DRAWN.fullmatch(key)
+        if is_drawn and key not in groups.setdefault(name, []):
+            groups[name].append(key)
     plots = []
     for name, group in groups.items():
         curves = find_curves(runs, group)
@@ -954,19 +935,21 @@ def find_curves(runs, keys):
     """One dict for each run and key with known values."""
     curves = []
     val_keys = [key for key in keys if key.startswith("val/")]
+    step_keys = [key for key in keys if key not in val_keys]
     for i, run in enumerate(runs):
         for key in keys:
             points = series(run.records, key)
-            if key == "memory":
+            if key.startswith("memory"):
                 points = [(step, value / 2**30) for step, value in points]
             if not points:
                 continue
-            label = key.removeprefix("val/") if key in val_keys else "train"
+            is_validation = key in val_keys
+            label = key.removeprefix("val/") if key != "loss" else "train"
             curves.append({
                 "label": f"{run.name} {label}" if len(keys) > 1 else run.name,
                 "color": i % N_COLORS,
-                "is_validation": key in val_keys,
-                "dash": val_keys.index(key) if key in val_keys else 0,
+                "is_validation": is_validation,
+                "dash": val_keys.index(key) if is_validation else step_keys.index(key),
                 "points": thin(points, MOST_POINTS),
                 "is_thinned": len(points) > MOST_POINTS})
     return curves
@@ -1052,22 +1035,29 @@ def hover_columns(curves):
 # --------------------------------------------------------------------------------------------------
 # the other parts of the report
 
+WAITS = {"data_wait": "waiting for data", "save_wait": "waiting for saves",
+         "rank_wait": "waiting for other ranks"}
+
+
 def time_shares(run):
     """What the run's time was spent on -> {what: seconds}. Setup and export are not included."""
-    trained = [record for record in run.records if "data_wait" in record]
-    seconds = dict.fromkeys(("compute", "evaluation", "waiting for data", "waiting for saves"), 0.0)
+    seconds = {"compute": 0.0, "evaluation": evaluation_seconds(run, 0, math.inf)}
+    seconds |= dict.fromkeys(WAITS.values(), 0.0)
     last_step = 0
     last_seconds = 0.0
-    for record in trained:
+    for record in run.records:
+        if is_eval_record(record):
+            continue
         evaluation = evaluation_seconds(run, last_step, record["step"])
         elapsed = max(record["seconds"] - last_seconds - evaluation, 0.0)
-        seconds["waiting for data"] += elapsed * record["data_wait"]
-        seconds["waiting for saves"] += elapsed * record["save_wait"]
-        seconds["compute"] += elapsed * (1 - record["data_wait"] - record["save_wait"])
+        seconds["compute"] += elapsed
+        for key, what in WAITS.items():
+            waited = elapsed * record.get(key, 0.0)
+            seconds[what] += waited
+            seconds["compute"] -= waited
         last_step = record["step"]
         last_seconds = record["seconds"]
-    seconds["evaluation"] = evaluation_seconds(run, 0, math.inf)
-    return seconds
+    return {what: part for what, part in seconds.items() if part}
 
 
 def evaluation_seconds(run, first, end):
@@ -1159,7 +1149,8 @@ def report(runs):
 
 def live_view(folder, width, height):
     """The state of a run -> lines of text; its losses are drawn over `height` of them."""
-    records, _, starts = read_history(Path(folder))
+    records = read(folder)
+    starts = read_lines(Path(folder) / STARTS)
     status = "running" if is_running(folder) else "not running"
     trained = [record for record in records if "lr" in record]
     if not trained:

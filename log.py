@@ -944,7 +944,7 @@ def find_curves(runs, keys):
             if not points:
                 continue
             is_validation = key in val_keys
-            label = key.removeprefix("val/") if key != "loss" else "train"
+            label = "train" if key == "loss" else key
             curves.append({
                 "label": f"{run.name} {label}" if len(keys) > 1 else run.name,
                 "color": i % N_COLORS,
@@ -962,24 +962,25 @@ def make_plot(title, curves, may_be_log):
     low = min(value for _, value in points)
     high = max(value for _, value in points)
     is_log = may_be_log and low > 0 and high >= 10 * low
-    if not may_be_log or low == high:
-        low = min(low, 0)
-    y_ticks = log_ticks(low, high) if is_log else linear_ticks(low, high)
+    if is_log:
+        ticks = log_ticks(low, high)
+    else:
+        ticks = linear_ticks(low if may_be_log and low < high else min(low, 0), high)
+        low = ticks[0]
+        high = ticks[-1]
     x_ticks = [tick for tick in linear_ticks(0, last_step) if tick <= last_step and tick % 1 == 0]
     for curve in curves:
-        curve["pixels"] = []
-        for step, value in curve["points"]:
-            x = rescale(step, 0, last_step, LEFT, RIGHT)
-            y = rescale(value, y_ticks[0], y_ticks[-1], BOTTOM, TOP, is_log)
-            curve["pixels"].append((x, y))
+        curve["pixels"] = [(rescale(step, 0, last_step, LEFT, RIGHT),
+                            rescale(value, low, high, BOTTOM, TOP, is_log))
+                           for step, value in curve["points"]]
     return {
         "title": f"{title} (log scale)" if is_log else title,
         "is_thinned": any(curve["is_thinned"] for curve in curves),
         "curves": curves,
+        "columns": hover_columns(curves),
         "x_ticks": [(rescale(tick, 0, last_step, LEFT, RIGHT), f"{tick:,.0f}") for tick in x_ticks],
-        "y_ticks": [(rescale(tick, y_ticks[0], y_ticks[-1], BOTTOM, TOP, is_log),
-                     f"{tick:,.12g}") for tick in y_ticks],
-        "columns": hover_columns(curves)}
+        "y_ticks": [(rescale(tick, low, high, BOTTOM, TOP, is_log), f"{tick:,.12g}")
+                    for tick in ticks]}
 
 
 def linear_ticks(low, high):
@@ -993,16 +994,14 @@ def linear_ticks(low, high):
 
 
 def log_ticks(low, high):
-    """1, 2 and 5 times powers of ten around the range, or only the powers if there are many."""
+    """1, 2 and 5 times powers of ten between low and high, or only the powers if there are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
-    first = max(i for i, tick in enumerate(ticks) if tick <= low)
-    last = min(i for i, tick in enumerate(ticks) if tick >= high)
-    if last - first < 7:
-        return ticks[first:last + 1]
-    distance = math.ceil(len(powers) / 8)
-    ticks = [float(f"1e{power}") for power in powers[::distance]]
-    return ticks if ticks[-1] >= high else [*ticks, float(f"1e{powers[-1]}")]
+    for digits in ("125", "1"):
+        ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= 7:
+            break
+    return ticks[::math.ceil(len(ticks) / 7)]
 
 
 def rescale(value, low, high, start, end, is_log=False):
@@ -1071,7 +1070,7 @@ def config_rows(runs):
     rows = []
     for key in dict.fromkeys(key for run in runs for key in run.explicit):
         values = [run.explicit.get(key, defaults.get(key)) for run in runs]
-        texts = [configs.show(value) for value in values]
+        texts = [value if isinstance(value, str) else configs.show(value) for value in values]
         is_shown = len(runs) == 1 or len(set(texts)) > 1
         if is_shown and key not in ("out_dir", "resume"):
             rows.append((key, texts))

@@ -135,7 +135,7 @@ def test_report_shows_a_step_under_the_mouse(report_path, open_report):
     assert step == "step 2"
     # of a long name the end
     assert [text.partition("/runs0/")[2] for text in texts] == [
-        "a train: 4", "b train: 0.5", "b x/loss: 1"]
+        "a train: 4", "b train: 0.5", "b val/x/loss: 1"]
 
 
 def test_report_draws_values_to_scale(report_path, open_report):
@@ -143,7 +143,7 @@ def test_report_draws_values_to_scale(report_path, open_report):
     page = open_report(report_path)
     plot = find_plot(page, "Loss (log scale)")
     ticks = plot.locator("text[text-anchor=end]:not(.hover text)").all_text_contents()
-    assert ticks == ["0.5", "1", "2", "5", "10"]
+    assert ticks == ["0.5", "1", "2", "5", "10"]        # of losses from 0.5 to 10
     first, second, third = curve_heights(plot, 0)        # 8, 4, 2
     assert second - first == pytest.approx(third - second, abs=0.2) and second > first
     assert plot.locator("polyline.validation").count() == 2
@@ -198,7 +198,8 @@ def test_report_of_real_runs(tmp_path, tiny, open_report):
     assert page.locator("td.answer").count() > 4 * 3
     assert any("RED" in text for text in page.locator("pre .trained").all_inner_texts())
     times = page.locator("p.legend").first.inner_text()
-    assert re.search(r"compute\s0:0\d", times) and re.search(r"evaluation\s0:0\d", times)
+    shares = dict(re.findall(r"(compute|evaluation)[^%]*?(\d+)\.\d%", times))
+    assert 90 <= int(shares["compute"]) + int(shares["evaluation"]) <= 100
     row = page.locator("tr", has=page.locator("code", has_text=re.compile("^max_steps$")))
     assert row.locator("td").all_inner_texts() == ["max_steps", "4", "2"]
 
@@ -215,8 +216,8 @@ def test_linear_ticks_are_round(low, high, ticks):
 
 
 @pytest.mark.parametrize("low, high, ticks", [
-    (0.3, 4, [0.2, 0.5, 1, 2, 5]), (0.013, 7.5, [0.01, 0.1, 1, 10]), (1, 10, [1, 2, 5, 10]),
-    (1e-9, 1, [1e-9, 1e-7, 1e-5, 1e-3, 0.1, 1])])
+    (0.3, 4, [0.5, 1, 2]), (0.013, 11, [0.1, 1, 10]), (1, 10, [1, 2, 5, 10]),
+    (1e-9, 1, [1e-9, 1e-7, 1e-5, 1e-3, 0.1])])
 def test_log_ticks_are_round(low, high, ticks):
     assert log.log_ticks(low, high) == ticks
 

@@ -1704,6 +1704,7 @@ def main(cfg, explicit):
     """One run, on every rank."""
     run = setup(cfg, explicit)
     if shard.rank() == 0:
+        log.record_start(run)
         for line in log.describe_run(run):
             run.logger.print(line)
     try:

@@ -1,4 +1,4 @@
-"""log.py: records, console lines, backends, reports, tables and pictures."""
+"""log.py: records, console lines, backends, summaries and tables. test_report.py: report.html."""
 import importlib.util
 import json
 import math
@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 import types
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -878,7 +877,7 @@ def test_read_names_a_line_that_is_not_a_record(tmp_path):
         log.read(tmp_path)
 
 
-def test_main_prints_a_table_and_draws_curves(tmp_path, script):
+def test_main_prints_a_table_and_writes_the_report(tmp_path, script):
     a = write_run(tmp_path / "a", 4.0, 3.0, 2.0)
     b = write_run(tmp_path / "b", 5.0, 1.0)
     out = script("log.py", a, b)
@@ -887,40 +886,8 @@ def test_main_prints_a_table_and_draws_curves(tmp_path, script):
     assert rows["run"][1:5] == ["step", "loss", "x/exact_match", "x/loss"]
     assert rows[str(a)][1:3] == ["3", "2.0000"] and rows[str(b)][1:3] == ["2", "1.0000"]
     assert rows[str(a)][3:5] == ["0.2500", "1.5000"] and rows[str(a)][-1] == "█▅▁"
-    assert rows["curves:"] == ["curves:", str(a / "curves.svg")]
-
-
-def test_curves_draws_a_line_per_loss(tmp_path):
-    """Training and validation losses of each run; other metrics and unknown values are left out."""
-    runs = {"<a>": log.read(write_run(tmp_path / "a", 4.0, float("nan"), 2.0)),
-            "b": log.read(write_run(tmp_path / "b", 5.0))}
-    picture = ET.fromstring(log.curves(runs))
-    lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert len(lines) == 4
-    assert {"<a> loss", "<a> val/x/loss", "b loss", "b val/x/loss"} <= set(texts)
-    first, last = [tuple(map(float, point.split(","))) for point in lines[0].get("points").split()]
-    assert first[0] < last[0] and first[1] < last[1]         # the loss falls: y grows downwards
-    for line in lines:
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert log.LEFT <= x <= log.RIGHT and log.TOP <= y <= log.BOTTOM
-
-
-@pytest.mark.parametrize("losses, title", [([8.0, 4.0, 2.0], "loss (logarithmic), by step"),
-                                           ([8.0, 3.0, -2.0], "loss (linear), by step")])
-def test_curves_scale_is_logarithmic_unless_a_loss_is_negative(losses, title):
-    """The curve falls by as many pixels in each of its two steps."""
-    runs = {"a": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]}
-    picture = ET.fromstring(log.curves(runs))
-    assert title in [element.text for element in picture.iter() if element.tag.endswith("text")]
-    line, = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
-    assert heights == [log.TOP, (log.TOP + log.BOTTOM) / 2, log.BOTTOM]
-
-
-def test_curves_of_runs_without_losses_is_a_picture():
-    assert ET.fromstring(log.curves({"a": [{"step": 0}], "b": []})).tag.endswith("svg")
+    assert rows["report:"] == ["report:", str(a / "report.html")]
+    assert (a / "report.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("values, text", [([], ""), ([2.0], "▁"), ([1.0, 1.0], "▁▁"),

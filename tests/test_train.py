@@ -342,7 +342,8 @@ def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch
     with pytest.raises(SystemExit) as e:
         main(loaded)
     assert e.value.code == 128 + signal.SIGTERM
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "code", "config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "code", "config.yaml", "documents.txt",
+                                                     "metrics.jsonl", "starts.jsonl"]
     monkeypatch.undo()
     main(loaded)
     assert (out / "hf" / "model.safetensors").is_file()

@@ -39,7 +39,8 @@ def write_run(folder, losses, lr="0.5"):
     first = {"step": 0, "val/x/loss": 10.0, "val/x/exact_match": 0.0}
     last = {"step": len(losses), "val/x/loss": 1.0, "val/x/exact_match": 0.25}
     write_lines(folder / "metrics.jsonl", [first, *records, last])
-    answer = ["<b>2 & 3?</b>", "<script>document.title = 'run'</script>", "5"]
+    answer = {"prompt": "<b>2 & 3?</b>", "answer": "<script>document.title = 'run'</script>",
+              "reference": "5", "exact_match": 0.0}
     write_lines(folder / "evaluations.jsonl", [
         {"step": step, "seconds": 1.0, "answers": {"x": [answer]}} for step in (0, len(losses))])
     write_lines(folder / "starts.jsonl", [start_line()])

@@ -278,12 +278,14 @@ class Muon:
 
     muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
+    n_experts     model.n_experts
     """
 
-    def __init__(self, muon_groups, adamw_groups, momentum, **adamw_options):
+    def __init__(self, muon_groups, adamw_groups, momentum, n_experts=0, **adamw_options):
         self.adamw = AdamW(adamw_groups, **adamw_options)
         self.muon_groups = muon_groups
         self.momentum = momentum
+        self.n_experts = n_experts
         # The same objects as in self.adamw: the learning rate that the loop sets and the state that
         # a checkpoint loads reach both.
         self.param_groups = [*muon_groups, *self.adamw.param_groups]
@@ -296,17 +298,20 @@ class Muon:
     def step(self):
         self.adamw.step()
         for group in self.muon_groups:
-            for p in group["params"]:
+            for name, p in zip(group["names"], group["params"]):
                 if p.grad is not None:
-                    self.muon_update(p, group["lr"], group["weight_decay"])
+                    n_matrices = self.n_experts if ".experts." in name else 1
+                    self.muon_update(p, n_matrices, group["lr"], group["weight_decay"])
 
-    def muon_update(self, p, lr, weight_decay):
+    def muon_update(self, p, n_matrices, lr, weight_decay):
+        """n_matrices  that p holds one after another: those of the experts (families/moe.py), or 1"""
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)
         nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
-        scale = 0.2 * math.sqrt(max(p.shape))     # the update's RMS is 0.2, about AdamW's
-        update = scale * newton_schulz(nesterov)
+        matrices = nesterov.unflatten(0, (n_matrices, -1))                 # [n, out, in]
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))    # the update's RMS is 0.2, about AdamW's
+        update = scale * newton_schulz(matrices).flatten(0, 1)
         local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
         local.mul_(1 - lr * weight_decay)
         local.sub_(update[start:end], alpha=lr)
@@ -317,19 +322,19 @@ class Muon:
 
 
 def newton_schulz(g):
-    """Approximates U V^T of the singular value decomposition g = U S V^T, in bf16.
+    """Approximates U V^T of the singular value decompositions g = U S V^T of matrices [n, out, in].
 
-    Five iterations of an odd polynomial that drives all singular values towards 1.
+    In bf16. Five iterations of an odd polynomial that drives all singular values towards 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.shape[0] <= g.shape[1]
-    x = g.bfloat16() if wide else g.bfloat16().T
-    x = x / (x.norm() + 1e-7)
+    wide = g.shape[1] <= g.shape[2]
+    x = g.bfloat16() if wide else g.bfloat16().mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        xx = x @ x.T
-        polynomial = torch.addmm(xx, xx, xx, beta=b, alpha=c)           # b xx + c xx^2
-        x = torch.addmm(x, polynomial, x, beta=a)                       # a x + (b xx + c xx^2) x
-    return (x if wide else x.T).to(g.dtype)
+        xx = x @ x.mT
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)         # b xx + c xx^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                     # a x + (b xx + c xx^2) x
+    return (x if wide else x.mT).to(g.dtype)
 
 
 def adamw(param_groups, cfg):
@@ -350,7 +355,7 @@ def muon(param_groups, cfg):
     if not muon_groups:
         raise configs.UserError("optimizer: muon updates the blocks' weight matrices, and none of "
                                 "them is trained; optimizer=adamw")
-    return Muon(muon_groups, adamw_groups, cfg["momentum"],
+    return Muon(muon_groups, adamw_groups, cfg["momentum"], cfg["model"]["n_experts"],
                 betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
@@ -709,6 +714,7 @@ def evaluate(run):
     Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune. After a
     signal nothing is logged: the resumed run evaluates again.
     """
+    start = time.perf_counter()
     n_documents = sum(len(dataset) for dataset in run.validation_sets.values())
     n_answers = sum(len(prompts) for prompts in run.prompts.values())
     answers_of = f" and {n_answers:,} answers of at most {run.cfg['eval_tokens']:,} tokens"
@@ -729,9 +735,8 @@ def evaluate(run):
     record = {"step": run.state.step}
     for label, of_label in values.items():
         record |= {f"val/{label}/{name}": value for name, value in of_label.items()}
+    run.logger.validation(record, run.answers, time.perf_counter() - start)
     samples = [sample for of_label in run.answers.values() for sample in of_label]
-    run.logger.samples(samples)
-    run.logger.validation(record)
     if samples and run.cfg["samples"]:
         run.logger.print("\n".join(log.format_sample(samples[0])))
     mark_best(run)
@@ -747,8 +752,7 @@ def evaluate_answers(run):
     prompts = [prompt for of_label in run.prompts.values() for prompt in of_label]
     run.answers = {}
     for label, (prompt, answer, reference) in zip(labels, generate_answers(run, prompts)):
-        sample = {"step": run.state.step, "label": label, "prompt": prompt, "answer": answer,
-                  "reference": reference}
+        sample = {"prompt": prompt, "answer": answer, "reference": reference}
         parts = (compared_part(answer, eval_answer), compared_part(reference, eval_answer))
         for name, metric in METRICS.items():
             sample[name] = float(metric(*parts))
@@ -858,16 +862,22 @@ def mark_best(run):
     """
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()    # for this rank's writer thread: not a collective
-        steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        steps, _ = rank_steps(run)
         checkpoint.set_best(run.cfg["out_dir"], steps)
 
 
-def is_out_of_patience(cfg):
+def rank_steps(run):
+    """log.sort_steps_by for the steps of this folder, without those of a run that it continues."""
+    records = log.read(run.cfg["out_dir"])
+    return log.sort_steps_by(records, run.cfg["best"], run.state.first_step)
+
+
+def is_out_of_patience(run):
     """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
-    if not cfg["patience"]:
+    if not run.cfg["patience"]:
         return False
-    _, evaluations_since_best = log.sort_steps_by(log.read(cfg["out_dir"]), cfg["best"])
-    return evaluations_since_best >= cfg["patience"]
+    _, evaluations_since_best = rank_steps(run)
+    return evaluations_since_best >= run.cfg["patience"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -878,6 +888,7 @@ class TrainState:
     """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
+    first_step: int               # of the checkpoint of another run that this one continues; 0
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
@@ -888,6 +899,7 @@ class TrainState:
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
+    sources: dict                 # what a model card says of them: checkpoint.describe_sources
     base: dict                    # {key: hashes of the files of a pretrained model}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
@@ -925,11 +937,7 @@ class Run:
     seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
     # what changes while the run is on
-    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
-                                  # evaluations since then
-    meter_tokens: int = 0         # trained since then
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
-    save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
+    meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     received: list = dataclasses.field(default_factory=list)    # signals, of this rank
     stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none;
@@ -937,7 +945,7 @@ class Run:
     next_look: float = 0.0        # time.monotonic() at which rank 0 looks for that file again
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
-    # of the last evaluation: {label: [sample]}, see log.Logger.samples
+    # of the last evaluation: {label: [sample]}, see log.Logger.validation
     answers: dict = dataclasses.field(default_factory=dict)
     # {name: number or tensor of one element}: what an experiment adds to the record of a step
     # (experiments/dpo.py)
@@ -991,7 +999,9 @@ def setup(cfg, explicit):
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
-    dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
+    dtype = shard.rank0_only(choose_dtype, cfg)
+    if saved and cfg["dtype"] == "auto":
+        dtype = saved["dtype"]
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
     if cfg["reference_model"] and "reference_logits" not in model.loss_inputs:
@@ -1021,14 +1031,15 @@ def setup(cfg, explicit):
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
-        continue_state(state, saved)
+        continue_state(state, saved, is_own_checkpoint)
         if is_rank0 and is_own_checkpoint and not cfg["eval_only"]:
             checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    logger = start_logging(cfg, explicit, state)
+    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    logger = start_logging(cfg, explicit, state, continued)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
     return Run(
@@ -1290,20 +1301,25 @@ def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
-        step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0,
+        consecutive_skips=0,
         loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
+        sources=checkpoint.describe_sources(cfg, data["train"]),
         base=base, code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
         launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
-def continue_state(state, saved):
+def continue_state(state, saved, is_own_checkpoint):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
-                "changes"):
+    state.first_step = saved.get("first_step", 0) if is_own_checkpoint else saved["step"]
+    keys = ["step", "seconds", "skipped_steps", "consecutive_skips", "changes"]
+    if saved["dtype"] == state.dtype:
+        keys += ["loss_scale", "good_steps"]
+    for key in keys:
         if key in saved:                                 # older versions had no loss scale
             setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
@@ -1316,11 +1332,15 @@ def continue_state(state, saved):
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
-def start_logging(cfg, explicit, state):
-    """Return the logger of this rank. Rank 0 also writes config.yaml and code/."""
+def start_logging(cfg, explicit, state, continued=None):
+    """Return the logger of this rank. Rank 0 also writes config.yaml and code/.
+
+    continued  the folder of the run that this one continues in a new folder, or None
+    """
     if shard.rank() > 0:
         return log.NullLogger()
-    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds)
+    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds, continued, explicit,
+                        state.git)
     is_evaluated = cfg["eval_only"] and checkpoint.list_checkpoints(cfg["out_dir"])
     if not is_evaluated:                                 # the folder is that of another command
         write_run_folder(cfg, explicit, state)
@@ -1376,17 +1396,17 @@ def train(run):
     if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
         poll_signals(run)
-    run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-    reset_meters(run)
+    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+    meter = run.meter
+    meter.start()
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
             step = state.step                # the number of this step, counted from 0
-            wait_start = time.perf_counter()
-            micro_batches, info, loss_weight = next_batch.result()
-            run.data_wait += time.perf_counter() - wait_start
+            with meter.waiting("data"):
+                micro_batches, info, loss_weight = next_batch.result()
             if not run.sampler.uses_feedback:
                 next_batch = loader.submit(load_step, run, step + 1)
 
@@ -1398,7 +1418,8 @@ def train(run):
             run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
-                [global_loss_weight] = shard.all_reduce_sum([loss_weight])
+                with meter.waiting("ranks"):
+                    [global_loss_weight] = shard.all_reduce_sum([loss_weight])
                 loss, grad_norm, is_finite, document_stats = train_step(
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
@@ -1419,11 +1440,12 @@ def train(run):
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            poll_stop(run)
-            run.meter_tokens += info["tokens"]
+            with meter.waiting("ranks"):
+                poll_stop(run)
+            meter.tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
-                reset_meters(run)
+                meter.start_interval()
 
             # save, before an evaluation that may fail or be interrupted
             evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
@@ -1434,11 +1456,11 @@ def train(run):
 
             # evaluate
             if evaluating:
-                evaluation_start = run.seconds()
-                evaluate(run)
-                run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run)                        # one may have arrived meanwhile
-                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
+                with meter.waiting("evaluation"):        # throughput is of training
+                    evaluate(run)
+                    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+                    poll_signals(run)                    # one may have arrived meanwhile
+            meter.end_step(state.step)
 
 
 def poll_stop(run):
@@ -1533,8 +1555,6 @@ def report_non_finite(run, loss, grad_norm, document_stats):
                      f"so no update; {which}")
     limit = run.cfg["bad_steps"]
     if limit and run.state.consecutive_skips >= limit:
-        run.logger.close()
-        run.saver.wait()
         raise configs.UserError(f"bad_steps: {limit} steps in a row, up to step {step:,}, had no "
                                 "finite loss and gradient; try a smaller lr or another dtype, or "
                                 "look at the documents named above")
@@ -1543,8 +1563,9 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
-    elapsed = run.seconds() - run.meter_start
-    tokens_per_second = run.meter_tokens / elapsed
+    meter = run.meter
+    seconds, _ = meter.interval.read()
+    tokens_per_second = meter.tokens / seconds
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
@@ -1559,25 +1580,41 @@ def log_step(run, info, loss, lr, grad_norm):
         "tok_per_s": tokens_per_second,
         "mfu": flops_per_second / (peak * shard.world_size()) if peak else None,
         "packing": info["packing"],
-        "memory": log.peak_memory(run.device),
         "seconds": run.seconds(),
         "skipped": state.skipped_steps,
         "compiled": shard.num_graphs(),
-        "data_wait": run.data_wait / elapsed,
-        "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
     }
     if run.model.dtype == torch.float16:
         record["loss_scale"] = run.model.loss_scale
-    run.logger.step(record)
+    if run.model.cfg["n_experts"]:
+        record["expert_load"] = expert_load(run.model)
+    by_rank = gather_numbers([log.peak_memory(run.device), *meter.numbers()])
+    measured, slow_step = log.compare_ranks(by_rank, meter.slowest)
+    if slow_step:
+        run.logger.print(slow_step)
+    run.logger.step(record | measured)
 
 
-def reset_meters(run):
-    """Start to measure throughput and waiting anew."""
-    run.meter_start = run.seconds()
-    run.meter_tokens = 0
-    run.data_wait = 0.0
-    run.save_wait = 0.0
+def expert_load(model):
+    """Tokens of the fullest expert of any block since the last call, divided by the mean.
+
+    1 is perfect balance, n_experts / n_experts_per_token the worst. A tensor: the device is not
+    waited for.
+    """
+    tokens = shard.all_reduce_(model.expert_tokens).float()                        # [L, X]
+    model.expert_tokens = 0
+    return (tokens / tokens.mean(1, keepdim=True)).max()
+
+
+def gather_numbers(numbers):
+    """A list of numbers per rank -> [[numbers of rank 0], [of rank 1], ...], in one collective."""
+    n = len(numbers)
+    rank = shard.rank()
+    table = [0.0] * (shard.world_size() * n)
+    table[rank * n:(rank + 1) * n] = numbers
+    table = shard.all_reduce_sum(table)
+    return [table[start:start + n] for start in range(0, len(table), n)]
 
 
 def save(run):
@@ -1588,12 +1625,11 @@ def save(run):
     shard.check_replicas(run.model)
     # write the pending record first: a run resumed from this checkpoint does not repeat its step
     run.logger.flush()
-    start = time.perf_counter()
     run.state.seconds = run.seconds()
-    run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
-                   dataclasses.asdict(run.state))
+    with run.meter.waiting("save"):
+        run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
+                       dataclasses.asdict(run.state))
     run.saved_step = run.state.step
-    run.save_wait += time.perf_counter() - start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1618,7 +1654,6 @@ def finish_saving(run):
                          f"command {resumes}")
         exit_stopped(run)
     if not written:
-        run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
 
@@ -1630,7 +1665,7 @@ def stop_reason(run):
 
 
 def exit_stopped(run):
-    run.logger.close()
+    run.logger.close("killed")
     if shard.rank() == 0:
         stop_file(run.cfg["out_dir"]).unlink(missing_ok=True)
     sys.exit(0 if run.stop_signal == STOP_FILE else 128 + run.stop_signal)
@@ -1669,6 +1704,7 @@ def main(cfg, explicit):
     """One run, on every rank."""
     run = setup(cfg, explicit)
     if shard.rank() == 0:
+        log.record_start(run)
         for line in log.describe_run(run):
             run.logger.print(line)
     try:
@@ -1678,13 +1714,14 @@ def main(cfg, explicit):
                 return
             train(run)
             finish_saving(run)
+        signals = [number for number in run.received if number != STOP_FILE]
+        if signals:                                      # after finish_saving() has looked
+            signal.raise_signal(signals[0])
+        finish(run)
     except Exception:
         run.saver.wait()                  # an error must not cut off a checkpoint being written
+        run.logger.close("failed")
         raise
-    signals = [number for number in run.received if number != STOP_FILE]
-    if signals:                                          # after finish_saving() has looked
-        signal.raise_signal(signals[0])
-    finish(run)
 
 
 def evaluate_only(run):
@@ -1696,7 +1733,7 @@ def evaluate_only(run):
     out_dir = Path(run.cfg["out_dir"])
     for line in log.format_answers(run.answers, run.cfg["samples"]):
         run.logger.print(line)
-    answers = f", the answers in {out_dir / 'samples.jsonl'}" if run.answers else ""
+    answers = f", the answers in {out_dir / 'evaluations.jsonl'}" if run.answers else ""
     run.logger.print(f"step {run.state.step:,} evaluated; the record is in "
                      f"{out_dir / 'metrics.jsonl'}{answers}")
     run.logger.close()

@@ -112,8 +112,9 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_replaces_its_record(learn
     assert "step 60 evaluated; the record is in" in capsys.readouterr().out
     assert (out / "config.yaml").read_text() == config
     assert [p.name for p in checkpoint.list_checkpoints(out)] == ["00000040", "00000060"]
-    answers = [sample for sample in log.read(out, "samples.jsonl") if sample["step"] == 60]
-    assert [(sample["answer"], sample["exact_match"]) for sample in answers[-2:]] == [
+    assert [line["step"] for line in log.read(out, "evaluations.jsonl")] == [0, 60]
+    samples = log.read(out, "evaluations.jsonl")[-1]["answers"]["chats"]
+    assert [(sample["answer"], sample["exact_match"]) for sample in samples[-2:]] == [
         ("so\n7", 1), ("so\n7", 0)]
 
 
@@ -149,9 +150,10 @@ def test_eval_only_of_a_model_needs_no_training_data(learned, tmp_path, capsys):
     [of_two] = log.read(tmp_path / "two")
     assert record["step"] == of_two["step"] == 0
     assert of_two == pytest.approx(record, rel=1e-5)
-    answers = [sample["answer"] for sample in log.read(one, "samples.jsonl")]
-    assert answers == ["so\n7"] * 6
-    assert answers == [s["answer"] for s in log.read(tmp_path / "two", "samples.jsonl")]
+    for out in (one, tmp_path / "two"):
+        [line] = log.read(out, "evaluations.jsonl")
+        answers = line["answers"]["chats"]
+        assert [sample["answer"] for sample in answers] == ["so\n7"] * 6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,29 +185,32 @@ def test_mean_length_of_a_dataset(tiny):
 # samples and bits per byte
 
 def test_evaluate_keeps_all_answers_and_prints_one(tiny, capsys):
-    """samples.jsonl has each evaluation's answers; the console has the first, in three lines."""
+    """evaluations.jsonl has each one's answers; the console has the first, in three lines."""
     out = main(tiny("samples=1"))
-    samples = log.read(out, "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [0] * 4 + [10] * 4 + [20] * 4 + [25] * 4
-    keys = ["step", "label", "prompt", "answer", "reference", "exact_match"]
-    assert all(list(sample) == keys for sample in samples)
-    mean = sum(sample["exact_match"] for sample in samples[-4:]) / 4
-    assert evaluations(out)[-1]["val/chats/exact_match"] == mean
+    lines = log.read(out, "evaluations.jsonl")
+    assert [line["step"] for line in lines] == [0, 10, 20, 25]
     printed = capsys.readouterr().out
-    for first in samples[::4]:
-        assert "\n".join(log.format_sample(first)) in printed
+    for line, record in zip(lines, evaluations(out)):
+        samples = line["answers"]["chats"]
+        keys = ["prompt", "answer", "reference", "exact_match"]
+        assert len(samples) == 4 and all(list(sample) == keys for sample in samples)
+        mean = sum(sample["exact_match"] for sample in samples) / 4
+        assert record["val/chats/exact_match"] == mean
+        assert "\n".join(log.format_sample(samples[0])) in printed
     assert printed.count("    reference  ") == 4
 
 
-def test_samples_of_a_resumed_run_are_those_of_an_uninterrupted_one(tiny):
-    """Answers of evaluations that are repeated are dropped first."""
+def test_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(tiny):
+    """Those of evaluations that are repeated are dropped first."""
     more = ["save_every=10", "checkpoint.keep=9"]
     whole = main(tiny(*more, out="whole"))
     out = main(tiny(*more))
     for step in (20, 25):
         checkpoint.remove_checkpoint(out / "checkpoints" / f"{step:08}")
     main(tiny(*more))
-    assert log.read(out, "samples.jsonl") == log.read(whole, "samples.jsonl")
+    answers = [[(line["step"], line["answers"]) for line in log.read(folder, "evaluations.jsonl")]
+               for folder in (out, whole)]
+    assert answers[0] == answers[1] and len(answers[0]) == 4
 
 
 def test_format_sample_is_three_short_lines():

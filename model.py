@@ -1616,8 +1616,10 @@ class PretrainedWeights:
                 stored = self.files[tensor].get_slice(tensor)
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
+                elif is_stacked(tensor, self.family):
+                    out.append(read_stacked_rows(stored, first + low, first + high))
                 else:
-                    out.append(read_rows(stored, first + low, first + high))
+                    out.append(stored[first + low:first + high])
             row += rows
         if end > row:
             out.append(self.new_rows(name, max(start, row), end))
@@ -1703,12 +1705,9 @@ class PretrainedWeights:
                 "both, as transformers does")
 
 
-def read_rows(stored, start, end):
-    """Rows start ... end - 1 of a tensor in a file. Of [X, out, in], the rows of [X * out, in]."""
-    shape = stored.get_shape()
-    if len(shape) < 3:
-        return stored[start:end]
-    n = shape[1]                                         # rows of an expert
+def read_stacked_rows(stored, start, end):
+    """Rows start ... end - 1 of [X * out, in], of a tensor that a file has as [X, out, in]."""
+    _, n, _ = stored.get_shape()                         # rows of an expert
     first = start // n
     experts = stored[first:math.ceil(end / n)].flatten(0, 1)
     return experts[start - first * n:end - first * n]

@@ -422,9 +422,10 @@ def test_load_checkpoint_returns_the_sampler_state(tmp_path):
         assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
 
 
-@pytest.mark.parametrize("first, second", [([], BF16), (BF16, [])], ids=["to bf16", "from bf16"])
+@pytest.mark.parametrize("first, second", [([], BF16), (BF16, []), ([], ["dtype=float16"]), (["dtype=float16"], [])],
+                         ids=["to bf16", "from bf16", "to fp16", "from fp16"])
 def test_load_checkpoint_converts_weights_and_moments(tiny, first, second):
-    """Compute, master and moment dtypes may all change in a run that continues in another folder."""
+    """Compute, master and moment dtypes may change in a run that continues in another folder."""
     keys = ["max_steps=4", "save_every=2", "checkpoint.keep=9", "eval_every=0", "schedule=constant", "lr=1e-3"]
     expected = tiny(*keys, out="whole")
     start = tiny(*keys, *first, out="start")
@@ -432,15 +433,14 @@ def test_load_checkpoint_converts_weights_and_moments(tiny, first, second):
     moved = tiny(*keys, *second, f"resume={path}", out="moved")
     for loaded in (expected, start, moved):
         run(loaded)
-    before = load_file(path / "model.safetensors")["blocks.0.attn.q_proj.weight"]
     folder = Path(moved[0]["out_dir"]) / "checkpoints" / "00000004"
+    name = "blocks.0.attn.q_proj.weight"
     optimizer = load_file(folder / "optimizer.safetensors")
-    after = load_file(folder / "model.safetensors")["blocks.0.attn.q_proj.weight"]
-    dtype = torch.bfloat16 if second else torch.float32
-    assert after.dtype == optimizer["blocks.0.attn.q_proj.weight/exp_avg"].dtype == dtype != before.dtype
-    assert optimizer["blocks.0.attn.q_proj.weight/step"] == 4
+    dtype = torch.bfloat16 if second == BF16 else torch.float32
+    assert load_file(folder / "model.safetensors")[name].dtype == optimizer[f"{name}/exp_avg"].dtype == dtype
+    assert optimizer[f"{name}/step"] == 4
     state = checkpoint.read_state(folder)
-    assert state["dtype"] == str(dtype).removeprefix("torch.") and state["loss_scale"] == 1.0
+    assert state["dtype"] == moved[0]["dtype"] and (state["loss_scale"] > 1) == (state["dtype"] == "float16")
     losses = [[record["loss"] for record in log.read(loaded[0]["out_dir"])][-2:] for loaded in (expected, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[1] != losses[0]
 
@@ -724,10 +724,7 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
     (tmp_path / "file").write_text("")
     for args, words in ((["export", out_dir, tmp_path / "early"], "not empty"),
                         (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
-                        (["export", out_dir], "export RUN"), (["export", out_dir, "dtype=float16"], "export RUN"),
-                        (["export", out_dir, "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16"),
-                        (["export", out_dir, "new", "upload=mine"], "upload: must be OWNER/NAME"),
-                        (["ls", out_dir, "all=true"], "ls RUN"),
+                        (["export", out_dir], "export RUN"), (["ls", out_dir, "all=true"], "ls RUN"),
                         (["export", tmp_path, tmp_path / "x"], "no checkpoint"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'early'}"], "not empty"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'new/a'}"], "adapter: "),
@@ -976,6 +973,15 @@ def test_lock_folder_refuses_a_disk_without_symbolic_links(tmp_path, monkeypatch
     monkeypatch.setattr(os, "symlink", symlink)
     with pytest.raises(configs.UserError, match="^out_dir: .*Operation not supported.*another disk"):
         checkpoint.lock_folder(tmp_path)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["export", "out", "dtype=float16"], "export RUN"), (["ls", "out", "new"], "ls RUN"),
+    (["export", "out", "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16, float16; got bf16"),
+    (["export", "out", "new", "upload=mine"], "upload: must be OWNER/NAME on the hub; got mine")])
+def test_check_arguments_refuses(argv, words):
+    with pytest.raises(configs.UserError, match=words):
+        checkpoint.check_arguments(*argv)
 
 
 def test_check_arguments_needs_no_torch(tmp_path, script):

@@ -129,7 +129,7 @@ def rope_freqs(positions, m, lengths=None):
     positions [T]. The first R = partial_rotary_factor * E numbers of a head are rotated. Angles are
     computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
 
-    lengths   [T], of each token's document; for longrope alone
+    lengths [T], of each token's document. Only longrope needs them
     """
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     first_of_pair = torch.arange(0, R, 2, device=positions.device)
@@ -204,18 +204,12 @@ def apply_rotary_emb(x, cos, sin, interleaved=False):
     x [T, H, E]; cos, sin [T, 1, R/2]
     """
     R = 2 * cos.shape[-1]
-    x_R = x[..., :R].float()
-    if interleaved:
-        x1, x2 = x_R[..., 0::2], x_R[..., 1::2]                                    # [T, H, R/2]
-    else:
-        x1, x2 = x_R.chunk(2, -1)                                                  # [T, H, R/2]
+    shape = (R // 2, 2) if interleaved else (2, R // 2)
+    dim = -1 if interleaved else -2                      # of the two numbers of a pair
+    x1, x2 = x[..., :R].float().unflatten(-1, shape).unbind(dim)                   # [T, H, R/2]
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
-    if interleaved:
-        rotated = torch.stack([y1, y2], -1).flatten(-2)                            # [T, H, R]
-    else:
-        rotated = torch.cat([y1, y2], -1)                                          # [T, H, R]
-    rotated = rotated.to(x.dtype)
+    rotated = torch.stack([y1, y2], dim).flatten(-2).to(x.dtype)                   # [T, H, R]
     if R == x.shape[-1]:
         return rotated
     return torch.cat([rotated, x[..., R:]], -1)
@@ -696,7 +690,8 @@ def document_lengths(batch):
     """The length of each token's document: int64 [T]. In generation, the most it may have."""
     if "document_lengths" in batch:
         return batch["document_lengths"]
-    return batch["cu_seqlens"].long().diff()[document_index(batch)]
+    lengths = batch["cu_seqlens"].long().diff()                                    # [D]
+    return F.pad(lengths, (0, 1))[document_index(batch)]         # without documents, 0 of padding
 
 
 def token_seeds(batch):
@@ -2026,8 +2021,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    # longrope takes its factors for the longest text that this can become, from the start: keys in
-    # the cache cannot change their angles
+    # longrope rotates from the start as in the longest text that this can become: the angles of keys
+    # in the cache stay
     document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
     batch["document_lengths"] = document_lengths[layout.sequences]
     if isinstance(seed, list):

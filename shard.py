@@ -1362,7 +1362,9 @@ class StepSize:
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
         # of a block, the mean where blocks are of different kinds
-        self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        self.norms = min(norms, 2)
+        self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in model.blocks)
         adapted = [m for m in model.blocks.modules() if isinstance(m, LoRALinear) and m.dropout]
@@ -1546,7 +1548,8 @@ def block_activation_bytes(s):
     C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    norms = s.element * 2 * s.norms * C
+    # A norm of an output: its input alone.
+    norms = s.element * (2 * s.norms + s.post_norms) * C
     qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
     # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
@@ -1560,15 +1563,21 @@ def block_activation_bytes(s):
     attention += qk_norms
     if m["attention_gate"]:              # the gate, and its product with the output
         attention += 2 * s.element * H * E
+    if s.keeps_probabilities:
+        # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
+        # dropout its mask and the probabilities once more; else only if their dtype is another
+        pair = 8 if m["attn_softcap"] else 4
+        if m["attn_pdrop"]:
+            pair += 1 + attention_element
+        elif attention_element < 4:
+            pair += attention_element
+        attention += H * length * pair
     if s.linear_attention:
         from families import delta_net
         attention *= 1 - s.linear_attention
         attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
-    # Dropout: a mask of one byte per number; in attention also the probabilities.
+    # Dropout: a mask of one byte per number.
     dropout = 2 * C if m["resid_pdrop"] else 0
-    if s.keeps_probabilities:
-        # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
-        dropout += H * length * (1 + 4 + attention_element)
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
     # and activation that are their inputs.
     if s.adapter_inputs:

@@ -45,6 +45,16 @@ ROPE_CONSTRAINTS = {
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
 
+# Model types that are not supported, and why
+VISION = "a vision tower; only models of text alone are trained"
+NOT_COMPUTED = {
+    "gemma3": VISION,
+    "gemma4": VISION,
+    "gemma4_text": "embeddings per block, and blocks that share keys and values",
+    "mistral3": VISION,
+    "ministral3": "queries that are scaled by their position",
+}
+
 # Files of a pretrained model that its descendants must keep
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -244,6 +254,9 @@ def translate(hf_config, path):
     """A config.json's dict -> a dict like our model section. `path` is for error messages."""
     model_type = str(hf_config.get("model_type"))
     names = {family["model_type"]: name for name, family in families().items()}
+    if model_type in NOT_COMPUTED:
+        raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
+                                f"{NOT_COMPUTED[model_type]}")
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "
@@ -288,18 +301,15 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
-    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if "rope_local_theta" in family["keys"] | family["fixed"]:
-        rope = split_rope_parameters(hf_config, path)
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
-                                f"for all blocks; got {rope!r}")
-    hf_config["rope_parameters"] = rope
+        hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
+    else:
+        hf_config["rope_parameters"] = merge_rope_parameters(hf_config, path)
 
     types = hf_config.get("layer_types") or []
-    if types and isinstance(types, list):          # its older name
+    if types and isinstance(types, list):
         types = ["full_attention" if kind == "attention" else kind for kind in types]
-        hf_config["layer_types"] = types
+        hf_config["layer_types"] = types           # attention: its older name
     if "sliding_window_pattern" in hf_names(family["keys"].get("layer_types")):
         pattern = hf_config.pop("sliding_window_pattern", None)
         if not types and type(pattern) is int and pattern > 0:
@@ -326,21 +336,42 @@ def standardize(hf_config, family, path):
     return hf_config
 
 
+def merge_rope_parameters(hf_config, path):
+    """rope_parameters or rope_scaling, its older name, of a family with one section for all blocks.
+
+    Hunyuan's kind of dynamic scaling is no more than another rope_theta.
+    """
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
+                                f"for all blocks; got {rope!r}")
+    head_dim = hf_config.get("head_dim")
+    is_hunyuan = hf_config["model_type"] == "hunyuan_v1_dense"
+    if is_hunyuan and rope_kind(rope) == "dynamic" and rope.get("alpha") and head_dim:
+        theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+        rope = {"rope_theta": theta * rope["alpha"] ** (head_dim / (head_dim - 2))}
+    return rope
+
+
 def split_rope_parameters(hf_config, path):
     """rope_parameters of blocks with full attention, of a family with another rope_theta elsewhere.
 
     That of blocks with a window becomes rope_local_base_freq, its older name, in place.
     """
     sections = hf_config.get("rope_parameters") or {}
-    full = sections.get("full_attention") or {}
-    local = sections.get("sliding_attention") or {}
+    scaling = hf_config.get("rope_scaling") or {}
+    full = configs.get(sections, "full_attention") or {}
+    local = configs.get(sections, "sliding_attention") or {}
+    if not all(isinstance(section, dict) for section in (sections, full, local, scaling)):
+        raise configs.UserError(f"{path}: rope_parameters must have the sections full_attention "
+                                f"and sliding_attention, or none; got {sections!r}")
     if rope_kind(local) != "default" or local.get("partial_rotary_factor", 1.0) != 1.0:
         raise configs.UserError(f"{path}: rope_parameters.sliding_attention must have no other key "
                                 f"than rope_theta; got {local!r}")
     if "rope_theta" in local:
         hf_config["rope_local_base_freq"] = local["rope_theta"]
     hf_config.pop("original_max_position_embeddings", None)      # counts only in the section
-    return full | (hf_config.get("rope_scaling") or {})
+    return full | scaling
 
 
 def read_key(hf_config, key, places, path):

@@ -526,6 +526,10 @@ SHAPES = {
         "model.family=phi", "model.activation=gelu", "model.tie_embeddings=false",
         "model.d_model=128", "model.n_layers=4", "model.vocab_size=512", "micro_tokens=512",
         "data.seq_len=256", "batch_size=4", "model.attn_pdrop=0.1", "model.resid_pdrop=0.1"],
+    "norms before and after, softcap": [
+        "model.family=gemma2", "model.norm_place=both", "model.d_model=128", "model.n_layers=4",
+        "model.vocab_size=512", "micro_tokens=512", "data.seq_len=256", "batch_size=4",
+        "model.attn_softcap=50.0", "dtype=bfloat16"],
     "lora, recompute": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=1024",
         "data.seq_len=128", "batch_size=16", "shard.lora.r=8", "shard.recompute=true"],

@@ -1125,7 +1125,7 @@ def test_setup_refuses_an_out_dir_with_another_run(tiny):
     (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"]),
     (["model.rope_scaling=5"], ["model.rope_scaling", "5"]),
     (["model.rope_scaling={rope_type: llama3, factor: 8.0}"], ["rope_scaling.low_freq_factor"]),
-    (["model.rope_scaling={rope_type: yarn}"], ["yarn", "llama3"]),
+    (["model.rope_scaling={rope_type: dynamic}"], ["dynamic", "llama3"]),
     (["model.loss_options={label_smoothing: abc}"], ["label_smoothing", "abc"]),
     (["out_dir=README.md/run"], ["out_dir", "README.md"])])
 def test_setup_reports_mistakes_in_one_line(tiny, more, words):

@@ -13,7 +13,7 @@ import shard
 import train
 from families import delta_net
 from test_adapters import IDS, apart, load_in_peft, our_logits, randomize, their_logits, trained
-from test_model import QWEN3_5, close, documents, grads, noisy, pair, row
+from test_model import QWEN3_5, close, documents, grads, noisy, pair, remembering, row
 
 HYBRID = ["model.family=qwen3_5_text", "model.n_kv_heads=2", "model.head_dim=16", "model.tie_embeddings=false",
           "model.linear_num_key_heads=2", "model.linear_num_value_heads=4", "model.linear_key_head_dim=8",
@@ -240,3 +240,103 @@ def test_flash_delta_rule_is_the_chunked_rule_to_rounding():
     y, _ = delta_net.chunked_delta_rule(*inputs, layout.chunks)
     flash, _ = delta_net.flash_delta_rule(*inputs, layout, torch.bfloat16)
     assert close(flash.float(), y, 2e-2)
+
+
+# --------------------------------------------------------------------------------------------------
+# with a vision tower
+
+VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, out_hidden_size=48,
+              num_position_embeddings=16)
+
+
+def with_vision_tower(folder, **text):
+    """One of transformers' models with a vision tower, saved: its text part has 259 tokens."""
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    text = QWEN3_5 | dict(vocab_size=259, bos_token_id=None, eos_token_id=2) | text
+    config = transformers.AutoConfig.for_model("qwen3_5", text_config=text, vision_config=VISION, image_token_id=256,
+                                               tie_word_embeddings=text["tie_word_embeddings"])
+    config.text_config.rope_parameters |= {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    theirs = remembering(noisy(transformers.AutoModelForImageTextToText.from_config(config))).eval()
+    theirs.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    return theirs
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_text_part_of_a_model_with_a_vision_tower_is_trained_and_the_rest_carried_along(tmp_path, tied, chats):
+    """From base to a LoRA run, its merged export, and its adapter: each is what transformers computes with."""
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    peft = pytest.importorskip("peft", reason="the reference, in requirements-dev.txt")
+    base = with_vision_tower(tmp_path / "base", tie_word_embeddings=tied)
+    ids = documents(259, 100)
+    with torch.no_grad():
+        before = base(torch.tensor(ids)).logits[0]
+        assert close(M.load(tmp_path / "base")[0].logits(M.pack_prompts(ids)), before, 1e-5)
+    cfg, _, explicit = configs.load([
+        f"model.init_from={tmp_path / 'base'}", "shard.lora.r=2", "max_steps=2", "lr=0.01", "batch_size=4",
+        f"data.train.chats.path={chats}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'tokens'}",
+        f"out_dir={tmp_path / 'run'}", "dtype=float32", "save_every=0"])
+    train.main(cfg, explicit)
+    out = tmp_path / "run"
+    merged, info = transformers.AutoModelForImageTextToText.from_pretrained(out / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    towers = [{name: p for name, p in model.state_dict().items() if ".visual." in name} for model in (base, merged)]
+    assert towers[0] and all(torch.equal(p, towers[1][name]) for name, p in towers[0].items())
+    assert (out / "hf" / "preprocessor_config.json").read_text() == "{}"
+    rope = json.loads((out / "hf" / "config.json").read_text())["text_config"]["rope_parameters"]
+    assert rope == base.config.text_config.rope_parameters
+    with torch.no_grad():
+        logits = M.load(out / "hf")[0].logits(M.pack_prompts(ids))
+        assert close(logits, merged.eval()(torch.tensor(ids)).logits[0], 1e-5) and not close(logits, before, 1e-3)
+        adapted = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
+        assert close(logits, adapted(torch.tensor(ids)).logits[0], 1e-5)
+
+
+def test_the_text_part_of_a_model_with_a_vision_tower_is_exported_alone_as_another_family(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    base = with_vision_tower(tmp_path / "base")
+    m = configs.load([f"model.init_from={tmp_path / 'base'}", "model.family=qwen3_5_text"])[0]["model"]
+    M.save_pretrained(M.load(tmp_path / "base", m)[0].get_parameter, m, tmp_path / "out", tmp_path / "base")
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor(documents(259, 100))
+    with torch.no_grad():
+        assert torch.equal(text(ids).logits, base(ids).logits)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()).keys().isdisjoint({"text_config", "vision_config"})
+
+
+def test_a_model_with_a_vision_tower_is_refused_where_its_rest_is_not_known(tmp_path):
+    """As a new model, without its base, and if it ties the head in the whole and not in its text part."""
+    with pytest.raises(configs.UserError, match="model.family: .*only a pretrained model has"):
+        configs.load(["model.family=qwen3_5", "model.d_model=64", "model.n_heads=4"])
+    with_vision_tower(tmp_path / "base")
+    model, m = M.load(tmp_path / "base")
+    with pytest.raises(configs.UserError, match="model.init_from: .*gone must exist .*model.visual"):
+        M.save_pretrained(model.get_parameter, m, tmp_path / "out", tmp_path / "gone")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    with pytest.raises(configs.UserError, match="text_config.tie_word_embeddings must be true"):
+        configs.hf_config.translate(config | {"tie_word_embeddings": True}, "f")
+
+
+def test_save_pretrained_keeps_the_decay_of_a_bf16_model_in_fp32(tmp_path):
+    model = noisy(M.build(M_HYBRID))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"dtype": "bfloat16"}')
+    M.save_pretrained(model.get_parameter, M_HYBRID, tmp_path / "out", tmp_path / "base")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {name for name, t in tensors.items() if t.dtype == torch.float32}
+    assert kept == {"model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.norm.weight"}
+    assert torch.equal(tensors["model.layers.0.linear_attn.A_log"], model.blocks[0].attn.A_log)
+
+
+def test_num_graphs_of_a_hybrid_model_does_not_grow_with_the_layers():
+    """The delta rule is outside of what is compiled; equal blocks share a graph of each half."""
+    def graphs_of(layers):
+        model = M.build(M_HYBRID | {"n_layers": layers, "layer_types": M_HYBRID["layer_types"]})
+        torch._dynamo.reset()
+        for block in model.blocks:    # traced as by inductor, but then run as it is
+            block.pre_attention = torch.compile(block.pre_attention, backend="eager", fullgraph=True)
+            block.post_attention = torch.compile(block.post_attention, backend="eager", fullgraph=True)
+        before = shard.num_graphs()
+        model(row(documents(101, 30, 70)))[0].backward()
+        return shard.num_graphs() - before
+    assert graphs_of(2) == graphs_of(6) == 4

@@ -477,12 +477,6 @@ class PackedDocuments:
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
 
     @functools.cached_property
-    def chunks(self):
-        """The chunks of the documents, for blocks with linear_attention."""
-        from families import delta_net
-        return delta_net.Chunks(self)
-
-    @functools.cached_property
     def have_equal_lengths(self):
         """Are all documents that are not empty equally long, as when a text is cut into windows?
         Then x [T, ...] is reshaped to [d, t, ...], without padding and copies."""
@@ -1745,8 +1739,8 @@ def carried_tensors(family, source):
     if not prefixes:
         return {}
     if source is None or not source.is_dir():
-        raise configs.UserError(f"model.init_from: {source} must exist for the export, which copies "
-                                f"the weights {', '.join(prefixes)}* from it")
+        raise configs.UserError(f"model.init_from: {source} must exist for the export, which "
+                                f"copies the weights {', '.join(prefixes)}* from it")
     return {tensor: file for tensor, file in open_weights(source).items()
             if tensor.startswith(prefixes)}
 

@@ -22,47 +22,36 @@ M_HYBRID = configs.load([*HYBRID, "model.n_layers=2", "model.d_model=48", "model
                          "model.d_ff=80"])[0]["model"]
 
 
-def layout_of(lengths, padding=0):
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return M.PackedDocuments(ends, int(ends[-1]) + padding, max(lengths))
-
-
-def token_by_token(q, k, v, g, beta, lengths):
-    """The rule as it is written, in fp64: y [T, Hv, Ev] and the state after each document."""
+def token_by_token(q, k, v, g, beta):
+    """The rule as it is written, in fp64: y [d, t, Hv, Ev] and the state after the last token."""
     q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
-    y, states, t = [], [], 0
-    for length in lengths:
-        S = q.new_zeros(q.shape[1], k.shape[2], v.shape[2])
-        for t in range(t, t + length):
-            S = S * g[t].exp()[:, None, None]
-            correction = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
-            S = S + torch.einsum("hk,hv->hkv", k[t], correction)
-            y.append(torch.einsum("hkv,hk->hv", S, q[t]) / q.shape[2] ** 0.5)
-        t += 1
-        states.append(S)
-    return torch.stack(y), torch.stack(states)
+    S = q.new_zeros(len(q), q.shape[2], k.shape[3], v.shape[3])
+    y = []
+    for t in range(q.shape[1]):
+        S = S * g[:, t].exp()[..., None, None]
+        correction = beta[:, t, :, None] * (v[:, t] - torch.einsum("dhkv,dhk->dhv", S, k[:, t]))
+        S = S + torch.einsum("dhk,dhv->dhkv", k[:, t], correction)
+        y.append(torch.einsum("dhkv,dhk->dhv", S, q[:, t]) / q.shape[3] ** 0.5)
+    return torch.stack(y, 1), S
 
 
-@pytest.mark.parametrize("lengths", [[1], [64], [65], [3, 200, 64, 1, 63, 129, 200]])
+@pytest.mark.parametrize("n_tokens", [1, 64, 65, 300])
 @pytest.mark.parametrize("decay", [0.01, 5.0])
-def test_chunked_delta_rule_is_the_rule_token_by_token(lengths, decay):
-    """Outputs, states and gradients, for documents shorter and longer than a chunk, and padding after them."""
-    T = sum(lengths)
+def test_chunked_delta_rule_is_the_rule_token_by_token(n_tokens, decay):
+    """Outputs, states and gradients, of sequences shorter and longer than a chunk."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(T, 3, *shape, generator=generator)
-    inputs = [delta_net.unit_length(draw(8)), delta_net.unit_length(draw(8)), draw(5),
-              -decay * draw().exp(), draw().sigmoid()]
+    draw = lambda *shape: torch.randn(2, n_tokens, 3, *shape, generator=generator)
+    inputs = [delta_net.unit_length(draw(8)), delta_net.unit_length(draw(8)), draw(5), -decay * draw().exp(),
+              draw().sigmoid()]
     inputs = [x.requires_grad_() for x in inputs]
-    exact, exact_states = token_by_token(*inputs, lengths)
     direction = draw(5)
-    wanted = torch.autograd.grad((exact * direction).sum() + exact_states.sum(), inputs)
-    padded = [torch.cat([x, torch.ones(7, *x.shape[1:])]) for x in inputs]
-    y, states = delta_net.chunked_delta_rule(*padded, layout_of(lengths, padding=7).chunks)
-    states = states[:len(lengths)]                       # without that of the padding
-    got = torch.autograd.grad((y[:T] * direction).sum() + states.sum(), inputs)
-    assert close(y[:T], exact, 1e-5) and close(states, exact_states, 1e-5)
+    exact, exact_state = token_by_token(*inputs)
+    wanted = torch.autograd.grad((exact * direction).sum() + exact_state.sum(), inputs)
+    y, state = delta_net.chunked_delta_rule(*inputs)
+    got = torch.autograd.grad((y * direction).sum() + state.sum(), inputs)
+    assert close(y, exact, 1e-5) and close(state, exact_state, 1e-5)
     for a, b in zip(got, wanted):                        # a single token's gradient of g is 0
-        assert float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max()))
+        assert float((a - b).abs().max()) < 1e-4 * max(1, float(b.abs().max()))
 
 
 def test_packed_documents_of_a_hybrid_model_do_not_see_each_other():
@@ -230,16 +219,13 @@ def test_keys_of_delta_nets_are_refused_where_they_fit_nothing(keys, words):
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not delta_net.flash_kernel(),
                     reason="needs CUDA and flash-linear-attention")
-def test_flash_delta_rule_is_the_chunked_rule_to_rounding():
-    lengths = [3, 200, 64, 1, 129]
-    layout = layout_of(lengths, padding=7)
-    layout.cu_seqlens = layout.cu_seqlens.cuda()
-    draw = lambda *shape: torch.randn(layout.n_tokens, 4, *shape, device="cuda")
+def test_flash_kernel_computes_the_chunked_rule_to_rounding():
+    draw = lambda *shape: torch.randn(2, 200, 4, *shape, device="cuda")
     inputs = [delta_net.unit_length(draw(64)), delta_net.unit_length(draw(64)), draw(64), -draw().exp() / 10,
               draw().sigmoid()]
-    y, _ = delta_net.chunked_delta_rule(*inputs, layout.chunks)
-    flash, _ = delta_net.flash_delta_rule(*inputs, layout, torch.bfloat16)
-    assert close(flash.float(), y, 2e-2)
+    exact, exact_state = delta_net.chunked_delta_rule(*inputs)
+    y, state = delta_net.flash_kernel()(*(x.bfloat16() for x in inputs[:3]), *inputs[3:], output_final_state=True)
+    assert close(y.float(), exact, 2e-2) and close(state.float(), exact_state, 2e-2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +257,7 @@ def test_the_text_part_of_a_model_with_a_vision_tower_is_trained_and_the_rest_ca
     ids = documents(259, 100)
     with torch.no_grad():
         before = base(torch.tensor(ids)).logits[0]
-        assert close(M.load(tmp_path / "base")[0].logits(M.pack_prompts(ids)), before, 1e-5)
+        assert close(M.load(tmp_path / "base")[0].logits(M.pack_prompts(ids)), before, 3e-5)
     cfg, _, explicit = configs.load([
         f"model.init_from={tmp_path / 'base'}", "shard.lora.r=2", "max_steps=2", "lr=0.01", "batch_size=4",
         f"data.train.chats.path={chats}", "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'tokens'}",
@@ -287,9 +273,9 @@ def test_the_text_part_of_a_model_with_a_vision_tower_is_trained_and_the_rest_ca
     assert rope == base.config.text_config.rope_parameters
     with torch.no_grad():
         logits = M.load(out / "hf")[0].logits(M.pack_prompts(ids))
-        assert close(logits, merged.eval()(torch.tensor(ids)).logits[0], 1e-5) and not close(logits, before, 1e-3)
+        assert close(logits, merged.eval()(torch.tensor(ids)).logits[0], 3e-5) and not close(logits, before, 1e-3)
         adapted = peft.PeftModel.from_pretrained(base, out / "adapter").eval()
-        assert close(logits, adapted(torch.tensor(ids)).logits[0], 1e-5)
+        assert close(logits, adapted(torch.tensor(ids)).logits[0], 3e-5)
 
 
 def test_the_text_part_of_a_model_with_a_vision_tower_is_exported_alone_as_another_family(tmp_path):

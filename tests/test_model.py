@@ -148,7 +148,8 @@ def pair(name):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     kind, config = FAMILIES[name]
     config = transformers.AutoConfig.for_model(kind, **config)
-    theirs = remembering(noisy(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    theirs = remembering(noisy(theirs)).eval()
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     theirs.save_pretrained(folder / "theirs")

@@ -741,9 +741,9 @@ def check_adapters_of_experts(lora_cfg):
         raise configs.UserError("shard.lora.targets: PEFT loads adapters of experts only for "
                                 "gate_proj, up_proj and down_proj together; name all or none")
     if lora_cfg["rslora"]:
-        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another way; "
-                                "shard.lora.rslora=false, or shard.lora.targets without gate_proj, "
-                                "up_proj and down_proj")
+        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another "
+                                "way; shard.lora.rslora=false, or shard.lora.targets without "
+                                "gate_proj, up_proj and down_proj")
 
 
 def tensors_outside_blocks(m):
@@ -1421,12 +1421,8 @@ class StepSize:
         # of a block
         self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
         self.keeps_probabilities = block.attn.needs_probabilities(training=True)
+        self.adapter_inputs = count_adapter_inputs(block, model_cfg)
         self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
-        adapted = [m for m in block.modules() if isinstance(m, LoRALinear) and m.dropout]
-        # after dropout; in experts, those of each row of a token
-        k = model_cfg["n_experts_per_token"]
-        self.adapter_inputs = sum(layer.in_features * (k if layer.n_experts > 1 else 1)
-                                  for layer in adapted)
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         n_blocks = model_cfg["n_layers"]
@@ -1480,6 +1476,16 @@ def count_parameters(module, trained=None):
     """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
     return sum(p.numel() for p in module.parameters()
                if trained is None or p.requires_grad == trained)
+
+
+def count_adapter_inputs(block, m):
+    """Numbers per token that the adapters of a block read after dropout, 0 without dropout."""
+    n = 0
+    for layer in block.modules():
+        if isinstance(layer, LoRALinear) and layer.dropout:
+            times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
+            n += times * layer.in_features
+    return n
 
 
 def count_frozen_blocks(model):

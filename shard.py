@@ -41,7 +41,6 @@ import copy
 import ctypes
 import datetime
 import functools
-import json
 import math
 import os
 import re
@@ -66,6 +65,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+import log
 import model as transformer
 
 
@@ -697,8 +697,10 @@ def add_lora(model, lora_cfg, quantize="none"):
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
-    block_modules = model.blocks[0].named_modules()
-    places = [name for name, module in block_modules if isinstance(module, nn.Linear)]
+    # of all kinds of blocks, in the order of their first one
+    places = list(dict.fromkeys(name for block in model.blocks
+                                for name, module in block.named_modules()
+                                if isinstance(module, nn.Linear)))
     layout = transformer.hf_slices(model.cfg)
     family = configs.families()[model.cfg["family"]]
     wanted = lora_cfg["targets"]
@@ -1089,7 +1091,7 @@ def parallelize(model, cfg, read_slice):
 @torch.no_grad()
 def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         if p.is_floating_point() and not is_adapter(name):
             transformer.load_parameter(name, read_slice, *local_shard(p))
     for name, module in model.named_modules():
@@ -1418,11 +1420,17 @@ class StepSize:
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
-        # of a block
-        self.norms = sum(isinstance(module, transformer.Norm) for module in block.children())
-        self.keeps_probabilities = block.attn.needs_probabilities(training=True)
-        self.adapter_inputs = count_adapter_inputs(block, model_cfg)
+        # of a block, the mean where blocks are of different kinds
+        norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        self.norms = min(norms, 2)
+        self.post_norms = norms - self.norms     # of model.norm_place=both
+        self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
+                                       for block in model.blocks)
         self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
+        self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
+        # of all blocks, the part with linear_attention
+        n_linear = transformer.layer_types(model_cfg).count("linear_attention")
+        self.linear_attention = n_linear / model_cfg["n_layers"]
         # in how many blocks activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
         n_blocks = model_cfg["n_layers"]
@@ -1434,13 +1442,13 @@ class StepSize:
         # numbers of parameters
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
-        self.block = count_parameters(block)
+        self.block = count_parameters(model.blocks) // len(model.blocks)
         self.measure_trained_parameters(model, frozen_blocks)
         self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         self.trains_embedding = model.embed.weight.requires_grad
-        self.measure_linear_layers(block)
+        self.measure_linear_layers(model.blocks)
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -1450,14 +1458,14 @@ class StepSize:
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
-        in_blocks = len(model.blocks) * self.block
+        in_blocks = count_parameters(model.blocks)
         self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
 
-    def measure_linear_layers(self, block):
+    def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
-        sizes = [module.in_features * module.out_features for module in block.modules()
+        sizes = [module.in_features * module.out_features for module in blocks.modules()
                  if isinstance(module, nn.Linear)]
-        self.linear = sum(sizes)
+        self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
@@ -1478,10 +1486,10 @@ def count_parameters(module, trained=None):
                if trained is None or p.requires_grad == trained)
 
 
-def count_adapter_inputs(block, m):
-    """Numbers per token that the adapters of a block read after dropout, 0 without dropout."""
+def count_adapter_inputs(blocks, m):
+    """Numbers per token that the blocks' adapters read after dropout, 0 without dropout."""
     n = 0
-    for layer in block.modules():
+    for layer in blocks.modules():
         if isinstance(layer, LoRALinear) and layer.dropout:
             times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
             n += times * layer.in_features
@@ -1608,9 +1616,9 @@ def block_activation_bytes(s):
     C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    norms = s.element * 2 * s.norms * C
-    if m["qk_norm"] != "none":
-        norms += s.element * (H + K) * E
+    # A norm of an output: its input alone.
+    norms = s.element * (2 * s.norms + s.post_norms) * C
+    qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
     # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
     in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
@@ -1620,22 +1628,38 @@ def block_activation_bytes(s):
     attention = attention_element * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
-    # Dropout: a mask of one byte per number; in attention also the probabilities.
-    dropout = 2 * C if m["resid_pdrop"] else 0
+    attention += qk_norms
+    if m["attention_gate"]:              # the gate, and its product with the output
+        attention += 2 * s.element * H * E
+    if s.linear_attention:
+        from families import delta_net
+        attention *= 1 - s.linear_attention
+        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     if s.keeps_probabilities:
-        # per pair of tokens: the mask, the fp32 probabilities, and those after dropout
-        dropout += H * length * (1 + 4 + attention_element)
+        # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
+        # dropout its mask and the probabilities once more; else only if their dtype is another
+        pair = 8 if m["attn_softcap"] else 4
+        if m["attn_pdrop"]:
+            pair += 1 + attention_element
+        elif attention_element < 4:
+            pair += attention_element
+        attention += H * length * pair
+    # Dropout: a mask of one byte per number.
+    dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
     # and activation that are their inputs.
     if s.adapter_inputs:
         inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
         shared_inputs = s.norms * C + inside + (0 if s.is_cuda else H * E)
         dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
-    # MLP: input and output of the activation function; if gated, the gate's factor and the product.
-    mlp = s.element * m["d_ff"] * (4 if m["glu"] else 2)
-    if m["n_experts"]:
-        mlp = expert_activation_bytes(s)
+    mlp = expert_activation_bytes(s) if m["n_experts"] else mlp_activation_bytes(s)
     return norms + attention + dropout + mlp
+
+
+def mlp_activation_bytes(s):
+    """Of a token: input and output of the activation function; if gated, also the gate's factor and
+    the product."""
+    return s.element * s.model_cfg["d_ff"] * (4 if s.model_cfg["glu"] else 2)
 
 
 def expert_activation_bytes(s):
@@ -1688,6 +1712,12 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.needs_cast and s.shards == 1:
             total += s.element * block_trained    # this block's weights, cast again
+    if s.linear_attention:    # its turn comes when the activations of the MLP are freed
+        from families import delta_net
+        per_token = delta_net.backward_bytes(s.model_cfg)
+        if not is_recomputed:
+            per_token -= mlp_activation_bytes(s)
+        total = max(total, s.tokens * per_token)
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear

@@ -151,7 +151,9 @@ def hidden_and_router_loss(model, batch):
     """
     with record_routing(model.blocks) as routing:
         x = model.compute_hidden(batch)
-    loss, expert_tokens = router_loss(routing, batch, model.cfg["router_aux_loss_coef"])
+    m = model.cfg
+    coef = m["router_aux_loss_coef"] if m["router_aux_loss"] else 0.0
+    loss, expert_tokens = router_loss(routing, batch, coef)
     model.expert_tokens = model.expert_tokens + expert_tokens
     return x, loss
 
@@ -170,7 +172,7 @@ def router_loss(routing, batch, coef):
     packing and ranks. Means over the global batch would need a pass over all micro-batches before
     the first backward pass. A document is in one micro-batch, whatever the layout is.
 
-    coef  model.router_aux_loss_coef. Padding is not counted
+    coef  model.router_aux_loss_coef, or 0 without model.router_aux_loss. Padding is not counted
     """
     documents, n_documents = document_of_tokens(batch)
     lengths = batch["cu_seqlens"].diff().clamp(min=1)[:, None]                     # [D, 1]

@@ -308,7 +308,6 @@ def softcap(x, cap):
 
 
 def make_mlp(m):
-    """The MLP of a block, or its mixture of experts."""
     if not m["n_experts"]:
         return MLP(m)
     from families import moe
@@ -1088,8 +1087,7 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        # int64 [L, X] after a forward pass: see families/moe.py. train.py logs it, and sets it to 0
-        self.expert_tokens = 0
+        self.expert_tokens = 0               # see families/moe.py; train.expert_load() resets it
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1102,7 +1100,12 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x, router_loss = self.compute_hidden_and_router_loss(batch)                # [T, C]
+        router_loss = None
+        if self.cfg["n_experts"] and self.training and torch.is_grad_enabled():
+            from families import moe
+            x, router_loss = moe.hidden_and_router_loss(self, batch)               # [T, C]
+        else:
+            x = self.compute_hidden(batch)                                         # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -1131,22 +1134,6 @@ class Transformer(nn.Module):
 
     def scale_gradient(self, gradient):
         return gradient * self.loss_scale
-
-    def compute_hidden_and_router_loss(self, batch):
-        """Return (hidden states [T, C], the loss that balances experts, summed like loss_sum).
-
-        The second is None in evaluation and without experts. In training, the tokens of each expert
-        are added to self.expert_tokens.
-        """
-        if not self.cfg["n_experts"] or not self.training or not torch.is_grad_enabled():
-            return self.compute_hidden(batch), None
-        from families import moe
-        with moe.record_routing(self.blocks) as routing:
-            x = self.compute_hidden(batch)
-        coef = self.cfg["router_aux_loss_coef"]
-        router_loss, expert_tokens = moe.router_loss(routing, batch, coef)
-        self.expert_tokens = self.expert_tokens + expert_tokens
-        return x, router_loss
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -1441,15 +1428,11 @@ def slices_of_parameter(name, shapes, m):
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
-        if family.get("fused_by_head"):
-            E = m["head_dim"]
-            n_heads = rows // E
-            first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
-            return [(tensor, first, E) for first in first_rows]
-        # 2) in the same way by expert
-        if family.get("fused_by_expert"):
-            n = rows // m["n_experts"]
-            return [(tensor, (e * len(parts) + place) * n, n) for e in range(m["n_experts"])]
+        # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
+        if family.get("fused_by_head") or family.get("fused_by_expert"):
+            n = m["head_dim"] if family.get("fused_by_head") else rows // m["n_experts"]
+            first_rows = [(i * len(parts) + place) * n for i in range(rows // n)]
+            return [(tensor, first, n) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
@@ -1499,11 +1482,6 @@ def is_transposed(name, family):
 def is_stacked(tensor, family):
     """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
     return tensor.endswith(tuple(family.get("stacked", ())))
-
-
-def stacked_shape(shape, m):
-    """[X * out, in] -> [X, out, in]"""
-    return [m["n_experts"], shape[0] // m["n_experts"], *shape[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1596,6 +1574,14 @@ class PretrainedWeights:
         short = tensor.removeprefix(self.family.get("prefix", ""))
         return short if tensor not in self.files and short in self.files else tensor
 
+    def get_slice(self, tensor):
+        """What safetensors calls so: slices of it are read from the file."""
+        stored = self.files[tensor].get_slice(tensor)
+        if is_stacked(tensor, self.family):
+            from families import moe
+            return moe.StackedSlice(stored)
+        return stored
+
     def read(self, name, start, end):
         if name in self.new_names:
             return self.new_weights.read(name, start, end)
@@ -1607,11 +1593,9 @@ class PretrainedWeights:
             low = max(start - row, 0)
             high = min(end - row, rows)
             if low < high:
-                stored = self.files[tensor].get_slice(tensor)
+                stored = self.get_slice(tensor)
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
-                elif is_stacked(tensor, self.family):
-                    out.append(read_stacked_rows(stored, first + low, first + high))
                 else:
                     out.append(stored[first + low:first + high])
             row += rows
@@ -1652,12 +1636,10 @@ class PretrainedWeights:
             shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
-            if is_stacked(tensor, self.family):
-                shape = stacked_shape(shape, self.m)
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
-            stored = self.files[tensor].get_slice(tensor)
+            stored = self.get_slice(tensor)
             if stored.get_shape() != shape:
                 wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
             elif stored.get_dtype() not in STORED_DTYPES:
@@ -1697,14 +1679,6 @@ class PretrainedWeights:
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
-
-
-def read_stacked_rows(stored, start, end):
-    """Rows start ... end - 1 of [X * out, in], of a tensor that a file has as [X, out, in]."""
-    _, n, _ = stored.get_shape()                         # rows of an expert
-    first = start // n
-    experts = stored[first:math.ceil(end / n)].flatten(0, 1)
-    return experts[start - first * n:end - first * n]
 
 
 def have_equal_rows(a, b, rows):
@@ -2048,7 +2022,7 @@ def collect_tensors(get_parameter, m, items, dtype):
             raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
                                     "dtype=bfloat16")
         if is_stacked(tensor_name, family):
-            tensor = tensor.view(stacked_shape(tensor.shape, m))
+            tensor = tensor.unflatten(0, (m["n_experts"], -1))
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

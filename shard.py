@@ -743,9 +743,9 @@ def check_adapters_of_experts(lora_cfg):
         raise configs.UserError("shard.lora.targets: PEFT loads adapters of experts only for "
                                 "gate_proj, up_proj and down_proj together; name all or none")
     if lora_cfg["rslora"]:
-        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another way; "
-                                "shard.lora.rslora=false, or shard.lora.targets without gate_proj, "
-                                "up_proj and down_proj")
+        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another "
+                                "way; shard.lora.rslora=false, or shard.lora.targets without "
+                                "gate_proj, up_proj and down_proj")
 
 
 def tensors_outside_blocks(m):
@@ -1427,12 +1427,7 @@ class StepSize:
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in model.blocks)
         self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
-        adapted = [m for m in model.blocks.modules() if isinstance(m, LoRALinear) and m.dropout]
-        # after dropout; in experts, those of each row of a token
-        k = model_cfg["n_experts_per_token"]
-        adapter_inputs = sum(layer.in_features * (k if layer.n_experts > 1 else 1)
-                             for layer in adapted)
-        self.adapter_inputs = adapter_inputs // len(model.blocks)
+        self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(model_cfg).count("linear_attention")
         self.linear_attention = n_linear / model_cfg["n_layers"]
@@ -1489,6 +1484,16 @@ def count_parameters(module, trained=None):
     """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
     return sum(p.numel() for p in module.parameters()
                if trained is None or p.requires_grad == trained)
+
+
+def count_adapter_inputs(blocks, m):
+    """Numbers per token that the blocks' adapters read after dropout, 0 without dropout."""
+    n = 0
+    for layer in blocks.modules():
+        if isinstance(layer, LoRALinear) and layer.dropout:
+            times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
+            n += times * layer.in_features
+    return n
 
 
 def count_frozen_blocks(model):

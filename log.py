@@ -577,6 +577,7 @@ def format_duration(seconds):
 # the progress of what takes long, on stderr
 
 SECONDS_PER_LINE = 30.0
+BAR_DELAY = 1.0              # seconds
 
 
 def progress(iterable, what, total=None):
@@ -612,7 +613,7 @@ class ProgressBar:
         self.start = time.monotonic()
         self.last_line = self.start
         # disable=None: not on a terminal
-        self.bar = tqdm(total=total, desc=what, leave=False, delay=1.0, **options,
+        self.bar = tqdm(total=total, desc=what, leave=False, delay=BAR_DELAY, **options,
                         disable=True if self.quiet else None)
 
     def update(self, n=1):

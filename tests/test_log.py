@@ -537,7 +537,7 @@ def test_mlflow_backend_uses_the_server_that_is_set(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    about = {"explicit": {"lr": 1.0, "data": {"train": {"a+b": 1}}}, "git": "", "command": "x", "last_step": -1}
+    about = {"explicit": {"lr": 1.0, "data.train.a+b": 1}, "git": "", "command": "x", "last_step": -1}
     run_id = None
     for lr in (1.0, 2.0):
         about["explicit"]["lr"] = lr

@@ -1,4 +1,4 @@
-"""log.py: records, console lines, backends, reports, tables and pictures."""
+"""log.py: records, console lines, backends, summaries and tables. test_report.py: report.html."""
 import importlib.util
 import json
 import math
@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 import types
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -243,6 +242,16 @@ def test_tracker_sends_the_evaluation_that_was_missing(tmp_path, backend):
     assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
 
 
+def test_tracker_gets_the_new_evaluation_of_eval_only(tmp_path, backend):
+    """The step was evaluated before, perhaps with other settings."""
+    log_steps(tmp_path, [1, 2, 3, 4])
+    backend.calls.clear()
+    logger = log.Logger(load_config(tmp_path, "log.to=[list]", "eval_only=true"), 6, 4)
+    logger.validation({"step": 4, "val/x/loss": 7.0})
+    logger.close()
+    assert backend.calls == [(tmp_path.name, 4), {"step": 4, "val/x/loss": 7.0}, "finished"]
+
+
 def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monkeypatch):
     monkeypatch.setitem(log.BACKENDS, "other", type("Other", (ListBackend,), {"calls": []}))
     log_steps(tmp_path, [1, 2, 3], to="other")
@@ -396,7 +405,7 @@ def test_tracker_shows_one_run_after_restarts(tmp_path, monkeypatch, script, tra
     assert found["loss"] == curve
     assert found["validation"] == [(2, 2.0), curve[3]]
     assert found["runs"] == 1 and found["status"] == "killed"
-    assert found["git"] == "0c20973-dirty" and found["command"] == "train.py configs/ft.yaml lr=0.5"
+    assert found["git"] == "0c20973-dirty" and found["command"] == "python train.py configs/ft.yaml lr=0.5"
     assert found["config"]["model"]["n_layers"] == 3 and found["config"]["seed"] == 0
     assert found["config"]["explicit"]["lr"] == 0.5 and found["config"]["explicit"]["model.n_layers"] == 3
     assert len(found["answers"]) >= 2 and "2 + 2 = " in str(found["answers"])
@@ -798,8 +807,10 @@ def test_describe_run_of_a_resumed_run(start):
 
 def finished_run(folder, step, total_steps, resumed_step, export=True, has_chats=True):
     """What final_summary needs of a train.Run whose folder holds records."""
-    answers = {"chats": [("2 + 2 = ", "4\n", "4"), ("3 + 3 = ", "7", "6"), ("1 + 1 = ", "2", "2")],
-               "other": [("a", "b", "b")]}
+    keys = ("prompt", "answer", "reference", "exact_match")
+    answers = {"chats": [("2 + 2 = ", "4\n", "4", 1.0), ("3 + 3 = ", "7", "6", 0.0), ("1 + 1 = ", "2", "2", 1.0)],
+               "other": [("a", "b", "b", 1.0)]}
+    answers = {label: [dict(zip(keys, sample)) for sample in samples] for label, samples in answers.items()}
     return types.SimpleNamespace(
         cfg={"out_dir": str(folder), "samples": 2, "checkpoint": {"export": export}},
         answers=answers, resumed_step=resumed_step,
@@ -828,11 +839,6 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
     assert of_text[-1] == f'let it continue a text: python model.py \'{folder}\' "..."'
     not_exported = log.final_summary(finished_run(folder, 83, 83, 0, export=False))
     assert not any(line.startswith("chat with it") for line in not_exported)
-
-
-def test_shorten_gaps_counts_empty_lines():
-    assert log.shorten_gaps("a\n\n\nb") == "a\n\n\nb"
-    assert log.shorten_gaps("a\n\n\n\nb" + "\n" * 50) == "a\n[3 empty lines]\nb\n[49 empty lines]\n"
 
 
 def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path):
@@ -881,7 +887,7 @@ def test_read_names_a_line_that_is_not_a_record(tmp_path):
         log.read(tmp_path)
 
 
-def test_main_prints_a_table_and_draws_curves(tmp_path, script):
+def test_main_prints_a_table_and_writes_the_report(tmp_path, script):
     a = write_run(tmp_path / "a", 4.0, 3.0, 2.0)
     b = write_run(tmp_path / "b", 5.0, 1.0)
     out = script("log.py", a, b)
@@ -890,40 +896,8 @@ def test_main_prints_a_table_and_draws_curves(tmp_path, script):
     assert rows["run"][1:5] == ["step", "loss", "x/exact_match", "x/loss"]
     assert rows[str(a)][1:3] == ["3", "2.0000"] and rows[str(b)][1:3] == ["2", "1.0000"]
     assert rows[str(a)][3:5] == ["0.2500", "1.5000"] and rows[str(a)][-1] == "█▅▁"
-    assert rows["curves:"] == ["curves:", str(a / "curves.svg")]
-
-
-def test_curves_draws_a_line_per_loss(tmp_path):
-    """Training and validation losses of each run; other metrics and unknown values are left out."""
-    runs = {"<a>": log.read(write_run(tmp_path / "a", 4.0, float("nan"), 2.0)),
-            "b": log.read(write_run(tmp_path / "b", 5.0))}
-    picture = ET.fromstring(log.curves(runs))
-    lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert len(lines) == 4
-    assert {"<a> loss", "<a> val/x/loss", "b loss", "b val/x/loss"} <= set(texts)
-    first, last = [tuple(map(float, point.split(","))) for point in lines[0].get("points").split()]
-    assert first[0] < last[0] and first[1] < last[1]         # the loss falls: y grows downwards
-    for line in lines:
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert log.LEFT <= x <= log.RIGHT and log.TOP <= y <= log.BOTTOM
-
-
-@pytest.mark.parametrize("losses, title", [([8.0, 4.0, 2.0], "loss (logarithmic), by step"),
-                                           ([8.0, 3.0, -2.0], "loss (linear), by step")])
-def test_curves_scale_is_logarithmic_unless_a_loss_is_negative(losses, title):
-    """The curve falls by as many pixels in each of its two steps."""
-    runs = {"a": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]}
-    picture = ET.fromstring(log.curves(runs))
-    assert title in [element.text for element in picture.iter() if element.tag.endswith("text")]
-    line, = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
-    assert heights == [log.TOP, (log.TOP + log.BOTTOM) / 2, log.BOTTOM]
-
-
-def test_curves_of_runs_without_losses_is_a_picture():
-    assert ET.fromstring(log.curves({"a": [{"step": 0}], "b": []})).tag.endswith("svg")
+    assert rows["report:"] == ["report:", str(a / "report.html")]
+    assert (a / "report.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("values, text", [([], ""), ([2.0], "▁"), ([1.0, 1.0], "▁▁"),

@@ -158,9 +158,8 @@ def test_resume_from_a_named_checkpoint(tiny):
     with pytest.raises(ValueError, match="lr"):                      # within its own folder a run keeps its keys
         main(tiny("max_steps=8", "save_every=4", "eval_every=0", "lr=5e-3", f"resume={four}", out="base"))
     assert [p.name for p in checkpoint.list_checkpoints(base[0]["out_dir"])] == ["00000004", "00000008"]
-    for more in ("optimizer=muon", "dtype=bfloat16"):                # what is in it can't go on so
-        with pytest.raises(ValueError, match=more.split("=")[0]):
-            main(tiny("max_steps=8", "eval_every=0", f"resume={four}", more, out="strange"))
+    with pytest.raises(ValueError, match="optimizer"):               # what is in it can't go on so
+        main(tiny("max_steps=8", "eval_every=0", f"resume={four}", "optimizer=muon", out="strange"))
 
 
 def test_resume_from_an_own_checkpoint_abandons_the_later_ones(tiny, monkeypatch):
@@ -343,7 +342,8 @@ def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch
     with pytest.raises(SystemExit) as e:
         main(loaded)
     assert e.value.code == 128 + signal.SIGTERM
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "code", "config.yaml", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "code", "config.yaml", "documents.txt",
+                                                     "metrics.jsonl", "starts.jsonl"]
     monkeypatch.undo()
     main(loaded)
     assert (out / "hf" / "model.safetensors").is_file()
@@ -893,7 +893,7 @@ def test_best_checkpoint_is_kept_and_exported_and_patience_ends_the_run(tiny, sc
     assert (out / "checkpoints" / "best").resolve().name == f"{best:08}"
     exported, kept = load_file(out / "hf" / "model.safetensors"), weights(loaded[0], best)["model.safetensors"]
     assert torch.equal(exported["model.embed_tokens.weight"], kept["embed.weight"])
-    listing = script("checkpoint.py", "ls", out).stdout.splitlines()
+    listing = script("checkpoint.py", "ls", out).stdout.splitlines()[1:]
     assert [line.split()[-1] for line in listing] == ["best", "latest"]
     before = (out / "metrics.jsonl").read_text()
     run(loaded)
@@ -1172,7 +1172,7 @@ def test_setup_refuses_an_out_dir_with_another_run(tiny):
     (["shard.lora.r=2", "optimizer=muon"], ["optimizer", "muon", "adamw"]),
     (["model.rope_scaling=5"], ["model.rope_scaling", "5"]),
     (["model.rope_scaling={rope_type: llama3, factor: 8.0}"], ["rope_scaling.low_freq_factor"]),
-    (["model.rope_scaling={rope_type: yarn}"], ["yarn", "llama3"]),
+    (["model.rope_scaling={rope_type: dynamic}"], ["dynamic", "llama3"]),
     (["model.loss_options={label_smoothing: abc}"], ["label_smoothing", "abc"]),
     (["out_dir=README.md/run"], ["out_dir", "README.md"])])
 def test_setup_reports_mistakes_in_one_line(tiny, more, words):

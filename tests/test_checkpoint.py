@@ -615,6 +615,7 @@ def test_check_same_data_names_changed_sources_and_the_ways_on(stopped, tiny):
     with pytest.raises(configs.UserError, match="data.train.chats: source; data.train.more") as e:
         checkpoint.check_same_data(state, changed, cfg)
     assert names_every_way_on(e) and "options" not in str(e.value)
+    assert f"resume={path} out_dir=NEW" in str(e.value)
     # resume=latest, or a new run from this checkpoint
     checkpoint.check_same_data(state, changed, tiny("resume=latest")[0])
     checkpoint.check_same_data(state, changed, tiny(f"resume={path}", out="new")[0])

@@ -3,8 +3,9 @@
     python log.py out/ft out/lora       compare runs: a table, and out/ft/report.html for a browser
     python log.py out/ft watch=true     a live view in the terminal, until the run ends
 
-A record is a flat dict of numbers. README.md defines them; null is a value that is not known. With
-log.to=wandb (or mlflow, or tensorboard, if it is installed) the same records are sent there.
+A record is a flat dict of numbers. docs/metrics.md defines them; null is a value that is not
+known. With log.to=wandb (or another of BACKENDS, if it is installed) the same records are sent
+there.
 
 Logging a step does not wait for the device: the tensors of a record are read when the next record
 arrives, and by then they have been computed. print(), validation(), flush() and close() wait.
@@ -12,6 +13,7 @@ arrives, and by then they have been computed. print(), validation(), flush() and
 This module is ordered like a run: backends, the logger, the profile of one step, the reports before
 the first step and after the last one, the table, the report and the live view of runs.
 """
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -22,6 +24,7 @@ import math
 import operator
 import os
 import re
+import secrets
 import shlex
 import shutil
 import statistics
@@ -29,76 +32,210 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 import configs
 
 
 # --------------------------------------------------------------------------------------------------
 # backends: other places for the records
-#
-# A backend is created with (cfg, folder of the run); log() gets the known numbers of one record.
-# An experiment can register another one in BACKENDS.
 
-class WandbBackend:
-    """A resumed run continues its wandb run, whose id is in out_dir/wandb_id."""
+class Backend:
+    """A tracker that gets the records of a run. An experiment can register another in BACKENDS.
 
-    def __init__(self, cfg, folder):
+    It is created with
+
+    cfg     the config
+    folder  of the run
+    run_id  what .id was at the first start of this run; None at the first start
+    about   {"explicit": {key: value} of the keys that were set, "git": text or None, "command":
+            text, "last_step": of the records that the run resumes with, -1 without any}
+    """
+    id = None                 # names the run; kept in the run's folder
+    last_step = math.inf      # later steps are not in the tracker, even if they were sent
+
+    def log(self, record):
+        """record: {"step": number, ...} without unknown values, of a step or of an evaluation."""
+
+    def log_answers(self, step, answers):
+        """answers: of an evaluation, see Logger.validation."""
+
+    def close(self, status):
+        """status: finished, failed (an exception) or killed (a signal)."""
+
+
+COLUMNS = ["label", "prompt", "answer", "reference"]     # of a table of answers
+
+
+class WandbBackend(Backend):
+    def __init__(self, cfg, folder, run_id, about):
         import wandb
-        id_file = folder / "wandb_id"
-        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
+        self.wandb = wandb
         if run_id is None:
             warn_of_run_id("WANDB_RUN_ID")
         self.run = wandb.init(project=cfg["log"]["project"], name=folder.name, dir=str(folder),
-                              config=cfg, id=run_id, resume="allow")
-        write_atomic(id_file, self.run.id)
+                              id=run_id, resume="allow")
+        self.id = self.run.id
+        # a resumed run may have changed keys, which config= does not accept
+        self.run.config.update(all_settings(cfg, about), allow_val_change=True)
+        self.run.define_metric("*", step_metric="step")
+        # A process that is killed may not have sent all of its records: the server knows. Offline,
+        # each start has a folder of its own, which gets the whole curve (for wandb sync).
+        self.last_step = -1 if self.run.offline else self.run.step - 1
 
     def log(self, record):
-        self.run.log(record, step=record["step"])
+        self.log_row(record["step"], record)
 
-    def close(self):
-        self.run.finish()
+    def log_answers(self, step, answers):
+        table = self.wandb.Table(columns=COLUMNS, data=as_rows(answers))
+        self.log_row(step, {"step": step, "answers": table})
+
+    def log_row(self, step, row):
+        """Log a row whose position on the x-axis is row["step"].
+
+        wandb drops rows below its own counter. After a restart the counter is one above the last
+        step, and the evaluation of that step may be missing: it becomes a row of its own.
+        """
+        is_late = step < self.run.step
+        self.run.log(row, step=max(step, self.run.step), commit=is_late or None)
+
+    def close(self, status):
+        self.run.summary["status"] = status
+        self.run.finish(exit_code=0 if status == "finished" else 1)
 
 
-class MlflowBackend:
-    """A resumed run continues its mlflow run, whose id is in out_dir/mlflow_id."""
+class MlflowBackend(Backend):
+    """Without MLFLOW_TRACKING_URI, everything is in the run's folder: mlflow.db and mlflow/."""
 
-    def __init__(self, cfg, folder):
+    def __init__(self, cfg, folder, run_id, about):
         import mlflow
         self.mlflow = mlflow
-        id_file = folder / "mlflow_id"
-        run_id = id_file.read_text(encoding="utf-8") if id_file.is_file() else None
+        project = cfg["log"]["project"]
+        self.is_local = not mlflow.is_tracking_uri_set()
+        if self.is_local:
+            folder = folder.absolute()
+            mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+            if mlflow.get_experiment_by_name(project) is None:
+                mlflow.create_experiment(project, artifact_location=(folder / "mlflow").as_uri())
         if run_id is None:
             warn_of_run_id("MLFLOW_RUN_ID")
-            mlflow.set_experiment(cfg["log"]["project"])
+            mlflow.set_experiment(project)
         run = mlflow.start_run(run_id=run_id, run_name=folder.name)
-        write_atomic(id_file, run.info.run_id)
+        self.id = run.info.run_id
+        # A parameter cannot be changed: of keys that changed at a resume, the first value stays.
+        # config.yaml has the new one.
+        params = {mlflow_name(key): value for key, value in set_keys(about).items()}
+        mlflow.log_params({key: params[key] for key in params.keys() - run.data.params.keys()})
+        tags = {"command": about["command"], "git": about["git"]}
+        mlflow.set_tags({key: value for key, value in tags.items() if value})
+        mlflow.log_text(configs.dump(cfg), "config.yaml")
 
     def log(self, record):
-        self.mlflow.log_metrics(record, step=record["step"])
+        numbers = {mlflow_name(key): value for key, value in record.items()}
+        self.mlflow.log_metrics(numbers, step=record["step"])
 
-    def close(self):
-        self.mlflow.end_run()
+    def log_answers(self, step, answers):
+        self.mlflow.log_text(as_markdown(answers), f"answers/{step:08}.md")
+
+    def close(self, status):
+        self.mlflow.end_run(status.upper())
+        if self.is_local:
+            self.mlflow.set_tracking_uri(None)   # another run of this process has its own
 
 
-class TensorboardBackend:
-    def __init__(self, cfg, folder):
+class TensorboardBackend(Backend):
+    def __init__(self, cfg, folder, run_id, about):
         from torch.utils.tensorboard import SummaryWriter
         # the files of earlier starts may hold later steps, which this one repeats
-        last_step = max((record["step"] for record in read(folder)), default=-1)
-        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1)
+        self.last_step = about["last_step"]
+        self.next_step = self.last_step + 1
+        self.writer = SummaryWriter(str(folder), purge_step=self.next_step)
+        for name, value in all_settings({"config": cfg}, about).items():
+            self.add_text(name, as_code(value))
+
+    def add_text(self, name, text):
+        self.writer.add_text(name, text, self.next_step)
 
     def log(self, record):
+        self.next_step = record["step"]
         for key, value in record.items():
             self.writer.add_scalar(key, value, record["step"])
         self.writer.flush()
 
-    def close(self):
+    def log_answers(self, step, answers):
+        self.writer.add_text("answers", as_markdown(answers), step)
+        self.writer.flush()
+
+    def close(self, status):
+        self.add_text("status", status)
         self.writer.close()
 
 
-BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": TensorboardBackend}
+class TrackioBackend(Backend):
+    def __init__(self, cfg, folder, run_id, about):
+        import trackio
+        self.trackio = trackio
+        # trackio resumes a run by its name, which two folders may share
+        self.id = run_id or f"{folder.name}-{secrets.token_hex(3)}"
+        self.run = trackio.init(project=cfg["log"]["project"], name=self.id, resume="allow",
+                                config=all_settings(cfg, about), embed=False)
+        # a thread writes the records: a process that is killed loses the last ones
+        self.last_step = getattr(self.run, "_next_step", math.inf) - 1
+
+    def log(self, record):
+        numbers = {key: value for key, value in record.items() if key != "step"}    # a reserved key
+        self.run.log(numbers, step=record["step"])
+
+    def log_answers(self, step, answers):
+        table = self.trackio.Table(columns=COLUMNS, data=as_rows(answers))
+        self.run.log({"answers": table}, step=step)
+
+    def close(self, status):
+        if status != "finished":
+            self.run.alert(f"run {status}", level=self.trackio.AlertLevel.ERROR)
+        self.trackio.finish()
+
+
+BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": TensorboardBackend,
+            "trackio": TrackioBackend}
 
 
 PACKAGES = tuple(BACKENDS)                        # each is a package of that name
+
+
+def set_keys(about):
+    """The keys that were set -> {"model.n_layers": 4, ...}"""
+    return configs.flat(about["explicit"])
+
+
+def all_settings(cfg, about):
+    """The config, with the keys that were set, the version of the code and the command line."""
+    return cfg | {"explicit": set_keys(about), "git": about["git"], "command": about["command"]}
+
+
+def mlflow_name(key):
+    """A name that mlflow accepts for a metric or a parameter."""
+    return re.sub(r"[^/\w.\- ]", "_", key)
+
+
+def as_rows(answers):
+    rows = []
+    for label, samples in answers.items():
+        rows += [[label, *(sample[key] for key in COLUMNS[1:])] for sample in samples]
+    return rows
+
+
+def as_markdown(answers):
+    parts = []
+    for label, prompt, answer, reference in as_rows(answers):
+        parts += [f"**{label}**", as_code(prompt + answer), f"expected: {reference}"]
+    return "\n\n".join(parts)
+
+
+def as_code(value):
+    """A text, or a section as yaml -> a block of code in markdown."""
+    text = configs.dump(value) if isinstance(value, dict) else value
+    return "    " + text.replace("\n", "\n    ")
 
 
 def check_backends(cfg):
@@ -132,43 +269,76 @@ def warn_of_run_id(variable):
 
 
 class Tracker:
-    """A backend that cannot end the run: its first failure is a warning, and the run continues.
+    """Sends each record to a backend once. It cannot end the run: its first failure is a warning.
 
-    With each record, the backend is opened if that has failed before, and the record before is sent
-    again if it has failed. After a failure of more than a second, this pauses for nine times as
-    long, so that an unreachable server takes a tenth of the time.
+    out_dir/tracker_NAME.json has the id of the backend's run and the last steps that were sent. A
+    resumed run first sends the records that the backend does not have yet, which are all of them if
+    the folder continues another one. Steps that are done again are not sent again, unless the
+    backend has lost or deleted them (Backend.last_step).
+
+    After a failure, what has failed is tried again with the next record; a record that has failed
+    twice is given up. After a failure of more than a second, this pauses for nine times as long, so
+    that an unreachable server takes a tenth of the time.
+
+    records  those that the run resumes with; see Logger
+    answers  {step: those of that evaluation}
     """
 
-    def __init__(self, name, cfg, folder):
+    def __init__(self, name, cfg, folder, about, records, answers):
         self.name = name
         self.arguments = (cfg, folder)
+        self.about = about
         self.backend = None                      # until it is open
-        self.unsent = []                         # records, at most two
+        self.unsent = [(record, answers.get(record["step"], {})) for record in records]
+        self.tries = 0                           # to send the first of them
+        self.path = folder / f"tracker_{name}.json"
+        self.state = {"id": None, "train": -1, "validation": -1}
+        if self.path.is_file():
+            self.state = json.loads(self.path.read_text(encoding="utf-8"))
         self.paused_until = 0.0                  # of time.monotonic()
         self.has_failed = False
         self.attempt(self.send)
 
-    def log(self, record):
-        self.unsent = [*self.unsent[-1:], record]
+    def log(self, record, answers):
+        self.unsent.append((record, answers))
         if time.monotonic() >= self.paused_until:
             self.attempt(self.send)
 
     def send(self):
         if self.backend is None:
-            self.backend = BACKENDS[self.name](*self.arguments)
+            self.open()
         while self.unsent:
-            self.backend.log(self.unsent[0])
+            if self.tries < 2:
+                self.tries += 1
+                self.send_record(*self.unsent[0])
             del self.unsent[0]
+            self.tries = 0
+        write_atomic(self.path, json.dumps(self.state) + "\n")
 
-    def close(self):
+    def send_record(self, record, answers):
+        kind = "validation" if is_eval_record(record) else "train"
+        if record["step"] > self.state[kind]:
+            self.backend.log(record)
+            self.state[kind] = record["step"]
+            if answers and kind == "validation":
+                self.backend.log_answers(record["step"], answers)
+
+    def open(self):
+        backend = BACKENDS[self.name](*self.arguments, self.state["id"], self.about)
+        self.state["id"] = backend.id
+        for kind in ("train", "validation"):
+            self.state[kind] = min(self.state[kind], backend.last_step)
+        self.backend = backend
+
+    def close(self, status):
         if self.backend is not None:
             self.attempt(self.send)
-            self.attempt(self.backend.close)
+            self.attempt(self.backend.close, status)
 
-    def attempt(self, function):
+    def attempt(self, function, *args):
         start = time.monotonic()
         try:
-            function()
+            function(*args)
         except Exception as error:               # of any kind: backends and networks have many
             now = time.monotonic()
             if now - start > 1:
@@ -193,11 +363,15 @@ class Logger:
     total_steps     steps of the whole run
     resumed_step    the step that the run resumes from; 0 for a new run
     seconds_before  seconds of the earlier starts of the run
+    continued       the folder of another run whose records, up to that step, this one begins with
+    explicit        the keys that were set, for the backends; see Backend
+    git             the version of the code, for the backends
 
     Raises UserError if the folder cannot be created. check_backends() checks log.to before.
     """
 
-    def __init__(self, cfg, total_steps, resumed_step=0, seconds_before=0.0):
+    def __init__(self, cfg, total_steps, resumed_step=0, seconds_before=0.0, continued=None,
+                 explicit={}, git=None):
         folder = Path(cfg["out_dir"])
         self.total_steps = total_steps
         self.resumed_step = resumed_step
@@ -205,9 +379,24 @@ class Logger:
         self.pending = None                      # the record of a step that is not written yet
         self.unwritten = b""                     # lines for which the disk had no room
         make_folder(folder)
+        source = Path(continued or folder)
+        records = records_until(resumed_step, source, "metrics.jsonl")
+        evaluations = records_until(resumed_step, source, "evaluations.jsonl")
         self.path = folder / "metrics.jsonl"
-        self.file = open_metrics(self.path, resumed_step)
-        self.trackers = [Tracker(name, cfg, folder) for name in cfg["log"]["to"]]
+        self.evaluations_path = folder / "evaluations.jsonl"
+        if cfg["eval_only"]:                     # another evaluation replaces that of this step
+            records = [record for record in records
+                       if record["step"] < resumed_step or not is_eval_record(record)]
+            evaluations = [line for line in evaluations if line["step"] < resumed_step]
+        write_records(self.path, records)
+        write_records(self.evaluations_path, evaluations)
+        self.file = open(self.path, "ab", buffering=0)
+        about = {"explicit": explicit, "git": git or "unknown", "command": command_line(),
+                 "last_step": max((record["step"] for record in records), default=-1)}
+        records = [without_unknown(record) for record in records]
+        answers = {line["step"]: line["answers"] for line in evaluations}
+        self.trackers = [Tracker(name, cfg, folder, about, records, answers)
+                         for name in cfg["log"]["to"]]
 
     def print(self, text=""):
         """Print a line that is not a record."""
@@ -227,16 +416,31 @@ class Logger:
             record = self.write(record)
             print(self.format_step(record), flush=True)
 
-    def validation(self, record):
-        """Log {"step", "val/LABEL/loss", "val/LABEL/<metric>", ...}."""
+    def validation(self, record, answers={}, seconds=0.0):
+        """Log an evaluation: {"step", "val/LABEL/loss", "val/LABEL/<metric>", ...}.
+
+        answers  {label: [{"prompt", "answer", "reference", "<metric>", ...}]}
+        seconds  that it has taken
+        """
         self.flush()
-        record = self.write(record)
+        self.write_evaluation(record["step"], seconds, answers)
+        record = self.write(record, answers)
         step = record.pop("step")
         fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
                   for key, value in record.items()]
         print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
 
-    def write(self, record):
+    def write_evaluation(self, step, seconds, answers):
+        """Append to evaluations.jsonl. A full disk does not end the run."""
+        line = json.dumps({"step": step, "seconds": seconds, "answers": answers})
+        try:
+            with open(self.evaluations_path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            print(f"{self.evaluations_path} cannot be written ({e.strerror}); the run continues",
+                  flush=True)
+
+    def write(self, record, answers={}):
         """Append a record to metrics.jsonl, pass it to the backends, return its plain numbers.
 
         If the disk is full, the run continues, and the line is written with a later one.
@@ -250,16 +454,22 @@ class Logger:
                 self.unwritten = self.unwritten[n_bytes:]
         except OSError as e:
             print(f"{self.path} cannot be written ({e.strerror}); the run continues", flush=True)
-        known = {key: value for key, value in record.items() if value is not None}
         for tracker in self.trackers:
-            tracker.log(known)
+            tracker.log(without_unknown(record), answers)
         return record
 
-    def close(self):
-        self.flush()
+    def close(self, status="finished"):
+        """status: see Backend.close. Later calls do nothing."""
+        try:
+            self.flush()
+        except Exception:
+            # of a failed run, the last record may be on a device that fails, too
+            if status != "failed":
+                raise
         self.file.close()
         for tracker in self.trackers:
-            tracker.close()
+            tracker.close(status)
+        self.trackers = []
 
     def format_step(self, record):
         step = record["step"]
@@ -297,10 +507,10 @@ class NullLogger:
     def flush(self):
         pass
 
-    def validation(self, record):
+    def validation(self, record, answers={}, seconds=0.0):
         pass
 
-    def close(self):
+    def close(self, status="finished"):
         pass
 
 
@@ -313,15 +523,20 @@ def make_folder(folder):
         raise configs.UserError(message) from None
 
 
-def open_metrics(path, resumed_step):
-    """Open metrics.jsonl to append to, without its records of steps after `resumed_step`.
+def records_until(step, folder, name):
+    """The records up to a step, which a run that resumes from it keeps. Step 0 is a new run: []"""
+    records = read(folder, name) if step else []
+    return [record for record in records if record["step"] <= step]
 
-    The run computes these steps again. With resumed_step 0 the file starts empty.
-    """
-    records = read(path.parent) if resumed_step else []
-    kept = [json.dumps(record) + "\n" for record in records if record["step"] <= resumed_step]
-    write_atomic(path, "".join(kept))
-    return open(path, "ab", buffering=0)
+
+def write_records(path, records):
+    """Replace a file of records. Without records no file is created."""
+    if records or path.is_file():
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def without_unknown(record):
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def write_atomic(path, text):
@@ -356,6 +571,68 @@ def format_duration(seconds):
     if hours:
         return f"{hours}:{minutes:02}:{seconds:02}"
     return f"{minutes}:{seconds:02}"
+
+
+# --------------------------------------------------------------------------------------------------
+# the progress of what takes long, on stderr
+
+SECONDS_PER_LINE = 30.0
+
+
+def progress(iterable, what, total=None):
+    """Yield the items of an iterable, with a ProgressBar.
+
+    total  number of items; None: len(iterable), or not known
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with ProgressBar(what, total) as bar:
+        for item in iterable:
+            yield item
+            bar.update()
+
+
+class ProgressBar:
+    """On a terminal a tqdm bar, elsewhere a line every 30 s; on rank 0 only.
+
+    Both show rate and time left. Nothing is shown of what takes less than a second, and nothing of
+    the bar is left at the end.
+
+    what     a verb and its object, e.g. "export out/ft/hf"
+    total    number of units; None: not known
+    options  of tqdm: unit, unit_scale
+    """
+
+    def __init__(self, what, total=None, quiet=False, **options):
+        self.what = what
+        self.total = total
+        self.options = options
+        self.quiet = quiet or os.environ.get("RANK", "0") != "0"
+        self.n = 0
+        self.start = time.monotonic()
+        self.last_line = self.start
+        # disable=None: not on a terminal
+        self.bar = tqdm(total=total, desc=what, leave=False, delay=1.0, **options,
+                        disable=True if self.quiet else None)
+
+    def update(self, n=1):
+        self.bar.update(n)
+        self.n += n
+        now = time.monotonic()
+        if self.bar.disable and not self.quiet and now - self.last_line >= SECONDS_PER_LINE:
+            self.last_line = now
+            line = tqdm.format_meter(self.n, self.total, now - self.start, ncols=0,
+                                     prefix=self.what, **self.options)
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exception):
+        self.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,22 +687,151 @@ def describe_kernels(events, device):
 # --------------------------------------------------------------------------------------------------
 # for the training loop: the hardware, and the best step
 
-# dense bf16 and fp16 FLOP/s from NVIDIA's data sheets. Other devices have no MFU.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+# (name of the device in torch: a regular expression; 10^12 FLOP/s of matrix products in bf16 and
+# fp16, without sparsity and accumulated in fp32; in fp32, without TF32). The first match counts.
+# Sources: the data sheets of H100, H200, HGX B200, A100, L40S, L4, T4, V100 and MI300X, and the
+# whitepapers of the RTX generations Ada and Blackwell. Some data sheets have twice the first
+# number, which is with sparsity. T4 and V100 have no bf16, so their first number is of fp16.
+PEAK_TFLOPS = (
+    (r"H100 PCIe", 756, 51),
+    (r"H100 NVL", 835, 60),
+    (r"H100 \d+GB HBM3", 989, 67),                   # SXM
+    (r"H200 NVL", 835, 60),
+    (r"\bH200", 989, 67),                            # SXM; not GH200
+    (r"\bB200", 2250, 75),
+    (r"A100[- ]", 312, 19.5),                        # SXM4 and PCIe
+    (r"L40S", 362, 91.6),
+    (r"\bL4$", 121, 30.3),
+    (r"RTX 4090$", 165.2, 82.6),                     # not 4090 D, nor one of a laptop
+    (r"RTX 5090$", 209.5, 104.8),
+    (r"\bT4$", 65, 8.1),
+    (r"V100-SXM", 125, 15.7),
+    (r"V100-PCIE", 112, 14),
+    (r"MI300X", 1307, 163.4),
+)
 
 
 def peak_flops(device, dtype):
     """The peak FLOP/s of a device in the dtype of the computation; None if it is not known."""
     import torch
-    if device.type != "cuda" or dtype == torch.float32:
+    if device.type != "cuda":
         return None
-    device_name = torch.cuda.get_device_name(device)
-    if "PCIe" in device_name or "NVL" in device_name:    # slower than the SXM card of that name
+    return peak_flops_of(torch.cuda.get_device_name(device), is_fp32=dtype == torch.float32)
+
+
+def peak_flops_of(device_name, is_fp32):
+    if "MIG " in device_name:                        # a part of a card
         return None
-    for name, flops in PEAK_FLOPS.items():
-        if name in device_name:
-            return flops
+    for pattern, tflops, fp32_tflops in PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return (fp32_tflops if is_fp32 else tflops) * 1e12
     return None
+
+
+# what training waits for, and its name in a report
+CAUSES = {"data": "data", "save": "a save", "ranks": "other ranks"}
+FEWEST_STEPS = 10            # before which no step is slow: compilation, first allocations
+SLOW_FACTOR = 3              # a slow step takes this many times the median ...
+SLOW_SECONDS = 0.5           # ... and is this much longer
+
+
+class Meter:
+    """Where the time of training goes: since the last record, and in the slowest step since then.
+
+    waits    {cause: seconds so far}. data: waiting for micro-batches; save: for the copy that a
+             checkpoint is written from; ranks: for other ranks, in collectives on the host;
+             evaluation: all of it, which does not count as time of training
+    tokens   trained since the last record
+    slowest  step since the last record: {"step", "seconds", "median": of the steps before, cause:
+             seconds}
+    """
+
+    def __init__(self):
+        self.waits = {"data": 0.0, "save": 0.0, "ranks": 0.0, "evaluation": 0.0}
+        self.recent = collections.deque(maxlen=50)       # seconds of the last steps
+        self.start()
+
+    def start(self):
+        """Training starts, or goes on after something that is no part of it."""
+        self.start_interval()
+        self.start_step()
+
+    def start_interval(self):
+        self.tokens = 0
+        self.interval = Stopwatch(self.waits)
+        self.slowest = {"step": 0, "seconds": 0.0, "median": math.inf} | dict.fromkeys(CAUSES, 0.0)
+
+    def start_step(self):
+        self.step = Stopwatch(self.waits)
+
+    @contextlib.contextmanager
+    def waiting(self, cause):
+        start = time.perf_counter()
+        yield
+        self.waits[cause] += time.perf_counter() - start
+
+    def end_step(self, step):
+        seconds, waits = self.step.read()
+        if seconds > self.slowest["seconds"]:
+            median = math.inf
+            if len(self.recent) >= FEWEST_STEPS:
+                median = statistics.median(self.recent)
+            self.slowest = {"step": step, "seconds": seconds, "median": median} | waits
+        self.recent.append(seconds)
+        self.start_step()
+
+    def numbers(self):
+        """For compare_ranks: of each cause its share of the time since the last record, and its
+        seconds in the slowest step."""
+        seconds, waits = self.interval.read()
+        shares = [waits[cause] / seconds for cause in CAUSES]
+        return shares + [self.slowest[cause] for cause in CAUSES]
+
+
+class Stopwatch:
+    """Seconds since it was created, without evaluations, and those spent waiting (Meter.waits)."""
+
+    def __init__(self, waits):
+        self.start = time.perf_counter()
+        self.waits = waits
+        self.waits_before = dict(waits)
+
+    def read(self):
+        """(seconds, {cause: seconds})"""
+        waited = {cause: self.waits[cause] - before for cause, before in self.waits_before.items()}
+        seconds = time.perf_counter() - self.start - waited.pop("evaluation")
+        return seconds, waited
+
+
+def compare_ranks(by_rank, slowest):
+    """What a record says about memory and waiting -> ({key: number}, text about a slow step or "").
+
+    by_rank  for each rank [peak_memory(), *Meter.numbers()]
+    slowest  rank 0's Meter.slowest
+    """
+    memory, *waits = zip(*by_rank)               # of each a tuple with a number per rank
+    data, save, ranks, *slow_waits = waits
+    record = {"memory": int(memory[0]), "data_wait": data[0], "save_wait": save[0]}
+    if len(by_rank) > 1:
+        record |= {"memory_max": int(max(memory)), "data_wait_max": max(data),
+                   "save_wait_max": max(save), "rank_wait": ranks[0],
+                   "slowest_rank": ranks.index(min(ranks))}
+    seconds = slowest["seconds"]
+    median = slowest["median"]
+    if seconds < SLOW_FACTOR * median or seconds < median + SLOW_SECONDS:
+        return record, ""
+    record |= {"slow_step": slowest["step"], "slow_seconds": seconds}
+    causes = []
+    for cause, of_ranks in zip(CAUSES, slow_waits):
+        # every rank waits for the one that waits for data; only that one names the cause
+        wait = of_ranks[0] if cause == "ranks" else max(of_ranks)
+        record[f"slow_{cause}_wait"] = wait
+        if wait > 0.1 * seconds:
+            where = f" (rank {of_ranks.index(wait)})" if len(by_rank) > 1 else ""
+            causes.append(f"{wait:.1f} s for {CAUSES[cause]}{where}")
+    waited = ", ".join(causes) or "neither for data nor for a save or another rank"
+    return record, (f"step {slowest['step']:,} took {seconds:.1f} s, {seconds / median:.1f} times "
+                    f"the median of the steps before; it waited {waited}")
 
 
 def peak_memory(device):
@@ -452,19 +858,19 @@ def parse_best(best):
     return best.removeprefix("max "), best.startswith("max ")
 
 
-def sort_steps_by(records, best):
+def sort_steps_by(records, best, first_step=0):
     """Sort the logged steps by a metric: (steps from best to worst, evaluations since the best).
 
-    best: see parse_best. Of equal values the earlier step is better. Step 0 is left out, because
-    nothing is trained yet. Steps may have no checkpoint.
+    best: see parse_best. Of equal values the earlier step is better. Steps up to first_step are
+    left out, because the run in this folder has trained nothing yet. Steps may have no checkpoint.
     """
     key, is_maximized = parse_best(best)
-    points = [point for point in series(records, key) if point[0] > 0]
+    points = [point for point in series(records, key) if point[0] > first_step]
     points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
     steps = [step for step, _ in points]
     evaluated = {record["step"]: record for record in records if is_eval_record(record)}
     if not steps:                                        # all are NaN, or the metric is new
-        return [], sum(step > 0 and key in record for step, record in evaluated.items())
+        return [], sum(step > first_step and key in record for step, record in evaluated.items())
     return steps, sum(step > steps[0] for step in evaluated)
 
 
@@ -498,10 +904,13 @@ def describe_run(run):
     import tokenize_data
     lines = []
     for kind, sources in run.data.items():
+        if kind == "train" and run.cfg["eval_only"]:
+            continue
         for name, tokens in sources.items():
             lines.append("data      " + tokenize_data.summary(f"{kind}.{name}", tokens))
     lines.append("model     " + describe_model(run))
-    lines += describe_length(run)
+    if not run.cfg["eval_only"]:
+        lines += describe_length(run)
     lines.append("device    " + describe_device(run))
     if run.resume_path:
         lines.append(f"resume    {run.resume_path}: {run.resumed_step:,} of "
@@ -628,22 +1037,39 @@ def final_summary(run):
 
 
 def format_answers(answers, n_samples):
-    """{label: [(prompt, answer, reference)]} -> lines, for the first `n_samples` of each label."""
+    """Lines for the first `n_samples` of each label (see Logger.validation)."""
     lines = []
-    for texts in answers.values():
-        for prompt, answer, reference in texts[:n_samples]:
-            verdict = f"expected: {reference}"
-            if answer.strip() == reference.strip():
+    for samples in answers.values():
+        for sample in samples[:n_samples]:
+            verdict = f"expected: {shorten_lines(sample['reference'])}"
+            if sample.get("exact_match"):
                 verdict = "matches the reference"
-            lines += [f"{prompt}{shorten_gaps(answer)}", f"    {verdict}", ""]
+            lines += [f"{shorten_lines(sample['prompt'])}{shorten_lines(sample['answer'])}",
+                      f"    {verdict}", ""]
     return lines
 
 
-def shorten_gaps(text):
-    """Replace more than two empty lines by their number; an untrained model may write hundreds."""
-    for gap in sorted(set(re.findall(r"\n{4,}", text)), key=len, reverse=True):
-        text = text.replace(gap, f"\n[{len(gap) - 1} empty lines]\n")
-    return text
+def format_sample(sample):
+    """One generated answer -> three lines."""
+    prompt = " ".join(sample["prompt"].split())
+    lines = [f"    prompt     {prompt if len(prompt) <= 84 else '...' + prompt[-81:]}"]
+    for key in ("answer", "reference"):
+        text = " ".join(sample[key].split())
+        lines.append(f"    {key:<9}  {text if len(text) <= 84 else text[:81] + '...'}")
+    return lines
+
+
+def shorten_lines(text, n_lines=16, width=800):
+    """Leave out the middle of a long text; an untrained model may write hundreds of lines."""
+    lines = text.split("\n")
+    if len(lines) > n_lines:
+        half = n_lines // 2
+        left_out = f"[{len(lines) - 2 * half} lines]"
+        lines = [*lines[:half], left_out, *lines[-half:]]
+    for i, line in enumerate(lines):
+        if len(line) > width:
+            lines[i] = f"{line[:width // 2]} [{len(line) - width} characters] {line[-width // 2:]}"
+    return "\n".join(lines)
 
 
 def format_metrics(records):
@@ -660,13 +1086,13 @@ def format_metrics(records):
 # --------------------------------------------------------------------------------------------------
 # reading and comparing runs
 
-def read(folder):
+def read(folder, name="metrics.jsonl"):
     """The records of a run, [] if it has none.
 
     An incomplete last line, which a killed process leaves, is ignored. Raises UserError for any
     other line that is not a record.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / name
     if not path.is_file():
         return []
     records = []
@@ -765,10 +1191,9 @@ def thin(points, most):
 
 
 # --------------------------------------------------------------------------------------------------
-# files for the report that a run leaves beside its records
+# files for the report that a run leaves beside its records and evaluations.jsonl
 
 STARTS = "starts.jsonl"              # of each start: first step, time, command, device, code
-EVALUATIONS = "evaluations.jsonl"    # of each evaluation: step, seconds, answers
 DOCUMENTS = "documents.txt"          # the first training documents, coloured for a terminal
 
 
@@ -778,29 +1203,18 @@ def record_start(run):
     A run that continues another one in a new folder begins with that one's starts. A start that has
     nothing to train is not recorded.
     """
-    if run.is_complete():
+    if run.is_complete() or run.cfg["eval_only"]:
         return
     folder = Path(run.cfg["out_dir"])
     starts = []
     if run.resume_path:                                  # RUN/checkpoints/STEP
-        starts = read_lines(Path(run.resume_path).parent.parent / STARTS)
+        starts = read(Path(run.resume_path).resolve().parent.parent, STARTS)
     starts.append({
         "step": run.state.step, "total_steps": run.state.total_steps,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command_line(),
         "device": describe_device(run), "git": run.state.git, "versions": run.state.versions})
-    write_atomic(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+    write_records(folder / STARTS, starts)
     write_atomic(folder / DOCUMENTS, first_documents(run))
-
-
-def record_evaluation(run, seconds):
-    """Append to evaluations.jsonl. A full disk does not end the run."""
-    line = {"step": run.state.step, "seconds": seconds, "answers": run.answers}
-    path = Path(run.cfg["out_dir"]) / EVALUATIONS
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        warn(f"{path} cannot be written ({error.strerror}); the run continues")
 
 
 def command_line():
@@ -843,25 +1257,15 @@ def load_run(folder):
     records = read(path)
     # A run that was killed repeats steps: of evaluations of one step the last one is recorded.
     evaluated = {record["step"] for record in records if is_eval_record(record)}
-    evaluations = {line["step"]: line for line in read_lines(path / EVALUATIONS)
+    evaluations = {line["step"]: line for line in read(path, "evaluations.jsonl")
                    if line["step"] in evaluated}
     config = path / "config.yaml"
     documents = path / DOCUMENTS
     return LoggedRun(
-        name=folder, records=records, starts=read_lines(path / STARTS),
+        name=folder, records=records, starts=read(path, STARTS),
         evaluations=[evaluations[step] for step in sorted(evaluations)],
         explicit=configs.flat(configs.read_file(config)) if config.is_file() else {},
         documents=documents.read_text(encoding="utf-8") if documents.is_file() else "")
-
-
-def read_lines(path):
-    """The lines of JSON of a file, without those that are incomplete. [] if there is no file."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines
 
 
 def is_running(folder):
@@ -1093,11 +1497,12 @@ def sample_answers(runs, n_prompts=4, n_last=5):
     samples = {}                                         # {(label, prompt, reference): [row]}
     for i, run in enumerate(runs):
         for line in run.evaluations[:1] + run.evaluations[1:][-n_last:]:
-            for label, texts in line["answers"].items():
-                for prompt, answer, reference in texts[:n_prompts]:
+            for label, answers in line["answers"].items():
+                for sample in answers[:n_prompts]:
                     row = {"run": run.name, "color": i % N_COLORS, "step": line["step"],
-                           "answer": answer, "is_match": answer.strip() == reference.strip()}
-                    samples.setdefault((label, prompt, reference), []).append(row)
+                           "answer": sample["answer"], "is_match": sample.get("exact_match") == 1}
+                    key = (label, sample["prompt"], sample["reference"])
+                    samples.setdefault(key, []).append(row)
     return [{"label": label, "prompt": prompt, "reference": reference, "rows": rows}
             for (label, prompt, reference), rows in samples.items()]
 
@@ -1126,7 +1531,7 @@ def report(runs):
     import jinja2
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": format_value, "duration": format_duration,
-                            "gaps": shorten_gaps}
+                            "shorten": shorten_lines}
     template = environment.from_string(configs.read_text(configs.HERE / "report.html"))
     records = {run.name: run.records for run in runs}
     documents = {}                                       # {text: runs that have it}
@@ -1149,7 +1554,7 @@ def report(runs):
 def live_view(folder, width, height):
     """The state of a run -> lines of text; its losses are drawn over `height` of them."""
     records = read(folder)
-    starts = read_lines(Path(folder) / STARTS)
+    starts = read(folder, STARTS)
     status = "running" if is_running(folder) else "not running"
     trained = [record for record in records if "lr" in record]
     if not trained:

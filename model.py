@@ -1,7 +1,11 @@
 """A decoder-only transformer, described by the config's model section: GPT-2, Llama and relatives.
 
-    python model.py data/base                       a summary: shapes, parameters, FLOPs per token
-    python model.py out/ft "What is 12 + 30?"       chat with a trained model
+    python model.py out/ft                          chat with a trained model, in several turns
+    python model.py out/ft "What is 12 + 30?"       one answer; without a terminal, also one for
+                                                    each line of stdin
+    python model.py out/ft prompts=FILE out=FILE    answers to .jsonl (messages or prompt) or the
+                                                    lines of .txt, as .jsonl with generated_text
+    python model.py data/base summary=true          shapes, parameters, FLOPs per token
 
 Letters for shapes, in all seven files:
 
@@ -26,6 +30,7 @@ ranks: shard.py takes a finished model and parallelizes it. In comments and mess
 key x of the config's model section.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -33,31 +38,70 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
 
 import configs
 
-OPTIONS = {                  # of the command line, and their defaults
+SAMPLING = {                 # arguments of generate(), and their defaults: greedy
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
     "seed": 0,
     "max_tokens": 256,
-    "prompt": "",            # instead of words: for a prompt that looks like an option
 }
+OPTIONS = SAMPLING | {       # of the command line
+    "prompt": "",            # instead of words: for a prompt that looks like an option
+    "prompts": "",
+    "out": "",               # empty: to stdout
+    "batch_size": 16,        # prompts that are answered at once
+    "device": "auto",
+    "dtype": "auto",
+    "summary": False,
+}
+CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
 def parse_arguments(argv):
-    """The command line as (folder of the model, prompt, arguments of generate())."""
+    """The command line as (folder of the model, prompt, options)."""
     options, words = configs.pop_options(argv, **OPTIONS)
     configs.check_words(words, options)                  # a mistyped option is no word of a prompt
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
-                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT]")
+                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT prompts=FILE "
+                                "out=FILE batch_size=16 device=auto dtype=auto summary=true]")
+    folder = configs.resolve_model_dir(words[0])
+    options, _ = configs.pop_options(argv, **OPTIONS | sampling_defaults(folder))
+    for key, choices in CHOICES.items():
+        if options[key] not in choices:
+            raise configs.UserError(f"{key}: must be one of {', '.join(choices)}; got "
+                                    f"{options[key]}")
+    prompts, out = options["prompts"], options["out"]
+    if prompts and not prompts.endswith((".jsonl", ".txt")):
+        raise configs.UserError(f"prompts: must be a .jsonl or .txt file; got {prompts}")
+    if out and Path(out).exists():
+        raise configs.UserError(f"out: {out} exists; name another file")
+    if out and not prompts:
+        raise configs.UserError("out: has no effect without prompts=FILE; remove it")
+    if options["batch_size"] < 1:
+        raise configs.UserError(f"batch_size: must be at least 1; got {options['batch_size']}")
     prompt = options.pop("prompt") or " ".join(words[1:])
-    return configs.resolve_model_dir(words[0]), prompt, options
+    return folder, prompt, options
+
+
+def sampling_defaults(folder):
+    """The defaults of sampling options that a model's generation_config.json gives."""
+    path = folder / "generation_config.json"
+    config = configs.read_json(path) if path.is_file() else {}
+    defaults = {"max_tokens": config.get("max_new_tokens")}
+    if config.get("do_sample"):
+        defaults |= {"temperature": config.get("temperature", 1.0),
+                     "top_k": config.get("top_k"), "top_p": config.get("top_p")}
+    # JSON may have 1 for 1.0
+    return {key: type(SAMPLING[key])(value) for key, value in defaults.items()
+            if isinstance(value, (int, float))}
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
@@ -68,6 +112,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import log
 
 IGNORE_INDEX = -100          # the target of a token without a loss
 
@@ -106,11 +152,13 @@ class Norm(nn.Module):
     def __init__(self, m, width):
         super().__init__()
         self.eps = m["norm_eps"]
+        self.offset = m["norm_offset"]
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
+        weight = self.weight + self.offset if self.offset else self.weight
+        weight = weight.to(x.dtype)
         if self.bias is not None:
             bias = self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
@@ -121,11 +169,13 @@ class Norm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
-def rope_freqs(positions, m):
+def rope_freqs(positions, m, lengths=None):
     """Return cos and sin of the rotary embedding (arXiv:2104.09864), each [T, 1, R/2] in fp32.
 
     positions [T]. The first R = partial_rotary_factor * E numbers of a head are rotated. Angles are
     computed in fp64: at position 100,000, fp32 would be off by more than the rounding of bf16.
+
+    lengths [T], of each token's document. Only longrope needs them
     """
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     first_of_pair = torch.arange(0, R, 2, device=positions.device)
@@ -142,17 +192,70 @@ def rope_freqs(positions, m):
         rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
         keep = ((rotations - low) / (high - low)).clamp(0, 1)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    elif kind == "yarn":
+        keep = yarn_keep(scaling, m["rope_theta"], R).to(positions.device)
+        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    elif kind == "longrope":                             # arXiv:2402.13753
+        short = freqs / freqs.new_tensor(scaling["short_factor"])
+        long = freqs / freqs.new_tensor(scaling["long_factor"])
+        is_long = lengths > scaling["original_max_position_embeddings"]            # [T]
+        freqs = torch.where(is_long[:, None, None], long, short)                   # [T, 1, R/2]
     angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
-    return angles.cos().float(), angles.sin().float()
+    scale = rope_scale(scaling, m["max_len"])
+    return (scale * angles.cos()).float(), (scale * angles.sin()).float()
 
 
-def apply_rotary_emb(x, cos, sin):
-    """Rotate the pairs (x_i, x_(i + R/2)) of every head. x [T, H, E]; cos, sin [T, 1, R/2]."""
+def yarn_keep(scaling, theta, R):
+    """The part of each frequency that YaRN (arXiv:2309.00071, section 3.2) keeps: fp64 [R/2].
+
+    1 for pairs that rotate more than beta_fast times within the original context, 0 below
+    beta_slow. In between it falls linearly with the number of the pair.
+    """
+    original = scaling["original_max_position_embeddings"]
+    bounds = []                                          # the pairs with so many rotations
+    for rotations in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)):
+        bounds.append(R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta)))
+    low, high = bounds
+    if scaling.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, R - 1)
+    if low == high:
+        high += 0.001
+    pairs = torch.arange(R // 2, dtype=torch.float64)
+    return 1 - ((pairs - low) / (high - low)).clamp(0, 1)
+
+
+def rope_scale(scaling, max_len):
+    """The factor of cos and sin with YaRN and LongRoPE. Attention scores have its square."""
+    kind = configs.rope_kind(scaling)
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+    original = scaling["original_max_position_embeddings"]
+    factor = max(1, scaling.get("factor") or max_len / original)
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    growth = 0.1 * math.log(factor)
+    if "mscale" in scaling and "mscale_all_dim" in scaling:      # DeepSeek-V2
+        return (1 + scaling["mscale"] * growth) / (1 + scaling["mscale_all_dim"] * growth)
+    return 1 + growth
+
+
+def apply_rotary_emb(x, cos, sin, interleaved=False):
+    """Rotate the pairs (x_i, x_(i + R/2)) of every head, or (x_(2i), x_(2i + 1)) if interleaved.
+
+    x [T, H, E]; cos, sin [T, 1, R/2]
+    """
     R = 2 * cos.shape[-1]
-    x1, x2 = x[..., :R].float().chunk(2, -1)                                       # [T, H, R/2]
+    shape = (R // 2, 2) if interleaved else (2, R // 2)
+    dim = -1 if interleaved else -2                      # of the two numbers of a pair
+    x1, x2 = x[..., :R].float().unflatten(-1, shape).unbind(dim)                   # [T, H, R/2]
     y1 = x1 * cos - x2 * sin
     y2 = x2 * cos + x1 * sin
-    rotated = torch.cat([y1, y2], -1).to(x.dtype)                                  # [T, H, R]
+    rotated = torch.stack([y1, y2], dim).flatten(-2).to(x.dtype)                   # [T, H, R]
     if R == x.shape[-1]:
         return rotated
     return torch.cat([rotated, x[..., R:]], -1)
@@ -162,10 +265,16 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def relu_squared(x):
+    """arXiv:2109.08668"""
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": relu_squared,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
 }
@@ -193,9 +302,22 @@ class MLP(nn.Module):
         return self.down_proj(h, seeds)
 
 
+def softcap(x, cap):
+    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * (x / cap).tanh()
+
+
+def make_mlp(m):
+    """The MLP of a block, or its mixture of experts."""
+    if not m["n_experts"]:
+        return MLP(m)
+    from families import moe
+    return moe.MixtureOfExperts(m)
+
+
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
-# after the scale and before the mask. Add your own to SCORE_MODS. With any but "none" attention is
-# computed without a kernel, in training and in generation.
+# after scale and softcap and before the mask. Add your own to SCORE_MODS. With any but "none"
+# attention is computed without a kernel, in training and in generation.
 
 def unchanged(scores):
     return scores
@@ -215,12 +337,14 @@ class Attention(nn.Module):
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
-        self.changes_scores = m["score_mod"] != "none"
+        self.softcap = m["attn_softcap"]
+        self.changes_scores = m["score_mod"] != "none" or self.softcap is not None
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
-        has_rope = m["rope_layers"] is None or m["rope_layers"][layer_idx] == 1
-        self.use_rope = m["positions"] == "rope" and has_rope
+        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
+        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
+        self.rope_interleaved = m["rope_interleaved"]
 
         C = m["d_model"]
         E = self.head_dim
@@ -230,9 +354,11 @@ class Attention(nn.Module):
         self.q_proj = Linear(C, q_width, bias=bias)
         self.k_proj = Linear(C, kv_width, bias=bias)
         self.v_proj = Linear(C, kv_width, bias=bias)
+        # the gate of each number before o_proj (arXiv:2505.06708, Qwen3.5)
+        self.gate_proj = Linear(C, q_width, bias=bias) if m["attention_gate"] else None
         self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
-        if self.qk_norm == "head":                       # of each head (arXiv:2302.05442)
+        if self.qk_norm.startswith("head"):              # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
         elif self.qk_norm == "all":                      # of all heads together
@@ -242,8 +368,8 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for score_mod and for dropout: no kernel calls the first, and kernels use torch's
-        random generator, not our seeds. If you change the scores or the probabilities in
+        It does for softcap and score_mod, which no kernel computes, and for dropout: kernels use
+        torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
         return self.changes_scores or (training and self.dropout > 0)
@@ -264,17 +390,41 @@ class Attention(nn.Module):
             k = self.k_norm(k)
         if self.use_rope:
             cos, sin = rope
-            q = apply_rotary_emb(q, cos, sin)
-            k = apply_rotary_emb(k, cos, sin)
+            q = apply_rotary_emb(q, cos, sin, self.rope_interleaved)
+            k = apply_rotary_emb(k, cos, sin, self.rope_interleaved)
+        if self.qk_norm == "head_after_rope":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         return q, k, v
+
+    def mix(self, q, k, v, layout, seeds=None):
+        return attention(self, q, k, v, layout, seeds)                             # [T, H, E]
+
+    def output(self, y, x, seeds=None):
+        """The output [T, C] of the block, from y [T, H, E] of attention() and x [T, C], which
+        project() reads."""
+        y = y.flatten(1)                                                           # [T, H E]
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x, seeds).sigmoid()
+        return self.o_proj(y, seeds)
+
+
+def make_attention(m, layer_idx):
+    """The attention of a block, or the GatedDeltaNet that replaces it."""
+    if layer_types(m)[layer_idx] != "linear_attention":
+        return Attention(m, layer_idx)
+    from families import delta_net
+    return delta_net.GatedDeltaNet(m)
 
 
 def layer_types(m):
-    """The kind of each block's attention: sliding_attention or full_attention.
+    """The kind of each block's attention: sliding_attention, full_attention or linear_attention.
 
     By default all are "sliding", with the window model.sliding_window; null turns that off.
     """
     pattern = m["layer_types"] or ["sliding_attention"]
+    if m["sliding_window"] is None:
+        pattern = ["full_attention" if kind == "sliding_attention" else kind for kind in pattern]
     return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
 
 
@@ -284,12 +434,22 @@ def sliding_windows(m):
     return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
 
 
+def has_rope(m, layer_idx):
+    """Does a block of a model with positions=rope use them? See model.rope_layers."""
+    if m["rope_layers"] is None:
+        return True
+    if m["rope_layers"] == "sliding_attention":
+        return m["sliding_window"] is None or layer_types(m)[layer_idx] == "sliding_attention"
+    return m["rope_layers"][layer_idx] == 1
+
+
 def attention(layer, q, k, v, layout, seeds=None):
     """softmax(scale * q k^T) v within each document, for training and for generation.
 
     layer   an Attention, for its settings
     q       [T, H, E];  k, v  [T, K, E]
     layout  PackedDocuments (training), Prefill (prompts) or KVCache (a new token per prompt):
+                is_decoding         is it a KVCache?
                 use_varlen          may varlen_attention() be called?
                 padded_groups(...)  yields the arguments of padded_attention(), group by group
                 unpad(outputs)      [d, t, H, E] of each group -> [T, H, E]
@@ -328,7 +488,10 @@ def padded_attention(layer, q, k, v, mask, seeds):
             scale=layer.scale,
             enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
-    scores = layer.score_mod(scores.float() * layer.scale)
+    scores = scores.float() * layer.scale
+    if layer.softcap:
+        scores = softcap(scores, layer.softcap)
+    scores = layer.score_mod(scores)
     probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
     if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
@@ -351,18 +514,27 @@ class PackedDocuments:
 
     cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
     use_varlen  attention() may call the kernel for packed documents
+    cache       the KVCache that generation continues from
     """
 
     cu_seqlens: torch.Tensor
     n_tokens: int
     max_seqlen: int
     use_varlen: bool = False
+    cache: object = None
+    is_decoding = False
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
         """The number of tokens of each document, and of the padding: [int]."""
         boundaries = [*self.cu_seqlens.tolist(), self.n_tokens]
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
+
+    @functools.cached_property
+    def chunks(self):
+        """The chunks of the documents, for blocks with linear_attention."""
+        from families import delta_net
+        return delta_net.Chunks(self)
 
     @functools.cached_property
     def have_equal_lengths(self):
@@ -467,9 +639,10 @@ def varlen_attention(layer, q, k, v, documents):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then + mlp(norm2(x)).
+    """x + post_norm1(attention(norm1(x))), then + post_norm2(mlp(norm2(x))).
 
-    norm_after         norms on the outputs of attention and MLP instead (OLMo2)
+    norm_place         before: without post_norm1 and post_norm2; after: with these two alone
+                       (OLMo2); both: with all four (Gemma 2)
     parallel_residual  attention and MLP both read the block's input (GPT-NeoX, Phi)
     shared_norm        of a parallel block: both read norm1(x) (Phi)
 
@@ -480,24 +653,28 @@ class Block(nn.Module):
     def __init__(self, m, layer_idx):
         super().__init__()
         self.parallel_residual = m["parallel_residual"]
-        self.norm_after = m["norm_after"]
         self.residual_multiplier = m["residual_multiplier"]
         self.dropout = m["resid_pdrop"]
-        self.norm1 = Norm(m, m["d_model"])
-        self.attn = Attention(m, layer_idx)
-        self.norm2 = None if m["shared_norm"] else Norm(m, m["d_model"])
-        self.mlp = MLP(m)
+        C = m["d_model"]
+        has_norms = m["norm_place"] in ("before", "both")
+        has_post_norms = m["norm_place"] in ("after", "both")
+        self.norm1 = Norm(m, C) if has_norms else None
+        self.attn = make_attention(m, layer_idx)
+        self.post_norm1 = Norm(m, C) if has_post_norms else None
+        self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
+        self.mlp = make_mlp(m)
+        self.post_norm2 = Norm(m, C) if has_post_norms else None
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
         """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
-        h, q, k, v = self.pre_attention(x, rope, seeds)
+        h, *projected = self.pre_attention(x, rope, seeds)
         attention_seeds = None if seeds is None else hash_int32(seeds)
-        y = attention(self.attn, q, k, v, layout, attention_seeds)                 # [T, H, E]
+        y = self.attn.mix(*projected, layout, attention_seeds)                     # [T, H, E]
         return self.post_attention(x, h, y, seeds)
 
     def pre_attention(self, x, rope, seeds=None):
-        """Return h [T, C], the input of q_proj, k_proj and v_proj, and q, k, v."""
-        h = x if self.norm_after else self.norm1(x)
+        """Return h [T, C], the input of the projections, and what they return: q, k, v."""
+        h = x if self.norm1 is None else self.norm1(x)
         return h, *self.attn.project(h, rope, seeds)
 
     def post_attention(self, x, h, y, seeds):
@@ -507,19 +684,19 @@ class Block(nn.Module):
         h  [T, C], the input of q_proj, k_proj and v_proj: see pre_attention()
         y  [T, H, E], the output of attention()
         """
-        y = self.attn.o_proj(y.flatten(1), seeds)                                  # [T, C]
-        if self.norm_after:
-            y = self.norm1(y)
+        y = self.attn.output(y, h, seeds)                                          # [T, C]
+        if self.post_norm1 is not None:
+            y = self.post_norm1(y)
         block_input = x
         x = self.add(x, y, seeds, 1)
-        if not self.parallel_residual:
-            h = x if self.norm_after else self.norm2(x)
-        elif self.norm2 is not None:
-            h = self.norm2(block_input)
+        if self.norm2 is not None:
+            h = self.norm2(block_input if self.parallel_residual else x)
+        elif not self.parallel_residual:
+            h = x
         # otherwise shared_norm: the MLP reads the same h as attention
         y = self.mlp(h, seeds)
-        if self.norm_after:
-            y = self.norm2(y)
+        if self.post_norm2 is not None:
+            y = self.post_norm2(y)
         return self.add(x, y, seeds, 2)
 
     def add(self, x, y, seeds, place):
@@ -561,6 +738,14 @@ def document_index(batch):
     last = len(ends) - 1
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
     return torch.bucketize(tokens, ends, right=True).clamp(max=last)
+
+
+def document_lengths(batch):
+    """The length of each token's document: int64 [T]. In generation, the most it may have."""
+    if "document_lengths" in batch:
+        return batch["document_lengths"]
+    lengths = batch["cu_seqlens"].long().diff()                                    # [D]
+    return F.pad(lengths, (0, 1))[document_index(batch)]         # without documents, 0 of padding
 
 
 def token_seeds(batch):
@@ -626,8 +811,7 @@ def neftune(model, batch, alpha):
     C = x.shape[1]
     seeds = hash_int32(token_seeds(batch) - 1)                                     # [T]
     noise = random_int32(seeds, C) / 2**31                                         # [T, C]
-    lengths = batch["cu_seqlens"].diff()                                           # [D]
-    lengths = lengths[document_index(batch), None].clamp(min=1)                    # [T, 1]
+    lengths = document_lengths(batch)[:, None].clamp(min=1)                        # [T, 1]
     return x + noise * alpha / (lengths.float() * C).sqrt()
 
 
@@ -910,6 +1094,8 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
+        # int64 [L, X] after a forward pass: see families/moe.py. train.py logs it, and sets it to 0
+        self.expert_tokens = 0
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -922,7 +1108,7 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x = self.compute_hidden(batch)                                             # [T, C]
+        x, router_loss = self.compute_hidden_and_router_loss(batch)                # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -934,6 +1120,9 @@ class Transformer(nn.Module):
             head = head.detach()
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        if router_loss is not None:
+            # adds its gradient and not its value, so that the loss is that of the targets alone
+            loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
@@ -948,6 +1137,22 @@ class Transformer(nn.Module):
 
     def scale_gradient(self, gradient):
         return gradient * self.loss_scale
+
+    def compute_hidden_and_router_loss(self, batch):
+        """Return (hidden states [T, C], the loss that balances experts, summed like loss_sum).
+
+        The second is None in evaluation and without experts. In training, the tokens of each expert
+        are added to self.expert_tokens.
+        """
+        if not self.cfg["n_experts"] or not self.training or not torch.is_grad_enabled():
+            return self.compute_hidden(batch), None
+        from families import moe
+        with moe.record_routing(self.blocks) as routing:
+            x = self.compute_hidden(batch)
+        coef = self.cfg["router_aux_loss_coef"]
+        router_loss, expert_tokens = moe.router_loss(routing, batch, coef)
+        self.expert_tokens = self.expert_tokens + expert_tokens
+        return x, router_loss
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -979,16 +1184,30 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
-        rope = rope_freqs(positions, m) if m["positions"] == "rope" else None
+        rope, local_rope = self.rope(batch)
         for i, block in enumerate(self.blocks):
             block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
-            args = (x, rope, layout, block_seeds)
+            args = (x, local_rope if block.attn.is_local else rope, layout, block_seeds)
             if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*args)
         return self.norm(x)
+
+    def rope(self, batch):
+        """rope_freqs() for blocks with full attention, and for those with a window."""
+        m = self.cfg
+        if m["positions"] != "rope":
+            return None, None
+        lengths = None
+        if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
+            lengths = document_lengths(batch)
+        rope = rope_freqs(batch["positions"], m, lengths)
+        if m["rope_local_theta"] is None:
+            return rope, rope
+        local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
+        return rope, rope_freqs(batch["positions"], local)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -1025,6 +1244,8 @@ class Transformer(nn.Module):
         scaling = self.cfg["logits_scaling"]
         if scaling != 1.0:
             logits = logits / scaling
+        if self.cfg["logit_softcap"]:
+            logits = softcap(logits, self.cfg["logit_softcap"])
         return logits
 
     def logits(self, batch, layout=None, index=None):
@@ -1092,7 +1313,7 @@ def build_on_meta(m):
 @torch.no_grad()
 def load_weights(model, read):
     """Copy the weights that a reader's read() gives into a model. Returns the model."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         load_parameter(name, read, p, 0, len(p))
     return model
 
@@ -1133,7 +1354,8 @@ class NewWeights:
     """A reader that draws the weights of a new model.
 
     Matrices are normal with init_std; with init_by_depth, those that write to the residual stream
-    are divided by sqrt(2 L), as in GPT-2. Norms are 1; biases and padding of the vocabulary are 0.
+    are divided by sqrt(2 L), as in GPT-2. Norms multiply by 1; biases and padding of the vocabulary
+    are 0.
     Each ROWS_AT_ONCE rows are drawn with a seed of their own, made from the run's seed, the
     parameter's name and the first row. They do not depend on other parameters or on ranks.
     """
@@ -1144,8 +1366,12 @@ class NewWeights:
         self.shapes = parameter_shapes(m)
 
     def read(self, name, start, end):
+        if name.endswith(("A_log", "dt_bias", "conv_weight", "attn.norm_weight")):
+            from families import delta_net
+            generator = make_generator(self.seed, name)
+            return delta_net.new_values(name, self.shapes[name], generator)[start:end]
         if len(self.shapes[name]) < 2:
-            value = 1.0 if name.endswith("weight") else 0.0
+            value = 1.0 - self.m["norm_offset"] if name.endswith("weight") else 0.0
             return torch.full((end - start,), value)
         begin = start - start % ROWS_AT_ONCE
         parts = [self.draw(name, first) for first in range(begin, end, ROWS_AT_ONCE)]
@@ -1215,26 +1441,33 @@ def slices_of_parameter(name, shapes, m):
         return [(name, 0, rows)]
     block, pattern = split_block(name)                   # "3", "blocks.{i}.attn.q_proj.weight"
     module, _, kind = pattern.rpartition(".")            # "blocks.{i}.attn.q_proj", "weight"
-    # 1) a tensor of its own
-    if pattern in family["weights"]:
-        tensor = family["weights"][pattern].replace("{i}", block)
-        return [(tensor, 0, rows)]
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
-        # 2) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
+        # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             E = m["head_dim"]
             n_heads = rows // E
             first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
             return [(tensor, first, E) for first in first_rows]
+        # 2) in the same way by expert
+        if family.get("fused_by_expert"):
+            n = rows // m["n_experts"]
+            return [(tensor, (e * len(parts) + place) * n, n) for e in range(m["n_experts"])]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
-    return []
+    # 4) a tensor of its own, or one per expert
+    if pattern not in family["weights"]:
+        return []
+    tensor = family["weights"][pattern].replace("{i}", block)
+    if "{e}" not in tensor:
+        return [(tensor, 0, rows)]
+    n = rows // m["n_experts"]
+    return [(tensor.replace("{e}", str(e)), 0, n) for e in range(m["n_experts"])]
 
 
 def split_block(name):
@@ -1269,20 +1502,36 @@ def is_transposed(name, family):
     return name.endswith(tuple(family.get("transposed", ())))
 
 
+def is_stacked(tensor, family):
+    """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
+    return tensor.endswith(tuple(family.get("stacked", ())))
+
+
+def stacked_shape(shape, m):
+    """[X * out, in] -> [X, out, in]"""
+    return [m["n_experts"], shape[0] // m["n_experts"], *shape[1:]]
+
+
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: in
 
-def load(path, m=None, device="cpu"):
-    """Return (model in fp32 and in evaluation mode, its model section).
+def load(path, m=None, device="cpu", dtype=torch.float32):
+    """Return (model in evaluation mode, its model section).
 
-    path  a pretrained folder, a run's folder or a hub id
-    m     the complete model section, if the caller has one; otherwise it is that of config.json
+    path   a pretrained folder, a run's folder or a hub id
+    m      the complete model section, if the caller has one; otherwise it is that of config.json
+    dtype  of the computation and of matrices; vectors are fp32
     Raises UserError if the weights do not fit.
     """
     folder = configs.resolve_model_dir(path)
     if m is None:
         m = read_model_section(folder)
-    model = build_on_meta(m).to_empty(device=device)
+    model = build_on_meta(m)
+    model.dtype = dtype
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.to(dtype)
+    model.to_empty(device=device)
     load_weights(model, PretrainedWeights(folder, m).read)
     return model.eval(), m
 
@@ -1368,7 +1617,7 @@ class PretrainedWeights:
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
                 else:
-                    out.append(stored[first + low:first + high])
+                    out.append(read_rows(stored, first + low, first + high))
             row += rows
         if end > row:
             out.append(self.new_rows(name, max(start, row), end))
@@ -1407,6 +1656,8 @@ class PretrainedWeights:
             shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
+            if is_stacked(tensor, self.family):
+                shape = stacked_shape(shape, self.m)
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
@@ -1421,8 +1672,10 @@ class PretrainedWeights:
         ignored = tuple(self.family.get("ignore", ()))
         if is_tied:
             ignored += (self.head,)
+        prefixes = tuple(self.family.get("ignore_prefixes", ()))
         for tensor in sorted(self.files):
-            if tensor not in name_of and not tensor.endswith(ignored):
+            is_ignored = tensor.endswith(ignored) or tensor.startswith(prefixes)
+            if tensor not in name_of and not is_ignored:
                 wrong.append(f"{tensor} is unknown")
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
@@ -1448,6 +1701,17 @@ class PretrainedWeights:
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
+
+
+def read_rows(stored, start, end):
+    """Rows start ... end - 1 of a tensor in a file. Of [X, out, in], the rows of [X * out, in]."""
+    shape = stored.get_shape()
+    if len(shape) < 3:
+        return stored[start:end]
+    n = shape[1]                                         # rows of an expert
+    first = start // n
+    experts = stored[first:math.ceil(end / n)].flatten(0, 1)
+    return experts[start - first * n:end - first * n]
 
 
 def have_equal_rows(a, b, rows):
@@ -1541,7 +1805,7 @@ def shorten(items, limit=8):
 # Hugging Face's format: out
 
 def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
-                    control_ids=None, shard_bytes=4 << 30):
+                    control_ids=None, shard_bytes=4 << 30, dtype=""):
     """Write config.json, generation_config.json and model.safetensors.
 
     get_parameter  name -> the whole tensor: model.get_parameter, for example. Only one file's
@@ -1552,6 +1816,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     control_ids  the tokenizer's control tokens: other ids in source's configs are dropped. None:
                  all are kept
     shard_bytes  a larger model is written as several files
+    dtype        of the weights; "": that of source
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1566,7 +1831,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
     # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
-    config = hf_config(m, source)
+    config = hf_config(m, source, dtype)
     set_token_ids(config, stop, bos, control_ids)
     generation = read_source(source, "generation_config.json")
     if not generation:
@@ -1574,11 +1839,18 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     set_token_ids(generation, stop, bos, control_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    if source:
-        for pattern in configs.LICENSES:
-            for path in filter(Path.is_file, source.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
+    copy_licenses(source, folder)
     write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
+
+
+def copy_licenses(source, folder):
+    """Copy the licenses of a pretrained model, the folder or hub id `source`; "" or None: none."""
+    if not source:
+        return
+    source = Path(configs.resolve_pretrained(str(source)))
+    for pattern in configs.LICENSES:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, Path(folder) / path.name)
 
 
 def write_weights(get_parameter, m, folder, dtype, shard_bytes):
@@ -1587,10 +1859,11 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes):
     weight_map = {}
     total_size = 0
     for i, tensors_in_file in enumerate(files):
-        tensors = collect_tensors(get_parameter, m, tensors_in_file, dtype)
         name = "model.safetensors"
         if len(files) > 1:
             name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        items = log.progress(tensors_in_file.items(), f"write {name}")
+        tensors = collect_tensors(get_parameter, m, items, dtype)
         write_safetensors(tensors, folder / name, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -1659,12 +1932,12 @@ def all_stop_ids(folder, stop, control_ids):
     return ids if isinstance(ids, list) else [ids]
 
 
-def hf_config(m, source):
+def hf_config(m, source, dtype=""):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
     # 1) the config.json of source
     config = read_source(source, "config.json")
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
@@ -1687,6 +1960,10 @@ def hf_config(m, source):
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
+    scaling = m["rope_scaling"] or {}
+    if configs.rope_kind(scaling) == "longrope":         # where Phi-3 has it
+        key = "original_max_position_embeddings"
+        config[key] = scaling[key]
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
@@ -1719,11 +1996,11 @@ def split_into_files(m, dtype, shard_bytes):
     return files
 
 
-def collect_tensors(get_parameter, m, tensors_in_file, dtype):
-    """The tensors of a file: {tensor name: tensor}. tensors_in_file: a part of hf_tensors(m)."""
+def collect_tensors(get_parameter, m, items, dtype):
+    """The tensors of a file: {tensor name: tensor}. items: a part of hf_tensors(m).items()"""
     family = configs.families()[m["family"]]
     tensors = {}
-    for tensor_name, parts in tensors_in_file.items():
+    for tensor_name, parts in items:
         params = {}
         slices = []
         for name, first, n_rows in parts:
@@ -1734,6 +2011,11 @@ def collect_tensors(get_parameter, m, tensors_in_file, dtype):
         first_name, _, _ = parts[0]
         if is_transposed(first_name, family):
             tensor = tensor.T
+        if dtype == torch.float16 and tensor.isinf().any():
+            raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
+                                    "dtype=bfloat16")
+        if is_stacked(tensor_name, family):
+            tensor = tensor.view(stacked_shape(tensor.shape, m))
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 
@@ -1776,6 +2058,7 @@ class KVCache:
     capacity  the most tokens of a sequence
     """
 
+    is_decoding = True
     use_varlen = False
 
     def __init__(self, n_tokens, capacity):
@@ -1785,6 +2068,7 @@ class KVCache:
         self.sequences = torch.arange(len(n_tokens), device=n_tokens.device)
         self.keys = {}               # {Attention: [B, capacity, K, E]}
         self.values = {}
+        self.states = {}             # {GatedDeltaNet: its states}
 
     def advance(self):
         """Go to the next token. An answer that is finished and full stays at its last position."""
@@ -1826,8 +2110,7 @@ class Prefill(PackedDocuments):
     def __init__(self, batch, cache):
         # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
         n_tokens = len(batch["tokens"])
-        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"])
-        self.cache = cache
+        super().__init__(batch["cu_seqlens"], n_tokens, batch["max_seqlen"], cache=cache)
         self.sequences = document_index(batch)
         self.positions = batch["positions"]
 
@@ -1863,6 +2146,10 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
+    # longrope rotates from the start as in the longest text that this can become: the angles of keys
+    # in the cache stay
+    document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
+    batch["document_lengths"] = document_lengths[layout.sequences]
     if isinstance(seed, list):
         generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
     else:
@@ -1879,7 +2166,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
         if n + 1 == max_tokens or not keep_going(unfinished):
             break
         history[cache.sequences, cache.n_tokens] = ids
-        batch = {"tokens": ids, "positions": cache.n_tokens, "history": history}
+        batch = {"tokens": ids, "positions": cache.n_tokens, "history": history,
+                 "document_lengths": document_lengths}
         logits = model.logits(batch, cache)
         cache.advance()
 
@@ -1971,18 +2259,25 @@ def flops(model, lengths, n_targets):
     """
     m = model.cfg
     per_token = 0
-    for p in model.blocks.parameters():
+    for name, p in model.blocks.named_parameters():
         if p.dim() == 2 and p.requires_grad:
-            per_token += 6 * p.numel()
-    for module in model.blocks.modules():
+            per_token += 6 * active_parameters(name, p.numel(), m)
+    for name, module in model.blocks.named_modules():
         # not numel(): a quantized weight has another shape
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            per_token += 4 * module.in_features * module.out_features
+            n_weights = module.in_features * module.out_features
+            per_token += 4 * active_parameters(name, n_weights, m)
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
+    kinds = layer_types(m)
+    windows = [window for window, kind in zip(sliding_windows(m), kinds)
+               if kind != "linear_attention"]
+    if len(windows) < len(kinds):
+        from families import delta_net
+        per_token += (len(kinds) - len(windows)) * delta_net.flops_per_token(m)
     pairs = 0                                            # a query and a key that it sees
-    for window, n_blocks in collections.Counter(sliding_windows(m)).items():
+    for window, n_blocks in collections.Counter(windows).items():
         for length in lengths:
             outside_window = max(0, length - window) if window else 0
             pairs += n_blocks * (length ** 2 - outside_window ** 2) / 2
@@ -1991,9 +2286,16 @@ def flops(model, lengths, n_targets):
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
+def active_parameters(name, n, m):
+    """Of n parameters, the number that a token is computed with: of experts, that of a few."""
+    if ".experts." in name:
+        return n // m["n_experts"] * m["n_experts_per_token"]
+    return n
+
+
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
-    "attention": r"attn\..*_proj",
+    "attention": r"attn\..*(_proj|conv_weight|A_log|dt_bias)",
     "mlp": "mlp",
     "norms": "norm",
     "head": "head",
@@ -2006,16 +2308,20 @@ def summary(model):
     params = dict(model.named_parameters())
     total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
+    mlp = f"{m['n_experts']} experts of {m['d_expert']}" if m["n_experts"] else f"MLP {m['d_ff']}"
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
-             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
+             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
+    n_blocks = collections.Counter(split_block(name)[1] for name in params)
+    shown = set()
     for name, p in params.items():
-        in_block = name.startswith("blocks.")
-        if not in_block or name.startswith("blocks.0."):
-            times = f"  x {m['n_layers']}" if in_block else ""
-            name = name.replace("blocks.0", "blocks.*")
-            shape = "x".join(map(str, p.shape))
-            lines.append(f"  {name:<28} {shape:>14} {p.numel():>14,}{times}")
+        block, pattern = split_block(name)
+        if pattern in shown:
+            continue
+        shown.add(pattern)
+        times = f"  x {n_blocks[pattern]}" if block else ""
+        shape = "x".join(map(str, p.shape))
+        lines.append(f"  {pattern.replace('{i}', '*'):<28} {shape:>14} {p.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
         n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))
@@ -2023,6 +2329,10 @@ def summary(model):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
     lines.append(f"  {'parameters':<28} {total:>29,}{tied}")
+    if m["n_experts"]:
+        active = sum(active_parameters(name, p.numel(), m) for name, p in params.items())
+        lines.append(f"  {'of these, a token uses':<28} {active:>29,} {active / total:>6.1%}  "
+                     f"({m['n_experts_per_token']} of {m['n_experts']} experts)")
     length = m["max_len"]
     lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and "
                  f"backward, in documents of {length:,} tokens")
@@ -2079,43 +2389,190 @@ def print_summary(folder):
     print(f"  {size / 1e6:,.1f} MB as stored")
 
 
-def encode_question(tokenizer, question):
-    """Return (prompt ids, stop ids): a chat of one message, or plain text without a template."""
+class Generator:
+    """A model and its tokenizer, for the command line.
+
+    template  compiled, or None: the model continues a text, and knows no turns
+    """
+
+    def __init__(self, folder, options):
+        import tokenize_data
+        device, dtype = choose_device(options)
+        self.model, _ = load(folder, device=device, dtype=dtype)
+        tokenizer = tokenize_data.huggingface_tokenizer(folder)
+        self.tokenizer = tokenizer
+        self.template = None
+        stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+        if tokenizer.template:
+            self.template = tokenize_data.compile_template(tokenizer.template)
+            stop = tokenize_data.stop_token_ids(tokenizer, self.template)
+        self.stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
+        self.sampling = {key: options[key] for key in SAMPLING}
+
+    def encode(self, messages, **variables):
+        """The ids of the prompt for an answer. Without a template, the last message is the text."""
+        import tokenize_data
+        tokenizer = self.tokenizer
+        if self.template:
+            return tokenize_data.encode_prompt(tokenizer, self.template, messages, **variables)
+        ids = tokenizer.encode(tokenizer.clean(messages[-1]["content"])).tolist()
+        return [tokenizer.special[tokenizer.bos], *ids] if tokenizer.bos else ids
+
+    def print_answer(self, messages):
+        """Print an answer while it is generated. Returns it."""
+        text = ""
+        answer = []
+        n_printed = 0
+        for [token] in generate(self.model, [self.encode(messages)], stop=self.stop,
+                                **self.sampling):
+            if token not in self.stop:
+                answer.append(token)
+            text = self.tokenizer.decode(answer)
+            if not text.endswith("\ufffd"):              # more bytes of a character may follow
+                print(text[n_printed:], end="", flush=True)
+                n_printed = len(text)
+        print(text[n_printed:])
+        return text
+
+
+def choose_device(options):
+    """(device, dtype) of a command line. auto: a GPU and bf16, if there are; else CPU and fp32."""
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise configs.UserError("device: cuda is not available; device=cpu or device=auto")
+    dtype = options["dtype"]
+    if dtype == "auto":
+        has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return device, getattr(torch, dtype)
+
+
+COMMANDS = ("/reset forgets the turns, /system TEXT also sets a system message; Ctrl-C ends an "
+            "answer, Ctrl-D the chat")
+OF_TEXT = "the model has no chat template: it continues each line; Ctrl-C ends that, Ctrl-D ends"
+
+
+def chat(generator):
+    """Answer what is typed on a terminal, line by line, each with the turns before it."""
+    with contextlib.suppress(ImportError):               # lets input() edit lines, with a history
+        import readline                                  # noqa: F401
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(COMMANDS if generator.template else OF_TEXT)
+    system = []
+    turns = []
+    while True:
+        try:
+            line = input("> ")
+            command, _, text = line.strip().partition(" ")
+            if command == "/reset" and generator.template:
+                turns = []
+            elif command == "/system" and generator.template:
+                system = system_message(generator, text.strip())
+                turns = []
+            elif re.fullmatch("/[a-z]+", command):
+                print(COMMANDS if generator.template else OF_TEXT)
+            elif command:
+                turns = take_turn(generator, system, turns, line)
+        except configs.UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def take_turn(generator, system, turns, line):
+    """Print the answer to a line. Returns all turns; an answer that Ctrl-C ends is not one."""
+    turns = [*turns, {"role": "user", "content": line}]
+    answer = generator.print_answer([*system, *turns])
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+def system_message(generator, text):
+    """The messages that begin a chat: [] without a text. UserError if the template has none."""
+    user = {"role": "user", "content": "a"}
+    system = [{"role": "system", "content": text}] if text else []
+    if system and generator.encode([*system, user]) == generator.encode([user]):
+        raise configs.UserError("the chat template leaves out system messages")
+    return system
+
+
+def read_prompts(generator, path):
+    """A file of prompts as [(record, prompt ids)]. Answers at the end of chats are not prompts."""
     import tokenize_data
-    if tokenizer.template:
-        template = tokenize_data.compile_template(tokenizer.template)
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenize_data.encode_prompt(tokenizer, template, messages)
-        return prompt, tokenize_data.stop_token_ids(tokenizer, template)
-    prompt = tokenizer.encode(tokenizer.clean(question)).tolist()
-    if tokenizer.bos:
-        prompt = [tokenizer.special[tokenizer.bos], *prompt]
-    stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
-    return prompt, stop
+    max_len = generator.model.cfg["max_len"]
+    prompts = []
+    for n, line in enumerate(configs.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        record = {"prompt": line}
+        with tokenize_data.error_context(f"{path}, line {n}"):
+            if path.endswith(".jsonl"):
+                record = tokenize_data.parse_record(line.encode())
+            messages, variables = parse_prompt(record)
+            ids = generator.encode(messages, **variables)
+            if not 0 < len(ids) < max_len:
+                raise configs.UserError(f"the prompt has {len(ids):,} tokens, and must have 1 to "
+                                        f"{max_len - 1:,} (model.max_len - 1)")
+        prompts.append((record, ids))
+    return prompts
+
+
+def parse_prompt(record):
+    """The messages to answer, and the other variables of the chat template."""
+    import tokenize_data
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], {}
+    if prompt:                                           # a list of messages
+        record = {"messages": prompt, "tools": record.get("tools")}
+    variables = tokenize_data.normalize_record(record, "a prompt", "chat")
+    for key in ("weight", "warnings"):                   # of training
+        variables.pop(key, None)
+    messages = variables.pop("messages")
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise configs.UserError("has no prompt")
+    return messages, variables
+
+
+def answer_file(generator, path, out, batch_size):
+    """Write the records of a file of prompts with their answers to `out`, or to stdout if empty."""
+    prompts = read_prompts(generator, path)
+    sampling = dict(generator.sampling)
+    seed = sampling.pop("seed")
+    file = open(out, "x", encoding="utf-8") if out else sys.stdout
+    for start in log.progress(range(0, len(prompts), batch_size), f"answer {path}"):
+        batch = prompts[start:start + batch_size]
+        seeds = [seed + start + i for i in range(len(batch))]
+        answers = generate_all(generator.model, [ids for _, ids in batch], stop=generator.stop,
+                               seed=seeds, **sampling)
+        for (record, _), answer in zip(batch, answers):
+            record = record | {"generated_text": generator.tokenizer.decode(answer)}
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
 
 
 def main(argv):
-    import tokenize_data
-    folder, question, options = parse_arguments(argv)
-    if not question:
+    folder, prompt, options = parse_arguments(argv)
+    if options["summary"]:
         print_summary(folder)
         return
-    model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = tokenize_data.huggingface_tokenizer(folder)
-    prompt, stop = encode_question(tokenizer, question)
-    stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
-    if not tokenizer.template:                           # the model continues the text
-        print(question, end="")
-    answer = []
-    n_printed = 0
-    for [token] in generate(model, [prompt], stop=stop, **options):
-        if token not in stop:
-            answer.append(token)
-        text = tokenizer.decode(answer)
-        if not text.endswith("\ufffd"):                  # more bytes of a character may follow
-            print(text[n_printed:], end="", flush=True)
-            n_printed = len(text)
-    print(tokenizer.decode(answer)[n_printed:])
+    generator = Generator(folder, options)
+    if options["prompts"]:
+        answer_file(generator, options["prompts"], options["out"], options["batch_size"])
+        return
+    if not prompt and sys.stdin.isatty():
+        chat(generator)
+        return
+    lines = [prompt] if prompt else map(str.strip, sys.stdin)
+    for line in filter(None, lines):
+        if not generator.template:                       # the model continues the text
+            print(line, end="")
+        generator.print_answer([{"role": "user", "content": line}])
 
 
 if __name__ == "__main__":

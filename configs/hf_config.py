@@ -22,16 +22,38 @@ NOT_IN_HF_CONFIG = ("init_from", "family", "init_std", "init_by_depth", "loss", 
 # training
 EXPORTED_EMBEDDINGS = ("plain", "scaled", "neftune")
 
-# The kinds of rope_scaling that model.py computes, and the numbers that each needs
+# The kinds of rope_scaling that model.py computes: the keys that each needs, those that it may
+# have, and what they must be, if not numbers above 0
 ROPE_SCALINGS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
+ROPE_OPTIONS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor"),
+}
+ROPE_CONSTRAINTS = {
+    "short_factor": "list of float > 0",
+    "long_factor": "list of float > 0",
+    "truncate": "bool",
 }
 
 # Keys of config.json with which transformers computes something else, unless they are missing or
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
+
+# Model types that are not supported, and why
+VISION = "a vision tower; only models of text alone are trained"
+NOT_COMPUTED = {
+    "gemma3": VISION,
+    "gemma4": VISION,
+    "gemma4_text": "embeddings per block, and blocks that share keys and values",
+    "mistral3": VISION,
+    "ministral3": "queries that are scaled by their position",
+}
 
 # Files of a pretrained model that its descendants must keep
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -147,7 +169,8 @@ def resolve_pretrained(name):
                                 f"download {name} from the hub, pip install huggingface_hub"
                                 ) from None
     # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md",
+                *LICENSES]
     # (consolidated.safetensors: the same weights under Mistral's own names)
     ignored = ["*/*", "consolidated*"]
     try:
@@ -232,6 +255,9 @@ def translate(hf_config, path):
     """A config.json's dict -> a dict like our model section. `path` is for error messages."""
     model_type = str(hf_config.get("model_type"))
     names = {family["model_type"]: name for name, family in families().items()}
+    if model_type in NOT_COMPUTED:
+        raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
+                                f"{NOT_COMPUTED[model_type]}")
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "
@@ -270,17 +296,29 @@ def standardize(hf_config, family, path):
     """A copy of a config.json with one name for each setting that has several.
 
     rope_parameters  also what rope_scaling, its older name, says; always a section
+    rope_local_base_freq    also what rope_parameters says about blocks with a window
     sliding_window, use_sliding_window    also what layer_types says
+    layer_types      also what sliding_window_pattern or full_attention_interval says
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
-    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
-                                f"for all blocks; got {rope!r}")
-    hf_config["rope_parameters"] = rope
+    if "rope_local_theta" in family["keys"] | family["fixed"]:
+        hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
+    else:
+        hf_config["rope_parameters"] = merge_rope_parameters(hf_config, path)
 
     types = hf_config.get("layer_types") or []
+    if types and isinstance(types, list):
+        types = ["full_attention" if kind == "attention" else kind for kind in types]
+        hf_config["layer_types"] = types           # attention: its older name
+    if "sliding_window_pattern" in hf_names(family["keys"].get("layer_types")):
+        pattern = hf_config.pop("sliding_window_pattern", None)
+        if not types and type(pattern) is int and pattern > 0:
+            hf_config["layer_types"] = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
+    if "full_attention_interval" in hf_names(family["keys"].get("layer_types")):
+        interval = hf_config.pop("full_attention_interval", None)
+        if not types and type(interval) is int and interval > 0:
+            hf_config["layer_types"] = ["linear_attention"] * (interval - 1) + ["full_attention"]
     if "layer_types" in family["keys"]:
         types = []                                 # they need no translation
     n_types = len(types) if isinstance(types, list) else -1
@@ -297,6 +335,44 @@ def standardize(hf_config, family, path):
         if type(interval) is int and interval > 0 and type(n_layers) is int:
             hf_config["no_rope_layers"] = [int(i % interval != 0) for i in range(1, n_layers + 1)]
     return hf_config
+
+
+def merge_rope_parameters(hf_config, path):
+    """rope_parameters or rope_scaling, its older name, of a family with one section for all blocks.
+
+    Hunyuan's kind of dynamic scaling is no more than another rope_theta.
+    """
+    rope = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise configs.UserError(f"{path}: rope_parameters (or rope_scaling) must be one section, "
+                                f"for all blocks; got {rope!r}")
+    head_dim = hf_config.get("head_dim")
+    is_hunyuan = hf_config["model_type"] == "hunyuan_v1_dense"
+    if is_hunyuan and rope_kind(rope) == "dynamic" and rope.get("alpha") and head_dim:
+        theta = rope.get("rope_theta", hf_config.get("rope_theta", 10000.0))
+        rope = {"rope_theta": theta * rope["alpha"] ** (head_dim / (head_dim - 2))}
+    return rope
+
+
+def split_rope_parameters(hf_config, path):
+    """rope_parameters of blocks with full attention, of a family with another rope_theta elsewhere.
+
+    That of blocks with a window becomes rope_local_base_freq, its older name, in place.
+    """
+    sections = hf_config.get("rope_parameters") or {}
+    scaling = hf_config.get("rope_scaling") or {}
+    full = configs.get(sections, "full_attention") or {}
+    local = configs.get(sections, "sliding_attention") or {}
+    if not all(isinstance(section, dict) for section in (sections, full, local, scaling)):
+        raise configs.UserError(f"{path}: rope_parameters must have the sections full_attention "
+                                f"and sliding_attention, or none; got {sections!r}")
+    if rope_kind(local) != "default" or local.get("partial_rotary_factor", 1.0) != 1.0:
+        raise configs.UserError(f"{path}: rope_parameters.sliding_attention must have no other key "
+                                f"than rope_theta; got {local!r}")
+    if "rope_theta" in local:
+        hf_config["rope_local_base_freq"] = local["rope_theta"]
+    hf_config.pop("original_max_position_embeddings", None)      # counts only in the section
+    return full | scaling
 
 
 def read_key(hf_config, key, places, path):
@@ -369,6 +445,8 @@ def read_rope_scaling(hf_config, model_cfg, path):
     name = "rope_scaling" if hf_config.get("rope_scaling") else "rope_parameters"
     needed = ROPE_SCALINGS.get(kind, ())
     scaling = {"rope_type": kind} | {key: section[key] for key in needed if key in section}
+    options = [key for key in ROPE_OPTIONS.get(kind, ()) if section.get(key) is not None]
+    scaling |= {key: section[key] for key in options}
     key = "original_max_position_embeddings"
     if key in needed:                              # beside the section, it counts more
         scaling[key] = hf_config.get(key, section.get(key, model_cfg["max_len"]))
@@ -386,15 +464,20 @@ def check_rope_scaling(section, place):
     if kind not in ROPE_SCALINGS:
         raise configs.UserError(f"{place}.rope_type: must be one of {', '.join(ROPE_SCALINGS)}; "
                                 f"got {kind}")
-    for key in ROPE_SCALINGS[kind]:
+    options = [key for key in ROPE_OPTIONS.get(kind, ()) if key in section]
+    for key in (*ROPE_SCALINGS[kind], *options):
+        constraint = ROPE_CONSTRAINTS.get(key, "float > 0")
         value = section.get(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise configs.UserError(f"{place}.{key}: {kind} needs a number above 0; got {value}")
+        if not configs.fits(configs.coerce(value, constraint), constraint):
+            raise configs.UserError(f"{place}.{key}: {kind} needs {constraint}; got {value}")
     if kind == "llama3" and section["low_freq_factor"] >= section["high_freq_factor"]:
         raise configs.UserError(f"{place}.low_freq_factor: must be below high_freq_factor; got "
                                 f"{section['low_freq_factor']}")
+    if kind == "yarn" and section.get("beta_slow", 1) >= section.get("beta_fast", 32):
+        raise configs.UserError(f"{place}.beta_slow: must be below beta_fast; got "
+                                f"{section.get('beta_slow', 1)}")
     for key in section:
-        if key not in ("rope_type", "type", *ROPE_SCALINGS[kind]):
+        if key not in ("rope_type", "type", *ROPE_SCALINGS[kind], *options):
             raise configs.UserError(f"{place}.{key}: has no effect with {kind}; remove it")
 
 

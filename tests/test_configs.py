@@ -613,6 +613,12 @@ def test_translate_takes_the_word_that_the_reference_takes():
     scaling = read("llama", rope_scaling=llama3, max_position_embeddings=64)["rope_scaling"]
     assert scaling["original_max_position_embeddings"] == 64
     assert read("mistral", layer_types=["full_attention"] * 4)["sliding_window"] is None
+    assert read("gemma2")["layer_types"] == ["sliding_attention", "full_attention"]
+    assert read("gemma3_text", sliding_window_pattern=2)["layer_types"] == ["sliding_attention", "full_attention"]
+    assert read("granitemoehybrid", layer_types=["attention"] * 4)["layer_types"] == ["full_attention"] * 4
+    gemma = read("gemma3_text", rope_theta=5.0, rope_parameters={"sliding_attention": {"rope_theta": 7.0}})
+    assert (gemma["rope_theta"], gemma["rope_local_theta"]) == (5.0, 7.0)
+    assert read("hunyuan_v1_dense", head_dim=4, rope_scaling={"type": "dynamic", "alpha": 3.0})["rope_theta"] == 90000.0
     assert read("granite", head_dim=16)["head_dim"] == 16 and read("granite", head_dim=None)["head_dim"] is None
 
 
@@ -620,7 +626,20 @@ def test_translate_takes_the_word_that_the_reference_takes():
     ("llama", {"is_causal": False}, ["is_causal must be true, or missing; got false"]),
     ("llama", {"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "made from"]),
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling.rope_type", "linear", "yarn"]),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope_scaling.rope_type", "linear", "dynamic"]),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_slow": 40}}, ["rope_scaling.beta_slow", "beta_fast"]),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, ["rope_scaling.truncate", "bool"]),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": 2.0}},
+     ["rope_scaling.long_factor", "list"]),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+     ["rope_parameters.sliding_attention", "linear"]),
+    ("gemma3_text", {"rope_parameters": {"full_attention": 5}}, ["full_attention", "5"]),
+    ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, ["rope_local_base_freq", "5.0"]),
+    ("gemma4_text", {}, ["model_type gemma4_text", "embeddings per block"]),
+    ("mistral3", {}, ["model_type mistral3", "vision"]),
+    ("granitemoehybrid", {"num_local_experts": 4}, ["num_local_experts must be 0", "4"]),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, ["layer_types", "mamba"]),
     ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, ["rope_parameters", "for all blocks"]),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
      ["partial_rotary_factor", "0.5"]),

@@ -55,7 +55,7 @@ CONFIGURATIONS = {
     "norms of q and k": ["model.qk_norm=head"],
     "gpt-2": [*LAYERNORM, "model.positions=learned", "model.tie_embeddings=true"],
     "gpt-neox": [*LAYERNORM, "model.parallel_residual=true", "model.partial_rotary_factor=0.25"],
-    "olmo2": ["model.norm_after=true", "model.qk_norm=all"],
+    "olmo2": ["model.norm_place=after", "model.qk_norm=all"],
     "smollm3": ["model.rope_layers=[1, 1, 0]"],
     "label smoothing and z-loss": ["model.loss_options={label_smoothing: 0.1, z_loss: 1e-4}"],
     "dft": ["model.loss=dft"],

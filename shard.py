@@ -41,7 +41,6 @@ import copy
 import ctypes
 import datetime
 import functools
-import json
 import math
 import os
 import re

@@ -137,7 +137,7 @@ def test_null_logger_has_the_methods_of_logger(capsys):
     logger.validation({"step": 1})
     logger.close()
     public = {name for name in vars(log.Logger) if not name.startswith("_")}
-    internal = {"write", "format_step", "format_progress"}
+    internal = {"write", "write_evaluation", "format_step", "format_progress"}
     assert public - internal == {name for name in vars(log.NullLogger) if not name.startswith("_")}
     assert capsys.readouterr().out == ""
 
@@ -395,7 +395,7 @@ def test_tracker_shows_one_run_after_restarts(tmp_path, monkeypatch, script, tra
     assert found["loss"] == curve
     assert found["validation"] == [(2, 2.0), curve[3]]
     assert found["runs"] == 1 and found["status"] == "killed"
-    assert found["git"] == "0c20973-dirty" and found["command"] == "train.py configs/ft.yaml lr=0.5"
+    assert found["git"] == "0c20973-dirty" and found["command"] == "python train.py configs/ft.yaml lr=0.5"
     assert found["config"]["model"]["n_layers"] == 3 and found["config"]["seed"] == 0
     assert found["config"]["explicit"]["lr"] == 0.5 and found["config"]["explicit"]["model.n_layers"] == 3
     assert len(found["answers"]) >= 2 and "2 + 2 = " in str(found["answers"])

@@ -1195,7 +1195,7 @@ def thin(points, most):
 
 
 # --------------------------------------------------------------------------------------------------
-# files for the report that a run leaves beside its records
+# files for the report that a run leaves beside its records and evaluations.jsonl
 
 STARTS = "starts.jsonl"              # of each start: first step, time, command, device, code
 DOCUMENTS = "documents.txt"          # the first training documents, coloured for a terminal
@@ -1212,12 +1212,12 @@ def record_start(run):
     folder = Path(run.cfg["out_dir"])
     starts = []
     if run.resume_path:                                  # RUN/checkpoints/STEP
-        starts = read(Path(run.resume_path).parent.parent, STARTS)
+        starts = read(Path(run.resume_path).resolve().parent.parent, STARTS)
     starts.append({
         "step": run.state.step, "total_steps": run.state.total_steps,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command_line(),
         "device": describe_device(run), "git": run.state.git, "versions": run.state.versions})
-    write_atomic(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+    write_records(folder / STARTS, starts)
     write_atomic(folder / DOCUMENTS, first_documents(run))
 
 
@@ -1502,10 +1502,10 @@ def sample_answers(runs, n_prompts=4, n_last=5):
     for i, run in enumerate(runs):
         for line in run.evaluations[:1] + run.evaluations[1:][-n_last:]:
             for label, answers in line["answers"].items():
-                for answer in answers[:n_prompts]:
+                for sample in answers[:n_prompts]:
                     row = {"run": run.name, "color": i % N_COLORS, "step": line["step"],
-                           "answer": answer["answer"], "is_match": answer.get("exact_match")}
-                    key = (label, answer["prompt"], answer["reference"])
+                           "answer": sample["answer"], "is_match": sample.get("exact_match") == 1}
+                    key = (label, sample["prompt"], sample["reference"])
                     samples.setdefault(key, []).append(row)
     return [{"label": label, "prompt": prompt, "reference": reference, "rows": rows}
             for (label, prompt, reference), rows in samples.items()]
@@ -1535,7 +1535,7 @@ def report(runs):
     import jinja2
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": format_value, "duration": format_duration,
-                            "gaps": shorten_lines}
+                            "shorten": shorten_lines}
     template = environment.from_string(configs.read_text(configs.HERE / "report.html"))
     records = {run.name: run.records for run in runs}
     documents = {}                                       # {text: runs that have it}

@@ -304,7 +304,7 @@ class Muon:
                     self.muon_update(p, n_matrices, group["lr"], group["weight_decay"])
 
     def muon_update(self, p, n_matrices, lr, weight_decay):
-        """n_matrices  that p holds one after another: those of the experts (families/moe.py), or 1"""
+        """n_matrices  that p holds one after another: as many as experts, or 1"""
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)

@@ -1425,14 +1425,21 @@ def hover_columns(curves):
     marks_by_step = {}
     for curve in curves:
         for (step, value), (x, y) in zip(curve["points"], curve["pixels"]):
-            mark = {"x": x, "y": y, "curve": curve, "value": value}
+            text = f"{curve['label'][-50:]}: {format_value(value)}"
+            mark = {"x": x, "y": y, "color": curve["color"], "text": text}
             marks_by_step.setdefault(step, []).append(mark)
     steps = sorted(marks_by_step)
     xs = [marks_by_step[step][0]["x"] for step in steps]
     borders = [LEFT - 8, *[(a + b) / 2 for a, b in itertools.pairwise(xs)], RIGHT + 8]
-    return [{"step": step, "x": x, "left": left, "width": right - left,
-             "marks": marks_by_step[step], "is_left": x < (LEFT + RIGHT) / 2}
-            for step, x, left, right in zip(steps, xs, borders, borders[1:])]
+    columns = []
+    for step, x, left, right in zip(steps, xs, borders, borders[1:]):
+        marks = marks_by_step[step]
+        box_width = 8 + 6.2 * max(len(mark["text"]) for mark in marks)
+        columns.append({"step": step, "x": x, "left": left, "width": right - left, "marks": marks,
+                        "box_width": box_width,
+                        # in the other half of the plot
+                        "box_left": RIGHT - box_width if x < (LEFT + RIGHT) / 2 else LEFT})
+    return columns
 
 
 # --------------------------------------------------------------------------------------------------

@@ -308,7 +308,6 @@ def softcap(x, cap):
 
 
 def make_mlp(m):
-    """The MLP of a block, or its mixture of experts."""
     if not m["n_experts"]:
         return MLP(m)
     from families import moe
@@ -529,12 +528,6 @@ class PackedDocuments:
         """The number of tokens of each document, and of the padding: [int]."""
         boundaries = [*self.cu_seqlens.tolist(), self.n_tokens]
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
-
-    @functools.cached_property
-    def chunks(self):
-        """The chunks of the documents, for blocks with linear_attention."""
-        from families import delta_net
-        return delta_net.Chunks(self)
 
     @functools.cached_property
     def have_equal_lengths(self):
@@ -1094,8 +1087,7 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        # int64 [L, X] after a forward pass: see families/moe.py. train.py logs it, and sets it to 0
-        self.expert_tokens = 0
+        self.expert_tokens = 0               # see families/moe.py; train.expert_load() resets it
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1108,7 +1100,12 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x, router_loss = self.compute_hidden_and_router_loss(batch)                # [T, C]
+        router_loss = None
+        if self.cfg["n_experts"] and self.training and torch.is_grad_enabled():
+            from families import moe
+            x, router_loss = moe.hidden_and_router_loss(self, batch)               # [T, C]
+        else:
+            x = self.compute_hidden(batch)                                         # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -1137,22 +1134,6 @@ class Transformer(nn.Module):
 
     def scale_gradient(self, gradient):
         return gradient * self.loss_scale
-
-    def compute_hidden_and_router_loss(self, batch):
-        """Return (hidden states [T, C], the loss that balances experts, summed like loss_sum).
-
-        The second is None in evaluation and without experts. In training, the tokens of each expert
-        are added to self.expert_tokens.
-        """
-        if not self.cfg["n_experts"] or not self.training or not torch.is_grad_enabled():
-            return self.compute_hidden(batch), None
-        from families import moe
-        with moe.record_routing(self.blocks) as routing:
-            x = self.compute_hidden(batch)
-        coef = self.cfg["router_aux_loss_coef"]
-        router_loss, expert_tokens = moe.router_loss(routing, batch, coef)
-        self.expert_tokens = self.expert_tokens + expert_tokens
-        return x, router_loss
 
     def hidden(self, batch):
         """Return the final hidden states [T, C], which the head reads."""
@@ -1447,15 +1428,11 @@ def slices_of_parameter(name, shapes, m):
         tensor = f"{fused}.{kind}".replace("{i}", block)
         place = parts.index(module)
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
-        if family.get("fused_by_head"):
-            E = m["head_dim"]
-            n_heads = rows // E
-            first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
-            return [(tensor, first, E) for first in first_rows]
-        # 2) in the same way by expert
-        if family.get("fused_by_expert"):
-            n = rows // m["n_experts"]
-            return [(tensor, (e * len(parts) + place) * n, n) for e in range(m["n_experts"])]
+        # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
+        if family.get("fused_by_head") or family.get("fused_by_expert"):
+            n = m["head_dim"] if family.get("fused_by_head") else rows // m["n_experts"]
+            first_rows = [(i * len(parts) + place) * n for i in range(rows // n)]
+            return [(tensor, first, n) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
@@ -1505,11 +1482,6 @@ def is_transposed(name, family):
 def is_stacked(tensor, family):
     """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
     return tensor.endswith(tuple(family.get("stacked", ())))
-
-
-def stacked_shape(shape, m):
-    """[X * out, in] -> [X, out, in]"""
-    return [m["n_experts"], shape[0] // m["n_experts"], *shape[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1602,6 +1574,14 @@ class PretrainedWeights:
         short = tensor.removeprefix(self.family.get("prefix", ""))
         return short if tensor not in self.files and short in self.files else tensor
 
+    def get_slice(self, tensor):
+        """What safetensors calls so: slices of it are read from the file."""
+        stored = self.files[tensor].get_slice(tensor)
+        if is_stacked(tensor, self.family):
+            from families import moe
+            return moe.StackedSlice(stored)
+        return stored
+
     def read(self, name, start, end):
         if name in self.new_names:
             return self.new_weights.read(name, start, end)
@@ -1613,11 +1593,11 @@ class PretrainedWeights:
             low = max(start - row, 0)
             high = min(end - row, rows)
             if low < high:
-                stored = self.files[tensor].get_slice(tensor)
+                stored = self.get_slice(tensor)
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
                 else:
-                    out.append(read_rows(stored, first + low, first + high))
+                    out.append(stored[first + low:first + high])
             row += rows
         if end > row:
             out.append(self.new_rows(name, max(start, row), end))
@@ -1656,12 +1636,10 @@ class PretrainedWeights:
             shape = [n_rows[tensor], *self.shapes[name][1:]]
             if is_transposed(name, self.family):
                 shape = shape[::-1]
-            if is_stacked(tensor, self.family):
-                shape = stacked_shape(shape, self.m)
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
-            stored = self.files[tensor].get_slice(tensor)
+            stored = self.get_slice(tensor)
             if stored.get_shape() != shape:
                 wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
             elif stored.get_dtype() not in STORED_DTYPES:
@@ -1672,7 +1650,7 @@ class PretrainedWeights:
         ignored = tuple(self.family.get("ignore", ()))
         if is_tied:
             ignored += (self.head,)
-        prefixes = tuple(self.family.get("ignore_prefixes", ()))
+        prefixes = (*self.family.get("ignore_prefixes", ()), *self.family.get("carried", ()))
         for tensor in sorted(self.files):
             is_ignored = tensor.endswith(ignored) or tensor.startswith(prefixes)
             if tensor not in name_of and not is_ignored:
@@ -1701,17 +1679,6 @@ class PretrainedWeights:
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
-
-
-def read_rows(stored, start, end):
-    """Rows start ... end - 1 of a tensor in a file. Of [X, out, in], the rows of [X * out, in]."""
-    shape = stored.get_shape()
-    if len(shape) < 3:
-        return stored[start:end]
-    n = shape[1]                                         # rows of an expert
-    first = start // n
-    experts = stored[first:math.ceil(end / n)].flatten(0, 1)
-    return experts[start - first * n:end - first * n]
 
 
 def have_equal_rows(a, b, rows):
@@ -1840,7 +1807,12 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     copy_licenses(source, folder)
-    write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
+    carried = carried_tensors(family, source)
+    if carried:
+        for path in source.glob("*processor*.json"):
+            shutil.copyfile(path, folder / path.name)
+    dtype = getattr(torch, config["dtype"])
+    write_weights(get_parameter, m, folder, dtype, shard_bytes, carried)
 
 
 def copy_licenses(source, folder):
@@ -1853,21 +1825,40 @@ def copy_licenses(source, folder):
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def write_weights(get_parameter, m, folder, dtype, shard_bytes):
-    """Write model.safetensors, or several files and their index. See save_pretrained."""
+def carried_tensors(family, source):
+    """Tensors that are exported as the pretrained model has them: {tensor: the open file}."""
+    prefixes = tuple(family.get("carried", ()))
+    if not prefixes:
+        return {}
+    if source is None or not source.is_dir():
+        raise configs.UserError(f"model.init_from: {source} must exist for the export, which "
+                                f"copies the weights {', '.join(prefixes)}* from it")
+    return {tensor: file for tensor, file in open_weights(source).items()
+            if tensor.startswith(prefixes)}
+
+
+def write_weights(get_parameter, m, folder, dtype, shard_bytes, carried):
+    """Write model.safetensors, or several files and their index. See save_pretrained.
+
+    carried  carried_tensors(), which get a file of their own
+    """
     files = split_into_files(m, dtype, shard_bytes)
+    n_files = len(files) + bool(carried)
     weight_map = {}
     total_size = 0
-    for i, tensors_in_file in enumerate(files):
+    for i in range(n_files):
         name = "model.safetensors"
-        if len(files) > 1:
-            name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        items = log.progress(tensors_in_file.items(), f"write {name}")
-        tensors = collect_tensors(get_parameter, m, items, dtype)
+        if n_files > 1:
+            name = f"model-{i + 1:05}-of-{n_files:05}.safetensors"
+        if i < len(files):
+            items = log.progress(files[i].items(), f"write {name}")
+            tensors = collect_tensors(get_parameter, m, items, dtype)
+        else:
+            tensors = {tensor: file.get_tensor(tensor) for tensor, file in carried.items()}
         write_safetensors(tensors, folder / name, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(files) > 1:
+    if n_files > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
@@ -1935,8 +1926,10 @@ def all_stop_ids(folder, stop, control_ids):
 def hf_config(m, source, dtype=""):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
-    # 1) the config.json of source
+    # 1) the config.json of source, or its part about text
     config = read_source(source, "config.json")
+    if "section" not in family:
+        config = config.get("text_config") or config
     dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
@@ -1944,6 +1937,12 @@ def hf_config(m, source, dtype=""):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
+    whole = config
+    if "section" in family:                              # below, config is that of the text part
+        config = dict(whole.get(family["section"], {}))
+        whole |= {family["section"]: config, "tie_word_embeddings": m["tie_embeddings"]}
+    mrope = {key: value for key, value in (config.get("rope_parameters") or {}).items()
+             if key.startswith("mrope")}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor"):
@@ -1967,7 +1966,13 @@ def hf_config(m, source, dtype=""):
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
-    return config
+    # 5) how rope is divided among positions of images, which those of text do not read
+    if mrope:
+        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+        rope = {name: config.pop(name, None) for name in names}
+        scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = mrope | rope | scaling
+    return whole
 
 
 def stored_dtype(folder):
@@ -2003,9 +2008,11 @@ def collect_tensors(get_parameter, m, items, dtype):
     for tensor_name, parts in items:
         params = {}
         slices = []
+        is_float32 = tensor_name.endswith(tuple(family.get("float32", ())))
+        tensor_dtype = torch.float32 if is_float32 else dtype
         for name, first, n_rows in parts:
             if name not in params:
-                params[name] = get_parameter(name).detach().to("cpu", dtype)
+                params[name] = get_parameter(name).detach().to("cpu", tensor_dtype)
             slices.append(params[name][first:first + n_rows])
         tensor = torch.cat(slices) if len(slices) > 1 else slices[0]
         first_name, _, _ = parts[0]
@@ -2015,7 +2022,7 @@ def collect_tensors(get_parameter, m, items, dtype):
             raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
                                     "dtype=bfloat16")
         if is_stacked(tensor_name, family):
-            tensor = tensor.view(stacked_shape(tensor.shape, m))
+            tensor = tensor.unflatten(0, (m["n_experts"], -1))
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

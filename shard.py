@@ -743,9 +743,9 @@ def check_adapters_of_experts(lora_cfg):
         raise configs.UserError("shard.lora.targets: PEFT loads adapters of experts only for "
                                 "gate_proj, up_proj and down_proj together; name all or none")
     if lora_cfg["rslora"]:
-        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another way; "
-                                "shard.lora.rslora=false, or shard.lora.targets without gate_proj, "
-                                "up_proj and down_proj")
+        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another "
+                                "way; shard.lora.rslora=false, or shard.lora.targets without "
+                                "gate_proj, up_proj and down_proj")
 
 
 def tensors_outside_blocks(m):
@@ -1427,12 +1427,7 @@ class StepSize:
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in model.blocks)
         self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
-        adapted = [m for m in model.blocks.modules() if isinstance(m, LoRALinear) and m.dropout]
-        # after dropout; in experts, those of each row of a token
-        k = model_cfg["n_experts_per_token"]
-        adapter_inputs = sum(layer.in_features * (k if layer.n_experts > 1 else 1)
-                             for layer in adapted)
-        self.adapter_inputs = adapter_inputs // len(model.blocks)
+        self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(model_cfg).count("linear_attention")
         self.linear_attention = n_linear / model_cfg["n_layers"]
@@ -1489,6 +1484,16 @@ def count_parameters(module, trained=None):
     """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
     return sum(p.numel() for p in module.parameters()
                if trained is None or p.requires_grad == trained)
+
+
+def count_adapter_inputs(blocks, m):
+    """Numbers per token that the blocks' adapters read after dropout, 0 without dropout."""
+    n = 0
+    for layer in blocks.modules():
+        if isinstance(layer, LoRALinear) and layer.dropout:
+            times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
+            n += times * layer.in_features
+    return n
 
 
 def count_frozen_blocks(model):
@@ -1626,10 +1631,6 @@ def block_activation_bytes(s):
     attention += qk_norms
     if m["attention_gate"]:              # the gate, and its product with the output
         attention += 2 * s.element * H * E
-    if s.linear_attention:
-        from families import delta_net
-        attention *= 1 - s.linear_attention
-        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     if s.keeps_probabilities:
         # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
         # dropout its mask and the probabilities once more; else only if their dtype is another
@@ -1639,6 +1640,10 @@ def block_activation_bytes(s):
         elif attention_element < 4:
             pair += attention_element
         attention += H * length * pair
+    if s.linear_attention:
+        from families import delta_net
+        attention *= 1 - s.linear_attention
+        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     # Dropout: a mask of one byte per number.
     dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention

@@ -1,8 +1,8 @@
 """Mixture of experts: a block has many MLPs, the experts, and a router sends each token to a few.
 
     router     p = softmax(W x), one probability per expert, of which the k largest are chosen
-               (Shazeer et al., arXiv:1701.06538; without their noise, as in OLMoE, arXiv:2409.02060,
-               and Qwen3, arXiv:2505.09388)
+               (Shazeer et al., arXiv:1701.06538; without their noise, as in OLMoE,
+               arXiv:2409.02060, and Qwen3, arXiv:2505.09388)
     experts    y = sum of p_e MLP_e(x) over the chosen e. With model.norm_topk_prob the k
                probabilities are divided by their sum
     balance    a loss that is smallest if all experts get equally many tokens: see router_loss()
@@ -39,7 +39,7 @@ def grouped_linear(x, weight, ends):
 
 
 def grouped_matmul(x, matrices, ends):
-    """Multiply the rows x [R, in] of each expert by its matrix of [X, in, out]. Returns [R, out]."""
+    """Multiply the rows of x [R, in] by the matrix of their expert, [X, in, out]: [R, out]."""
     if all(n * x.element_size() % 16 == 0 for n in matrices.shape[1:]):
         # one kernel on CUDA, which does not wait for the device; a loop like that below on a CPU
         return F.grouped_mm(x, matrices, offs=ends)
@@ -64,7 +64,9 @@ class Experts(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        X, C, d_expert = m["n_experts"], m["d_model"], m["d_expert"]
+        X = m["n_experts"]
+        C = m["d_model"]
+        d_expert = m["d_expert"]
         self.activation = transformer.ACTIVATIONS[m["activation"]]
         self.gate_proj = ExpertLinear(X, C, d_expert)
         self.up_proj = ExpertLinear(X, C, d_expert)
@@ -122,6 +124,9 @@ class MixtureOfExperts(nn.Module):
         return (weights.to(y.dtype)[:, None] @ y).squeeze(1)                       # [T, C]
 
 
+# --------------------------------------------------------------------------------------------------
+# the loss that balances experts
+
 @contextlib.contextmanager
 def record_routing(blocks):
     """Yield a list to which each block appends (probs [T, X], experts [T, k]) in its forward pass.
@@ -139,6 +144,20 @@ def record_routing(blocks):
             block.mlp.routing = None
 
 
+def hidden_and_router_loss(model, batch):
+    """Return (the final hidden states [T, C], router_loss()), and count tokens.
+
+    The tokens of each expert are added to model.expert_tokens: 0 before the first, then [L, X].
+    """
+    with record_routing(model.blocks) as routing:
+        x = model.compute_hidden(batch)
+    m = model.cfg
+    coef = m["router_aux_loss_coef"] if m["router_aux_loss"] else 0.0
+    loss, expert_tokens = router_loss(routing, batch, coef)
+    model.expert_tokens = model.expert_tokens + expert_tokens
+    return x, loss
+
+
 def router_loss(routing, batch, coef):
     """Return (the loss that balances the experts, a number; tokens of each expert, int64 [L, X]).
 
@@ -153,7 +172,7 @@ def router_loss(routing, batch, coef):
     packing and ranks. Means over the global batch would need a pass over all micro-batches before
     the first backward pass. A document is in one micro-batch, whatever the layout is.
 
-    coef  model.router_aux_loss_coef. Padding is not counted
+    coef  model.router_aux_loss_coef, or 0 without model.router_aux_loss. Padding is not counted
     """
     documents, n_documents = document_of_tokens(batch)
     lengths = batch["cu_seqlens"].diff().clamp(min=1)[:, None]                     # [D, 1]
@@ -183,3 +202,27 @@ def sum_per_document(x, documents, n_documents):
     """[T, ...] -> [D, ...]"""
     sums = x.new_zeros(n_documents + 1, *x.shape[1:])
     return sums.index_add_(0, documents, x)[:n_documents]
+
+
+# --------------------------------------------------------------------------------------------------
+# files
+
+class StackedSlice:
+    """A tensor [X, out, in] of a safetensors file, read as [X out, in]."""
+
+    def __init__(self, stored):
+        self.stored = stored                 # get_slice() of the file
+        self.get_dtype = stored.get_dtype
+
+    def get_shape(self):
+        shape = self.stored.get_shape()
+        if len(shape) != 3:                  # the wrong tensor: PretrainedWeights.check() names it
+            return shape
+        return [shape[0] * shape[1], shape[2]]
+
+    def __getitem__(self, rows):
+        """rows  a slice; the experts that it touches are read"""
+        n_out = self.stored.get_shape()[1]
+        first = rows.start // n_out
+        experts = self.stored[first:-(-rows.stop // n_out)].flatten(0, 1)
+        return experts[rows.start - first * n_out:rows.stop - first * n_out]

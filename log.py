@@ -1296,9 +1296,7 @@ def describe_status(run):
 # --------------------------------------------------------------------------------------------------
 # curves
 
-# the plot in the units of its SVG picture, which is scaled to the window
-WIDTH = 420
-HEIGHT = 210
+# borders of a plot in its SVG picture, which is scaled to the window
 LEFT = 56
 RIGHT = 400
 TOP = 8
@@ -1555,8 +1553,7 @@ def report(runs):
         samples=sample_answers(runs), times=[time_shares(run) for run in runs],
         documents=[(names, colored_spans(text)) for text, names in documents.items() if text],
         written=time.strftime("%Y-%m-%d %H:%M"),
-        n_colors=N_COLORS, width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP,
-        bottom=BOTTOM)
+        n_colors=N_COLORS, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1482,7 +1482,7 @@ def config_rows(runs):
     defaults = configs.flat(configs.read_defaults()[0])
     rows = []
     for key in dict.fromkeys(key for run in runs for key in run.explicit):
-        values = [run.explicit.get(key, defaults.get(key)) for run in runs]
+        values = [run.explicit.get(key, defaults.get(key, "-")) for run in runs]
         texts = [value if isinstance(value, str) else configs.show(value) for value in values]
         is_shown = len(runs) == 1 or len(set(texts)) > 1
         if is_shown and key not in ("out_dir", "resume"):

@@ -1038,7 +1038,8 @@ def setup(cfg, explicit):
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    is_continued = resume_path and not is_own_checkpoint and not cfg["eval_only"]
+    continued = checkpoint.run_folder(resume_path) if is_continued else None
     logger = start_logging(cfg, explicit, state, continued)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])

@@ -790,7 +790,7 @@ def validation_losses(run, dataset, bar):
             for name in sums:
                 sums[name] += stats[name].double().sum()
             byte_sum += sum_target_bytes(micro_batch, run.token_bytes)
-            bar.update(len(indices) / len(micro_batches))
+            bar.update(len(micro_batch["doc_ids"]) * shard.world_size())
             poll_signals(run)
             if run.stop_signal:
                 break

@@ -88,6 +88,7 @@ FAMILIES = {
     "Qwen2, tied": ("qwen2", LLAMA | dict(tie_word_embeddings=True)),
     "Qwen3": ("qwen3", LLAMA | dict(head_dim=16)),
     "Qwen3, tied": ("qwen3", LLAMA | dict(head_dim=12, tie_word_embeddings=True, num_key_value_heads=1)),
+    "Qwen3, YaRN": ("qwen3", SMALL | dict(head_dim=16, rope_parameters=YARN | dict(rope_theta=5000.0))),
     "Granite 3": ("granite", GRANITE),
     "Granite 3, tied": ("granite", GRANITE | dict(tie_word_embeddings=True, num_key_value_heads=4)),
     "OLMo2": ("olmo2", OLMO2),
@@ -96,6 +97,7 @@ FAMILIES = {
         num_hidden_layers=4, no_rope_layers=[1, 0, 1, 1], tie_word_embeddings=True)),
     "SmolLM3, untied": ("smollm3", SMOLLM3 | dict(no_rope_layers=[0, 1])),
     "Gemma 1": ("gemma", GEMMA),
+    "Gemma 2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
     "Gemma 3": ("gemma3_text", GEMMA | dict(
         num_hidden_layers=3, sliding_window_pattern=3, rope_theta=5000.0, rope_local_base_freq=70.0,
         rope_scaling=dict(rope_type="linear", factor=8.0))),
@@ -122,8 +124,6 @@ FAMILIES = {
     "ERNIE 4.5": ("ernie4_5", SMALL | dict(head_dim=8, use_bias=True)),
     "Arcee": ("arcee", SMALL),
     "Nemotron, Minitron": ("nemotron", SMALL),
-    "Qwen3, YaRN": ("qwen3", SMALL | dict(head_dim=16, rope_parameters=YARN | dict(rope_theta=5000.0))),
-    "Gemma 2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
 }
 
 

@@ -683,6 +683,13 @@ def fill_sources(cfg, layers_by_key):
                 layers_by_key[f"{name}.{key}"] = layer_of(layers_by_key, f"data.source.{key}")
 
 
+def has_linear_attention(model_cfg):
+    """Do model.layer_types, or else those of the family, have linear_attention?"""
+    places = families().get(model_cfg["family"], {}).get("keys", {}).get("layer_types")
+    default = places[-1]["default"] if places else []
+    return "linear_attention" in (model_cfg["layer_types"] or default)
+
+
 def derive(cfg, layers_by_key):
     """Fill values that are null and follow from others, and join paths, in place."""
     model_cfg = cfg["model"]
@@ -692,10 +699,13 @@ def derive(cfg, layers_by_key):
     gated_d_ff = math.ceil(d_model * 8 // 3 / 64) * 64
     values = {"min_lr": cfg["lr"] / 10,
               "data.seq_len": min(model_cfg["max_len"], DEFAULT_SEQ_LEN),
+              "checkpoint.export": cfg["checkpoint"]["save_final"],
               "shard.lora.alpha": 2.0 * cfg["shard"]["lora"]["r"],
               "model.n_kv_heads": model_cfg["n_heads"],
               "model.head_dim": head_dim,
               "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
+    if model_cfg["n_experts"]:
+        values["model.d_expert"] = model_cfg["d_ff"] or values["model.d_ff"]
     # stay null in families whose config.json lacks them
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
@@ -705,6 +715,13 @@ def derive(cfg, layers_by_key):
     if "attention_multiplier" in family_keys:
         # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
+    if has_linear_attention(model_cfg):
+        n_key_heads = model_cfg["linear_num_key_heads"] or model_cfg["n_heads"]
+        values |= {"model.linear_num_key_heads": n_key_heads,
+                   "model.linear_num_value_heads": n_key_heads,
+                   "model.linear_key_head_dim": head_dim,
+                   "model.linear_value_head_dim": head_dim,
+                   "model.linear_conv_kernel_dim": 4}
     for key, value in values.items():
         if get(cfg, key) is None:
             overlay(cfg, nested(key, value), "derived")
@@ -714,6 +731,8 @@ def derive(cfg, layers_by_key):
     cfg["data"]["cache_dir"] = join_root(cfg["output_root"], cfg["data"]["cache_dir"])
     for data_source in named_sources(cfg).values():
         data_source["path"] = join_root(cfg["data_root"], data_source["path"])
+    if cfg["eval_only"] and not cfg["data"]["train"]:
+        cfg["data"]["train"] = copy.deepcopy(cfg["data"]["validation"])    # they are not trained
 
 
 def conditional_options(cfg):
@@ -733,7 +752,8 @@ def conditional_options(cfg):
         yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
     data = cfg["data"]
     can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
-    for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
+    for key in ("eval_every", "eval_only", "eval_prompts", "eval_tokens", "eval_answer",
+                "eval_share", "samples"):
         yield (key, "data.validation", can_evaluate or not cfg[key],
                "without validation data; data.validation_split=0.05 holds some out")
     yield ("log.project", "log.to", cfg["log"]["to"],
@@ -746,9 +766,15 @@ def conditional_options(cfg):
                 "rope_layers", "partial_rotary_factor"):
         yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
                "with learned positions (model.positions)")
-    for key in ("layer_types", "rope_local_theta"):
-        yield (f"model.{key}", "model.sliding_window", cfg["model"]["sliding_window"],
-               "without model.sliding_window")
+    has_linear = has_linear_attention(cfg["model"])
+    yield ("model.layer_types", "model.sliding_window",
+           cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
+    yield ("model.rope_local_theta", "model.sliding_window", cfg["model"]["sliding_window"],
+           "without model.sliding_window")
+    for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
+                "conv_kernel_dim"):
+        yield (f"model.linear_{key}", "model.layer_types", has_linear,
+               "without linear_attention in model.layer_types")
     for key in ("init_std", "init_by_depth"):
         yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
                "with model.init_from, which has the weights")
@@ -802,6 +828,12 @@ def check(cfg, layers_by_key, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
+    yield is_pattern(cfg["eval_answer"]), "eval_answer", "all, last_line or a regular expression"
+    yield (not cfg["eval_only"] or cfg["resume"] != "never", "resume",
+           "auto, latest or a checkpoint with eval_only, which deletes nothing")
+    yield (not cfg["checkpoint"]["export"] or cfg["checkpoint"]["save_final"] or cfg["best"],
+           "checkpoint.export", "false with checkpoint.save_final=false, because it exports the "
+           "final checkpoint")
     yield (cfg["resume"].lower() not in ("", "true", "false", "yes", "no"), "resume",
            "auto (the default: continue the run in out_dir), never, latest or the path of a "
            "checkpoint")
@@ -868,6 +900,9 @@ def check_model(model_cfg):
     rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
     yield (n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
            f"a divisor of model.n_heads ({n_heads})")
+    n_value_heads = model_cfg["linear_num_value_heads"] or 0
+    yield (n_value_heads % (model_cfg["linear_num_key_heads"] or 1) == 0,
+           "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
     for key in ("short_factor", "long_factor"):
@@ -880,6 +915,11 @@ def check_model(model_cfg):
            "model.norm_place", "before if model.parallel_residual")
     yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
+    if model_cfg["n_experts"]:
+        yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
+               "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
+        yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
+        yield not model_cfg["mlp_bias"], "model.mlp_bias", "false if model.n_experts is above 0"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -74,10 +74,20 @@ def families():
         for key in ("keys", "fixed", "weights"):
             items = base.get(key, {}) | family.get(key, {})
             table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
+        if "rename" in family:
+            for key in ("weights", "fused"):
+                table[name][key] = rename(table[name][key], *family["rename"])
         table[name]["only"] = {}
         for key, values in family.get("only", {}).items():
             table[name]["only"][key] = values if isinstance(values, list) else [values]
     return table
+
+
+def rename(items, old, new):
+    """`weights` or `fused` of a family, with names in files that begin with new instead of old."""
+    def replace(name):
+        return new + name.removeprefix(old) if str(name).startswith(old) else name
+    return {replace(key): replace(value) for key, value in items.items()}
 
 
 def import_model(cfg):
@@ -169,7 +179,8 @@ def resolve_pretrained(name):
                                 f"download {name} from the hub, pip install huggingface_hub"
                                 ) from None
     # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md",
+                *LICENSES]
     # (consolidated.safetensors: the same weights under Mistral's own names)
     ignored = ["*/*", "consolidated*"]
     try:
@@ -269,7 +280,7 @@ def translate(hf_config, path):
     if hf_config.get("quantization_config"):
         raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
                                 "supported; use the model that they were made from")
-    hf_config = standardize(hf_config, family, path)
+    hf_config = standardize(text_section(hf_config, family, path), family, path)
     for key, values in (INERT_KEYS | family["only"]).items():
         if hf_config.get(key, values[0]) not in values:
             raise unsupported(path, key, values[0], hf_config)
@@ -286,6 +297,22 @@ def translate(hf_config, path):
     return model_cfg
 
 
+def text_section(hf_config, family, path):
+    """The section of a config.json that describes the text part; all of it in most families."""
+    if "section" not in family:
+        return hf_config
+    name = family["section"]
+    section = hf_config.get(name)
+    if not isinstance(section, dict):
+        raise configs.UserError(f"{path}: {name} must be a section; got {section!r}")
+    # the whole model reads one of them, its text part alone the other
+    tied = hf_config.get("tie_word_embeddings", False)
+    if section.get("tie_word_embeddings", False) != tied:
+        raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
+                                "as outside of that section")
+    return section
+
+
 def unsupported(path, key, value, hf_config):
     return configs.UserError(f"{path}: {key} must be {configs.show(value)}, or missing; got "
                              f"{configs.show(hf_config[key])}, which is not supported")
@@ -297,7 +324,7 @@ def standardize(hf_config, family, path):
     rope_parameters  also what rope_scaling, its older name, says; always a section
     rope_local_base_freq    also what rope_parameters says about blocks with a window
     sliding_window, use_sliding_window    also what layer_types says
-    layer_types      also what sliding_window_pattern says
+    layer_types      also what sliding_window_pattern or full_attention_interval says
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
@@ -314,6 +341,10 @@ def standardize(hf_config, family, path):
         pattern = hf_config.pop("sliding_window_pattern", None)
         if not types and type(pattern) is int and pattern > 0:
             hf_config["layer_types"] = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
+    if "full_attention_interval" in hf_names(family["keys"].get("layer_types")):
+        interval = hf_config.pop("full_attention_interval", None)
+        if not types and type(interval) is int and interval > 0:
+            hf_config["layer_types"] = ["linear_attention"] * (interval - 1) + ["full_attention"]
     if "layer_types" in family["keys"]:
         types = []                                 # they need no translation
     n_types = len(types) if isinstance(types, list) else -1
@@ -487,6 +518,8 @@ def check_export(model_cfg, defaults):
         return
     n_heads = model_cfg["n_heads"]
     plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
+    yield ("carried" not in family or model_cfg["init_from"], "model.family",
+           f"another family for a new model: {name} has parts that only a pretrained model has")
     fixed = defaults | plain_heads | family["fixed"]
     hf_values = {}                                 # several of our keys may be one of config.json
     for key, value in model_cfg.items():

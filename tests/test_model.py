@@ -204,7 +204,7 @@ def loss_and_gradients(ours, m, theirs, folder):
     loss_sum.backward()
     assert weight == sum(len(d) - 1 for d in docs) and close(stats["loss"], torch.stack(wants), 1e-5)
     got, wanted = grads(ours), grads_by_file_name(theirs)
-    got = M.collect_tensors(got.get, m, M.hf_tensors(m), torch.float32)
+    got = M.collect_tensors(got.get, m, M.hf_tensors(m).items(), torch.float32)
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()

@@ -28,14 +28,20 @@ from torch import nn
 import model as transformer
 
 
-def grouped_linear(x, weight, ends):
-    """F.linear() of the rows of each expert with its weight. Returns [R, out].
+def grouped_linear(x, weight, ends, bias=None):
+    """F.linear() of the rows of each expert with its weight and bias. Returns [R, out].
 
     x       [R, in], sorted by expert
     weight  [X out, in], in the dtype of x
     ends    int32 [X]: the rows of expert e are ends[e - 1] ... ends[e] - 1
+    bias    [X out] or None
     """
-    return grouped_matmul(x, weight.unflatten(0, (len(ends), -1)).mT, ends)
+    y = grouped_matmul(x, weight.unflatten(0, (len(ends), -1)).mT, ends)
+    if bias is None:
+        return y
+    rows = torch.arange(len(x), device=x.device)
+    experts = torch.bucketize(rows, ends, right=True)                              # [R]
+    return y + bias.view(len(ends), -1).index_select(0, experts)
 
 
 def grouped_matmul(x, matrices, ends):
@@ -50,17 +56,21 @@ def grouped_matmul(x, matrices, ends):
 class ExpertLinear(transformer.Linear):
     """The same linear layer of all experts, whose weights are one matrix: [X out, in]."""
 
-    def __init__(self, n_experts, in_features, out_features):
-        super().__init__(in_features, n_experts * out_features, bias=False)
+    def __init__(self, n_experts, in_features, out_features, bias):
+        super().__init__(in_features, n_experts * out_features, bias=bias)
         self.n_experts = n_experts
 
     def forward(self, x, seeds=None, ends=None):                                   # [R, in]
         """seeds  not used here, see transformer.Linear;  ends  see grouped_linear()"""
-        return grouped_linear(x, self.weight.to(x.dtype), ends)                    # [R, out]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return grouped_linear(x, self.weight.to(x.dtype), ends, bias)              # [R, out]
 
 
 class Experts(nn.Module):
-    """The gated MLPs of a block: down(activation(gate(x)) * up(x)) of each row's expert."""
+    """The gated MLPs of a block: down(activation(gate(x)) * up(x)) of each row's expert.
+
+    With model.swiglu_limit, gpt-oss's variant (arXiv:2508.10925, section 2.2).
+    """
 
     def __init__(self, m):
         super().__init__()
@@ -68,13 +78,20 @@ class Experts(nn.Module):
         C = m["d_model"]
         d_expert = m["d_expert"]
         self.activation = transformer.ACTIVATIONS[m["activation"]]
-        self.gate_proj = ExpertLinear(X, C, d_expert)
-        self.up_proj = ExpertLinear(X, C, d_expert)
-        self.down_proj = ExpertLinear(X, d_expert, C)
+        bias = m["mlp_bias"]
+        self.limit = m["swiglu_limit"]
+        self.gate_proj = ExpertLinear(X, C, d_expert, bias)
+        self.up_proj = ExpertLinear(X, C, d_expert, bias)
+        self.down_proj = ExpertLinear(X, d_expert, C, bias)
 
     def forward(self, x, seeds, ends):                                             # [R, C]
-        h = self.activation(self.gate_proj(x, seeds, ends))                        # [R, F]
-        h = h * self.up_proj(x, seeds, ends)
+        gate = self.gate_proj(x, seeds, ends)                                      # [R, F]
+        up = self.up_proj(x, seeds, ends)
+        if self.limit is None:
+            h = self.activation(gate) * up
+        else:
+            gate = gate.clamp(max=self.limit)
+            h = gate * (1.702 * gate).sigmoid() * (up.clamp(-self.limit, self.limit) + 1)
         return self.down_proj(h, seeds, ends)
 
 
@@ -85,10 +102,12 @@ class Router(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(m["n_experts"], m["d_model"]))
+        self.bias = nn.Parameter(torch.empty(m["n_experts"])) if m["mlp_bias"] else None
 
     def forward(self, x):                                                          # [T, C]
         weight = self.weight.to(x.dtype)     # as FSDP gathers it, so that ranks change nothing
-        return F.linear(x.float(), weight.float()).softmax(-1)                     # [T, X]
+        bias = None if self.bias is None else self.bias.to(x.dtype).float()
+        return F.linear(x.float(), weight.float(), bias).softmax(-1)               # [T, X]
 
 
 class MixtureOfExperts(nn.Module):
@@ -207,22 +226,86 @@ def sum_per_document(x, documents, n_documents):
 # --------------------------------------------------------------------------------------------------
 # files
 
-class StackedSlice:
-    """A tensor [X, out, in] of a safetensors file, read as [X out, in]."""
+# A tensor that holds a matrix per expert is [X, out, in] in a file, and [X out, in] here. gpt-oss has
+# [X, in, out], and gate and up in one tensor whose outputs alternate: g0 u0 g1 u1 ...
 
-    def __init__(self, stored):
+class StackedSlice:
+    """A tensor of a safetensors file with all experts, read as [X out, in], or as [X out]."""
+
+    def __init__(self, stored, tensor, family):
         self.stored = stored                 # get_slice() of the file
         self.get_dtype = stored.get_dtype
+        self.transposed = "stacked_transposed" in family
+        self.interleaved = tensor.endswith(tuple(family.get("interleaved", ())))
 
     def get_shape(self):
-        shape = self.stored.get_shape()
-        if len(shape) != 3:                  # the wrong tensor: PretrainedWeights.check() names it
-            return shape
-        return [shape[0] * shape[1], shape[2]]
+        X, *shape = self.stored.get_shape()
+        if self.transposed:
+            shape = shape[::-1]
+        return [X * shape[0], *shape[1:]]
 
     def __getitem__(self, rows):
         """rows  a slice; the experts that it touches are read"""
-        n_out = self.stored.get_shape()[1]
+        n_out = self.get_shape()[0] // self.stored.get_shape()[0]
         first = rows.start // n_out
-        experts = self.stored[first:-(-rows.stop // n_out)].flatten(0, 1)
-        return experts[rows.start - first * n_out:rows.stop - first * n_out]
+        experts = self.stored[first:-(-rows.stop // n_out)]
+        if self.transposed and experts.dim() == 3:
+            experts = experts.mT
+        if self.interleaved:
+            experts = torch.cat([experts[:, 0::2], experts[:, 1::2]], 1)
+        return experts.flatten(0, 1)[rows.start - first * n_out:rows.stop - first * n_out]
+
+
+def stack(x, n_experts, tensor, family):
+    """The inverse of StackedSlice: [X out, in] -> the tensor of a file."""
+    x = x.unflatten(0, (n_experts, -1))
+    if tensor.endswith(tuple(family.get("interleaved", ()))):
+        x = torch.stack(x.chunk(2, 1), 2).flatten(1, 2)
+    if "stacked_transposed" in family and x.dim() == 3:
+        x = x.mT
+    return x
+
+
+# the values of 4-bit codes, the format E2M1 of MXFP4 (OCP Microscaling Formats, section 5.3.3)
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+class Mxfp4Tensor:
+    """A tensor [X, in, out] that is stored in MXFP4, read in bf16 as if it was not.
+
+    blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
+    scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)
+    """
+
+    def __init__(self, blocks, scales):
+        self.blocks = blocks                 # get_slice() of the files
+        self.scales = scales
+
+    def get_slice(self, tensor):
+        return self
+
+    def get_dtype(self):
+        return "BF16"
+
+    def get_shape(self):
+        X, n_out, n_blocks, n_bytes = self.blocks.get_shape()
+        return [X, n_blocks * n_bytes * 2, n_out]
+
+    def __getitem__(self, experts):
+        blocks = self.blocks[experts]
+        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)            # [x, out, n, 32]
+        values = torch.tensor(FP4 + [-value for value in FP4])[codes.int()]
+        exponents = self.scales[experts].int()[..., None] - 127
+        return torch.ldexp(values, exponents).flatten(2).mT.bfloat16()             # [x, in, out]
+
+
+def open_mxfp4(files):
+    """{tensor: open file}, in which NAME stands for each pair NAME_blocks and NAME_scales."""
+    opened = dict(files)
+    for tensor in files:
+        name = tensor.removesuffix("_blocks")
+        if name != tensor and f"{name}_scales" in files:
+            blocks = opened.pop(tensor).get_slice(tensor)
+            scales = opened.pop(f"{name}_scales").get_slice(f"{name}_scales")
+            opened[name] = Mxfp4Tensor(blocks, scales)
+    return opened

@@ -50,7 +50,9 @@ def grads_by_file_name(theirs):
     wanted = {}
     for name, grad in grads(theirs).items():
         experts, _, kind = name.partition(".experts.")
-        if not kind:
+        if theirs.config.model_type == "gpt_oss":        # in files as in memory
+            wanted[name] = grad
+        elif not kind:
             wanted[name.replace("router.weight", "router.layer.weight")] = grad
         elif "block_sparse_moe" in name:
             wanted[experts + {"gate_up_proj": ".input_linear.weight", "down_proj": ".output_linear.weight"}[kind]] = grad
@@ -153,6 +155,9 @@ FAMILIES = {
     "Qwen3-MoE, tied": ("qwen3_moe", EXPERTS | dict(
         moe_intermediate_size=24, head_dim=12, num_experts=4, tie_word_embeddings=True)),
     "OLMoE": ("olmoe", EXPERTS | dict(num_experts=8, pad_token_id=None, eos_token_id=None)),
+    "gpt-oss": ("gpt_oss", EXPERTS | dict(
+        num_local_experts=6, head_dim=16, sliding_window=19, pad_token_id=None,
+        rope_parameters=YARN | dict(rope_theta=5000.0, truncate=False))),
     "Granite 3 MoE": ("granitemoe", GRANITE | EXPERTS | dict(num_local_experts=6, tie_word_embeddings=True)),
 }
 
@@ -198,7 +203,7 @@ def loss_and_gradients(ours, m, theirs, folder):
     loss_sum.backward()
     assert weight == sum(len(d) - 1 for d in docs) and close(stats["loss"], torch.stack(wants), 1e-5)
     got, wanted = grads(ours), grads_by_file_name(theirs)
-    got = M.collect_tensors(got.get, m, M.hf_tensors(m), torch.float32)
+    got = M.collect_tensors(got.get, m, M.hf_tensors(m).items(), torch.float32)
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()

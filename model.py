@@ -1939,6 +1939,8 @@ def hf_config(m, source, dtype=""):
     #    one, the last in families.yaml is written, and the others, from source, are removed.
     #    config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
+    if "rope_parameters" in family:                      # null would be that default
+        m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:

@@ -309,6 +309,8 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
+    if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
+        hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
         hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
     else:

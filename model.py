@@ -369,8 +369,8 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels use
-        torch's random generator, not our seeds. If you change the scores or the probabilities in
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
+        use torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
         changes_probs = self.changes_scores or self.sinks is not None
@@ -1557,8 +1557,8 @@ class PretrainedWeights:
         self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
         if "mxfp4" in self.family:
-            from families import moe
-            self.files = moe.open_mxfp4(self.files)
+            from families import expert_files
+            self.files = expert_files.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
         # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
@@ -1595,8 +1595,8 @@ class PretrainedWeights:
         """What safetensors calls so: slices of it are read from the file."""
         stored = self.files[tensor].get_slice(tensor)
         if is_stacked(tensor, self.family):
-            from families import moe
-            return moe.StackedSlice(stored, tensor, self.family)
+            from families import expert_files
+            return expert_files.StackedSlice(stored, tensor, self.family)
         return stored
 
     def read(self, name, start, end):
@@ -2001,8 +2001,8 @@ def collect_tensors(get_parameter, m, items, dtype):
             raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
                                     "dtype=bfloat16")
         if is_stacked(tensor_name, family):
-            from families import moe
-            tensor = moe.stack(tensor, m["n_experts"], tensor_name, family)
+            from families import expert_files
+            tensor = expert_files.stack(tensor, m["n_experts"], tensor_name, family)
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

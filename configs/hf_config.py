@@ -289,7 +289,7 @@ def translate(hf_config, path):
 
 
 def is_mxfp4(quantization, family):
-    """Are the experts in MXFP4, which moe.open_mxfp4() reads? They are exported in bf16."""
+    """Are the experts in MXFP4? families/expert_files.py reads them; they are exported in bf16."""
     is_section = isinstance(quantization, dict)
     return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
 

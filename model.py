@@ -537,12 +537,6 @@ class PackedDocuments:
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
 
     @functools.cached_property
-    def chunks(self):
-        """The chunks of the documents, for blocks with linear_attention."""
-        from families import delta_net
-        return delta_net.Chunks(self)
-
-    @functools.cached_property
     def have_equal_lengths(self):
         """Are all documents that are not empty equally long, as when a text is cut into windows?
         Then x [T, ...] is reshaped to [d, t, ...], without padding and copies."""
@@ -1667,7 +1661,7 @@ class PretrainedWeights:
         ignored = tuple(self.family.get("ignore", ()))
         if is_tied:
             ignored += (self.head,)
-        prefixes = tuple(self.family.get("ignore_prefixes", ()))
+        prefixes = (*self.family.get("ignore_prefixes", ()), *self.family.get("carried", ()))
         for tensor in sorted(self.files):
             is_ignored = tensor.endswith(ignored) or tensor.startswith(prefixes)
             if tensor not in name_of and not is_ignored:
@@ -1824,7 +1818,12 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
     copy_licenses(source, folder)
-    write_weights(get_parameter, m, folder, getattr(torch, config["dtype"]), shard_bytes)
+    carried = carried_tensors(family, source)
+    if carried:
+        for path in source.glob("*processor*.json"):
+            shutil.copyfile(path, folder / path.name)
+    dtype = getattr(torch, config["dtype"])
+    write_weights(get_parameter, m, folder, dtype, shard_bytes, carried)
 
 
 def copy_licenses(source, folder):
@@ -1837,21 +1836,40 @@ def copy_licenses(source, folder):
             shutil.copyfile(path, Path(folder) / path.name)
 
 
-def write_weights(get_parameter, m, folder, dtype, shard_bytes):
-    """Write model.safetensors, or several files and their index. See save_pretrained."""
+def carried_tensors(family, source):
+    """Tensors that are exported as the pretrained model has them: {tensor: the open file}."""
+    prefixes = tuple(family.get("carried", ()))
+    if not prefixes:
+        return {}
+    if source is None or not source.is_dir():
+        raise configs.UserError(f"model.init_from: {source} must exist for the export, which "
+                                f"copies the weights {', '.join(prefixes)}* from it")
+    return {tensor: file for tensor, file in open_weights(source).items()
+            if tensor.startswith(prefixes)}
+
+
+def write_weights(get_parameter, m, folder, dtype, shard_bytes, carried):
+    """Write model.safetensors, or several files and their index. See save_pretrained.
+
+    carried  carried_tensors(), which get a file of their own
+    """
     files = split_into_files(m, dtype, shard_bytes)
+    n_files = len(files) + bool(carried)
     weight_map = {}
     total_size = 0
-    for i, tensors_in_file in enumerate(files):
+    for i in range(n_files):
         name = "model.safetensors"
-        if len(files) > 1:
-            name = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        items = log.progress(tensors_in_file.items(), f"write {name}")
-        tensors = collect_tensors(get_parameter, m, items, dtype)
+        if n_files > 1:
+            name = f"model-{i + 1:05}-of-{n_files:05}.safetensors"
+        if i < len(files):
+            items = log.progress(files[i].items(), f"write {name}")
+            tensors = collect_tensors(get_parameter, m, items, dtype)
+        else:
+            tensors = {tensor: file.get_tensor(tensor) for tensor, file in carried.items()}
         write_safetensors(tensors, folder / name, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(files) > 1:
+    if n_files > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
@@ -1919,8 +1937,10 @@ def all_stop_ids(folder, stop, control_ids):
 def hf_config(m, source, dtype=""):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
-    # 1) the config.json of source
+    # 1) the config.json of source, or its part about text
     config = read_source(source, "config.json")
+    if "section" not in family:
+        config = config.get("text_config") or config
     dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
@@ -1928,6 +1948,12 @@ def hf_config(m, source, dtype=""):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
+    whole = config
+    if "section" in family:                              # below, config is that of the text part
+        config = dict(whole.get(family["section"], {}))
+        whole |= {family["section"]: config, "tie_word_embeddings": m["tie_embeddings"]}
+    mrope = {key: value for key, value in (config.get("rope_parameters") or {}).items()
+             if key.startswith("mrope")}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor", "quantization_config"):
@@ -1953,7 +1979,13 @@ def hf_config(m, source, dtype=""):
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
-    return config
+    # 5) how rope is divided among positions of images, which those of text do not read
+    if mrope:
+        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+        rope = {name: config.pop(name, None) for name in names}
+        scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = mrope | rope | scaling
+    return whole
 
 
 def stored_dtype(folder):
@@ -1989,9 +2021,11 @@ def collect_tensors(get_parameter, m, items, dtype):
     for tensor_name, parts in items:
         params = {}
         slices = []
+        is_float32 = tensor_name.endswith(tuple(family.get("float32", ())))
+        tensor_dtype = torch.float32 if is_float32 else dtype
         for name, first, n_rows in parts:
             if name not in params:
-                params[name] = get_parameter(name).detach().to("cpu", dtype)
+                params[name] = get_parameter(name).detach().to("cpu", tensor_dtype)
             slices.append(params[name][first:first + n_rows])
         tensor = torch.cat(slices) if len(slices) > 1 else slices[0]
         first_name, _, _ = parts[0]

@@ -1631,10 +1631,6 @@ def block_activation_bytes(s):
     attention += qk_norms
     if m["attention_gate"]:              # the gate, and its product with the output
         attention += 2 * s.element * H * E
-    if s.linear_attention:
-        from families import delta_net
-        attention *= 1 - s.linear_attention
-        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     if s.keeps_probabilities:
         # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
         # dropout its mask and the probabilities once more; else only if their dtype is another
@@ -1644,6 +1640,10 @@ def block_activation_bytes(s):
         elif attention_element < 4:
             pair += attention_element
         attention += H * length * pair
+    if s.linear_attention:
+        from families import delta_net
+        attention *= 1 - s.linear_attention
+        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
     # Dropout: a mask of one byte per number.
     dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention

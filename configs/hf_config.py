@@ -74,10 +74,20 @@ def families():
         for key in ("keys", "fixed", "weights"):
             items = base.get(key, {}) | family.get(key, {})
             table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
+        if "rename" in family:
+            for key in ("weights", "fused"):
+                table[name][key] = rename(table[name][key], *family["rename"])
         table[name]["only"] = {}
         for key, values in family.get("only", {}).items():
             table[name]["only"][key] = values if isinstance(values, list) else [values]
     return table
+
+
+def rename(items, old, new):
+    """`weights` or `fused` of a family, with names in files that begin with new instead of old."""
+    def replace(name):
+        return new + name.removeprefix(old) if str(name).startswith(old) else name
+    return {replace(key): replace(value) for key, value in items.items()}
 
 
 def import_model(cfg):
@@ -271,7 +281,7 @@ def translate(hf_config, path):
     if quantization and not is_mxfp4(quantization, family):
         raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
                                 "supported; use the model that they were made from")
-    hf_config = standardize(hf_config, family, path)
+    hf_config = standardize(text_section(hf_config, family, path), family, path)
     for key, values in (INERT_KEYS | family["only"]).items():
         if hf_config.get(key, values[0]) not in values:
             raise unsupported(path, key, values[0], hf_config)
@@ -292,6 +302,22 @@ def is_mxfp4(quantization, family):
     """Are the experts in MXFP4? families/expert_files.py reads them; they are exported in bf16."""
     is_section = isinstance(quantization, dict)
     return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
+
+
+def text_section(hf_config, family, path):
+    """The section of a config.json that describes the text part; all of it in most families."""
+    if "section" not in family:
+        return hf_config
+    name = family["section"]
+    section = hf_config.get(name)
+    if not isinstance(section, dict):
+        raise configs.UserError(f"{path}: {name} must be a section; got {section!r}")
+    # the whole model reads one of them, its text part alone the other
+    tied = hf_config.get("tie_word_embeddings", False)
+    if section.get("tie_word_embeddings", False) != tied:
+        raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
+                                "as outside of that section")
+    return section
 
 
 def unsupported(path, key, value, hf_config):
@@ -501,6 +527,8 @@ def check_export(model_cfg, defaults):
         return
     n_heads = model_cfg["n_heads"]
     plain_heads = {"n_kv_heads": n_heads, "head_dim": model_cfg["d_model"] // n_heads}
+    yield ("carried" not in family or model_cfg["init_from"], "model.family",
+           f"another family for a new model: {name} has parts that only a pretrained model has")
     fixed = defaults | plain_heads | family["fixed"]
     hf_values = {}                                 # several of our keys may be one of config.json
     for key, value in model_cfg.items():

@@ -13,7 +13,7 @@ before it in its document; q and k have length 1. Letters, beside those of model
 
     Hk heads of queries and keys    Hv heads of values: each key head serves Hv / Hk of them
     Ek, Ev width of a head of keys, of values    W channels of the convolution: 2 Hk Ek + Hv Ev
-    n chunks of S tokens: those of all documents
+    n chunks of S tokens in d documents, which are padded to t tokens
 """
 import functools
 import math
@@ -80,24 +80,35 @@ class GatedDeltaNet(nn.Module):
         weight = self.conv_weight[:, 0].to(qkv.dtype).float()                      # [W, kernel]
         if layout.is_decoding:
             return self.decode(qkv, g, beta, weight, layout.states)
-        if layout.cache is None and torch.is_grad_enabled():
-            # What is computed here takes five times the memory of the MLP, and 3% of its time.
-            y, _ = checkpoint(self.mix_documents, qkv, g, beta, weight, layout,
-                              use_reentrant=False, preserve_rng_state=False)
-            return y
-        y, states = self.mix_documents(qkv, g, beta, weight, layout)
+        outputs = []
+        states = []
+        for inputs in zip(layout.pad(qkv), layout.pad(g), layout.pad(beta)):       # [d, t, ...]
+            if torch.is_grad_enabled():
+                # What is computed in here takes more memory than the rest of the block, and less
+                # time: it is computed again in the backward pass.
+                y, state = checkpoint(self.mix_documents, *inputs, weight,
+                                      use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, state = self.mix_documents(*inputs, weight)
+            outputs.append(y)
+            states.append(state)
         if layout.cache is not None:
+            documents = [i for _, indices in layout.groups for i in indices]
+            states = torch.cat(states)[torch.tensor(documents).argsort()]          # [D, Hv, Ek, Ev]
             inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
             layout.cache.states[self] = (inputs, states)
-        return y
+        return layout.unpad(outputs)
 
-    def mix_documents(self, qkv, g, beta, weight, layout):
-        """Return y [T, Hv, Ev], and the states after the documents, as the delta rule does."""
-        convolved = convolve(qkv.float(), weight, layout.chunks.positions)         # [T, W]
-        q, k, v = self.split_heads(self.activation(convolved))
-        if layout.use_varlen and flash_kernel():
-            return flash_delta_rule(q, k, v, g, beta, layout, qkv.dtype)
-        y, states = chunked_delta_rule(q, k, v, g, beta, layout.chunks)
+    def mix_documents(self, qkv, g, beta, weight):
+        """mix() of d documents, padded to t tokens: y [d, t, Hv, Ev], and S after each of them.
+
+        Padding leaves S as it is, because its g and beta are 0.
+        """
+        q, k, v = self.split_heads(self.activation(convolve(qkv.float(), weight)))
+        if qkv.is_cuda and qkv.dtype != torch.float32 and flash_kernel():
+            q, k, v = [x.to(qkv.dtype) for x in (q, k, v)]
+            return flash_kernel()(q, k, v, g, beta, output_final_state=True)
+        y, states = chunked_delta_rule(q, k, v, g, beta)
         return y.to(qkv.dtype), states
 
     def decode(self, qkv, g, beta, weight, states):
@@ -117,14 +128,14 @@ class GatedDeltaNet(nn.Module):
         y = (q[..., None, :] @ S)[..., 0, :]                                       # [B, Hv, Ev]
         return (y * self.key_dim ** -0.5).to(qkv.dtype)
 
-    def split_heads(self, qkv):                                                    # [T, W]
-        """Return q, k [T, Hv, Ek] of length 1, and v [T, Hv, Ev]."""
+    def split_heads(self, qkv):                                                    # [..., W]
+        """Return q, k [..., Hv, Ek] of length 1, and v [..., Hv, Ev]."""
         q, k, v = qkv.split(self.widths, -1)
         group_size = self.n_value_heads // self.n_key_heads
-        q = unit_length(q.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [T, Hk, Ek]
-        k = unit_length(k.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [T, Hk, Ek]
-        v = v.unflatten(-1, (self.n_value_heads, self.value_dim))                  # [T, Hv, Ev]
-        return q.repeat_interleave(group_size, 1), k.repeat_interleave(group_size, 1), v
+        q = unit_length(q.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [..., Hk, Ek]
+        k = unit_length(k.unflatten(-1, (self.n_key_heads, self.key_dim)))         # [..., Hk, Ek]
+        v = v.unflatten(-1, (self.n_value_heads, self.value_dim))                  # [..., Hv, Ev]
+        return q.repeat_interleave(group_size, -2), k.repeat_interleave(group_size, -2), v
 
     def output(self, y, x, seeds=None):
         """The block's output [T, C]: y [T, Hv, Ev] of mix(), normalized, and gated by the input of
@@ -140,13 +151,12 @@ def unit_length(x):
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
-def convolve(x, weight, positions):
-    """sum over j of weight[:, -1 - j] * x_(t - j), within documents. x [T, W] -> [T, W]"""
+def convolve(x, weight):                                                           # [d, t, W]
+    """sum over j of weight[:, -1 - j] * x_(t - j): [d, t, W]. weight [W, kernel]"""
     y = x * weight[:, -1]
     for j in range(1, weight.shape[1]):
-        earlier = F.pad(x, (0, 0, j, 0))[:len(x)]                                  # x_(t - j)
-        is_outside = positions[:, None] < j
-        y = y + (earlier * weight[:, -1 - j]).masked_fill(is_outside, 0)
+        earlier = F.pad(x, (0, 0, j, 0))[:, :x.shape[1]]                           # x_(t - j)
+        y = y + earlier * weight[:, -1 - j]
     return y
 
 
@@ -159,68 +169,17 @@ def last_inputs(x, n, cu_seqlens):
     return x[index.clamp(min=0)].masked_fill(is_outside[..., None], 0)
 
 
-# --------------------------------------------------------------------------------------------------
-# the delta rule
-
-class Chunks:
-    """The documents of a layout, cut into chunks of S tokens; the last one of each may be shorter.
-
-    Chunks are sorted by their number in the document, and those of one number by the length of
-    their documents, the longest first. So the documents that have a chunk of some number are the
-    first of those that have one of the number before, in the same order.
-
-    index   int64 [n, S], of each chunk's tokens; T where it has none
-    place   int64 [T], of each token in the flattened index
-    counts  [int]: how many documents have a chunk 0, a chunk 1, ...
-    order   int64 [counts[0]], the documents: that of chunk 0, of chunk 1, ...
-    """
-
-    def __init__(self, layout):
-        self.layout = layout
-
-    @functools.cached_property
-    def positions(self):
-        """int64 [T], of each token in its document. Padding counts as one more document."""
-        cu_seqlens = self.layout.cu_seqlens.long()
-        tokens = torch.arange(self.layout.n_tokens, device=cu_seqlens.device)
-        documents = torch.bucketize(tokens, cu_seqlens[1:], right=True)
-        return tokens - cu_seqlens[documents]
-
-    @functools.cached_property
-    def tables(self):
-        """(index, place, counts, order). On a GPU, the lengths of the documents cost a sync."""
-        n_tokens = self.layout.n_tokens
-        lengths = torch.tensor(self.layout.lengths)
-        ends = lengths.cumsum(0)
-        n_chunks = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
-        order = n_chunks.argsort(descending=True, stable=True)
-        exists = torch.arange(int(n_chunks.max()))[:, None] < n_chunks[order]      # [numbers, D]
-        number, rank = exists.nonzero(as_tuple=True)                               # [n]
-        documents = order[rank]
-        first = (ends - lengths)[documents] + number * CHUNK_SIZE
-        tokens = first[:, None] + torch.arange(CHUNK_SIZE)                         # [n, S]
-        index = tokens.where(tokens < ends[documents, None], n_tokens)
-        place = torch.empty(n_tokens + 1, dtype=torch.int64)
-        place[index.flatten()] = torch.arange(index.numel())
-        order = order[n_chunks[order] > 0]
-        device = self.layout.cu_seqlens.device
-        return index.to(device), place[:-1].to(device), exists.sum(1).tolist(), order.to(device)
-
-    def split(self, x):
-        """x [T, Hv, ...] -> [n, Hv, S, ...], with zeros where a chunk has no token."""
-        index, _, _, _ = self.tables
-        zero = x.new_zeros(1, *x.shape[1:])
-        return torch.cat([x, zero])[index].transpose(1, 2).contiguous()
-
-    def join(self, y):
-        """[n, Hv, S, Ev] -> [T, Hv, Ev]"""
-        _, place, _, _ = self.tables
-        return y.transpose(1, 2).flatten(0, 1)[place]
+def split_chunks(x):                                                               # [d, t, Hv, ...]
+    """[d, Hv, n, S, ...], with zeros after the last token."""
+    n = max(1, math.ceil(x.shape[1] / CHUNK_SIZE))
+    n_missing = n * CHUNK_SIZE - x.shape[1]
+    zeros = x.new_zeros(len(x), n_missing, *x.shape[2:])
+    x = torch.cat([x, zeros], 1).transpose(1, 2)                                 # [d, Hv, n S, ...]
+    return x.unflatten(2, (n, CHUNK_SIZE)).contiguous()
 
 
-def chunked_delta_rule(q, k, v, g, beta, chunks):
-    """The delta rule within documents, by a few matrix products per chunk (section 3.3 of the
-    paper).
+def chunked_delta_rule(q, k, v, g, beta):
+    """The delta rule by a few matrix products per chunk (section 3.3 of the paper).
 
     In a chunk, let G_r be the sum of g_1 ... g_r, D_ri = exp(G_r - G_i), and S the state before it.
     The state after token r is exp(G_r) S + sum over i <= r of D_ri k_i u_i^T, where u_r is what
@@ -231,45 +190,39 @@ def chunked_delta_rule(q, k, v, g, beta, chunks):
     a triangular system for the u of the chunk (the WY form of arXiv:2406.06484), whose solution is
     linear in S: u = values - keys S. What does not depend on S is computed for all chunks at once.
 
-    q, k  fp32 [T, Hv, Ek];  v  [T, Hv, Ev];  g, beta  [T, Hv]
-    Returns y [T, Hv, Ev], and the states after those documents that have tokens [D, Hv, Ek, Ev].
+    q, k  fp32 [d, t, Hv, Ek];  v  [d, t, Hv, Ev];  g, beta  [d, t, Hv]
+    Returns y [d, t, Hv, Ev], and S after the last token [d, Hv, Ek, Ev].
     """
-    _, _, counts, order = chunks.tables
-    # Where a chunk has no token, g, k and v are 0 and leave the state as it is.
-    q, k, v, g, beta = [chunks.split(x) for x in (q, k, v, g, beta)]
-    Ek = k.shape[-1]
+    _, t, _, Ek = k.shape
     Ev = v.shape[-1]
-    G = g.cumsum(-1)                                                               # [n, Hv, S]
+    q, k, v, g, beta = [split_chunks(x) for x in (q, k, v, g, beta)]
+    G = g.cumsum(-1)                                                               # [d, Hv, n, S]
     is_later = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=torch.bool, device=q.device).triu(1)
     D = (G[..., :, None] - G[..., None, :]).masked_fill(is_later, -math.inf).exp()
-    since_start = G.exp()[..., None]                                               # [n, Hv, S, 1]
+    since_start = G.exp()[..., None]                                              # [d, Hv, n, S, 1]
     until_end = (G[..., -1:] - G).exp()[..., None]
+    chunk_decay = since_start[..., -1:, :]                                        # [d, Hv, n, 1, 1]
 
-    k_T = k.transpose(-1, -2)                                                      # [n, Hv, Ek, S]
+    k_T = k.transpose(-1, -2)                                                    # [d, Hv, n, Ek, S]
     k_beta = k * beta[..., None]
     system = (k_beta @ k_T) * D                          # its diagonal is read as 1
     right_sides = torch.cat([v * beta[..., None], k_beta * since_start], -1)
     solved = torch.linalg.solve_triangular(system, right_sides, upper=False, unitriangular=True)
     values, keys = solved.split([Ev, Ek], -1)
 
-    state = q.new_zeros(len(order), *k.shape[1:2], Ek, Ev)                         # [D, Hv, Ek, Ev]
-    states = [state[:0]]                                 # before each chunk
-    written = [values[:0]]                               # u of each chunk
-    finished = [state[:0]]                               # after each document, the longest last
-    tensors = (values, keys, k * until_end, since_start[:, :, -1:])
-    chunks_of_number = zip(*(x.split(counts) for x in tensors))
-    for values_c, keys_c, k_c, decay_c in chunks_of_number:
-        n = len(values_c)                                # documents that have a chunk of this number
-        finished.append(state[n:])
-        state = state[:n]
-        u = values_c - keys_c @ state
+    state = q.new_zeros(*q.shape[:2], Ek, Ev)                                      # [d, Hv, Ek, Ev]
+    states = []                                          # before each chunk
+    written = []                                         # u of each chunk
+    chunks = zip(*(x.unbind(2) for x in (values, keys, k * until_end, chunk_decay)))
+    for values_c, keys_c, k_c, decay_c in chunks:
+        u = values_c - keys_c @ state                                              # [d, Hv, S, Ev]
         states.append(state)
         written.append(u)
         state = state * decay_c + k_c.transpose(-1, -2) @ u
-    finished.append(state)
-    y = (q * since_start) @ torch.cat(states) + ((q @ k_T) * D) @ torch.cat(written)
-    states = torch.cat(finished[::-1])[order.argsort()]
-    return chunks.join(y * Ek ** -0.5), states
+    from_states = (q * since_start) @ torch.stack(states, 2)                     # [d, Hv, n, S, Ev]
+    from_chunk = ((q @ k_T) * D) @ torch.stack(written, 2)
+    y = (from_states + from_chunk).flatten(2, 3)[:, :, :t] * Ek ** -0.5
+    return y.transpose(1, 2), state
 
 
 @functools.cache
@@ -280,15 +233,6 @@ def flash_kernel():
     except ImportError:
         return None
     return chunk_gated_delta_rule
-
-
-def flash_delta_rule(q, k, v, g, beta, layout, dtype):
-    """chunked_delta_rule() by flash_kernel(), in dtype; None for the states."""
-    end = torch.full_like(layout.cu_seqlens[:1], layout.n_tokens)
-    cu_seqlens = torch.cat([layout.cu_seqlens, end]).long()      # padding is one more document
-    q, k, v = [x[None].to(dtype) for x in (q, k, v)]
-    y, _ = flash_kernel()(q, k, v, g[None], beta[None], cu_seqlens=cu_seqlens)
-    return y[0], None
 
 
 # --------------------------------------------------------------------------------------------------

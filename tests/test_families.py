@@ -30,4 +30,4 @@ def test_family_is_trained_with_lora_exported_and_reloaded(model_type, tmp_path,
         before = base.eval()(ids).logits[0]
         merged = transformers.AutoModelForCausalLM.from_pretrained(out / "hf").eval()(ids).logits[0]
         adapted = peft.PeftModel.from_pretrained(base, out / "adapter").eval()(ids).logits[0]
-    assert apart(logits, merged) < 1e-5 and apart(logits, adapted) < 1e-5 and apart(logits, before) > 1e-3
+    assert apart(logits, merged) < 3e-5 and apart(logits, adapted) < 3e-5 and apart(logits, before) > 1e-3

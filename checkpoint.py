@@ -1,10 +1,13 @@
 """Save, resume, export. A checkpoint exists complete or not at all.
 
-    python checkpoint.py ls out/ft                 list the checkpoints that can be resumed
+    python checkpoint.py ls out/ft                 list the checkpoints: step, loss, size, age, and
+                                                   which are damaged (verify=false: not read)
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
-                                                   (or another, by its folder instead of out/ft);
-                                                   at the end, key=value for what has moved;
-                                                   adapter=DIR writes LoRA's adapters, too
+                                                   (or another, by its folder instead of out/ft)
+                         dtype=bfloat16            in another dtype than that of its base
+                         adapter=DIR               LoRA's adapters, too
+                         upload=OWNER/NAME         and upload it, as a private model (private=false)
+                         key=value                 of the run's config, for what has moved
 
     out/ft/checkpoints/00000100/model.safetensors       all parameters, or LoRA's adapters
                                 optimizer.safetensors   PARAMETER/exp_avg, ... for each of them
@@ -21,32 +24,54 @@ Any number of ranks writes the same files. A local shard is a range of rows, and
 tensor are contiguous in a safetensors file, so each rank writes its rows at their offset. Any other
 number of ranks reads them, each rank its own rows.
 """
+import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import configs
 
-USAGE = ("python checkpoint.py ls RUN; "
-         "python checkpoint.py export RUN|CHECKPOINT DIR [adapter=DIR] [key=value ...]")
+USAGE = ("python checkpoint.py ls RUN [verify=false]; "
+         "python checkpoint.py export RUN|CHECKPOINT DIR [dtype=bfloat16] [adapter=DIR] "
+         "[upload=OWNER/NAME] [private=false] [key=value ...]")
+EXPORT_OPTIONS = {"dtype": "", "adapter": "", "upload": "", "private": True}    # and defaults
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_arguments(command, path="", *rest):
     """Raise UserError unless a command line is as in USAGE, and the path holds a checkpoint."""
-    if command not in ("ls", "export") or not path or (command == "export") != bool(rest):
+    n_words = sum("=" not in argument for argument in rest)
+    if command not in ("ls", "export") or not path or n_words != (command == "export"):
         raise configs.UserError(USAGE)
+    if command == "export":
+        check_export_options(configs.pop_options(rest, **EXPORT_OPTIONS)[0])
     states = [*Path(path).glob("checkpoints/*/state.json"), *Path(path).glob("state.json")]
     if not states:
         problem = "has no checkpoints" if Path(path).exists() else "does not exist"
         raise configs.UserError(f"{path}: {problem}; name a run's folder or one of its checkpoints")
 
 
+def check_export_options(options):
+    dtype = options["dtype"]
+    if dtype and dtype not in EXPORT_DTYPES:
+        raise configs.UserError(f"dtype: must be one of {', '.join(EXPORT_DTYPES)}; got {dtype}")
+    if not options["upload"]:
+        return
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", options["upload"]):
+        raise configs.UserError(f"upload: must be OWNER/NAME on the hub; got {options['upload']}")
+    if not importlib.util.find_spec("huggingface_hub"):
+        raise configs.UserError("upload: needs a package; pip install huggingface_hub")
+
+
 if __name__ == "__main__":    # before torch is imported
     configs.exit_with_help(__doc__, sys.argv[1:])
     configs.run(check_arguments, *sys.argv[1:])
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -56,12 +81,14 @@ import shutil
 import struct
 import subprocess
 import threading
+import time
 import zlib
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+import log
 import model as transformer
 import shard
 import tokenize_data
@@ -244,7 +271,7 @@ def write_shards(building, files):
             os.fsync(f.fileno())
 
 
-def commit(building, folder, files, state, keep):
+def commit(building, folder, files, state, keep, keep_every):
     """Add state.json, fsync, rename, point `latest` to it, delete old checkpoints.
 
     On rank 0, after all ranks have written their shards.
@@ -262,14 +289,18 @@ def commit(building, folder, files, state, keep):
     os.replace(building, folder)
     fsync(folder.parent)
     set_symlink(folder.parent / "latest", folder)
-    delete_old_checkpoints(folder, keep)
+    delete_old_checkpoints(folder, keep, keep_every)
 
 
-def delete_old_checkpoints(newest, keep):
-    """Delete all but the `keep` newest checkpoints of a run and the one that `best` points to."""
+def delete_old_checkpoints(newest, keep, keep_every):
+    """Delete all but the `keep` newest checkpoints of a run and the one that `best` points to.
+
+    keep_every  those of every so many steps are not deleted; 0: none
+    """
     best = (newest.parent / "best").resolve().name
     for folder in list_checkpoints(run_folder(newest))[:-keep]:
-        if folder.name != best:
+        is_kept = keep_every and int(folder.name) % keep_every == 0
+        if folder.name != best and not is_kept:
             remove_checkpoint(folder)
 
 
@@ -305,11 +336,14 @@ def fsync(path):
         os.close(handle)
 
 
-def file_checksum(path):
+def file_checksum(path, report=None):
+    """The CRC-32 of a file. report(bytes) is called for each block that was read."""
     checksum = 0
     with open(path, "rb") as f:
         while block := f.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
+            if report:
+                report(len(block))
     return f"{checksum:08x}"
 
 
@@ -350,9 +384,10 @@ class Saver:
     calls warn(text), and older checkpoints stay complete.
     """
 
-    def __init__(self, out_dir, keep, warn):
+    def __init__(self, out_dir, keep, warn, keep_every=0):
         self.folder = Path(out_dir) / "checkpoints"
         self.keep = keep
+        self.keep_every = keep_every
         self.warn = warn
         self.group = shard.new_gloo_group()    # threads must not share the main thread's group
         self.buffers = {}
@@ -396,7 +431,8 @@ class Saver:
         if not error:
             error = self.run_stage(True, write_shards, building, files)
         if not error:
-            error = self.run_stage(is_rank0, commit, building, folder, files, state, self.keep)
+            error = self.run_stage(is_rank0, commit, building, folder, files, state, self.keep,
+                                   self.keep_every)
         if error and is_rank0:
             shutil.rmtree(building, ignore_errors=True)    # it would keep a full disk full
         self.error = error
@@ -447,13 +483,28 @@ def verify(folder):
     """Read all of a checkpoint and return its state. Raises UserError that names a damaged file."""
     folder = Path(folder)
     state = read_state(folder)
-    for name, expected in state["checksums"].items():
-        path = folder / name
-        checksum = file_checksum(path) if path.is_file() else "missing"
-        if checksum != expected:
-            raise configs.UserError(f"{path}: this checkpoint is damaged (checksum {expected} in "
-                                    f"state.json, {checksum} here){suggest_other(folder)}")
+    for name, checksum in damaged_files(folder, state).items():
+        expected = state["checksums"][name]
+        raise configs.UserError(f"{folder / name}: this checkpoint is damaged (checksum {expected} "
+                                f"in state.json, {checksum} here){suggest_other(folder)}")
     return state
+
+
+def damaged_files(folder, state):
+    """Read a checkpoint's files: {name: checksum, or "missing"} of those that have changed."""
+    damaged = {}
+    n_bytes = folder_size(folder)
+    with log.ProgressBar(f"verify {folder}", n_bytes, unit="B", unit_scale=True) as bar:
+        for name, expected in state["checksums"].items():
+            path = folder / name
+            checksum = file_checksum(path, bar.update) if path.is_file() else "missing"
+            if checksum != expected:
+                damaged[name] = checksum
+    return damaged
+
+
+def folder_size(folder):
+    return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
 def run_folder(folder):
@@ -469,7 +520,7 @@ def suggest_other(folder):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Load a checkpoint into a model and its optimizer, in place. On all ranks.
+    """Load a checkpoint into a model and, unless that is None, its optimizer. On all ranks.
 
     The optimizer must have all its state tensors already (train.make_optimizer creates them); their
     values are replaced. Returns (state, {name: numpy array} of the sampler). Raises UserError for a
@@ -478,27 +529,34 @@ def load_checkpoint(folder, model, optimizer):
     folder = Path(folder)
     state = shard.rank0_only(verify, folder)
     weights = saved_parameters(model)
-    optimizer_state = optimizer_tensors(model, optimizer)
-    with safe_open(folder / "model.safetensors", framework="pt") as saved_weights, \
-            safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
+    with safe_open(folder / "model.safetensors", framework="pt") as saved_weights:
         check_tensors_fit(saved_weights, weights, folder, "model")
-        check_tensors_fit(saved_state, optimizer_state, folder, "optimizer")
-        # in place: these are the tensors that the model and the optimizer hold
+        if optimizer is not None:
+            load_optimizer(folder, model, optimizer)
+        # in place: these are the tensors that the model holds
         copy_rows(saved_weights, weights)
-        copy_rows(saved_state, optimizer_state)
-    # numbers of the optimizer were read into temporary tensors: put them back
-    for name, p in trained_parameters(model).items():
-        for key, value in optimizer.state[p].items():
-            if not torch.is_tensor(value):
-                number = optimizer_state[f"{name}/{key}"].item()
-                optimizer.state[p][key] = type(value)(number)
     with safe_open(folder / "sampler.safetensors", framework="np") as saved_sampler:
         sampler_state = {name: saved_sampler.get_tensor(name) for name in saved_sampler.keys()}
     return state, sampler_state
 
 
+def load_optimizer(folder, model, optimizer):
+    """Load the state of an optimizer, in place. Raises UserError if it does not fit."""
+    optimizer_state = optimizer_tensors(model, optimizer)
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as saved_state:
+        check_tensors_fit(saved_state, optimizer_state, folder, "optimizer")
+        copy_rows(saved_state, optimizer_state)
+    # numbers were read into temporary tensors: put them back
+    for name, p in trained_parameters(model).items():
+        for key, value in optimizer.state[p].items():
+            if not torch.is_tensor(value):
+                number = optimizer_state[f"{name}/{key}"].item()
+                optimizer.state[p][key] = type(value)(number)
+
+
 def check_tensors_fit(saved, tensors, folder, owner):
-    """Raise UserError unless a safetensors file has exactly these names, dtypes and shapes."""
+    """Raise UserError unless a safetensors file has exactly these names and shapes, and dtypes that
+    are equal or that copy_rows() converts."""
     found = {}
     for name in saved.keys():
         entry = saved.get_slice(name)
@@ -508,7 +566,7 @@ def check_tensors_fit(saved, tensors, folder, owner):
     for name in sorted(found | expected):
         in_file = found.get(name, "missing")
         in_owner = expected.get(name, "missing")
-        if in_file != in_owner:
+        if without_dtype(in_file) != without_dtype(in_owner):
             problems.append(f"{name}: {in_file} in the checkpoint, {in_owner} in the {owner}")
     if problems:
         shown = "; ".join(problems[:8])
@@ -517,10 +575,20 @@ def check_tensors_fit(saved, tensors, folder, owner):
         raise configs.UserError(f"{folder}: does not fit the {owner}: {shown}")
 
 
+def without_dtype(entry):
+    """"BF16 [5, 7]" -> "[5, 7]" where shard.master_dtype or moment_dtype may have changed.
+
+    A step is a number in fp32, or an integer if either is bfloat16.
+    """
+    dtype, _, shape = entry.partition(" ")
+    is_convertible = dtype in ("F32", "BF16") or (dtype == "I64" and shape == "[]")
+    return shape if is_convertible else entry
+
+
 @torch.no_grad()
 def copy_rows(saved, tensors):
-    """Copy this rank's rows of each tensor from a safetensors file, in place."""
-    for name, t in tensors.items():
+    """Copy this rank's rows of each tensor from a safetensors file, in place and in its dtype."""
+    for name, t in log.progress(tensors.items(), "load the checkpoint"):
         local, first_row, end_row = local_rows(t)
         if not t.dim():
             local.copy_(saved.get_tensor(name))
@@ -533,7 +601,8 @@ def copy_rows(saved, tensors):
 
 # Keys and sections that may change when a run is resumed: they do not change what it has computed.
 MAY_CHANGE = (
-    "log_every", "eval_every", "save_every", "eval_prompts", "eval_tokens", "samples", "log",
+    "log_every", "eval_every", "save_every", "eval_only", "eval_prompts", "eval_tokens",
+    "eval_answer", "eval_share", "samples", "log",
     "best", "patience", "max_seconds", "bad_steps", "profile", "checkpoint", "resume",
     "data_root", "output_root", "out_dir", "data.cache_dir", "data.processes", "data.validation",
     "micro_tokens", "device", "shard.mesh", "shard.reshard_after_forward", "shard.recompute",
@@ -675,15 +744,10 @@ def check_named_checkpoint(folder, cfg):
         if (folder / "checkpoints").is_dir():
             hint = f"resume={folder}/checkpoints/latest"
         raise configs.UserError(f"resume: {folder}: no checkpoint here (no state.json); {hint}")
-    dtype = read_state(folder)["dtype"]
-    problems = []
-    if cfg["dtype"] not in ("auto", dtype):
-        problems.append(f"dtype: {dtype} there, {cfg['dtype']} here")
+    read_state(folder)                                   # raises UserError if it is damaged
     differences = config_diff(run_folder(folder), cfg)
     if "optimizer" in differences:                       # its state would not fit
-        problems.append(differences["optimizer"])
-    if problems:
-        raise configs.UserError(f"resume: {folder} does not fit ({'; '.join(problems)}); "
+        raise configs.UserError(f"resume: {folder} does not fit ({differences['optimizer']}); "
                                 "model.init_from=RUN/hf starts from the weights that its run "
                                 "has exported")
 
@@ -706,7 +770,7 @@ def check_same_code(folder, cfg):
     changed = changed_files(read_state(folder)["code"], code_hashes())
     if changed:
         raise configs.UserError(f"out_dir: the code of the run in {cfg['out_dir']} has changed "
-                                f"({', '.join(changed)}); {resume_choices('code')}")
+                                f"({', '.join(changed)}); {resume_choices('code', cfg)}")
 
 
 def check_same_data(state, fingerprints, cfg):
@@ -718,7 +782,7 @@ def check_same_data(state, fingerprints, cfg):
     changed = changed_inputs(state["data"], fingerprints, "data.train.")
     if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
         raise configs.UserError(f"out_dir: the data of the run in {cfg['out_dir']} has changed "
-                                f"({changed}); {resume_choices('data')}")
+                                f"({changed}); {resume_choices('data', cfg)}")
 
 
 def check_same_base(state, hashes, cfg):
@@ -730,7 +794,7 @@ def check_same_base(state, hashes, cfg):
     changed = changed_inputs(state.get("base", hashes), hashes)
     if changed and cfg["resume"] != "latest" and not starts_new_run(cfg):
         raise configs.UserError(f"out_dir: the run in {cfg['out_dir']} started from another model "
-                                f"({changed}); {resume_choices('model')}")
+                                f"({changed}); {resume_choices('model', cfg)}")
 
 
 def changed_inputs(saved, current, prefix=""):
@@ -780,9 +844,10 @@ def weights_hash(path):
     return digest.hexdigest()[:16]
 
 
-def resume_choices(what):
+def resume_choices(what, cfg):
     return ("out_dir=NEW starts another run, resume=never starts this run over, "
-            f"resume=latest continues it with the new {what} and records the change")
+            f"resume=latest continues it with the new {what} and records the change, "
+            f"resume={cfg['out_dir']}/checkpoints/latest out_dir=NEW does so in another folder")
 
 
 def config_diff(out_dir, cfg):
@@ -851,8 +916,9 @@ def start_over(out_dir):
     for pattern in ("checkpoints", "hf", "adapter", "code", "code-at-*"):
         for folder in out_dir.glob(pattern):
             shutil.rmtree(folder)
-    for name in ("metrics.jsonl", "wandb_id", "mlflow_id"):
-        (out_dir / name).unlink(missing_ok=True)
+    files = [out_dir / "metrics.jsonl", out_dir / "evaluations.jsonl"]
+    for path in [*files, *out_dir.glob("tracker_*.json")]:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder, key):
@@ -956,20 +1022,24 @@ def git_describe():
 # export
 
 @configs.exit_at_signals()
-def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None):
-    """Write a checkpoint as a Hugging Face folder with its tokenizer.
+def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None, dtype="",
+           hub_id=""):
+    """Write a checkpoint as a Hugging Face folder with its tokenizer and a model card.
 
     A killed export leaves no partial `folder`; adapter_folder is written in place.
 
     has_chats       was the model trained on chats? Then the chat template is written too, and the
                     tokens that end a turn also end a generation
     adapter_folder  under LoRA, also write the adapters alone; `folder` has them merged
+    dtype           of the weights, by its name; "": that of model.init_from
+    hub_id          OWNER/NAME, where the model will be uploaded to
     """
     folder = Path(folder)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        write_export(path, model_cfg, cfg, tokenizer, building, has_chats, adapter_folder)
+        write_export(path, model_cfg, cfg, tokenizer, building, has_chats, adapter_folder, dtype,
+                     hub_id)
         replace_folder(building, folder)
     except OSError as error:                             # such as a full disk
         raise configs.UserError(f"{folder}: cannot be written ({error}); {path} is complete, and "
@@ -978,7 +1048,7 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder):
+def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder, dtype, hub_id):
     """export(), but `folder` is written in place."""
     template = None
     stop_ids = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
@@ -987,7 +1057,7 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
         compiled = tokenize_data.compile_template(template)
         stop_ids = tokenize_data.stop_token_ids(tokenizer, compiled)
 
-    verify(path)
+    state = verify(path)
     init_from = model_cfg["init_from"]
     saved = safe_open(Path(path) / "model.safetensors", framework="pt")
     read_tensor = saved.get_tensor
@@ -1002,6 +1072,8 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
         if adapter_folder:
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
             tokenize_data.save_tokenizer(tokenizer, adapter_folder, template)
+            transformer.copy_licenses(init_from, adapter_folder)
+            write_card(adapter_folder, path, state, model_cfg, is_adapter=True)
         # A checkpoint does not hold the frozen weights. They are read from init_from or, if the
         # model was new, drawn again from the seed.
         base = transformer.weights_reader(model_cfg, cfg["seed"])
@@ -1009,8 +1081,9 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
 
     bos_id = tokenizer.special.get(tokenizer.bos)
     transformer.save_pretrained(read_tensor, model_cfg, folder, init_from, stop_ids, bos_id,
-                                set(tokenizer.special.values()))
+                                set(tokenizer.special.values()), dtype=dtype)
     tokenize_data.save_tokenizer(tokenizer, folder, template)
+    write_card(folder, path, state, model_cfg, hub_id)
 
 
 def check_export_inputs(path, state, cfg, tokenizer):
@@ -1043,16 +1116,194 @@ def check_export_inputs(path, state, cfg, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------
+# the model card: README.md of an exported folder, as the hub reads it. It has no times, and no
+# paths of this machine: equal checkpoints have equal cards
+
+CARD = """---
+{header}---
+
+# {title}
+
+Trained{lora} for {step:,} of {total_steps:,} steps, computing in {dtype}.
+
+## Data
+
+{data}
+
+## Settings
+
+```yaml
+{settings}```
+
+## Evaluation
+
+{evaluation}
+
+## Use
+
+```python
+from transformers import AutoTokenizer
+from {library} import {auto}
+
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+model = {auto}.from_pretrained("{place}")
+```
+"""
+LICENSE_TITLES = {"Apache License": "apache-2.0", "MIT License": "mit"}    # first words of a file
+
+
+def write_card(folder, path, state, model_cfg, hub_id="", is_adapter=False):
+    """Write the model card of the checkpoint at `path`. See export()."""
+    base = base_metadata(model_cfg["init_from"])
+    sources = state.get("sources", {})                   # older checkpoints have none
+    datasets = sorted({source["dataset"] for source in sources.values()} - {""})
+    library = "peft" if is_adapter else "transformers"
+    tags = (["lora"] if is_adapter else []) + (["conversational"] if state["has_chats"] else [])
+    header = base | {"datasets": datasets, "library_name": library,
+                     "pipeline_tag": "text-generation", "tags": tags}
+    lora_r = configs.get(state["config"], "shard.lora.r")
+    values = state | {
+        "header": configs.dump({key: value for key, value in header.items() if value}),
+        "title": card_title(model_cfg, base),
+        "lora": f" with LoRA of rank {lora_r}" if lora_r else "",
+        "data": "\n".join(describe_source(name, sources.get(name)) for name in state["data"]),
+        "settings": configs.dump(card_settings(state["config"])),
+        "evaluation": evaluation_table(log.read(run_folder(path)), state["step"]),
+        "library": library,
+        "auto": "AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
+        "place": hub_id or "path/to/this/folder",
+    }
+    card = CARD.format_map(values)
+    if configs.families()[model_cfg["family"]].get("native"):    # unknown to transformers
+        card = re.sub("library_name: .*\n", "", card).partition("## Use")[0]
+        card += f"    python model.py {values['place']}\n"
+    Path(folder, "README.md").write_text(card, encoding="utf-8")
+
+
+def base_metadata(init_from):
+    """The part of a card's header that its base decides: base_model and license, where known.
+
+    A base that is not on the hub passes on the base_model of its own card.
+    """
+    if not init_from:
+        return {}
+    folder = Path(configs.resolve_pretrained(init_from))
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    header = {}
+    if match := re.match(r"---\n(.*?)\n---", text, re.S):
+        with contextlib.suppress(configs.UserError):     # not ours to correct
+            header = configs.construct(configs.compose(match[1], card), card)
+    keys = ("base_model", "license", "license_name", "license_link")
+    metadata = {key: header[key] for key in keys if header.get(key)}
+    # where huggingface_hub keeps what it has downloaded
+    if match := re.search(r"models--([^/]+?)--([^/]+)/snapshots/", f"{folder}/"):
+        metadata["base_model"] = f"{match[1]}/{match[2]}"
+    licenses = sorted(folder.glob("LICENSE*"))
+    if licenses and "license" not in metadata:
+        text = licenses[0].read_text(encoding="utf-8", errors="replace")[:500]
+        known = [name for title, name in LICENSE_TITLES.items() if title in text]
+        metadata |= {"license": [*known, "other"][0], "license_link": licenses[0].name}
+    return metadata
+
+
+def card_title(model_cfg, base):
+    if not model_cfg["init_from"]:
+        return (f"{model_cfg['family']} of {model_cfg['n_layers']} x {model_cfg['d_model']}, "
+                "trained from new weights")
+    folder = Path(model_cfg["init_from"])
+    name = folder.parent.name if folder.name == "hf" else folder.name
+    return f"{base.get('base_model', name)}, fine-tuned"
+
+
+def describe_sources(cfg, data):
+    """What a card says of training sources, for state.json: {name: {"documents", "tokens",
+    "dataset"}}, where dataset is an id on the hub, or "" for local files.
+
+    data  {name: Tokens}
+    """
+    sources = {}
+    for name, tokens in data.items():
+        path = cfg["data"]["train"][name]["path"]
+        hub_path = tokenize_data.HUB_PATH.fullmatch(os.path.relpath(path, cfg["data_root"]))
+        is_local = bool(glob.glob(path))
+        sources[name] = {"documents": len(tokens),
+                         "tokens": int(tokens.offsets[-1] - tokens.offsets[0]),
+                         "dataset": hub_path[1] if hub_path and not is_local else ""}
+    return sources
+
+
+def describe_source(name, source):
+    if not source:
+        return f"- {name}"
+    dataset = f" of {source['dataset']}" if source["dataset"] else ""
+    return f"- {name}: {source['documents']:,} documents, {source['tokens']:,} tokens{dataset}"
+
+
+def card_settings(explicit):
+    """The keys that were set, as {dotted key: value}, but those with paths or of trackers."""
+    _, schema = configs.read_defaults()
+    settings = {}
+    for key, value in configs.flat(explicit).items():
+        is_path = (configs.constraint_of(key, schema) or "").startswith("path")
+        # also in the options of an experiment
+        has_path = re.search(r"""(^|[\s'"\[{:=])(~|\.{0,2}/|\$)""", str(value))
+        if not is_path and not has_path and not key.startswith("log."):
+            settings[key] = value
+    return settings
+
+
+def evaluation_table(records, step):
+    """The last validation up to a step."""
+    evaluations = [record for record in records if record["step"] <= step
+                   and any(key.startswith("val/") for key in record)]
+    if not evaluations:
+        return "None."
+    last = evaluations[-1]
+    rows = [f"| {key.removeprefix('val/')} | {value:.4f} |" for key, value in last.items()
+            if key.startswith("val/") and value is not None]
+    return "\n".join([f"| validation | after step {last['step']:,} |", "|---|---|", *rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# upload
+
+def prepare_upload(hub_id, private):
+    """Create a model on the hub, if there is none. Before the export, which takes longer."""
+    from huggingface_hub import HfApi
+    try:
+        HfApi().create_repo(hub_id, private=private, exist_ok=True)
+        is_public = not HfApi().model_info(hub_id).private
+    except Exception as error:
+        raise configs.UserError(f"upload: {hub_id}: {tokenize_data.one_line(error)}; hf auth login "
+                                "stores a token that can write") from None
+    if private and is_public:
+        raise configs.UserError(f"upload: {hub_id} exists and is public; private=false uploads to "
+                                "it, another name makes a private one")
+
+
+def upload(folder, hub_id):
+    """Upload an exported folder as one commit, which deletes other weights there."""
+    from huggingface_hub import HfApi
+    try:
+        HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload model",
+                              delete_patterns=["*.safetensors", "*.safetensors.index.json"])
+    except Exception as error:
+        raise configs.UserError(f"upload: {hub_id}: {tokenize_data.one_line(error)}; {folder} is "
+                                f"complete, and hf upload {hub_id} {folder} uploads it") from None
+
+
+# --------------------------------------------------------------------------------------------------
 # command line
 
 def export_checkpoint(path, folder, *overrides):
     """Export a checkpoint, or the newest of a run. Raises UserError if `folder` is in use.
 
-    overrides  key=value for the run's config, such as the new place of model.init_from; and
-               adapter=DIR, the folder for LoRA's adapters
+    overrides  EXPORT_OPTIONS, and key=value for the run's config, such as the new place of
+               model.init_from
     """
     path = Path(path)
-    options, overrides = configs.pop_options(overrides, adapter="")
+    options, overrides = configs.pop_options(overrides, **EXPORT_OPTIONS)
     adapter = options["adapter"]
     if not (path / "state.json").is_file():
         path = list_checkpoints(path)[-1]
@@ -1064,7 +1315,7 @@ def export_checkpoint(path, folder, *overrides):
         raise configs.UserError(f"adapter: {adapter} is in {folder}; name another folder")
     # export=true: the family must be able to express the model
     cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true",
-                              *overrides])
+                              "checkpoint.save_final=true", *overrides])
     if adapter and not cfg["shard"]["lora"]["r"]:
         raise configs.UserError(f"adapter: {path} has none, because all weights were trained; "
                                 "remove it")
@@ -1075,33 +1326,89 @@ def export_checkpoint(path, folder, *overrides):
     state = read_state(path)
     if cfg["resume"] != "latest":
         check_export_inputs(path, state, cfg, tokenizer)
-    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"], adapter)
+    if options["upload"]:
+        prepare_upload(options["upload"], options["private"])
+    export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"], adapter, options["dtype"],
+           options["upload"])
     print(f"{path} -> {folder} {adapter}".rstrip())
+    if options["upload"]:
+        upload(folder, options["upload"])
+        print(f"{folder} -> {options['upload']} on the hub")
 
 
-def ls(out_dir):
-    """Print a run's checkpoints, oldest first."""
-    checkpoints = list_checkpoints(out_dir)
-    for folder in checkpoints:
-        try:
-            state = read_state(folder)
-        except configs.UserError as e:
-            print(e)
-            continue
-        size = sum(f.stat().st_size for f in folder.iterdir())
-        links = [name for name in ("latest", "best")
-                 if folder.with_name(name).resolve() == folder.resolve()]
-        print(f"{folder}   step {state['step']:,} of {state['total_steps']:,}   "
-              f"{size / 1e6:,.1f} MB   torch {state['versions']['torch']}", *links, sep="   ")
+def ls(path, *arguments):
+    """Print a table of a run's checkpoints, oldest first, or of one checkpoint."""
+    options, rest = configs.pop_options(arguments, verify=True)
+    if rest:
+        raise configs.UserError(USAGE)
+    path = Path(path)
+    folders = [path]
+    if not (path / "state.json").is_file():
+        folders = [p for p in (path / "checkpoints").iterdir() if p.is_dir() and not p.is_symlink()]
+        folders.sort(key=lambda p: p.name.strip("."))
+    records = log.read(run_folder(folders[0]))
+    rows = [["checkpoint", "step", "loss", "size", "age", "state"]]
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):     # a running training has renamed it
+            rows.append(describe_checkpoint(folder, records, options["verify"]))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, step, loss, size, age, status in rows:
+        print(f"{name:<{widths[0]}}  {step:>{widths[1]}}  {loss:<{widths[2]}}  "
+              f"{size:>{widths[3]}}  {age:>{widths[4]}}  {status}")
+
+
+def describe_checkpoint(folder, records, reads_all):
+    """A row of ls(), as texts.
+
+    records    of the run's metrics.jsonl
+    reads_all  also check the content of the files
+    """
+    size = f"{folder_size(folder) / 1e6:,.1f} MB"
+    age = format_age(time.time() - folder.stat().st_mtime)
+    if folder.name.startswith("."):
+        return [str(folder), "", "", size, age, "incomplete: being written, or it was interrupted"]
+    try:
+        state = read_state(folder)
+        damaged = damaged_files(folder, state) if reads_all else {}
+    except configs.UserError as error:
+        return [str(folder), "", "", size, age, str(error).partition(": ")[2]]
+    status = f"damaged: {', '.join(damaged)}" if damaged else "complete"
+    links = [name for name in ("latest", "best")
+             if folder.resolve().with_name(name).resolve() == folder.resolve()]
+    step = f"{state['step']:,} of {state['total_steps']:,}"
+    return [str(folder), step, loss_at(records, state["step"]), size, age,
+            ", ".join([status, *links])]
+
+
+def loss_at(records, step):
+    """The validation losses after a step, or else its training loss, as text."""
+    losses = []
+    training_loss = ""
+    for record in records:
+        if record["step"] == step:
+            losses += [f"{key[4:-5]} {value:.4f}" for key, value in record.items()
+                       if re.fullmatch("val/.*/loss", key) and value is not None]
+        if record["step"] <= step and record.get("loss") is not None:
+            training_loss = f"training {record['loss']:.4f}"
+    return ", ".join(losses) or training_loss
+
+
+def format_age(seconds):
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def main(argv):
     check_arguments(*argv)
-    command, *args = argv
+    command, path, *rest = argv
     if command == "ls":
-        ls(*args)
-    else:
-        export_checkpoint(*args)
+        ls(path, *rest)
+        return
+    [folder] = [argument for argument in rest if "=" not in argument]
+    overrides = [argument for argument in rest if "=" in argument]
+    export_checkpoint(path, folder, *overrides)
 
 
 if __name__ == "__main__":

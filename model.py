@@ -1,7 +1,11 @@
 """A decoder-only transformer, described by the config's model section: GPT-2, Llama and relatives.
 
-    python model.py data/base                       a summary: shapes, parameters, FLOPs per token
-    python model.py out/ft "What is 12 + 30?"       chat with a trained model
+    python model.py out/ft                          chat with a trained model, in several turns
+    python model.py out/ft "What is 12 + 30?"       one answer; without a terminal, also one for
+                                                    each line of stdin
+    python model.py out/ft prompts=FILE out=FILE    answers to .jsonl (messages or prompt) or the
+                                                    lines of .txt, as .jsonl with generated_text
+    python model.py data/base summary=true          shapes, parameters, FLOPs per token
 
 Letters for shapes, in all seven files:
 
@@ -26,6 +30,7 @@ ranks: shard.py takes a finished model and parallelizes it. In comments and mess
 key x of the config's model section.
 """
 import collections
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -33,31 +38,70 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
 
 import configs
 
-OPTIONS = {                  # of the command line, and their defaults
+SAMPLING = {                 # arguments of generate(), and their defaults: greedy
     "temperature": 0.0,
     "top_k": 0,
     "top_p": 1.0,
     "seed": 0,
     "max_tokens": 256,
-    "prompt": "",            # instead of words: for a prompt that looks like an option
 }
+OPTIONS = SAMPLING | {       # of the command line
+    "prompt": "",            # instead of words: for a prompt that looks like an option
+    "prompts": "",
+    "out": "",               # empty: to stdout
+    "batch_size": 16,        # prompts that are answered at once
+    "device": "auto",
+    "dtype": "auto",
+    "summary": False,
+}
+CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
 def parse_arguments(argv):
-    """The command line as (folder of the model, prompt, arguments of generate())."""
+    """The command line as (folder of the model, prompt, options)."""
     options, words = configs.pop_options(argv, **OPTIONS)
     configs.check_words(words, options)                  # a mistyped option is no word of a prompt
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
-                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT]")
+                                "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT prompts=FILE "
+                                "out=FILE batch_size=16 device=auto dtype=auto summary=true]")
+    folder = configs.resolve_model_dir(words[0])
+    options, _ = configs.pop_options(argv, **OPTIONS | sampling_defaults(folder))
+    for key, choices in CHOICES.items():
+        if options[key] not in choices:
+            raise configs.UserError(f"{key}: must be one of {', '.join(choices)}; got "
+                                    f"{options[key]}")
+    prompts, out = options["prompts"], options["out"]
+    if prompts and not prompts.endswith((".jsonl", ".txt")):
+        raise configs.UserError(f"prompts: must be a .jsonl or .txt file; got {prompts}")
+    if out and Path(out).exists():
+        raise configs.UserError(f"out: {out} exists; name another file")
+    if out and not prompts:
+        raise configs.UserError("out: has no effect without prompts=FILE; remove it")
+    if options["batch_size"] < 1:
+        raise configs.UserError(f"batch_size: must be at least 1; got {options['batch_size']}")
     prompt = options.pop("prompt") or " ".join(words[1:])
-    return configs.resolve_model_dir(words[0]), prompt, options
+    return folder, prompt, options
+
+
+def sampling_defaults(folder):
+    """The defaults of sampling options that a model's generation_config.json gives."""
+    path = folder / "generation_config.json"
+    config = configs.read_json(path) if path.is_file() else {}
+    defaults = {"max_tokens": config.get("max_new_tokens")}
+    if config.get("do_sample"):
+        defaults |= {"temperature": config.get("temperature", 1.0),
+                     "top_k": config.get("top_k"), "top_p": config.get("top_p")}
+    # JSON may have 1 for 1.0
+    return {key: type(SAMPLING[key])(value) for key, value in defaults.items()
+            if isinstance(value, (int, float))}
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
@@ -68,6 +112,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import log
 
 IGNORE_INDEX = -100          # the target of a token without a loss
 
@@ -261,6 +307,13 @@ def softcap(x, cap):
     return cap * (x / cap).tanh()
 
 
+def make_mlp(m):
+    if not m["n_experts"]:
+        return MLP(m)
+    from families import moe
+    return moe.MixtureOfExperts(m)
+
+
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
 # after scale and softcap and before the mask. Add your own to SCORE_MODS. With any but "none"
 # attention is computed without a kernel, in training and in generation.
@@ -288,6 +341,8 @@ class Attention(nn.Module):
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
+        # the logit of a key without a value, per head
+        self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
         self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
         self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
         self.rope_interleaved = m["rope_interleaved"]
@@ -314,11 +369,12 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap and score_mod, which no kernel computes, and for dropout: kernels use
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels use
         torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
-        return self.changes_scores or (training and self.dropout > 0)
+        changes_probs = self.changes_scores or self.sinks is not None
+        return changes_probs or (training and self.dropout > 0)
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
@@ -438,7 +494,11 @@ def padded_attention(layer, q, k, v, mask, seeds):
     if layer.softcap:
         scores = softcap(scores, layer.softcap)
     scores = layer.score_mod(scores)
-    probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if layer.sinks is not None:
+        sinks = layer.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)                                    # t' + 1
+    probs = scores.softmax(-1)[..., :k.shape[2]]
     if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
@@ -602,7 +662,7 @@ class Block(nn.Module):
         self.attn = make_attention(m, layer_idx)
         self.post_norm1 = Norm(m, C) if has_post_norms else None
         self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
-        self.mlp = MLP(m)
+        self.mlp = make_mlp(m)
         self.post_norm2 = Norm(m, C) if has_post_norms else None
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
@@ -1034,6 +1094,7 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
+        self.expert_tokens = 0               # see families/moe.py; train.expert_load() resets it
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1046,7 +1107,12 @@ class Transformer(nn.Module):
         Raises UserError if model.loss is not in LOSSES; a model that only generates needs no loss.
         """
         check_choice(self.cfg, "loss", LOSSES)
-        x = self.compute_hidden(batch)                                             # [T, C]
+        router_loss = None
+        if self.cfg["n_experts"] and self.training and torch.is_grad_enabled():
+            from families import moe
+            x, router_loss = moe.hidden_and_router_loss(self, batch)               # [T, C]
+        else:
+            x = self.compute_hidden(batch)                                         # [T, C]
         index = batch.get("target_index")
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
@@ -1058,6 +1124,9 @@ class Transformer(nn.Module):
             head = head.detach()
             bias = None if bias is None else bias.detach()
         loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        if router_loss is not None:
+            # adds its gradient and not its value, so that the loss is that of the targets alone
+            loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
@@ -1232,7 +1301,7 @@ def build_on_meta(m):
 @torch.no_grad()
 def load_weights(model, read):
     """Copy the weights that a reader's read() gives into a model. Returns the model."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         load_parameter(name, read, p, 0, len(p))
     return model
 
@@ -1363,23 +1432,27 @@ def slices_of_parameter(name, shapes, m):
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
-        tensor = f"{fused}.{kind}".replace("{i}", block)
+        suffix = family.get("fused_suffixes", {}).get(kind, f".{kind}")
+        tensor = f"{fused}{suffix}".replace("{i}", block)
         place = parts.index(module)
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
-        if family.get("fused_by_head"):
-            E = m["head_dim"]
-            n_heads = rows // E
-            first_rows = [(i * len(parts) + place) * E for i in range(n_heads)]
-            return [(tensor, first, E) for first in first_rows]
-        # 2) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
+        # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
+        if family.get("fused_by_head") or family.get("fused_by_expert"):
+            n = m["head_dim"] if family.get("fused_by_head") else rows // m["n_experts"]
+            first_rows = [(i * len(parts) + place) * n for i in range(rows // n)]
+            return [(tensor, first, n) for first in first_rows]
+        # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
         before = [f"{part}.{kind}".replace("{i}", block) for part in parts[:place]]
         first = sum(shapes[part][0] for part in before)
         return [(tensor, first, rows)]
-    # 3) a tensor of its own
-    if pattern in family["weights"]:
-        tensor = family["weights"][pattern].replace("{i}", block)
+    # 4) a tensor of its own, or one per expert
+    if pattern not in family["weights"]:
+        return []
+    tensor = family["weights"][pattern].replace("{i}", block)
+    if "{e}" not in tensor:
         return [(tensor, 0, rows)]
-    return []
+    n = rows // m["n_experts"]
+    return [(tensor.replace("{e}", str(e)), 0, n) for e in range(m["n_experts"])]
 
 
 def split_block(name):
@@ -1414,20 +1487,31 @@ def is_transposed(name, family):
     return name.endswith(tuple(family.get("transposed", ())))
 
 
+def is_stacked(tensor, family):
+    """Do the files store the experts' matrices of this tensor as [X, out, in]?"""
+    return tensor.endswith(tuple(family.get("stacked", ())))
+
+
 # --------------------------------------------------------------------------------------------------
 # Hugging Face's format: in
 
-def load(path, m=None, device="cpu"):
-    """Return (model in fp32 and in evaluation mode, its model section).
+def load(path, m=None, device="cpu", dtype=torch.float32):
+    """Return (model in evaluation mode, its model section).
 
-    path  a pretrained folder, a run's folder or a hub id
-    m     the complete model section, if the caller has one; otherwise it is that of config.json
+    path   a pretrained folder, a run's folder or a hub id
+    m      the complete model section, if the caller has one; otherwise it is that of config.json
+    dtype  of the computation and of matrices; vectors are fp32
     Raises UserError if the weights do not fit.
     """
     folder = configs.resolve_model_dir(path)
     if m is None:
         m = read_model_section(folder)
-    model = build_on_meta(m).to_empty(device=device)
+    model = build_on_meta(m)
+    model.dtype = dtype
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.to(dtype)
+    model.to_empty(device=device)
     load_weights(model, PretrainedWeights(folder, m).read)
     return model.eval(), m
 
@@ -1466,6 +1550,9 @@ class PretrainedWeights:
         self.stored_config = configs.read_model(self.folder)
         self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
+        if "mxfp4" in self.family:
+            from families import moe
+            self.files = moe.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
         # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
@@ -1498,6 +1585,14 @@ class PretrainedWeights:
         short = tensor.removeprefix(self.family.get("prefix", ""))
         return short if tensor not in self.files and short in self.files else tensor
 
+    def get_slice(self, tensor):
+        """What safetensors calls so: slices of it are read from the file."""
+        stored = self.files[tensor].get_slice(tensor)
+        if is_stacked(tensor, self.family):
+            from families import moe
+            return moe.StackedSlice(stored, tensor, self.family)
+        return stored
+
     def read(self, name, start, end):
         if name in self.new_names:
             return self.new_weights.read(name, start, end)
@@ -1509,7 +1604,7 @@ class PretrainedWeights:
             low = max(start - row, 0)
             high = min(end - row, rows)
             if low < high:
-                stored = self.files[tensor].get_slice(tensor)
+                stored = self.get_slice(tensor)
                 if transposed:
                     out.append(stored[:, first + low:first + high].T)
                 else:
@@ -1555,7 +1650,7 @@ class PretrainedWeights:
             if tensor not in self.files:
                 wrong.append(f"{tensor} is missing")
                 continue
-            stored = self.files[tensor].get_slice(tensor)
+            stored = self.get_slice(tensor)
             if stored.get_shape() != shape:
                 wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
             elif stored.get_dtype() not in STORED_DTYPES:
@@ -1688,7 +1783,7 @@ def shorten(items, limit=8):
 # Hugging Face's format: out
 
 def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
-                    control_ids=None, shard_bytes=4 << 30):
+                    control_ids=None, shard_bytes=4 << 30, dtype=""):
     """Write config.json, generation_config.json and model.safetensors.
 
     get_parameter  name -> the whole tensor: model.get_parameter, for example. Only one file's
@@ -1699,6 +1794,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     control_ids  the tokenizer's control tokens: other ids in source's configs are dropped. None:
                  all are kept
     shard_bytes  a larger model is written as several files
+    dtype        of the weights; "": that of source
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1713,7 +1809,7 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
     # then nothing is taken from it
     source = Path(configs.resolve_pretrained(str(source))) if source else None
-    config = hf_config(m, source)
+    config = hf_config(m, source, dtype)
     set_token_ids(config, stop, bos, control_ids)
     generation = read_source(source, "generation_config.json")
     if not generation:
@@ -1721,16 +1817,23 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     set_token_ids(generation, stop, bos, control_ids)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation)
-    if source:
-        for pattern in configs.LICENSES:
-            for path in filter(Path.is_file, source.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)
+    copy_licenses(source, folder)
     carried = carried_tensors(family, source)
     if carried:
         for path in source.glob("*processor*.json"):
             shutil.copyfile(path, folder / path.name)
     dtype = getattr(torch, config["dtype"])
     write_weights(get_parameter, m, folder, dtype, shard_bytes, carried)
+
+
+def copy_licenses(source, folder):
+    """Copy the licenses of a pretrained model, the folder or hub id `source`; "" or None: none."""
+    if not source:
+        return
+    source = Path(configs.resolve_pretrained(str(source)))
+    for pattern in configs.LICENSES:
+        for path in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(path, Path(folder) / path.name)
 
 
 def carried_tensors(family, source):
@@ -1755,13 +1858,14 @@ def write_weights(get_parameter, m, folder, dtype, shard_bytes, carried):
     weight_map = {}
     total_size = 0
     for i in range(n_files):
-        if i < len(files):
-            tensors = collect_tensors(get_parameter, m, files[i], dtype)
-        else:
-            tensors = {tensor: file.get_tensor(tensor) for tensor, file in carried.items()}
         name = "model.safetensors"
         if n_files > 1:
             name = f"model-{i + 1:05}-of-{n_files:05}.safetensors"
+        if i < len(files):
+            items = log.progress(files[i].items(), f"write {name}")
+            tensors = collect_tensors(get_parameter, m, items, dtype)
+        else:
+            tensors = {tensor: file.get_tensor(tensor) for tensor, file in carried.items()}
         write_safetensors(tensors, folder / name, folder / "config.json")
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
@@ -1830,14 +1934,14 @@ def all_stop_ids(folder, stop, control_ids):
     return ids if isinstance(ids, list) else [ids]
 
 
-def hf_config(m, source):
+def hf_config(m, source, dtype=""):
     """The config.json of an exported model, as a dict. source: a folder, or None."""
     family = configs.families()[m["family"]]
     # 1) the config.json of source, or its part about text
     config = read_source(source, "config.json")
     if "section" not in family:
         config = config.get("text_config") or config
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype")
     if dtype not in STORED_DTYPES.values():
         dtype = stored_dtype(source)
     config |= {"model_type": family["model_type"], "architectures": [family["architecture"]],
@@ -1852,7 +1956,7 @@ def hf_config(m, source):
              if key.startswith("mrope")}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
-                "partial_rotary_factor"):
+                "partial_rotary_factor", "quantization_config"):
         config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
@@ -1908,11 +2012,11 @@ def split_into_files(m, dtype, shard_bytes):
     return files
 
 
-def collect_tensors(get_parameter, m, tensors_in_file, dtype):
-    """The tensors of a file: {tensor name: tensor}. tensors_in_file: a part of hf_tensors(m)."""
+def collect_tensors(get_parameter, m, items, dtype):
+    """The tensors of a file: {tensor name: tensor}. items: a part of hf_tensors(m).items()"""
     family = configs.families()[m["family"]]
     tensors = {}
-    for tensor_name, parts in tensors_in_file.items():
+    for tensor_name, parts in items:
         params = {}
         slices = []
         is_float32 = tensor_name.endswith(tuple(family.get("float32", ())))
@@ -1925,6 +2029,12 @@ def collect_tensors(get_parameter, m, tensors_in_file, dtype):
         first_name, _, _ = parts[0]
         if is_transposed(first_name, family):
             tensor = tensor.T
+        if dtype == torch.float16 and tensor.isinf().any():
+            raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
+                                    "dtype=bfloat16")
+        if is_stacked(tensor_name, family):
+            from families import moe
+            tensor = moe.stack(tensor, m["n_experts"], tensor_name, family)
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 
@@ -2168,13 +2278,14 @@ def flops(model, lengths, n_targets):
     """
     m = model.cfg
     per_token = 0
-    for p in model.blocks.parameters():
+    for name, p in model.blocks.named_parameters():
         if p.dim() == 2 and p.requires_grad:
-            per_token += 6 * p.numel()
-    for module in model.blocks.modules():
+            per_token += 6 * active_parameters(name, p.numel(), m)
+    for name, module in model.blocks.named_modules():
         # not numel(): a quantized weight has another shape
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            per_token += 4 * module.in_features * module.out_features
+            n_weights = module.in_features * module.out_features
+            per_token += 4 * active_parameters(name, n_weights, m)
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
@@ -2194,6 +2305,13 @@ def flops(model, lengths, n_targets):
     return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
 
 
+def active_parameters(name, n, m):
+    """Of n parameters, the number that a token is computed with: of experts, that of a few."""
+    if ".experts." in name:
+        return n // m["n_experts"] * m["n_experts_per_token"]
+    return n
+
+
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
     "attention": r"attn\..*(_proj|conv_weight|A_log|dt_bias)",
@@ -2209,8 +2327,9 @@ def summary(model):
     params = dict(model.named_parameters())
     total = sum(p.numel() for p in params.values())
     gated = " gated" if m["glu"] else ""
+    mlp = f"{m['n_experts']} experts of {m['d_expert']}" if m["n_experts"] else f"MLP {m['d_ff']}"
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
-             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), MLP {m['d_ff']}{gated}, "
+             f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
     n_blocks = collections.Counter(split_block(name)[1] for name in params)
     shown = set()
@@ -2229,6 +2348,10 @@ def summary(model):
             lines.append(f"  {part:<28} {n:>29,} {n / total:>6.1%}")
     tied = "  (the head is the embedding)" if m["tie_embeddings"] else ""
     lines.append(f"  {'parameters':<28} {total:>29,}{tied}")
+    if m["n_experts"]:
+        active = sum(active_parameters(name, p.numel(), m) for name, p in params.items())
+        lines.append(f"  {'of these, a token uses':<28} {active:>29,} {active / total:>6.1%}  "
+                     f"({m['n_experts_per_token']} of {m['n_experts']} experts)")
     length = m["max_len"]
     lines.append(f"\n  {flops(model, [length], length) / length:.3g} FLOPs per token, forward and "
                  f"backward, in documents of {length:,} tokens")
@@ -2285,43 +2408,190 @@ def print_summary(folder):
     print(f"  {size / 1e6:,.1f} MB as stored")
 
 
-def encode_question(tokenizer, question):
-    """Return (prompt ids, stop ids): a chat of one message, or plain text without a template."""
+class Generator:
+    """A model and its tokenizer, for the command line.
+
+    template  compiled, or None: the model continues a text, and knows no turns
+    """
+
+    def __init__(self, folder, options):
+        import tokenize_data
+        device, dtype = choose_device(options)
+        self.model, _ = load(folder, device=device, dtype=dtype)
+        tokenizer = tokenize_data.huggingface_tokenizer(folder)
+        self.tokenizer = tokenizer
+        self.template = None
+        stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
+        if tokenizer.template:
+            self.template = tokenize_data.compile_template(tokenizer.template)
+            stop = tokenize_data.stop_token_ids(tokenizer, self.template)
+        self.stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
+        self.sampling = {key: options[key] for key in SAMPLING}
+
+    def encode(self, messages, **variables):
+        """The ids of the prompt for an answer. Without a template, the last message is the text."""
+        import tokenize_data
+        tokenizer = self.tokenizer
+        if self.template:
+            return tokenize_data.encode_prompt(tokenizer, self.template, messages, **variables)
+        ids = tokenizer.encode(tokenizer.clean(messages[-1]["content"])).tolist()
+        return [tokenizer.special[tokenizer.bos], *ids] if tokenizer.bos else ids
+
+    def print_answer(self, messages):
+        """Print an answer while it is generated. Returns it."""
+        text = ""
+        answer = []
+        n_printed = 0
+        for [token] in generate(self.model, [self.encode(messages)], stop=self.stop,
+                                **self.sampling):
+            if token not in self.stop:
+                answer.append(token)
+            text = self.tokenizer.decode(answer)
+            if not text.endswith("\ufffd"):              # more bytes of a character may follow
+                print(text[n_printed:], end="", flush=True)
+                n_printed = len(text)
+        print(text[n_printed:])
+        return text
+
+
+def choose_device(options):
+    """(device, dtype) of a command line. auto: a GPU and bf16, if there are; else CPU and fp32."""
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise configs.UserError("device: cuda is not available; device=cpu or device=auto")
+    dtype = options["dtype"]
+    if dtype == "auto":
+        has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
+    return device, getattr(torch, dtype)
+
+
+COMMANDS = ("/reset forgets the turns, /system TEXT also sets a system message; Ctrl-C ends an "
+            "answer, Ctrl-D the chat")
+OF_TEXT = "the model has no chat template: it continues each line; Ctrl-C ends that, Ctrl-D ends"
+
+
+def chat(generator):
+    """Answer what is typed on a terminal, line by line, each with the turns before it."""
+    with contextlib.suppress(ImportError):               # lets input() edit lines, with a history
+        import readline                                  # noqa: F401
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print(COMMANDS if generator.template else OF_TEXT)
+    system = []
+    turns = []
+    while True:
+        try:
+            line = input("> ")
+            command, _, text = line.strip().partition(" ")
+            if command == "/reset" and generator.template:
+                turns = []
+            elif command == "/system" and generator.template:
+                system = system_message(generator, text.strip())
+                turns = []
+            elif re.fullmatch("/[a-z]+", command):
+                print(COMMANDS if generator.template else OF_TEXT)
+            elif command:
+                turns = take_turn(generator, system, turns, line)
+        except configs.UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+
+
+def take_turn(generator, system, turns, line):
+    """Print the answer to a line. Returns all turns; an answer that Ctrl-C ends is not one."""
+    turns = [*turns, {"role": "user", "content": line}]
+    answer = generator.print_answer([*system, *turns])
+    return [*turns, {"role": "assistant", "content": answer}]
+
+
+def system_message(generator, text):
+    """The messages that begin a chat: [] without a text. UserError if the template has none."""
+    user = {"role": "user", "content": "a"}
+    system = [{"role": "system", "content": text}] if text else []
+    if system and generator.encode([*system, user]) == generator.encode([user]):
+        raise configs.UserError("the chat template leaves out system messages")
+    return system
+
+
+def read_prompts(generator, path):
+    """A file of prompts as [(record, prompt ids)]. Answers at the end of chats are not prompts."""
     import tokenize_data
-    if tokenizer.template:
-        template = tokenize_data.compile_template(tokenizer.template)
-        messages = [{"role": "user", "content": question}]
-        prompt = tokenize_data.encode_prompt(tokenizer, template, messages)
-        return prompt, tokenize_data.stop_token_ids(tokenizer, template)
-    prompt = tokenizer.encode(tokenizer.clean(question)).tolist()
-    if tokenizer.bos:
-        prompt = [tokenizer.special[tokenizer.bos], *prompt]
-    stop = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
-    return prompt, stop
+    max_len = generator.model.cfg["max_len"]
+    prompts = []
+    for n, line in enumerate(configs.read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        record = {"prompt": line}
+        with tokenize_data.error_context(f"{path}, line {n}"):
+            if path.endswith(".jsonl"):
+                record = tokenize_data.parse_record(line.encode())
+            messages, variables = parse_prompt(record)
+            ids = generator.encode(messages, **variables)
+            if not 0 < len(ids) < max_len:
+                raise configs.UserError(f"the prompt has {len(ids):,} tokens, and must have 1 to "
+                                        f"{max_len - 1:,} (model.max_len - 1)")
+        prompts.append((record, ids))
+    return prompts
+
+
+def parse_prompt(record):
+    """The messages to answer, and the other variables of the chat template."""
+    import tokenize_data
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], {}
+    if prompt:                                           # a list of messages
+        record = {"messages": prompt, "tools": record.get("tools")}
+    variables = tokenize_data.normalize_record(record, "a prompt", "chat")
+    for key in ("weight", "warnings"):                   # of training
+        variables.pop(key, None)
+    messages = variables.pop("messages")
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise configs.UserError("has no prompt")
+    return messages, variables
+
+
+def answer_file(generator, path, out, batch_size):
+    """Write the records of a file of prompts with their answers to `out`, or to stdout if empty."""
+    prompts = read_prompts(generator, path)
+    sampling = dict(generator.sampling)
+    seed = sampling.pop("seed")
+    file = open(out, "x", encoding="utf-8") if out else sys.stdout
+    for start in log.progress(range(0, len(prompts), batch_size), f"answer {path}"):
+        batch = prompts[start:start + batch_size]
+        seeds = [seed + start + i for i in range(len(batch))]
+        answers = generate_all(generator.model, [ids for _, ids in batch], stop=generator.stop,
+                               seed=seeds, **sampling)
+        for (record, _), answer in zip(batch, answers):
+            record = record | {"generated_text": generator.tokenizer.decode(answer)}
+            print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
 
 
 def main(argv):
-    import tokenize_data
-    folder, question, options = parse_arguments(argv)
-    if not question:
+    folder, prompt, options = parse_arguments(argv)
+    if options["summary"]:
         print_summary(folder)
         return
-    model, _ = load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = tokenize_data.huggingface_tokenizer(folder)
-    prompt, stop = encode_question(tokenizer, question)
-    stop = all_stop_ids(folder, stop, tokenizer.special_and_added_ids)
-    if not tokenizer.template:                           # the model continues the text
-        print(question, end="")
-    answer = []
-    n_printed = 0
-    for [token] in generate(model, [prompt], stop=stop, **options):
-        if token not in stop:
-            answer.append(token)
-        text = tokenizer.decode(answer)
-        if not text.endswith("\ufffd"):                  # more bytes of a character may follow
-            print(text[n_printed:], end="", flush=True)
-            n_printed = len(text)
-    print(tokenizer.decode(answer)[n_printed:])
+    generator = Generator(folder, options)
+    if options["prompts"]:
+        answer_file(generator, options["prompts"], options["out"], options["batch_size"])
+        return
+    if not prompt and sys.stdin.isatty():
+        chat(generator)
+        return
+    lines = [prompt] if prompt else map(str.strip, sys.stdin)
+    for line in filter(None, lines):
+        if not generator.template:                       # the model continues the text
+            print(line, end="")
+        generator.print_answer([{"role": "user", "content": line}])
 
 
 if __name__ == "__main__":

@@ -436,6 +436,12 @@ class Dataset:
     def __len__(self):
         return sum(self.sizes.values())
 
+    def mean_length(self):
+        """The mean number of inputs of a document (one less than its tokens)."""
+        n_tokens = sum(int(tokens.offsets[-1] - tokens.offsets[0])
+                       for tokens in self.sources.values())
+        return n_tokens / max(1, len(self)) - 1
+
     def locate(self, indices):
         """Return (number of the source [n], index within that source [n])."""
         indices = np.asarray(indices, np.int64)

@@ -41,7 +41,6 @@ import copy
 import ctypes
 import datetime
 import functools
-import json
 import math
 import os
 import re
@@ -66,6 +65,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+import log
 import model as transformer
 
 
@@ -529,22 +529,37 @@ def dequantize(weight, absmax, *nested):
 
 
 class QuantizedMatmul(torch.autograd.Function):
-    """x W^T + bias. W is dequantized for the forward pass and again for the backward pass.
+    """linear(): W is dequantized for the forward pass and again for the backward pass.
 
-    Only x, [T, in], has a gradient. The arguments after bias are FrozenLinear.stored(). They are
+    Only x, [T, in], has a gradient. The arguments after ends are FrozenLinear.stored(). They are
     listed, because torch 2.13's compiler loses ctx if their number varies.
     """
 
     @staticmethod
-    def forward(ctx, x, bias, weight, absmax, nested_absmax, offset, pairs, absmax_code):
+    def forward(ctx, x, bias, ends, weight, absmax, nested_absmax, offset, pairs, absmax_code):
         stored = (weight, absmax, nested_absmax, offset, pairs, absmax_code)
-        ctx.save_for_backward(*stored)
-        return F.linear(x, dequantize(*stored).to(x.dtype), bias)         # [T, out]
+        ctx.save_for_backward(ends, *stored)
+        return linear(x, dequantize(*stored).to(x.dtype), bias, ends)     # [T, out]
 
     @staticmethod
     def backward(ctx, grad_out):
-        weight = dequantize(*ctx.saved_tensors).to(grad_out.dtype)        # [out, in]
-        return grad_out @ weight, None, None, None, None, None, None, None
+        ends, *stored = ctx.saved_tensors
+        weight = dequantize(*stored).to(grad_out.dtype)                   # [out, in]
+        if ends is None:
+            grad_x = grad_out @ weight
+        else:
+            from families import moe
+            matrices = weight.unflatten(0, (len(ends), -1))               # [X, out, in]
+            grad_x = moe.grouped_matmul(grad_out.contiguous(), matrices, ends)
+        return grad_x, None, None, None, None, None, None, None, None
+
+
+def linear(x, weight, bias=None, ends=None):
+    """F.linear(), or with `ends` that of the experts' rows: see families/moe.py."""
+    if ends is None:
+        return F.linear(x, weight, bias)
+    from families import moe
+    return moe.grouped_linear(x, weight, ends, bias)
 
 
 class FrozenLinear(transformer.Linear):
@@ -561,6 +576,7 @@ class FrozenLinear(transformer.Linear):
                          device="meta")
         self.weight = linear.weight
         self.bias = linear.bias
+        self.n_experts = getattr(linear, "n_experts", 1)    # more: of moe.ExpertLinear
         self.quantize = quantize
         shapes = {"nested_absmax": None, "offset": None, "pairs": None, "absmax_code": None}
         rows = linear.out_features
@@ -583,12 +599,12 @@ class FrozenLinear(transformer.Linear):
         return (self.weight, self.absmax, self.nested_absmax, self.offset, self.pairs,
                 self.absmax_code)
 
-    def forward(self, x, seeds=None):                                    # [T, in]
-        """seeds  are for the adapters of LoRALinear."""
-        if self.quantize == "none":
-            return super().forward(x)
+    def forward(self, x, seeds=None, ends=None):                         # [T, in]
+        """seeds  are for the adapters of LoRALinear;  ends  of experts, see families/moe.py"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return QuantizedMatmul.apply(x, bias, *self.stored())
+        if self.quantize == "none":
+            return linear(x, self.weight.to(x.dtype), bias, ends)
+        return QuantizedMatmul.apply(x, bias, ends, *self.stored())
 
     def load_quantized(self, read_rows):
         """Quantize the weight while it is read. read_rows: (first row, end row) -> rows"""
@@ -621,7 +637,8 @@ def quantized_parameter(rows, columns, dtype):
 class LoRALinear(FrozenLinear):
     """A frozen linear layer with an adapter: x W^T + scale * (dropout(x) A^T) B^T.
 
-    A is [r, in] and B [out, r]. init_adapters() gives them their values.
+    A is [r, in] and B [out, r]. init_adapters() gives them their values. Each expert of a
+    moe.ExpertLinear has an adapter of its own: A is [X r, in] and B [X out, r].
 
     place  of the layer in its block. It makes the dropouts of a block's layers differ
     """
@@ -633,22 +650,34 @@ class LoRALinear(FrozenLinear):
         self.dropout = lora_cfg["dropout"]
         self.place = place
         device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, device=device))
+        self.lora_A = nn.Parameter(
+            torch.empty(self.n_experts * r, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(linear.out_features, r, device=device))
 
-    def forward(self, x, seeds=None):                                    # [T, in]
+    def forward(self, x, seeds=None, ends=None):                         # [T, in]
         """seeds  int32 [T] of the block's dropouts, see model.Block. None: no dropout"""
         adapter_x = x
         if seeds is not None and self.dropout:
             layer_seeds = transformer.hash_int32(seeds + 3 + self.place)
             adapter_x = transformer.dropout(x, self.dropout, layer_seeds)
-        low_rank = F.linear(adapter_x, self.lora_A.to(x.dtype)) * self.scale    # [T, r]
+        low_rank = linear(adapter_x, self.lora_A.to(x.dtype), None, ends) * self.scale    # [T, r]
+        y = super().forward(x, ends=ends)                                # [T, out]
         # in place: no second tensor of the width of the output
-        return super().forward(x).addmm_(low_rank, self.lora_B.to(x.dtype).T)    # [T, out]
+        if ends is not None:
+            return y.add_(linear(low_rank, self.lora_B.to(x.dtype), None, ends))
+        return y.addmm_(low_rank, self.lora_B.to(x.dtype).T)
 
     def delta(self):
         """What the adapter adds to the weight: [out, in] in fp32."""
-        return self.lora_B @ self.lora_A * self.scale
+        A = self.lora_A.unflatten(0, (self.n_experts, -1))               # [X, r, in]
+        B = self.lora_B.unflatten(0, (self.n_experts, -1))               # [X, out, r]
+        return (B @ A).flatten(0, 1) * self.scale
+
+    def rows_of_A(self, first):
+        """The rows of A that row `first` of B is multiplied by: those of its expert, as a slice."""
+        r = len(self.lora_A) // self.n_experts
+        expert = first * self.n_experts // len(self.lora_B)
+        return slice(expert * r, (expert + 1) * r)
 
 
 def adapter_scale(lora_cfg):
@@ -673,18 +702,23 @@ def add_lora(model, lora_cfg, quantize="none"):
                                 for name, module in block.named_modules()
                                 if isinstance(module, nn.Linear)))
     layout = transformer.hf_slices(model.cfg)
+    family = configs.families()[model.cfg["family"]]
     wanted = lora_cfg["targets"]
     known = set()
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
         if not isinstance(module, nn.Linear):
             continue
+        [(tensor, _, _), *_] = layout[f"{name}.weight"]
         target = short_name(layout[f"{name}.weight"])
-        known.add(target)
+        # PEFT adapts no module of files that have all experts in one tensor (Granite-MoE)
+        can_adapt = not transformer.is_stacked(tensor, family)
+        if can_adapt:
+            known.add(target)
         if quantize == "nf4" and module.in_features % NF4_BLOCKSIZE:
             raise configs.UserError(
                 f"shard.quantize: nf4 stores blocks of {NF4_BLOCKSIZE} weights, which do not "
                 f"divide the rows of {name}, {module.in_features} long; shard.quantize=int8")
-        if not wanted or target in wanted:
+        if can_adapt and (not wanted or target in wanted):
             _, _, name_in_block = name.split(".", 2)
             layer = LoRALinear(module, lora_cfg, places.index(name_in_block), quantize)
         else:
@@ -696,6 +730,22 @@ def add_lora(model, lora_cfg, quantize="none"):
                                     f"{', '.join(sorted(known))}; got {target}")
     for name in saved_tensors(model.cfg, lora_cfg["modules_to_save"]).values():
         model.get_parameter(name).requires_grad_(True)
+    adapts_experts = any(layer.n_experts > 1 for layer in model.modules()
+                         if isinstance(layer, LoRALinear))
+    if adapts_experts:
+        check_adapters_of_experts(lora_cfg)
+
+
+def check_adapters_of_experts(lora_cfg):
+    """Raise UserError for adapters of experts that PEFT loads wrongly or not at all."""
+    layers = {"gate_proj", "up_proj", "down_proj"}
+    if lora_cfg["targets"] and not layers <= set(lora_cfg["targets"]):
+        raise configs.UserError("shard.lora.targets: PEFT loads adapters of experts only for "
+                                "gate_proj, up_proj and down_proj together; name all or none")
+    if lora_cfg["rslora"]:
+        raise configs.UserError("shard.lora.rslora: PEFT scales adapters of experts in another "
+                                "way; shard.lora.rslora=false, or shard.lora.targets without "
+                                "gate_proj, up_proj and down_proj")
 
 
 def tensors_outside_blocks(m):
@@ -868,14 +918,17 @@ def fuse_adapters(layers, parts):
     parts   [(parameter name, first row, number of rows)], in the order of the module's outputs. A
             layer has several parts if the outputs are those of q, k and v of each head in turn
     """
-    r = next(iter(layers.values())).lora_A.shape[0]
     names = list(layers)
+    rows_of_A = {}
     rows_of_B = []
     for name, first, n_rows in parts:
         place = names.index(name)
-        B = layers[name].lora_B[first:first + n_rows]
+        layer = layers[name]
+        rows_of_A[name] = layer.lora_A[layer.rows_of_A(first)]
+        B = layer.lora_B[first:first + n_rows]
+        r = B.shape[1]
         rows_of_B.append(F.pad(B, (place * r, (len(names) - 1 - place) * r)))
-    return torch.cat([layer.lora_A for layer in layers.values()]), torch.cat(rows_of_B)
+    return torch.cat(list(rows_of_A.values())), torch.cat(rows_of_B)
 
 
 def split_adapter(A, B, layers, parts, r):
@@ -927,8 +980,10 @@ def load_adapter(model, lora_cfg):
                 f"does not split into adapters of rank {lora_cfg['r']} (r of adapter_config.json); "
                 "merge it into its base with PEFT, and start from that")
         for name, (layer_A, layer_B) in adapters.items():
-            copy_first_rows(layers[name].lora_A, layer_A)
-            copy_first_rows(layers[name].lora_B, layer_B)
+            layer = layers[name]
+            first = min(row for part, row, _ in parts if part == name)    # above 0: of an expert
+            copy_rows(layer.lora_A, layer_A, layer.rows_of_A(first).start)
+            copy_rows(layer.lora_B, layer_B, first)
     loaded = {}
     for tensor, name in saved.items():
         rows = read[tensor]()
@@ -936,7 +991,7 @@ def load_adapter(model, lora_cfg):
             raise configs.UserError(f"shard.lora.init_from: {folder}: {tensor} differs from the "
                                     "embedding, to which config.json ties the head; merge it into "
                                     "its base with PEFT, and start from that")
-        copy_first_rows(model.get_parameter(name), rows)
+        copy_rows(model.get_parameter(name), rows)
 
 
 def check_adapter_tensors(folder, files, model, modules, saved):
@@ -986,12 +1041,13 @@ def peft_scale(adapter_config, hf_module, rank):
                           "rslora": adapter_config.get("use_rslora", False)})
 
 
-def copy_first_rows(p, rows):
-    """Copy rows 0 ... len(rows) - 1 of a parameter, or those of them that this rank holds."""
+def copy_rows(p, rows, first=0):
+    """Copy rows first ... first + len(rows) - 1 of a parameter, or those that this rank holds."""
     local, start, end = local_shard(p)
-    end = min(end, len(rows))
-    if start < end:
-        local[:end - start].copy_(rows[start:end])
+    low = max(start, first)
+    high = min(end, first + len(rows))
+    if low < high:
+        local[low - start:high - start].copy_(rows[low - first:high - first])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1035,7 +1091,7 @@ def parallelize(model, cfg, read_slice):
 @torch.no_grad()
 def load_weights(model, read_slice, seed):
     """Give a model its weights: each rank reads the rows of its shard. Adapters are new ones."""
-    for name, p in model.named_parameters():
+    for name, p in log.progress(dict(model.named_parameters()).items(), "load weights"):
         if p.is_floating_point() and not is_adapter(name):
             transformer.load_parameter(name, read_slice, *local_shard(p))
     for name, module in model.named_modules():
@@ -1131,6 +1187,8 @@ def compile_blocks(model):
     for block in model.blocks:
         block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
+        if model.cfg["n_experts"]:           # its shapes depend on where tokens are sent
+            block.mlp.forward = torch.compiler.disable(block.mlp.forward)
     if model.embed.weight.is_cuda:
         model.token_losses = torch.compile(model.token_losses, dynamic=True)
 
@@ -1156,6 +1214,7 @@ def warm_up(model, cfg):
     loss_sum, _, _ = model(batch | {"noise_seed": 0})
     loss_sum.backward()
     model.zero_grad()
+    model.expert_tokens = 0
     with torch.no_grad():                                # validation
         model.eval()(batch)
     model.train()
@@ -1367,9 +1426,8 @@ class StepSize:
         self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in model.blocks)
-        adapted = [m for m in model.blocks.modules() if isinstance(m, LoRALinear) and m.dropout]
-        adapter_inputs = sum(layer.in_features for layer in adapted)         # after dropout
-        self.adapter_inputs = adapter_inputs // len(model.blocks)
+        self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
+        self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(model_cfg).count("linear_attention")
         self.linear_attention = n_linear / model_cfg["n_layers"]
@@ -1426,6 +1484,16 @@ def count_parameters(module, trained=None):
     """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
     return sum(p.numel() for p in module.parameters()
                if trained is None or p.requires_grad == trained)
+
+
+def count_adapter_inputs(blocks, m):
+    """Numbers per token that the blocks' adapters read after dropout, 0 without dropout."""
+    n = 0
+    for layer in blocks.modules():
+        if isinstance(layer, LoRALinear) and layer.dropout:
+            times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
+            n += times * layer.in_features
+    return n
 
 
 def count_frozen_blocks(model):
@@ -1581,15 +1649,28 @@ def block_activation_bytes(s):
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
     # and activation that are their inputs.
     if s.adapter_inputs:
-        shared_inputs = s.norms * C + m["d_ff"] + (0 if s.is_cuda else H * E)
+        inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
+        shared_inputs = s.norms * C + inside + (0 if s.is_cuda else H * E)
         dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
-    return norms + attention + dropout + mlp_activation_bytes(s)
+    mlp = expert_activation_bytes(s) if m["n_experts"] else mlp_activation_bytes(s)
+    return norms + attention + dropout + mlp
 
 
 def mlp_activation_bytes(s):
     """Of a token: input and output of the activation function; if gated, also the gate's factor and
     the product."""
     return s.element * s.model_cfg["d_ff"] * (4 if s.model_cfg["glu"] else 2)
+
+
+def expert_activation_bytes(s):
+    """What a mixture of experts keeps per token, see families/moe.py."""
+    m = s.model_cfg
+    k = m["n_experts_per_token"]
+    # a row per expert: its input and output, and those inside of its gated MLP
+    rows = k * s.element * (2 * m["d_model"] + 4 * m["d_expert"])
+    # The router: x in fp32, probabilities, five indices of each row
+    router_input = 4 * m["d_model"] if s.trains_router and s.element < 4 else 0
+    return rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
 
 
 def loss_bytes(s):
@@ -1615,7 +1696,9 @@ def block_backward_bytes(s, last):
     is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
     # that of the last and of the first block are alike, unless one is frozen
     block_trained = (s.blocks_trained or [0])[-1 if last else 0]
-    mlp_gradient = s.tokens * s.element * s.model_cfg["d_ff"]
+    m = s.model_cfg
+    d_ff = m["n_experts_per_token"] * m["d_expert"] if m["n_experts"] else m["d_ff"]
+    mlp_gradient = s.tokens * s.element * d_ff
     is_gated = s.model_cfg["glu"]
     if not is_recomputed:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor

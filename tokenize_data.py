@@ -70,9 +70,9 @@ import numpy as np
 import regex                    # installed with tiktoken
 import tiktoken
 from jinja2 import nodes
-from tqdm import tqdm
 
 import configs
+import log
 from configs import UserError, read_text
 
 FORMAT = 10                 # of the token files
@@ -1936,6 +1936,30 @@ class HFTokenizer(BaseTokenizer):
         return text
 
 
+def token_bytes(tok):
+    """The bytes of text that each token stands for: int64 [V]; 0 for control tokens.
+
+    None if the vocabulary does not tell, as that of WordPiece.
+    """
+    if isinstance(tok, Tokenizer):
+        lengths = tok.token_lengths.copy()
+    else:
+        lengths = np.zeros(tok.n_vocab, np.int64)
+        decoder = tok.spec.get("decoder") or {}
+        kinds = {step["type"] for step in [decoder, *decoder.get("decoders", [])] if step}
+        for text, i in tok.encoder.get_vocab().items():
+            if "ByteLevel" in kinds:                         # one character per byte
+                lengths[i] = len(text)
+            elif kinds & {"Metaspace", "ByteFallback"}:
+                is_byte = re.fullmatch("<0x[0-9A-F]{2}>", text)
+                lengths[i] = 1 if is_byte else len(text.replace("\u2581", " ").encode())
+            else:
+                return None
+        lengths[list(tok.added.values())] = [len(text.encode()) for text in tok.added]
+    lengths[list(tok.end_ids.union(tok.special.values()))] = 0
+    return lengths
+
+
 def overlaps(spans, start, end):
     return any(span_start < end and start < span_end for span_start, span_end in spans)
 
@@ -3150,9 +3174,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
     n_processes = context.data["processes"]
     if not n_processes:                                  # (a fork may crash on macOS)
         n_processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"tokenize {name}",
-               disable=quiet or None, leave=False)           # None: only in a terminal
-    with bar:
+    with log.ProgressBar(f"tokenize {name}", n_bytes, quiet, unit="B", unit_scale=True) as bar:
         if n_processes == 1 or n_bytes < 4 * BLOCK:
             for chunk in chunks:
                 yield encode_chunk(chunk, context)

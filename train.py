@@ -6,6 +6,11 @@
     torchrun train.py configs/pretrain.yaml                    train from scratch on text
     torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/r8          adapters only
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu         a laptop
+    torchrun train.py configs/ft.yaml out_dir=out/ft eval_only=true                  only evaluate
+
+A file out_dir/STOP or a signal (TERM, INT, USR1, HUP) ends a run after its current step, saved; the
+same command resumes it. Exit status: 0 for a run that is complete or was ended by STOP, 128 + the
+signal's number, 2 for a mistake of the user. torchrun replaces all but 0 by 1.
 
 The loss of a step is
 
@@ -53,6 +58,7 @@ import dataclasses
 import functools
 import math
 import platform
+import re
 import signal
 import time
 import zlib
@@ -271,12 +277,14 @@ class Muon:
 
     muon_groups   param_groups of the blocks' matrices (see make_param_groups)
     adamw_groups  param_groups of everything else
+    n_experts     model.n_experts
     """
 
-    def __init__(self, muon_groups, adamw_groups, momentum, **adamw_options):
+    def __init__(self, muon_groups, adamw_groups, momentum, n_experts=0, **adamw_options):
         self.adamw = AdamW(adamw_groups, **adamw_options)
         self.muon_groups = muon_groups
         self.momentum = momentum
+        self.n_experts = n_experts
         # The same objects as in self.adamw: the learning rate that the loop sets and the state that
         # a checkpoint loads reach both.
         self.param_groups = [*muon_groups, *self.adamw.param_groups]
@@ -289,17 +297,20 @@ class Muon:
     def step(self):
         self.adamw.step()
         for group in self.muon_groups:
-            for p in group["params"]:
+            for name, p in zip(group["names"], group["params"]):
                 if p.grad is not None:
-                    self.muon_update(p, group["lr"], group["weight_decay"])
+                    n_matrices = self.n_experts if ".experts." in name else 1
+                    self.muon_update(p, n_matrices, group["lr"], group["weight_decay"])
 
-    def muon_update(self, p, lr, weight_decay):
+    def muon_update(self, p, n_matrices, lr, weight_decay):
+        """n_matrices  that p holds one after another: as many as experts, or 1"""
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)
         nesterov = shard.full_tensor(nesterov)    # every rank computes the update of the whole p
-        scale = 0.2 * math.sqrt(max(p.shape))     # the update's RMS is 0.2, about AdamW's
-        update = scale * newton_schulz(nesterov)
+        matrices = nesterov.unflatten(0, (n_matrices, -1))                 # [n, out, in]
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))    # the update's RMS is 0.2, about AdamW's
+        update = scale * newton_schulz(matrices).flatten(0, 1)
         local, start, end = shard.local_shard(p)               # a view of p: this rank's rows
         local.mul_(1 - lr * weight_decay)
         local.sub_(update[start:end], alpha=lr)
@@ -310,19 +321,19 @@ class Muon:
 
 
 def newton_schulz(g):
-    """Approximates U V^T of the singular value decomposition g = U S V^T, in bf16.
+    """Approximates U V^T of the singular value decompositions g = U S V^T of matrices [n, out, in].
 
-    Five iterations of an odd polynomial that drives all singular values towards 1.
+    In bf16. Five iterations of an odd polynomial that drives all singular values towards 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = g.shape[0] <= g.shape[1]
-    x = g.bfloat16() if wide else g.bfloat16().T
-    x = x / (x.norm() + 1e-7)
+    wide = g.shape[1] <= g.shape[2]
+    x = g.bfloat16() if wide else g.bfloat16().mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        xx = x @ x.T
-        polynomial = torch.addmm(xx, xx, xx, beta=b, alpha=c)           # b xx + c xx^2
-        x = torch.addmm(x, polynomial, x, beta=a)                       # a x + (b xx + c xx^2) x
-    return (x if wide else x.T).to(g.dtype)
+        xx = x @ x.mT
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)         # b xx + c xx^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)                     # a x + (b xx + c xx^2) x
+    return (x if wide else x.mT).to(g.dtype)
 
 
 def adamw(param_groups, cfg):
@@ -343,7 +354,7 @@ def muon(param_groups, cfg):
     if not muon_groups:
         raise configs.UserError("optimizer: muon updates the blocks' weight matrices, and none of "
                                 "them is trained; optimizer=adamw")
-    return Muon(muon_groups, adamw_groups, cfg["momentum"],
+    return Muon(muon_groups, adamw_groups, cfg["momentum"], cfg["model"]["n_experts"],
                 betas=tuple(cfg["betas"]), eps=cfg["eps"])
 
 
@@ -656,14 +667,31 @@ def exact_match(answer, reference):
     return answer.strip() == reference.strip()
 
 
-# name: function (answer, reference) -> bool or number, whose mean is logged as val/LABEL/name. If
-# larger is better, cfg["best"] names it with "max "
+def compared_part(text, eval_answer):
+    """What cfg["eval_answer"] selects of an answer or a reference; "" if there is no match."""
+    if eval_answer == "all":
+        return text
+    if eval_answer == "last_line":
+        return text.strip().rpartition("\n")[2].strip()
+    matches = list(re.finditer(eval_answer, text))
+    if not matches:
+        return ""
+    last = matches[-1]
+    group = 1 if last.re.groups else 0
+    return (last[group] or "").strip()
+
+
+# name: function (answer, reference) -> bool or number, whose mean is logged as val/LABEL/name. It
+# gets what cfg["eval_answer"] selects of both. If larger is better, cfg["best"] has "max KEY"
 METRICS = {"exact_match": exact_match}
 # name: function (run, [(prompt ids, reference ids)]) -> number, which is logged. All ranks call it
 # and return the same (experiments/pass_at_k.py)
 EVALUATIONS = {}
 PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
 PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
+# A generated token takes about as long as so many trained ones: 9 with 10M parameters on a CPU,
+# from 64 prompts at once
+GENERATION_COST = 10
 
 
 def group_by_label(cfg, data):
@@ -685,42 +713,69 @@ def evaluate(run):
     Leaves the answers in run.answers. In evaluation mode, so without dropout and NEFTune. After a
     signal nothing is logged: the resumed run evaluates again.
     """
-    record = {"step": run.state.step}
+    start = time.perf_counter()
     n_documents = sum(len(dataset) for dataset in run.validation_sets.values())
     n_answers = sum(len(prompts) for prompts in run.prompts.values())
     answers_of = f" and {n_answers:,} answers of at most {run.cfg['eval_tokens']:,} tokens"
     run.logger.print(f"evaluating {n_documents:,} documents{answers_of if n_answers else ''}")
     run.model.eval()
-    for label, dataset in run.validation_sets.items():
-        for name, value in validation_losses(run, dataset).items():
-            record[f"val/{label}/{name}"] = value
-        if run.prompts[label]:
-            answers = generate_answers(run, run.prompts[label])
-            for name, metric in METRICS.items():
-                scores = [float(metric(answer, reference)) for _, answer, reference in answers]
-                record[f"val/{label}/{name}"] = sum(scores) / len(scores)
-            run.answers[label] = answers
-            for name, evaluation in EVALUATIONS.items():
-                record[f"val/{label}/{name}"] = evaluation(run, run.prompts[label])
-        if run.stop_signal:
-            break
+    values = {}
+    with log.ProgressBar("evaluate", n_documents, unit="document") as bar:
+        for label, dataset in run.validation_sets.items():
+            if not run.stop_signal:
+                values[label] = validation_losses(run, dataset, bar)
+    if n_answers and not run.stop_signal:
+        for label, metrics in evaluate_answers(run).items():
+            values[label] |= metrics
     shard.reshard(run.model)    # without a backward pass, FSDP keeps gathered weights
     run.model.train()
     if run.stop_signal:
         return
-    run.logger.validation(record)
+    record = {"step": run.state.step}
+    for label, of_label in values.items():
+        record |= {f"val/{label}/{name}": value for name, value in of_label.items()}
+    run.logger.validation(record, run.answers, time.perf_counter() - start)
+    samples = [sample for of_label in run.answers.values() for sample in of_label]
+    if samples and run.cfg["samples"]:
+        run.logger.print("\n".join(log.format_sample(samples[0])))
     mark_best(run)
 
 
-def validation_losses(run, dataset):
+def evaluate_answers(run):
+    """{label: {metric: mean}} of METRICS and EVALUATIONS. Leaves the answers in run.answers.
+
+    The prompts of all labels are answered at once. Incomplete after a signal.
+    """
+    eval_answer = run.cfg["eval_answer"]
+    labels = [label for label, prompts in run.prompts.items() for _ in prompts]
+    prompts = [prompt for of_label in run.prompts.values() for prompt in of_label]
+    run.answers = {}
+    for label, (prompt, answer, reference) in zip(labels, generate_answers(run, prompts)):
+        sample = {"prompt": prompt, "answer": answer, "reference": reference}
+        parts = (compared_part(answer, eval_answer), compared_part(reference, eval_answer))
+        for name, metric in METRICS.items():
+            sample[name] = float(metric(*parts))
+        run.answers.setdefault(label, []).append(sample)
+    means = {}
+    for label, samples in run.answers.items():
+        means[label] = {name: sum(sample[name] for sample in samples) / len(samples)
+                        for name in METRICS}
+        for name, evaluation in EVALUATIONS.items():
+            if not run.stop_signal:
+                means[label][name] = evaluation(run, run.prompts[label])
+    return means
+
+
+def validation_losses(run, dataset, bar):
     """{"loss": sum(loss_weight * loss) / sum(|loss_weight|) over all documents, as in training}
 
-    With a loss of one's own also the same of plain cross entropy, as "nll". Over fewer documents
-    if a signal sets run.stop_signal.
+    With a loss of one's own also the same of plain cross entropy, as "nll". If the bytes of tokens
+    are known, also "bits_per_byte" (docs/metrics.md). After a signal, over fewer documents.
     """
     pad_to = shard.pad_multiple(run.device, run.model.dtype, run.cfg["micro_tokens"])
     sums = {"loss": 0.0}
     weight_sum = 0.0
+    byte_sum = 0.0
     if run.model.computes_nll():
         sums["nll"] = 0.0
     for start in range(0, len(dataset), PACK_TOGETHER):
@@ -733,13 +788,29 @@ def validation_losses(run, dataset):
             _loss_sum, _weight_sum, stats = run.model(batch)
             for name in sums:
                 sums[name] += stats[name].double().sum()
+            byte_sum += sum_target_bytes(micro_batch, run.token_bytes)
+            bar.update(len(indices) / len(micro_batches))
             poll_signals(run)
             if run.stop_signal:
                 break
         if run.stop_signal:
             break
-    *totals, total_weight = shard.all_reduce_sum([*map(float, sums.values()), weight_sum])
-    return {name: total / total_weight for name, total in zip(sums, totals)}
+    *totals, total_weight, total_bytes = shard.all_reduce_sum(
+        [*map(float, sums.values()), weight_sum, byte_sum])
+    losses = {name: total / total_weight for name, total in zip(sums, totals)}
+    if total_bytes:
+        # the last total is that of nll, if there is one
+        losses["bits_per_byte"] = totals[-1] / math.log(2) / total_bytes
+    return losses
+
+
+def sum_target_bytes(micro_batch, token_bytes):
+    """The sum of |loss_weight| * bytes of the text over the target tokens; 0 if not known."""
+    if token_bytes is None:
+        return 0.0
+    is_target = micro_batch["targets"] != sampler.IGNORE_INDEX
+    n_bytes = token_bytes[micro_batch["targets"][is_target]]
+    return float(np.abs(micro_batch["loss_weights"][is_target]) @ n_bytes)
 
 
 def generate_answers(run, prompts, seed=0, **sampling):
@@ -753,7 +824,6 @@ def generate_answers(run, prompts, seed=0, **sampling):
     """
     rank = shard.rank()
     world_size = shard.world_size()
-    keep_going = functools.partial(keep_generating, run)
     decode = run.tokenizer.decode
     seeds = [int(sampler.hash_key(seed, i)) for i in range(len(prompts))]
     answers = []
@@ -761,9 +831,12 @@ def generate_answers(run, prompts, seed=0, **sampling):
         chunk = range(len(prompts))[start:start + PROMPTS_PER_RANK * world_size]
         # a rank without a prompt answers the first one; this answer is not among the results
         local = chunk[rank::world_size] or [0]
-        answer_ids = transformer.generate_all(
-            run.model, [prompts[i][0] for i in local], run.cfg["eval_tokens"], run.stop_ids,
-            keep_going=keep_going, seed=[seeds[i] for i in local], **sampling)
+        what = f"answers {start + 1}-{start + len(chunk)} of {len(prompts)}"
+        with log.ProgressBar(what, run.cfg["eval_tokens"], unit="token") as bar:
+            answer_ids = transformer.generate_all(
+                run.model, [prompts[i][0] for i in local], run.cfg["eval_tokens"], run.stop_ids,
+                keep_going=functools.partial(keep_generating, run, bar),
+                seed=[seeds[i] for i in local], **sampling)
         texts = [(decode(prompts[i][0]), decode(answer), decode(prompts[i][1]))
                  for i, answer in zip(local, answer_ids)]
         texts_by_rank = shard.all_gather_object(texts)
@@ -774,13 +847,13 @@ def generate_answers(run, prompts, seed=0, **sampling):
     return answers
 
 
-def keep_generating(run, unfinished):
+def keep_generating(run, bar, unfinished):
     """Has any rank an unfinished answer, and none a signal? All ranks ask after each token.
 
     unfinished  [bool], one per prompt of this rank
     """
-    n_unfinished, run.stop_signal = shard.all_reduce_max(
-        [sum(unfinished), max(run.received, default=0)])
+    bar.update()
+    n_unfinished, run.stop_signal = shard.all_reduce_max([sum(unfinished), local_signal(run)])
     return n_unfinished > 0 and not run.stop_signal
 
 
@@ -791,16 +864,22 @@ def mark_best(run):
     """
     if run.cfg["best"] and shard.rank() == 0:
         run.saver.wait()    # for this rank's writer thread: not a collective
-        steps, _ = log.sort_steps_by(log.read(run.cfg["out_dir"]), run.cfg["best"])
+        steps, _ = rank_steps(run)
         checkpoint.set_best(run.cfg["out_dir"], steps)
 
 
-def is_out_of_patience(cfg):
+def rank_steps(run):
+    """log.sort_steps_by for the steps of this folder, without those of a run that it continues."""
+    records = log.read(run.cfg["out_dir"])
+    return log.sort_steps_by(records, run.cfg["best"], run.state.first_step)
+
+
+def is_out_of_patience(run):
     """Did the last `patience` evaluations find no new best? (rank 0 reads the records)"""
-    if not cfg["patience"]:
+    if not run.cfg["patience"]:
         return False
-    _, evaluations_since_best = log.sort_steps_by(log.read(cfg["out_dir"]), cfg["best"])
-    return evaluations_since_best >= cfg["patience"]
+    _, evaluations_since_best = rank_steps(run)
+    return evaluations_since_best >= run.cfg["patience"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -811,6 +890,7 @@ class TrainState:
     """What state.json holds: what a resumed run needs besides tensors and the sampler's state."""
     step: int                     # steps done, including those whose update was skipped
     total_steps: int
+    first_step: int               # of the checkpoint of another run that this one continues; 0
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
@@ -821,6 +901,7 @@ class TrainState:
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
+    sources: dict                 # what a model card says of them: checkpoint.describe_sources
     base: dict                    # {key: hashes of the files of a pretrained model}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
@@ -847,6 +928,7 @@ class Run:
     validation_sets: dict         # {label: Dataset}
     prompts: dict                 # {label: [(prompt ids, reference ids)]}
     stop_ids: list                # tokens that end an answer
+    token_bytes: object           # int64 [V], see tokenize_data.token_bytes; None: not known
     steps_per_epoch: int
     resume_path: Path | None
     logger: object
@@ -857,17 +939,16 @@ class Run:
     seconds_before: float = 0.0   # of earlier starts
     start_time: float = dataclasses.field(default_factory=time.perf_counter)
     # what changes while the run is on
-    meter_start: float = 0.0      # run.seconds() at the last reset_meters(), plus the seconds of
-                                  # evaluations since then
-    meter_tokens: int = 0         # trained since then
-    data_wait: float = 0.0        # seconds spent waiting for micro-batches since then
-    save_wait: float = 0.0        # ... and for the copy that a checkpoint is written from
+    meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
     received: list = dataclasses.field(default_factory=list)    # signals, of this rank
-    stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none
+    stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none;
+                                  # STOP_FILE: not a signal but the file out_dir/STOP
+    next_look: float = 0.0        # time.monotonic() at which rank 0 looks for that file again
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
-    answers: dict = dataclasses.field(default_factory=dict)    # of the last evaluation, by label
+    # of the last evaluation: {label: [sample]}, see log.Logger.validation
+    answers: dict = dataclasses.field(default_factory=dict)
     # {name: number or tensor of one element}: what an experiment adds to the record of a step
     # (experiments/dpo.py)
     step_metrics: dict = dataclasses.field(default_factory=dict)
@@ -899,8 +980,12 @@ def setup(cfg, explicit):
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     lock = checkpoint.lock_folder(cfg["out_dir"]) if is_rank0 else None
+    shard.rank0_only(check_no_stop_file, cfg["out_dir"])
     # rank0_only returns rank 0's result on every rank
     resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
+    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
+    if cfg["eval_only"]:
+        shard.rank0_only(check_keeps_records, cfg["out_dir"], resume_path, is_own_checkpoint)
     saved = checkpoint.read_state(resume_path) if resume_path else None
     base = shard.rank0_only(checkpoint.base_hashes, cfg)
     if saved:
@@ -916,7 +1001,9 @@ def setup(cfg, explicit):
 
     # model and optimizer
     model_cfg, read_slice = resolve_model(cfg, tokenizer)
-    dtype = saved["dtype"] if saved else shard.rank0_only(choose_dtype, cfg)
+    dtype = shard.rank0_only(choose_dtype, cfg)
+    if saved and cfg["dtype"] == "auto":
+        dtype = saved["dtype"]
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
     model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
     if cfg["reference_model"] and "reference_logits" not in model.loss_inputs:
@@ -925,8 +1012,10 @@ def setup(cfg, explicit):
     if "reference_logits" in model.loss_inputs:
         # in a list: as an attribute, it would be a submodule, trained and saved with the model
         model.references.append(load_reference(cfg, model_cfg))
-    shard.warm_up(model, cfg)
-    optimizer = make_optimizer(model, cfg)
+    optimizer = None                                     # its state may be larger than the model
+    if not cfg["eval_only"]:
+        shard.warm_up(model, cfg)
+        optimizer = make_optimizer(model, cfg)
     train_sampler = sampler.make_sampler(cfg, dataset)
 
     # evaluation
@@ -934,31 +1023,55 @@ def setup(cfg, explicit):
     check_chat_options(explicit, state.has_chats)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
     validation_sets = group_by_label(cfg, data)
-    prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids)
+    prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer)
+    if not cfg["eval_only"]:
+        limit_prompts(cfg, dataset, total_steps, prompts)
+    token_bytes = tokenize_data.token_bytes(tokenizer)
 
     # resume
-    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
     if resume_path:
         checkpoint.check_same_data(saved, state.data, cfg)
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
-        continue_state(state, saved)
-        if is_rank0 and is_own_checkpoint:
+        continue_state(state, saved, is_own_checkpoint)
+        if is_rank0 and is_own_checkpoint and not cfg["eval_only"]:
             checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
     elif is_rank0 and cfg["resume"] == "never":
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    logger = start_logging(cfg, explicit, state)
-    saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print)
+    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    logger = start_logging(cfg, explicit, state, continued)
+    saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
+                             cfg["checkpoint"]["keep_every"])
     return Run(
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
+        token_bytes=token_bytes,
         steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
         lock=lock,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
+
+
+def check_no_stop_file(out_dir):
+    """Raise UserError if someone has asked this run to stop before it starts."""
+    path = Path(out_dir) / "STOP"
+    if path.exists():
+        raise configs.UserError(f"out_dir: {path} exists, so nothing is trained; remove the file")
+
+
+def check_keeps_records(out_dir, resume_path, is_own_checkpoint):
+    """Raise UserError if eval_only would delete records: those of steps that are not resumed."""
+    newest = checkpoint.list_checkpoints(out_dir)[-1:]
+    if is_own_checkpoint and Path(resume_path).resolve() != newest[0].resolve():
+        raise configs.UserError(f"resume: {resume_path} is not the newest checkpoint in {out_dir}; "
+                                "out_dir=NEW evaluates it in another folder")
+    is_trained = any("loss" in record for record in log.read(out_dir))
+    if is_trained and not is_own_checkpoint:
+        raise configs.UserError(f"out_dir: {out_dir} has the records of a run; out_dir=NEW "
+                                "evaluates in another folder")
 
 
 def check_chat_options(explicit, has_chats):
@@ -969,18 +1082,49 @@ def check_chat_options(explicit, has_chats):
                                     "it, or see what was found: python tokenize_data.py ... show=1")
 
 
-def build_prompts(cfg, model_cfg, validation_sets, stop_ids):
+def build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer):
     """{label: [(prompt ids, reference ids)]}. Raises UserError if cfg["best"] is not logged."""
     prompts = {}
     metric_names = {}
     for label, validation_set in validation_sets.items():
-        prompts[label] = transformer.build_eval_prompts(
+        found = transformer.build_eval_prompts(
             validation_set, stop_ids, cfg["eval_prompts"], model_cfg["max_len"])
+        prompts[label] = found
+        if cfg["eval_answer"] not in ("all", "last_line"):
+            prompts[label] = [(prompt, reference) for prompt, reference in found
+                              if compared_part(tokenizer.decode(reference), cfg["eval_answer"])]
+        if found and not prompts[label]:
+            raise configs.UserError(f"eval_answer: {cfg['eval_answer']!r} matches none of the "
+                                    f"{len(found)} reference answers of {label}")
         metric_names[label] = [*METRICS, *EVALUATIONS] if prompts[label] else []
         if not transformer.is_plain_loss(model_cfg):
             metric_names[label].append("nll")
     log.check_best(cfg, list(validation_sets), metric_names)
     return prompts
+
+
+def limit_prompts(cfg, dataset, total_steps, prompts):
+    """Drop prompts, in place, so that answering them takes about eval_share of the training time.
+
+    An answer is expected to be as long as its reference, with the token that ends it.
+    """
+    lengths = [len(reference) + 1 for of_label in prompts.values() for _, reference in of_label]
+    if not lengths or not cfg["eval_share"] or not cfg["eval_every"]:
+        return
+    every = cfg["eval_every"]
+    period = every if type(every) is int else every * total_steps
+    n_evaluations = 1 + math.ceil(total_steps / max(1, period))
+    n_tokens = total_steps * min(cfg["batch_size"], len(dataset)) * dataset.mean_length()
+    n_generated = cfg["eval_share"] * n_tokens / GENERATION_COST / n_evaluations
+    length = sum(lengths) / len(lengths)
+    per_label = max(1, int(n_generated / length / len(prompts)))
+    for label, of_label in prompts.items():
+        prompts[label] = of_label[:per_label]
+    n_left = sum(map(len, prompts.values()))
+    if n_left < len(lengths) and shard.rank() == 0:
+        print(f"answers   {n_left:,} of {len(lengths):,} in each of {n_evaluations} evaluations: "
+              f"{cfg['eval_share']} x {n_tokens:,.0f} trained tokens / {GENERATION_COST} / "
+              f"{n_evaluations} / ~{length:.0f} tokens (eval_share=0: all)")
 
 
 def answer_stop_ids(cfg, tokenizer):
@@ -1159,20 +1303,25 @@ def new_state(explicit, cfg, data, base, total_steps):
     """The state of a run before its first step."""
     all_sources = [*data["train"].values(), *data["validation"].values()]
     return TrainState(
-        step=0, total_steps=total_steps, seconds=0.0, skipped_steps=0, consecutive_skips=0,
+        step=0, total_steps=total_steps, first_step=0, seconds=0.0, skipped_steps=0,
+        consecutive_skips=0,
         loss_scale=FIRST_LOSS_SCALE if cfg["dtype"] == "float16" else 1.0, good_steps=0,
         dtype=cfg["dtype"], has_chats=any(tokens.header["chats"] for tokens in all_sources),
         config=explicit,
         data={name: tokens.header["fingerprints"] for name, tokens in data["train"].items()},
+        sources=checkpoint.describe_sources(cfg, data["train"]),
         base=base, code=checkpoint.code_hashes(), git=checkpoint.git_describe(),
         launch=checkpoint.launch_id(), changes=[],
         versions={"torch": torch.__version__, "python": platform.python_version()})
 
 
-def continue_state(state, saved):
+def continue_state(state, saved, is_own_checkpoint):
     """Copy the counters of a checkpoint's state, and record the inputs that have changed."""
-    for key in ("step", "seconds", "skipped_steps", "consecutive_skips", "loss_scale", "good_steps",
-                "changes"):
+    state.first_step = saved.get("first_step", 0) if is_own_checkpoint else saved["step"]
+    keys = ["step", "seconds", "skipped_steps", "consecutive_skips", "changes"]
+    if saved["dtype"] == state.dtype:
+        keys += ["loss_scale", "good_steps"]
+    for key in keys:
         if key in saved:                                 # older versions had no loss scale
             setattr(state, key, saved[key])
     changed = checkpoint.changed_files(saved["code"], state.code)
@@ -1185,12 +1334,18 @@ def continue_state(state, saved):
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
-def start_logging(cfg, explicit, state):
-    """Return the logger of this rank. Rank 0 also writes config.yaml and code/."""
+def start_logging(cfg, explicit, state, continued=None):
+    """Return the logger of this rank. Rank 0 also writes config.yaml and code/.
+
+    continued  the folder of the run that this one continues in a new folder, or None
+    """
     if shard.rank() > 0:
         return log.NullLogger()
-    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds)
-    write_run_folder(cfg, explicit, state)
+    logger = log.Logger(cfg, state.total_steps, state.step, state.seconds, continued, explicit,
+                        state.git)
+    is_evaluated = cfg["eval_only"] and checkpoint.list_checkpoints(cfg["out_dir"])
+    if not is_evaluated:                                 # the folder is that of another command
+        write_run_folder(cfg, explicit, state)
     return logger
 
 
@@ -1212,6 +1367,7 @@ def write_run_folder(cfg, explicit, state):
 
 # SLURM can send SIGUSR1 before it kills; a terminal that is closed sends SIGHUP
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+STOP_FILE = 1000              # out_dir/STOP, in run.received and run.stop_signal
 
 
 @contextlib.contextmanager
@@ -1231,7 +1387,7 @@ def record_signals(received):
 
 
 def train(run):
-    """Train until the last step, max_seconds, patience, or a signal.
+    """Train until the last step, max_seconds, patience, a signal, or the file out_dir/STOP.
 
     After a signal the step or, in an evaluation, the token is finished.
     """
@@ -1242,17 +1398,17 @@ def train(run):
     if is_evaluation_missing(run) and not run.stop_signal:
         evaluate(run)
         poll_signals(run)
-    run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-    reset_meters(run)
+    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+    meter = run.meter
+    meter.start()
 
     with ThreadPoolExecutor(1) as loader:
         next_batch = loader.submit(load_step, run, state.step)
         while not run.is_complete() and not run.stop_signal:
             # take this step's micro-batches, and start to load those of the next step
             step = state.step                # the number of this step, counted from 0
-            wait_start = time.perf_counter()
-            micro_batches, info, loss_weight = next_batch.result()
-            run.data_wait += time.perf_counter() - wait_start
+            with meter.waiting("data"):
+                micro_batches, info, loss_weight = next_batch.result()
             if not run.sampler.uses_feedback:
                 next_batch = loader.submit(load_step, run, step + 1)
 
@@ -1264,7 +1420,8 @@ def train(run):
             run.model.loss_scale = state.loss_scale
             with profiler(run):
                 micro_batches = [to_device(mb, run.device) | noise_seed for mb in micro_batches]
-                [global_loss_weight] = shard.all_reduce_sum([loss_weight])
+                with meter.waiting("ranks"):
+                    [global_loss_weight] = shard.all_reduce_sum([loss_weight])
                 loss, grad_norm, is_finite, document_stats = train_step(
                     run.model, run.optimizer, micro_batches, global_loss_weight, lr, cfg)
             if run.sampler.uses_feedback:
@@ -1285,27 +1442,27 @@ def train(run):
                 report_non_finite(run, loss, grad_norm, document_stats)
 
             # log
-            poll_stop(run)
-            run.meter_tokens += info["tokens"]
+            with meter.waiting("ranks"):
+                poll_stop(run)
+            meter.tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
-                reset_meters(run)
+                meter.start_interval()
 
             # save, before an evaluation that may fail or be interrupted
             evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
             # after a signal, save and exit at once; the resumed run evaluates
             evaluating = evaluating and not run.stop_signal
-            saving = is_due(run, "save_every") or run.is_complete()
-            if saving or (evaluating and cfg["best"]):
+            if is_save_due(run) or (evaluating and cfg["best"]):
                 save(run)
 
             # evaluate
             if evaluating:
-                evaluation_start = run.seconds()
-                evaluate(run)
-                run.out_of_patience = shard.rank0_only(is_out_of_patience, cfg)
-                poll_signals(run)                        # one may have arrived meanwhile
-                run.meter_start += run.seconds() - evaluation_start    # throughput is of training
+                with meter.waiting("evaluation"):        # throughput is of training
+                    evaluate(run)
+                    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+                    poll_signals(run)                    # one may have arrived meanwhile
+            meter.end_step(state.step)
 
 
 def poll_stop(run):
@@ -1318,8 +1475,25 @@ def poll_stop(run):
 
 
 def poll_signals(run):
-    """Set run.stop_signal to the number of a signal that any rank has received."""
-    [run.stop_signal] = shard.all_reduce_max([max(run.received, default=0)])
+    """Set run.stop_signal to the number of a signal that any rank has received, or STOP_FILE."""
+    [run.stop_signal] = shard.all_reduce_max([local_signal(run)])
+
+
+def local_signal(run):
+    """The signal that this rank has received, or STOP_FILE, or 0.
+
+    Rank 0 looks for the file at most once a second, because a network file system may be slow.
+    """
+    now = time.monotonic()
+    if shard.rank() == 0 and not run.received and now >= run.next_look:
+        run.next_look = now + 1.0
+        if stop_file(run).exists():
+            run.received.append(STOP_FILE)
+    return max(run.received, default=0)
+
+
+def stop_file(run):
+    return Path(run.cfg["out_dir"]) / "STOP"
 
 
 def is_due(run, key):
@@ -1330,6 +1504,20 @@ def is_due(run, key):
     every = run.cfg[key]
     due = every_n_steps(run.state.step, every, run.state.total_steps)
     return due or (bool(every) and run.is_complete())
+
+
+def is_save_due(run):
+    """Is a checkpoint due after this step? After the last one, save_final decides."""
+    if run.is_complete():
+        return run.cfg["checkpoint"]["save_final"]
+    keep_every = run.cfg["checkpoint"]["keep_every"]
+    return is_due(run, "save_every") or (keep_every > 0 and run.state.step % keep_every == 0)
+
+
+def saves_at_stop(cfg):
+    """Is a run saved when it is stopped? Not if no checkpoints at all were asked for."""
+    section = cfg["checkpoint"]
+    return any([cfg["save_every"], cfg["best"], section["save_final"], section["keep_every"]])
 
 
 def is_evaluation_missing(run):
@@ -1368,8 +1556,6 @@ def report_non_finite(run, loss, grad_norm, document_stats):
                      f"so no update; {which}")
     limit = run.cfg["bad_steps"]
     if limit and run.state.consecutive_skips >= limit:
-        run.logger.close()
-        run.saver.wait()
         raise configs.UserError(f"bad_steps: {limit} steps in a row, up to step {step:,}, had no "
                                 "finite loss and gradient; try a smaller lr or another dtype, or "
                                 "look at the documents named above")
@@ -1378,8 +1564,9 @@ def report_non_finite(run, loss, grad_norm, document_stats):
 def log_step(run, info, loss, lr, grad_norm):
     """Hand the record of a step to the logger, which reads its tensors later."""
     state = run.state
-    elapsed = run.seconds() - run.meter_start
-    tokens_per_second = run.meter_tokens / elapsed
+    meter = run.meter
+    seconds, _ = meter.interval.read()
+    tokens_per_second = meter.tokens / seconds
     flops = transformer.flops(run.model, info["lengths"], info["target_tokens"])
     flops_per_second = flops / info["tokens"] * tokens_per_second
     peak = log.peak_flops(run.device, run.model.dtype)
@@ -1394,25 +1581,41 @@ def log_step(run, info, loss, lr, grad_norm):
         "tok_per_s": tokens_per_second,
         "mfu": flops_per_second / (peak * shard.world_size()) if peak else None,
         "packing": info["packing"],
-        "memory": log.peak_memory(run.device),
         "seconds": run.seconds(),
         "skipped": state.skipped_steps,
         "compiled": shard.num_graphs(),
-        "data_wait": run.data_wait / elapsed,
-        "save_wait": run.save_wait / elapsed,
         **run.step_metrics,
     }
     if run.model.dtype == torch.float16:
         record["loss_scale"] = run.model.loss_scale
-    run.logger.step(record)
+    if run.model.cfg["n_experts"]:
+        record["expert_load"] = expert_load(run.model)
+    by_rank = gather_numbers([log.peak_memory(run.device), *meter.numbers()])
+    measured, slow_step = log.compare_ranks(by_rank, meter.slowest)
+    if slow_step:
+        run.logger.print(slow_step)
+    run.logger.step(record | measured)
 
 
-def reset_meters(run):
-    """Start to measure throughput and waiting anew."""
-    run.meter_start = run.seconds()
-    run.meter_tokens = 0
-    run.data_wait = 0.0
-    run.save_wait = 0.0
+def expert_load(model):
+    """Tokens of the fullest expert of any block since the last call, divided by the mean.
+
+    1 is perfect balance, n_experts / n_experts_per_token the worst. A tensor: the device is not
+    waited for.
+    """
+    tokens = shard.all_reduce_(model.expert_tokens).float()                        # [L, X]
+    model.expert_tokens = 0
+    return (tokens / tokens.mean(1, keepdim=True)).max()
+
+
+def gather_numbers(numbers):
+    """A list of numbers per rank -> [[numbers of rank 0], [of rank 1], ...], in one collective."""
+    n = len(numbers)
+    rank = shard.rank()
+    table = [0.0] * (shard.world_size() * n)
+    table[rank * n:(rank + 1) * n] = numbers
+    table = shard.all_reduce_sum(table)
+    return [table[start:start + n] for start in range(0, len(table), n)]
 
 
 def save(run):
@@ -1423,38 +1626,49 @@ def save(run):
     shard.check_replicas(run.model)
     # write the pending record first: a run resumed from this checkpoint does not repeat its step
     run.logger.flush()
-    start = time.perf_counter()
     run.state.seconds = run.seconds()
-    run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
-                   dataclasses.asdict(run.state))
+    with run.meter.waiting("save"):
+        run.saver.save(run.model, run.optimizer, run.sampler.state_dict(),
+                       dataclasses.asdict(run.state))
     run.saved_step = run.state.step
-    run.save_wait += time.perf_counter() - start
 
 
 # --------------------------------------------------------------------------------------------------
 # the end of a run
 
 def finish_saving(run):
-    """Write the last checkpoint. After a signal, exit with status 128 + signal.
+    """Write the last checkpoint. After a signal, exit with status 128 + signal; after STOP with 0.
 
     Raises UserError if the last save failed.
     """
     step = run.state.step
     written = run.saver.wait()                           # False if the last save failed on any rank
-    if not written or run.saved_step < step:
+    is_wanted = run.cfg["checkpoint"]["save_final"] if run.is_complete() else saves_at_stop(run.cfg)
+    if is_wanted and (not written or run.saved_step < step):
         save(run)                      # retries a failed save too: the disk may have space by now
         written = run.saver.wait()
     poll_signals(run)                  # one may have arrived during the save
     if run.stop_signal:
-        saved = "saved" if written else "not saved"
-        run.logger.print(f"stopped by signal {run.stop_signal} after step {step:,}, {saved}; the "
-                         "same command resumes from the newest checkpoint")
-        run.logger.close()
-        sys.exit(128 + run.stop_signal)
+        saved = "saved" if written and run.saved_step == step else "not saved"
+        resumes = "resumes from the newest checkpoint" if saves_at_stop(run.cfg) else "starts over"
+        run.logger.print(f"stopped by {stop_reason(run)} after step {step:,}, {saved}; the same "
+                         f"command {resumes}")
+        exit_stopped(run)
     if not written:
-        run.logger.close()
         raise configs.UserError(f"{run.saver.folder}: the last steps were not saved (see above); "
                                 "the same command repeats them")
+
+
+def stop_reason(run):
+    return stop_file(run) if run.stop_signal == STOP_FILE else f"signal {run.stop_signal}"
+
+
+def exit_stopped(run):
+    """End a run that was stopped, with its exit status. The file STOP is removed."""
+    run.logger.close("killed")
+    if shard.rank() == 0:
+        stop_file(run).unlink(missing_ok=True)
+    sys.exit(0 if run.stop_signal == STOP_FILE else 128 + run.stop_signal)
 
 
 def finish(run):
@@ -1469,6 +1683,7 @@ def finish(run):
     if cfg["checkpoint"]["export"]:
         shard.rank0_only(export, run)
     if shard.rank() == 0:
+        stop_file(run).unlink(missing_ok=True)           # too late
         for line in log.final_summary(run):
             run.logger.print(line)
     run.logger.close()
@@ -1489,18 +1704,39 @@ def main(cfg, explicit):
     """One run, on every rank."""
     run = setup(cfg, explicit)
     if shard.rank() == 0:
+        log.record_start(run)
         for line in log.describe_run(run):
             run.logger.print(line)
     try:
         with record_signals(run.received):
+            if cfg["eval_only"]:
+                evaluate_only(run)
+                return
             train(run)
             finish_saving(run)
+        signals = [number for number in run.received if number != STOP_FILE]
+        if signals:                                      # after finish_saving() has looked
+            signal.raise_signal(signals[0])
+        finish(run)
     except Exception:
         run.saver.wait()                  # an error must not cut off a checkpoint being written
+        run.logger.close("failed")
         raise
-    if run.received:                                     # after finish_saving() has looked
-        signal.raise_signal(run.received[0])
-    finish(run)
+
+
+def evaluate_only(run):
+    """One evaluation, and its results."""
+    evaluate(run)
+    if run.stop_signal:
+        run.logger.print(f"stopped by {stop_reason(run)}; the evaluation is not recorded")
+        exit_stopped(run)
+    out_dir = Path(run.cfg["out_dir"])
+    for line in log.format_answers(run.answers, run.cfg["samples"]):
+        run.logger.print(line)
+    answers = f", the answers in {out_dir / 'evaluations.jsonl'}" if run.answers else ""
+    run.logger.print(f"step {run.state.step:,} evaluated; the record is in "
+                     f"{out_dir / 'metrics.jsonl'}{answers}")
+    run.logger.close()
 
 
 def cli(argv=None):

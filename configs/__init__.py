@@ -699,10 +699,13 @@ def derive(cfg, layers_by_key):
     gated_d_ff = math.ceil(d_model * 8 // 3 / 64) * 64
     values = {"min_lr": cfg["lr"] / 10,
               "data.seq_len": min(model_cfg["max_len"], DEFAULT_SEQ_LEN),
+              "checkpoint.export": cfg["checkpoint"]["save_final"],
               "shard.lora.alpha": 2.0 * cfg["shard"]["lora"]["r"],
               "model.n_kv_heads": model_cfg["n_heads"],
               "model.head_dim": head_dim,
               "model.d_ff": gated_d_ff if model_cfg["glu"] else 4 * d_model}
+    if model_cfg["n_experts"]:
+        values["model.d_expert"] = model_cfg["d_ff"] or values["model.d_ff"]
     # stay null in families whose config.json lacks them
     family_keys = families().get(model_cfg["family"], {}).get("keys", {})
     if "rope_layers" in family_keys:
@@ -728,6 +731,8 @@ def derive(cfg, layers_by_key):
     cfg["data"]["cache_dir"] = join_root(cfg["output_root"], cfg["data"]["cache_dir"])
     for data_source in named_sources(cfg).values():
         data_source["path"] = join_root(cfg["data_root"], data_source["path"])
+    if cfg["eval_only"] and not cfg["data"]["train"]:
+        cfg["data"]["train"] = copy.deepcopy(cfg["data"]["validation"])    # they are not trained
 
 
 def conditional_options(cfg):
@@ -747,7 +752,8 @@ def conditional_options(cfg):
         yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
     data = cfg["data"]
     can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
-    for key in ("eval_every", "eval_prompts", "eval_tokens", "samples"):
+    for key in ("eval_every", "eval_only", "eval_prompts", "eval_tokens", "eval_answer",
+                "eval_share", "samples"):
         yield (key, "data.validation", can_evaluate or not cfg[key],
                "without validation data; data.validation_split=0.05 holds some out")
     yield ("log.project", "log.to", cfg["log"]["to"],
@@ -822,6 +828,12 @@ def check(cfg, layers_by_key, defaults):
     """What one key's constraint cannot express: yields (is it valid, key, what it must be)."""
     yield len(cfg["betas"]) == 2, "betas", "two numbers"
     yield cfg["best"] or not cfg["patience"], "patience", "0 unless `best` names a logged number"
+    yield is_pattern(cfg["eval_answer"]), "eval_answer", "all, last_line or a regular expression"
+    yield (not cfg["eval_only"] or cfg["resume"] != "never", "resume",
+           "auto, latest or a checkpoint with eval_only, which deletes nothing")
+    yield (not cfg["checkpoint"]["export"] or cfg["checkpoint"]["save_final"] or cfg["best"],
+           "checkpoint.export", "false with checkpoint.save_final=false, because it exports the "
+           "final checkpoint")
     yield (cfg["resume"].lower() not in ("", "true", "false", "yes", "no"), "resume",
            "auto (the default: continue the run in out_dir), never, latest or the path of a "
            "checkpoint")
@@ -903,6 +915,10 @@ def check_model(model_cfg):
            "model.norm_place", "before if model.parallel_residual")
     yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
+    if model_cfg["n_experts"]:
+        yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
+               "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
+        yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
 
 
 # --------------------------------------------------------------------------------------------------

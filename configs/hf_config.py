@@ -179,7 +179,8 @@ def resolve_pretrained(name):
                                 f"download {name} from the hub, pip install huggingface_hub"
                                 ) from None
     # No pickles, nothing that would be executed, and no subfolders.
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", *LICENSES]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md",
+                *LICENSES]
     # (consolidated.safetensors: the same weights under Mistral's own names)
     ignored = ["*/*", "consolidated*"]
     try:
@@ -276,7 +277,8 @@ def translate(hf_config, path):
     if family.get("native"):                       # our own keys; others describe the export
         known = configs.read_defaults()[0]["model"]
         return {"family": name} | {key: hf_config[key] for key in hf_config if key in known}
-    if hf_config.get("quantization_config"):
+    quantization = hf_config.get("quantization_config")
+    if quantization and not is_mxfp4(quantization, family):
         raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
                                 "supported; use the model that they were made from")
     hf_config = standardize(text_section(hf_config, family, path), family, path)
@@ -310,6 +312,12 @@ def text_section(hf_config, family, path):
         raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
                                 "as outside of that section")
     return section
+
+
+def is_mxfp4(quantization, family):
+    """Are the experts in MXFP4, which moe.open_mxfp4() reads? They are exported in bf16."""
+    is_section = isinstance(quantization, dict)
+    return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
 
 
 def unsupported(path, key, value, hf_config):

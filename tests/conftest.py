@@ -110,6 +110,6 @@ def tiny(tmp_path, chats):
             f"data.cache_dir={tmp_path / 'tokens'}", f"out_dir={tmp_path / out}",
             "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2",
             "batch_size=4", "micro_tokens=400", "max_steps=25", "epochs=0",
-            "log_every=1", "eval_every=10", "save_every=0", "eval_tokens=8", "eval_prompts=4",
+            "log_every=1", "eval_every=10", "save_every=0", "eval_tokens=8", "eval_prompts=4", "eval_share=0",
             "lr=1e-2", "dtype=float32", "samples=0", "checkpoint.export=false", *more])
     return load

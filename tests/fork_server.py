@@ -2,13 +2,15 @@
 
 conftest.py writes a list of processes to stdin, as a line of JSON, and reads their exit codes. A
 process has `command` (what follows `python` in a shell), `cwd`, `env` and `output`, the names of
-the files for its stdout and stderr.
+the files for its stdout and stderr. `terminal`, if there is one, replaces these files and stdin.
 """
 import atexit
+import fcntl
 import json
 import os
 import runpy
 import sys
+import termios
 import traceback
 
 # what the scripts import, none of it ours
@@ -29,14 +31,17 @@ def serve():
         print(json.dumps(codes), flush=True)
 
 
-def become(command, cwd, env, output):
+def become(command, cwd, env, output, terminal=None):
     """Run `python COMMAND` in this process."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(terminal or os.devnull, os.O_RDONLY), 0)
     for fd, name in enumerate(output, 1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), fd)
+        os.dup2(os.open(terminal or name, os.O_WRONLY | os.O_CREAT), fd)
+    if terminal:                                         # Ctrl-C is for this process
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     if "OMP_NUM_THREADS" in env:
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))    # read when torch was imported
     if "PYTHONPATH" in env:

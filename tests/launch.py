@@ -3,12 +3,14 @@ import atexit
 import functools
 import json
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,16 +25,17 @@ def fork_server():
     return server
 
 
-def run(command, cwd=ROOT, timeout=300, ranks=[{}], **env):
+def run(command, cwd=ROOT, timeout=300, ranks=[{}], terminal=None, **env):
     """Run `python COMMAND` once for each rank, at the same time. Returns a finished process per rank.
 
-    `ranks` has the environment variables of each rank, `env` those of all.
+    `ranks` has the environment variables of each rank, `env` those of all. `terminal` is the name of a
+    terminal that the process is started on; otherwise its stdin is empty.
     """
     command = list(map(str, command))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(f"{folder}/{n}.stdout", f"{folder}/{n}.stderr") for n in range(len(ranks))]
         processes = [{"command": command, "cwd": str(cwd), "env": os.environ | env | of_rank,
-                      "output": output} for of_rank, output in zip(ranks, outputs)]
+                      "output": output, "terminal": terminal} for of_rank, output in zip(ranks, outputs)]
         server = fork_server()
         print(json.dumps(processes), file=server.stdin, flush=True)
         if not select.select([server.stdout], [], [], timeout)[0]:
@@ -40,8 +43,49 @@ def run(command, cwd=ROOT, timeout=300, ranks=[{}], **env):
             fork_server.cache_clear()
             raise subprocess.TimeoutExpired(command, timeout)
         codes = json.loads(server.stdout.readline())
+        if terminal:
+            return [subprocess.CompletedProcess(command, code) for code in codes]
         texts = [[Path(name).read_text() for name in output] for output in outputs]
     return [subprocess.CompletedProcess(command, code, *text) for code, text in zip(codes, texts)]
+
+
+class Terminal:
+    """`python COMMAND` on a terminal of its own (a pty), which a test types on and reads."""
+
+    def __init__(self, *command):
+        self.master, self.slave = os.openpty()    # the slave stays open: reads fail without one
+        self.raw = ""
+        self.position = 0                         # in the text, where the next read_until() begins
+        self.processes = []
+        name = os.ttyname(self.slave)
+        self.thread = threading.Thread(
+            target=lambda: self.processes.extend(run(command, timeout=60, terminal=name)), daemon=True)
+        self.thread.start()
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def read_until(self, word, seconds=60):
+        """The text from where the last call ended to the end of a word."""
+        while word not in self.text()[self.position:]:
+            is_ready = select.select([self.master], [], [], seconds)[0]
+            assert is_ready, f"waiting for {word!r}: {self.text()}"
+            self.raw += os.read(self.master, 1000).decode(errors="replace")
+        start = self.position
+        self.position = self.text().index(word, start) + len(word)
+        return self.text()[start:self.position]
+
+    def text(self):
+        """All that the terminal has shown, without control sequences."""
+        return re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]|\r", "", self.raw)
+
+    def wait(self):
+        """Wait for the end of the process. Returns its exit status."""
+        self.thread.join(60)
+        [done] = self.processes
+        os.close(self.master)
+        os.close(self.slave)
+        return done.returncode
 
 
 def free_port():

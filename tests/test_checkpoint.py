@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,13 +23,19 @@ from safetensors.torch import load_file
 
 import checkpoint
 import configs
+import hub
 import launch
+import log
 import model as M
 import shard
+import tokenize_data
 
 ROOT = configs.HERE.parent
 STATE = {"step": 3, "total_steps": 6, "dtype": "float32", "code": {"model.py": "1"}, "data": {},
          "has_chats": True, "versions": {"torch": "", "python": ""}}
+
+
+BF16 = ["dtype=bfloat16", "shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ def test_read_state_names_a_damaged_state(finished, script, text):
         run(loaded)
     listing = script("checkpoint.py", "ls", out_dir)
     assert listing.returncode == 0
-    assert "damaged" in listing.stdout and "step 4 of 6" in listing.stdout
+    assert "damaged" in listing.stdout and "4 of 6" in listing.stdout
 
 
 def test_read_state_refuses_another_format(tmp_path, monkeypatch):
@@ -413,6 +420,29 @@ def test_load_checkpoint_returns_the_sampler_state(tmp_path):
     assert loaded.keys() == arrays.keys()
     for name, array in arrays.items():
         assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
+
+
+@pytest.mark.parametrize("first, second", [([], BF16), (BF16, [])], ids=["to bf16", "from bf16"])
+def test_load_checkpoint_converts_weights_and_moments(tiny, first, second):
+    """Compute, master and moment dtypes may all change in a run that continues in another folder."""
+    keys = ["max_steps=4", "save_every=2", "checkpoint.keep=9", "eval_every=0", "schedule=constant", "lr=1e-3"]
+    expected = tiny(*keys, out="whole")
+    start = tiny(*keys, *first, out="start")
+    path = Path(start[0]["out_dir"]) / "checkpoints" / "00000002"
+    moved = tiny(*keys, *second, f"resume={path}", out="moved")
+    for loaded in (expected, start, moved):
+        run(loaded)
+    before = load_file(path / "model.safetensors")["blocks.0.attn.q_proj.weight"]
+    folder = Path(moved[0]["out_dir"]) / "checkpoints" / "00000004"
+    optimizer = load_file(folder / "optimizer.safetensors")
+    after = load_file(folder / "model.safetensors")["blocks.0.attn.q_proj.weight"]
+    dtype = torch.bfloat16 if second else torch.float32
+    assert after.dtype == optimizer["blocks.0.attn.q_proj.weight/exp_avg"].dtype == dtype != before.dtype
+    assert optimizer["blocks.0.attn.q_proj.weight/step"] == 4
+    state = checkpoint.read_state(folder)
+    assert state["dtype"] == str(dtype).removeprefix("torch.") and state["loss_scale"] == 1.0
+    losses = [[record["loss"] for record in log.read(loaded[0]["out_dir"])][-2:] for loaded in (expected, moved)]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[1] != losses[0]
 
 
 def test_load_checkpoint_moves_factored_state_between_layouts(tmp_path):
@@ -513,12 +543,13 @@ def test_find_resume_point_refuses_another_config_by_name(stopped, tiny):
         checkpoint.find_resume_point(tiny(f"resume={path}", out="other")[0])
 
 
-def test_find_resume_point_of_a_named_checkpoint_checks_dtype_and_optimizer(stopped, tiny):
+def test_find_resume_point_of_a_named_checkpoint_checks_the_optimizer(stopped, tiny):
     path = Path(stopped()["out_dir"]) / "checkpoints" / "latest"
-    for key, words in (("dtype=bfloat16", "dtype: float32 there, bfloat16 here"),
-                       ("optimizer=sgd", "optimizer: .?adamw.? there, .?sgd.? here")):
-        with pytest.raises(configs.UserError, match=f"resume: .*does not fit .{words}"):
-            checkpoint.find_resume_point(tiny(f"resume={path}", key, out="new")[0])
+    new = tiny(f"resume={path}", "dtype=bfloat16", "shard.master_dtype=bfloat16", out="new")[0]
+    assert checkpoint.find_resume_point(new) == path
+    words = "resume: .*does not fit .optimizer: .?adamw.? there, .?sgd.? here"
+    with pytest.raises(configs.UserError, match=words):
+        checkpoint.find_resume_point(tiny(f"resume={path}", "optimizer=sgd", out="new")[0])
     with pytest.raises(configs.UserError, match="no checkpoint here"):
         checkpoint.find_resume_point(tiny(f"resume={path.parent}", out="new")[0])
 
@@ -614,7 +645,7 @@ def test_start_over_deletes_what_a_run_left(stopped):
     for name in ("hf", "adapter", "code-at-00000003", "notes"):
         (out_dir / name).mkdir()
     (out_dir / "metrics.jsonl").write_text("")
-    for name in ("wandb_id", "mlflow_id"):
+    for name in ("tracker_wandb.json", "tracker_mlflow.json"):
         (out_dir / name).write_text("abc")
     checkpoint.start_over(out_dir)
     assert sorted(p.name for p in out_dir.iterdir()) == ["config.yaml", "notes"]
@@ -683,8 +714,9 @@ def test_git_describe_is_none_without_a_repository(tmp_path, monkeypatch):
 
 def test_ls_and_export_checkpoint(finished, script, tmp_path):
     out_dir, _ = finished
-    lines = script("checkpoint.py", "ls", out_dir).stdout.splitlines()
-    assert [line.split()[2] for line in lines] == ["2", "4", "6"] and lines[-1].endswith("latest")
+    lines = script("checkpoint.py", "ls", out_dir).stdout.splitlines()[1:]
+    assert [line.split()[1] for line in lines] == ["2", "4", "6"]
+    assert lines[-1].endswith("complete, latest")
     for path, name in ((out_dir, "newest"), (out_dir / "checkpoints" / "00000002", "early")):
         assert script("checkpoint.py", "export", path, tmp_path / name).returncode == 0
         assert (tmp_path / name / "model.safetensors").is_file()
@@ -692,7 +724,10 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
     (tmp_path / "file").write_text("")
     for args, words in ((["export", out_dir, tmp_path / "early"], "not empty"),
                         (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
-                        (["export", out_dir], ""),
+                        (["export", out_dir], "export RUN"), (["export", out_dir, "dtype=float16"], "export RUN"),
+                        (["export", out_dir, "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16"),
+                        (["export", out_dir, "new", "upload=mine"], "upload: must be OWNER/NAME"),
+                        (["ls", out_dir, "all=true"], "ls RUN"),
                         (["export", tmp_path, tmp_path / "x"], "no checkpoint"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'early'}"], "not empty"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'new/a'}"], "adapter: "),
@@ -701,6 +736,226 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
         wrong = script("checkpoint.py", *args)
         assert wrong.returncode == 1 and words in wrong.stderr
         assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_ls_shows_loss_size_age_and_what_is_damaged(finished, capsys):
+    """Validation losses where there are some, else the training loss; what a killed process left."""
+    out_dir, _ = finished
+    folder = out_dir / "checkpoints"
+    four, six = folder / "00000004", folder / "00000006"
+    checkpoint.set_symlink(folder / "best", folder / "00000002")
+    (folder / ".00000008.building").mkdir()
+    with open(six / "optimizer.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(four, (0, time.time() - 3 * 3600))
+    records = {record["step"]: record for record in log.read(out_dir) if "loss" in record}
+    evaluation = {"step": 4, "val/a/loss": 0.5, "val/b/loss": 0.25, "val/b/nll": 9.0}
+    with open(out_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(evaluation) + "\n")
+
+    def listing(*options):
+        checkpoint.main(["ls", *map(str, options)])
+        return [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    header, *rows, incomplete = listing(out_dir)
+    assert header == ["checkpoint", "step", "loss", "size", "age", "state"]
+    assert [row[1] for row in rows] == ["2 of 6", "4 of 6", "6 of 6"]
+    assert [row[2] for row in rows] == [f"training {records[2]['loss']:.4f}", "a 0.5000, b 0.2500",
+                                        f"training {records[6]['loss']:.4f}"]
+    size = sum(path.stat().st_size for path in four.iterdir()) / 1e6
+    assert rows[1][3:5] == [f"{size:.1f} MB", "3 h"]
+    assert [row[5] for row in rows] == ["complete, best", "complete",
+                                        "damaged: optimizer.safetensors, latest"]
+    assert incomplete[-1].startswith("incomplete") and len(listing(four)) == 2
+    assert listing(out_dir, "verify=false")[3][5] == "complete, latest"
+    shutil.rmtree(folder / ".00000008.building")
+    assert listing(folder / "latest")[1][5].startswith("damaged: optimizer")
+
+
+@pytest.mark.parametrize("seconds, text", [(-1, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (3e5, "3 days")])
+def test_format_age(seconds, text):
+    assert checkpoint.format_age(seconds) == text
+
+
+def test_export_checkpoint_in_another_dtype(finished, tmp_path, capsys):
+    """Each is rounded once, from the fp32 weights."""
+    out_dir, _ = finished
+    saved = load_file(out_dir / "checkpoints" / "latest" / "model.safetensors")
+    for name in checkpoint.EXPORT_DTYPES:
+        checkpoint.main(["export", str(out_dir), str(tmp_path / name), f"dtype={name}"])
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        expected = saved["embed.weight"].to(getattr(torch, name))
+        assert torch.equal(tensors["model.embed_tokens.weight"], expected)
+        assert {t.dtype for t in tensors.values()} == {expected.dtype}
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
+
+
+def test_save_pretrained_refuses_numbers_that_float16_lacks(tmp_path):
+    m = configs.load(["model.vocab_size=9", "model.n_layers=1", "model.d_model=16", "model.n_heads=2"])[0]["model"]
+    model = M.build(m)
+    with torch.no_grad():
+        model.norm.weight[3] = 70000.0
+    with pytest.raises(configs.UserError, match="dtype: float16 .*model.norm.weight.*dtype=bfloat16"):
+        M.save_pretrained(model.get_parameter, m, tmp_path, dtype="float16")
+
+
+def test_upload_to_a_hub(finished, tmp_path, monkeypatch, capsys):
+    """A private model with its card; a second export replaces it, and deletes other weights."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="what uploads to a hub")
+    monkeypatch.setenv("HF_ENDPOINT", "restored at the end")
+    repository = tmp_path / "repository"
+    log_of_hub = hub.start("models/someone/tiny", repository)
+    monkeypatch.setattr(constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+
+    def export(name, *options):
+        folder = tmp_path / name
+        checkpoint.main(["export", str(finished[0]), str(folder), "upload=someone/tiny", *options])
+        return folder
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(configs.UserError, match="upload: someone/tiny: .*401.*hf auth login"):
+        export("refused")
+    assert not (tmp_path / "refused").exists() and not repository.exists()
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    first = export("first", "dtype=bfloat16")
+    assert "someone/tiny on the hub" in capsys.readouterr().out
+    assert log_of_hub[0] == ("private", True)
+    for file in first.iterdir():
+        assert (repository / file.name).read_bytes() == file.read_bytes()
+    assert 'from_pretrained("someone/tiny")' in (repository / "README.md").read_text()
+    (repository / "model-00001-of-00002.safetensors").write_text("of a larger model")
+    second = export("second")
+    assert {file.name for file in repository.iterdir()} == {file.name for file in second.iterdir()}
+    log_of_hub.remove(("private", True))                 # the owner has made it public
+    with pytest.raises(configs.UserError, match="exists and is public; private=false"):
+        export("third")
+    assert not (tmp_path / "third").exists()
+    export("fourth", "private=false")
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A pretrained model of a folder with a card and a license."""
+    folder = tmp_path / "bases" / "Small-1M"
+    shutil.copytree(ROOT / "data" / "base", folder)
+    (folder / "LICENSE").write_text("its license")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: small-license\nlicense_link: LICENSE\n"
+                                      "base_model: someone/tiny\ntags:\n- a\n---\n# Small\n")
+    return folder
+
+
+def from_base(tiny, *keys):
+    """tiny(*keys), with the shapes and the tokenizer of model.init_from."""
+    _, _, explicit = tiny(*keys)
+    explicit["model"] = {"init_from": explicit["model"]["init_from"]}
+    del explicit["data"]["tokenizer"]
+    path = Path(explicit["out_dir"]).with_name("from_base.yaml")
+    path.write_text(configs.dump(explicit))
+    return configs.load([str(path)])
+
+
+def read_card(folder):
+    """(the metadata that the hub reads, the text) of a model card."""
+    hf = pytest.importorskip("huggingface_hub", reason="what reads model cards")
+    card = hf.ModelCard.load(folder / "README.md")
+    return card.data.to_dict(), card.text
+
+
+def test_write_card_says_what_a_model_was_trained_from(tiny, base, tmp_path, chats):
+    """Base, license, data, settings and evaluation; the same at every export, without paths."""
+    before = (base / "README.md").read_text()
+    keys = [f"model.init_from={base}"]
+    loaded = from_base(tiny, "max_steps=3", "checkpoint.export=true", "eval_every=2", *keys)
+    run(loaded)
+    out_dir = Path(loaded[0]["out_dir"])
+    data, text = read_card(out_dir / "hf")
+    assert data == {"base_model": "someone/tiny", "license": "other", "license_name": "small-license",
+                    "license_link": "LICENSE", "library_name": "transformers", "pipeline_tag": "text-generation",
+                    "tags": ["conversational"]}
+    assert (out_dir / "hf" / "LICENSE").read_text() == "its license"
+    assert (base / "README.md").read_text() == before
+    assert "# someone/tiny, fine-tuned" in text and "3 of 3 steps, computing in float32" in text
+    tokens = tokenize_data.load_datasets(loaded[0])["train"]["chats"]
+    assert f"- chats: {len(tokens)} documents, {tokens.offsets[-1]:,} tokens\n" in text
+    assert "lr: 0.01\n" in text and "data.validation_split: 4\n" in text
+    for private in (str(tmp_path), str(chats), "cache_dir"):
+        assert private not in text
+    last = log.read(out_dir)[-1]
+    assert "after step 3" in text and f"| chats/loss | {last['val/chats/loss']:.4f} |" in text
+    checkpoint.main(["export", str(out_dir), str(tmp_path / "again")])
+    assert (tmp_path / "again" / "README.md").read_text() == (out_dir / "hf" / "README.md").read_text()
+    checkpoint.main(["export", str(out_dir / "checkpoints" / "latest"), str(tmp_path / "bf16"), "dtype=bfloat16"])
+    transformers = pytest.importorskip("transformers", reason="the card loads the model in it")
+    [code] = re.findall("```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "bf16")), names)
+    assert names["model"].dtype == torch.bfloat16 and len(names["tokenizer"]) == 259
+    assert isinstance(names["model"], transformers.LlamaForCausalLM)
+
+
+def test_write_card_of_an_adapter(tiny, base, tmp_path):
+    """The adapter's card loads it in PEFT; an older checkpoint and a moved base still have cards."""
+    keys = [f"model.init_from={base}", "shard.lora.r=2", "checkpoint.export=true", "max_steps=1", "eval_every=0"]
+    loaded = from_base(tiny, *keys)
+    run(loaded)
+    out_dir = Path(loaded[0]["out_dir"])
+    data, text = read_card(out_dir / "adapter")
+    assert data["library_name"] == "peft" and data["tags"] == ["lora", "conversational"]
+    assert data["license"] == "other" and (out_dir / "adapter" / "LICENSE").is_file()
+    assert "with LoRA of rank 2" in text and "AutoPeftModelForCausalLM" in text
+    pytest.importorskip("peft", reason="the card loads the adapter in it")
+    names = {}
+    [code] = re.findall("```python\n(.*?)```", text, re.S)
+    exec(code.replace("path/to/this/folder", str(out_dir / "adapter")), names)
+    assert names["model"].active_adapter == "default"
+
+
+def test_base_metadata_of_folders_and_of_the_hubs_cache(tmp_path):
+    cache = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "abc"
+    cache.mkdir(parents=True)
+    assert checkpoint.base_metadata(str(cache)) == {"base_model": "Qwen/Qwen2.5-0.5B"}
+    (cache / "LICENSE").write_text("                  Apache License\n  Version 2.0, January 2004\n")
+    assert checkpoint.base_metadata(str(cache)) == {
+        "base_model": "Qwen/Qwen2.5-0.5B", "license": "apache-2.0", "license_link": "LICENSE"}
+    (cache / "README.md").write_text("---\nlicense: mit\nbase_model: Qwen/older\n---\n")
+    assert checkpoint.base_metadata(str(cache)) == {"base_model": "Qwen/Qwen2.5-0.5B", "license": "mit"}
+    (cache / "README.md").write_text("---\nlicense: [mit\n---\n")                    # not valid YAML
+    assert checkpoint.base_metadata(str(cache))["license"] == "apache-2.0"
+    assert checkpoint.base_metadata("") == checkpoint.base_metadata(str(tmp_path / "gone")) == {}
+
+
+def test_describe_sources_names_datasets_on_the_hub(tmp_path):
+    local = tmp_path / "a" / "b.jsonl"
+    local.parent.mkdir()
+    local.touch()
+    train = {"mine": {"path": str(local)}, "theirs": {"path": str(tmp_path / "openai" / "gsm8k@main" / "main")}}
+    tokens = type("Tokens", (), {"offsets": np.array([10, 14, 19]), "__len__": lambda self: 2})()
+    cfg = {"data_root": str(tmp_path), "data": {"train": train}}
+    sources = checkpoint.describe_sources(cfg, dict.fromkeys(train, tokens))
+    assert sources == {"mine": {"documents": 2, "tokens": 9, "dataset": ""},
+                       "theirs": {"documents": 2, "tokens": 9, "dataset": "openai/gsm8k"}}
+    assert [checkpoint.describe_source(name, sources.get(name)) for name in ("mine", "theirs", "older")] == [
+        "- mine: 2 documents, 9 tokens", "- theirs: 2 documents, 9 tokens of openai/gsm8k", "- older"]
+
+
+def test_card_settings_leave_out_paths_and_trackers():
+    explicit = {"lr": 0.1, "best": "val/a/loss", "out_dir": "out/x", "resume": "out/y", "log": {"to": ["wandb"]},
+                "optimizer_options": {"file": "/home/me/x", "files": ["~/a"], "beta": 0.5},
+                "data": {"tokenizer": "gpt2", "train": {"a": {"path": "x.jsonl", "weight": 2.0}}}}
+    assert checkpoint.card_settings(explicit) == {
+        "lr": 0.1, "best": "val/a/loss", "optimizer_options.beta": 0.5, "data.train.a.weight": 2.0}
+
+
+def test_write_card_of_a_native_model(tmp_path):
+    """transformers does not know its family; without a validation the card says so."""
+    model_cfg = configs.load(["model.family=native"])[0]["model"]
+    state = STATE | {"config": {"lr": 0.1}, "has_chats": False, "data": {"a": {}}}
+    checkpoint.write_card(tmp_path, tmp_path / "checkpoints" / "00000003", state, model_cfg)
+    data, text = read_card(tmp_path)
+    assert data == {"pipeline_tag": "text-generation"} and "transformers" not in text
+    assert "# native of 4 x 128, trained from new weights" in text and "- a\n" in text and "lr: 0.1\n" in text
+    assert "## Evaluation\n\nNone.\n" in text and "python model.py path/to/this/folder" in text
 
 
 def test_lock_folder_does_without_locks(tmp_path, monkeypatch):

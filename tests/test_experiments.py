@@ -44,7 +44,9 @@ TINY = ["data.train.chats.path=FOLDER/chats.jsonl", "data.validation_split=4", "
         "checkpoint.export=false"]
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "sampler.safetensors")
 # in metrics.jsonl, what depends on the clock and on the machine
-MEASURED = {"tok_per_s", "mfu", "memory", "seconds", "compiled", "data_wait", "save_wait"}
+MEASURED = {"tok_per_s", "mfu", "memory", "seconds", "compiled", "data_wait", "save_wait",
+            "memory_max", "data_wait_max", "save_wait_max", "rank_wait", "slowest_rank", "slow_step", "slow_seconds",
+            "slow_data_wait", "slow_save_wait", "slow_ranks_wait"}
 
 
 @pytest.fixture(scope="module")

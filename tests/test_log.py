@@ -1,12 +1,18 @@
-"""log.py: records, console lines, backends, reports, tables and pictures."""
+"""log.py: records, console lines, backends, summaries and tables. test_report.py: report.html."""
 import importlib.util
 import json
+import math
+import os
+import signal
+import struct
 import sys
+import textwrap
+import time
 import types
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+import yaml
 
 import configs
 import log
@@ -154,39 +160,246 @@ def test_format_duration(seconds, text):
 # --------------------------------------------------------------------------------------------------
 # backends
 
-def test_backends_get_the_known_numbers_of_each_record(tmp_path, monkeypatch):
-    """A backend is a class in BACKENDS; it gets no nulls, and is closed with the logger."""
-    class ListBackend:
-        calls = []
+class ListBackend(log.Backend):
+    """Collects what it gets in `calls`, of which each test has its own (see fixture)."""
 
-        def __init__(self, cfg, folder):
-            self.calls.append(folder)
+    def __init__(self, cfg, folder, run_id, about):
+        self.id = run_id or folder.name
+        self.calls.append((run_id, about["last_step"]))
 
-        def log(self, record):
-            self.calls.append(record)
+    def log(self, record):
+        self.calls.append(record)
 
-        def close(self):
-            self.calls.append("closed")
+    def log_answers(self, step, answers):
+        self.calls.append((step, answers))
 
+    def close(self, status):
+        self.calls.append(status)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """ListBackend under the name "list", without calls."""
+    monkeypatch.setattr(ListBackend, "calls", [], raising=False)
+    monkeypatch.setattr(ListBackend, "last_step", math.inf)
     monkeypatch.setitem(log.BACKENDS, "list", ListBackend)
+    return ListBackend
+
+
+ANSWERS = {"x": [["2 + 2 = ", "5", "4"]]}
+
+
+def log_steps(folder, steps, resumed_step=0, status="finished", to="list", **options):
+    """One start of a run: a record per step, with `start` as its loss, and two evaluations.
+
+    The evaluations are after steps 2 and 4. status None: the process is killed.
+    """
+    cfg, _, explicit = configs.load([f"out_dir={folder}", f"log.to=[{to}]", "lr=0.5", "model.n_layers=3"])
+    logger = log.Logger(cfg, 6, resumed_step, explicit=explicit, git="0c20973-dirty", **options)
+    for step in steps:
+        logger.write({"step": step, "loss": 10.0 * resumed_step + step, "mfu": None})
+        if step in (2, 4):
+            logger.write({"step": step, "val/x/loss": 10.0 * resumed_step + step}, ANSWERS)
+    if status is None:
+        time.sleep(1)                                        # trackio writes every half second
+        os.kill(os.getpid(), signal.SIGKILL)
+    logger.close(status)
+
+
+def test_backends_get_the_known_numbers_of_each_record(tmp_path, backend):
+    """A backend is a class in BACKENDS; it gets no nulls, and is closed with the logger."""
     logger = log.Logger(load_config(tmp_path, "log.to=[list]"), 1)
-    logger.validation({"step": 1, "val/x/loss": torch.tensor(2.0), "val/y/loss": float("nan")})
-    logger.close()
-    assert ListBackend.calls == [tmp_path, {"step": 1, "val/x/loss": 2.0}, "closed"]
+    logger.validation({"step": 1, "val/x/loss": torch.tensor(2.0), "val/y/loss": float("nan")}, ANSWERS)
+    logger.close("failed")
+    logger.close("failed")
+    assert backend.calls == [(None, -1), {"step": 1, "val/x/loss": 2.0}, (1, ANSWERS), "failed"]
 
 
-def test_wandb_backend_continues_the_run_that_it_started(tmp_path, monkeypatch):
-    """wandb itself needs an account: this is its interface, init() with an id."""
-    ids = []
+def steps_of(calls):
+    """The steps that a ListBackend got, those of evaluations as fractions."""
+    return [call["step"] + 0.5 * ("val/x/loss" in call) for call in calls if isinstance(call, dict)]
 
-    def init(id, resume, **_options):
-        ids.append(id)
-        return types.SimpleNamespace(id=id or "new-id")
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    for _ in range(2):
-        log.WandbBackend(load_config(tmp_path), tmp_path)
-    assert ids == [None, "new-id"]
+@pytest.mark.parametrize("last_step, steps", [(math.inf, [5]), (2, [3, 4, 4.5, 5]), (-1, [1, 2, 2.5, 3, 4, 4.5, 5])])
+def test_tracker_sends_repeated_steps_only_to_a_backend_that_has_lost_them(tmp_path, backend, last_step, steps):
+    """Also if the run is killed again before it has repeated all of them."""
+    backend.last_step = last_step
+    log_steps(tmp_path, [1, 2, 3, 4])
+    log_steps(tmp_path, [2], resumed_step=1)
+    backend.calls.clear()
+    log_steps(tmp_path, [2, 3, 4, 5], resumed_step=1)
+    assert backend.calls[0] == (tmp_path.name, 1)
+    assert steps_of(backend.calls) == steps
+
+
+def test_tracker_sends_the_evaluation_that_was_missing(tmp_path, backend):
+    """The run was killed after step 4 and before the evaluation that follows it."""
+    log_steps(tmp_path, [1, 2, 3])
+    logger = log.Logger(load_config(tmp_path, "log.to=[list]"), 6, 3)
+    logger.write({"step": 4, "loss": 1.0})
+    logger = log.Logger(load_config(tmp_path, "log.to=[list]"), 6, 4)
+    logger.validation({"step": 4, "val/x/loss": 1.0})
+    assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
+
+
+def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monkeypatch):
+    monkeypatch.setitem(log.BACKENDS, "other", type("Other", (ListBackend,), {"calls": []}))
+    log_steps(tmp_path, [1, 2, 3], to="other")
+    log_steps(tmp_path, [3, 4], resumed_step=2)
+    assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
+
+
+def test_tracker_of_a_run_that_continues_another_has_one_curve(tmp_path, backend):
+    """The records and answers of the other run, up to the step, come first, in a run of its own."""
+    old = tmp_path / "old"
+    log_steps(old, [1, 2, 3])
+    lines = [{"step": 2, "seconds": 1.0, "answers": ANSWERS}, {"step": 3, "seconds": 1.0, "answers": {}}]
+    (old / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = [(old / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")]
+    backend.calls.clear()
+    log_steps(tmp_path / "new", [3, 4], resumed_step=2, continued=old)
+    assert backend.calls[0] == (None, 2) and backend.calls[4] == (2, ANSWERS)
+    assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
+    losses = [(record["step"], record.get("loss")) for record in log.read(tmp_path / "new")]
+    assert losses == [(1, 1.0), (2, 2.0), (2, None), (3, 23.0), (4, 24.0), (4, None)]
+    assert log.read(tmp_path / "new", "evaluations.jsonl") == lines[:1]
+    assert [(old / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")] == before
+
+
+# ---- with the real libraries
+
+def read_wandb(folder):
+    """What the offline files of a run hold. Their records are framed as in leveldb's log."""
+    import wandb
+    from wandb.proto import wandb_internal_pb2
+    wandb.teardown()                                         # its service writes what it still has
+    found = {"runs": set(), "loss": [], "validation": [], "config": {}}
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        found |= {"loss": [], "validation": []}              # each start has all that is known
+        data = path.read_bytes()
+        position = 7                                         # after the header
+        message = b""
+        while position + 7 <= len(data):
+            room = 32768 - position % 32768                  # in this block
+            if room < 7:
+                position += room
+                continue
+            length, kind = struct.unpack("<HB", data[position + 4:position + 7])
+            message += data[position + 7:position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):                               # the whole message, or its last part
+                add_wandb_record(found, wandb_internal_pb2.Record.FromString(message))
+                message = b""
+    tables = sorted(folder.glob("wandb/offline-run-*/files/media/table/*.json"))
+    found["answers"] = [json.loads(path.read_text())["data"] for path in tables]
+    return found | {"runs": len(found["runs"]), "command": found["config"]["command"], "git": found["config"]["git"]}
+
+
+def add_wandb_record(found, record):
+    if record.HasField("run"):
+        found["runs"].add(record.run.run_id)
+    elif record.HasField("config"):
+        found["config"] |= {item.key: json.loads(item.value_json) for item in record.config.update if item.key}
+    elif record.HasField("history"):
+        row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for name, key in (("loss", "loss"), ("validation", "val/x/loss")):
+            if key in row:
+                found[name].append((row["step"], row[key]))
+    elif record.HasField("summary"):
+        values = {item.key: item.value_json for item in record.summary.update}
+        found["status"] = json.loads(values.get("status", "null")) or found.get("status")
+    elif record.HasField("exit"):
+        found["exit_code"] = record.exit.exit_code
+
+
+def read_mlflow(folder):
+    import mlflow
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    run, *others = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    points = {}
+    for name, key in (("loss", "loss"), ("validation", "val/x/loss")):
+        points[name] = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+    files = folder / "mlflow" / run.info.run_id / "artifacts"
+    params = {key: yaml.safe_load(value) for key, value in run.data.params.items()}
+    return points | {
+        "runs": 1 + len(others), "status": run.info.status.lower(), "command": run.data.tags["command"],
+        "git": run.data.tags["git"], "config": yaml.safe_load((files / "config.yaml").read_text()) | {"explicit": params},
+        "answers": [path.read_text() for path in sorted((files / "answers").iterdir())]}
+
+
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder)).Reload()
+    texts = {}
+    for key in events.Tags()["tensors"]:
+        values = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(key)]
+        texts[key.removesuffix("/text_summary")] = values
+    last = {key: textwrap.dedent(values[-1]) for key, values in texts.items()}
+    found = {"runs": 1, "answers": texts["answers"], "command": last["command"], "git": last["git"], "status": last["status"]}
+    for name, key in (("loss", "loss"), ("validation", "val/x/loss")):
+        found[name] = [(event.step, event.value) for event in events.Scalars(key)]
+    found["config"] = yaml.safe_load(last["config"]) | {"explicit": yaml.safe_load(last["explicit"])}
+    return found
+
+
+def read_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+    runs = [name for name in SQLiteStorage.get_runs("seven") if name.startswith(folder.name)]
+    rows = SQLiteStorage.get_logs("seven", runs[0])
+    found = {"runs": len(runs), "config": SQLiteStorage.get_run_config("seven", runs[0]), "status": "finished"}
+    for name, key in (("loss", "loss"), ("validation", "val/x/loss")):
+        found[name] = [(row["step"], row[key]) for row in rows if key in row]
+    found["answers"] = [list(row["answers"]["_value"][0].values()) for row in rows if "answers" in row]
+    alerts = SQLiteStorage.get_alerts("seven", runs[0])
+    for alert in sorted(alerts, key=lambda alert: alert["timestamp"]):
+        found["status"] = alert["title"].removeprefix("run ")
+    return found | {"command": found["config"]["command"], "git": found["config"]["git"]}
+
+
+READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "tensorboard": read_tensorboard, "trackio": read_trackio}
+
+
+@pytest.fixture(scope="session")
+def trackio_folder(tmp_path_factory):
+    """trackio reads TRACKIO_DIR when it is imported, so all tests share one."""
+    return tmp_path_factory.mktemp("trackio")
+
+
+@pytest.mark.parametrize("name", list(log.PACKAGES))
+def test_tracker_shows_one_run_after_restarts(tmp_path, monkeypatch, script, trackio_folder, name):
+    """SIGKILL after step 4; resumed from step 2, failed after step 3; resumed from 2, ended by a signal.
+
+    The real library has one run, one curve, all settings, the answers and the last status.
+    """
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(trackio_folder)}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for key in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "WANDB_RUN_ID"):
+        monkeypatch.delenv(key, raising=False)
+    for package in [name] + ["sqlalchemy"] * (name == "mlflow"):
+        pytest.importorskip(package, reason=f"{package} is not installed (requirements-dev.txt)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/ft.yaml", "lr=0.5"])
+    folder = tmp_path / f"killed-{name}"
+    killed = script("-c", f"import sys; sys.path[:0] = {sys.path[:2]}; import test_log; "
+                          f"test_log.log_steps({str(folder)!r}, [1, 2, 3, 4], status=None, to={name!r})", **environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    log_steps(folder, [3], resumed_step=2, status="failed", to=name)
+    found = READERS[name](folder)
+    assert found["runs"] == 1 and found["status"] == "failed" and found.get("exit_code", 1) == 1
+    log_steps(folder, [3, 4, 5, 6], resumed_step=2, status="killed", to=name)
+    found = READERS[name](folder)
+    # these overwrite, the others skip; each start of wandb offline is a file with the whole curve
+    is_redone = name in ("tensorboard", "wandb")
+    curve = [(1, 1.0), (2, 2.0), (3, 23.0 if is_redone else 3.0), (4, 24.0 if is_redone else 4.0), (5, 25.0), (6, 26.0)]
+    assert found["loss"] == curve
+    assert found["validation"] == [(2, 2.0), curve[3]]
+    assert found["runs"] == 1 and found["status"] == "killed"
+    assert found["git"] == "0c20973-dirty" and found["command"] == "train.py configs/ft.yaml lr=0.5"
+    assert found["config"]["model"]["n_layers"] == 3 and found["config"]["seed"] == 0
+    assert found["config"]["explicit"]["lr"] == 0.5 and found["config"]["explicit"]["model.n_layers"] == 3
+    assert len(found["answers"]) >= 2 and "2 + 2 = " in str(found["answers"])
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]          # nothing in the working folder
 
 
 @pytest.mark.parametrize("name", list(log.BACKENDS))
@@ -202,18 +415,18 @@ def test_backend_that_is_not_installed_is_named(tmp_path, name):
 
 
 def test_backend_that_is_unknown_is_named(tmp_path):
-    message = "log.to: must be one of wandb, mlflow, tensorboard; got wandv"
+    message = "log.to: must be one of wandb, mlflow, tensorboard, trackio; got wandv"
     with pytest.raises(configs.UserError, match=message):
         log.check_backends(load_config(tmp_path, "log.to=[wandv]"))
 
 
-class FlakyBackend:
+class FlakyBackend(log.Backend):
     """Collects the steps of its records. The calls whose numbers are in `failing` fail."""
     failing = ()
     calls = 0
     steps = []
 
-    def __init__(self, cfg, folder):
+    def __init__(self, cfg, folder, run_id, about):
         self.call()
 
     def call(self):
@@ -225,7 +438,7 @@ class FlakyBackend:
         self.call()
         self.steps.append(record["step"])
 
-    def close(self):
+    def close(self, status):
         self.call()
 
 
@@ -264,11 +477,11 @@ def test_tracker_pauses_after_a_slow_failure(tmp_path, monkeypatch):
             clock.now += 60 if self.calls == 1 else 0.1
             super().log(record)
     monkeypatch.setitem(log.BACKENDS, "slow", SlowBackend)
-    tracker = log.Tracker("slow", {}, tmp_path)
+    tracker = log.Tracker("slow", {}, tmp_path, {"last_step": -1}, [], {})
     for step, second in enumerate((0, 100, 599, 601, 602), 1):           # fails until 60: a pause until 600
         clock.now = second
-        tracker.log({"step": step})
-    assert SlowBackend.steps == [3, 4, 5]
+        tracker.log({"step": step}, {})
+    assert SlowBackend.steps == [1, 2, 3, 4, 5]              # all are sent when it is over
 
 
 def test_warn_of_run_id_that_another_run_has_left(tmp_path, monkeypatch, capsys):
@@ -293,40 +506,48 @@ def test_check_backends_reports_a_missing_wandb_key(tmp_path, monkeypatch):
     log.check_backends(load_config(tmp_path, "log.to=wandb"))
 
 
-def test_tensorboard_backend_writes_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    logger = log.Logger(load_config(tmp_path, "log.to=[tensorboard]"), 1)
-    logger.step(step_record(1, torch.tensor(2.0)))
-    logger.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]
-
-
 def test_tensorboard_backend_forgets_steps_that_a_resumed_run_repeats(tmp_path):
+    """Also a run that starts over in a folder with events."""
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    for resumed_step, steps in ((0, (1, 2, 3, 4, 5)), (2, (3, 4)), (0, (1,))):
-        logger = log.Logger(load_config(tmp_path, "log.to=[tensorboard]"), 5, resumed_step)
-        for step in steps:
-            logger.step(step_record(step, torch.tensor(float(resumed_step))))
-        logger.close()
-        events = EventAccumulator(str(tmp_path)).Reload()
-        want = {0: [(step, 0.0) for step in steps], 2: [(1, 0.0), (2, 0.0), (3, 2.0), (4, 2.0)]}
-        assert [(event.step, event.value) for event in events.Scalars("loss")] == want[resumed_step]
+    for resumed_step, steps in ((0, (1, 2, 3, 4, 5)), (2, (3, 4)), (0, (2,))):
+        log_steps(tmp_path, steps, resumed_step, to="tensorboard")
+        want = {0: [(step, step) for step in steps], 2: [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0)]}
+        assert read_tensorboard(tmp_path)["loss"] == want[resumed_step]
 
 
-def test_mlflow_backend_continues_the_run_that_it_started(tmp_path, monkeypatch):
+def test_wandb_backend_does_not_lose_an_evaluation_after_a_restart(tmp_path, monkeypatch):
+    """wandb's own counter is one above the last step, where it would drop it without an error."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    about = {"explicit": {}, "git": "", "command": "", "last_step": -1}
+    backend = log.WandbBackend(load_config(tmp_path), tmp_path, None, about)
+    backend.run.log({"step": 4, "loss": 4.0}, step=4, commit=True)       # the counter is at 5
+    backend.log({"step": 4, "val/x/loss": 0.5})
+    backend.log({"step": 5, "loss": 5.0})
+    backend.close("finished")
+    found = read_wandb(tmp_path)
+    assert found["validation"] == [(4, 0.5)] and found["loss"] == [(4, 4.0), (5, 5.0)]
+    assert found["exit_code"] == 0 and found["status"] == "finished"
+
+
+def test_mlflow_backend_uses_the_server_that_is_set(tmp_path, monkeypatch):
+    """Names that mlflow refuses are changed; a key that a resume has changed keeps its first value."""
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
-    for step in (1, 2):
-        backend = log.MlflowBackend(load_config(tmp_path), tmp_path)
-        backend.log({"step": step, "loss": 1.0})
-        backend.close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    about = {"explicit": {"lr": 1.0, "data": {"train": {"a+b": 1}}}, "git": "", "command": "x", "last_step": -1}
+    run_id = None
+    for lr in (1.0, 2.0):
+        about["explicit"]["lr"] = lr
+        backend = log.MlflowBackend(load_config(tmp_path), tmp_path, run_id, about)
+        backend.log({"step": int(lr), "val/a+b/loss": lr})
+        run_id = backend.id
+        backend.close("finished")
     [run] = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
-    assert [metric.step for metric in history] == [1, 2] and run.info.status == "FINISHED"
+    assert run.info.status == "FINISHED" and run.data.params == {"lr": "1.0", "data.train.a_b": "1"}
+    history = mlflow.MlflowClient().get_metric_history(run_id, "val/a_b/loss")
+    assert [metric.step for metric in history] == [1, 2] and not (tmp_path / "mlflow.db").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,8 +565,95 @@ def test_profile_step_writes_a_trace_and_prints_kernels(tmp_path):
     assert any("outside matrix products and attention" in line for line in lines)
 
 
-def test_peak_flops_is_none_if_it_is_not_known():
+def test_peak_flops_is_none_on_a_cpu():
     assert log.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("name, tflops, fp32_tflops", [
+    ("NVIDIA H100 80GB HBM3", 989, 67), ("NVIDIA H100 PCIe", 756, 51), ("NVIDIA H100 NVL", 835, 60),
+    ("NVIDIA H200", 989, 67), ("NVIDIA H200 NVL", 835, 60), ("NVIDIA B200", 2250, 75),
+    ("NVIDIA A100-SXM4-80GB", 312, 19.5), ("NVIDIA A100 80GB PCIe", 312, 19.5), ("NVIDIA L40S", 362, 91.6),
+    ("NVIDIA L4", 121, 30.3), ("NVIDIA GeForce RTX 4090", 165.2, 82.6), ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
+    ("Tesla T4", 65, 8.1), ("Tesla V100-SXM2-16GB", 125, 15.7), ("Tesla V100-PCIE-32GB", 112, 14),
+    ("AMD Instinct MI300X", 1307, 163.4)])
+def test_peak_flops_of_knows_the_names_of_devices(name, tflops, fp32_tflops):
+    """As torch.cuda.get_device_name() returns them."""
+    assert log.peak_flops_of(name, is_fp32=False) == tflops * 1e12
+    assert log.peak_flops_of(name, is_fp32=True) == fp32_tflops * 1e12
+
+
+@pytest.mark.parametrize("name", [
+    "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10", "NVIDIA T400 4GB", "Tesla V100S-PCIE-32GB", "NVIDIA H800"])
+def test_peak_flops_of_another_device_is_not_guessed(name):
+    assert log.peak_flops_of(name, is_fp32=False) is None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of Meter, in seconds, which the test sets."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def take_step(meter, clock, step, **seconds):
+    """One step of 0.2 s of work that also waits, {cause: seconds}."""
+    clock.now += 0.2
+    for cause, wait in seconds.items():
+        with meter.waiting(cause):
+            clock.now += wait
+    meter.end_step(step)
+
+
+def test_meter_measures_shares_without_evaluations(clock):
+    meter = log.Meter()
+    take_step(meter, clock, 1, data=0.2, evaluation=50.0)
+    take_step(meter, clock, 2, save=0.4)
+    assert meter.interval.read()[0] == pytest.approx(1.0)
+    assert meter.numbers()[:3] == pytest.approx([0.2, 0.4, 0.0])
+    meter.start_interval()
+    take_step(meter, clock, 3, ranks=0.2)
+    assert meter.numbers()[:3] == pytest.approx([0.0, 0.0, 0.5])
+
+
+def test_compare_ranks_reports_a_slow_step_once_with_its_cause(clock):
+    """Three times the median of the steps before, and half a second more."""
+    meter = log.Meter()
+    texts = {}
+    for step in range(1, 41):
+        waits = {5: {"data": 9.0}, 20: {"data": 1.3}, 25: {"data": 0.3}, 30: {"save": 2.0, "evaluation": 5.0}, 35: {}}
+        take_step(meter, clock, step, **waits.get(step, {}))
+        record, texts[step] = log.compare_ranks([[7.0, *meter.numbers()]], meter.slowest)
+        meter.start_interval()
+        if step == 20:
+            keys = ("slow_step", "slow_seconds", "slow_data_wait", "slow_save_wait")
+            assert [record[key] for key in keys] == pytest.approx([20, 1.5, 1.3, 0.0])
+        assert ("slow_step" in record) == bool(texts[step]) and record["memory"] == 7
+    assert {step: text for step, text in texts.items() if text} == {
+        20: "step 20 took 1.5 s, 7.5 times the median of the steps before; it waited 1.3 s for data",
+        30: "step 30 took 2.2 s, 11.0 times the median of the steps before; it waited 2.0 s for a save"}
+
+
+def test_compare_ranks_names_the_fullest_and_the_slowest_rank(clock):
+    """Rank 1 waits for data, rank 0 for rank 1."""
+    meters = [log.Meter(), log.Meter()]
+    for step in range(1, 21):
+        start = clock.now
+        wait = 3.0 if step == 20 else 0.0
+        for meter, cause in zip(meters, ("ranks", "data")):
+            clock.now = start
+            take_step(meter, clock, step, **{cause: wait})
+    memory = (5.0, 8.0)
+    by_rank = [[memory[rank], *meter.numbers()] for rank, meter in enumerate(meters)]
+    record, text = log.compare_ranks(by_rank, meters[0].slowest)
+    share = 3.0 / 7.0
+    assert record == {
+        "memory": 5, "memory_max": 8, "data_wait": 0.0, "data_wait_max": pytest.approx(share), "save_wait": 0.0,
+        "save_wait_max": 0.0, "rank_wait": pytest.approx(share), "slowest_rank": 1, "slow_step": 20,
+        "slow_seconds": pytest.approx(3.2), "slow_data_wait": pytest.approx(3.0), "slow_save_wait": 0.0,
+        "slow_ranks_wait": pytest.approx(3.0)}
+    assert text.endswith("it waited 3.0 s for data (rank 1), 3.0 s for other ranks (rank 0)")
 
 
 def test_peak_memory_grows_with_what_is_held():
@@ -368,6 +676,8 @@ def test_sort_steps_by_orders_steps_and_counts_evaluations():
     assert log.sort_steps_by(records, "loss") == ([55], 0)
     assert log.sort_steps_by(records, "val/y/loss") == ([], 0)
     assert log.sort_steps_by([], "val/x/loss") == ([], 0)
+    # a run that continues another from step 20
+    assert log.sort_steps_by(records, "val/x/loss", first_step=20) == ([30, 50], 2)
     nan = [{"step": step, "val/x/loss": None} for step in (0, 10, 20)]
     assert log.sort_steps_by(nan, "val/x/loss") == ([], 2)       # patience ends such a run, too
 
@@ -487,8 +797,10 @@ def test_describe_run_of_a_resumed_run(start):
 
 def finished_run(folder, step, total_steps, resumed_step, export=True, has_chats=True):
     """What final_summary needs of a train.Run whose folder holds records."""
-    answers = {"chats": [("2 + 2 = ", "4\n", "4"), ("3 + 3 = ", "7", "6"), ("1 + 1 = ", "2", "2")],
-               "other": [("a", "b", "b")]}
+    keys = ("prompt", "answer", "reference", "exact_match")
+    answers = {"chats": [("2 + 2 = ", "4\n", "4", 1.0), ("3 + 3 = ", "7", "6", 0.0), ("1 + 1 = ", "2", "2", 1.0)],
+               "other": [("a", "b", "b", 1.0)]}
+    answers = {label: [dict(zip(keys, sample)) for sample in samples] for label, samples in answers.items()}
     return types.SimpleNamespace(
         cfg={"out_dir": str(folder), "samples": 2, "checkpoint": {"export": export}},
         answers=answers, resumed_step=resumed_step,
@@ -517,11 +829,6 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
     assert of_text[-1] == f'let it continue a text: python model.py \'{folder}\' "..."'
     not_exported = log.final_summary(finished_run(folder, 83, 83, 0, export=False))
     assert not any(line.startswith("chat with it") for line in not_exported)
-
-
-def test_shorten_gaps_counts_empty_lines():
-    assert log.shorten_gaps("a\n\n\nb") == "a\n\n\nb"
-    assert log.shorten_gaps("a\n\n\n\nb" + "\n" * 50) == "a\n[3 empty lines]\nb\n[49 empty lines]\n"
 
 
 def test_final_summary_of_a_finished_run_says_that_nothing_was_trained(tmp_path):
@@ -570,7 +877,7 @@ def test_read_names_a_line_that_is_not_a_record(tmp_path):
         log.read(tmp_path)
 
 
-def test_main_prints_a_table_and_draws_curves(tmp_path, script):
+def test_main_prints_a_table_and_writes_the_report(tmp_path, script):
     a = write_run(tmp_path / "a", 4.0, 3.0, 2.0)
     b = write_run(tmp_path / "b", 5.0, 1.0)
     out = script("log.py", a, b)
@@ -579,40 +886,8 @@ def test_main_prints_a_table_and_draws_curves(tmp_path, script):
     assert rows["run"][1:5] == ["step", "loss", "x/exact_match", "x/loss"]
     assert rows[str(a)][1:3] == ["3", "2.0000"] and rows[str(b)][1:3] == ["2", "1.0000"]
     assert rows[str(a)][3:5] == ["0.2500", "1.5000"] and rows[str(a)][-1] == "█▅▁"
-    assert rows["curves:"] == ["curves:", str(a / "curves.svg")]
-
-
-def test_curves_draws_a_line_per_loss(tmp_path):
-    """Training and validation losses of each run; other metrics and unknown values are left out."""
-    runs = {"<a>": log.read(write_run(tmp_path / "a", 4.0, float("nan"), 2.0)),
-            "b": log.read(write_run(tmp_path / "b", 5.0))}
-    picture = ET.fromstring(log.curves(runs))
-    lines = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    texts = [element.text for element in picture.iter() if element.tag.endswith("text")]
-    assert len(lines) == 4
-    assert {"<a> loss", "<a> val/x/loss", "b loss", "b val/x/loss"} <= set(texts)
-    first, last = [tuple(map(float, point.split(","))) for point in lines[0].get("points").split()]
-    assert first[0] < last[0] and first[1] < last[1]         # the loss falls: y grows downwards
-    for line in lines:
-        for point in line.get("points").split():
-            x, y = map(float, point.split(","))
-            assert log.LEFT <= x <= log.RIGHT and log.TOP <= y <= log.BOTTOM
-
-
-@pytest.mark.parametrize("losses, title", [([8.0, 4.0, 2.0], "loss (logarithmic), by step"),
-                                           ([8.0, 3.0, -2.0], "loss (linear), by step")])
-def test_curves_scale_is_logarithmic_unless_a_loss_is_negative(losses, title):
-    """The curve falls by as many pixels in each of its two steps."""
-    runs = {"a": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]}
-    picture = ET.fromstring(log.curves(runs))
-    assert title in [element.text for element in picture.iter() if element.tag.endswith("text")]
-    line, = [element for element in picture.iter() if element.tag.endswith("polyline")]
-    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
-    assert heights == [log.TOP, (log.TOP + log.BOTTOM) / 2, log.BOTTOM]
-
-
-def test_curves_of_runs_without_losses_is_a_picture():
-    assert ET.fromstring(log.curves({"a": [{"step": 0}], "b": []})).tag.endswith("svg")
+    assert rows["report:"] == ["report:", str(a / "report.html")]
+    assert (a / "report.html").read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize("values, text", [([], ""), ([2.0], "▁"), ([1.0, 1.0], "▁▁"),

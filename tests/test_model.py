@@ -54,6 +54,25 @@ def grads(model):
     return out
 
 
+def grads_by_file_name(theirs):
+    """Gradients of one of their models. In memory, it has several experts' matrices in one parameter."""
+    wanted = {}
+    for name, grad in grads(theirs).items():
+        experts, _, kind = name.partition(".experts.")
+        if theirs.config.model_type == "gpt_oss":        # in files as in memory
+            wanted[name] = grad
+        elif not kind:
+            wanted[name.replace("router.weight", "router.layer.weight")] = grad
+        elif "block_sparse_moe" in name:
+            wanted[experts + {"gate_up_proj": ".input_linear.weight", "down_proj": ".output_linear.weight"}[kind]] = grad
+        else:
+            kinds = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+            for i, of_expert in enumerate(grad):
+                for kind, part in zip(kinds, of_expert.chunk(len(kinds))):
+                    wanted[f"{experts}.experts.{i}.{kind}.weight"] = part
+    return wanted
+
+
 def close(a, b, tolerance):
     return float((a - b).detach().abs().max()) <= tolerance * float(b.detach().abs().max())
 
@@ -75,6 +94,8 @@ YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, original_max_position_e
 GEMMA = SMALL | dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=19)
 QWEN3_5 = LLAMA | dict(num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
                        linear_key_head_dim=8, linear_value_head_dim=12)
+# the loss that balances experts is compared by itself, in tests/test_moe.py
+EXPERTS = LLAMA | dict(num_experts_per_tok=3, router_aux_loss_coef=0.0)
 # as the table of docs/models.md has them -> (model_type, its config)
 FAMILIES = {
     "GPT-2": ("gpt2", GPT2),
@@ -139,6 +160,14 @@ FAMILIES = {
     "Nemotron, Minitron": ("nemotron", SMALL),
     "Qwen3, YaRN": ("qwen3", SMALL | dict(head_dim=16, rope_parameters=YARN | dict(rope_theta=5000.0))),
     "Gemma 2": ("gemma2", GEMMA | dict(attn_logit_softcapping=3.0, final_logit_softcapping=2.0)),
+    "Qwen3-MoE": ("qwen3_moe", EXPERTS | dict(moe_intermediate_size=32, head_dim=16, num_experts=8, norm_topk_prob=True)),
+    "Qwen3-MoE, tied": ("qwen3_moe", EXPERTS | dict(
+        moe_intermediate_size=24, head_dim=12, num_experts=4, tie_word_embeddings=True)),
+    "OLMoE": ("olmoe", EXPERTS | dict(num_experts=8, pad_token_id=None, eos_token_id=None)),
+    "gpt-oss": ("gpt_oss", EXPERTS | dict(
+        num_local_experts=6, head_dim=16, sliding_window=19, pad_token_id=None,
+        rope_parameters=YARN | dict(rope_theta=5000.0, truncate=False))),
+    "Granite 3 MoE": ("granitemoe", GRANITE | EXPERTS | dict(num_local_experts=6, tie_word_embeddings=True)),
 }
 
 
@@ -179,8 +208,8 @@ def loss_and_gradients(ours, m, theirs, folder):
     loss_sum, weight, stats = ours(row(docs))
     loss_sum.backward()
     assert weight == sum(len(d) - 1 for d in docs) and close(stats["loss"], torch.stack(wants), 1e-5)
-    got, wanted = grads(ours), grads(theirs)
-    got = M.collect_tensors(got.get, m, M.hf_tensors(m), torch.float32)
+    got, wanted = grads(ours), grads_by_file_name(theirs)
+    got = M.collect_tensors(got.get, m, M.hf_tensors(m).items(), torch.float32)
     if "embed_out.weight" in got:                                      # as files call what is lm_head in memory
         got["lm_head.weight"] = got.pop("embed_out.weight")
     assert got.keys() == wanted.keys()
@@ -325,6 +354,9 @@ def draw_config(choose, kind):
                                   vocab_size=101, pad_token_id=None))
     family = configs.families()[kind]
     config |= dict(model_type=family["model_type"], bos_token_id=0, eos_token_id=0)
+    if "n_experts" in family["keys"]:
+        config |= dict(num_experts_per_tok=2, moe_intermediate_size=24)
+        config[choose("num_experts", "num_local_experts") if kind != "granitemoe" else "num_local_experts"] = 4
     *_, n_kv_heads = family["keys"].get("n_kv_heads", [None])
     if n_kv_heads or kind == "nemotron":                               # the default is that of a large model, or fails
         config["num_key_value_heads"] = 2
@@ -347,11 +379,14 @@ def draw_config(choose, kind):
              "embedding_multiplier": (2.0,), "attention_multiplier": (0.3,), "residual_multiplier": (0.5,),
              "final_logit_softcapping": (None, 2.0), "attn_logit_softcapping": (None, 3), "query_pre_attn_scalar": (12,),
              "hidden_activation": ("gelu_pytorch_tanh", "silu"), "rope_local_base_freq": (70.0,), "use_bias": (True, False),
-             "sliding_window_pattern": (1, 2, 3)}
+             "sliding_window_pattern": (1, 2, 3), "norm_topk_prob": (True, False), "router_aux_loss_coef": (0.0, 0.1)}
     rare = {"layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
             "use_sliding_window": (True,), "is_causal": (True, False), "hidden_act": ("quick_gelu",),
             "scale_attn_weights": (True, False), "scale_attn_by_inverse_layer_idx": (True, False),
-            "qk_layernorm": (True,), "use_bidirectional_attention": (True,), "num_local_experts": (0, 4), "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
+            "qk_layernorm": (True,), "use_bidirectional_attention": (True,),
+            "num_local_experts": (4,) if kind == "granitemoe" else (0, 4),
+            "per_layer_config": (None, {"0": {"rms_norm_eps": 0.5}}),
+            "mlp_only_layers": ([], [0]), "decoder_sparse_step": (1, 2), "clip_qkv": (None, 0.1),
             "text_config": (None, {"model_type": "llama"}), "quantization_config": ({"quant_method": "gptq"},)}
     for keys, probability in ((usual, 0.25), (rare, 0.025)):
         for key, values in keys.items():
@@ -361,11 +396,20 @@ def draw_config(choose, kind):
     return config
 
 
+def state_of_files(model):
+    """Their state_dict with the names of files. In memory, it has several experts' matrices in one parameter."""
+    state = model.state_dict()
+    if any(".experts." in name for name in state):
+        from transformers.core_model_loading import revert_weight_conversion
+        state = revert_weight_conversion(model, state)
+    return state
+
+
 def draw_weights(choose, model):
     """Random weights for one of their models, as a file has them: with, without, or with another head than is tied."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, p in model.state_dict().items():
+    for name, p in state_of_files(model).items():
         tensors[name] = (0 if p.dim() > 1 else p) + torch.randn(p.shape, generator=generator) * 0.15
     head = tensors.pop("lm_head.weight")
     [embed] = [name for name in tensors if name.endswith(("embed_tokens.weight", "embed_in.weight", "wte.weight"))]
@@ -1215,7 +1259,7 @@ def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
     n = {words[0]: int(words[1].replace(",", "")) for words in rows if words[0] in parts}
     assert n.pop("parameters") == sum(n.values()) == sum(p.numel() for p in ours.parameters())
     if name == "Qwen3":
-        done = script("model.py", folder)
+        done = script("model.py", folder, "summary=true")
         assert done.returncode == 0 and done.stdout.splitlines()[:-1] == lines, done.stderr
         assert "MB as stored" in done.stdout, done.stderr
 

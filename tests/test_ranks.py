@@ -290,6 +290,8 @@ NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
         "model.partial_rotary_factor=0.5", "model.tie_embeddings=false",
         "model.pad_vocab_size_multiple=64", "model.resid_pdrop=0.1", "model.attn_pdrop=0.1",
         "model.embd_pdrop=0.1", "model.embed=neftune", "model.embed_options.alpha=5"]
+EXPERTS = ["model.family=qwen3_moe", "model.n_experts=4", "model.d_expert=24",
+           "model.router_aux_loss_coef=0.1"]
 DELTA_NET = ["model.family=qwen3_5_text", "model.layer_types=[linear_attention, full_attention]"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
@@ -315,7 +317,9 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "reference": (["model.loss=to_reference", f"reference_model={ROOT / 'data' / 'base'}"], 1e-5),
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
     "delta-net": (DELTA_NET, 1e-5),
-    "olmo2": (OLMO2, 1e-3)}
+    "olmo2": (OLMO2, 1e-3),
+    "experts": (EXPERTS, 1e-5),
+    "experts, lora, bf16": ([*EXPERTS, "shard.lora.r=1", "dtype=bfloat16"], 1e-3)}
 SHARD2 = ["shard.mesh.shard=2"]
 SHARD4 = ["shard.mesh.shard=4"]
 HYBRID = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
@@ -332,6 +336,8 @@ LAYOUTS = [    # (model, ranks, keys)
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
     ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
     ("nf4", 4, SHARD4), ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
+    ("experts", 2, []), ("experts", 2, SHARD2), ("experts", 4, HYBRID),
+    ("experts, lora, bf16", 2, SHARD2),
     ("by_loss", 4, []), ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
     ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
@@ -356,7 +362,7 @@ def six_steps(tmp_path_factory, chats):
                 "data.tokenizer=bytes", f"data.cache_dir={folder / 'tokens'}", "model.n_layers=2",
                 "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "batch_size=6",
                 "micro_tokens=240", "max_steps=6", "epochs=0", "log_every=1", "eval_every=6",
-                "save_every=6", "eval_tokens=8", "eval_prompts=5", "lr=1e-3", "dtype=float32",
+                "save_every=6", "eval_tokens=8", "eval_prompts=5", "eval_share=0", "lr=1e-3", "dtype=float32",
                 "samples=0", "checkpoint.export=false", f"out_dir={folder / out}",
                 *MODELS[model][0], *more]
     return folder, make_argv
@@ -389,6 +395,10 @@ def test_train_step_is_the_same_on_any_mesh(layout_runs, layout):
     assert len(one["loss"]) == 6 and len(one["val/chats/loss"]) == 2
     for key in ("documents", "tokens", "val/chats/exact_match"):
         assert one[key] == many[key], key
+    for record in log.read(out)[1:-1]:                       # without the two evaluations
+        assert record["slowest_rank"] in range(ranks) and 0 <= record["rank_wait"] <= 1
+        assert record["memory_max"] >= record["memory"] > 1e7
+        assert 1 >= record["data_wait_max"] >= record["data_wait"] >= 0
     tolerance = MODELS[model][1]
     for key in ("loss", "val/chats/loss", "grad_norm"):
         rel = 20 * tolerance if key == "grad_norm" else tolerance
@@ -458,6 +468,24 @@ def test_checkpoint_resumes_on_other_ranks_and_bitwise_on_the_same(six_steps):
             assert contents[0] == contents[1], (out, file)
         keys = ("loss", "grad_norm", "lr")
         assert figures(folder / out, *keys) == figures(folder / first, *keys)
+
+
+def test_checkpoint_moves_between_meshes_and_dtypes(six_steps):
+    """Two shards in bf16, then one rank in fp32, then two replicas with bf16 weights: one curve."""
+    folder, make_argv = six_steps
+    legs = [("move 1", 2, [*SHARD2, "dtype=bfloat16"]), ("move 2", 1, ["dtype=float32"]),
+            ("move 3", 2, ["dtype=bfloat16", *BF16_STATE])]
+    keys = ["save_every=2", "checkpoint.keep=9", "eval_every=0"]
+    run_jobs(1, [("run", make_argv("full", "unmoved", *keys))], folder)
+    losses = []
+    for step, (out, ranks, more) in zip((0, 2, 4), legs):
+        if step:
+            previous = f"move {step // 2}"
+            more = [*more, f"resume={folder / previous / 'checkpoints' / f'{step:08}'}"]
+        run_jobs(ranks, [("run", make_argv("full", out, *keys, *more))], folder)
+        steps = [(record["step"], record["loss"]) for record in log.read(folder / out)]
+        losses += [loss for n, loss in steps if step < n <= step + 2]
+    assert losses == pytest.approx(figures(folder / "unmoved", "loss")["loss"], rel=2e-3)
 
 
 def test_save_adapter_of_a_sharded_model_loads_in_peft(six_steps):
@@ -556,6 +584,14 @@ SHAPES = {
     "bf16 moments, fp32": [
         "model.d_model=512", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=256",
         "data.seq_len=128", "batch_size=4", "shard.moment_dtype=bfloat16"],
+    "experts": [
+        "model.family=qwen3_moe", "model.d_model=128", "model.n_layers=3", "model.n_experts=8",
+        "model.d_expert=64", "model.vocab_size=512", "micro_tokens=512", "data.seq_len=128",
+        "batch_size=8"],
+    "experts, bf16, lora": [
+        "model.family=qwen3_moe", "model.d_model=256", "model.n_layers=3", "model.n_experts=8",
+        "model.d_expert=128", "model.vocab_size=512", "micro_tokens=512", "data.seq_len=128",
+        "batch_size=8", "dtype=bfloat16", "shard.lora.r=8"],
     "delta-net": [
         *DELTA_NET, "model.d_model=128", "model.n_layers=4", "model.vocab_size=1024", "micro_tokens=512",
         "data.seq_len=128", "batch_size=8"],

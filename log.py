@@ -48,8 +48,8 @@ class Backend:
     cfg     the config
     folder  of the run
     run_id  what .id was at the first start of this run; None at the first start
-    about   {"explicit": {key: value} of the keys that were set, "git": text or None, "command":
-            text, "last_step": of the records that the run resumes with, -1 without any}
+    about   {"explicit": {"model.n_layers": 4, ...}, the keys that were set; "git", "command":
+            texts; "last_step": of the records that the run resumes with, -1 without any}
     """
     id = None                 # names the run; kept in the run's folder
     last_step = math.inf      # later steps are not in the tracker, even if they were sent
@@ -96,8 +96,9 @@ class WandbBackend(Backend):
         wandb drops rows below its own counter. After a restart the counter is one above the last
         step, and the evaluation of that step may be missing: it becomes a row of its own.
         """
-        is_late = step < self.run.step
-        self.run.log(row, step=max(step, self.run.step), commit=is_late or None)
+        counter = self.run.step
+        is_late = step < counter
+        self.run.log(row, step=max(step, counter), commit=is_late or None)
 
     def close(self, status):
         self.run.summary["status"] = status
@@ -124,10 +125,9 @@ class MlflowBackend(Backend):
         self.id = run.info.run_id
         # A parameter cannot be changed: of keys that changed at a resume, the first value stays.
         # config.yaml has the new one.
-        params = {mlflow_name(key): value for key, value in set_keys(about).items()}
+        params = {mlflow_name(key): value for key, value in about["explicit"].items()}
         mlflow.log_params({key: params[key] for key in params.keys() - run.data.params.keys()})
-        tags = {"command": about["command"], "git": about["git"]}
-        mlflow.set_tags({key: value for key, value in tags.items() if value})
+        mlflow.set_tags({"git": about["git"], "command": about["command"]})
         mlflow.log_text(configs.dump(cfg), "config.yaml")
 
     def log(self, record):
@@ -203,14 +203,9 @@ BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": Tenso
 PACKAGES = tuple(BACKENDS)                        # each is a package of that name
 
 
-def set_keys(about):
-    """The keys that were set -> {"model.n_layers": 4, ...}"""
-    return configs.flat(about["explicit"])
-
-
 def all_settings(cfg, about):
     """The config, with the keys that were set, the version of the code and the command line."""
-    return cfg | {"explicit": set_keys(about), "git": about["git"], "command": about["command"]}
+    return cfg | {key: about[key] for key in ("explicit", "git", "command")}
 
 
 def mlflow_name(key):
@@ -313,6 +308,9 @@ class Tracker:
                 self.send_record(*self.unsent[0])
             del self.unsent[0]
             self.tries = 0
+        self.save_state()
+
+    def save_state(self):
         write_atomic(self.path, json.dumps(self.state) + "\n")
 
     def send_record(self, record, answers):
@@ -328,7 +326,11 @@ class Tracker:
         self.state["id"] = backend.id
         for kind in ("train", "validation"):
             self.state[kind] = min(self.state[kind], backend.last_step)
+        if self.arguments[0].get("eval_only"):   # the evaluation of the last step is a new one
+            last_step = self.about["last_step"]
+            self.state["validation"] = min(self.state["validation"], last_step - 1)
         self.backend = backend
+        self.save_state()
 
     def close(self, status):
         if self.backend is not None:
@@ -364,8 +366,8 @@ class Logger:
     resumed_step    the step that the run resumes from; 0 for a new run
     seconds_before  seconds of the earlier starts of the run
     continued       the folder of another run whose records, up to that step, this one begins with
-    explicit        the keys that were set, for the backends; see Backend
-    git             the version of the code, for the backends
+    explicit        the keys that were set (configs.load), for the backends
+    git             the version of the code, for the backends; None if it is not known
 
     Raises UserError if the folder cannot be created. check_backends() checks log.to before.
     """
@@ -391,7 +393,8 @@ class Logger:
         write_records(self.path, records)
         write_records(self.evaluations_path, evaluations)
         self.file = open(self.path, "ab", buffering=0)
-        about = {"explicit": explicit, "git": git or "unknown", "command": command_line(),
+        about = {"explicit": configs.flat(explicit), "git": git or "unknown",
+                 "command": command_line(),
                  "last_step": max((record["step"] for record in records), default=-1)}
         records = [without_unknown(record) for record in records]
         answers = {line["step"]: line["answers"] for line in evaluations}
@@ -577,6 +580,7 @@ def format_duration(seconds):
 # the progress of what takes long, on stderr
 
 SECONDS_PER_LINE = 30.0
+BAR_DELAY = 1.0              # seconds
 
 
 def progress(iterable, what, total=None):
@@ -612,7 +616,7 @@ class ProgressBar:
         self.start = time.monotonic()
         self.last_line = self.start
         # disable=None: not on a terminal
-        self.bar = tqdm(total=total, desc=what, leave=False, delay=1.0, **options,
+        self.bar = tqdm(total=total, desc=what, leave=False, delay=BAR_DELAY, **options,
                         disable=True if self.quiet else None)
 
     def update(self, n=1):
@@ -1191,7 +1195,7 @@ def thin(points, most):
 
 
 # --------------------------------------------------------------------------------------------------
-# files for the report that a run leaves beside its records
+# files for the report that a run leaves beside its records and evaluations.jsonl
 
 STARTS = "starts.jsonl"              # of each start: first step, time, command, device, code
 DOCUMENTS = "documents.txt"          # the first training documents, coloured for a terminal
@@ -1208,12 +1212,12 @@ def record_start(run):
     folder = Path(run.cfg["out_dir"])
     starts = []
     if run.resume_path:                                  # RUN/checkpoints/STEP
-        starts = read(Path(run.resume_path).parent.parent, STARTS)
+        starts = read(Path(run.resume_path).resolve().parent.parent, STARTS)
     starts.append({
         "step": run.state.step, "total_steps": run.state.total_steps,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command_line(),
         "device": describe_device(run), "git": run.state.git, "versions": run.state.versions})
-    write_atomic(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+    write_records(folder / STARTS, starts)
     write_atomic(folder / DOCUMENTS, first_documents(run))
 
 
@@ -1498,10 +1502,10 @@ def sample_answers(runs, n_prompts=4, n_last=5):
     for i, run in enumerate(runs):
         for line in run.evaluations[:1] + run.evaluations[1:][-n_last:]:
             for label, answers in line["answers"].items():
-                for answer in answers[:n_prompts]:
+                for sample in answers[:n_prompts]:
                     row = {"run": run.name, "color": i % N_COLORS, "step": line["step"],
-                           "answer": answer["answer"], "is_match": answer.get("exact_match")}
-                    key = (label, answer["prompt"], answer["reference"])
+                           "answer": sample["answer"], "is_match": sample.get("exact_match") == 1}
+                    key = (label, sample["prompt"], sample["reference"])
                     samples.setdefault(key, []).append(row)
     return [{"label": label, "prompt": prompt, "reference": reference, "rows": rows}
             for (label, prompt, reference), rows in samples.items()]
@@ -1531,7 +1535,7 @@ def report(runs):
     import jinja2
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": format_value, "duration": format_duration,
-                            "gaps": shorten_lines}
+                            "shorten": shorten_lines}
     template = environment.from_string(configs.read_text(configs.HERE / "report.html"))
     records = {run.name: run.records for run in runs}
     documents = {}                                       # {text: runs that have it}

@@ -1939,7 +1939,7 @@ class HFTokenizer(BaseTokenizer):
 def token_bytes(tok):
     """The bytes of text that each token stands for: int64 [V]; 0 for control tokens.
 
-    None if the vocabulary does not tell, as that of WordPiece.
+    0 for all if the vocabulary does not tell, as that of WordPiece.
     """
     if isinstance(tok, Tokenizer):
         lengths = tok.token_lengths.copy()
@@ -1947,14 +1947,15 @@ def token_bytes(tok):
         lengths = np.zeros(tok.n_vocab, np.int64)
         decoder = tok.spec.get("decoder") or {}
         kinds = {step["type"] for step in [decoder, *decoder.get("decoders", [])] if step}
+        if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
+            return lengths
         for text, i in tok.encoder.get_vocab().items():
             if "ByteLevel" in kinds:                         # one character per byte
                 lengths[i] = len(text)
-            elif kinds & {"Metaspace", "ByteFallback"}:
-                is_byte = re.fullmatch("<0x[0-9A-F]{2}>", text)
-                lengths[i] = 1 if is_byte else len(text.replace("\u2581", " ").encode())
+            elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+                lengths[i] = 1
             else:
-                return None
+                lengths[i] = len(text.replace("\u2581", " ").encode())
         lengths[list(tok.added.values())] = [len(text.encode()) for text in tok.added]
     lengths[list(tok.end_ids.union(tok.special.values()))] = 0
     return lengths

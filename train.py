@@ -8,9 +8,10 @@
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu         a laptop
     torchrun train.py configs/ft.yaml out_dir=out/ft eval_only=true                  only evaluate
 
-A file out_dir/STOP or a signal (TERM, INT, USR1, HUP) ends a run after its current step, saved; the
-same command resumes it. Exit status: 0 for a run that is complete or was ended by STOP, 128 + the
-signal's number, 2 for a mistake of the user. torchrun replaces all but 0 by 1.
+The file out_dir/STOP and the signals TERM, INT, USR1 and HUP end a run after its current step. It
+is saved, and the same command resumes it. Exit status: 0 if the run is complete or was ended by
+STOP, 128 + the number of the signal, 2 for a mistake in the config, 1 for other errors. torchrun
+exits with 1 instead of any status but 0.
 
 The loss of a step is
 
@@ -798,16 +799,13 @@ def validation_losses(run, dataset, bar):
     *totals, total_weight, total_bytes = shard.all_reduce_sum(
         [*map(float, sums.values()), weight_sum, byte_sum])
     losses = {name: total / total_weight for name, total in zip(sums, totals)}
-    if total_bytes:
-        # the last total is that of nll, if there is one
+    if total_bytes:                      # the last total is that of nll, if there is one
         losses["bits_per_byte"] = totals[-1] / math.log(2) / total_bytes
     return losses
 
 
 def sum_target_bytes(micro_batch, token_bytes):
-    """The sum of |loss_weight| * bytes of the text over the target tokens; 0 if not known."""
-    if token_bytes is None:
-        return 0.0
+    """The sum of |loss_weight| * bytes of the text, over the target tokens."""
     is_target = micro_batch["targets"] != sampler.IGNORE_INDEX
     n_bytes = token_bytes[micro_batch["targets"][is_target]]
     return float(np.abs(micro_batch["loss_weights"][is_target]) @ n_bytes)
@@ -928,7 +926,7 @@ class Run:
     validation_sets: dict         # {label: Dataset}
     prompts: dict                 # {label: [(prompt ids, reference ids)]}
     stop_ids: list                # tokens that end an answer
-    token_bytes: object           # int64 [V], see tokenize_data.token_bytes; None: not known
+    token_bytes: np.ndarray       # int64 [V], see tokenize_data.token_bytes
     steps_per_epoch: int
     resume_path: Path | None
     logger: object
@@ -1040,7 +1038,8 @@ def setup(cfg, explicit):
         checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    continued = resume_path and not is_own_checkpoint and checkpoint.run_folder(resume_path)
+    is_continued = resume_path and not is_own_checkpoint and not cfg["eval_only"]
+    continued = checkpoint.run_folder(resume_path) if is_continued else None
     logger = start_logging(cfg, explicit, state, continued)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
@@ -1057,7 +1056,7 @@ def setup(cfg, explicit):
 
 def check_no_stop_file(out_dir):
     """Raise UserError if someone has asked this run to stop before it starts."""
-    path = Path(out_dir) / "STOP"
+    path = stop_file(out_dir)
     if path.exists():
         raise configs.UserError(f"out_dir: {path} exists, so nothing is trained; remove the file")
 
@@ -1487,13 +1486,14 @@ def local_signal(run):
     now = time.monotonic()
     if shard.rank() == 0 and not run.received and now >= run.next_look:
         run.next_look = now + 1.0
-        if stop_file(run).exists():
+        if stop_file(run.cfg["out_dir"]).exists():
             run.received.append(STOP_FILE)
     return max(run.received, default=0)
 
 
-def stop_file(run):
-    return Path(run.cfg["out_dir"]) / "STOP"
+def stop_file(out_dir):
+    """The file that a user creates to stop a run. Stopping removes it."""
+    return Path(out_dir) / "STOP"
 
 
 def is_due(run, key):
@@ -1660,14 +1660,15 @@ def finish_saving(run):
 
 
 def stop_reason(run):
-    return stop_file(run) if run.stop_signal == STOP_FILE else f"signal {run.stop_signal}"
+    if run.stop_signal == STOP_FILE:
+        return stop_file(run.cfg["out_dir"])
+    return f"signal {run.stop_signal}"
 
 
 def exit_stopped(run):
-    """End a run that was stopped, with its exit status. The file STOP is removed."""
     run.logger.close("killed")
     if shard.rank() == 0:
-        stop_file(run).unlink(missing_ok=True)
+        stop_file(run.cfg["out_dir"]).unlink(missing_ok=True)
     sys.exit(0 if run.stop_signal == STOP_FILE else 128 + run.stop_signal)
 
 
@@ -1683,7 +1684,7 @@ def finish(run):
     if cfg["checkpoint"]["export"]:
         shard.rank0_only(export, run)
     if shard.rank() == 0:
-        stop_file(run).unlink(missing_ok=True)           # too late
+        stop_file(cfg["out_dir"]).unlink(missing_ok=True)    # created after the last step
         for line in log.final_summary(run):
             run.logger.print(line)
     run.logger.close()

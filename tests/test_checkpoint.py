@@ -422,9 +422,10 @@ def test_load_checkpoint_returns_the_sampler_state(tmp_path):
         assert loaded[name].dtype == array.dtype and np.array_equal(loaded[name], array)
 
 
-@pytest.mark.parametrize("first, second", [([], BF16), (BF16, [])], ids=["to bf16", "from bf16"])
+@pytest.mark.parametrize("first, second", [([], BF16), (BF16, []), ([], ["dtype=float16"]), (["dtype=float16"], [])],
+                         ids=["to bf16", "from bf16", "to fp16", "from fp16"])
 def test_load_checkpoint_converts_weights_and_moments(tiny, first, second):
-    """Compute, master and moment dtypes may all change in a run that continues in another folder."""
+    """Compute, master and moment dtypes may change in a run that continues in another folder."""
     keys = ["max_steps=4", "save_every=2", "checkpoint.keep=9", "eval_every=0", "schedule=constant", "lr=1e-3"]
     expected = tiny(*keys, out="whole")
     start = tiny(*keys, *first, out="start")
@@ -432,15 +433,14 @@ def test_load_checkpoint_converts_weights_and_moments(tiny, first, second):
     moved = tiny(*keys, *second, f"resume={path}", out="moved")
     for loaded in (expected, start, moved):
         run(loaded)
-    before = load_file(path / "model.safetensors")["blocks.0.attn.q_proj.weight"]
     folder = Path(moved[0]["out_dir"]) / "checkpoints" / "00000004"
+    name = "blocks.0.attn.q_proj.weight"
     optimizer = load_file(folder / "optimizer.safetensors")
-    after = load_file(folder / "model.safetensors")["blocks.0.attn.q_proj.weight"]
-    dtype = torch.bfloat16 if second else torch.float32
-    assert after.dtype == optimizer["blocks.0.attn.q_proj.weight/exp_avg"].dtype == dtype != before.dtype
-    assert optimizer["blocks.0.attn.q_proj.weight/step"] == 4
+    dtype = torch.bfloat16 if second == BF16 else torch.float32
+    assert load_file(folder / "model.safetensors")[name].dtype == optimizer[f"{name}/exp_avg"].dtype == dtype
+    assert optimizer[f"{name}/step"] == 4
     state = checkpoint.read_state(folder)
-    assert state["dtype"] == str(dtype).removeprefix("torch.") and state["loss_scale"] == 1.0
+    assert state["dtype"] == moved[0]["dtype"] and (state["loss_scale"] > 1) == (state["dtype"] == "float16")
     losses = [[record["loss"] for record in log.read(loaded[0]["out_dir"])][-2:] for loaded in (expected, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=5e-3) and losses[1] != losses[0]
 
@@ -615,6 +615,7 @@ def test_check_same_data_names_changed_sources_and_the_ways_on(stopped, tiny):
     with pytest.raises(configs.UserError, match="data.train.chats: source; data.train.more") as e:
         checkpoint.check_same_data(state, changed, cfg)
     assert names_every_way_on(e) and "options" not in str(e.value)
+    assert f"resume={path} out_dir=NEW" in str(e.value)
     # resume=latest, or a new run from this checkpoint
     checkpoint.check_same_data(state, changed, tiny("resume=latest")[0])
     checkpoint.check_same_data(state, changed, tiny(f"resume={path}", out="new")[0])
@@ -717,25 +718,25 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
     lines = script("checkpoint.py", "ls", out_dir).stdout.splitlines()[1:]
     assert [line.split()[1] for line in lines] == ["2", "4", "6"]
     assert lines[-1].endswith("complete, latest")
-    for path, name in ((out_dir, "newest"), (out_dir / "checkpoints" / "00000002", "early")):
-        assert script("checkpoint.py", "export", path, tmp_path / name).returncode == 0
+    assert script("checkpoint.py", "export", out_dir, tmp_path / "newest").returncode == 0
+    checkpoint.main(["export", str(out_dir / "checkpoints" / "00000002"), str(tmp_path / "early")])
+    for name in ("newest", "early"):
         assert (tmp_path / name / "model.safetensors").is_file()
         assert (tmp_path / name / "tokenizer.json").is_file()
     (tmp_path / "file").write_text("")
     for args, words in ((["export", out_dir, tmp_path / "early"], "not empty"),
                         (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
-                        (["export", out_dir], "export RUN"), (["export", out_dir, "dtype=float16"], "export RUN"),
-                        (["export", out_dir, "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16"),
-                        (["export", out_dir, "new", "upload=mine"], "upload: must be OWNER/NAME"),
-                        (["ls", out_dir, "all=true"], "ls RUN"),
+                        (["export", out_dir], "export RUN"), (["ls", out_dir, "all=true"], "ls RUN"),
                         (["export", tmp_path, tmp_path / "x"], "no checkpoint"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'early'}"], "not empty"),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'new/a'}"], "adapter: "),
                         (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'a'}"], "all weights were trained"),
                         (["export", out_dir, tmp_path / "file"], "is a file")):
-        wrong = script("checkpoint.py", *args)
-        assert wrong.returncode == 1 and words in wrong.stderr
-        assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+        with pytest.raises(configs.UserError, match=words) as e:
+            checkpoint.main([str(arg) for arg in args])
+        assert "\n" not in str(e.value)
+    wrong = script("checkpoint.py", "export", out_dir, tmp_path / "early")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
 
 def test_ls_shows_loss_size_age_and_what_is_damaged(finished, capsys):
@@ -976,6 +977,15 @@ def test_lock_folder_refuses_a_disk_without_symbolic_links(tmp_path, monkeypatch
     monkeypatch.setattr(os, "symlink", symlink)
     with pytest.raises(configs.UserError, match="^out_dir: .*Operation not supported.*another disk"):
         checkpoint.lock_folder(tmp_path)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["export", "out", "dtype=float16"], "export RUN"), (["ls", "out", "new"], "ls RUN"),
+    (["export", "out", "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16, float16; got bf16"),
+    (["export", "out", "new", "upload=mine"], "upload: must be OWNER/NAME on the hub; got mine")])
+def test_check_arguments_refuses(argv, words):
+    with pytest.raises(configs.UserError, match=words):
+        checkpoint.check_arguments(*argv)
 
 
 def test_check_arguments_needs_no_torch(tmp_path, script):

@@ -1,4 +1,5 @@
 """How train.py evaluates, samples, saves and stops."""
+import io
 import json
 import math
 import os
@@ -64,7 +65,7 @@ def test_compared_part_of_an_answer(eval_answer, text, part):
 
 
 def test_eval_answer_that_is_no_regular_expression_is_refused(tiny):
-    with pytest.raises(configs.UserError, match=r"eval_answer: must be all, last_line or a regular"):
+    with pytest.raises(configs.UserError, match="eval_answer: must be all, last_line or a"):
         tiny("eval_answer=#### (.*")
 
 
@@ -90,7 +91,7 @@ def learned(tmp_path_factory):
             f"data.cache_dir={folder / 'tokens'}", f"out_dir={folder / 'run'}", "model.n_layers=2",
             "model.d_model=32", "model.n_heads=4", "batch_size=8", "max_steps=60", "epochs=0",
             "log_every=10", "eval_every=1.0", "eval_tokens=8", "eval_share=0", "lr=1e-2",
-            "save_every=20", "dtype=float32", "samples=1", "checkpoint.export=false"]
+            "save_every=20", "dtype=float32", "samples=1"]
     main(configs.load(keys))
     return folder / "run", keys
 
@@ -111,8 +112,9 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_replaces_its_record(learn
     assert "step 60 evaluated; the record is in" in capsys.readouterr().out
     assert (out / "config.yaml").read_text() == config
     assert [p.name for p in checkpoint.list_checkpoints(out)] == ["00000040", "00000060"]
-    answers = [sample for sample in log.read(out, "samples.jsonl") if sample["step"] == 60]
-    assert [(sample["answer"], sample["exact_match"]) for sample in answers[-2:]] == [
+    assert [line["step"] for line in log.read(out, "evaluations.jsonl")] == [0, 60]
+    samples = log.read(out, "evaluations.jsonl")[-1]["answers"]["chats"]
+    assert [(sample["answer"], sample["exact_match"]) for sample in samples[-2:]] == [
         ("so\n7", 1), ("so\n7", 0)]
 
 
@@ -136,11 +138,10 @@ def test_eval_only_keeps_the_records_of_a_run_without_checkpoints(tiny):
         main(tiny("max_steps=2", "checkpoint.save_final=false", "eval_only=true"))
 
 
-def test_eval_only_of_a_model_needs_no_training_data(chats, tmp_path, capsys):
+def test_eval_only_of_a_model_needs_no_training_data(learned, tmp_path, capsys):
     """On two ranks the numbers are those of one."""
-    keys = [f"model.init_from={ROOT / 'data/base'}", "eval_only=true", "eval_prompts=5",
-            f"data.validation.chats.path={chats}", "eval_tokens=8",
-            f"data.cache_dir={tmp_path / 'tokens'}", "dtype=float32", "device=cpu"]
+    out, keys = learned
+    keys = [f"model.init_from={out / 'hf'}", "eval_only=true", *keys[2:4], "dtype=float32"]
     one = main(configs.load([*keys, f"out_dir={tmp_path / 'one'}"]))
     assert "answers in" in capsys.readouterr().out
     ranks = launch.run_ranks(2, ["train.py", *keys, f"out_dir={tmp_path / 'two'}"])
@@ -149,9 +150,10 @@ def test_eval_only_of_a_model_needs_no_training_data(chats, tmp_path, capsys):
     [of_two] = log.read(tmp_path / "two")
     assert record["step"] == of_two["step"] == 0
     assert of_two == pytest.approx(record, rel=1e-5)
-    answers = [sample["answer"] for sample in log.read(one, "samples.jsonl")]
-    assert len(answers) == 5
-    assert answers == [s["answer"] for s in log.read(tmp_path / "two", "samples.jsonl")]
+    for out in (one, tmp_path / "two"):
+        [line] = log.read(out, "evaluations.jsonl")
+        answers = line["answers"]["chats"]
+        assert [sample["answer"] for sample in answers] == ["so\n7"] * 6
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,7 +165,8 @@ def test_limit_prompts_by_the_tokens_that_are_trained(tiny, capsys):
     assert len(run.prompts["chats"]) == 4
     length = np.mean([len(reference) + 1 for _, reference in run.prompts["chats"]])
     n_tokens = 25 * 4 * run.dataset.mean_length()
-    share = 2.5 * train.GENERATION_COST * length * 4 / n_tokens    # for 2.5 answers of 4 evaluations
+    # for 2.5 answers in each of 4 evaluations
+    share = 2.5 * train.GENERATION_COST * length * 4 / n_tokens
     capsys.readouterr()
     run = setup(tiny(f"eval_share={share}", out="b"))
     assert len(run.prompts["chats"]) == 2
@@ -182,29 +185,32 @@ def test_mean_length_of_a_dataset(tiny):
 # samples and bits per byte
 
 def test_evaluate_keeps_all_answers_and_prints_one(tiny, capsys):
-    """samples.jsonl has each evaluation's answers; the console has the first, in three lines."""
+    """evaluations.jsonl has each one's answers; the console has the first, in three lines."""
     out = main(tiny("samples=1"))
-    samples = log.read(out, "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [0] * 4 + [10] * 4 + [20] * 4 + [25] * 4
-    keys = ["step", "label", "prompt", "answer", "reference", "exact_match"]
-    assert all(list(sample) == keys for sample in samples)
-    mean = sum(sample["exact_match"] for sample in samples[-4:]) / 4
-    assert evaluations(out)[-1]["val/chats/exact_match"] == mean
+    lines = log.read(out, "evaluations.jsonl")
+    assert [line["step"] for line in lines] == [0, 10, 20, 25]
     printed = capsys.readouterr().out
-    for first in samples[::4]:
-        assert "\n".join(log.format_sample(first)) in printed
+    for line, record in zip(lines, evaluations(out)):
+        samples = line["answers"]["chats"]
+        keys = ["prompt", "answer", "reference", "exact_match"]
+        assert len(samples) == 4 and all(list(sample) == keys for sample in samples)
+        mean = sum(sample["exact_match"] for sample in samples) / 4
+        assert record["val/chats/exact_match"] == mean
+        assert "\n".join(log.format_sample(samples[0])) in printed
     assert printed.count("    reference  ") == 4
 
 
-def test_samples_of_a_resumed_run_are_those_of_an_uninterrupted_one(tiny):
-    """Answers of evaluations that are repeated are dropped first."""
+def test_answers_of_a_resumed_run_are_those_of_an_uninterrupted_one(tiny):
+    """Those of evaluations that are repeated are dropped first."""
     more = ["save_every=10", "checkpoint.keep=9"]
     whole = main(tiny(*more, out="whole"))
     out = main(tiny(*more))
     for step in (20, 25):
         checkpoint.remove_checkpoint(out / "checkpoints" / f"{step:08}")
     main(tiny(*more))
-    assert log.read(out, "samples.jsonl") == log.read(whole, "samples.jsonl")
+    answers = [[(line["step"], line["answers"]) for line in log.read(folder, "evaluations.jsonl")]
+               for folder in (out, whole)]
+    assert answers[0] == answers[1] and len(answers[0]) == 4
 
 
 def test_format_sample_is_three_short_lines():
@@ -259,6 +265,40 @@ def test_token_bytes_sum_to_the_bytes_of_a_text(name, request):
 
 
 # --------------------------------------------------------------------------------------------------
+# progress
+
+def test_progress_prints_a_line_now_and_then(monkeypatch, capsys):
+    """Not on a terminal: items, total, time, rate, on stderr; only on rank 0."""
+    monkeypatch.setattr(log, "SECONDS_PER_LINE", 0.0)
+    assert list(log.progress([5, 6], "export x")) == [5, 6]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"export x:  50% 1/2 \[00:00<00:00, .*it/s\]", lines[0])
+    with log.ProgressBar("answer", unit="token") as bar:
+        bar.update(7)
+    assert capsys.readouterr().err.startswith("answer: 7token [00:00,")
+    monkeypatch.setenv("RANK", "1")
+    assert list(log.progress(iter([5, 6]), "export x")) == [5, 6]
+    monkeypatch.setattr(log, "SECONDS_PER_LINE", 30.0)
+    monkeypatch.setenv("RANK", "0")
+    assert list(log.progress([5, 6], "export x")) == [5, 6]
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    """With rate and time left; it is removed at the end."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(log, "BAR_DELAY", 0.0)
+    for _ in log.progress(range(3), "read weights"):
+        time.sleep(0.15)                                 # a bar is drawn every 0.1 s
+    text = terminal.getvalue()
+    assert "read weights:  67%|" in text and "it/s]" in text
+    assert text.rpartition("it/s]\r")[2].strip() == ""
+
+
+# --------------------------------------------------------------------------------------------------
 # saving
 
 def test_save_final_false_writes_no_checkpoint_and_no_export(tiny):
@@ -292,14 +332,14 @@ def test_keep_every_keeps_checkpoints_for_good(tiny):
 # stopping
 
 def test_stop_file_ends_a_run_and_the_same_command_resumes_it(tiny, monkeypatch, capsys):
-    """The run is saved, the exit status is 0, STOP is removed, and the result is bitwise the same."""
+    """The run is saved, the exit status 0, STOP is removed, and the result is bitwise the same."""
     more = ["max_steps=30", "eval_every=0"]
     whole = main(tiny(*more, out="whole"))
     log_step = train.log_step
 
     def touch_stop(run, *args):
         if run.state.step == 20:
-            train.stop_file(run).touch()
+            train.stop_file(run.cfg["out_dir"]).touch()
         log_step(run, *args)
     monkeypatch.setattr(train, "log_step", touch_stop)
     monkeypatch.setattr(train, "local_signal", lambda run, look=train.local_signal: (
@@ -327,11 +367,11 @@ def test_setup_refuses_to_start_while_there_is_a_stop_file(tiny):
 
 def test_stop_file_ends_two_ranks_after_the_same_step(tiny, tmp_path):
     """Rank 0 alone looks for the file."""
-    argv = configs_argv(tiny("max_steps=100000", "eval_every=0", "log_every=1"))
+    argv = configs_argv(tiny("max_steps=5000", "eval_every=0", "log_every=1"))
     out = tmp_path / "run"
     toucher = subprocess.Popen([sys.executable, "-S", "-c", TOUCH, str(out)])
     ranks = launch.run_ranks(2, ["train.py", *argv], timeout=60)
-    toucher.wait()
+    toucher.kill()
     assert [done.returncode for done in ranks] == [0, 0], ranks[0].stderr
     [folder] = checkpoint.list_checkpoints(out)
     assert log.read(out)[-1]["step"] == int(folder.name) and not (out / "STOP").exists()
@@ -348,8 +388,9 @@ while not (out / "metrics.jsonl").is_file() or (out / "metrics.jsonl").stat().st
 
 def configs_argv(loaded):
     """The command line that sets what files and command line have set."""
-    return [f"{key}={json.dumps(value)}" if isinstance(value, (bool, type(None))) else f"{key}={value}"
-            for key, value in configs.flat(loaded[2]).items()]
+    values = configs.flat(loaded[2])
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()]
 
 
 def test_slurm_script_requeues_until_the_run_is_complete(tiny, tmp_path):

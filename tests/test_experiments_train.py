@@ -331,7 +331,7 @@ def test_evaluations_without_prompts_are_no_value_for_best(experiment, chats, tm
 def test_generate_answers_samples_the_same_for_a_seed_and_prompt(chats, tmp_path, monkeypatch):
     """However many prompts are answered at once, as on other numbers of ranks; another seed, other answers."""
     cfg, _, explicit = load_config(tmp_path, f"data.train.chats.path={chats}", "data.validation_split=6",
-                                   "eval_every=3", "eval_tokens=8")
+                                   "eval_every=3", "eval_tokens=8", "eval_share=0")
     run = train.setup(cfg, explicit)
     prompts = run.prompts["chats"]
     assert len(prompts) == 6

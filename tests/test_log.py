@@ -137,7 +137,7 @@ def test_null_logger_has_the_methods_of_logger(capsys):
     logger.validation({"step": 1})
     logger.close()
     public = {name for name in vars(log.Logger) if not name.startswith("_")}
-    internal = {"write", "format_step", "format_progress"}
+    internal = {"write", "write_evaluation", "format_step", "format_progress"}
     assert public - internal == {name for name in vars(log.NullLogger) if not name.startswith("_")}
     assert capsys.readouterr().out == ""
 
@@ -186,7 +186,7 @@ def backend(monkeypatch):
     return ListBackend
 
 
-ANSWERS = {"x": [["2 + 2 = ", "5", "4"]]}
+ANSWERS = {"x": [{"prompt": "2 + 2 = ", "answer": "5", "reference": "4", "exact_match": 0.0}]}
 
 
 def log_steps(folder, steps, resumed_step=0, status="finished", to="list", **options):
@@ -199,7 +199,7 @@ def log_steps(folder, steps, resumed_step=0, status="finished", to="list", **opt
     for step in steps:
         logger.write({"step": step, "loss": 10.0 * resumed_step + step, "mfu": None})
         if step in (2, 4):
-            logger.write({"step": step, "val/x/loss": 10.0 * resumed_step + step}, ANSWERS)
+            logger.validation({"step": step, "val/x/loss": 10.0 * resumed_step + step}, ANSWERS)
     if status is None:
         time.sleep(1)                                        # trackio writes every half second
         os.kill(os.getpid(), signal.SIGKILL)
@@ -242,6 +242,16 @@ def test_tracker_sends_the_evaluation_that_was_missing(tmp_path, backend):
     assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
 
 
+def test_tracker_gets_the_new_evaluation_of_eval_only(tmp_path, backend):
+    """The step was evaluated before, perhaps with other settings."""
+    log_steps(tmp_path, [1, 2, 3, 4])
+    backend.calls.clear()
+    logger = log.Logger(load_config(tmp_path, "log.to=[list]", "eval_only=true"), 6, 4)
+    logger.validation({"step": 4, "val/x/loss": 7.0})
+    logger.close()
+    assert backend.calls == [(tmp_path.name, 4), {"step": 4, "val/x/loss": 7.0}, "finished"]
+
+
 def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monkeypatch):
     monkeypatch.setitem(log.BACKENDS, "other", type("Other", (ListBackend,), {"calls": []}))
     log_steps(tmp_path, [1, 2, 3], to="other")
@@ -252,9 +262,7 @@ def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monke
 def test_tracker_of_a_run_that_continues_another_has_one_curve(tmp_path, backend):
     """The records and answers of the other run, up to the step, come first, in a run of its own."""
     old = tmp_path / "old"
-    log_steps(old, [1, 2, 3])
-    lines = [{"step": 2, "seconds": 1.0, "answers": ANSWERS}, {"step": 3, "seconds": 1.0, "answers": {}}]
-    (old / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log_steps(old, [1, 2, 3, 4])
     before = [(old / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")]
     backend.calls.clear()
     log_steps(tmp_path / "new", [3, 4], resumed_step=2, continued=old)
@@ -262,7 +270,8 @@ def test_tracker_of_a_run_that_continues_another_has_one_curve(tmp_path, backend
     assert steps_of(backend.calls) == [1, 2, 2.5, 3, 4, 4.5]
     losses = [(record["step"], record.get("loss")) for record in log.read(tmp_path / "new")]
     assert losses == [(1, 1.0), (2, 2.0), (2, None), (3, 23.0), (4, 24.0), (4, None)]
-    assert log.read(tmp_path / "new", "evaluations.jsonl") == lines[:1]
+    evaluations = log.read(tmp_path / "new", "evaluations.jsonl")
+    assert [(line["step"], line["answers"]) for line in evaluations] == [(2, ANSWERS), (4, ANSWERS)]
     assert [(old / name).read_text() for name in ("metrics.jsonl", "evaluations.jsonl")] == before
 
 
@@ -395,7 +404,7 @@ def test_tracker_shows_one_run_after_restarts(tmp_path, monkeypatch, script, tra
     assert found["loss"] == curve
     assert found["validation"] == [(2, 2.0), curve[3]]
     assert found["runs"] == 1 and found["status"] == "killed"
-    assert found["git"] == "0c20973-dirty" and found["command"] == "train.py configs/ft.yaml lr=0.5"
+    assert found["git"] == "0c20973-dirty" and found["command"] == "python train.py configs/ft.yaml lr=0.5"
     assert found["config"]["model"]["n_layers"] == 3 and found["config"]["seed"] == 0
     assert found["config"]["explicit"]["lr"] == 0.5 and found["config"]["explicit"]["model.n_layers"] == 3
     assert len(found["answers"]) >= 2 and "2 + 2 = " in str(found["answers"])
@@ -536,7 +545,7 @@ def test_mlflow_backend_uses_the_server_that_is_set(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    about = {"explicit": {"lr": 1.0, "data": {"train": {"a+b": 1}}}, "git": "", "command": "x", "last_step": -1}
+    about = {"explicit": {"lr": 1.0, "data.train.a+b": 1}, "git": "", "command": "x", "last_step": -1}
     run_id = None
     for lr in (1.0, 2.0):
         about["explicit"]["lr"] = lr

@@ -476,6 +476,33 @@ def test_config_json_is_read_as_the_reference_reads_it(kind, tmp_path):
     assert results["equal"] > results.total() / 4, results
 
 
+FACTORS = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 1.0], long_factor=[2.0, 7.5, 9.0, 30],
+               original_max_position_embeddings=40)
+
+
+@pytest.mark.parametrize("keys", [
+    dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096),
+    dict(rope_type="yarn", factor=4, original_max_position_embeddings=40, truncate=False, beta_fast=4, beta_slow=0.5),
+    dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=400, mscale=0.7, mscale_all_dim=1.0),
+    dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=400, attention_factor=1.3, mscale=None),
+    dict(rope_type="yarn", factor=0.5, original_max_position_embeddings=12),
+    FACTORS, FACTORS | dict(factor=3.0), FACTORS | dict(attention_factor=0.8)])
+def test_rope_freqs_scales_as_the_reference(keys):
+    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    theirs = transformers.LlamaConfig(**SMALL, max_position_embeddings=300, rope_parameters=keys | {"rope_theta": 500.0})
+    hf_config = SMALL | dict(model_type="llama", rope_theta=500.0, max_position_embeddings=300, rope_scaling=keys)
+    m = configs.load(["model.d_model=32", "model.n_heads=4", "model.max_len=300"])[0]["model"]
+    m |= configs.hf_config.translate(hf_config, "config.json") | {"head_dim": 8}
+    positions = torch.arange(60)
+    for length in (40, 60):
+        freqs, scale = ROPE_INIT_FUNCTIONS[keys["rope_type"]](theirs, "cpu", seq_len=length)
+        angles = positions[:, None] * freqs.double()
+        cos, sin = M.rope_freqs(positions, m, torch.full((60,), length))
+        assert torch.allclose(cos[:, 0].double(), angles.cos() * scale, atol=1e-5)
+        assert torch.allclose(sin[:, 0].double(), angles.sin() * scale, atol=1e-5)
+
+
 # ---- law 5
 
 def test_packed_documents_do_not_see_each_other():

@@ -222,11 +222,11 @@ def stop_in_evaluation(argv, step, failing_rank):
     tokens = []
     real = train.keep_generating
 
-    def keep_generating(run, unfinished):
+    def keep_generating(run, *args):
         tokens.append(run.state.step)
         if run.state.step == step and tokens.count(step) == 3 and shard.rank() == failing_rank:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(run, unfinished)
+        return real(run, *args)
 
     train.keep_generating = keep_generating
     with pytest.raises(SystemExit) as e:

@@ -67,6 +67,8 @@ def run_command(command, clone, script):
         words += ["max_steps=2", "eval_prompts=2", "eval_tokens=8"]
         if command != FIRST_COMMAND:                     # which is enough of evaluation
             words += ["eval_every=0", "batch_size=8"]
+    if words == ["python", "model.py", "out/ft"]:        # a chat, which needs a terminal
+        words += ["hello", "max_tokens=4"]
     if words[1] == "--nproc_per_node":
         assert words[2] == "2"
         return launch.run_ranks(2, words[3:], cwd=clone)

@@ -184,7 +184,7 @@ def test_report_of_a_run_in_progress(tmp_path, open_report):
 
 
 def test_report_of_real_runs(tmp_path, tiny, open_report):
-    """Documents, answers, times, and the commands of a run and of the one that it continues."""
+    """A run and its continuation are one curve; documents, answers, times and commands."""
     import train
     options = ["eval_every=2", "eval_tokens=4"]
     cfg, _, explicit = tiny("max_steps=2", *options, out="a")
@@ -192,10 +192,12 @@ def test_report_of_real_runs(tmp_path, tiny, open_report):
     cfg, _, explicit = tiny("max_steps=4", *options, f"resume={tmp_path}/a/checkpoints/latest", out="b")
     train.main(cfg, explicit)
     run = log.load_run(str(tmp_path / "b"))
-    assert [line["step"] for line in run.evaluations][-2:] == [2, 4]
+    assert [step for step, _ in log.series(run.records, "loss")] == [1, 2, 3, 4]
+    assert [line["step"] for line in run.evaluations] == [0, 2, 4]
     assert [(start["step"], start["total_steps"]) for start in run.starts] == [(0, 2), (2, 4)]
     page = open_report(write_report(tmp_path / "b", tmp_path / "a"))
     assert page.problems == []
+    assert len(curve_heights(find_plot(page, "Loss"), 0)) == 4
     assert page.locator("td.answer").count() > 4 * 3
     assert any("RED" in text for text in page.locator("pre .trained").all_inner_texts())
     times = page.locator("p.legend").first.inner_text()

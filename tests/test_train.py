@@ -1020,7 +1020,7 @@ def test_main_tells_trackers_how_the_run_ended(tiny, monkeypatch, status):
         main(loaded)
     about, *given = ends
     assert given == [status]
-    assert about["explicit"] == loaded[2] and about["git"] == (checkpoint.git_describe() or "unknown")
+    assert about["explicit"] == configs.flat(loaded[2]) and about["git"] == (checkpoint.git_describe() or "unknown")
 
 
 def test_wsd_run_can_be_extended_before_its_decay(tiny):

@@ -1642,6 +1642,7 @@ def finish_saving(run):
     Raises UserError if the last save failed.
     """
     step = run.state.step
+    run.state.seconds = run.seconds()
     written = run.saver.wait()                           # False if the last save failed on any rank
     is_wanted = run.cfg["checkpoint"]["save_final"] if run.is_complete() else saves_at_stop(run.cfg)
     if is_wanted and (not written or run.saved_step < step):

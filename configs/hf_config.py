@@ -48,10 +48,8 @@ INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [N
 # Model types that are not supported, and why
 VISION = "a vision tower; only models of text alone are trained"
 NOT_COMPUTED = {
-    "gemma3": VISION,
     "gemma4": VISION,
     "gemma4_text": "embeddings per block, and blocks that share keys and values",
-    "mistral3": VISION,
     "ministral3": "queries that are scaled by their position",
 }
 
@@ -76,7 +74,7 @@ def families():
             table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
         if "rename" in family:
             for key in ("weights", "fused"):
-                table[name][key] = rename(table[name][key], *family["rename"])
+                table[name][key] = rename(table[name].get(key, {}), *family["rename"])
         table[name]["only"] = {}
         for key, values in family.get("only", {}).items():
             table[name]["only"][key] = values if isinstance(values, list) else [values]
@@ -306,8 +304,9 @@ def text_section(hf_config, family, path):
     if not isinstance(section, dict):
         raise configs.UserError(f"{path}: {name} must be a section; got {section!r}")
     # the whole model reads one of them, its text part alone the other
-    tied = hf_config.get("tie_word_embeddings", False)
-    if section.get("tie_word_embeddings", False) != tied:
+    *_, default = family["keys"]["tie_embeddings"]
+    tied = hf_config.get("tie_word_embeddings", default)
+    if section.get("tie_word_embeddings", default) != tied:
         raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
                                 "as outside of that section")
     return section

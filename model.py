@@ -341,6 +341,8 @@ class Attention(nn.Module):
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
+        # the logit of a key without a value, per head
+        self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
         self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
         self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
         self.rope_interleaved = m["rope_interleaved"]
@@ -367,11 +369,12 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap and score_mod, which no kernel computes, and for dropout: kernels use
-        torch's random generator, not our seeds. If you change the scores or the probabilities in
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
+        use torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
-        return self.changes_scores or (training and self.dropout > 0)
+        changes_probs = self.changes_scores or self.sinks is not None
+        return changes_probs or (training and self.dropout > 0)
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
@@ -491,7 +494,11 @@ def padded_attention(layer, q, k, v, mask, seeds):
     if layer.softcap:
         scores = softcap(scores, layer.softcap)
     scores = layer.score_mod(scores)
-    probs = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if layer.sinks is not None:
+        sinks = layer.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)                                    # t' + 1
+    probs = scores.softmax(-1)[..., :k.shape[2]]
     if seeds is not None:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
@@ -1425,7 +1432,8 @@ def slices_of_parameter(name, shapes, m):
     for fused, parts in family.get("fused", {}).items():
         if module not in parts:
             continue
-        tensor = f"{fused}.{kind}".replace("{i}", block)
+        suffix = family.get("fused_suffixes", {}).get(kind, f".{kind}")
+        tensor = f"{fused}{suffix}".replace("{i}", block)
         place = parts.index(module)
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
@@ -1542,6 +1550,9 @@ class PretrainedWeights:
         self.stored_config = configs.read_model(self.folder)
         self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
+        if "mxfp4" in self.family:
+            from families import expert_files
+            self.files = expert_files.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
         # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
@@ -1578,8 +1589,8 @@ class PretrainedWeights:
         """What safetensors calls so: slices of it are read from the file."""
         stored = self.files[tensor].get_slice(tensor)
         if is_stacked(tensor, self.family):
-            from families import moe
-            return moe.StackedSlice(stored)
+            from families import expert_files
+            return expert_files.StackedSlice(stored, tensor, self.family)
         return stored
 
     def read(self, name, start, end):
@@ -1945,7 +1956,7 @@ def hf_config(m, source, dtype=""):
              if key.startswith("mrope")}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
-                "partial_rotary_factor"):
+                "partial_rotary_factor", "quantization_config"):
         config.pop(key, None)
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
@@ -1954,6 +1965,8 @@ def hf_config(m, source, dtype=""):
     #    one, the last in families.yaml is written, and the others, from source, are removed.
     #    config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
+    if "rope_parameters" in family:                      # null would be that default
+        m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
@@ -2022,7 +2035,8 @@ def collect_tensors(get_parameter, m, items, dtype):
             raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
                                     "dtype=bfloat16")
         if is_stacked(tensor_name, family):
-            tensor = tensor.unflatten(0, (m["n_experts"], -1))
+            from families import expert_files
+            tensor = expert_files.stack(tensor, m["n_experts"], tensor_name, family)
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

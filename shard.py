@@ -559,7 +559,7 @@ def linear(x, weight, bias=None, ends=None):
     if ends is None:
         return F.linear(x, weight, bias)
     from families import moe
-    return moe.grouped_linear(x, weight, ends)
+    return moe.grouped_linear(x, weight, ends, bias)
 
 
 class FrozenLinear(transformer.Linear):

@@ -919,7 +919,6 @@ def check_model(model_cfg):
         yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
                "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
         yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
-        yield not model_cfg["mlp_bias"], "model.mlp_bias", "false if model.n_experts is above 0"
 
 
 # --------------------------------------------------------------------------------------------------

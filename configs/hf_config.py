@@ -275,7 +275,8 @@ def translate(hf_config, path):
     if family.get("native"):                       # our own keys; others describe the export
         known = configs.read_defaults()[0]["model"]
         return {"family": name} | {key: hf_config[key] for key in hf_config if key in known}
-    if hf_config.get("quantization_config"):
+    quantization = hf_config.get("quantization_config")
+    if quantization and not is_mxfp4(quantization, family):
         raise configs.UserError(f"{path}: quantization_config: quantized weights are not "
                                 "supported; use the model that they were made from")
     hf_config = standardize(text_section(hf_config, family, path), family, path)
@@ -293,6 +294,12 @@ def translate(hf_config, path):
     if "rope_scaling" in model_cfg:
         model_cfg["rope_scaling"] = read_rope_scaling(hf_config, model_cfg, path)
     return model_cfg
+
+
+def is_mxfp4(quantization, family):
+    """Are the experts in MXFP4? families/expert_files.py reads them; they are exported in bf16."""
+    is_section = isinstance(quantization, dict)
+    return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
 
 
 def text_section(hf_config, family, path):
@@ -327,6 +334,8 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
+    if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
+        hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
         hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
     else:

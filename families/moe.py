@@ -28,14 +28,20 @@ from torch import nn
 import model as transformer
 
 
-def grouped_linear(x, weight, ends):
-    """F.linear() of the rows of each expert with its weight. Returns [R, out].
+def grouped_linear(x, weight, ends, bias=None):
+    """F.linear() of the rows of each expert with its weight and bias. Returns [R, out].
 
     x       [R, in], sorted by expert
     weight  [X out, in], in the dtype of x
     ends    int32 [X]: the rows of expert e are ends[e - 1] ... ends[e] - 1
+    bias    [X out] or None
     """
-    return grouped_matmul(x, weight.unflatten(0, (len(ends), -1)).mT, ends)
+    y = grouped_matmul(x, weight.unflatten(0, (len(ends), -1)).mT, ends)
+    if bias is None:
+        return y
+    rows = torch.arange(len(x), device=x.device)
+    experts = torch.bucketize(rows, ends, right=True)                              # [R]
+    return y + bias.view(len(ends), -1).index_select(0, experts)
 
 
 def grouped_matmul(x, matrices, ends):
@@ -50,17 +56,21 @@ def grouped_matmul(x, matrices, ends):
 class ExpertLinear(transformer.Linear):
     """The same linear layer of all experts, whose weights are one matrix: [X out, in]."""
 
-    def __init__(self, n_experts, in_features, out_features):
-        super().__init__(in_features, n_experts * out_features, bias=False)
+    def __init__(self, n_experts, in_features, out_features, bias):
+        super().__init__(in_features, n_experts * out_features, bias=bias)
         self.n_experts = n_experts
 
     def forward(self, x, seeds=None, ends=None):                                   # [R, in]
         """seeds  not used here, see transformer.Linear;  ends  see grouped_linear()"""
-        return grouped_linear(x, self.weight.to(x.dtype), ends)                    # [R, out]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return grouped_linear(x, self.weight.to(x.dtype), ends, bias)              # [R, out]
 
 
 class Experts(nn.Module):
-    """The gated MLPs of a block: down(activation(gate(x)) * up(x)) of each row's expert."""
+    """The gated MLPs of a block: down(activation(gate(x)) * up(x)) of each row's expert.
+
+    With model.swiglu_limit, gpt-oss's variant (arXiv:2508.10925, section 2.2).
+    """
 
     def __init__(self, m):
         super().__init__()
@@ -68,13 +78,20 @@ class Experts(nn.Module):
         C = m["d_model"]
         d_expert = m["d_expert"]
         self.activation = transformer.ACTIVATIONS[m["activation"]]
-        self.gate_proj = ExpertLinear(X, C, d_expert)
-        self.up_proj = ExpertLinear(X, C, d_expert)
-        self.down_proj = ExpertLinear(X, d_expert, C)
+        bias = m["mlp_bias"]
+        self.limit = m["swiglu_limit"]
+        self.gate_proj = ExpertLinear(X, C, d_expert, bias)
+        self.up_proj = ExpertLinear(X, C, d_expert, bias)
+        self.down_proj = ExpertLinear(X, d_expert, C, bias)
 
     def forward(self, x, seeds, ends):                                             # [R, C]
-        h = self.activation(self.gate_proj(x, seeds, ends))                        # [R, F]
-        h = h * self.up_proj(x, seeds, ends)
+        gate = self.gate_proj(x, seeds, ends)                                      # [R, F]
+        up = self.up_proj(x, seeds, ends)
+        if self.limit is None:
+            h = self.activation(gate) * up
+        else:
+            gate = gate.clamp(max=self.limit)
+            h = gate * (1.702 * gate).sigmoid() * (up.clamp(-self.limit, self.limit) + 1)
         return self.down_proj(h, seeds, ends)
 
 
@@ -85,10 +102,12 @@ class Router(nn.Module):
     def __init__(self, m):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(m["n_experts"], m["d_model"]))
+        self.bias = nn.Parameter(torch.empty(m["n_experts"])) if m["mlp_bias"] else None
 
     def forward(self, x):                                                          # [T, C]
         weight = self.weight.to(x.dtype)     # as FSDP gathers it, so that ranks change nothing
-        return F.linear(x.float(), weight.float()).softmax(-1)                     # [T, X]
+        bias = None if self.bias is None else self.bias.to(x.dtype).float()
+        return F.linear(x.float(), weight.float(), bias).softmax(-1)               # [T, X]
 
 
 class MixtureOfExperts(nn.Module):
@@ -202,27 +221,3 @@ def sum_per_document(x, documents, n_documents):
     """[T, ...] -> [D, ...]"""
     sums = x.new_zeros(n_documents + 1, *x.shape[1:])
     return sums.index_add_(0, documents, x)[:n_documents]
-
-
-# --------------------------------------------------------------------------------------------------
-# files
-
-class StackedSlice:
-    """A tensor [X, out, in] of a safetensors file, read as [X out, in]."""
-
-    def __init__(self, stored):
-        self.stored = stored                 # get_slice() of the file
-        self.get_dtype = stored.get_dtype
-
-    def get_shape(self):
-        shape = self.stored.get_shape()
-        if len(shape) != 3:                  # the wrong tensor: PretrainedWeights.check() names it
-            return shape
-        return [shape[0] * shape[1], shape[2]]
-
-    def __getitem__(self, rows):
-        """rows  a slice; the experts that it touches are read"""
-        n_out = self.stored.get_shape()[1]
-        first = rows.start // n_out
-        experts = self.stored[first:-(-rows.stop // n_out)].flatten(0, 1)
-        return experts[rows.start - first * n_out:rows.stop - first * n_out]

@@ -59,7 +59,9 @@ def grads_by_file_name(theirs):
     wanted = {}
     for name, grad in grads(theirs).items():
         experts, _, kind = name.partition(".experts.")
-        if not kind:
+        if theirs.config.model_type == "gpt_oss":        # in files as in memory
+            wanted[name] = grad
+        elif not kind:
             wanted[name.replace("router.weight", "router.layer.weight")] = grad
         elif "block_sparse_moe" in name:
             wanted[experts + {"gate_up_proj": ".input_linear.weight", "down_proj": ".output_linear.weight"}[kind]] = grad
@@ -162,6 +164,9 @@ FAMILIES = {
     "Qwen3-MoE, tied": ("qwen3_moe", EXPERTS | dict(
         moe_intermediate_size=24, head_dim=12, num_experts=4, tie_word_embeddings=True)),
     "OLMoE": ("olmoe", EXPERTS | dict(num_experts=8, pad_token_id=None, eos_token_id=None)),
+    "gpt-oss": ("gpt_oss", EXPERTS | dict(
+        num_local_experts=6, head_dim=16, sliding_window=19, pad_token_id=None,
+        rope_parameters=YARN | dict(rope_theta=5000.0, truncate=False))),
     "Granite 3 MoE": ("granitemoe", GRANITE | EXPERTS | dict(num_local_experts=6, tie_word_embeddings=True)),
 }
 

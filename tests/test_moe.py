@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import configs, log, model as M, shard, train
 from families import moe
@@ -298,7 +299,7 @@ def test_quantized_experts_compute_with_their_dequantized_weights(kind, d_expert
 # --------------------------------------------------------------------------------------------------
 # runs and files
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "granitemoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "granitemoe", "gpt_oss"])
 def test_a_run_with_experts_logs_their_load_and_exports(tiny, tmp_path, family):
     """Two steps under LoRA, whose export loads. expert_load is between 1 and n_experts / k."""
     base = save_base(tmp_path / "base", family, "model.d_expert=80", "model.vocab_size=300")
@@ -312,16 +313,18 @@ def test_a_run_with_experts_logs_their_load_and_exports(tiny, tmp_path, family):
     assert m["n_experts"] == 6
     changed = [name for name, p in trained.named_parameters()
                if not torch.equal(p, before.get_parameter(name))]
-    per_block = 4 if family == "granitemoe" else 7
+    per_block = 4 if family in ("granitemoe", "gpt_oss") else 7
     assert len(changed) == 2 * per_block and not any("router" in name for name in changed)
 
 
 @pytest.mark.parametrize("family, change, words", [
     ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers must be"),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step must be 1"),
-    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null")])
+    ("olmoe", {"clip_qkv": 8.0}, "clip_qkv must be null"),
+    ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha must be 1.702"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantized")])
 def test_read_model_refuses_what_experts_do_not_compute(tmp_path, family, change, words):
-    more = ["model.d_expert=80"] if family == "olmoe" else []
+    more = [] if family == "qwen3_moe" else ["model.d_expert=80"]
     base = save_base(tmp_path, family, *more)
     config = json.loads((base / "config.json").read_text()) | change
     (base / "config.json").write_text(json.dumps(config))
@@ -331,7 +334,52 @@ def test_read_model_refuses_what_experts_do_not_compute(tmp_path, family, change
 
 @pytest.mark.parametrize("key, words", [
     ("model.n_experts_per_token=7", "n_experts_per_token: must be at most 6"),
-    ("model.glu=false", "model.glu"), ("model.mlp_bias=true", "model.mlp_bias")])
+    ("model.glu=false", "model.glu")])
 def test_check_model_refuses_experts_that_do_not_exist(key, words):
     with pytest.raises(configs.UserError, match=words):
         configs.load([*SMALL, key])
+
+
+# --------------------------------------------------------------------------------------------------
+# gpt-oss
+
+def save_gpt_oss(folder):
+    """A model with random weights, saved by transformers: (it, the folder)."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        "gpt_oss", hidden_size=64, intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, vocab_size=101, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=8, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    theirs = noisy(transformers.AutoModelForCausalLM.from_config(config).bfloat16())
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_pretrained_weights_reads_mxfp4_as_transformers_does(tmp_path):
+    """Any rows of them; the export is bf16, with the same numbers and without the quantization."""
+    reference = pytest.importorskip("transformers.integrations.mxfp4")
+    save_gpt_oss(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    wanted = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        X, n_in, n_out = tensors.pop(name).shape
+        blocks = torch.randint(256, (X, n_out, n_in // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(118, 124, (X, n_out, n_in // 32), generator=generator, dtype=torch.uint8)
+        wanted[name] = reference.convert_moe_packed_tensors(blocks, scales)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, m = M.load(tmp_path)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    up = wanted[name][2][:, 1::2].T.float()              # of expert 2
+    parameter = "blocks.1.mlp.experts.up_proj.weight"
+    assert torch.equal(model.get_parameter(parameter)[64:96], up)
+    assert torch.equal(M.PretrainedWeights(tmp_path, m).read(parameter, 70, 90), up[6:26])
+    M.save_pretrained(model.get_parameter, m, tmp_path / "out", tmp_path)
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in wanted.items())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -45,11 +45,11 @@ ROPE_CONSTRAINTS = {
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
 
-# Model types that are not supported, and why
-VISION = "a vision tower; only models of text alone are trained"
+# Model types that are not supported, and what they have that is not computed
+PER_LAYER = "embeddings per block, and blocks that share keys and values"
 NOT_COMPUTED = {
-    "gemma4": VISION,
-    "gemma4_text": "embeddings per block, and blocks that share keys and values",
+    "gemma4": PER_LAYER,
+    "gemma4_text": PER_LAYER,
     "ministral3": "queries that are scaled by their position",
 }
 
@@ -265,7 +265,8 @@ def translate(hf_config, path):
     names = {family["model_type"]: name for name, family in families().items()}
     if model_type in NOT_COMPUTED:
         raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
-                                f"{NOT_COMPUTED[model_type]}")
+                                f"{NOT_COMPUTED[model_type]}; configs/families.yaml has the "
+                                "families that are")
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "

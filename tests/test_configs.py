@@ -637,7 +637,7 @@ def test_translate_takes_the_word_that_the_reference_takes():
     ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
     ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, ["rope_local_base_freq", "5.0"]),
     ("gemma4_text", {}, ["model_type gemma4_text", "embeddings per block"]),
-    ("gemma4", {}, ["model_type gemma4", "vision"]),
+    ("gemma4", {}, ["model_type gemma4", "embeddings per block"]),
     ("mistral3", {"text_config": {"model_type": "ministral3"}}, ["model_type must be 'mistral'", "ministral3"]),
     ("granitemoehybrid", {"num_local_experts": 4}, ["num_local_experts must be 0", "4"]),
     ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, ["layer_types", "mamba"]),

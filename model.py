@@ -302,16 +302,16 @@ class MLP(nn.Module):
         return self.down_proj(h, seeds)
 
 
-def softcap(x, cap):
-    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
-    return cap * (x / cap).tanh()
-
-
 def make_mlp(m):
     if not m["n_experts"]:
         return MLP(m)
     from families import moe
     return moe.MixtureOfExperts(m)
+
+
+def softcap(x, cap):
+    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * (x / cap).tanh()
 
 
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
@@ -369,8 +369,8 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels use
-        torch's random generator, not our seeds. If you change the scores or the probabilities in
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
+        use torch's random generator, not our seeds. If you change the scores or the probabilities in
         padded_attention() in another way, return True here.
         """
         changes_probs = self.changes_scores or self.sinks is not None
@@ -1551,8 +1551,8 @@ class PretrainedWeights:
         self.family = configs.families()[self.stored_config["family"]]
         self.files = open_weights(self.folder)           # {tensor: the open file}
         if "mxfp4" in self.family:
-            from families import moe
-            self.files = moe.open_mxfp4(self.files)
+            from families import expert_files
+            self.files = expert_files.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
         # the tokens that both have. If m has fewer, check() finds too many rows in the files
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
@@ -1589,8 +1589,8 @@ class PretrainedWeights:
         """What safetensors calls so: slices of it are read from the file."""
         stored = self.files[tensor].get_slice(tensor)
         if is_stacked(tensor, self.family):
-            from families import moe
-            return moe.StackedSlice(stored, tensor, self.family)
+            from families import expert_files
+            return expert_files.StackedSlice(stored, tensor, self.family)
         return stored
 
     def read(self, name, start, end):
@@ -1965,6 +1965,8 @@ def hf_config(m, source, dtype=""):
     #    one, the last in families.yaml is written, and the others, from source, are removed.
     #    config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
+    if "rope_parameters" in family:                      # null would be that default
+        m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
@@ -2033,8 +2035,8 @@ def collect_tensors(get_parameter, m, items, dtype):
             raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
                                     "dtype=bfloat16")
         if is_stacked(tensor_name, family):
-            from families import moe
-            tensor = moe.stack(tensor, m["n_experts"], tensor_name, family)
+            from families import expert_files
+            tensor = expert_files.stack(tensor, m["n_experts"], tensor_name, family)
         tensors[tensor_name] = tensor.contiguous()
     return tensors
 

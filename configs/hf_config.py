@@ -298,6 +298,12 @@ def translate(hf_config, path):
     return model_cfg
 
 
+def is_mxfp4(quantization, family):
+    """Are the experts in MXFP4? families/expert_files.py reads them; they are exported in bf16."""
+    is_section = isinstance(quantization, dict)
+    return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
+
+
 def text_section(hf_config, family, path):
     """The section of a config.json that describes the text part; all of it in most families."""
     if "section" not in family:
@@ -312,12 +318,6 @@ def text_section(hf_config, family, path):
         raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
                                 "as outside of that section")
     return section
-
-
-def is_mxfp4(quantization, family):
-    """Are the experts in MXFP4, which moe.open_mxfp4() reads? They are exported in bf16."""
-    is_section = isinstance(quantization, dict)
-    return "mxfp4" in family and is_section and quantization.get("quant_method") == "mxfp4"
 
 
 def unsupported(path, key, value, hf_config):
@@ -335,6 +335,8 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
+    if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
+        hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
         hf_config["rope_parameters"] = split_rope_parameters(hf_config, path)
     else:

@@ -1,0 +1,89 @@
+"""Tensors of safetensors files that hold a matrix per expert: Granite-MoE, gpt-oss.
+
+Such a tensor is [X, out, in] in a file, and a parameter [X out, in] here: see moe.py. gpt-oss has
+[X, in, out], gate and up in one tensor whose outputs alternate, g0 u0 g1 u1 ..., and weights of
+four bits. The entries stacked, interleaved and mxfp4 of configs/families.yaml say which.
+"""
+import torch
+
+
+class StackedSlice:
+    """A tensor of a safetensors file with all experts, read as [X out, in], or as [X out]."""
+
+    def __init__(self, stored, tensor, family):
+        self.stored = stored                 # get_slice() of the file
+        self.get_dtype = stored.get_dtype
+        self.transposed = "stacked_transposed" in family
+        self.interleaved = tensor.endswith(tuple(family.get("interleaved", ())))
+
+    def get_shape(self):
+        X, *shape = self.stored.get_shape()
+        if self.transposed:
+            shape = shape[::-1]
+        return [X * shape[0], *shape[1:]]
+
+    def __getitem__(self, rows):
+        """rows  a slice; the experts that it touches are read"""
+        n_out = self.get_shape()[0] // self.stored.get_shape()[0]
+        first = rows.start // n_out
+        experts = self.stored[first:-(-rows.stop // n_out)]
+        if self.transposed and experts.dim() == 3:
+            experts = experts.mT
+        if self.interleaved:
+            experts = torch.cat([experts[:, 0::2], experts[:, 1::2]], 1)
+        return experts.flatten(0, 1)[rows.start - first * n_out:rows.stop - first * n_out]
+
+
+def stack(x, n_experts, tensor, family):
+    """The inverse of StackedSlice: [X out, in] -> the tensor of a file."""
+    x = x.unflatten(0, (n_experts, -1))
+    if tensor.endswith(tuple(family.get("interleaved", ()))):
+        x = torch.stack(x.chunk(2, 1), 2).flatten(1, 2)
+    if "stacked_transposed" in family and x.dim() == 3:
+        x = x.mT
+    return x
+
+
+# the values of 4-bit codes, the format E2M1 of MXFP4 (OCP Microscaling Formats, section 5.3.3)
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+class Mxfp4Tensor:
+    """A tensor [X, in, out] that is stored in MXFP4, read in bf16 as if it was not.
+
+    blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
+    scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)
+    """
+
+    def __init__(self, blocks, scales):
+        self.blocks = blocks                 # get_slice() of the files
+        self.scales = scales
+
+    def get_slice(self, tensor):
+        return self
+
+    def get_dtype(self):
+        return "BF16"
+
+    def get_shape(self):
+        X, n_out, n_blocks, n_bytes = self.blocks.get_shape()
+        return [X, n_blocks * n_bytes * 2, n_out]
+
+    def __getitem__(self, experts):
+        blocks = self.blocks[experts]
+        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)            # [x, out, n, 32]
+        values = torch.tensor(FP4 + [-value for value in FP4])[codes.int()]
+        exponents = self.scales[experts].int()[..., None] - 127
+        return torch.ldexp(values, exponents).flatten(2).mT.bfloat16()             # [x, in, out]
+
+
+def open_mxfp4(files):
+    """{tensor: open file}, in which NAME stands for each pair NAME_blocks and NAME_scales."""
+    opened = dict(files)
+    for tensor in files:
+        name = tensor.removesuffix("_blocks")
+        if name != tensor and f"{name}_scales" in files:
+            blocks = opened.pop(tensor).get_slice(tensor)
+            scales = opened.pop(f"{name}_scales").get_slice(f"{name}_scales")
+            opened[name] = Mxfp4Tensor(blocks, scales)
+    return opened

@@ -937,8 +937,9 @@ def check_writable(folder, key):
 def source_files():
     """The files that decide what a run computes: {name relative to the project: Path}.
 
-    These are the main script, the loaded modules of the project, and the yaml files with defaults
-    and families, and all of families/. Installed packages are not included, nor tests, which only call the code.
+    These are the main script, the loaded modules of the project, the yaml files with defaults and
+    families, and all of families/. Installed packages are not included, nor tests, which only call
+    the code.
     """
     paths = [PROJECT / "configs" / "defaults.yaml", PROJECT / "configs" / "families.yaml"]
     paths += (PROJECT / "families").glob("*.py")         # imported when the model is built
@@ -1073,7 +1074,7 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
             shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
             tokenize_data.save_tokenizer(tokenizer, adapter_folder, template)
             transformer.copy_licenses(init_from, adapter_folder)
-            write_card(adapter_folder, path, state, model_cfg, is_adapter=True)
+            write_card(adapter_folder, path, state, model_cfg, lora_cfg["r"], is_adapter=True)
         # A checkpoint does not hold the frozen weights. They are read from init_from or, if the
         # model was new, drawn again from the seed.
         base = transformer.weights_reader(model_cfg, cfg["seed"])
@@ -1083,7 +1084,7 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
     transformer.save_pretrained(read_tensor, model_cfg, folder, init_from, stop_ids, bos_id,
                                 set(tokenizer.special.values()), dtype=dtype)
     tokenize_data.save_tokenizer(tokenizer, folder, template)
-    write_card(folder, path, state, model_cfg, hub_id)
+    write_card(folder, path, state, model_cfg, lora_cfg["r"], hub_id)
 
 
 def check_export_inputs(path, state, cfg, tokenizer):
@@ -1152,7 +1153,7 @@ model = {auto}.from_pretrained("{place}")
 LICENSE_TITLES = {"Apache License": "apache-2.0", "MIT License": "mit"}    # first words of a file
 
 
-def write_card(folder, path, state, model_cfg, hub_id="", is_adapter=False):
+def write_card(folder, path, state, model_cfg, lora_r=0, hub_id="", is_adapter=False):
     """Write the model card of the checkpoint at `path`. See export()."""
     base = base_metadata(model_cfg["init_from"])
     sources = state.get("sources", {})                   # older checkpoints have none
@@ -1161,7 +1162,6 @@ def write_card(folder, path, state, model_cfg, hub_id="", is_adapter=False):
     tags = (["lora"] if is_adapter else []) + (["conversational"] if state["has_chats"] else [])
     header = base | {"datasets": datasets, "library_name": library,
                      "pipeline_tag": "text-generation", "tags": tags}
-    lora_r = configs.get(state["config"], "shard.lora.r")
     values = state | {
         "header": configs.dump({key: value for key, value in header.items() if value}),
         "title": card_title(model_cfg, base),
@@ -1255,8 +1255,8 @@ def card_settings(explicit):
 
 def evaluation_table(records, step):
     """The last validation up to a step."""
-    evaluations = [record for record in records if record["step"] <= step
-                   and any(key.startswith("val/") for key in record)]
+    evaluations = [record for record in records
+                   if record["step"] <= step and log.is_eval_record(record)]
     if not evaluations:
         return "None."
     last = evaluations[-1]

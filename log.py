@@ -435,13 +435,16 @@ class Logger:
 
     def write_evaluation(self, step, seconds, answers):
         """Append to evaluations.jsonl. A full disk does not end the run."""
-        line = json.dumps({"step": step, "seconds": seconds, "answers": answers})
+        line = json.dumps({"step": step, "seconds": seconds, "answers": answers}) + "\n"
+        path = self.evaluations_path
+        size = path.stat().st_size if path.is_file() else 0
         try:
-            with open(self.evaluations_path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
         except OSError as e:
-            print(f"{self.evaluations_path} cannot be written ({e.strerror}); the run continues",
-                  flush=True)
+            print(f"{path} cannot be written ({e.strerror}); the run continues", flush=True)
+            if path.is_file():
+                os.truncate(path, size)          # a part of a line would end the next start
 
     def write(self, record, answers={}):
         """Append a record to metrics.jsonl, pass it to the backends, return its plain numbers.
@@ -1287,7 +1290,7 @@ def is_running(folder):
 
 def describe_status(run):
     status = "running" if is_running(run.name) else "stopped"
-    if not run.starts:                                   # by an older version of this script
+    if not run.starts:                                   # an evaluation, or an older version's run
         return status
     share = run.records[-1]["step"] / run.starts[-1]["total_steps"]
     return "finished" if share == 1 and status == "stopped" else f"{status}, {share:.0%} done"

@@ -918,7 +918,7 @@ class Run:
     state: TrainState
     device: torch.device
     model: torch.nn.Module
-    optimizer: object             # torch.optim.Optimizer or Muon
+    optimizer: object             # see OPTIMIZERS; None with eval_only
     tokenizer: object
     data: dict                    # {"train": {source: Tokens}, "validation": {source: Tokens}}
     dataset: sampler.Dataset      # all training sources
@@ -939,9 +939,9 @@ class Run:
     # what changes while the run is on
     meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
-    received: list = dataclasses.field(default_factory=list)    # signals, of this rank
-    stop_signal: int = 0          # the signal that all ranks know of, see poll_signals; 0: none;
-                                  # STOP_FILE: not a signal but the file out_dir/STOP
+    # numbers of signals that this rank has received; STOP_FILE stands for the file out_dir/STOP
+    received: list = dataclasses.field(default_factory=list)
+    stop_signal: int = 0          # the one that all ranks know of, see poll_signals; 0: none
     next_look: float = 0.0        # time.monotonic() at which rank 0 looks for that file again
     time_is_up: bool = False      # max_seconds is reached
     out_of_patience: bool = False
@@ -978,13 +978,7 @@ def setup(cfg, explicit):
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     lock = checkpoint.lock_folder(cfg["out_dir"]) if is_rank0 else None
-    shard.rank0_only(check_no_stop_file, cfg["out_dir"])
-    # rank0_only returns rank 0's result on every rank
-    resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
-    is_own_checkpoint = resume_path and checkpoint.is_inside(resume_path, cfg["out_dir"])
-    if cfg["eval_only"]:
-        shard.rank0_only(check_keeps_records, cfg["out_dir"], resume_path, is_own_checkpoint)
-    saved = checkpoint.read_state(resume_path) if resume_path else None
+    resume_path, is_own_checkpoint, saved = find_resume_point(cfg)
     base = shard.rank0_only(checkpoint.base_hashes, cfg)
     if saved:
         checkpoint.check_same_base(saved, base, cfg)
@@ -998,22 +992,9 @@ def setup(cfg, explicit):
     check_micro_tokens(cfg, data)
 
     # model and optimizer
-    model_cfg, read_slice = resolve_model(cfg, tokenizer)
-    dtype = shard.rank0_only(choose_dtype, cfg)
-    if saved and cfg["dtype"] == "auto":
-        dtype = saved["dtype"]
+    dtype = shard.rank0_only(choose_dtype, cfg, saved)
     cfg = cfg | {"dtype": dtype}                         # auto is resolved from here on
-    model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
-    if cfg["reference_model"] and "reference_logits" not in model.loss_inputs:
-        raise configs.UserError(f"reference_model: has no effect with model.loss="
-                                f"{model_cfg['loss']}, which compares with no model; remove it")
-    if "reference_logits" in model.loss_inputs:
-        # in a list: as an attribute, it would be a submodule, trained and saved with the model
-        model.references.append(load_reference(cfg, model_cfg))
-    optimizer = None                                     # its state may be larger than the model
-    if not cfg["eval_only"]:
-        shard.warm_up(model, cfg)
-        optimizer = make_optimizer(model, cfg)
+    model, optimizer = load_model(cfg, tokenizer)
     train_sampler = sampler.make_sampler(cfg, dataset)
 
     # evaluation
@@ -1021,10 +1002,9 @@ def setup(cfg, explicit):
     check_chat_options(explicit, state.has_chats)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
     validation_sets = group_by_label(cfg, data)
-    prompts = build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer)
+    prompts = build_prompts(cfg, model.cfg, validation_sets, stop_ids, tokenizer)
     if not cfg["eval_only"]:
         limit_prompts(cfg, dataset, total_steps, prompts)
-    token_bytes = tokenize_data.token_bytes(tokenizer)
 
     # resume
     if resume_path:
@@ -1032,26 +1012,34 @@ def setup(cfg, explicit):
         _, sampler_state = checkpoint.load_checkpoint(resume_path, model, optimizer)
         train_sampler.load_state_dict(sampler_state)
         continue_state(state, saved, is_own_checkpoint)
-        if is_rank0 and is_own_checkpoint and not cfg["eval_only"]:
-            checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
-    elif is_rank0 and cfg["resume"] == "never":
-        checkpoint.start_over(cfg["out_dir"])
 
     # the run's folder
-    is_continued = resume_path and not is_own_checkpoint and not cfg["eval_only"]
-    continued = checkpoint.run_folder(resume_path) if is_continued else None
-    logger = start_logging(cfg, explicit, state, continued)
+    logger = start_logging(cfg, explicit, state, resume_path, is_own_checkpoint)
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
     return Run(
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
-        token_bytes=token_bytes,
-        steps_per_epoch=steps_per_epoch, resume_path=resume_path, logger=logger, saver=saver,
-        lock=lock,
+        token_bytes=tokenize_data.token_bytes(tokenizer), steps_per_epoch=steps_per_epoch,
+        resume_path=resume_path, logger=logger, saver=saver, lock=lock,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
+
+
+def find_resume_point(cfg):
+    """Return (the checkpoint to resume from, is it one of the run in out_dir?, its state).
+
+    (None, False, None) for a new run. The same on all ranks.
+    """
+    shard.rank0_only(check_no_stop_file, cfg["out_dir"])
+    resume_path = shard.rank0_only(checkpoint.find_resume_point, cfg)
+    saved = checkpoint.read_state(resume_path) if resume_path else None
+    is_own_checkpoint = bool(saved) and checkpoint.is_inside(resume_path, cfg["out_dir"])
+    if cfg["eval_only"]:
+        step = saved["step"] if saved else 0
+        shard.rank0_only(check_keeps_records, cfg["out_dir"], resume_path, is_own_checkpoint, step)
+    return resume_path, is_own_checkpoint, saved
 
 
 def check_no_stop_file(out_dir):
@@ -1061,16 +1049,18 @@ def check_no_stop_file(out_dir):
         raise configs.UserError(f"out_dir: {path} exists, so nothing is trained; remove the file")
 
 
-def check_keeps_records(out_dir, resume_path, is_own_checkpoint):
-    """Raise UserError if eval_only would delete records: those of steps that are not resumed."""
-    newest = checkpoint.list_checkpoints(out_dir)[-1:]
-    if is_own_checkpoint and Path(resume_path).resolve() != newest[0].resolve():
-        raise configs.UserError(f"resume: {resume_path} is not the newest checkpoint in {out_dir}; "
-                                "out_dir=NEW evaluates it in another folder")
-    is_trained = any("loss" in record for record in log.read(out_dir))
-    if is_trained and not is_own_checkpoint:
-        raise configs.UserError(f"out_dir: {out_dir} has the records of a run; out_dir=NEW "
-                                "evaluates in another folder")
+def check_keeps_records(out_dir, resume_path, is_own_checkpoint, step):
+    """Raise UserError if eval_only would delete records: those of a run that is not resumed, and
+    evaluations of later steps than that of the checkpoint."""
+    if is_own_checkpoint:
+        newest = checkpoint.list_checkpoints(out_dir)[-1]
+        if Path(resume_path).resolve() != newest.resolve():
+            raise configs.UserError(f"resume: {resume_path} is not the newest checkpoint in "
+                                    f"{out_dir}; out_dir=NEW evaluates it in another folder")
+        return
+    if any("loss" in record or record["step"] > step for record in log.read(out_dir)):
+        raise configs.UserError(f"out_dir: {out_dir} has the records of a run or of later steps; "
+                                "out_dir=NEW evaluates in another folder")
 
 
 def check_chat_options(explicit, has_chats):
@@ -1145,10 +1135,34 @@ def check_registered_names(cfg):
             raise configs.UserError(f"{key}: must be one of {', '.join(registered)}; got {name}")
 
 
-def choose_dtype(cfg):
-    """`dtype: auto` is resolved once, on rank 0 of the first start; resumed runs keep it."""
+def choose_dtype(cfg, saved):
+    """`dtype: auto` is resolved once, on rank 0 of the first start; resumed runs keep it.
+
+    saved  the state of the checkpoint, or None
+    """
+    if saved and cfg["dtype"] == "auto":
+        return saved["dtype"]
     _, dtype = shard.pick_device(cfg)
     return str(dtype).removeprefix("torch.")
+
+
+def load_model(cfg, tokenizer):
+    """Return (model, optimizer) before the first step. With eval_only the optimizer is None.
+
+    Raises UserError if tokenizer, lengths or the reference model don't fit the model.
+    """
+    model_cfg, read_slice = resolve_model(cfg, tokenizer)
+    model = shard.parallelize(transformer.build_on_meta(model_cfg), cfg, read_slice)
+    if "reference_logits" in model.loss_inputs:
+        # in a list: as an attribute, it would be a submodule, trained and saved with the model
+        model.references.append(load_reference(cfg, model_cfg))
+    elif cfg["reference_model"]:
+        raise configs.UserError(f"reference_model: has no effect with model.loss="
+                                f"{model_cfg['loss']}, which compares with no model; remove it")
+    if cfg["eval_only"]:
+        return model, None                               # its state may be larger than the model
+    shard.warm_up(model, cfg)
+    return model, make_optimizer(model, cfg)
 
 
 def resolve_model(cfg, tokenizer):
@@ -1333,17 +1347,28 @@ def continue_state(state, saved, is_own_checkpoint):
         state.changes = [*saved["changes"], {"step": state.step, "what": changed}]
 
 
-def start_logging(cfg, explicit, state, continued=None):
-    """Return the logger of this rank. Rank 0 also writes config.yaml and code/.
+def start_logging(cfg, explicit, state, resume_path, is_own_checkpoint):
+    """Prepare out_dir for this start, and return the logger of this rank.
 
-    continued  the folder of the run that this one continues in a new folder, or None
+    Rank 0 deletes what is not resumed, and writes config.yaml and code/. With eval_only it does so
+    only in a folder without checkpoints.
     """
     if shard.rank() > 0:
         return log.NullLogger()
+    continued = None                                     # the folder of another run
+    if cfg["eval_only"]:
+        is_written = not checkpoint.list_checkpoints(cfg["out_dir"])
+    else:
+        is_written = True
+        if is_own_checkpoint:
+            checkpoint.delete_later_checkpoints(cfg["out_dir"], state.step)
+        elif resume_path:
+            continued = checkpoint.run_folder(resume_path)
+        elif cfg["resume"] == "never":
+            checkpoint.start_over(cfg["out_dir"])
     logger = log.Logger(cfg, state.total_steps, state.step, state.seconds, continued, explicit,
                         state.git)
-    is_evaluated = cfg["eval_only"] and checkpoint.list_checkpoints(cfg["out_dir"])
-    if not is_evaluated:                                 # the folder is that of another command
+    if is_written:
         write_run_folder(cfg, explicit, state)
     return logger
 
@@ -1427,41 +1452,45 @@ def train(run):
                 run.sampler.update(*gather_document_stats(document_stats))
                 next_batch = loader.submit(load_step, run, step + 1)
 
-            # a non-finite step made no update
-            is_overflow = adjust_loss_scale(state, loss, is_finite)
-            if is_finite:
-                state.consecutive_skips = 0
-            else:
-                state.skipped_steps += 1
-            if is_overflow:
-                run.logger.print(f"step {state.step:,}: a gradient overflows float16, so no "
-                                 f"update; the loss scale is now {state.loss_scale:g}")
-            elif not is_finite:
-                state.consecutive_skips += 1
-                report_non_finite(run, loss, grad_norm, document_stats)
-
-            # log
+            count_skips(run, loss, grad_norm, is_finite, document_stats)
             with meter.waiting("ranks"):
                 poll_stop(run)
             meter.tokens += info["tokens"]
             if is_due(run, "log_every"):
                 log_step(run, info, loss, lr, grad_norm)
                 meter.start_interval()
-
-            # save, before an evaluation that may fail or be interrupted
-            evaluating = bool(run.validation_sets) and is_due(run, "eval_every")
-            # after a signal, save and exit at once; the resumed run evaluates
-            evaluating = evaluating and not run.stop_signal
-            if is_save_due(run) or (evaluating and cfg["best"]):
-                save(run)
-
-            # evaluate
-            if evaluating:
-                with meter.waiting("evaluation"):        # throughput is of training
-                    evaluate(run)
-                    run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
-                    poll_signals(run)                    # one may have arrived meanwhile
+            save_and_evaluate(run)
             meter.end_step(state.step)
+
+
+def count_skips(run, loss, grad_norm, is_finite, document_stats):
+    """Count and report steps without an update: their loss or gradient was not finite."""
+    state = run.state
+    is_overflow = adjust_loss_scale(state, loss, is_finite)
+    if is_finite:
+        state.consecutive_skips = 0
+        return
+    state.skipped_steps += 1
+    if is_overflow:
+        run.logger.print(f"step {state.step:,}: a gradient overflows float16, so no "
+                         f"update; the loss scale is now {state.loss_scale:g}")
+        return
+    state.consecutive_skips += 1
+    report_non_finite(run, loss, grad_norm, document_stats)
+
+
+def save_and_evaluate(run):
+    """Do what is due after a step. Saves before an evaluation that may fail or be interrupted."""
+    # after a signal, save and exit at once; the resumed run evaluates
+    is_evaluating = (bool(run.validation_sets) and is_due(run, "eval_every")
+                     and not run.stop_signal)
+    if is_save_due(run) or (is_evaluating and run.cfg["best"]):
+        save(run)
+    if is_evaluating:
+        with run.meter.waiting("evaluation"):            # throughput is of training
+            evaluate(run)
+            run.out_of_patience = shard.rank0_only(is_out_of_patience, run)
+            poll_signals(run)                            # one may have arrived meanwhile
 
 
 def poll_stop(run):

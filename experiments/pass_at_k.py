@@ -34,13 +34,16 @@ def estimate(n, c, k):
 
 def pass_at_k(run, prompts):
     """The mean of pass@k over prompts: [(prompt ids, reference ids)]. On every rank the same."""
+    eval_answer = run.cfg["eval_answer"]
     n_right = np.zeros(len(prompts), int)
     for sample in range(N_SAMPLES):
         seed = int(sampler.hash_key(run.cfg["seed"], run.state.step, sample))
         answers = train.generate_answers(run, prompts, seed, temperature=TEMPERATURE)
         if run.stop_signal:                              # answers are missing; nothing is logged
             return math.nan
-        n_right += [train.exact_match(answer, reference) for _, answer, reference in answers]
+        for i, (_, answer, reference) in enumerate(answers):
+            parts = [train.compared_part(text, eval_answer) for text in (answer, reference)]
+            n_right[i] += train.exact_match(*parts)
     return float(np.mean([estimate(N_SAMPLES, c, K) for c in n_right.tolist()]))
 
 

@@ -131,11 +131,16 @@ def test_eval_only_of_an_older_checkpoint_takes_another_folder(learned, tmp_path
         [record] = log.read(new)
         assert record["step"] == 40 and record["val/chats/loss"] > 0
     assert not (new / "checkpoints").exists() and not (new / "hf").exists()
+    two = ["eval_only=true", f"out_dir={tmp_path / 'two'}"]
+    main(configs.load([*keys, f"resume={out}/checkpoints/00000060", *two]))
+    with pytest.raises(configs.UserError, match="two has the records of a run or of later steps"):
+        main(configs.load([*keys, older, *two]))
+    assert [record["step"] for record in log.read(tmp_path / "two")] == [60]
 
 
 def test_eval_only_keeps_the_records_of_a_run_without_checkpoints(tiny):
     main(tiny("max_steps=2", "checkpoint.save_final=false"))
-    with pytest.raises(configs.UserError, match="has the records of a run; out_dir=NEW"):
+    with pytest.raises(configs.UserError, match="has the records of a run .* out_dir=NEW"):
         main(tiny("max_steps=2", "checkpoint.save_final=false", "eval_only=true"))
 
 

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import resource
 import signal
 import struct
 import sys
@@ -121,6 +122,22 @@ def test_logger_continues_on_a_full_disk(tmp_path, capsys):
     logger.file = file                                       # somebody has made room
     logger.validation({"step": 3, "val/x/loss": 1.0})
     assert [record["step"] for record in log.read(tmp_path)] == [1, 2, 3]
+
+
+def test_logger_writes_whole_evaluations_or_none(tmp_path):
+    """A disk that fills up in the middle of a line leaves no part of it, which read() would refuse."""
+    logger = log.Logger(load_config(tmp_path), 3)
+    answers = {"x": [{"prompt": "p" * 5000, "answer": "", "reference": ""}]}
+    logger.validation({"step": 1, "val/x/loss": 3.0}, answers)
+    size = (tmp_path / "evaluations.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, limits[1]))
+    try:
+        logger.validation({"step": 2, "val/x/loss": 2.0}, answers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    logger.validation({"step": 3, "val/x/loss": 1.0}, answers)
+    assert [line["step"] for line in log.read(tmp_path, "evaluations.jsonl")] == [1, 3]
 
 
 def test_logger_names_out_dir_that_cannot_be_created(tmp_path):

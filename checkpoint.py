@@ -1181,7 +1181,7 @@ def write_card(folder, path, state, model_cfg, lora_r=0, hub_id="", is_adapter=F
 
 
 def base_metadata(init_from):
-    """The part of a card's header that its base decides: base_model and license, where known.
+    """The part of a card's header that comes from its base: base_model and license, where known.
 
     A base that is not on the hub passes on the base_model of its own card.
     """
@@ -1217,7 +1217,7 @@ def card_title(model_cfg, base):
 
 
 def describe_sources(cfg, data):
-    """What a card says of training sources, for state.json: {name: {"documents", "tokens",
+    """The training sources, for state.json and model cards: {name: {"documents", "tokens",
     "dataset"}}, where dataset is an id on the hub, or "" for local files.
 
     data  {name: Tokens}

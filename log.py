@@ -580,7 +580,7 @@ def format_duration(seconds):
 
 
 # --------------------------------------------------------------------------------------------------
-# the progress of what takes long, on stderr
+# the progress of long operations, on stderr
 
 SECONDS_PER_LINE = 30.0
 BAR_DELAY = 1.0              # seconds
@@ -602,8 +602,8 @@ def progress(iterable, what, total=None):
 class ProgressBar:
     """On a terminal a tqdm bar, elsewhere a line every 30 s; on rank 0 only.
 
-    Both show rate and time left. Nothing is shown of what takes less than a second, and nothing of
-    the bar is left at the end.
+    Both show rate and time left. An operation of less than a second shows nothing, and the bar is
+    removed at the end.
 
     what     a verb and its object, e.g. "export out/ft/hf"
     total    number of units; None: not known
@@ -759,7 +759,7 @@ class Meter:
         self.start()
 
     def start(self):
-        """Training starts, or goes on after something that is no part of it."""
+        """Training starts, or resumes after something that is not counted."""
         self.start_interval()
         self.start_step()
 
@@ -811,7 +811,7 @@ class Stopwatch:
 
 
 def compare_ranks(by_rank, slowest):
-    """What a record says about memory and waiting -> ({key: number}, text about a slow step or "").
+    """The part of a record about memory and waiting, and a text about a slow step or "".
 
     by_rank  for each rank [peak_memory(), *Meter.numbers()]
     slowest  rank 0's Meter.slowest
@@ -967,9 +967,9 @@ def describe_length(run):
                for tokens in sources.values()]
     length = n_documents @ lengths / n_documents.sum()
     batch_size = min(cfg["batch_size"], int(n_documents.sum()))
-    all_there_are = ""
+    note = ""
     if batch_size < cfg["batch_size"]:
-        all_there_are = f" (batch_size is {cfg['batch_size']:,}, more than there are)"
+        note = f" (batch_size is {cfg['batch_size']:,}, more than there are)"
     per_step = batch_size * length
     world_size = shard.world_size()
     n_micro_batches = math.ceil(per_step / cfg["micro_tokens"] / world_size)
@@ -978,7 +978,7 @@ def describe_length(run):
     total_steps = run.state.total_steps
     epochs = total_steps / run.steps_per_epoch
     return [
-        f"step      {batch_size:,} documents{all_there_are} x ~{length:,.0f} tokens = "
+        f"step      {batch_size:,} documents{note} x ~{length:,.0f} tokens = "
         f"{per_step:,.0f} tokens, in {micro_batches} of at most {cfg['micro_tokens']:,} "
         f"tokens{each}",
         f"run       {n_documents.sum():,} documents / {batch_size:,} = "

@@ -1939,7 +1939,7 @@ class HFTokenizer(BaseTokenizer):
 def token_bytes(tok):
     """The bytes of text that each token stands for: int64 [V]; 0 for control tokens.
 
-    0 for all if the vocabulary does not tell, as that of WordPiece.
+    0 for all if the vocabulary does not determine them, as that of WordPiece.
     """
     if isinstance(tok, Tokenizer):
         lengths = tok.token_lengths.copy()

@@ -170,7 +170,7 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
 class LowPrecisionAdamW:
     """AdamW (arXiv:1711.05101) whose weights or moments are bf16, computed in fp32.
 
-    What is stored in bf16 is rounded stochastically (arXiv:2010.06192): a change that is smaller
+    Numbers stored in bf16 are rounded stochastically (arXiv:2010.06192): a change that is smaller
     than the distance of two bf16 numbers, as most updates are, is made with a probability that
     makes it right on average. The random bits are a hash of seed, update, parameter, row and
     column, so that they do not depend on ranks or on resuming.
@@ -690,8 +690,8 @@ METRICS = {"exact_match": exact_match}
 EVALUATIONS = {}
 PACK_TOGETHER = 1024                      # validation documents packed at once: bounds host memory
 PROMPTS_PER_RANK = 64                     # prompts that a rank answers at once
-# A generated token takes about as long as so many trained ones: 9 with 10M parameters on a CPU,
-# from 64 prompts at once
+# A generated token takes about as long as this many trained ones: 9 with 10M parameters on a CPU
+# and 64 prompts at once
 GENERATION_COST = 10
 
 
@@ -846,7 +846,7 @@ def generate_answers(run, prompts, seed=0, **sampling):
 
 
 def keep_generating(run, bar, unfinished):
-    """Has any rank an unfinished answer, and none a signal? All ranks ask after each token.
+    """Does a rank have an unfinished answer, and none a signal? A collective, after each token.
 
     unfinished  [bool], one per prompt of this rank
     """
@@ -892,14 +892,14 @@ class TrainState:
     seconds: float                # wall-clock seconds after setup, evaluations included, summed
                                   # over the starts of the run (the first and every resume)
     skipped_steps: int            # steps without an update: loss or gradient was not finite
-    consecutive_skips: int        # of them, those since the last update; without halved loss scales
+    consecutive_skips: int        # of them, since the last update; not overflows of float16
     loss_scale: float             # of the next step; 1 unless dtype is float16
     good_steps: int               # updates since the loss scale has changed or a step was skipped
     dtype: str                    # of the computation, chosen at the first start
     has_chats: bool               # the export gets the chat template
     config: dict                  # the keys that files and command line set
     data: dict                    # {source: fingerprints of its files, tokenizer and template}
-    sources: dict                 # what a model card says of them: checkpoint.describe_sources
+    sources: dict                 # for the model card, see checkpoint.describe_sources
     base: dict                    # {key: hashes of the files of a pretrained model}
     code: dict                    # {file: hash} of the scripts that run
     git: str | None               # git describe
@@ -978,7 +978,7 @@ def setup(cfg, explicit):
     shard.mesh_sizes(cfg, shard.world_size())            # raises UserError for an impossible mesh
     shard.set_threads()
     lock = checkpoint.lock_folder(cfg["out_dir"]) if is_rank0 else None
-    resume_path, is_own_checkpoint, saved = find_resume_point(cfg)
+    resume_path, is_own_checkpoint, saved = read_resume_point(cfg)
     base = shard.rank0_only(checkpoint.base_hashes, cfg)
     if saved:
         checkpoint.check_same_base(saved, base, cfg)
@@ -1027,7 +1027,7 @@ def setup(cfg, explicit):
         saved_step=state.step if is_own_checkpoint else -1)
 
 
-def find_resume_point(cfg):
+def read_resume_point(cfg):
     """Return (the checkpoint to resume from, is it one of the run in out_dir?, its state).
 
     (None, False, None) for a new run. The same on all ranks.
@@ -1043,7 +1043,7 @@ def find_resume_point(cfg):
 
 
 def check_no_stop_file(out_dir):
-    """Raise UserError if someone has asked this run to stop before it starts."""
+    """Raise UserError if out_dir/STOP exists before the run starts."""
     path = stop_file(out_dir)
     if path.exists():
         raise configs.UserError(f"out_dir: {path} exists, so nothing is trained; remove the file")
@@ -1536,7 +1536,7 @@ def is_due(run, key):
 
 
 def is_save_due(run):
-    """Is a checkpoint due after this step? After the last one, save_final decides."""
+    """Is a checkpoint due after this step? After the last one, it is if save_final is set."""
     if run.is_complete():
         return run.cfg["checkpoint"]["save_final"]
     keep_every = run.cfg["checkpoint"]["keep_every"]
@@ -1544,7 +1544,7 @@ def is_save_due(run):
 
 
 def saves_at_stop(cfg):
-    """Is a run saved when it is stopped? Not if no checkpoints at all were asked for."""
+    """Is a run saved when it is stopped? Not if the config turns all checkpoints off."""
     section = cfg["checkpoint"]
     return any([cfg["save_every"], cfg["best"], section["save_final"], section["keep_every"]])
 

@@ -912,6 +912,17 @@ def test_write_card_of_an_adapter(tiny, base, tmp_path):
     assert names["model"].active_adapter == "default"
 
 
+def test_write_card_of_an_adapter_that_is_continued(tiny, base, tmp_path):
+    """The adapter gives the rank, which is not among the keys that were set."""
+    keys = [f"model.init_from={base}", "checkpoint.export=true", "max_steps=1", "eval_every=0"]
+    loaded = from_base(tiny, *keys, "shard.lora.r=2")
+    run(loaded)
+    adapter = Path(loaded[0]["out_dir"]) / "adapter"
+    run(from_base(tiny, *keys, f"shard.lora.init_from={adapter}", f"out_dir={tmp_path / 'next'}"))
+    for folder in ("adapter", "hf"):
+        assert "with LoRA of rank 2" in read_card(tmp_path / "next" / folder)[1]
+
+
 def test_base_metadata_of_folders_and_of_the_hubs_cache(tmp_path):
     cache = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B" / "snapshots" / "abc"
     cache.mkdir(parents=True)

@@ -1,5 +1,5 @@
 """experiments/: lion.py, dpo.py and pass_at_k.py. tests/test_experiments.py starts every experiment."""
-import itertools, json, math, shutil
+import itertools, json, math, shutil, types
 
 import numpy as np
 import pytest
@@ -310,6 +310,16 @@ def test_pass_at_k_is_logged_and_decides_about_the_best_checkpoint_on_one_rank_a
         assert int(best) == 20 * int(np.argmax(values))
         values_by_ranks.append(values)
     assert values_by_ranks[1] == pytest.approx(values_by_ranks[0], abs=0.1)       # rounding may tip a token
+
+
+def test_pass_at_k_compares_what_eval_answer_selects(experiment, monkeypatch):
+    """Of two prompts one has the right last line in half of its 8 samples, the other in none."""
+    module = experiment("pass_at_k")
+    samples = iter([[("", f"x\n{i % 2}", "y\n1"), ("", "x\n1", "y\n2")] for i in range(8)])
+    monkeypatch.setattr(train, "generate_answers", lambda *args, **options: next(samples))
+    cfg = {"seed": 0, "eval_answer": "last_line"}
+    run = types.SimpleNamespace(cfg=cfg, state=types.SimpleNamespace(step=1), stop_signal=0)
+    assert module.pass_at_k(run, [None, None]) == pytest.approx((1 - 1 / 70) / 2)
 
 
 def test_best_names_evaluations_among_the_logged_numbers(experiment, two_answers, tmp_path):

@@ -1050,17 +1050,16 @@ def check_no_stop_file(out_dir):
 
 
 def check_keeps_records(out_dir, resume_path, is_own_checkpoint, step):
-    """Raise UserError if eval_only would delete records: those of a run that is not resumed, and
-    evaluations of later steps than that of the checkpoint."""
-    if is_own_checkpoint:
-        newest = checkpoint.list_checkpoints(out_dir)[-1]
-        if Path(resume_path).resolve() != newest.resolve():
-            raise configs.UserError(f"resume: {resume_path} is not the newest checkpoint in "
-                                    f"{out_dir}; out_dir=NEW evaluates it in another folder")
-        return
-    if any("loss" in record or record["step"] > step for record in log.read(out_dir)):
-        raise configs.UserError(f"out_dir: {out_dir} has the records of a run or of later steps; "
-                                "out_dir=NEW evaluates in another folder")
+    """Raise UserError if eval_only would delete records in out_dir.
+
+    Those of later steps than that of the checkpoint, and those of a run that is not resumed.
+    """
+    for record in log.read(out_dir):
+        if record["step"] > step or ("loss" in record and not is_own_checkpoint):
+            resume = f"resume={resume_path} " if is_own_checkpoint else ""
+            raise configs.UserError(f"out_dir: {out_dir} has records that an evaluation of step "
+                                    f"{step:,} would delete; {resume}out_dir=NEW evaluates in "
+                                    "another folder")
 
 
 def check_chat_options(explicit, has_chats):

@@ -123,7 +123,7 @@ def test_eval_only_of_an_older_checkpoint_takes_another_folder(learned, tmp_path
     out, keys = learned
     older = f"resume={out}/checkpoints/00000040"
     before = (out / "metrics.jsonl").read_text()
-    with pytest.raises(configs.UserError, match="00000040 is not the newest .* out_dir=NEW"):
+    with pytest.raises(configs.UserError, match="of step 40 would delete; resume=.*00000040 out_dir=NEW"):
         main(configs.load([*keys, older, "eval_only=true"]))
     assert (out / "metrics.jsonl").read_text() == before
     for _ in range(2):                                   # the same command again works, too
@@ -133,15 +133,18 @@ def test_eval_only_of_an_older_checkpoint_takes_another_folder(learned, tmp_path
     assert not (new / "checkpoints").exists() and not (new / "hf").exists()
     two = ["eval_only=true", f"out_dir={tmp_path / 'two'}"]
     main(configs.load([*keys, f"resume={out}/checkpoints/00000060", *two]))
-    with pytest.raises(configs.UserError, match="two has the records of a run or of later steps"):
+    with pytest.raises(configs.UserError, match="two has records .* of step 40 would delete; out_dir=NEW"):
         main(configs.load([*keys, older, *two]))
     assert [record["step"] for record in log.read(tmp_path / "two")] == [60]
 
 
-def test_eval_only_keeps_the_records_of_a_run_without_checkpoints(tiny):
-    main(tiny("max_steps=2", "checkpoint.save_final=false"))
-    with pytest.raises(configs.UserError, match="has the records of a run .* out_dir=NEW"):
-        main(tiny("max_steps=2", "checkpoint.save_final=false", "eval_only=true"))
+@pytest.mark.parametrize("save_every, hint", [(0, "out_dir=NEW"), (2, "resume=.*00000002 out_dir=NEW")])
+def test_eval_only_keeps_the_records_of_steps_that_were_not_saved(tiny, save_every, hint):
+    keys = ["max_steps=3", f"save_every={save_every}", "checkpoint.save_final=false"]
+    out = main(tiny(*keys))
+    with pytest.raises(configs.UserError, match=f"of step {save_every} would delete; {hint}"):
+        main(tiny(*keys, "eval_only=true"))
+    assert log.read(out)[-1]["step"] == 3
 
 
 def test_eval_only_of_a_model_needs_no_training_data(learned, tmp_path, capsys):

@@ -326,7 +326,8 @@ class Tracker:
         self.state["id"] = backend.id
         for kind in ("train", "validation"):
             self.state[kind] = min(self.state[kind], backend.last_step)
-        if self.arguments[0].get("eval_only"):   # the evaluation of the last step is a new one
+        cfg, _ = self.arguments
+        if cfg["eval_only"]:                     # the evaluation of the last step is a new one
             last_step = self.about["last_step"]
             self.state["validation"] = min(self.state["validation"], last_step - 1)
         self.backend = backend

@@ -1463,7 +1463,7 @@ def train(run):
 
 
 def count_skips(run, loss, grad_norm, is_finite, document_stats):
-    """Count and report steps without an update: their loss or gradient was not finite."""
+    """Adjust the loss scale, and count and report a step whose loss or gradient is not finite."""
     state = run.state
     is_overflow = adjust_loss_scale(state, loss, is_finite)
     if is_finite:
@@ -1695,9 +1695,7 @@ def stop_reason(run):
 
 
 def exit_stopped(run):
-    run.logger.close("killed")
-    if shard.rank() == 0:
-        stop_file(run.cfg["out_dir"]).unlink(missing_ok=True)
+    close(run, "killed")
     sys.exit(0 if run.stop_signal == STOP_FILE else 128 + run.stop_signal)
 
 
@@ -1713,10 +1711,16 @@ def finish(run):
     if cfg["checkpoint"]["export"]:
         shard.rank0_only(export, run)
     if shard.rank() == 0:
-        stop_file(cfg["out_dir"]).unlink(missing_ok=True)    # created after the last step
         for line in log.final_summary(run):
             run.logger.print(line)
-    run.logger.close()
+    close(run)
+
+
+def close(run, status="finished"):
+    """Close the logger, and remove out_dir/STOP, also if it was created after the last poll."""
+    run.logger.close(status)
+    if shard.rank() == 0:
+        stop_file(run.cfg["out_dir"]).unlink(missing_ok=True)
 
 
 def export(run):
@@ -1766,7 +1770,7 @@ def evaluate_only(run):
     answers = f", the answers in {out_dir / 'evaluations.jsonl'}" if run.answers else ""
     run.logger.print(f"step {run.state.step:,} evaluated; the record is in "
                      f"{out_dir / 'metrics.jsonl'}{answers}")
-    run.logger.close()
+    close(run)
 
 
 def cli(argv=None):

@@ -374,6 +374,15 @@ def test_setup_refuses_to_start_while_there_is_a_stop_file(tiny):
         main(tiny())
 
 
+def test_stop_file_that_comes_too_late_is_removed(learned, monkeypatch):
+    """It would refuse the next start."""
+    out, keys = learned
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda run: (evaluate(run), (out / "STOP").touch()))
+    main(configs.load([*keys, "eval_only=true"]))
+    assert not (out / "STOP").exists() and log.read(out)[-1]["step"] == 60
+
+
 def test_stop_file_ends_two_ranks_after_the_same_step(tiny, tmp_path):
     """Rank 0 alone looks for the file."""
     argv = configs_argv(tiny("max_steps=5000", "eval_every=0", "log_every=1"))

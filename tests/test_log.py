@@ -503,7 +503,7 @@ def test_tracker_pauses_after_a_slow_failure(tmp_path, monkeypatch):
             clock.now += 60 if self.calls == 1 else 0.1
             super().log(record)
     monkeypatch.setitem(log.BACKENDS, "slow", SlowBackend)
-    tracker = log.Tracker("slow", {}, tmp_path, {"last_step": -1}, [], {})
+    tracker = log.Tracker("slow", {"eval_only": False}, tmp_path, {"last_step": -1}, [], {})
     for step, second in enumerate((0, 100, 599, 601, 602), 1):           # fails until 60: a pause until 600
         clock.now = second
         tracker.log({"step": step}, {})

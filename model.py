@@ -1981,11 +1981,16 @@ def hf_config(m, source, dtype=""):
         config[hf_key] = supported_values[0]
     # 5) how rope is divided among positions of images, which those of text do not read
     if mrope:
-        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-        rope = {name: config.pop(name, None) for name in names}
-        scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
-        config["rope_parameters"] = mrope | rope | scaling
+        config["rope_parameters"] = mrope | pop_rope_parameters(config)
     return whole
+
+
+def pop_rope_parameters(config):
+    """Take the keys of rope out of a config.json, in place: one section rope_parameters."""
+    names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+    rope = {name: config.pop(name, None) for name in names}
+    scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
+    return rope | scaling
 
 
 def stored_dtype(folder):

@@ -1296,9 +1296,7 @@ def describe_status(run):
 # --------------------------------------------------------------------------------------------------
 # curves
 
-# the plot in the units of its SVG picture, which is scaled to the window
-WIDTH = 420
-HEIGHT = 210
+# borders of a plot in its SVG picture, which is scaled to the window
 LEFT = 56
 RIGHT = 400
 TOP = 8
@@ -1429,14 +1427,21 @@ def hover_columns(curves):
     marks_by_step = {}
     for curve in curves:
         for (step, value), (x, y) in zip(curve["points"], curve["pixels"]):
-            mark = {"x": x, "y": y, "curve": curve, "value": value}
+            text = f"{curve['label'][-50:]}: {format_value(value)}"
+            mark = {"x": x, "y": y, "color": curve["color"], "text": text}
             marks_by_step.setdefault(step, []).append(mark)
     steps = sorted(marks_by_step)
     xs = [marks_by_step[step][0]["x"] for step in steps]
     borders = [LEFT - 8, *[(a + b) / 2 for a, b in itertools.pairwise(xs)], RIGHT + 8]
-    return [{"step": step, "x": x, "left": left, "width": right - left,
-             "marks": marks_by_step[step], "is_left": x < (LEFT + RIGHT) / 2}
-            for step, x, left, right in zip(steps, xs, borders, borders[1:])]
+    columns = []
+    for step, x, left, right in zip(steps, xs, borders, borders[1:]):
+        marks = marks_by_step[step]
+        box_width = 8 + 6.2 * max(len(mark["text"]) for mark in marks)
+        columns.append({"step": step, "x": x, "left": left, "width": right - left, "marks": marks,
+                        "box_width": box_width,
+                        # in the other half of the plot
+                        "box_left": RIGHT - box_width if x < (LEFT + RIGHT) / 2 else LEFT})
+    return columns
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1477,7 +1482,7 @@ def config_rows(runs):
     defaults = configs.flat(configs.read_defaults()[0])
     rows = []
     for key in dict.fromkeys(key for run in runs for key in run.explicit):
-        values = [run.explicit.get(key, defaults.get(key)) for run in runs]
+        values = [run.explicit.get(key, defaults.get(key, "-")) for run in runs]
         texts = [value if isinstance(value, str) else configs.show(value) for value in values]
         is_shown = len(runs) == 1 or len(set(texts)) > 1
         if is_shown and key not in ("out_dir", "resume"):
@@ -1548,8 +1553,7 @@ def report(runs):
         samples=sample_answers(runs), times=[time_shares(run) for run in runs],
         documents=[(names, colored_spans(text)) for text, names in documents.items() if text],
         written=time.strftime("%Y-%m-%d %H:%M"),
-        n_colors=N_COLORS, width=WIDTH, height=HEIGHT, left=LEFT, right=RIGHT, top=TOP,
-        bottom=BOTTOM)
+        n_colors=N_COLORS, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -302,16 +302,16 @@ class MLP(nn.Module):
         return self.down_proj(h, seeds)
 
 
-def softcap(x, cap):
-    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
-    return cap * (x / cap).tanh()
-
-
 def make_mlp(m):
     if not m["n_experts"]:
         return MLP(m)
     from families import moe
     return moe.MixtureOfExperts(m)
+
+
+def softcap(x, cap):
+    """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * (x / cap).tanh()
 
 
 # model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],

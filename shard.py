@@ -874,6 +874,9 @@ def save_adapter(model, lora_cfg, folder, base):
         "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
     if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
         adapter_config["ensure_weight_tying"] = True
+    if "carried" in family:              # other parts of the model have modules of the same names
+        parts = "|".join(re.escape(prefix) for prefix in family["carried"])
+        adapter_config["exclude_modules"] = rf"(.*\.)?({parts}).*"
     config_file = folder / "adapter_config.json"
     transformer.write_json(config_file, adapter_config)
     transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)

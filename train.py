@@ -790,7 +790,7 @@ def validation_losses(run, dataset, bar):
             for name in sums:
                 sums[name] += stats[name].double().sum()
             byte_sum += sum_target_bytes(micro_batch, run.token_bytes)
-            bar.update(len(indices) / len(micro_batches))
+            bar.update(len(micro_batch["doc_ids"]) * shard.world_size())
             poll_signals(run)
             if run.stop_signal:
                 break
@@ -1642,6 +1642,7 @@ def finish_saving(run):
     Raises UserError if the last save failed.
     """
     step = run.state.step
+    run.state.seconds = run.seconds()
     written = run.saver.wait()                           # False if the last save failed on any rank
     is_wanted = run.cfg["checkpoint"]["save_final"] if run.is_complete() else saves_at_stop(run.cfg)
     if is_wanted and (not written or run.saved_step < step):

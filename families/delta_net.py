@@ -13,7 +13,7 @@ before it in its document; q and k have length 1. Letters, beside those of model
 
     Hk heads of queries and keys    Hv heads of values: each key head serves Hv / Hk of them
     Ek, Ev width of a head of keys, of values    W channels of the convolution: 2 Hk Ek + Hv Ev
-    n chunks of S tokens in d documents, which are padded to t tokens
+    n chunks of c tokens in each of d documents, which are padded to t tokens
 """
 import functools
 import math
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model as transformer
 
-CHUNK_SIZE = 64              # S, tokens
+CHUNK_SIZE = 64              # c. From 16 to 128, a block takes the same time (LOG.md, DeltaNet)
 
 
 class GatedDeltaNet(nn.Module):
@@ -84,8 +84,8 @@ class GatedDeltaNet(nn.Module):
         states = []
         for inputs in zip(layout.pad(qkv), layout.pad(g), layout.pad(beta)):       # [d, t, ...]
             if torch.is_grad_enabled():
-                # What is computed in here takes more memory than the rest of the block, and less
-                # time: it is computed again in the backward pass.
+                # Computed again in the backward pass: what is computed in here takes more memory
+                # than the rest of the block, and less time.
                 y, state = checkpoint(self.mix_documents, *inputs, weight,
                                       use_reentrant=False, preserve_rng_state=False)
             else:
@@ -105,7 +105,8 @@ class GatedDeltaNet(nn.Module):
         Padding leaves S as it is, because its g and beta are 0.
         """
         q, k, v = self.split_heads(self.activation(convolve(qkv.float(), weight)))
-        if qkv.is_cuda and qkv.dtype != torch.float32 and flash_kernel():
+        has_kernel = qkv.is_cuda and qkv.dtype != torch.float32 and flash_kernel()
+        if has_kernel and qkv.shape[1] > 0:
             q, k, v = [x.to(qkv.dtype) for x in (q, k, v)]
             return flash_kernel()(q, k, v, g, beta, output_final_state=True)
         y, states = chunked_delta_rule(q, k, v, g, beta)
@@ -170,11 +171,11 @@ def last_inputs(x, n, cu_seqlens):
 
 
 def split_chunks(x):                                                               # [d, t, Hv, ...]
-    """[d, Hv, n, S, ...], with zeros after the last token."""
+    """[d, Hv, n, c, ...], with zeros after the last token."""
     n = max(1, math.ceil(x.shape[1] / CHUNK_SIZE))
     n_missing = n * CHUNK_SIZE - x.shape[1]
     zeros = x.new_zeros(len(x), n_missing, *x.shape[2:])
-    x = torch.cat([x, zeros], 1).transpose(1, 2)                                 # [d, Hv, n S, ...]
+    x = torch.cat([x, zeros], 1).transpose(1, 2)                                 # [d, Hv, n c, ...]
     return x.unflatten(2, (n, CHUNK_SIZE)).contiguous()
 
 
@@ -196,14 +197,16 @@ def chunked_delta_rule(q, k, v, g, beta):
     _, t, _, Ek = k.shape
     Ev = v.shape[-1]
     q, k, v, g, beta = [split_chunks(x) for x in (q, k, v, g, beta)]
-    G = g.cumsum(-1)                                                               # [d, Hv, n, S]
-    is_later = torch.ones(CHUNK_SIZE, CHUNK_SIZE, dtype=torch.bool, device=q.device).triu(1)
+    ones = q.new_ones(CHUNK_SIZE, CHUNK_SIZE)
+    # g.cumsum(-1), which has no deterministic kernel on CUDA
+    G = g @ ones.triu()                                                            # [d, Hv, n, c]
+    is_later = ones.triu(1).bool()
     D = (G[..., :, None] - G[..., None, :]).masked_fill(is_later, -math.inf).exp()
-    since_start = G.exp()[..., None]                                              # [d, Hv, n, S, 1]
+    since_start = G.exp()[..., None]                                              # [d, Hv, n, c, 1]
     until_end = (G[..., -1:] - G).exp()[..., None]
     chunk_decay = since_start[..., -1:, :]                                        # [d, Hv, n, 1, 1]
 
-    k_T = k.transpose(-1, -2)                                                    # [d, Hv, n, Ek, S]
+    k_T = k.transpose(-1, -2)                                                    # [d, Hv, n, Ek, c]
     k_beta = k * beta[..., None]
     system = (k_beta @ k_T) * D                          # its diagonal is read as 1
     right_sides = torch.cat([v * beta[..., None], k_beta * since_start], -1)
@@ -215,11 +218,11 @@ def chunked_delta_rule(q, k, v, g, beta):
     written = []                                         # u of each chunk
     chunks = zip(*(x.unbind(2) for x in (values, keys, k * until_end, chunk_decay)))
     for values_c, keys_c, k_c, decay_c in chunks:
-        u = values_c - keys_c @ state                                              # [d, Hv, S, Ev]
+        u = values_c - keys_c @ state                                              # [d, Hv, c, Ev]
         states.append(state)
         written.append(u)
         state = state * decay_c + k_c.transpose(-1, -2) @ u
-    from_states = (q * since_start) @ torch.stack(states, 2)                     # [d, Hv, n, S, Ev]
+    from_states = (q * since_start) @ torch.stack(states, 2)                     # [d, Hv, n, c, Ev]
     from_chunk = ((q @ k_T) * D) @ torch.stack(written, 2)
     y = (from_states + from_chunk).flatten(2, 3)[:, :, :t] * Ek ** -0.5
     return y.transpose(1, 2), state

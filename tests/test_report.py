@@ -130,7 +130,7 @@ def test_report_shows_a_step_under_the_mouse(report_path, open_report):
     plot = find_plot(open_report(report_path), "Loss")
     column = plot.locator(".hover").nth(2)               # of the steps 0, 1, 2 and 3
     assert not column.locator("text").first.is_visible()
-    column.locator("rect").hover()
+    column.locator(".column").hover()
     assert column.locator("text").first.is_visible()
     step, *texts = column.locator("text").all_text_contents()
     assert step == "step 2"

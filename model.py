@@ -165,6 +165,8 @@ class Norm(nn.Module):
         if not x.is_cuda and not torch.compiler.is_compiling():
             # The same function with a faster backward pass. Not under torch.compile: torch 2.11
             # compiles CPURMSNorm without its gradients.
+            if self.offset:              # 1 + w in fp32, which CUDA's kernel does not take beside bf16
+                weight = self.weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 

@@ -874,6 +874,9 @@ def save_adapter(model, lora_cfg, folder, base):
         "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
     if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
         adapter_config["ensure_weight_tying"] = True
+    if "carried" in family:              # other parts of the model have modules of the same names
+        parts = "|".join(re.escape(prefix) for prefix in family["carried"])
+        adapter_config["exclude_modules"] = rf"(.*\.)?({parts}).*"
     config_file = folder / "adapter_config.json"
     transformer.write_json(config_file, adapter_config)
     transformer.write_safetensors(tensors, folder / "adapter_model.safetensors", config_file)
@@ -1428,7 +1431,7 @@ class StepSize:
         self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in model.blocks)
-        self.trains_router = model_cfg["n_experts"] and block.mlp.router.weight.requires_grad
+        self.measure_experts(block)
         self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(model_cfg).count("linear_attention")
@@ -1476,6 +1479,12 @@ class StepSize:
         self.block_bytes = self.element * self.block
         if self.is_quantized:
             self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
+
+    def measure_experts(self, block):
+        """Which weights of a mixture of experts have gradients, their own or of adapters?"""
+        if self.model_cfg["n_experts"]:
+            self.trains_router = block.mlp.router.weight.requires_grad
+            self.trains_experts = count_parameters(block.mlp.experts, trained=True) > 0
 
     def set_micro_tokens(self, micro_tokens):
         self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
@@ -1668,11 +1677,14 @@ def expert_activation_bytes(s):
     """What a mixture of experts keeps per token, see families/moe.py."""
     m = s.model_cfg
     k = m["n_experts_per_token"]
-    # a row per expert: its input and output, and those inside of its gated MLP
-    rows = k * s.element * (2 * m["d_model"] + 4 * m["d_expert"])
+    # a row per expert: its output, and three numbers of the gated MLP for their product; the inputs
+    # of the matrices only if these or their adapters are trained
+    rows = m["d_model"] + 3 * m["d_expert"]
+    if s.trains_experts:
+        rows += m["d_model"] + m["d_expert"]
     # The router: x in fp32, probabilities, five indices of each row
     router_input = 4 * m["d_model"] if s.trains_router and s.element < 4 else 0
-    return rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
+    return k * s.element * rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
 
 
 def loss_bytes(s):

@@ -45,13 +45,11 @@ ROPE_CONSTRAINTS = {
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
 
-# Model types that are not supported, and why
-VISION = "a vision tower; only models of text alone are trained"
+# Model types that are not supported, and what they have that is not computed
+PER_LAYER = "embeddings per block, and blocks that share keys and values"
 NOT_COMPUTED = {
-    "gemma3": VISION,
-    "gemma4": VISION,
-    "gemma4_text": "embeddings per block, and blocks that share keys and values",
-    "mistral3": VISION,
+    "gemma4": PER_LAYER,
+    "gemma4_text": PER_LAYER,
     "ministral3": "queries that are scaled by their position",
 }
 
@@ -76,7 +74,7 @@ def families():
             table[name][key] = {ours: items[ours] for ours in items if items[ours] is not None}
         if "rename" in family:
             for key in ("weights", "fused"):
-                table[name][key] = rename(table[name][key], *family["rename"])
+                table[name][key] = rename(table[name].get(key, {}), *family["rename"])
         table[name]["only"] = {}
         for key, values in family.get("only", {}).items():
             table[name]["only"][key] = values if isinstance(values, list) else [values]
@@ -267,7 +265,8 @@ def translate(hf_config, path):
     names = {family["model_type"]: name for name, family in families().items()}
     if model_type in NOT_COMPUTED:
         raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
-                                f"{NOT_COMPUTED[model_type]}")
+                                f"{NOT_COMPUTED[model_type]}; configs/families.yaml has the "
+                                "families that are")
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "
@@ -313,8 +312,9 @@ def text_section(hf_config, family, path):
     if not isinstance(section, dict):
         raise configs.UserError(f"{path}: {name} must be a section; got {section!r}")
     # the whole model reads one of them, its text part alone the other
-    tied = hf_config.get("tie_word_embeddings", False)
-    if section.get("tie_word_embeddings", False) != tied:
+    *_, default = family["keys"]["tie_embeddings"]
+    tied = hf_config.get("tie_word_embeddings", default)
+    if section.get("tie_word_embeddings", default) != tied:
         raise configs.UserError(f"{path}: {name}.tie_word_embeddings must be {configs.show(tied)}, "
                                 "as outside of that section")
     return section

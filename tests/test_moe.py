@@ -1,6 +1,7 @@
 """families/moe.py: routing, the loss that balances experts, adapters, quantization, optimizers."""
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,6 +309,7 @@ def test_a_run_with_experts_logs_their_load_and_exports(tiny, tmp_path, family):
     train.main(cfg, explicit)
     records = [record for record in log.read(cfg["out_dir"]) if "expert_load" in record]
     assert len(records) == 2 and all(1 <= record["expert_load"] <= 3 for record in records)
+    assert (Path(cfg["out_dir"]) / "code" / "families" / "moe.py").is_file()
     trained, m = M.load(cfg["out_dir"])
     before, _ = M.load(base)
     assert m["n_experts"] == 6

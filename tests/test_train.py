@@ -334,8 +334,8 @@ def test_export_ends_at_a_signal_and_is_made_by_the_next_start(tiny, monkeypatch
     out = Path(loaded[0]["out_dir"])
     real = M.save_pretrained
 
-    def interrupted(*args):
-        real(*args)
+    def interrupted(*args, **options):
+        real(*args, **options)
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(M, "save_pretrained", interrupted)

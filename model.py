@@ -1990,23 +1990,10 @@ def keep_mrope(config, source_rope):
     """
     mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
     if mrope:
-<<<<<<< HEAD
         names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
         rope = {name: config.pop(name) for name in names if name in config}
         scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
         config["rope_parameters"] = mrope | rope | scaling
-=======
-        config["rope_parameters"] = mrope | pop_rope_parameters(config)
-    return whole
->>>>>>> 4f22831cc10e2697369324eedb2932434864e0fe
-
-
-def pop_rope_parameters(config):
-    """Take the keys of rope out of a config.json, in place: one section rope_parameters."""
-    names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-    rope = {name: config.pop(name, None) for name in names}
-    scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
-    return rope | scaling
 
 
 def stored_dtype(folder):

@@ -1954,8 +1954,7 @@ def hf_config(m, source, dtype=""):
     if "section" in family:                              # below, config is that of the text part
         config = dict(whole.get(family["section"], {}))
         whole |= {family["section"]: config, "tie_word_embeddings": m["tie_embeddings"]}
-    mrope = {key: value for key, value in (config.get("rope_parameters") or {}).items()
-             if key.startswith("mrope")}
+    source_rope = config.get("rope_parameters") or {}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor", "quantization_config"):
@@ -1981,18 +1980,22 @@ def hf_config(m, source, dtype=""):
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
-    # 5) how rope is divided among positions of images, which those of text do not read
-    if mrope:
-        config["rope_parameters"] = mrope | pop_rope_parameters(config)
+    keep_mrope(config, source_rope)
     return whole
 
 
-def pop_rope_parameters(config):
-    """Take the keys of rope out of a config.json, in place: one section rope_parameters."""
-    names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-    rope = {name: config.pop(name, None) for name in names}
-    scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
-    return rope | scaling
+def keep_mrope(config, source_rope):
+    """Keep how a model divides rope among the positions of images, which a text does not have.
+
+    config       config.json, changed in place
+    source_rope  rope_parameters of the pretrained model
+    """
+    mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
+    if mrope:
+        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
+        rope = {name: config.pop(name) for name in names if name in config}
+        scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
+        config["rope_parameters"] = mrope | rope | scaling
 
 
 def stored_dtype(folder):

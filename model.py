@@ -165,7 +165,7 @@ class Norm(nn.Module):
         if not x.is_cuda and not torch.compiler.is_compiling():
             # The same function with a faster backward pass. Not under torch.compile: torch 2.11
             # compiles CPURMSNorm without its gradients.
-            if self.offset:              # 1 + w in fp32, which CUDA's kernel does not take beside bf16
+            if self.offset:              # 1 + w in fp32; CUDA's kernel takes one dtype
                 weight = self.weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
@@ -371,9 +371,9 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
-        use torch's random generator, not our seeds. If you change the scores or the probabilities in
-        padded_attention() in another way, return True here.
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout:
+        kernels use torch's random generator, not our seeds. If you change the scores or the
+        probabilities in padded_attention() in another way, return True here.
         """
         changes_probs = self.changes_scores or self.sinks is not None
         return changes_probs or (training and self.dropout > 0)
@@ -2177,8 +2177,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    # longrope rotates from the start as in the longest text that this can become: the angles of keys
-    # in the cache stay
+    # longrope rotates from the start as in the longest text that this can become, because the
+    # angles of keys in the cache stay
     document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
     batch["document_lengths"] = document_lengths[layout.sequences]
     if isinstance(seed, list):

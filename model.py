@@ -165,6 +165,8 @@ class Norm(nn.Module):
         if not x.is_cuda and not torch.compiler.is_compiling():
             # The same function with a faster backward pass. Not under torch.compile: torch 2.11
             # compiles CPURMSNorm without its gradients.
+            if self.offset:              # 1 + w in fp32; CUDA's kernel takes one dtype
+                weight = self.weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -369,9 +371,9 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
-        use torch's random generator, not our seeds. If you change the scores or the probabilities in
-        padded_attention() in another way, return True here.
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout:
+        kernels use torch's random generator, not our seeds. If you change the scores or the
+        probabilities in padded_attention() in another way, return True here.
         """
         changes_probs = self.changes_scores or self.sinks is not None
         return changes_probs or (training and self.dropout > 0)
@@ -1952,8 +1954,7 @@ def hf_config(m, source, dtype=""):
     if "section" in family:                              # below, config is that of the text part
         config = dict(whole.get(family["section"], {}))
         whole |= {family["section"]: config, "tie_word_embeddings": m["tie_embeddings"]}
-    mrope = {key: value for key, value in (config.get("rope_parameters") or {}).items()
-             if key.startswith("mrope")}
+    source_rope = config.get("rope_parameters") or {}
     # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
     for key in ("auto_map", "layer_types", "original_max_position_embeddings",
                 "partial_rotary_factor", "quantization_config"):
@@ -1979,13 +1980,22 @@ def hf_config(m, source, dtype=""):
     # 4) the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
-    # 5) how rope is divided among positions of images, which those of text do not read
+    keep_mrope(config, source_rope)
+    return whole
+
+
+def keep_mrope(config, source_rope):
+    """Keep how a model divides rope among the positions of images, which a text does not have.
+
+    config       config.json, changed in place
+    source_rope  rope_parameters of the pretrained model
+    """
+    mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
     if mrope:
         names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-        rope = {name: config.pop(name, None) for name in names}
-        scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
+        rope = {name: config.pop(name) for name in names if name in config}
+        scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
         config["rope_parameters"] = mrope | rope | scaling
-    return whole
 
 
 def stored_dtype(folder):
@@ -2167,8 +2177,8 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    # longrope rotates from the start as in the longest text that this can become: the angles of keys
-    # in the cache stay
+    # longrope rotates from the start as in the longest text that this can become, because the
+    # angles of keys in the cache stay
     document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
     batch["document_lengths"] = document_lengths[layout.sequences]
     if isinstance(seed, list):

@@ -775,6 +775,10 @@ def conditional_options(cfg):
                 "conv_kernel_dim"):
         yield (f"model.linear_{key}", "model.layer_types", has_linear,
                "without linear_attention in model.layer_types")
+    for key in ("n_experts_per_token", "d_expert", "norm_topk_prob", "swiglu_limit",
+                "router_aux_loss", "router_aux_loss_coef"):
+        yield (f"model.{key}", "model.n_experts", cfg["model"]["n_experts"],
+               "without experts; model.n_experts=8 makes eight per block")
     for key in ("init_std", "init_by_depth"):
         yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
                "with model.init_from, which has the weights")
@@ -919,6 +923,8 @@ def check_model(model_cfg):
         yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
                "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
         yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
+        yield (model_cfg["swiglu_limit"] is None or model_cfg["activation"] == "silu",
+               "model.activation", "silu with model.swiglu_limit, which computes that")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1220,6 +1220,34 @@ def test_new_weights_are_their_familys():
         assert float(block.mlp.down_proj.weight.detach().std()) == pytest.approx(m["init_std"] / narrower, rel=0.02)
 
 
+ROUNDED = {"gpt_oss": ["model.n_experts=4", "model.sliding_window=4"], "gemma2": [],
+           "nemotron": ["model.activation=relu2"],
+           "qwen3_5_text": ["model.layer_types=[linear_attention, full_attention]"]}
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_blocks_in_bf16_compute_with_rounded_weights(family):
+    """As FSDP gathers them, so that a sharded run computes what a replicated one does."""
+    m = configs.load([f"model.family={family}", "model.n_layers=2", "model.d_model=64", "model.n_heads=4",
+                      "model.vocab_size=101", "model.d_ff=64", *ROUNDED[family]])[0]["model"]
+    model = noisy(M.build(m)).eval()
+    model.dtype = torch.bfloat16
+    batch = row(documents(9, 30, 17))
+    with torch.no_grad():
+        x = model.hidden(batch)
+        for p in model.blocks.parameters():
+            p.copy_(p.bfloat16())
+        assert torch.equal(x, model.hidden(batch))
+
+
+def test_summary_has_a_part_for_every_parameter():
+    for family in ROUNDED:
+        m = configs.load([f"model.family={family}", "model.n_layers=2", "model.vocab_size=99", *ROUNDED[family]])[0]["model"]
+        names = dict(M.build_on_meta(m).named_parameters())
+        parts = {name: [part for part, pattern in M.SUMMARY_PARTS.items() if re.search(pattern, name)] for name in names}
+        assert all(len(found) == 1 for found in parts.values()), parts
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_cpu_rms_norm_equals_torch(dtype, tolerance):
     random = torch.Generator().manual_seed(0)

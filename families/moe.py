@@ -69,7 +69,7 @@ class ExpertLinear(transformer.Linear):
 class Experts(nn.Module):
     """The gated MLPs of a block: down(activation(gate(x)) * up(x)) of each row's expert.
 
-    With model.swiglu_limit, gpt-oss's variant (arXiv:2508.10925, section 2.2).
+    With model.swiglu_limit, gpt-oss's variant (arXiv:2508.10925).
     """
 
     def __init__(self, m):

@@ -607,7 +607,7 @@ SHAPES = {
 @pytest.mark.parametrize("ranks, mesh, shapes", [
     (1, [], list(SHAPES)), (2, [], ["narrow, many tokens", "bf16 state, fp32"]),
     (2, SHARD2, ["narrow, many tokens", "bf16", "lora, recompute", "lora, dropout, modules_to_save",
-                 "nf4", "frozen", "delta-net", "bf16 state, fp32"])],
+                 "nf4", "frozen", "delta-net", "bf16 state, fp32", "experts"])],
     ids=["1 rank", "replicated", "sharded"])
 def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, mesh, shapes):
     """The peak is that of a step. Loading takes the parameters, and a tensor or two more."""

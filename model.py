@@ -1450,10 +1450,14 @@ def slices_of_parameter(name, shapes, m):
         suffix = family.get("fused_suffixes", {}).get(kind, f".{kind}")
         tensor = f"{fused}{suffix}".replace("{i}", block)
         place = parts.index(module)
+        n = rows
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
+        if family.get("fused_by_head"):
+            n = m["head_dim"]
         # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
-        if family.get("fused_by_head") or family.get("fused_by_expert"):
-            n = m["head_dim"] if family.get("fused_by_head") else rows // m["n_experts"]
+        if family.get("fused_by_expert"):
+            n = rows // m["n_experts"]
+        if n < rows:
             first_rows = [(i * len(parts) + place) * n for i in range(rows // n)]
             return [(tensor, first, n) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v

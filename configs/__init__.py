@@ -917,6 +917,10 @@ def check_model(model_cfg):
            "false unless model.parallel_residual")
     yield (model_cfg["norm_place"] == "before" or not model_cfg["parallel_residual"],
            "model.norm_place", "before if model.parallel_residual")
+    yield (model_cfg["sliding_window"] is not None
+           or model_cfg["rope_local_theta"] in (None, model_cfg["rope_theta"]),
+           "model.sliding_window", "a number with model.rope_local_theta, that of blocks with a "
+           "window")
     yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
     if model_cfg["n_experts"]:

@@ -31,7 +31,7 @@ CHUNK_SIZE = 64              # c. From 16 to 128, a block takes the same time (L
 class GatedDeltaNet(nn.Module):
     """What a block has in the place of an Attention."""
 
-    is_local = False         # of the two kinds of rope it reads neither
+    is_local = False         # Transformer.rope() has two kinds; this reads neither
 
     def __init__(self, m):
         super().__init__()
@@ -92,7 +92,7 @@ class GatedDeltaNet(nn.Module):
                 y, state = self.mix_documents(*inputs, weight)
             outputs.append(y)
             states.append(state)
-        if layout.cache is not None:
+        if layout.cache is not None:                     # the groups have another order
             documents = [i for _, indices in layout.groups for i in indices]
             states = torch.cat(states)[torch.tensor(documents).argsort()]          # [D, Hv, Ek, Ev]
             inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
@@ -262,6 +262,7 @@ def flops_per_token(m):
 
 
 def sizes(m):
+    """Hv, Ek, Ev, W: see the top of the file."""
     Hv = m["linear_num_value_heads"]
     Ek = m["linear_key_head_dim"]
     Ev = m["linear_value_head_dim"]

@@ -1277,6 +1277,15 @@ def test_model_keys_are_refused_that_attention_cannot_compute():
             configs.load([f"model.{key}={value}"])
 
 
+def test_check_model_refuses_to_take_the_window_and_with_it_the_rope_theta_of_blocks(tmp_path):
+    """Without a window, all blocks of a Gemma 3 would rotate by the rope_theta of those without one."""
+    keys = SMALL | dict(model_type="gemma3_text", rope_theta=1e6)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert configs.load([f"model.init_from={tmp_path}"])[0]["model"]["rope_local_theta"] == 1e4
+    with pytest.raises(configs.UserError, match="model.sliding_window: must be a number with model.rope_local_theta"):
+        configs.load([f"model.init_from={tmp_path}", "model.sliding_window=null"])
+
+
 def test_rope_keeps_its_angles_alone_for_the_backward_pass():
     for dtype, part in ((torch.bfloat16, 1.0), (torch.float32, 0.5)):
         (cos, sin), kept = M.rope_freqs(torch.arange(30), M_TINY | {"partial_rotary_factor": part}), []

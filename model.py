@@ -1350,7 +1350,8 @@ def unpadded_rows(name, rows, m):
 # matrices that write to the residual stream
 RESIDUAL_MATRICES = ("attn.o_proj.weight", "attn.out_proj.weight", "down_proj.weight")
 # what a GatedDeltaNet has besides matrices
-DELTA_NET_PARAMETERS = ("attn.A_log", "attn.dt_bias", "attn.conv_weight", "attn.norm_weight")
+DELTA_NET_PARAMETERS = ("attn.decay.A_log", "attn.decay.dt_bias", "attn.conv_weight",
+                        "attn.norm_weight")
 
 
 class NewWeights:
@@ -2010,14 +2011,22 @@ def set_model_keys(config, m, family):
     # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
-    # how rope is divided among positions of images, which those of text do not read (Qwen3.5)
+    keep_mrope(config, source_rope)
+    return config
+
+
+def keep_mrope(config, source_rope):
+    """Keep how a model divides rope among the positions of images, which a text does not have.
+
+    config       config.json, changed in place
+    source_rope  rope_parameters of the pretrained model
+    """
     mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
     if mrope:
         names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
         rope = {name: config.pop(name, None) for name in names}
         scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
         config["rope_parameters"] = mrope | rope | scaling
-    return config
 
 
 def stored_dtype(folder):

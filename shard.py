@@ -1255,6 +1255,8 @@ def apply_fsdp(model, cfg, device, dtype):
     # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
     param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
     for block in model.blocks:
+        if hasattr(block.attn, "decay"):     # of families/delta_net.py: as stored, not in bf16
+            fully_shard(block.attn.decay, mesh=mesh, mp_policy=precision(param_dtype=None))
         fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=param_dtype),
                     reshard_after_forward=cfg["shard"]["reshard_after_forward"])
     fully_shard(model, mesh=mesh, mp_policy=precision(param_dtype=None))

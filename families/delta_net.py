@@ -52,8 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_b = transformer.Linear(C, Hv, bias=False)
         self.in_proj_a = transformer.Linear(C, Hv, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(W, 1, m["linear_conv_kernel_dim"]))
-        self.A_log = nn.Parameter(torch.empty(Hv))
-        self.dt_bias = nn.Parameter(torch.empty(Hv))
+        self.decay = Decay(Hv)
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.out_proj = transformer.Linear(value_width, C, bias=False)
 
@@ -61,22 +60,17 @@ class GatedDeltaNet(nn.Module):
         return False
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
-        """Return what mix() reads: qkv [T, W], and in fp32 g and beta [T, Hv]."""
-        qkv = self.in_proj_qkv(x, seeds)                                           # [T, W]
-        beta = self.in_proj_b(x, seeds).float().sigmoid()                          # [T, Hv]
-        # A step of size dt of S' = -A S. Like all weights, A_log and dt_bias are rounded to the
-        # compute dtype: FSDP casts the weights of a block when it gathers them.
-        A = self.A_log.to(x.dtype).float().exp()                                   # [Hv]
-        dt_bias = self.dt_bias.to(x.dtype).float()
-        dt = F.softplus(self.in_proj_a(x, seeds).float() + dt_bias)                # [T, Hv]
-        return qkv, -A * dt, beta
+        """Return what mix() reads: qkv [T, W], and a and b [T, Hv], for g and beta."""
+        return self.in_proj_qkv(x, seeds), self.in_proj_a(x, seeds), self.in_proj_b(x, seeds)
 
-    def mix(self, qkv, g, beta, layout, seeds=None):
+    def mix(self, qkv, a, b, layout, seeds=None):
         """The convolution and the delta rule within each document: y [T, Hv, Ev].
 
-        qkv, g, beta  what project() returns
-        layout        see model.attention(). In generation, a KVCache holds the states
+        qkv, a, b  what project() returns
+        layout     see model.attention(). In generation, a KVCache holds the states
         """
+        g = self.decay(a)                                                          # [T, Hv]
+        beta = b.float().sigmoid()                                                 # [T, Hv]
         weight = self.conv_weight[:, 0].to(qkv.dtype).float()                      # [W, kernel]
         if layout.is_decoding:
             return self.decode(qkv, g, beta, weight, layout.states)
@@ -146,6 +140,22 @@ class GatedDeltaNet(nn.Module):
         normalized = F.rms_norm(y.float(), weight.shape, weight, self.eps)
         gated = normalized * F.silu(z.float())
         return self.out_proj(gated.to(x.dtype).flatten(1), seeds)
+
+
+class Decay(nn.Module):
+    """g = -A dt, of a step of size dt of S' = -A S. In fp32: errors add up over a document.
+
+    A module of its own, because FSDP casts the other weights of a block to the compute dtype.
+    """
+
+    def __init__(self, n_heads):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(n_heads))
+
+    def forward(self, a):                                                          # [T, Hv]
+        dt = F.softplus(a.float() + self.dt_bias.float())
+        return -self.A_log.float().exp() * dt
 
 
 def unit_length(x):

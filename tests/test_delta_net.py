@@ -115,7 +115,7 @@ def test_new_weights_of_a_delta_net_have_decays_that_remember():
     """Norms multiply by 1; a token keeps between 0.2 and 0.999 of the state."""
     block = M.build(M_HYBRID | {"linear_num_value_heads": 64}).blocks[0]
     assert (block.norm1.weight == 0).all() and (block.attn.norm_weight == 1).all()
-    kept = (-block.attn.A_log.exp() * torch.nn.functional.softplus(block.attn.dt_bias)).exp()
+    kept = (-block.attn.decay.A_log.exp() * torch.nn.functional.softplus(block.attn.decay.dt_bias)).exp()
     assert 0.2 < kept.min() < 0.6 and 0.97 < kept.max() < 1
     assert 0.4 < block.attn.conv_weight.abs().max() < 0.5
 
@@ -328,7 +328,7 @@ def test_save_pretrained_keeps_the_decay_of_a_bf16_model_in_fp32(tmp_path):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     kept = {name for name, t in tensors.items() if t.dtype == torch.float32}
     assert kept == {"model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.norm.weight"}
-    assert torch.equal(tensors["model.layers.0.linear_attn.A_log"], model.blocks[0].attn.A_log)
+    assert torch.equal(tensors["model.layers.0.linear_attn.A_log"], model.blocks[0].attn.decay.A_log)
 
 
 def test_num_graphs_of_a_hybrid_model_does_not_grow_with_the_layers():

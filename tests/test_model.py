@@ -92,8 +92,9 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
              vocab_size=101, initializer_range=0.05, pad_token_id=None, bos_token_id=0, eos_token_id=0)
 YARN = dict(rope_type="yarn", factor=8.0, beta_fast=4.0, original_max_position_embeddings=64)
 GEMMA = SMALL | dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=19)
-QWEN3_5 = LLAMA | dict(num_hidden_layers=4, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-                       linear_key_head_dim=8, linear_value_head_dim=12)
+# the output of a delta net is normalized; where q and k are nearly orthogonal, a larger eps keeps rounding small
+QWEN3_5 = LLAMA | dict(num_hidden_layers=4, rms_norm_eps=1e-3, head_dim=16, linear_num_key_heads=2,
+                       linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12)
 # the loss that balances experts is compared by itself, in tests/test_moe.py
 EXPERTS = LLAMA | dict(num_experts_per_tok=3, router_aux_loss_coef=0.0)
 # as the table of docs/models.md has them -> (model_type, its config)
@@ -217,7 +218,10 @@ def loss_and_gradients(ours, m, theirs, folder):
 
 
 def bf16(ours, m, theirs, folder):
-    """How far bf16's logits are from fp32's, in parts of how far theirs are."""
+    """How far bf16's logits are from fp32's, in parts of how far theirs are, of the median token.
+
+    Not of the mean: where two experts are nearly equally probable, rounding chooses one of them.
+    """
     docs = documents(m["vocab_size"], 50, 9, seed=2)
     narrow = type(theirs)(theirs.config).to(torch.bfloat16).eval()
     narrow.load_state_dict({key: t.bfloat16() for key, t in theirs.state_dict().items()})
@@ -228,7 +232,8 @@ def bf16(ours, m, theirs, folder):
         got = ours.logits(M.pack_prompts(docs))
         ours.dtype = torch.float32
     assert got.dtype == torch.float32
-    return float((got - exact).abs().mean() / (want - exact).abs().mean())
+    error, their_error = ((logits - exact).abs().mean(1).median() for logits in (got, want))
+    return float(error / their_error)
 
 
 def greedy(ours, m, theirs, folder):
@@ -1235,8 +1240,9 @@ def test_blocks_in_bf16_compute_with_rounded_weights(family):
     batch = row(documents(9, 30, 17))
     with torch.no_grad():
         x = model.hidden(batch)
-        for p in model.blocks.parameters():
-            p.copy_(p.bfloat16())
+        for name, p in model.blocks.named_parameters():
+            if "attn.decay" not in name:                 # which is gathered in fp32
+                p.copy_(p.bfloat16())
         assert torch.equal(x, model.hidden(batch))
 
 

@@ -2024,8 +2024,8 @@ def keep_mrope(config, source_rope):
     mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
     if mrope:
         names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-        rope = {name: config.pop(name, None) for name in names}
-        scaling = rope.pop("rope_scaling") or {"rope_type": "default"}
+        rope = {name: config.pop(name) for name in names if name in config}
+        scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
         config["rope_parameters"] = mrope | rope | scaling
 
 
@@ -2212,10 +2212,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
     # already. So each sequence counts as long as it can become, from the start.
     final_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])          # [B]
     batch["document_lengths"] = final_lengths[layout.sequences]
-    if isinstance(seed, list):
-        generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
-    else:
-        generators = [torch.Generator(device=device).manual_seed(seed)] * len(prompts)
+    generators = random_generators(seed, len(prompts), device)
     logits = model.logits(batch, layout, last_tokens)                              # [B, V]
     unfinished = [True] * len(prompts)
     for n in range(max_tokens):
@@ -2232,6 +2229,13 @@ def generate(model, prompts, max_tokens=256, stop=(),
                  "document_lengths": final_lengths}
         logits = model.logits(batch, cache)
         cache.advance()
+
+
+def random_generators(seed, n, device):
+    """n random generators: one per seed of a list, or n times the same for an int."""
+    if isinstance(seed, list):
+        return [torch.Generator(device=device).manual_seed(s) for s in seed]
+    return [torch.Generator(device=device).manual_seed(seed)] * n
 
 
 def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):

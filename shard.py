@@ -1728,7 +1728,7 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.needs_cast and s.shards == 1:
             total += s.element * block_trained    # this block's weights, cast again
-    if s.linear_attention:    # its turn comes when the activations of the MLP are freed
+    if s.linear_attention:    # it runs after the activations of the MLP are freed
         from families import delta_net
         per_token = delta_net.backward_bytes(s.model_cfg)
         if not is_recomputed:

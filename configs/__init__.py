@@ -762,14 +762,22 @@ def conditional_options(cfg):
     yield ("shard.reshard_after_forward", "shard.mesh",
            mesh["replicate"] or (mesh["shard"] or 1) > 1,
            "on unsharded ranks; shard.mesh.shard=2 shards over two")
+    for key in ("tokenizer_pattern", "special_tokens"):
+        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
+               "unless data.tokenizer is a .tiktoken file")
+    yield from conditional_model_options(cfg["model"])
+
+
+def conditional_model_options(model_cfg):
+    """The part of conditional_options() about the model section."""
     for key in ("rope_theta", "rope_scaling", "rope_local_theta", "rope_interleaved",
                 "rope_layers", "partial_rotary_factor"):
-        yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
+        yield (f"model.{key}", "model.positions", model_cfg["positions"] == "rope",
                "with learned positions (model.positions)")
-    has_linear = has_linear_attention(cfg["model"])
+    has_linear = has_linear_attention(model_cfg)
     yield ("model.layer_types", "model.sliding_window",
-           cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
-    yield ("model.rope_local_theta", "model.sliding_window", cfg["model"]["sliding_window"],
+           model_cfg["sliding_window"] or has_linear, "without model.sliding_window")
+    yield ("model.rope_local_theta", "model.sliding_window", model_cfg["sliding_window"],
            "without model.sliding_window")
     for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
                 "conv_kernel_dim"):
@@ -777,14 +785,11 @@ def conditional_options(cfg):
                "without linear_attention in model.layer_types")
     for key in ("n_experts_per_token", "d_expert", "norm_topk_prob", "swiglu_limit",
                 "router_aux_loss", "router_aux_loss_coef"):
-        yield (f"model.{key}", "model.n_experts", cfg["model"]["n_experts"],
+        yield (f"model.{key}", "model.n_experts", model_cfg["n_experts"],
                "without experts; model.n_experts=8 makes eight per block")
     for key in ("init_std", "init_by_depth"):
-        yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
+        yield (f"model.{key}", "model.init_from", not model_cfg["init_from"],
                "with model.init_from, which has the weights")
-    for key in ("tokenizer_pattern", "special_tokens"):
-        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
-               "unless data.tokenizer is a .tiktoken file")
 
 
 def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):

@@ -29,7 +29,7 @@ CHUNK_SIZE = 64              # c. From 16 to 128, a block takes the same time (L
 
 
 class GatedDeltaNet(nn.Module):
-    """What a block has in the place of an Attention."""
+    """Replaces the Attention of a block."""
 
     is_local = False         # Transformer.rope() has two kinds; this reads neither
 
@@ -194,7 +194,7 @@ def chunked_delta_rule(q, k, v, g, beta):
 
     In a chunk, let G_r be the sum of g_1 ... g_r, D_ri = exp(G_r - G_i), and S the state before it.
     The state after token r is exp(G_r) S + sum over i <= r of D_ri k_i u_i^T, where u_r is what
-    token r writes. With the rule follows, for one u after another,
+    token r writes. The rule gives, for one u after another,
 
         u_r = beta_r (v_r - exp(G_r) S^T k_r - sum over i < r of D_ri (k_i . k_r) u_i)
 

@@ -54,7 +54,7 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 class Mxfp4Tensor:
-    """A tensor [X, in, out] that is stored in MXFP4, read in bf16 as if it was not.
+    """A tensor [X, in, out] that is stored in MXFP4, read in bf16, as if it were not quantized.
 
     blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
     scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)

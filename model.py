@@ -157,17 +157,18 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
-        if self.offset:
-            weight = weight + self.offset
-        if self.bias is not None:
-            bias = self.bias.to(x.dtype)
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        if not x.is_cuda and not torch.compiler.is_compiling():
+        weight = self.weight.to(x.dtype)     # also where it is not FSDP that rounds the weights
+        if self.bias is None and not x.is_cuda and not torch.compiler.is_compiling():
             # The same function with a faster backward pass. Not under torch.compile: torch 2.11
             # compiles CPURMSNorm without its gradients.
+            if self.offset:                  # 1 + w in fp32; CUDA's kernel takes one dtype
+                weight = weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        if self.offset:
+            weight = weight + self.offset
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
 
 
 def rope_freqs(positions, m, lengths=None):

@@ -461,7 +461,7 @@ def padded_attention(layer, q, k, v, mask, seeds, sinks):
         sinks = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, sinks], -1)                                    # [d, H, t, t'+1]
     probs = scores.softmax(-1)[..., :k.shape[2]]                                   # [d, H, t, t']
-    if seeds is not None:
+    if seeds is not None and layer.dropout:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 

@@ -748,6 +748,13 @@ def test_attention_without_dropout_is_the_kernels():
     assert close(slow(batch | {"noise_seed": 0})[2]["loss"], plain(batch)[2]["loss"], 1e-5)
 
 
+def test_softcapped_attention_without_dropout_of_its_own_hashes_nothing(monkeypatch):
+    """Seeds for other dropouts do not make it hash a number per probability."""
+    model = noisy(M.build(M_TINY | {"attn_softcap": 5.0, "resid_pdrop": 0.1})).train()
+    monkeypatch.delattr(M, "head_seeds")
+    assert model(row(documents(9, 30)) | {"noise_seed": 0})[0].isfinite()
+
+
 def test_neftune_adds_what_its_paper_says():
     model, docs = M.build(M_TINY | {"embed": "neftune", "embed_options": {"alpha": 5.0}}), documents(101, 101, 26)
     batch = row(docs) | {"noise_seed": (1, 2)}

@@ -1756,17 +1756,13 @@ CHOICES = [
 
 
 def choices_of(cfg):
-    """Yields (name, the config of this choice) of CHOICES whose keys exist.
+    """Yield (name, the config of this choice) of CHOICES, without and with recomputation.
 
     The rank of adapters is that of cfg, if it has LoRA.
     """
     r = cfg["shard"]["lora"]["r"]
-    known = configs.flat(cfg)
-    start = {key: value for key, value in START.items() if key in known}
     for name, keys in CHOICES:
-        if not keys.keys() <= known.keys():
-            continue
-        keys = start | keys
+        keys = START | keys
         if keys["shard.lora.r"] and r:
             keys["shard.lora.r"] = r
         for recompute in (False, True):

@@ -395,7 +395,7 @@ def sliding_windows(m):
 
 
 def has_rope(m, layer_idx):
-    """Does a block of a model with positions=rope use them? See model.rope_layers."""
+    """Does this block of a model with positions=rope rotate q and k? See model.rope_layers."""
     if m["rope_layers"] is None:
         return True
     if m["rope_layers"] == "sliding_attention":

@@ -157,18 +157,18 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight + self.offset if self.offset else self.weight
-        weight = weight.to(x.dtype)
-        if self.bias is not None:
-            bias = self.bias.to(x.dtype)
-            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        if not x.is_cuda and not torch.compiler.is_compiling():
+        weight = self.weight.to(x.dtype)     # also where it is not FSDP that rounds the weights
+        if self.bias is None and not x.is_cuda and not torch.compiler.is_compiling():
             # The same function with a faster backward pass. Not under torch.compile: torch 2.11
             # compiles CPURMSNorm without its gradients.
-            if self.offset:              # 1 + w in fp32; CUDA's kernel takes one dtype
-                weight = self.weight.float() + self.offset
+            if self.offset:                  # 1 + w in fp32; CUDA's kernel takes one dtype
+                weight = weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        if self.offset:
+            weight = weight + self.offset
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, self.bias.to(x.dtype), self.eps)
 
 
 def rope_freqs(positions, m, lengths=None):
@@ -263,54 +263,6 @@ def apply_rotary_emb(x, cos, sin, interleaved=False):
     return torch.cat([rotated, x[..., R:]], -1)
 
 
-def gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
-
-
-def relu_squared(x):
-    """arXiv:2109.08668"""
-    return F.relu(x).square()
-
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "relu2": relu_squared,
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-}
-
-
-class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without model.glu."""
-
-    def __init__(self, m):
-        super().__init__()
-        C = m["d_model"]
-        d_ff = m["d_ff"]
-        bias = m["mlp_bias"]
-        self.activation = ACTIVATIONS[m["activation"]]
-        self.gate_proj = Linear(C, d_ff, bias=bias) if m["glu"] else None
-        self.up_proj = Linear(C, d_ff, bias=bias)
-        self.down_proj = Linear(d_ff, C, bias=bias)
-
-    def forward(self, x, seeds=None):                                              # [T, C]
-        h = self.up_proj(x, seeds)                                                 # [T, F]
-        if self.gate_proj is None:
-            h = self.activation(h)
-        else:
-            h = self.activation(self.gate_proj(x, seeds)) * h
-        return self.down_proj(h, seeds)
-
-
-def make_mlp(m):
-    if not m["n_experts"]:
-        return MLP(m)
-    from families import moe
-    return moe.MixtureOfExperts(m)
-
-
 def softcap(x, cap):
     """Bound x smoothly between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
     return cap * (x / cap).tanh()
@@ -371,9 +323,9 @@ class Attention(nn.Module):
     def needs_probabilities(self, training):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout:
-        kernels use torch's random generator, not our seeds. If you change the scores or the
-        probabilities in padded_attention() in another way, return True here.
+        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
+        use torch's random generator, not our seeds. If you change scores or probabilities in
+        padded_attention() in another way, return True here.
         """
         changes_probs = self.changes_scores or self.sinks is not None
         return changes_probs or (training and self.dropout > 0)
@@ -402,11 +354,15 @@ class Attention(nn.Module):
         return q, k, v
 
     def mix(self, q, k, v, layout, seeds=None):
+        """What a Block calls between project() and output(). GatedDeltaNet has the same three."""
         return attention(self, q, k, v, layout, seeds)                             # [T, H, E]
 
     def output(self, y, x, seeds=None):
-        """The output [T, C] of the block, from y [T, H, E] of attention() and x [T, C], which
-        project() reads."""
+        """The output projection [T, C].
+
+        y  [T, H, E], what mix() returns
+        x  [T, C], what project() has read
+        """
         y = y.flatten(1)                                                           # [T, H E]
         if self.gate_proj is not None:
             y = y * self.gate_proj(x, seeds).sigmoid()
@@ -439,7 +395,7 @@ def sliding_windows(m):
 
 
 def has_rope(m, layer_idx):
-    """Does a block of a model with positions=rope use them? See model.rope_layers."""
+    """Does this block of a model with positions=rope rotate q and k? See model.rope_layers."""
     if m["rope_layers"] is None:
         return True
     if m["rope_layers"] == "sliding_attention":
@@ -465,17 +421,20 @@ def attention(layer, q, k, v, layout, seeds=None):
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
     groups = layout.padded_groups(layer, q, k, v, seeds, need_mask=need_probs)
+    # rounded like all weights: FSDP casts those of a block when it gathers them
+    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)
     for q_d, k_d, v_d, mask, seeds_d in groups:
-        y = padded_attention(layer, q_d, k_d, v_d, mask, seeds_d)                  # [d, H, t, E]
+        y = padded_attention(layer, q_d, k_d, v_d, mask, seeds_d, sinks)           # [d, H, t, E]
         outputs.append(y.transpose(1, 2).to(q.dtype))
     return layout.unpad(outputs)
 
 
-def padded_attention(layer, q, k, v, mask, seeds):
+def padded_attention(layer, q, k, v, mask, seeds, sinks):
     """attention() of d documents, padded to t tokens. Returns [d, H, t, E].
 
     q      [d, H, t, E];  k, v  [d, K, t', E];  seeds  [d, t]
     mask   True where a query sees a key; broadcasts to [d, 1, t, t']. None: causal
+    sinks  [H] or None: logits of one more key per head, which has no value
     """
     need_probs = layer.needs_probabilities(training=seeds is not None)
     # The written-out softmax needs H heads of k and v, and so do CUDA's kernels for fp32 or with a
@@ -485,6 +444,7 @@ def padded_attention(layer, q, k, v, mask, seeds):
         k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
         v = v.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
     if not need_probs:
+        # On CUDA, varlen_attention() is called instead wherever it can be: change both.
         return F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
@@ -497,11 +457,11 @@ def padded_attention(layer, q, k, v, mask, seeds):
         scores = softcap(scores, layer.softcap)
     scores = layer.score_mod(scores)
     scores = scores.masked_fill(~mask, -math.inf)
-    if layer.sinks is not None:
-        sinks = layer.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sinks], -1)                                    # t' + 1
-    probs = scores.softmax(-1)[..., :k.shape[2]]
-    if seeds is not None:
+    if sinks is not None:
+        sinks = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sinks], -1)                                    # [d, H, t, t'+1]
+    probs = scores.softmax(-1)[..., :k.shape[2]]                                   # [d, H, t, t']
+    if seeds is not None and layer.dropout:
         probs = dropout(probs, layer.dropout, head_seeds(seeds, layer.n_heads))
     return probs.to(v.dtype) @ v
 
@@ -640,6 +600,54 @@ def varlen_attention(layer, q, k, v, documents):
         window_size=(n_before, 0), scale=layer.scale, **options)
 
 
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+def relu_squared(x):
+    """arXiv:2109.08668"""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": relu_squared,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without model.glu."""
+
+    def __init__(self, m):
+        super().__init__()
+        C = m["d_model"]
+        d_ff = m["d_ff"]
+        bias = m["mlp_bias"]
+        self.activation = ACTIVATIONS[m["activation"]]
+        self.gate_proj = Linear(C, d_ff, bias=bias) if m["glu"] else None
+        self.up_proj = Linear(C, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, C, bias=bias)
+
+    def forward(self, x, seeds=None):                                              # [T, C]
+        h = self.up_proj(x, seeds)                                                 # [T, F]
+        if self.gate_proj is None:
+            h = self.activation(h)
+        else:
+            h = self.activation(self.gate_proj(x, seeds)) * h
+        return self.down_proj(h, seeds)
+
+
+def make_mlp(m):
+    if not m["n_experts"]:
+        return MLP(m)
+    from families import moe
+    return moe.MixtureOfExperts(m)
+
+
 class Block(nn.Module):
     """x + post_norm1(attention(norm1(x))), then + post_norm2(mlp(norm2(x))).
 
@@ -655,6 +663,7 @@ class Block(nn.Module):
     def __init__(self, m, layer_idx):
         super().__init__()
         self.parallel_residual = m["parallel_residual"]
+        self.shared_norm = m["shared_norm"]
         self.residual_multiplier = m["residual_multiplier"]
         self.dropout = m["resid_pdrop"]
         C = m["d_model"]
@@ -689,17 +698,15 @@ class Block(nn.Module):
         y = self.attn.output(y, h, seeds)                                          # [T, C]
         if self.post_norm1 is not None:
             y = self.post_norm1(y)
-        block_input = x
-        x = self.add(x, y, seeds, 1)
-        if self.norm2 is not None:
-            h = self.norm2(block_input if self.parallel_residual else x)
-        elif not self.parallel_residual:
-            h = x
-        # otherwise shared_norm: the MLP reads the same h as attention
+        sum1 = self.add(x, y, seeds, 1)
+        if not self.shared_norm:             # otherwise the MLP reads h, as attention does
+            h = x if self.parallel_residual else sum1
+            if self.norm2 is not None:
+                h = self.norm2(h)
         y = self.mlp(h, seeds)
         if self.post_norm2 is not None:
             y = self.post_norm2(y)
-        return self.add(x, y, seeds, 2)
+        return self.add(sum1, y, seeds, 2)
 
     def add(self, x, y, seeds, place):
         """x + y, with residual_multiplier and dropout. `place` makes the two dropouts differ."""
@@ -1096,7 +1103,7 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        self.expert_tokens = 0               # see families/moe.py; train.expert_load() resets it
+        self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1174,15 +1181,16 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
-        rope, local_rope = self.rope(batch)
+        full_rope, local_rope = self.rope(batch)
         for i, block in enumerate(self.blocks):
+            rope = local_rope if block.attn.is_local else full_rope
             block_seeds = None if seeds is None else hash_int32(seeds + i + 1)
-            args = (x, local_rope if block.attn.is_local else rope, layout, block_seeds)
             if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
-                    block, *args, use_reentrant=False, preserve_rng_state=False)
+                    block, x, rope, layout, block_seeds,
+                    use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(*args)
+                x = block(x, rope, layout, block_seeds)
         return self.norm(x)
 
     def rope(self, batch):
@@ -1340,6 +1348,13 @@ def unpadded_rows(name, rows, m):
     return m["vocab_size"] if name in ("embed.weight", "head.weight", "head_bias") else rows
 
 
+# matrices that write to the residual stream
+RESIDUAL_MATRICES = ("attn.o_proj.weight", "attn.out_proj.weight", "down_proj.weight")
+# what a GatedDeltaNet has besides matrices
+DELTA_NET_PARAMETERS = ("attn.decay.A_log", "attn.decay.dt_bias", "attn.conv_weight",
+                        "attn.norm_weight")
+
+
 class NewWeights:
     """A reader that draws the weights of a new model.
 
@@ -1356,7 +1371,7 @@ class NewWeights:
         self.shapes = parameter_shapes(m)
 
     def read(self, name, start, end):
-        if name.endswith(("A_log", "dt_bias", "conv_weight", "attn.norm_weight")):
+        if name.endswith(DELTA_NET_PARAMETERS):
             from families import delta_net
             generator = make_generator(self.seed, name)
             return delta_net.new_values(name, self.shapes[name], generator)[start:end]
@@ -1374,7 +1389,7 @@ class NewWeights:
         std = m["init_std"]
         if name.startswith("embedding."):
             std = getattr(EMBEDDINGS[m["embed"]], "init_std", std)
-        if m["init_by_depth"] and name.endswith(("o_proj.weight", "down_proj.weight")):
+        if m["init_by_depth"] and name.endswith(RESIDUAL_MATRICES):
             std = std / math.sqrt(2 * m["n_layers"])
         rows = torch.zeros(min(ROWS_AT_ONCE, n_rows - first), *rest)
         n_drawn = max(0, unpadded_rows(name, n_rows, m) - first)
@@ -1437,10 +1452,14 @@ def slices_of_parameter(name, shapes, m):
         suffix = family.get("fused_suffixes", {}).get(kind, f".{kind}")
         tensor = f"{fused}{suffix}".replace("{i}", block)
         place = parts.index(module)
+        n = rows
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
+        if family.get("fused_by_head"):
+            n = m["head_dim"]
         # 2) or by expert: Granite-MoE has gate and up of expert 0, then of expert 1, ...
-        if family.get("fused_by_head") or family.get("fused_by_expert"):
-            n = m["head_dim"] if family.get("fused_by_head") else rows // m["n_experts"]
+        if family.get("fused_by_expert"):
+            n = rows // m["n_experts"]
+        if n < rows:
             first_rows = [(i * len(parts) + place) * n for i in range(rows // n)]
             return [(tensor, first, n) for first in first_rows]
         # 3) fused module by module: GPT-2's c_attn has all rows of q, then all of k, then all of v
@@ -1950,21 +1969,34 @@ def hf_config(m, source, dtype=""):
                "dtype": dtype}
     if "torch_dtype" in config:                          # the older name
         config["torch_dtype"] = dtype
-    whole = config
-    if "section" in family:                              # below, config is that of the text part
-        config = dict(whole.get(family["section"], {}))
-        whole |= {family["section"]: config, "tie_word_embeddings": m["tie_embeddings"]}
-    source_rope = config.get("rope_parameters") or {}
-    # 2) without auto_map, whose code is not copied, and keys that may contradict those of step 3
-    for key in ("auto_map", "layer_types", "original_max_position_embeddings",
-                "partial_rotary_factor", "quantization_config"):
-        config.pop(key, None)
+    config = without_contradictions(config)
+    # 2) our keys
     if family.get("native"):
         return config | {key: m[key] for key in m if key not in ("family", "init_from")}
+    if "section" in family:
+        name = family["section"]
+        text_config = without_contradictions(config.get(name, {}))
+        config[name] = set_model_keys(text_config, m, family)
+        return config | {"tie_word_embeddings": m["tie_embeddings"]}
+    return set_model_keys(config, m, family)
 
-    # 3) our keys, under the family's names. If versions of transformers have different names for
-    #    one, the last in families.yaml is written, and the others, from source, are removed.
-    #    config.json has embedding_multiplier as a number, and layer_types with one item per block
+
+def without_contradictions(config):
+    """A copy without auto_map, whose code is not copied, and without keys that might contradict
+    those of set_model_keys()."""
+    names = ("auto_map", "layer_types", "original_max_position_embeddings",
+             "partial_rotary_factor", "quantization_config")
+    return {key: config[key] for key in config if key not in names}
+
+
+def set_model_keys(config, m, family):
+    """Set our keys in a config.json, or in its section about text, under the family's names.
+
+    If versions of transformers have different names for a key, the last in families.yaml is set,
+    and the others, from source, are removed. Returns config, which is changed in place.
+    """
+    source_rope = config.get("rope_parameters") or {}
+    # config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
     if "rope_parameters" in family:                      # null would be that default
         m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
@@ -1977,11 +2009,11 @@ def hf_config(m, source, dtype=""):
     if configs.rope_kind(scaling) == "longrope":         # where Phi-3 has it
         key = "original_max_position_embeddings"
         config[key] = scaling[key]
-    # 4) the keys for which the family supports one meaning only
+    # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         config[hf_key] = supported_values[0]
     keep_mrope(config, source_rope)
-    return whole
+    return config
 
 
 def keep_mrope(config, source_rope):
@@ -2177,14 +2209,11 @@ def generate(model, prompts, max_tokens=256, stop=(),
     history = torch.zeros(len(prompts), capacity, dtype=torch.int64, device=device)
     history[layout.sequences, batch["positions"]] = batch["tokens"]
     last_tokens = batch["cu_seqlens"][1:].long() - 1
-    # longrope rotates from the start as in the longest text that this can become, because the
-    # angles of keys in the cache stay
-    document_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])       # [B]
-    batch["document_lengths"] = document_lengths[layout.sequences]
-    if isinstance(seed, list):
-        generators = [torch.Generator(device=device).manual_seed(s) for s in seed]
-    else:
-        generators = [torch.Generator(device=device).manual_seed(seed)] * len(prompts)
+    # With longrope, angles depend on the length of the document, and keys in the cache are rotated
+    # already. So each sequence counts as long as it can become, from the start.
+    final_lengths = (cache.n_tokens + max_tokens).clamp(max=m["max_len"])          # [B]
+    batch["document_lengths"] = final_lengths[layout.sequences]
+    generators = random_generators(seed, len(prompts), device)
     logits = model.logits(batch, layout, last_tokens)                              # [B, V]
     unfinished = [True] * len(prompts)
     for n in range(max_tokens):
@@ -2198,9 +2227,16 @@ def generate(model, prompts, max_tokens=256, stop=(),
             break
         history[cache.sequences, cache.n_tokens] = ids
         batch = {"tokens": ids, "positions": cache.n_tokens, "history": history,
-                 "document_lengths": document_lengths}
+                 "document_lengths": final_lengths}
         logits = model.logits(batch, cache)
         cache.advance()
+
+
+def random_generators(seed, n, device):
+    """n random generators: one per seed of a list, or n times the same for an int."""
+    if isinstance(seed, list):
+        return [torch.Generator(device=device).manual_seed(s) for s in seed]
+    return [torch.Generator(device=device).manual_seed(seed)] * n
 
 
 def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
@@ -2326,7 +2362,7 @@ def active_parameters(name, n, m):
 
 SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
-    "attention": r"attn\..*(_proj|conv_weight|A_log|dt_bias)",
+    "attention": r"attn\.(?!\w*norm)",
     "mlp": "mlp",
     "norms": "norm",
     "head": "head",
@@ -2482,7 +2518,8 @@ def choose_device(options):
 
 COMMANDS = ("/reset forgets the turns, /system TEXT also sets a system message; Ctrl-C ends an "
             "answer, Ctrl-D the chat")
-OF_TEXT = "the model has no chat template: it continues each line; Ctrl-C ends that, Ctrl-D ends"
+TEXT_COMMANDS = ("the model has no chat template, so it continues each line; Ctrl-C ends that, "
+                 "Ctrl-D ends")
 
 
 def chat(generator):
@@ -2490,7 +2527,7 @@ def chat(generator):
     with contextlib.suppress(ImportError):               # lets input() edit lines, with a history
         import readline                                  # noqa: F401
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(COMMANDS if generator.template else OF_TEXT)
+    print(COMMANDS if generator.template else TEXT_COMMANDS)
     system = []
     turns = []
     while True:
@@ -2503,7 +2540,7 @@ def chat(generator):
                 system = system_message(generator, text.strip())
                 turns = []
             elif re.fullmatch("/[a-z]+", command):
-                print(COMMANDS if generator.template else OF_TEXT)
+                print(COMMANDS if generator.template else TEXT_COMMANDS)
             elif command:
                 turns = take_turn(generator, system, turns, line)
         except configs.UserError as error:

@@ -1413,7 +1413,6 @@ class StepSize:
         device_type = resolve_device_type(cfg)
         documents = math.ceil(cfg["batch_size"] / world_size)
         self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
-        block = model.blocks[0]
         self.cfg = cfg
         self.model_cfg = model_cfg
         self.is_cuda = device_type == "cuda"
@@ -1425,46 +1424,49 @@ class StepSize:
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
-        # of a block, the mean where blocks are of different kinds
-        norms = sum(isinstance(module, transformer.Norm) for module in block.children())
+        self.measure_blocks(model.blocks)
+        # The first blocks without a backward pass keep nothing: below them all is frozen, too
+        frozen_blocks = count_frozen_blocks(model)
+        self.n_blocks = len(model.blocks) - frozen_blocks
+        # in how many of these activations are recomputed; null counts as none
+        recompute = cfg["shard"]["recompute"] or 0
+        recompute = len(model.blocks) if recompute is True else min(recompute, len(model.blocks))
+        self.recompute = max(0, recompute - frozen_blocks)
+        self.measure_parameters(model, frozen_blocks)
+
+    def measure_blocks(self, blocks):
+        """What the activations of blocks depend on, beside their widths."""
+        norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
         self.norms = min(norms, 2)
         self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
-                                       for block in model.blocks)
-        self.measure_experts(block)
-        self.adapter_inputs = count_adapter_inputs(model.blocks, model_cfg) // len(model.blocks)
+                                       for block in blocks)
         # of all blocks, the part with linear_attention
-        n_linear = transformer.layer_types(model_cfg).count("linear_attention")
-        self.linear_attention = n_linear / model_cfg["n_layers"]
-        # in how many blocks activations are recomputed; null counts as none
-        recompute = cfg["shard"]["recompute"] or 0
-        n_blocks = model_cfg["n_layers"]
-        recompute = n_blocks if recompute is True else min(recompute, n_blocks)
-        # The first blocks without a backward pass keep nothing: below them all is frozen, too
-        frozen_blocks = count_frozen_blocks(model)
-        self.n_blocks = n_blocks - frozen_blocks
-        self.recompute = max(0, recompute - frozen_blocks)
-        # numbers of parameters
+        n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
+        self.linear_attention = n_linear / len(blocks)
+        # of a block, the mean where blocks are of different kinds
+        self.block = count_parameters(blocks) // len(blocks)
+        self.adapter_inputs = count_adapter_inputs(blocks, self.model_cfg) // len(blocks)
+        self.measure_experts(blocks[0])
+        self.measure_linear_layers(blocks)
+
+    def measure_parameters(self, model, frozen_blocks):
+        """Numbers of parameters."""
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
-        self.block = count_parameters(model.blocks) // len(model.blocks)
-        self.measure_trained_parameters(model, frozen_blocks)
-        self.largest = max(p.numel() for p in model.parameters()) // self.shards
-        self.head = model.padded_vocab_size * model_cfg["d_model"]
-        self.trains_head = model.head_weight().requires_grad
-        self.trains_embedding = model.embed.weight.requires_grad
-        self.measure_linear_layers(model.blocks)
-        # in the blocks' matrices: with Muon they have a momentum and no other state
-        self.matrices = sum(p.numel() for name, p in model.named_parameters()
-                            if p.requires_grad and transformer.is_block_matrix(name, p))
-
-    def measure_trained_parameters(self, model, frozen_blocks):
-        """The numbers of parameters inside and outside of the blocks with a backward pass."""
+        # inside and outside of the blocks with a backward pass
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
         in_blocks = count_parameters(model.blocks)
         self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
+        self.largest = max(p.numel() for p in model.parameters()) // self.shards
+        self.head = model.padded_vocab_size * self.model_cfg["d_model"]
+        self.trains_head = model.head_weight().requires_grad
+        self.trains_embedding = model.embed.weight.requires_grad
+        # in the blocks' matrices: with Muon they have a momentum and no other state
+        self.matrices = sum(p.numel() for name, p in model.named_parameters()
+                            if p.requires_grad and transformer.is_block_matrix(name, p))
 
     def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
@@ -1726,7 +1728,7 @@ def block_backward_bytes(s, last):
             total += mlp_gradient
         if s.needs_cast and s.shards == 1:
             total += s.element * block_trained    # this block's weights, cast again
-    if s.linear_attention:    # its turn comes when the activations of the MLP are freed
+    if s.linear_attention:    # it runs after the activations of the MLP are freed
         from families import delta_net
         per_token = delta_net.backward_bytes(s.model_cfg)
         if not is_recomputed:
@@ -1754,17 +1756,13 @@ CHOICES = [
 
 
 def choices_of(cfg):
-    """Yields (name, the config of this choice) of CHOICES whose keys exist.
+    """Yield (name, the config of this choice) of CHOICES, without and with recomputation.
 
     The rank of adapters is that of cfg, if it has LoRA.
     """
     r = cfg["shard"]["lora"]["r"]
-    known = configs.flat(cfg)
-    start = {key: value for key, value in START.items() if key in known}
     for name, keys in CHOICES:
-        if not keys.keys() <= known.keys():
-            continue
-        keys = start | keys
+        keys = START | keys
         if keys["shard.lora.r"] and r:
             keys["shard.lora.r"] = r
         for recompute in (False, True):

@@ -762,25 +762,34 @@ def conditional_options(cfg):
     yield ("shard.reshard_after_forward", "shard.mesh",
            mesh["replicate"] or (mesh["shard"] or 1) > 1,
            "on unsharded ranks; shard.mesh.shard=2 shards over two")
+    for key in ("tokenizer_pattern", "special_tokens"):
+        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
+               "unless data.tokenizer is a .tiktoken file")
+    yield from conditional_model_options(cfg["model"])
+
+
+def conditional_model_options(model_cfg):
+    """The part of conditional_options() about the model section."""
     for key in ("rope_theta", "rope_scaling", "rope_local_theta", "rope_interleaved",
                 "rope_layers", "partial_rotary_factor"):
-        yield (f"model.{key}", "model.positions", cfg["model"]["positions"] == "rope",
+        yield (f"model.{key}", "model.positions", model_cfg["positions"] == "rope",
                "with learned positions (model.positions)")
-    has_linear = has_linear_attention(cfg["model"])
+    has_linear = has_linear_attention(model_cfg)
     yield ("model.layer_types", "model.sliding_window",
-           cfg["model"]["sliding_window"] or has_linear, "without model.sliding_window")
-    yield ("model.rope_local_theta", "model.sliding_window", cfg["model"]["sliding_window"],
+           model_cfg["sliding_window"] or has_linear, "without model.sliding_window")
+    yield ("model.rope_local_theta", "model.sliding_window", model_cfg["sliding_window"],
            "without model.sliding_window")
     for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
                 "conv_kernel_dim"):
         yield (f"model.linear_{key}", "model.layer_types", has_linear,
                "without linear_attention in model.layer_types")
+    for key in ("n_experts_per_token", "d_expert", "norm_topk_prob", "swiglu_limit",
+                "router_aux_loss", "router_aux_loss_coef"):
+        yield (f"model.{key}", "model.n_experts", model_cfg["n_experts"],
+               "without experts; model.n_experts=8 makes eight per block")
     for key in ("init_std", "init_by_depth"):
-        yield (f"model.{key}", "model.init_from", not cfg["model"]["init_from"],
+        yield (f"model.{key}", "model.init_from", not model_cfg["init_from"],
                "with model.init_from, which has the weights")
-    for key in ("tokenizer_pattern", "special_tokens"):
-        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
-               "unless data.tokenizer is a .tiktoken file")
 
 
 def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
@@ -913,12 +922,18 @@ def check_model(model_cfg):
            "false unless model.parallel_residual")
     yield (model_cfg["norm_place"] == "before" or not model_cfg["parallel_residual"],
            "model.norm_place", "before if model.parallel_residual")
+    yield (model_cfg["sliding_window"] is not None
+           or model_cfg["rope_local_theta"] in (None, model_cfg["rope_theta"]),
+           "model.sliding_window", "a number with model.rope_local_theta, that of blocks with a "
+           "window")
     yield (not isinstance(rope_layers, list) or len(rope_layers) == n_layers, "model.rope_layers",
            f"a list of {n_layers} (model.n_layers), 1: with rope, 0: without")
     if model_cfg["n_experts"]:
         yield (model_cfg["n_experts_per_token"] <= model_cfg["n_experts"],
                "model.n_experts_per_token", f"at most {model_cfg['n_experts']} (model.n_experts)")
         yield model_cfg["glu"], "model.glu", "true if model.n_experts is above 0"
+        yield (model_cfg["swiglu_limit"] is None or model_cfg["activation"] == "silu",
+               "model.activation", "silu with model.swiglu_limit, which computes that")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -346,14 +346,17 @@ def standardize(hf_config, family, path):
     if types and isinstance(types, list):
         types = ["full_attention" if kind == "attention" else kind for kind in types]
         hf_config["layer_types"] = types           # attention: its older name
-    if "sliding_window_pattern" in hf_names(family["keys"].get("layer_types")):
-        pattern = hf_config.pop("sliding_window_pattern", None)
-        if not types and type(pattern) is int and pattern > 0:
-            hf_config["layer_types"] = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
-    if "full_attention_interval" in hf_names(family["keys"].get("layer_types")):
-        interval = hf_config.pop("full_attention_interval", None)
-        if not types and type(interval) is int and interval > 0:
-            hf_config["layer_types"] = ["linear_attention"] * (interval - 1) + ["full_attention"]
+    for name, kind in (("sliding_window_pattern", "sliding_attention"),
+                       ("full_attention_interval", "linear_attention")):
+        if name not in hf_names(family["keys"].get("layer_types")):
+            continue
+        interval = hf_config.pop(name, None)
+        if types or interval is None:              # layer_types counts more
+            continue
+        if type(interval) is not int or interval < 1:
+            raise configs.UserError(f"{path}: {name} must be a number of blocks above 0; got "
+                                    f"{configs.show(interval)}")
+        hf_config["layer_types"] = [kind] * (interval - 1) + ["full_attention"]
     if "layer_types" in family["keys"]:
         types = []                                 # they need no translation
     n_types = len(types) if isinstance(types, list) else -1

@@ -29,9 +29,9 @@ CHUNK_SIZE = 64              # c. From 16 to 128, a block takes the same time (L
 
 
 class GatedDeltaNet(nn.Module):
-    """What a block has in the place of an Attention."""
+    """Replaces the Attention of a block."""
 
-    is_local = False         # of the two kinds of rope it reads neither
+    is_local = False         # Transformer.rope() has two kinds; this reads neither
 
     def __init__(self, m):
         super().__init__()
@@ -86,7 +86,7 @@ class GatedDeltaNet(nn.Module):
                 y, state = self.mix_documents(*inputs, weight)
             outputs.append(y)
             states.append(state)
-        if layout.cache is not None:
+        if layout.cache is not None:                     # the groups have another order
             documents = [i for _, indices in layout.groups for i in indices]
             states = torch.cat(states)[torch.tensor(documents).argsort()]          # [D, Hv, Ek, Ev]
             inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
@@ -194,7 +194,7 @@ def chunked_delta_rule(q, k, v, g, beta):
 
     In a chunk, let G_r be the sum of g_1 ... g_r, D_ri = exp(G_r - G_i), and S the state before it.
     The state after token r is exp(G_r) S + sum over i <= r of D_ri k_i u_i^T, where u_r is what
-    token r writes. With the rule follows, for one u after another,
+    token r writes. The rule gives, for one u after another,
 
         u_r = beta_r (v_r - exp(G_r) S^T k_r - sum over i < r of D_ri (k_i . k_r) u_i)
 
@@ -272,6 +272,7 @@ def flops_per_token(m):
 
 
 def sizes(m):
+    """Hv, Ek, Ev, W: see the top of the file."""
     Hv = m["linear_num_value_heads"]
     Ek = m["linear_key_head_dim"]
     Ev = m["linear_value_head_dim"]

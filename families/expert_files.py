@@ -4,6 +4,8 @@ Such a tensor is [X, out, in] in a file, and a parameter [X out, in] here: see m
 [X, in, out], gate and up in one tensor whose outputs alternate, g0 u0 g1 u1 ..., and weights of
 four bits. The entries stacked, interleaved and mxfp4 of configs/families.yaml say which.
 """
+import math
+
 import torch
 
 
@@ -23,22 +25,25 @@ class StackedSlice:
         return [X * shape[0], *shape[1:]]
 
     def __getitem__(self, rows):
-        """rows  a slice; the experts that it touches are read"""
-        n_out = self.get_shape()[0] // self.stored.get_shape()[0]
-        first = rows.start // n_out
-        experts = self.stored[first:-(-rows.stop // n_out)]
-        if self.transposed and experts.dim() == 3:
+        """rows: a slice. Reads the experts that have some of these rows."""
+        n_out = self.get_shape()[0] // self.stored.get_shape()[0]       # rows of an expert
+        first_expert = rows.start // n_out
+        end_expert = math.ceil(rows.stop / n_out)
+        experts = self.stored[first_expert:end_expert]
+        if self.transposed and experts.dim() == 3:       # a bias is [X, out] in any case
             experts = experts.mT
         if self.interleaved:
             experts = torch.cat([experts[:, 0::2], experts[:, 1::2]], 1)
-        return experts.flatten(0, 1)[rows.start - first * n_out:rows.stop - first * n_out]
+        first_row = first_expert * n_out
+        return experts.flatten(0, 1)[rows.start - first_row:rows.stop - first_row]
 
 
 def stack(x, n_experts, tensor, family):
     """The inverse of StackedSlice: [X out, in] -> the tensor of a file."""
     x = x.unflatten(0, (n_experts, -1))
     if tensor.endswith(tuple(family.get("interleaved", ()))):
-        x = torch.stack(x.chunk(2, 1), 2).flatten(1, 2)
+        gate, up = x.chunk(2, 1)
+        x = torch.stack([gate, up], 2).flatten(1, 2)
     if "stacked_transposed" in family and x.dim() == 3:
         x = x.mT
     return x
@@ -49,7 +54,7 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 class Mxfp4Tensor:
-    """A tensor [X, in, out] that is stored in MXFP4, read in bf16 as if it was not.
+    """A tensor [X, in, out] that is stored in MXFP4, read in bf16, as if it were not quantized.
 
     blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
     scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)

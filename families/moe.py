@@ -47,7 +47,8 @@ def grouped_linear(x, weight, ends, bias=None):
 def grouped_matmul(x, matrices, ends):
     """Multiply the rows of x [R, in] by the matrix of their expert, [X, in, out]: [R, out]."""
     if all(n * x.element_size() % 16 == 0 for n in matrices.shape[1:]):
-        # one kernel on CUDA, which does not wait for the device; a loop like that below on a CPU
+        # One kernel on CUDA, which takes rows of a multiple of 16 bytes. Unlike the loop below, it
+        # does not wait for the device. On a CPU it is such a loop.
         return F.grouped_mm(x, matrices, offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), matrices.unbind())])
@@ -150,8 +151,9 @@ class MixtureOfExperts(nn.Module):
 def record_routing(blocks):
     """Yield a list to which each block appends (probs [T, X], experts [T, k]) in its forward pass.
 
-    Not blocks that return them: FSDP would gather the weights of all blocks as soon as the backward
-    pass reached the router's loss. When activations are recomputed, nothing is recorded.
+    Blocks do not return them instead: FSDP gathers a block's weights for the backward pass when the
+    gradient of one of its outputs arrives, and that of the router's loss arrives at all blocks
+    first. When activations are recomputed, nothing is recorded.
     """
     routing = []
     for block in blocks:

@@ -615,6 +615,8 @@ def test_translate_takes_the_word_that_the_reference_takes():
     assert read("mistral", layer_types=["full_attention"] * 4)["sliding_window"] is None
     assert read("gemma2")["layer_types"] == ["sliding_attention", "full_attention"]
     assert read("gemma3_text", sliding_window_pattern=2)["layer_types"] == ["sliding_attention", "full_attention"]
+    of_all = {"layer_types": ["full_attention"] * 4, "sliding_window": None}
+    assert read("exaone4", sliding_window_pattern=None, **of_all)["layer_types"] == ["full_attention"] * 4
     assert read("granitemoehybrid", layer_types=["attention"] * 4)["layer_types"] == ["full_attention"] * 4
     gemma = read("gemma3_text", rope_theta=5.0, rope_parameters={"sliding_attention": {"rope_theta": 7.0}})
     assert (gemma["rope_theta"], gemma["rope_local_theta"]) == (5.0, 7.0)
@@ -636,6 +638,7 @@ def test_translate_takes_the_word_that_the_reference_takes():
     ("gemma3_text", {"rope_parameters": {"full_attention": 5}}, ["full_attention", "5"]),
     ("gemma3_text", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
     ("olmo3", {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, ["rope_local_base_freq", "5.0"]),
+    ("exaone4", {"sliding_window_pattern": "LG"}, ["sliding_window_pattern", "LG"]),
     ("gemma4_text", {}, ["model_type gemma4_text", "embeddings per block"]),
     ("gemma4", {}, ["model_type gemma4", "embeddings per block"]),
     ("mistral3", {"text_config": {"model_type": "ministral3"}}, ["model_type must be 'mistral'", "ministral3"]),

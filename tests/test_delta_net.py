@@ -120,6 +120,23 @@ def test_new_weights_of_a_delta_net_have_decays_that_remember():
     assert 0.4 < block.attn.conv_weight.abs().max() < 0.5
 
 
+def test_new_weights_that_write_to_the_residual_stream_are_narrower_by_depth():
+    m = M_HYBRID | {"init_by_depth": True, "d_model": 256}
+    wide, narrow = [M.build(m | {"n_layers": n}).blocks[0].attn.out_proj.weight for n in (2, 8)]
+    assert float((wide.std() / narrow.std()).detach()) == pytest.approx(2, rel=1e-4)
+
+
+def test_new_weights_of_an_embedding_may_have_the_names_of_a_delta_nets(monkeypatch):
+    class Convolved(torch.nn.Module):
+        init_std = 0.0
+
+        def __init__(self, m):
+            super().__init__()
+            self.conv_weight = torch.nn.Parameter(torch.empty(4, 3))
+    monkeypatch.setitem(M.EMBEDDINGS, "convolved", Convolved)
+    assert not M.build(M_HYBRID | {"embed": "convolved"}).embedding.conv_weight.any()
+
+
 @pytest.mark.parametrize("targets", [[], ["in_proj_qkv", "out_proj", "q_proj", "down_proj"]])
 def test_adapters_of_both_kinds_of_blocks_load_in_peft(tmp_path, targets):
     """Two steps, then equal logits in PEFT, in the merged model, and in our own."""

@@ -748,6 +748,13 @@ def test_attention_without_dropout_is_the_kernels():
     assert close(slow(batch | {"noise_seed": 0})[2]["loss"], plain(batch)[2]["loss"], 1e-5)
 
 
+def test_softcapped_attention_without_dropout_of_its_own_hashes_nothing(monkeypatch):
+    """Seeds for other dropouts do not make it hash a number per probability."""
+    model = noisy(M.build(M_TINY | {"attn_softcap": 5.0, "resid_pdrop": 0.1})).train()
+    monkeypatch.delattr(M, "head_seeds")
+    assert model(row(documents(9, 30)) | {"noise_seed": 0})[0].isfinite()
+
+
 def test_neftune_adds_what_its_paper_says():
     model, docs = M.build(M_TINY | {"embed": "neftune", "embed_options": {"alpha": 5.0}}), documents(101, 101, 26)
     batch = row(docs) | {"noise_seed": (1, 2)}
@@ -1225,6 +1232,35 @@ def test_new_weights_are_their_familys():
         assert float(block.mlp.down_proj.weight.detach().std()) == pytest.approx(m["init_std"] / narrower, rel=0.02)
 
 
+ROUNDED = {"gpt_oss": ["model.n_experts=4", "model.sliding_window=4"], "gemma2": [],
+           "nemotron": ["model.activation=relu2"],
+           "qwen3_5_text": ["model.layer_types=[linear_attention, full_attention]"]}
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_blocks_in_bf16_compute_with_rounded_weights(family):
+    """As FSDP gathers them, so that a sharded run computes what a replicated one does."""
+    m = configs.load([f"model.family={family}", "model.n_layers=2", "model.d_model=64", "model.n_heads=4",
+                      "model.vocab_size=101", "model.d_ff=64", *ROUNDED[family]])[0]["model"]
+    model = noisy(M.build(m)).eval()
+    model.dtype = torch.bfloat16
+    batch = row(documents(9, 30, 17))
+    with torch.no_grad():
+        x = model.hidden(batch)
+        for name, p in model.blocks.named_parameters():
+            if "attn.decay" not in name:                 # which is gathered in fp32
+                p.copy_(p.bfloat16())
+        assert torch.equal(x, model.hidden(batch))
+
+
+def test_summary_has_a_part_for_every_parameter():
+    for family in ROUNDED:
+        m = configs.load([f"model.family={family}", "model.n_layers=2", "model.vocab_size=99", *ROUNDED[family]])[0]["model"]
+        names = dict(M.build_on_meta(m).named_parameters())
+        parts = {name: [part for part, pattern in M.SUMMARY_PARTS.items() if re.search(pattern, name)] for name in names}
+        assert all(len(found) == 1 for found in parts.values()), parts
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_cpu_rms_norm_equals_torch(dtype, tolerance):
     random = torch.Generator().manual_seed(0)
@@ -1252,6 +1288,15 @@ def test_model_keys_are_refused_that_attention_cannot_compute():
     for key, value in (("partial_rotary_factor", 2.0), ("attention_multiplier", 0.0)):
         with pytest.raises(configs.UserError, match=f"model.{key}: must be"):
             configs.load([f"model.{key}={value}"])
+
+
+def test_check_model_refuses_to_take_the_window_and_with_it_the_rope_theta_of_blocks(tmp_path):
+    """Without a window, all blocks of a Gemma 3 would rotate by the rope_theta of those without one."""
+    keys = SMALL | dict(model_type="gemma3_text", rope_theta=1e6)
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert configs.load([f"model.init_from={tmp_path}"])[0]["model"]["rope_local_theta"] == 1e4
+    with pytest.raises(configs.UserError, match="model.sliding_window: must be a number with model.rope_local_theta"):
+        configs.load([f"model.init_from={tmp_path}", "model.sliding_window=null"])
 
 
 def test_rope_keeps_its_angles_alone_for_the_backward_pass():

@@ -336,10 +336,19 @@ def test_read_model_refuses_what_experts_do_not_compute(tmp_path, family, change
 
 @pytest.mark.parametrize("key, words", [
     ("model.n_experts_per_token=7", "n_experts_per_token: must be at most 6"),
+    ("model.n_experts=0", "model.(n_experts_per_token|d_expert): .* has no effect without experts"),
     ("model.glu=false", "model.glu")])
 def test_check_model_refuses_experts_that_do_not_exist(key, words):
     with pytest.raises(configs.UserError, match=words):
         configs.load([*SMALL, key])
+
+
+def test_check_model_refuses_another_activation_with_swiglu_limit():
+    """Experts with a limit compute silu's variant, whatever model.activation is."""
+    with pytest.raises(configs.UserError, match="model.activation: must be silu"):
+        configs.load([*SMALL, "model.swiglu_limit=7.0", "model.activation=relu"])
+    with pytest.raises(configs.UserError, match="model.swiglu_limit: .* has no effect without experts"):
+        configs.load(["model.swiglu_limit=7.0"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -354,7 +354,7 @@ def test_export_on_a_full_disk_is_made_by_the_next_start(tiny, monkeypatch):
     loaded = tiny("checkpoint.export=true", "eval_every=0", "max_steps=2")
     hf = Path(loaded[0]["out_dir"]) / "hf"
 
-    def full_disk(*args):
+    def full_disk(*args, **options):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(M, "save_pretrained", full_disk)
     with pytest.raises(configs.UserError, match=f"^{hf}: .*No space left.*same command exports it again"):

@@ -1570,7 +1570,7 @@ def live_view(folder, width, height):
     status = "running" if is_running(folder) else "not running"
     trained = [record for record in records if "lr" in record]
     if not trained:
-        return [f"{folder}: {status}; no step is logged yet"]
+        return [f"{status}, no step is logged yet: {folder}"]
     last = trained[-1]
     progress = f"step {last['step']:,}"
     if starts:
@@ -1579,7 +1579,7 @@ def live_view(folder, width, height):
         seconds_left = last["seconds"] / last["step"] * (total - last["step"])
         bar = "█" * round(20 * share)
         progress += f"/{total:,}  {bar:░<20} {share:.0%}  {format_duration(seconds_left)} left"
-    lines = [f"{folder}: {status}", progress]
+    lines = [f"{status}: {folder}", progress]    # the end of a long line is cut off
     points = thin(series(trained, "loss"), width - 10)
     losses = [loss for _, loss in points]
     if losses:

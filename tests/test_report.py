@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -268,7 +269,7 @@ def test_watch_prints_once_if_not_on_a_terminal(tmp_path, capsys):
     log.main([str(folder), "watch=true"])
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == f"{folder}: not running"
+    assert lines[0] == f"not running: {folder}"
     assert lines[1] == "step 3/4  ███████████████░░░░░ 75%  0:01 left"
     assert lines[2].startswith("       8 █") and lines[-1].split() == ["x/loss", "10.000", "->", "1.000"]
     assert "\x1b" not in out and not (folder / "report.html").exists()
@@ -284,8 +285,10 @@ def test_watch_redraws_until_the_run_ends(tmp_path):
                                stdout=stdout, close_fds=True)
     os.close(stdout)
     seen = ""
-    while "running\r\nstep 2/4" not in seen:
+    while "step 2/4" not in seen:
+        assert select.select([terminal], [], [], 20)[0], seen
         seen += os.read(terminal, 10_000).decode()
+    assert seen.startswith("running: ")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(step_record(4, 1.0)) + "\n")
     lock.close()
@@ -293,4 +296,4 @@ def test_watch_redraws_until_the_run_ends(tmp_path):
     seen += os.read(terminal, 10_000).decode()
     os.close(terminal)
     again = seen.split("\x1b[J")[-1]
-    assert "not running\r\nstep 4/4" in again and seen.count("\x1b[J") == 1
+    assert again.startswith("not running: ") and "step 4/4" in again and seen.count("\x1b[J") == 1

@@ -467,14 +467,14 @@ def compare_reading(choose, kind, folder):
 @pytest.mark.parametrize("kind", [name for name, family in configs.families().items()
                                   if name != "native" and "section" not in family])
 def test_config_json_is_read_as_the_reference_reads_it(kind, tmp_path):
-    """CONFIG_DRAWS=1000 draws more than the 15 of each family."""
+    """CONFIG_DRAWS=1000 draws more than the 6 of each family."""
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     random_choice = random.Random(f"{kind} 0")
     choose = lambda *values: random_choice.choice(values)
     choose.often = lambda probability: random_choice.random() < probability
     results = collections.Counter()
-    for n in range(int(os.environ.get("CONFIG_DRAWS", 15))):
+    for n in range(int(os.environ.get("CONFIG_DRAWS", 6))):
         folder = tmp_path / str(n)
         folder.mkdir()
         with torch.no_grad(), warnings.catch_warnings():

@@ -200,10 +200,9 @@ def test_flops_do_not_depend_on_quantization():
     assert counts[0] == counts[1] == counts[2] > 0
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_quantized_matmul_compiles_without_a_break(quantize):
+def test_quantized_matmul_compiles_without_a_break():
     """As inductor traces it; the traced graph runs as it is."""
-    _, model = parallelized(f"shard.quantize={quantize}")
+    _, model = parallelized("shard.quantize=nf4")
     eager = model(micro_batch())[0]
     eager.backward()
     gradient = model.blocks[0].attn.q_proj.lora_B.grad.clone()

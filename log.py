@@ -1039,8 +1039,9 @@ def final_summary(run):
             lines += ["recorded when it was trained:", *metrics]
         lines.append("out_dir=NEW starts another run; resume=never starts this one over")
     if cfg["checkpoint"]["export"]:
-        what = "chat with it" if state.has_chats else "let it continue a text"
-        lines.append(f'{what}: python model.py {shlex.quote(str(out_dir))} "..."')
+        command = f"python model.py {shlex.quote(str(out_dir))}"
+        text = f'let it continue a text: {command} "..."'
+        lines.append(f"chat with it: {command}" if state.has_chats else text)
     return lines
 
 

@@ -850,7 +850,7 @@ def test_final_summary_shows_answers_metrics_and_time(tmp_path):
         "chats/exact_match        0.750 -> 0.750",
         "chats/loss               7.000 -> 0.500",
         f"83 steps in 1:23; results are in {folder}",
-        f'chat with it: python model.py \'{folder}\' "..."']
+        f"chat with it: python model.py '{folder}'"]
     of_text = log.final_summary(finished_run(folder, 83, 83, 0, has_chats=False))
     assert of_text[-1] == f'let it continue a text: python model.py \'{folder}\' "..."'
     not_exported = log.final_summary(finished_run(folder, 83, 83, 0, export=False))

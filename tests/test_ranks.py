@@ -334,9 +334,9 @@ LAYOUTS = [    # (model, ranks, keys)
     ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, SHARD2),
     ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2), ("delta-net", 2, SHARD2),
     ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
-    ("gpt-2", 4, SHARD4), ("lora", 4, SHARD4), ("lora, bf16", 4, HYBRID),
+    ("gpt-2", 4, SHARD4), ("lora, bf16", 4, HYBRID),
     ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
-    ("experts", 2, []), ("experts", 2, SHARD2), ("experts", 4, HYBRID),
+    ("experts", 2, SHARD2), ("experts", 4, HYBRID),
     ("experts, lora, bf16", 2, SHARD2),
     ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise

@@ -697,9 +697,10 @@ def describe_kernels(events, device):
 
 # (name of the device in torch: a regular expression; 10^12 FLOP/s of matrix products in bf16 and
 # fp16, without sparsity and accumulated in fp32; in fp32, without TF32). The first match counts.
-# From the vendors' data sheets of H100, H200, HGX B200, A100, L40S, L4, T4, V100 and MI300X, and the
-# whitepapers of the RTX generations Ada and Blackwell; no device was measured. Some data sheets have
-# twice the first number, which is with sparsity. T4 and V100 have no bf16, so theirs is of fp16.
+# From the vendors' data sheets of H100, H200, HGX B200, A100, L40S, L4, T4, V100 and MI300X, and
+# the whitepapers of the RTX generations Ada and Blackwell; no device was measured. Some data sheets
+# print twice the first number, which is the peak with sparsity. T4 and V100 have no bf16: their
+# first number is the peak in fp16.
 PEAK_TFLOPS = (
     (r"H100 PCIe", 756, 51),
     (r"H100 NVL", 835, 60),

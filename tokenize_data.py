@@ -1937,7 +1937,7 @@ class HFTokenizer(BaseTokenizer):
 
 
 def token_bytes(tok):
-    """The bytes of text that each token stands for: int64 [V]; 0 for control tokens.
+    """The length in bytes of each token's text: int64 [V]; 0 for control tokens.
 
     0 for all if the vocabulary does not determine them, as that of WordPiece.
     """

@@ -304,7 +304,7 @@ class Muon:
                     self.muon_update(p, n_matrices, group["lr"], group["weight_decay"])
 
     def muon_update(self, p, n_matrices, lr, weight_decay):
-        """n_matrices  that p holds one after another: as many as experts, or 1"""
+        """Update a parameter: a matrix, or the matrices of n_matrices experts, stacked by rows."""
         momentum = self.state[p]["momentum"]
         momentum.lerp_(p.grad, 1 - self.momentum)
         nesterov = torch.lerp(p.grad, momentum, self.momentum)
@@ -939,7 +939,7 @@ class Run:
     # what changes while the run is on
     meter: log.Meter = dataclasses.field(default_factory=log.Meter)
     saved_step: int = -1          # of the newest checkpoint in out_dir, or being written; -1: none
-    # numbers of signals that this rank has received; STOP_FILE stands for the file out_dir/STOP
+    # signal numbers that this rank has received; STOP_FILE if out_dir/STOP was found
     received: list = dataclasses.field(default_factory=list)
     stop_signal: int = 0          # the one that all ranks know of, see poll_signals; 0: none
     next_look: float = 0.0        # time.monotonic() at which rank 0 looks for that file again

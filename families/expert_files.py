@@ -83,7 +83,7 @@ class Mxfp4Tensor:
 
 
 def open_mxfp4(files):
-    """{tensor: open file}, in which NAME stands for each pair NAME_blocks and NAME_scales."""
+    """{tensor: open file}. Each pair NAME_blocks and NAME_scales appears as one tensor, NAME."""
     opened = dict(files)
     for tensor in files:
         name = tensor.removesuffix("_blocks")

@@ -945,7 +945,7 @@ def source_files():
     paths += (PROJECT / "families").glob("*.py")         # imported when the model is built
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None) or ""
-        if Path(file).is_relative_to(PROJECT) or module is sys.modules["__main__"]:
+        if file.startswith(f"{PROJECT}{os.sep}") or module is sys.modules["__main__"]:
             paths.append(Path(file).absolute())
     standard_library = Path(os.__file__).parent
     installed = Path(torch.__file__).parents[1]

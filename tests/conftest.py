@@ -12,6 +12,8 @@ import pytest
 
 import configs, launch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
+
 REALDATA = Path(os.environ.get("REALDATA", ROOT.parent / "shared" / "realdata"))
 
 

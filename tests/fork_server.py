@@ -14,8 +14,8 @@ import termios
 import traceback
 
 # what the scripts import, none of it ours
-import jinja2, numpy, pytest, safetensors.torch, tiktoken, tqdm, yaml                # noqa: F401
-import torch, torch.distributed.fsdp, torch.distributed.run, torch.distributed.tensor
+import jinja2.ext, jinja2.sandbox, numpy, pytest, regex, safetensors.torch, tiktoken, tqdm, yaml    # noqa: F401
+import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.run, torch.distributed.tensor
 
 
 def serve():

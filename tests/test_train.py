@@ -39,7 +39,7 @@ def losses(rows):
     return torch.tensor([loss for _, loss, _ in rows if loss is not None], dtype=torch.float64)
 
 
-# ---- law 1
+# ---- guarantee 1: the loss
 
 def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
     c = tiny("max_steps=1", "eval_every=0")[0]
@@ -57,18 +57,17 @@ def test_forward_backward_loss_is_the_mean_over_the_steps_target_tokens(tiny):
 
 
 @pytest.mark.parametrize("more, tolerance", [
-    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.lora.r=4",), 1e-5), (("shard.recompute=true",), 1e-5),
+    ((), 1e-5), (("dtype=bfloat16",), 1e-3), (("shard.recompute=true",), 1e-5),
     (("shard.lora.r=4", "shard.lora.dropout=0.2"), 1e-5),
     (("shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"), 1e-3)])
 def test_forward_backward_does_not_depend_on_micro_batches(tiny, more, tolerance):
     """The layout of a step changes rounding and nothing else (guarantee 1)."""
-    # ten steps that don't amplify rounding by themselves
-    more = (*more, "max_steps=10", "lr=1e-3")
+    # steps that don't amplify rounding by themselves
+    more = (*more, "max_steps=6", "lr=1e-3")
     want = run(tiny(*more, "micro_tokens=2000", out="whole"))
-    for tokens in (1000, 240):
-        got = run(tiny(*more, f"micro_tokens={tokens}", out=f"rows{tokens}"))
-        assert float((losses(got) / losses(want) - 1).abs().max()) < tolerance
-    vals = [records(tiny(out=out)[0], "val/chats/loss", "val/chats/exact_match")[-1] for out in ("whole", "rows240")]
+    got = run(tiny(*more, "micro_tokens=240", out="parts"))
+    assert float((losses(got) / losses(want) - 1).abs().max()) < tolerance
+    vals = [records(tiny(out=out)[0], "val/chats/loss", "val/chats/exact_match")[-1] for out in ("whole", "parts")]
     assert vals[0][0] == pytest.approx(vals[1][0], rel=tolerance * 10) and vals[0][1] == vals[1][1]
 
 
@@ -83,7 +82,7 @@ def test_train_logs_tokens_targets_and_packing(tiny):
     assert packing == pytest.approx(tokens / (-(-tokens // 64) * 64))
 
 
-# ---- law 3
+# ---- guarantee 3: resuming
 
 GPT2 = ["model.norm=layernorm", "model.positions=learned", "model.family=gpt2", "model.qkv_bias=true",
         "model.out_bias=true", "model.mlp_bias=true", "model.glu=false", "model.n_kv_heads=4",
@@ -93,28 +92,27 @@ TWICE_AND_HALF = ["data.train.more.path=${data.train.chats.path}", "data.train.m
 BF16_MASTERS, BF16_MOMENTS = "shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"
 FROZEN = "param_groups=[{match: embed, train: false}]"
 FROZEN_BLOCK = "param_groups=[{match: 'embed|blocks.0', train: false}]"
-CELLS = {
+CELLS = {    # name: (keys, the step after which the run is interrupted; an epoch has 9 steps)
     "full, in the first epoch": ([], 4), "full, at an epoch's edge": ([], 9), "full, in a later epoch": ([], 20),
-    "bf16": (["dtype=bfloat16"], 13), "lora": (["shard.lora.r=4"], 13),
+    "bf16": (["dtype=bfloat16"], 3), "fp16": (["dtype=float16"], 3), "gpt-2 layout": (GPT2, 3),
+    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 3),
     "lora, dropout, recompute": (["shard.lora.r=4", "shard.lora.dropout=0.2", "shard.recompute=1"], 2),
-    "lora in bf16": (["shard.lora.r=4", "dtype=bfloat16"], 4), "gpt-2 layout": (GPT2, 11),
-    "nf4": (["shard.lora.r=4", "shard.quantize=nf4", "model.d_model=64"], 4),
+    "nf4": (["shard.lora.r=4", "shard.quantize=nf4", "model.d_model=64"], 3),
     "one source twice, one half": (TWICE_AND_HALF, 23),
-    "constant, wide rows": (["schedule=constant", "micro_tokens=2000"], 7), "muon": (["optimizer=muon"], 13),
-    "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 4),
-    "sgd": (["optimizer=sgd"], 10), "frozen embedding": ([FROZEN], 13),
-    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 4),
-    "bf16 masters and moments": ([BF16_MASTERS, BF16_MOMENTS], 13),
-    "bf16 masters, frozen, in bf16": ([BF16_MASTERS, FROZEN_BLOCK, "dtype=bfloat16"], 4),
-    "bf16 moments": ([BF16_MOMENTS], 10), "fp16": (["dtype=float16"], 4),
-    "lora in fp16": (["dtype=float16", "shard.lora.r=4"], 4), }
+    "constant, in one micro-batch": (["schedule=constant", "micro_tokens=2000"], 3),
+    "muon in bf16, groups": (["optimizer=muon", "dtype=bfloat16", "param_groups=[{match: embed, lr: 0.3}]"], 3),
+    "sgd": (["optimizer=sgd"], 3),
+    "frozen embedding and block in bf16": ([FROZEN_BLOCK, "dtype=bfloat16"], 3),
+    "bf16 masters and moments": ([BF16_MASTERS, BF16_MOMENTS], 3),
+    "bf16 masters, frozen, in bf16": ([BF16_MASTERS, FROZEN_BLOCK, "dtype=bfloat16"], 3),
+    "bf16 moments": ([BF16_MOMENTS], 3)}
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_resume_is_bitwise(tiny, cell):
     """A run stopped after any step and resumed equals the run that was not stopped (guarantee 3)."""
     more, k = CELLS[cell]
-    more = [*more, f"max_steps={k + 5}", "save_every=1", "checkpoint.keep=100"]
+    more = [*more, f"max_steps={k + 3}", "save_every=1", "checkpoint.keep=100"]
     whole, again = tiny(*more, out="whole"), tiny(*more, out="again")
     run(whole)
     shutil.copytree(whole[0]["out_dir"], again[0]["out_dir"], symlinks=True)
@@ -122,8 +120,8 @@ def test_resume_is_bitwise(tiny, cell):
     for folder in checkpoint.list_checkpoints(again[0]["out_dir"])[k:]:
         shutil.rmtree(folder)
     run(again)
-    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= k + 5
-    for step in (k + 1, k + 5):
+    assert records(again[0]) == records(whole[0]) and len(records(whole[0], "loss")) >= k + 3
+    for step in (k + 1, k + 3):
         a, b = weights(whole[0], step), weights(again[0], step)
         assert all(torch.equal(a[f][n], b[f][n]) for f in a for n in a[f])
         assert a["model.safetensors"].keys() == b["model.safetensors"].keys()

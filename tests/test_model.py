@@ -598,7 +598,7 @@ def most_bytes(function):
 
 
 def test_head_and_loss_take_a_quarter_of_the_memory_that_all_logits_would():
-    x, head = torch.randn(4096, 512, requires_grad=True), (torch.randn(32_000, 512) * 0.02).requires_grad_()
+    x, head = torch.randn(4096, 128, requires_grad=True), (torch.randn(32_000, 128) * 0.02).requires_grad_()
     targets, weights = torch.randint(32_000, (4096,)), torch.rand(4096)
 
     def gradients(loss_sum):

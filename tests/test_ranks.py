@@ -862,7 +862,7 @@ def test_init_distributed_gives_up_if_nobody_answers(monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # nodes
 
-def test_two_nodes_of_two_are_four_ranks(six_steps):
+def test_two_nodes_of_two_are_four_ranks(six_steps, layout_runs):
     folder, make_argv = six_steps
     outputs = [folder / f"nodes.output{node}" for node in range(2)]
     with Nodes() as nodes:
@@ -877,5 +877,5 @@ def test_two_nodes_of_two_are_four_ranks(six_steps):
     assert codes == [0, 0], texts
     assert "4 ranks (replicate 2 x shard 2)" in texts[0] and "step" not in texts[1]
     keys = ("loss", "grad_norm", "val/chats/loss")
-    run_jobs(4, [("run", make_argv("full", "one node", *HYBRID))], folder)
-    assert figures(folder / "nodes", *keys) == figures(folder / "one node", *keys)
+    one_node = layout_runs(4) / name_of(("full", 4, HYBRID))
+    assert figures(folder / "nodes", *keys) == figures(one_node, *keys)

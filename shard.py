@@ -1180,7 +1180,7 @@ def should_compile(cfg, device):
 
 
 def compile_blocks(model):
-    """Compile what comes before and after attention, and on a GPU the loss.
+    """Compile what comes before and after attention, and on a GPU the loss and flex_attention().
 
     Equal blocks share the compiled code. dynamic=True: it serves all lengths of micro-batches.
     """
@@ -1194,6 +1194,8 @@ def compile_blocks(model):
             block.mlp.forward = torch.compiler.disable(block.mlp.forward)
     if model.embed.weight.is_cuda:
         model.token_losses = torch.compile(model.token_losses, dynamic=True)
+    if model.can_use_varlen():               # the GPUs and dtypes of its kernel
+        model.flex_attention = torch.compile(transformer.flex_attention, dynamic=True)
 
 
 def warm_up(model, cfg):
@@ -1439,7 +1441,9 @@ class StepSize:
         norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
         self.norms = min(norms, 2)
         self.post_norms = norms - self.norms     # of model.norm_place=both
-        self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
+        # flex_attention() as in compile_blocks(); without a GPU, its width is not checked
+        has_flex = self.is_cuda and self.element == 2 and self.cfg["shard"]["compile"] is not False
+        self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
@@ -1642,6 +1646,8 @@ def block_activation_bytes(s):
     if not s.is_cuda:
         attention += s.element * H * E
     attention += qk_norms
+    if m["attn_sinks"] and not s.keeps_probabilities:     # the output before they reduce it
+        attention += s.element * H * E
     if m["attention_gate"]:              # the gate, and its product with the output
         attention += 2 * s.element * H * E
     if s.keeps_probabilities:

@@ -1195,7 +1195,9 @@ def compile_blocks(model):
     if model.embed.weight.is_cuda:
         model.token_losses = torch.compile(model.token_losses, dynamic=True)
     if model.can_use_varlen():               # the GPUs and dtypes of its kernel
-        model.flex_attention = torch.compile(transformer.flex_attention, dynamic=True)
+        compiled = torch.compile(transformer.flex_attention, dynamic=True, fullgraph=True)
+        # scale and softcap are constants: torch compiles no kernel for floats that may change
+        model.flex_attention = torch._dynamo.config.patch(specialize_float=True)(compiled)
 
 
 def warm_up(model, cfg):

@@ -296,7 +296,7 @@ class Attention(nn.Module):
                                               options=m["score_mod_options"])
         # the logit of a key without a value, per head
         self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
-        # what varlen_attention() and F.scaled_dot_product_attention() do not compute
+        # of the kernels, only flex_attention() computes these
         self.needs_flex = bool(m["attn_softcap"] or m["score_mod"] != "none" or m["attn_sinks"])
         self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
         self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
@@ -644,9 +644,9 @@ def make_block_mask(first_keys):
 def flex_attention(layer, q, k, v, block_mask, sinks):
     """attention() of PackedDocuments with changed scores, by a CUDA kernel. Returns [T, H, E].
 
-    shard.compile_blocks() compiles this into a kernel with change_scores() in it. Without
-    shard.compile it is not called: uncompiled, torch's function stores the probabilities of all
-    T x T pairs, and padded_attention() only those within documents.
+    shard.parallelize() compiles it into a kernel that has change_scores() in it. With
+    shard.compile=false it is not called: uncompiled, torch's function stores the probabilities of
+    all T x T pairs, and padded_attention() only those within documents.
     """
     from torch.nn.attention import flex_attention as flex
 

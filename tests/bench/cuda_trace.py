@@ -70,14 +70,17 @@ CONFIGURATIONS = {
     "attention multiplier": ["model.attention_multiplier=0.02"],
     "head of 68": ["model.head_dim=68"],
     "padded vocabulary": ["model.pad_vocab_size_multiple=64"]}
-MEMORY = [    # (model, keys, tokens of a micro-batch)
+FLEX = ["model.family=native", "shard.compile=true", "shard.recompute=false"]
+MEMORY = [    # (model, keys, tokens of a micro-batch); not compiled, if keys do not set it
     ("0.5B", ["shard.recompute=false"], 8192), ("0.5B", ["shard.recompute=false"], 32768),
     ("0.5B", ["shard.recompute=12"], 32768), ("0.5B", ["shard.recompute=true"], 32768),
     ("0.5B", [*gpu.LORA, "shard.recompute=false"], 8192), ("0.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
     ("0.5B", ["shard.recompute=false", "dtype=float32"], 8192),
     ("1.5B", ["shard.recompute=false"], 8192), ("1.5B", ["shard.recompute=true"], 32768),
     ("1.5B", ["shard.recompute=16"], 32768), ("1.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
-    ("8B", ["shard.recompute=true"], 8192), ("8B", [*gpu.LORA, "shard.recompute=true"], 32768)]
+    ("8B", ["shard.recompute=true"], 8192), ("8B", [*gpu.LORA, "shard.recompute=true"], 32768),
+    ("0.5B", FLEX, 8192), ("0.5B", [*FLEX, "model.attn_softcap=50.0"], 8192),
+    ("0.5B", [*FLEX, "model.attn_sinks=true"], 8192)]
 
 
 class LaunchCounter:

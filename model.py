@@ -418,8 +418,7 @@ def attention(layer, q, k, v, layout, seeds=None):
     layout  PackedDocuments (training), Prefill (prompts) or KVCache (a new token per prompt):
                 is_decoding         is it a KVCache?
                 use_varlen          may varlen_attention() be called?
-                flex_attention      the compiled flex_attention(), or None
-                block_mask(window)  its mask
+                flex_attention      the compiled flex_attention() or None; block_mask() is its mask
                 padded_groups(...)  yields the arguments of padded_attention(), group by group
                 unpad(outputs)      [d, t, H, E] of each group -> [T, H, E]
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
@@ -493,7 +492,6 @@ class PackedDocuments:
     cu_seqlens  int32 [D+1];  n_tokens  T, with padding;  max_seqlen  int
     use_varlen  attention() may call the kernel for packed documents
     cache       the KVCache that generation continues from
-    flex_attention  the compiled flex_attention(), or None
     """
 
     cu_seqlens: torch.Tensor
@@ -501,7 +499,7 @@ class PackedDocuments:
     max_seqlen: int
     use_varlen: bool = False
     cache: object = None
-    flex_attention: object = None
+    flex_attention: object = None                                    # compiled
     block_masks: dict = dataclasses.field(default_factory=dict)      # {window: BlockMask}
     is_decoding = False
 
@@ -566,15 +564,28 @@ class PackedDocuments:
                 parts += [documents[i], zeros[self.lengths[i]:]]
             yield torch.cat(parts).unflatten(0, (len(indices), length))
 
+    @torch.no_grad()                                     # one graph for training and validation
     def block_mask(self, window):
-        """The mask of flex_attention(), which all blocks with this window share."""
-        if window not in self.block_masks:
-            tokens = torch.arange(self.n_tokens, device=self.cu_seqlens.device)
-            documents = torch.bucketize(tokens, self.cu_seqlens, right=True) - 1   # padding: D
-            first_keys = self.cu_seqlens[documents]                                # [T]
-            if window:
-                first_keys = first_keys.maximum(tokens - window + 1).int()
-            self.block_masks[window] = make_block_mask(first_keys)
+        """The mask of flex_attention(), which all blocks of the model with this window share.
+
+        It stores which tiles of 128 queries and 128 keys have pairs to compute.
+        """
+        from torch.nn.attention.flex_attention import create_block_mask
+        if window in self.block_masks:
+            return self.block_masks[window]
+        T = self.n_tokens
+        tokens = torch.arange(T, device=self.cu_seqlens.device)
+        documents = torch.bucketize(tokens, self.cu_seqlens, right=True) - 1       # padding: D
+        first_keys = self.cu_seqlens[documents]                                    # [T]
+        if window:
+            first_keys = first_keys.maximum(tokens - window + 1).int()
+
+        def is_seen(b, h, query, key):
+            return (first_keys[query] <= key) & (key <= query)
+
+        if tokens.is_cuda:                               # uncompiled, it stores all T x T pairs
+            create_block_mask = torch.compile(create_block_mask, dynamic=True)
+        self.block_masks[window] = create_block_mask(is_seen, None, None, T, T, tokens.device)
         return self.block_masks[window]
 
     def unpad(self, outputs):
@@ -622,23 +633,6 @@ def varlen_attention(layer, q, k, v, documents):
         cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen,
         window_size=(n_before, 0), scale=layer.scale, **options)
-
-
-@torch.no_grad()                                         # one graph for training and validation
-def make_block_mask(first_keys):
-    """A BlockMask of flex_attention(): a query sees the keys from first_keys [T] to itself.
-
-    It stores which blocks of 128 queries and 128 keys have such pairs. Others are not computed.
-    """
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def is_seen(b, h, query, key):
-        return (first_keys[query] <= key) & (key <= query)
-
-    T = len(first_keys)
-    if first_keys.is_cuda:                               # uncompiled, it stores all T x T pairs
-        create_block_mask = torch.compile(create_block_mask, dynamic=True)
-    return create_block_mask(is_seen, None, None, T, T, first_keys.device)
 
 
 def flex_attention(layer, q, k, v, block_mask, sinks):

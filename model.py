@@ -268,9 +268,9 @@ def softcap(x, cap):
     return cap * (x / cap).tanh()
 
 
-# model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 [d, H, t, t'],
-# after scale and softcap and before the mask. Add your own to SCORE_MODS. With any but "none"
-# attention is computed without a kernel, in training and in generation.
+# model.score_mod: (attention scores, **model.score_mod_options) -> scores, both fp32 of any shape,
+# after scale and softcap and before the mask. Add your own to SCORE_MODS. It must treat each score
+# alone: on CUDA, flex_attention() compiles it into its kernel, where `scores` is a single number.
 
 def unchanged(scores):
     return scores
@@ -291,12 +291,13 @@ class Attention(nn.Module):
         self.window = sliding_windows(m)[layer_idx]
         self.dropout = m["attn_pdrop"]
         self.softcap = m["attn_softcap"]
-        self.changes_scores = m["score_mod"] != "none" or self.softcap is not None
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
         # the logit of a key without a value, per head
         self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
+        # of the kernels, only flex_attention() computes these
+        self.needs_flex = bool(m["attn_softcap"] or m["score_mod"] != "none" or m["attn_sinks"])
         self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
         self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
         self.rope_interleaved = m["rope_interleaved"]
@@ -320,15 +321,21 @@ class Attention(nn.Module):
             self.q_norm = Norm(m, q_width)
             self.k_norm = Norm(m, kv_width)
 
-    def needs_probabilities(self, training):
+    def needs_probabilities(self, training, has_flex=False):
         """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
 
-        It does for softcap, sinks and score_mod, which no kernel computes, and for dropout: kernels
-        use torch's random generator, not our seeds. If you change scores or probabilities in
-        padded_attention() in another way, return True here.
+        It does for dropout, because kernels use torch's random generator, not our seeds; and for
+        softcap, sinks and score_mod, unless flex_attention() can be called (has_flex). If you
+        change the probabilities in padded_attention() in another way, return True here.
         """
-        changes_probs = self.changes_scores or self.sinks is not None
-        return changes_probs or (training and self.dropout > 0)
+        return (self.needs_flex and not has_flex) or (training and self.dropout > 0)
+
+    def change_scores(self, scores):
+        """softcap and score_mod of scaled scores in fp32: of all pairs in padded_attention(), of
+        one pair in flex_attention(). So a change here must treat each score alone."""
+        if self.softcap:
+            scores = softcap(scores, self.softcap)
+        return self.score_mod(scores)
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized and rotated."""
@@ -411,18 +418,22 @@ def attention(layer, q, k, v, layout, seeds=None):
     layout  PackedDocuments (training), Prefill (prompts) or KVCache (a new token per prompt):
                 is_decoding         is it a KVCache?
                 use_varlen          may varlen_attention() be called?
+                flex_attention      the compiled flex_attention() or None; block_mask() is its mask
                 padded_groups(...)  yields the arguments of padded_attention(), group by group
                 unpad(outputs)      [d, t, H, E] of each group -> [T, H, E]
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    need_probs = layer.needs_probabilities(training=seeds is not None)
+    # rounded like all weights: FSDP casts those of a block when it gathers them
+    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)
+    has_flex = layout.flex_attention is not None and len(q) > 0      # it needs a token
+    need_probs = layer.needs_probabilities(seeds is not None, has_flex)
+    if layer.needs_flex and not need_probs:
+        return layout.flex_attention(layer, q, k, v, layout.block_mask(layer.window), sinks)
     if layout.use_varlen and not need_probs:
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
     groups = layout.padded_groups(layer, q, k, v, seeds, need_mask=need_probs)
-    # rounded like all weights: FSDP casts those of a block when it gathers them
-    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)
     for q_d, k_d, v_d, mask, seeds_d in groups:
         y = padded_attention(layer, q_d, k_d, v_d, mask, seeds_d, sinks)           # [d, H, t, E]
         outputs.append(y.transpose(1, 2).to(q.dtype))
@@ -453,9 +464,7 @@ def padded_attention(layer, q, k, v, mask, seeds, sinks):
             enable_gqa=q.shape[1] > k.shape[1])
     scores = q @ k.transpose(-1, -2)                                               # [d, H, t, t']
     scores = scores.float() * layer.scale
-    if layer.softcap:
-        scores = softcap(scores, layer.softcap)
-    scores = layer.score_mod(scores)
+    scores = layer.change_scores(scores)
     scores = scores.masked_fill(~mask, -math.inf)
     if sinks is not None:
         sinks = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
@@ -490,6 +499,8 @@ class PackedDocuments:
     max_seqlen: int
     use_varlen: bool = False
     cache: object = None
+    flex_attention: object = None                                    # compiled
+    block_masks: dict = dataclasses.field(default_factory=dict)      # {window: BlockMask}
     is_decoding = False
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
@@ -553,6 +564,30 @@ class PackedDocuments:
                 parts += [documents[i], zeros[self.lengths[i]:]]
             yield torch.cat(parts).unflatten(0, (len(indices), length))
 
+    @torch.no_grad()                                     # one graph for training and validation
+    def block_mask(self, window):
+        """The mask of flex_attention(), which all blocks of the model with this window share.
+
+        It stores which tiles of 128 queries and 128 keys have pairs to compute.
+        """
+        from torch.nn.attention.flex_attention import create_block_mask
+        if window in self.block_masks:
+            return self.block_masks[window]
+        T = self.n_tokens
+        tokens = torch.arange(T, device=self.cu_seqlens.device)
+        documents = torch.bucketize(tokens, self.cu_seqlens, right=True) - 1       # padding: D
+        first_keys = self.cu_seqlens[documents]                                    # [T]
+        if window:
+            first_keys = first_keys.maximum(tokens - window + 1).int()
+
+        def is_seen(b, h, query, key):
+            return (first_keys[query] <= key) & (key <= query)
+
+        if tokens.is_cuda:                               # uncompiled, it stores all T x T pairs
+            create_block_mask = torch.compile(create_block_mask, dynamic=True)
+        self.block_masks[window] = create_block_mask(is_seen, None, None, T, T, tokens.device)
+        return self.block_masks[window]
+
     def unpad(self, outputs):
         """[d, t, H, E] of each group -> [T, H, E]"""
         if self.have_equal_lengths:
@@ -598,6 +633,30 @@ def varlen_attention(layer, q, k, v, documents):
         cu_seqlens, cu_seqlens,
         max_seqlen, max_seqlen,
         window_size=(n_before, 0), scale=layer.scale, **options)
+
+
+def flex_attention(layer, q, k, v, block_mask, sinks):
+    """attention() of PackedDocuments with changed scores, by a CUDA kernel. Returns [T, H, E].
+
+    shard.parallelize() compiles it into a kernel that has change_scores() in it. With
+    shard.compile=false it is not called: uncompiled, torch's function stores the probabilities of
+    all T x T pairs, and padded_attention() only those within documents.
+    """
+    from torch.nn.attention import flex_attention as flex
+
+    def score_mod(score, b, h, query, key):
+        return layer.change_scores(score.float())
+
+    q, k, v = [x.transpose(0, 1)[None] for x in (q, k, v)]               # [1, H or K, T, E]
+    y, aux = flex.flex_attention(
+        q, k, v, score_mod, block_mask,
+        scale=layer.scale, enable_gqa=True, return_aux=flex.AuxRequest(lse=True))
+    y = y[0].transpose(0, 1)                                                       # [T, H, E]
+    if sinks is None:
+        return y
+    # aux.lse is the log of the sum of exp(score) over keys. The sink's exp(logit) joins that sum.
+    share_of_keys = (aux.lse[0].T - sinks.float()).sigmoid()                       # [T, H]
+    return (y * share_of_keys[..., None]).to(y.dtype)
 
 
 def gelu_tanh(x):
@@ -1102,6 +1161,7 @@ class Transformer(nn.Module):
         self.dtype = torch.float32           # of the computation
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
+        self.flex_attention = None           # flex_attention(), compiled
         self.adapter_dropout = 0.0           # shard.lora.dropout
         self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
 
@@ -1168,7 +1228,7 @@ class Transformer(nn.Module):
         positions = batch["positions"]
         if layout is None:
             layout = PackedDocuments(batch["cu_seqlens"], len(positions), batch["max_seqlen"],
-                                     self.can_use_varlen())
+                                     self.can_use_varlen(), flex_attention=self.flex_attention)
         x = self.embedding(self, batch)                                            # [T, C]
         multiplier = embedding_multiplier(m)
         if multiplier != 1.0:
@@ -2123,6 +2183,7 @@ class KVCache:
 
     is_decoding = True
     use_varlen = False
+    flex_attention = None
 
     def __init__(self, n_tokens, capacity):
         self.n_tokens = n_tokens

@@ -1088,6 +1088,11 @@ def parallelize(model, cfg, read_slice):
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
+        if can_use_flex(model.cfg, cfg):
+            flex_attention = torch.compile(transformer.flex_attention, dynamic=True, fullgraph=True)
+            # scale and softcap are constants: torch compiles no kernel for floats that may change
+            constants = torch._dynamo.config.patch(specialize_float=True)
+            model.flex_attention = constants(flex_attention)
     return model
 
 
@@ -1177,6 +1182,23 @@ def should_compile(cfg, device):
     if cfg["shard"]["compile"] is None:
         return device.type == "cuda"
     return cfg["shard"]["compile"]
+
+
+def can_use_flex(m, cfg):
+    """Does parallelize() compile flex_attention(): on CUDA, in bf16 or fp16, for this head_dim?
+
+    For heads wider than 128, the kernels of torch 2.11 take up to 198 kB of shared memory. H100 and
+    B200 have them, A100 and GeForce do not. Without a GPU, a prediction assumes one that has.
+    """
+    is_cuda = resolve_device_type(cfg) == "cuda"
+    if not is_cuda or cfg["shard"]["compile"] is False or not 16 <= m["head_dim"] <= 256:
+        return False
+    if resolve_dtype(cfg, "cuda") == torch.float32:
+        return False
+    if not torch.cuda.is_available():
+        return True
+    gpu = torch.cuda.get_device_properties(local_rank())
+    return gpu.major >= 8 and (m["head_dim"] <= 128 or gpu.shared_memory_per_block_optin >= 200000)
 
 
 def compile_blocks(model):
@@ -1439,7 +1461,8 @@ class StepSize:
         norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
         self.norms = min(norms, 2)
         self.post_norms = norms - self.norms     # of model.norm_place=both
-        self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
+        has_flex = can_use_flex(self.model_cfg, self.cfg)
+        self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
@@ -1642,6 +1665,8 @@ def block_activation_bytes(s):
     if not s.is_cuda:
         attention += s.element * H * E
     attention += qk_norms
+    if m["attn_sinks"] and not s.keeps_probabilities:     # the output before they reduce it
+        attention += s.element * H * E
     if m["attention_gate"]:              # the gate, and its product with the output
         attention += 2 * s.element * H * E
     if s.keeps_probabilities:

@@ -8,8 +8,9 @@ It tests whether training is more stable if no score can grow without limit, as 
 (arXiv:2408.00118, section 2): a score becomes cap * tanh(score / cap). Small scores hardly change,
 so a pretrained model starts almost as it was.
 
-Attention is then computed without a kernel (see needs_probabilities in model.py), which takes
-memory for the scores of all pairs of tokens of a document.
+On CUDA in bf16, the function is compiled into the kernel of FlexAttention. Elsewhere attention is
+then computed without a kernel (see needs_probabilities in model.py), which takes memory for the
+scores of all pairs of tokens of a document.
 
 The weights look like those of the base, but other programs would compute another model from them.
 So it is saved as model.family=native, which transformers refuses; config.json has score_mod, and

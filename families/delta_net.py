@@ -56,7 +56,7 @@ class GatedDeltaNet(nn.Module):
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.out_proj = transformer.Linear(value_width, C, bias=False)
 
-    def needs_probabilities(self, training):
+    def needs_probabilities(self, training, has_flex=False):
         return False
 
     def project(self, x, rope, seeds=None):                                        # [T, C]

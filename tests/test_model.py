@@ -755,6 +755,34 @@ def test_softcapped_attention_without_dropout_of_its_own_hashes_nothing(monkeypa
     assert model(row(documents(9, 30)) | {"noise_seed": 0})[0].isfinite()
 
 
+@pytest.mark.parametrize("n_docs", [4, 0])
+def test_flex_attention_has_the_outputs_and_gradients_of_the_plain_path(n_docs, monkeypatch):
+    """With windows, grouped heads, soft-capping, sinks, a score_mod, and padding after the last document."""
+    from torch.nn.attention import flex_attention as flex
+    # torch refuses to train on a CPU, where it has no kernel; its plain functions, of which the kernel is made, do it
+    monkeypatch.setattr(flex, "_validate_device", lambda *qkv: None)
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setitem(M.SCORE_MODS, "sine", lambda score, factor: torch.sin(factor * score))
+    model = noisy(M.build(M_TINY | {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"],
+                                    "attn_softcap": 1.5, "attn_sinks": True, "score_mod": "sine",
+                                    "score_mod_options": {"factor": 2.0}}))
+    batch = row(documents(101, 6, 41, 2, 15)[:n_docs] or [[0, 0]])
+    if not n_docs:
+        batch["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
+    padding = 9
+    for key, value in {"tokens": 5, "positions": 0, "targets": M.IGNORE_INDEX, "loss_weights": 0}.items():
+        batch[key] = torch.nn.functional.pad(batch[key], (0, padding), value=value)
+    hidden, results = {}, {}
+    for path, function in {"plain": None, "flex": M.flex_attention}.items():
+        model.flex_attention = function
+        hidden[path] = model.hidden(batch)
+        hidden[path].square().sum().backward()
+        results[path] = grads(model)
+    assert not torch.equal(hidden["plain"], hidden["flex"]) and close(hidden["flex"], hidden["plain"], 1e-5)
+    for name, want in results["plain"].items():
+        assert close(results["flex"][name], want, 1e-4), name
+
+
 def test_neftune_adds_what_its_paper_says():
     model, docs = M.build(M_TINY | {"embed": "neftune", "embed_options": {"alpha": 5.0}}), documents(101, 101, 26)
     batch = row(docs) | {"noise_seed": (1, 2)}

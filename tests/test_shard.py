@@ -268,6 +268,20 @@ def test_run_distributed_prints_the_text_of_sys_exit(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # predicted memory
 
+@pytest.mark.parametrize("key, extra", [("model.attn_softcap=50.0", 0), ("model.attn_sinks=true", 2)])
+def test_predict_memory_counts_no_probabilities_where_flex_attention_is_called(key, extra):
+    """On CUDA in bf16, compiled: what plain attention takes. Sinks keep the output before and after they reduce it."""
+    def activations(*keys, seq_len=1024):
+        cfg = configs.load(["model.vocab_size=1000", "device=cuda", "dtype=bfloat16", f"data.seq_len={seq_len}",
+                            "model.family=native", "model.max_len=4096", "shard.recompute=false", *keys])[0]
+        per_token = shard.block_activation_bytes(shard.StepSize(cfg["model"], cfg, 1))
+        return per_token, cfg["model"]["n_heads"] * cfg["model"]["head_dim"]
+    plain, width = activations()
+    assert activations(key) == activations(key, seq_len=4096) == (plain + extra * width, width)
+    for keys in (["shard.compile=false"], ["dtype=float32"], ["model.attn_pdrop=0.1"]):
+        assert activations(key, *keys, seq_len=4096)[0] > 2 * activations(key, *keys)[0]
+
+
 def test_predict_memory_adds_up():
     cfg = configs.load(["model.vocab_size=1000", "dtype=float32", "device=cpu"])[0]
     parameters = list(M.build_on_meta(cfg["model"]).named_parameters())

@@ -37,6 +37,10 @@ SMALL = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv
          "model.d_ff=512", "micro_tokens=2048", "model.family=native"]
 LAYERNORM = ["model.norm=layernorm", "model.qkv_bias=true", "model.out_bias=true", "model.mlp_bias=true",
              "model.glu=false", "model.activation=gelu", "model.n_kv_heads=4"]
+ALTERNATING = ["model.sliding_window=64", "model.layer_types=[sliding_attention, full_attention]"]
+GEMMA2 = [*ALTERNATING, "model.attn_softcap=50.0", "model.logit_softcap=30.0", "model.norm_place=both"]
+GPT_OSS = [*ALTERNATING, "model.attn_sinks=true", "model.n_experts=4", "model.n_experts_per_token=2",
+           "model.d_expert=64"]
 CONFIGURATIONS = {
     "bf16": [],
     "bf16 eager": ["shard.compile=false"],
@@ -57,19 +61,26 @@ CONFIGURATIONS = {
     "gpt-neox": [*LAYERNORM, "model.parallel_residual=true", "model.partial_rotary_factor=0.25"],
     "olmo2": ["model.norm_place=after", "model.qk_norm=all"],
     "smollm3": ["model.rope_layers=[1, 1, 0]"],
+    "gemma 2": GEMMA2,
+    "gemma 2 recompute": [*GEMMA2, "shard.recompute=true"],
+    "gemma 2 eager": [*GEMMA2, "shard.compile=false"],
+    "gpt-oss": GPT_OSS,
     "label smoothing and z-loss": ["model.loss_options={label_smoothing: 0.1, z_loss: 1e-4}"],
     "dft": ["model.loss=dft"],
     "attention multiplier": ["model.attention_multiplier=0.02"],
     "head of 68": ["model.head_dim=68"],
     "padded vocabulary": ["model.pad_vocab_size_multiple=64"]}
-MEMORY = [    # (model, keys, tokens of a micro-batch)
+FLEX = ["model.family=native", "shard.compile=true", "shard.recompute=false"]
+MEMORY = [    # (model, keys, tokens of a micro-batch); not compiled, if keys do not set it
     ("0.5B", ["shard.recompute=false"], 8192), ("0.5B", ["shard.recompute=false"], 32768),
     ("0.5B", ["shard.recompute=12"], 32768), ("0.5B", ["shard.recompute=true"], 32768),
     ("0.5B", [*gpu.LORA, "shard.recompute=false"], 8192), ("0.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
     ("0.5B", ["shard.recompute=false", "dtype=float32"], 8192),
     ("1.5B", ["shard.recompute=false"], 8192), ("1.5B", ["shard.recompute=true"], 32768),
     ("1.5B", ["shard.recompute=16"], 32768), ("1.5B", [*gpu.LORA, "shard.recompute=true"], 32768),
-    ("8B", ["shard.recompute=true"], 8192), ("8B", [*gpu.LORA, "shard.recompute=true"], 32768)]
+    ("8B", ["shard.recompute=true"], 8192), ("8B", [*gpu.LORA, "shard.recompute=true"], 32768),
+    ("0.5B", FLEX, 8192), ("0.5B", [*FLEX, "model.attn_softcap=50.0"], 8192),
+    ("0.5B", [*FLEX, "model.attn_sinks=true"], 8192)]
 
 
 class LaunchCounter:
@@ -169,8 +180,8 @@ def empty_batch():
 
 def trace_memory(name, keys, n_tokens):
     """The allocator's peak over two steps of windows of 4,096, and shard.py's prediction, in GiB."""
-    cfg, model, optimizer = gpu.build(*gpu.MODELS[name], *keys, f"micro_tokens={n_tokens}",
-                                      f"batch_size={n_tokens // 4096}", "shard.compile=false")
+    cfg, model, optimizer = gpu.build(*gpu.MODELS[name], "shard.compile=false", *keys, f"micro_tokens={n_tokens}",
+                                      f"batch_size={n_tokens // 4096}")
     phase, held = shard.peak_phase(shard.predict_memory(model.cfg, cfg))
     batch = gpu.make_batch([4096] * (n_tokens // 4096), model.cfg["vocab_size"])
     batch["target_index"] = torch.arange(n_tokens, device="cuda")

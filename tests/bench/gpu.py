@@ -5,7 +5,8 @@
     python tests/bench/gpu.py models=0.5B,1.5B seconds=200
 
 right    logits, loss and gradients in bf16 and fp32 against fp32 on the CPU, for full fine-tuning, LoRA, recompute,
-         a window, fp32 with grouped heads, and a micro-batch without documents; how often a step waits for the device
+         a window, soft-capped attention with sinks (flex_attention in bf16), fp32 with grouped heads, and a micro-batch
+         without documents; how often a step waits for the device
 resume   train.py, killed by SIGKILL and resumed with other lengths first, equals an uninterrupted run bitwise
 fast     tokens per second, model FLOPs utilization, measured and predicted memory: the shapes of Qwen2.5-0.5B and 1.5B
          and Llama-3.1-8B with random weights; full fine-tuning and LoRA of rank 16 on all linear layers; packed chats
@@ -145,7 +146,10 @@ def report(name, values):
 SMALL = ["model.d_model=256", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2", "model.vocab_size=999",
          "model.d_ff=512", "micro_tokens=2048"]
 VARIANTS = {"full": [], "lora": LORA, "recompute one block": ["shard.recompute=1"],
-            "recompute": ["shard.recompute=true"], "window": ["model.family=mistral", "model.sliding_window=64"]}
+            "recompute": ["shard.recompute=true"], "window": ["model.family=mistral", "model.sliding_window=64"],
+            "soft-capping and sinks": [
+                "model.family=native", "model.attn_softcap=5.0", "model.attn_sinks=true", "model.sliding_window=64",
+                "model.layer_types=[sliding_attention, full_attention]"]}
 LENGTHS = [1, 300, 77, 512, 2, 130]
 
 

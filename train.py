@@ -1728,10 +1728,11 @@ def export(run):
     out_dir = Path(run.cfg["out_dir"])
     best = run.saver.folder / "best"
     path = best if run.cfg["best"] and best.is_dir() else run.saver.folder / "latest"
-    adapter = out_dir / "adapter" if run.cfg["shard"]["lora"]["r"] else None
     checkpoint.check_export_inputs(path, vars(run.state), run.cfg, run.tokenizer)
-    checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf",
-                      run.state.has_chats, adapter)
+    arguments = (path, run.model.cfg, run.cfg, run.tokenizer)
+    if run.cfg["shard"]["lora"]["r"]:
+        checkpoint.export(*arguments, out_dir / "adapter", run.state.has_chats, is_adapter=True)
+    checkpoint.export(*arguments, out_dir / "hf", run.state.has_chats)
 
 
 def main(cfg, explicit):

@@ -728,9 +728,7 @@ def test_ls_and_export_checkpoint(finished, script, tmp_path):
                         (["ls"], "checkpoint.py ls RUN"), (["list", out_dir], "export RUN"),
                         (["export", out_dir], "export RUN"), (["ls", out_dir, "all=true"], "ls RUN"),
                         (["export", tmp_path, tmp_path / "x"], "no checkpoint"),
-                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'early'}"], "not empty"),
-                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'new/a'}"], "adapter: "),
-                        (["export", out_dir, tmp_path / "new", f"adapter={tmp_path / 'a'}"], "all weights were trained"),
+                        (["export", out_dir, tmp_path / "new", "adapter=true"], "all weights were trained"),
                         (["export", out_dir, tmp_path / "file"], "is a file")):
         with pytest.raises(configs.UserError, match=words) as e:
             checkpoint.main([str(arg) for arg in args])
@@ -800,15 +798,23 @@ def test_save_pretrained_refuses_numbers_that_float16_lacks(tmp_path):
         M.save_pretrained(model.get_parameter, m, tmp_path, dtype="float16")
 
 
-def test_upload_to_a_hub(finished, tmp_path, monkeypatch, capsys):
-    """A private model with its card; a second export replaces it, and deletes other weights."""
+@pytest.fixture
+def someone_tiny(tmp_path, monkeypatch):
+    """(folder of the model someone/tiny on a hub, the hub's log)"""
     constants = pytest.importorskip("huggingface_hub.constants", reason="what uploads to a hub")
     monkeypatch.setenv("HF_ENDPOINT", "restored at the end")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
     repository = tmp_path / "repository"
     log_of_hub = hub.start("models/someone/tiny", repository)
     monkeypatch.setattr(constants, "ENDPOINT", os.environ["HF_ENDPOINT"])
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    return repository, log_of_hub
+
+
+def test_upload_to_a_hub(finished, tmp_path, someone_tiny, monkeypatch, capsys):
+    """A private model with its card; a second export replaces it, and deletes other weights."""
+    repository, log_of_hub = someone_tiny
 
     def export(name, *options):
         folder = tmp_path / name
@@ -912,6 +918,21 @@ def test_write_card_of_an_adapter(tiny, base, tmp_path):
     assert names["model"].active_adapter == "default"
 
 
+def test_upload_an_adapter_alone(tiny, base, tmp_path, someone_tiny):
+    """The hub gets the adapters and their card; the merged model replaces them."""
+    loaded = from_base(tiny, f"model.init_from={base}", "shard.lora.r=2", "max_steps=1", "eval_every=0")
+    run(loaded)
+    repository, _ = someone_tiny
+    for name, options in (("alone", ["adapter=true"]), ("merged", [])):
+        folder = tmp_path / name
+        checkpoint.main(["export", loaded[0]["out_dir"], str(folder), "upload=someone/tiny", *options])
+        uploaded = {file.name: file.read_bytes() for file in repository.iterdir()}
+        assert uploaded == {file.name: file.read_bytes() for file in folder.iterdir()}
+        assert ("adapter_model.safetensors" in uploaded) == (name == "alone")
+        assert ("model.safetensors" in uploaded) == (name == "merged")
+        assert 'from_pretrained("someone/tiny")' in uploaded["README.md"].decode()
+
+
 def test_write_card_of_an_adapter_that_is_continued(tiny, base, tmp_path):
     """The adapter gives the rank, which is not among the keys that were set."""
     keys = [f"model.init_from={base}", "checkpoint.export=true", "max_steps=1", "eval_every=0"]
@@ -993,6 +1014,7 @@ def test_lock_folder_refuses_a_disk_without_symbolic_links(tmp_path, monkeypatch
 @pytest.mark.parametrize("argv, words", [
     (["export", "out", "dtype=float16"], "export RUN"), (["ls", "out", "new"], "ls RUN"),
     (["export", "out", "new", "dtype=bf16"], "dtype: must be one of float32, bfloat16, float16; got bf16"),
+    (["export", "out", "new", "dtype=float16", "adapter=true"], "dtype: adapters are written in float32"),
     (["export", "out", "new", "upload=mine"], "upload: must be OWNER/NAME on the hub; got mine")])
 def test_check_arguments_refuses(argv, words):
     with pytest.raises(configs.UserError, match=words):

@@ -315,7 +315,7 @@ class Tracker:
 
     def send_record(self, record, answers):
         kind = "validation" if is_eval_record(record) else "train"
-        if record["step"] > self.state[kind]:
+        if record["step"] > self.state[kind] or "eval_only" in record:
             self.backend.log(record)
             self.state[kind] = record["step"]
             if answers and kind == "validation":
@@ -326,10 +326,6 @@ class Tracker:
         self.state["id"] = backend.id
         for kind in ("train", "validation"):
             self.state[kind] = min(self.state[kind], backend.last_step)
-        cfg, _ = self.arguments
-        if cfg["eval_only"]:                     # the evaluation of the last step is a new one
-            last_step = self.about["last_step"]
-            self.state["validation"] = min(self.state["validation"], last_step - 1)
         self.backend = backend
         self.save_state()
 
@@ -387,9 +383,8 @@ class Logger:
         evaluations = records_until(resumed_step, source, "evaluations.jsonl")
         self.path = folder / "metrics.jsonl"
         self.evaluations_path = folder / "evaluations.jsonl"
-        if cfg["eval_only"]:                     # another evaluation replaces that of this step
-            records = [record for record in records
-                       if record["step"] < resumed_step or not is_eval_record(record)]
+        if cfg["eval_only"]:             # replaces an earlier one, but not the evaluation of the run
+            records = without_eval_only(records)
             evaluations = [line for line in evaluations if line["step"] < resumed_step]
         write_records(self.path, records)
         write_records(self.evaluations_path, evaluations)
@@ -397,7 +392,7 @@ class Logger:
         about = {"explicit": configs.flat(explicit), "git": git or "unknown",
                  "command": command_line(),
                  "last_step": max((record["step"] for record in records), default=-1)}
-        records = [without_unknown(record) for record in records]
+        records = [without_unknown(record) for record in without_eval_only(records)]
         answers = {line["step"]: line["answers"] for line in evaluations}
         self.trackers = [Tracker(name, cfg, folder, about, records, answers)
                          for name in cfg["log"]["to"]]
@@ -431,7 +426,7 @@ class Logger:
         record = self.write(record, answers)
         step = record.pop("step")
         fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
-                  for key, value in record.items()]
+                  for key, value in record.items() if key.startswith("val/")]
         print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
 
     def write_evaluation(self, step, seconds, answers):
@@ -858,8 +853,14 @@ def is_eval_record(record):
 
 
 def was_evaluated(records, step):
-    """Is an evaluation of the model at exactly this step recorded?"""
-    return any(record["step"] == step and is_eval_record(record) for record in records)
+    """Is an evaluation of the model at exactly this step recorded, other than by eval_only?"""
+    return any(record["step"] == step and is_eval_record(record)
+               for record in without_eval_only(records))
+
+
+def without_eval_only(records):
+    """The records that training has made. eval_only may evaluate with other data and prompts."""
+    return [record for record in records if "eval_only" not in record]
 
 
 def parse_best(best):
@@ -873,6 +874,7 @@ def sort_steps_by(records, best, first_step=0):
     best: see parse_best. Of equal values the earlier step is better. Steps up to first_step are
     left out, because the run in this folder has trained nothing yet. Steps may have no checkpoint.
     """
+    records = without_eval_only(records)
     key, is_maximized = parse_best(best)
     points = [point for point in series(records, key) if point[0] > first_step]
     points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
@@ -1231,7 +1233,11 @@ def command_line():
     """The command of this process, or of torchrun for several ranks."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
-    return shlex.join([*launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    script = [os.path.relpath(sys.argv[0])]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module and module.origin == sys.argv[0]:          # python -m experiments.NAME
+        script = ["-m", module.name]
+    return shlex.join([*launcher, *script, *sys.argv[1:]])
 
 
 def first_documents(run, n_documents=3, n_tokens=1000):
@@ -1294,7 +1300,8 @@ def is_running(folder):
 def describe_status(run):
     status = "running" if is_running(run.name) else "stopped"
     if not run.starts:                                   # an evaluation, or an older version's run
-        return status
+        is_evaluation = status == "stopped" and all(map(is_eval_record, run.records))
+        return "evaluated" if is_evaluation else status
     share = run.records[-1]["step"] / run.starts[-1]["total_steps"]
     return "finished" if share == 1 and status == "stopped" else f"{status}, {share:.0%} done"
 
@@ -1315,7 +1322,7 @@ TITLES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tok_per_s": "Tokens per second", "mfu": "MFU", "memory": "Memory (GiB)"}
 # keys without curves: the report shows them otherwise, or they say little
 NOT_DRAWN = re.compile("step|seconds|tokens|target_tokens|documents|packing|compiled|skipped|"
-                       "slow.*|.*_wait(_max)?")
+                       "eval_only|slow.*|.*_wait(_max)?")
 # their axis is logarithmic if the values differ tenfold, and need not begin at 0
 LOGARITHMIC = {"loss", "grad_norm"}
 

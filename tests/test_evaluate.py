@@ -105,7 +105,7 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_replaces_its_record(learn
     for eval_answer in ("all", "last_line", "[a-z]+\\n(.)"):
         main(configs.load([*keys, "eval_only=true", f"eval_answer={eval_answer}"]))
         *others, record = log.read(out)
-        assert others == before[:-1] and record["step"] == 60
+        assert others == before and record["step"] == 60 and record["eval_only"] == 1
         assert record["val/chats/loss"] == before[-1]["val/chats/loss"]
         found[eval_answer] = record["val/chats/exact_match"]
     assert found == {"all": 0, "last_line": 5 / 6, "[a-z]+\\n(.)": 5 / 6}
@@ -116,6 +116,24 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_replaces_its_record(learn
     samples = log.read(out, "evaluations.jsonl")[-1]["answers"]["chats"]
     assert [(sample["answer"], sample["exact_match"]) for sample in samples[-2:]] == [
         ("so\n7", 1), ("so\n7", 0)]
+
+
+def test_eval_only_does_not_change_which_checkpoint_is_the_best(tiny, tmp_path):
+    """Nor does it count for a run that is resumed, whose best has the losses of its own data."""
+    write_chats(tmp_path / "val.jsonl", ["7"] * 4)
+    write_chats(tmp_path / "other.jsonl", ["é\n" * 9] * 4)
+    keys = ["max_steps=4", "eval_every=2", "data.validation_split=0", "eval_prompts=0",
+            "best=val/val/bits_per_byte"]
+    data = f"data.validation.val.path={tmp_path}"
+    out = main(tiny(*keys, f"{data}/val.jsonl"))
+    best = out / "checkpoints" / "best"
+    assert best.resolve().name == "00000004"
+    main(tiny(*keys, f"{data}/other.jsonl", "eval_only=true"))
+    own, last = [record for record in log.read(out) if "val/val/loss" in record][-2:]
+    assert last["val/val/loss"] > own["val/val/loss"] and last["step"] == own["step"] == 4
+    assert best.resolve().name == "00000004"
+    main(tiny(*keys, f"{data}/val.jsonl"))
+    assert best.resolve().name == "00000004"
 
 
 def test_eval_only_of_an_older_checkpoint_takes_another_folder(learned, tmp_path):

@@ -264,9 +264,10 @@ def test_tracker_gets_the_new_evaluation_of_eval_only(tmp_path, backend):
     log_steps(tmp_path, [1, 2, 3, 4])
     backend.calls.clear()
     logger = log.Logger(load_config(tmp_path, "log.to=[list]", "eval_only=true"), 6, 4)
-    logger.validation({"step": 4, "val/x/loss": 7.0})
+    record = {"step": 4, "val/x/loss": 7.0, "eval_only": 1}
+    logger.validation(record)
     logger.close()
-    assert backend.calls == [(tmp_path.name, 4), {"step": 4, "val/x/loss": 7.0}, "finished"]
+    assert backend.calls == [(tmp_path.name, 4), record, "finished"]
 
 
 def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monkeypatch):
@@ -712,6 +713,14 @@ def test_was_evaluated_ignores_records_of_training():
     records = [{"step": 0, "val/x/loss": 1.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0},
                {"step": 2, "val/x/loss": None}]
     assert [log.was_evaluated(records, step) for step in range(4)] == [True, False, True, False]
+
+
+def test_describe_status_of_an_evaluation(tmp_path):
+    """A folder with nothing but an evaluation was not stopped."""
+    run = log.LoggedRun(str(tmp_path), [{"step": 3, "val/x/loss": 1.0}], [], [], {}, "")
+    assert log.describe_status(run) == "evaluated"
+    run.records.append({"step": 4, "loss": 1.0})         # of an older version, without starts.jsonl
+    assert log.describe_status(run) == "stopped"
 
 
 @pytest.mark.parametrize("best", ["", "val/x/loss", "max val/x/exact_match", "val/y/loss", "loss",

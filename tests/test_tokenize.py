@@ -135,8 +135,15 @@ def test_a_match_costs_nothing_and_any_change_tokenizes_anew(tmp_path):
     made = (first / "header.json").stat().st_mtime_ns
     assert folder() == first and (first / "header.json").stat().st_mtime_ns == made
     assert len({first, folder("data.seq_len=3"), folder("data.eos_token="), folder("data.bos_token=<|im_start|>")}) == 4
-    path.write_text(json.dumps({"text": "hello!"}) + "\n")
-    assert folder() != first
+    os.utime(path, (0, 0))                                           # touched, but the same
+    assert folder() == first
+    path.write_text(json.dumps({"text": "jello"}) + "\n")            # as long as before
+    changed = folder()
+    assert changed != first
+    os.utime(path, (0, 0))                                           # the time alone decides if a file is read again
+    assert folder() == first
+    (tmp_path / "cache" / "hashes.json").write_text("{")
+    assert folder() == changed
 
 
 def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
@@ -181,7 +188,7 @@ def test_bad_lines_are_named_with_file_and_line_and_leave_no_token_files(tmp_pat
     with pytest.raises(ValueError) as e:
         T.load_datasets(cfg_for(tmp_path, tmp_path / "bad.jsonl"), quiet=True)
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in ["bad.jsonl", *words]), str(e.value)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "cache").glob("*/*"))
 
 
 def test_bad_files_and_tokenizers_are_named(tmp_path):
@@ -1508,7 +1515,7 @@ def test_token_files_that_are_not_whole_are_not_read(tmp_path):
         wrong(["cannot write token files", "data.cache_dir"], load_one, tmp_path, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*/*"))
     folder = load_one(tmp_path, path).folder
     for name in ("tokens.bin", "weights.bin", "offsets.bin", "targets.bin"):
         whole = (folder / name).read_bytes()
@@ -1531,7 +1538,7 @@ def test_two_processes_that_tokenize_the_same_source_share_it(tmp_path):
                 os._exit(2)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [load_one(tmp_path, path).folder.name]
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == [load_one(tmp_path, path).folder]
 
 
 def test_scripts_print_on_any_console(tmp_path):

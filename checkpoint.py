@@ -574,7 +574,11 @@ def check_tensors_fit(saved, tensors, folder, owner):
         shown = "; ".join(problems[:8])
         if len(problems) > 8:
             shown += f"; and {len(problems) - 8} more"
-        raise configs.UserError(f"{folder}: does not fit the {owner}: {shown}")
+        run = run_folder(folder)
+        raise configs.UserError(
+            f"{folder}: does not fit the {owner}: {shown}; python "
+            f"{newest_code(run)}/checkpoint.py export {folder} DIR exports it with the code of its "
+            "run, and model.init_from=DIR starts from these weights")
 
 
 def without_dtype(entry):
@@ -981,12 +985,16 @@ def changed_files(saved, current):
     return [name for name in sorted(saved | current) if saved.get(name) != current.get(name)]
 
 
+def newest_code(out_dir):
+    return max(Path(out_dir).glob("code-at-*"), default=Path(out_dir) / "code")
+
+
 def save_code(out_dir, step):
     """Copy the source files to out_dir/code, or to out_dir/code-at-STEP if they have changed."""
     out_dir = Path(out_dir)
     folder = out_dir / "code"
     if step > 0 and folder.is_dir():                     # resumed: keep the code of before
-        newest = max(out_dir.glob("code-at-*"), default=folder)
+        newest = newest_code(out_dir)
         copies = {str(p.relative_to(newest)): p for p in newest.rglob("*") if p.is_file()}
         if hash_files(copies) == code_hashes():
             return

@@ -692,26 +692,25 @@ def describe_kernels(events, device):
 
 # (name of the device in torch: a regular expression; 10^12 FLOP/s of matrix products in bf16 and
 # fp16, without sparsity and accumulated in fp32; in fp32, without TF32). The first match counts.
-# From the vendors' data sheets of H100, H200, HGX B200, A100, L40S, L4, T4, V100 and MI300X, and
-# the whitepapers of the RTX generations Ada and Blackwell; no device was measured. Some data sheets
-# print twice the first number, which is the peak with sparsity. T4 and V100 have no bf16: their
-# first number is the peak in fp16.
+# The sources, at nvidia.com/en-us/data-center/NAME if none is named, print some first numbers with
+# sparsity, which is twice as much. They hold at the clock of the data sheet, which a card may
+# exceed: a 5090 was measured at 254 in bf16, an H200 NVL at 853 (github.com/xzwgit/gpu-flops-bench).
 PEAK_TFLOPS = (
-    (r"H100 PCIe", 756, 51),
+    (r"H100 PCIe", 756, 51),                         # h100
     (r"H100 NVL", 835, 60),
     (r"H100 \d+GB HBM3", 989, 67),                   # SXM
-    (r"H200 NVL", 835, 60),
+    (r"H200 NVL", 835, 60),                          # h200
     (r"\bH200", 989, 67),                            # SXM; not GH200
-    (r"\bB200", 2250, 75),
-    (r"A100[- ]", 312, 19.5),                        # SXM4 and PCIe
-    (r"L40S", 362, 91.6),
-    (r"\bL4$", 121, 30.3),
-    (r"RTX 4090$", 165.2, 82.6),                     # not 4090 D, nor one of a laptop
-    (r"RTX 5090$", 209.5, 104.8),
-    (r"\bT4$", 65, 8.1),
-    (r"V100-SXM", 125, 15.7),
+    (r"\bB200", 2250, 75),                           # hgx
+    (r"A100[- ]", 312, 19.5),                        # a100; SXM4 and PCIe
+    (r"L40S", 362, 91.6),                            # l40s
+    (r"\bL4$", 121, 30.3),                           # l4
+    (r"RTX 4090$", 165.2, 82.6),                     # Ada whitepaper; not 4090 D, nor of a laptop
+    (r"RTX 5090$", 209.5, 104.8),                    # RTX Blackwell whitepaper
+    (r"\bT4$", 65, 8.1),                             # tesla-t4; fp16, as there is no bf16
+    (r"V100-SXM", 125, 15.7),                        # v100; the same
     (r"V100-PCIE", 112, 14),
-    (r"MI300X", 1307, 163.4),
+    (r"MI300X", 1307, 163.4),                        # AMD Instinct MI300X data sheet
 )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import configs, launch, model as M, sampler, tokenize_data, train
+import configs, launch, log, model as M, sampler, tokenize_data, train
 from conftest import ROOT
 
 
@@ -116,6 +116,9 @@ def test_experiment_runs_and_resumes_bitwise_on_one_rank_and_on_two(name, start,
         run = finished(name, ranks)
         before = records(run)
         losses[ranks] = figures(run)
+        launcher = {1: "python", 2: "torchrun --nproc_per_node 2"}[ranks]
+        [first_start, *_] = log.read(run, "starts.jsonl")
+        assert first_start["command"].startswith(f"{launcher} -m experiments.{name} data.train.")
         assert list(losses[ranks]) == [1, 2, 3, 4, 5, 6] and all(map(math.isfinite, losses[ranks].values()))
 
         checkpoints = run / "checkpoints"

@@ -1062,7 +1062,7 @@ def test_main_without_arguments_prints_how_to_start(script, args):
 
 def test_saver_killed_again_and_again_gives_the_same_run(script):
     """tests/bench/crash.py, its quick form."""
-    done = script("tests/bench/crash.py", "--kills", "6")
+    done = script("tests/bench/crash.py", "--kills", "6", "--steps", "120")
     result = json.loads(done.stdout.splitlines()[-1])
     output = done.stdout + done.stderr
     assert done.returncode == 0 and result["kills"] == 6 and not result["problems"], output

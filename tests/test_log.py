@@ -1,4 +1,5 @@
 """log.py: records, console lines, backends, summaries and tables. test_report.py: report.html."""
+import contextlib
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +220,8 @@ def log_steps(folder, steps, resumed_step=0, status="finished", to="list", **opt
         if step in (2, 4):
             logger.validation({"step": step, "val/x/loss": 10.0 * resumed_step + step}, ANSWERS)
     if status is None:
-        time.sleep(1)                                        # trackio writes every half second
+        if to == "trackio":
+            wait_for_trackio(folder)
         os.kill(os.getpid(), signal.SIGKILL)
     logger.close(status)
 
@@ -381,6 +384,15 @@ def read_trackio(folder):
     for alert in sorted(alerts, key=lambda alert: alert["timestamp"]):
         found["status"] = alert["title"].removeprefix("run ")
     return found | {"command": found["config"]["command"], "git": found["config"]["git"]}
+
+
+def wait_for_trackio(folder):
+    """Wait until both answers are written, by a thread and after everything else."""
+    answers = []
+    while len(answers) < 2:
+        time.sleep(0.05)
+        with contextlib.suppress(IndexError, TypeError):     # nothing is written yet
+            answers = read_trackio(Path(folder))["answers"]
 
 
 READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "tensorboard": read_tensorboard, "trackio": read_trackio}

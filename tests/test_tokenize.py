@@ -1687,7 +1687,7 @@ def test_tokenize_source_ends_at_a_signal(tmp_path, monkeypatch, number):
     with pytest.raises(SystemExit) as e:
         T.load_datasets(cfg, quiet=True)
     assert e.value.code == 128 + number
-    assert os.listdir(tmp_path / "cache") == [] and multiprocessing.active_children() == []
+    assert os.listdir(tmp_path / "cache") == ["hashes.json"] and multiprocessing.active_children() == []
     monkeypatch.undo()
     assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 6000
 
@@ -1696,7 +1696,8 @@ def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
     """kill -9 of the parent; its processes would wait for work for ever."""
     if not Path("/proc/self/task").exists():
         pytest.skip("finds processes in /proc")
-    command = [sys.executable, "tokenize_data.py", f"data.train.x.path={big_file(tmp_path)}", "data.tokenizer=bytes",
+    # nice: this test comes first on a busy machine, so that it sees the processes before they have finished
+    command = ["nice", sys.executable, "tokenize_data.py", f"data.train.x.path={big_file(tmp_path)}", "data.tokenizer=bytes",
                f"data.cache_dir={tmp_path / 'cache'}", "data.processes=2"]
     process = subprocess.Popen(command, cwd=configs.HERE.parent)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -1704,7 +1705,7 @@ def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(Path("/proc", pid, "cmdline").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path("/proc", pid, "cmdline").exists() for pid in pids)

@@ -47,9 +47,12 @@ class Backend:
 
     cfg     the config
     folder  of the run
-    run_id  what .id was at the first start of this run; None at the first start
-    about   {"explicit": {"model.n_layers": 4, ...}, the keys that were set; "git", "command":
-            texts; "last_step": of the records that the run resumes with, -1 without any}
+    run_id  the id that the first start of this run has kept; None at the first start
+    about   a dict of
+              explicit   the keys that were set: {"model.n_layers": 4, ...}
+              git        the version of the code, as text
+              command    the command line, as text
+              last_step  of the records that the run resumes with; -1 without any
     """
     id = None                 # names the run; kept in the run's folder
     last_step = math.inf      # later steps are not in the tracker, even if they were sent
@@ -98,7 +101,8 @@ class WandbBackend(Backend):
         """
         counter = self.run.step
         is_late = step < counter
-        self.run.log(row, step=max(step, counter), commit=is_late or None)
+        # A late row is complete. Others stay open: an evaluation joins the row of its step.
+        self.run.log(row, step=max(step, counter), commit=is_late)
 
     def close(self, status):
         self.run.summary["status"] = status
@@ -275,8 +279,8 @@ class Tracker:
     twice is given up. After a failure of more than a second, this pauses for nine times as long, so
     that an unreachable server takes a tenth of the time.
 
-    records  those that the run resumes with; see Logger
-    answers  {step: those of that evaluation}
+    records  those in metrics.jsonl when the run is resumed, [] for a new run
+    answers  {step: the answers of its evaluation, see Logger.validation}
     """
 
     def __init__(self, name, cfg, folder, about, records, answers):
@@ -383,7 +387,7 @@ class Logger:
         evaluations = records_until(resumed_step, source, "evaluations.jsonl")
         self.path = folder / "metrics.jsonl"
         self.evaluations_path = folder / "evaluations.jsonl"
-        if cfg["eval_only"]:             # replaces an earlier one, but not the evaluation of the run
+        if cfg["eval_only"]:                     # replaces an earlier one
             records = without_eval_only(records)
             evaluations = [line for line in evaluations if line["step"] < resumed_step]
         write_records(self.path, records)
@@ -694,7 +698,8 @@ def describe_kernels(events, device):
 # fp16, without sparsity and accumulated in fp32; in fp32, without TF32). The first match counts.
 # The sources, at nvidia.com/en-us/data-center/NAME if none is named, print some first numbers with
 # sparsity, which is twice as much. They hold at the clock of the data sheet, which a card may
-# exceed: a 5090 was measured at 254 in bf16, an H200 NVL at 853 (github.com/xzwgit/gpu-flops-bench).
+# exceed: others have measured 254 in bf16 on a 5090 and 853 on an H200 NVL
+# (github.com/xzwgit/gpu-flops-bench).
 PEAK_TFLOPS = (
     (r"H100 PCIe", 756, 51),                         # h100
     (r"H100 NVL", 835, 60),
@@ -745,8 +750,11 @@ class Meter:
              checkpoint is written from; ranks: for other ranks, in collectives on the host;
              evaluation: all of it, which does not count as time of training
     tokens   trained since the last record
-    slowest  step since the last record: {"step", "seconds", "median": of the steps before, cause:
-             seconds}
+    slowest  the slowest step since the last record, a dict of
+               step                its number
+               seconds             that it took
+               median              of the seconds of the steps before it
+               data, save, ranks   seconds that it waited
     """
 
     def __init__(self):
@@ -813,7 +821,7 @@ def compare_ranks(by_rank, slowest):
     slowest  rank 0's Meter.slowest
     """
     memory, *waits = zip(*by_rank)               # of each a tuple with a number per rank
-    data, save, ranks, *slow_waits = waits
+    data, save, ranks, *slow_waits = waits       # of each cause its share; then its seconds
     record = {"memory": int(memory[0]), "data_wait": data[0], "save_wait": save[0]}
     if len(by_rank) > 1:
         record |= {"memory_max": int(max(memory)), "data_wait_max": max(data),
@@ -1328,14 +1336,14 @@ LOGARITHMIC = {"loss", "grad_norm"}
 
 def make_plots(runs):
     """The plots of the report: losses, the other validation metrics, and all other keys."""
-    keys = {key: None for run in runs for record in run.records for key in record}
+    keys = sorted({key for run in runs for record in run.records for key in record})
     groups = {"loss": []}                                # {name: keys that share a plot}
-    for key in sorted(keys):
+    for key in keys:
         if key == "loss" or key.endswith(("/loss", "/nll")):
             groups["loss"].append(key)
         elif key.startswith("val/"):
             groups.setdefault(key.rpartition("/")[2], []).append(key)
-    for key in [*TITLES, *sorted(keys)]:
+    for key in [*TITLES, *keys]:                         # those with titles come first
         name = key.removesuffix("_max")                  # of all ranks; without it: of rank 0
         is_drawn = key != "loss" and not key.startswith("val/") and not NOT_DRAWN.fullmatch(key)
         if is_drawn and key not in groups.setdefault(name, []):

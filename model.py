@@ -739,7 +739,7 @@ def hash_int32(x):
 
 
 def document_index(batch):
-    """The number 0 ... D-1 of each token's document in the micro-batch: int64 [T]. Padding has D."""
+    """The number 0 ... D-1 of each token's document in the micro-batch, D of padding: int64 [T]."""
     ends = batch["cu_seqlens"][1:].long()
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
     return torch.bucketize(tokens, ends, right=True)

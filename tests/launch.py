@@ -60,7 +60,7 @@ class Terminal:
         self.processes = []
         name = os.ttyname(self.slave)
         self.thread = threading.Thread(
-            target=lambda: self.processes.extend(run(command, timeout=60, terminal=name)), daemon=True)
+            target=lambda: self.processes.extend(run(command, terminal=name)), daemon=True)
         self.thread.start()
 
     def type(self, text):

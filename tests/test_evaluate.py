@@ -406,7 +406,7 @@ def test_stop_file_ends_two_ranks_after_the_same_step(tiny, tmp_path):
     argv = configs_argv(tiny("max_steps=5000", "eval_every=0", "log_every=1"))
     out = tmp_path / "run"
     toucher = subprocess.Popen([sys.executable, "-S", "-c", TOUCH, str(out)])
-    ranks = launch.run_ranks(2, ["train.py", *argv], timeout=60)
+    ranks = launch.run_ranks(2, ["train.py", *argv])
     toucher.kill()
     assert [done.returncode for done in ranks] == [0, 0], ranks[0].stderr
     [folder] = checkpoint.list_checkpoints(out)

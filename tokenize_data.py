@@ -3412,7 +3412,7 @@ def content_hashes(files, cache):
         key = f"{os.path.abspath(file)}, {stat.st_size} bytes, {stat.st_mtime_ns} ns"
         hashes[key] = known.get(key) or hash_file(file)
     if hashes.keys() - known.keys():
-        with contextlib.suppress(OSError):               # the next start reads the files again
+        with contextlib.suppress(OSError, ValueError):   # the next start reads the files again
             cache.parent.mkdir(parents=True, exist_ok=True)
             log.write_atomic(cache, json.dumps(known | hashes, indent=0))
     return list(hashes.values())
@@ -3420,11 +3420,12 @@ def content_hashes(files, cache):
 
 def hash_file(path):
     digest = hashlib.sha256()
-    with (open(path, "rb") as file,
-          log.ProgressBar(f"hash {path}", os.path.getsize(path), unit="B", unit_scale=True) as bar):
-        while block := file.read(BLOCK):
-            digest.update(block)
-            bar.update(len(block))
+    n_bytes = os.path.getsize(path)
+    with error_context(path, OSError, "cannot be read: "), open(path, "rb") as file:
+        with log.ProgressBar(f"hash {path}", n_bytes, unit="B", unit_scale=True) as bar:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                bar.update(len(block))
     return digest.hexdigest()[:16]
 
 

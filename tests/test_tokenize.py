@@ -1345,6 +1345,7 @@ def test_read_chunks_names_files_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as parent:                # pytest's folders are open to root only
         parent = pathlib.Path(parent)
         parent.chmod(0o777)
+        load_one(parent, put_texts(parent / "open", "a.jsonl"))      # imports what only root may read
         folder = put_texts(parent / "d", "a.jsonl", "sub/b.jsonl")
         for closed in (folder / "sub", folder / "a.jsonl"):
             closed.chmod(0)

@@ -1297,7 +1297,7 @@ def upload(folder, hub_id):
     try:
         HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload model",
                               delete_patterns=["*.safetensors", "*.safetensors.index.json",
-                                               "*config.json"])
+                                               "config.json", "adapter_config.json"])
     except Exception as error:
         raise configs.UserError(f"upload: {hub_id}: {tokenize_data.one_line(error)}; {folder} is "
                                 f"complete, and hf upload {hub_id} {folder} uploads it") from None
@@ -1391,7 +1391,7 @@ def loss_at(records, step):
     """The validation losses after a step, or else its training loss, as text."""
     losses = []
     training_loss = ""
-    for record in records:
+    for record in log.without_eval_only(records):
         if record["step"] == step:
             losses += [f"{key[4:-5]} {value:.4f}" for key, value in record.items()
                        if re.fullmatch("val/.*/loss", key) and value is not None]

@@ -40,14 +40,13 @@ def encode_pair(record, place, *args):
         pair = tokenize_data.parse_record(record)
     if not ("chosen" in pair and "rejected" in pair):
         return encode_record(record, place, *args)
-    replaced = ("prompt", "messages", "chosen", "rejected")
-    others = {key: value for key, value in pair.items() if key not in replaced}
+    others = {key: value for key, value in pair.items() if key not in ("prompt", "messages")}
     documents = []
-    for answer in (pair["chosen"], pair["rejected"]):
+    for answer in (others.pop("chosen"), others.pop("rejected")):
         chat = {"prompt": pair.get("prompt"), "completion": answer}
         if isinstance(answer, list):
-            roles = [turn.get("role", "assistant") for turn in answer]
-            if roles[:1] != ["assistant"]:               # a whole chat
+            first_roles = [turn.get("role", "assistant") for turn in answer[:1]]
+            if first_roles != ["assistant"]:             # a whole chat
                 chat = {"messages": answer}
         documents += encode_record(others | chat, place, *args)
     return documents

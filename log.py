@@ -183,7 +183,8 @@ class TrackioBackend(Backend):
         self.id = run_id or f"{folder.name}-{secrets.token_hex(3)}"
         self.run = trackio.init(project=cfg["log"]["project"], name=self.id, resume="allow",
                                 config=all_settings(cfg, about), embed=False)
-        # a thread writes the records: a process that is killed loses the last ones
+        # A thread writes the records: a process that is killed loses the last ones. The next step
+        # that trackio would give follows those that it has.
         self.last_step = getattr(self.run, "_next_step", math.inf) - 1
 
     def log(self, record):
@@ -204,7 +205,7 @@ BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": Tenso
             "trackio": TrackioBackend}
 
 
-PACKAGES = tuple(BACKENDS)                        # each is a package of that name
+PACKAGES = tuple(BACKENDS)       # those that need the package of that name; experiments add others
 
 
 def all_settings(cfg, about):
@@ -218,6 +219,7 @@ def mlflow_name(key):
 
 
 def as_rows(answers):
+    """{label: [sample]}, see Logger.validation -> rows of COLUMNS."""
     rows = []
     for label, samples in answers.items():
         rows += [[label, *(sample[key] for key in COLUMNS[1:])] for sample in samples]
@@ -328,7 +330,7 @@ class Tracker:
     def open(self):
         backend = BACKENDS[self.name](*self.arguments, self.state["id"], self.about)
         self.state["id"] = backend.id
-        for kind in ("train", "validation"):
+        for kind in ("train", "validation"):     # what the backend has lost is sent again
             self.state[kind] = min(self.state[kind], backend.last_step)
         self.backend = backend
         self.save_state()
@@ -455,7 +457,7 @@ class Logger:
         line = json.dumps(record, allow_nan=False) + "\n"
         self.unwritten += line.encode()
         try:
-            while self.unwritten:
+            while self.unwritten:                # without a buffer, write() may take a part
                 n_bytes = self.file.write(self.unwritten)
                 self.unwritten = self.unwritten[n_bytes:]
         except OSError as e:
@@ -618,7 +620,7 @@ class ProgressBar:
         self.n = 0
         self.start = time.monotonic()
         self.last_line = self.start
-        # disable=None: not on a terminal
+        # None: tqdm shows the bar if stderr is a terminal
         self.bar = tqdm(total=total, desc=what, leave=False, delay=BAR_DELAY, **options,
                         disable=True if self.quiet else None)
 
@@ -1373,7 +1375,7 @@ def find_curves(runs, keys):
             label = "train" if key == "loss" else key
             curves.append({
                 "label": f"{run.name} {label}" if len(keys) > 1 else run.name,
-                "color": i % N_COLORS,
+                "color": i % N_COLORS,                   # tells runs apart, the dash keys
                 "is_validation": is_validation,
                 "dash": val_keys.index(key) if is_validation else step_keys.index(key),
                 "points": thin(points, MOST_POINTS),
@@ -1382,7 +1384,10 @@ def find_curves(runs, keys):
 
 
 def make_plot(title, curves, may_be_log):
-    """What configs/report.html draws. Adds the points' pixels to the curves."""
+    """What configs/report.html draws. Adds the points' pixels to the curves.
+
+    may_be_log  may the axis be logarithmic, and begin above 0?
+    """
     points = [point for curve in curves for point in curve["points"]]
     last_step = max(step for step, _ in points)
     low = min(value for _, value in points)
@@ -1391,7 +1396,8 @@ def make_plot(title, curves, may_be_log):
     if is_log:
         ticks = log_ticks(low, high)
     else:
-        ticks = linear_ticks(low if may_be_log and low < high else min(low, 0), high)
+        first = low if may_be_log and low < high else min(low, 0)
+        ticks = linear_ticks(first, high)
         low = ticks[0]
         high = ticks[-1]
     x_ticks = [tick for tick in linear_ticks(0, last_step) if tick <= last_step and tick % 1 == 0]
@@ -1416,6 +1422,7 @@ def linear_ticks(low, high):
     size = min(n * power for n in (1, 2, 5, 10) if n * power >= rough)
     first = math.floor(low / size)
     last = max(math.ceil(high / size), first + 1)
+    # rounded: 0.3 instead of 0.30000000000000004
     return [float(f"{i * size:.10g}") for i in range(first, last + 1)]
 
 
@@ -1525,7 +1532,9 @@ def sample_answers(runs, n_prompts=4, n_last=5):
     """The first prompts of each label with their answers in the first and the last evaluations."""
     samples = {}                                         # {(label, prompt, reference): [row]}
     for i, run in enumerate(runs):
-        for line in run.evaluations[:1] + run.evaluations[1:][-n_last:]:
+        first = run.evaluations[:1]
+        others = run.evaluations[1:]
+        for line in first + others[-n_last:]:
             for label, answers in line["answers"].items():
                 for sample in answers[:n_prompts]:
                     row = {"run": run.name, "color": i % N_COLORS, "step": line["step"],

@@ -5,7 +5,7 @@
     python checkpoint.py export out/ft DIR         write the newest one as a Hugging Face model
                                                    (or another, by its folder instead of out/ft)
                          dtype=bfloat16            in another dtype than that of its base
-                         adapter=DIR               LoRA's adapters, too
+                         adapter=true              LoRA's adapters instead of the merged model
                          upload=OWNER/NAME         and upload it, as a private model (private=false)
                          key=value                 of the run's config, for what has moved
 
@@ -32,9 +32,9 @@ from pathlib import Path
 import configs
 
 USAGE = ("python checkpoint.py ls RUN [verify=false]; "
-         "python checkpoint.py export RUN|CHECKPOINT DIR [dtype=bfloat16] [adapter=DIR] "
+         "python checkpoint.py export RUN|CHECKPOINT DIR [dtype=bfloat16] [adapter=true] "
          "[upload=OWNER/NAME] [private=false] [key=value ...]")
-EXPORT_OPTIONS = {"dtype": "", "adapter": "", "upload": "", "private": True}    # and defaults
+EXPORT_OPTIONS = {"dtype": "", "adapter": False, "upload": "", "private": True}    # and defaults
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,6 +55,8 @@ def check_export_options(options):
     dtype = options["dtype"]
     if dtype and dtype not in EXPORT_DTYPES:
         raise configs.UserError(f"dtype: must be one of {', '.join(EXPORT_DTYPES)}; got {dtype}")
+    if dtype and options["adapter"]:
+        raise configs.UserError("dtype: adapters are written in float32; remove it")
     if not options["upload"]:
         return
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", options["upload"]):
@@ -572,7 +574,11 @@ def check_tensors_fit(saved, tensors, folder, owner):
         shown = "; ".join(problems[:8])
         if len(problems) > 8:
             shown += f"; and {len(problems) - 8} more"
-        raise configs.UserError(f"{folder}: does not fit the {owner}: {shown}")
+        run = run_folder(folder)
+        raise configs.UserError(
+            f"{folder}: does not fit the {owner}: {shown}; python "
+            f"{newest_code(run)}/checkpoint.py export {folder} DIR exports it with the code of its "
+            "run, and model.init_from=DIR starts from these weights")
 
 
 def without_dtype(entry):
@@ -979,12 +985,16 @@ def changed_files(saved, current):
     return [name for name in sorted(saved | current) if saved.get(name) != current.get(name)]
 
 
+def newest_code(out_dir):
+    return max(Path(out_dir).glob("code-at-*"), default=Path(out_dir) / "code")
+
+
 def save_code(out_dir, step):
     """Copy the source files to out_dir/code, or to out_dir/code-at-STEP if they have changed."""
     out_dir = Path(out_dir)
     folder = out_dir / "code"
     if step > 0 and folder.is_dir():                     # resumed: keep the code of before
-        newest = max(out_dir.glob("code-at-*"), default=folder)
+        newest = newest_code(out_dir)
         copies = {str(p.relative_to(newest)): p for p in newest.rglob("*") if p.is_file()}
         if hash_files(copies) == code_hashes():
             return
@@ -1023,23 +1033,23 @@ def git_describe():
 # export
 
 @configs.exit_at_signals()
-def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=None, dtype="",
+def export(path, model_cfg, cfg, tokenizer, folder, has_chats, is_adapter=False, dtype="",
            hub_id=""):
     """Write a checkpoint as a Hugging Face folder with its tokenizer and a model card.
 
-    A killed export leaves no partial `folder`; adapter_folder is written in place.
+    A killed export leaves no partial `folder`.
 
-    has_chats       was the model trained on chats? Then the chat template is written too, and the
-                    tokens that end a turn also end a generation
-    adapter_folder  under LoRA, also write the adapters alone; `folder` has them merged
-    dtype           of the weights, by its name; "": that of model.init_from
-    hub_id          OWNER/NAME, where the model will be uploaded to
+    has_chats   was the model trained on chats? Then the chat template is written too, and the
+                tokens that end a turn also end a generation
+    is_adapter  write LoRA's adapters alone, in PEFT's layout; otherwise they are merged
+    dtype       of the weights, by its name; "": that of model.init_from. Adapters are in fp32
+    hub_id      OWNER/NAME, where the model will be uploaded to
     """
     folder = Path(folder)
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        write_export(path, model_cfg, cfg, tokenizer, building, has_chats, adapter_folder, dtype,
+        write_export(path, model_cfg, cfg, tokenizer, building, has_chats, is_adapter, dtype,
                      hub_id)
         replace_folder(building, folder)
     except OSError as error:                             # such as a full disk
@@ -1049,7 +1059,7 @@ def export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder=No
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_folder, dtype, hub_id):
+def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, is_adapter, dtype, hub_id):
     """export(), but `folder` is written in place."""
     template = None
     stop_ids = [tokenizer.special[tokenizer.eos]] if tokenizer.eos else []
@@ -1070,21 +1080,20 @@ def write_export(path, model_cfg, cfg, tokenizer, folder, has_chats, adapter_fol
         # strict=False: the base's weights stay on the meta device
         loaded = adapted.load_state_dict(adapters, strict=False, assign=True)
         assert not loaded.unexpected_keys, loaded.unexpected_keys
-        if adapter_folder:
-            shard.save_adapter(adapted, lora_cfg, adapter_folder, init_from)
-            tokenize_data.save_tokenizer(tokenizer, adapter_folder, template)
-            transformer.copy_licenses(init_from, adapter_folder)
-            write_card(adapter_folder, path, state, model_cfg, lora_cfg["r"], is_adapter=True)
         # A checkpoint does not hold the frozen weights. They are read from init_from or, if the
         # model was new, drawn again from the seed.
         base = transformer.weights_reader(model_cfg, cfg["seed"])
         read_tensor = shard.MergedWeights(adapted, base.read).read
 
-    bos_id = tokenizer.special.get(tokenizer.bos)
-    transformer.save_pretrained(read_tensor, model_cfg, folder, init_from, stop_ids, bos_id,
-                                set(tokenizer.special.values()), dtype=dtype)
+    if is_adapter:
+        shard.save_adapter(adapted, lora_cfg, folder, init_from)
+        transformer.copy_licenses(init_from, folder)
+    else:
+        bos_id = tokenizer.special.get(tokenizer.bos)
+        transformer.save_pretrained(read_tensor, model_cfg, folder, init_from, stop_ids, bos_id,
+                                    set(tokenizer.special.values()), dtype=dtype)
     tokenize_data.save_tokenizer(tokenizer, folder, template)
-    write_card(folder, path, state, model_cfg, lora_cfg["r"], hub_id)
+    write_card(folder, path, state, model_cfg, lora_cfg["r"], hub_id, is_adapter)
 
 
 def check_export_inputs(path, state, cfg, tokenizer):
@@ -1283,11 +1292,12 @@ def prepare_upload(hub_id, private):
 
 
 def upload(folder, hub_id):
-    """Upload an exported folder as one commit, which deletes other weights there."""
+    """Upload an exported folder as one commit, which deletes other weights and configs there."""
     from huggingface_hub import HfApi
     try:
         HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload model",
-                              delete_patterns=["*.safetensors", "*.safetensors.index.json"])
+                              delete_patterns=["*.safetensors", "*.safetensors.index.json",
+                                               "config.json", "adapter_config.json"])
     except Exception as error:
         raise configs.UserError(f"upload: {hub_id}: {tokenize_data.one_line(error)}; {folder} is "
                                 f"complete, and hf upload {hub_id} {folder} uploads it") from None
@@ -1307,12 +1317,9 @@ def export_checkpoint(path, folder, *overrides):
     adapter = options["adapter"]
     if not (path / "state.json").is_file():
         path = list_checkpoints(path)[-1]
-    for key, new in {"DIR": folder, "adapter": adapter or folder}.items():
-        check_writable(Path(new), key)
-        if Path(new).exists() and any(Path(new).iterdir()):
-            raise configs.UserError(f"{new}: is not empty; name another folder")
-    if adapter and is_inside(Path(adapter, "x"), folder):
-        raise configs.UserError(f"adapter: {adapter} is in {folder}; name another folder")
+    check_writable(Path(folder), "DIR")
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise configs.UserError(f"{folder}: is not empty; name another folder")
     # export=true: the family must be able to express the model
     cfg, _, _ = configs.load([str(run_folder(path) / "config.yaml"), "checkpoint.export=true",
                               "checkpoint.save_final=true", *overrides])
@@ -1330,7 +1337,7 @@ def export_checkpoint(path, folder, *overrides):
         prepare_upload(options["upload"], options["private"])
     export(path, model_cfg, cfg, tokenizer, folder, state["has_chats"], adapter, options["dtype"],
            options["upload"])
-    print(f"{path} -> {folder} {adapter}".rstrip())
+    print(f"{path} -> {folder}")
     if options["upload"]:
         upload(folder, options["upload"])
         print(f"{folder} -> {options['upload']} on the hub")
@@ -1384,7 +1391,7 @@ def loss_at(records, step):
     """The validation losses after a step, or else its training loss, as text."""
     losses = []
     training_loss = ""
-    for record in records:
+    for record in log.without_eval_only(records):
         if record["step"] == step:
             losses += [f"{key[4:-5]} {value:.4f}" for key, value in record.items()
                        if re.fullmatch("val/.*/loss", key) and value is not None]

@@ -47,9 +47,12 @@ class Backend:
 
     cfg     the config
     folder  of the run
-    run_id  what .id was at the first start of this run; None at the first start
-    about   {"explicit": {"model.n_layers": 4, ...}, the keys that were set; "git", "command":
-            texts; "last_step": of the records that the run resumes with, -1 without any}
+    run_id  the id that the first start of this run has kept; None at the first start
+    about   a dict of
+              explicit   the keys that were set: {"model.n_layers": 4, ...}
+              git        the version of the code, as text
+              command    the command line, as text
+              last_step  of the records that the run resumes with; -1 without any
     """
     id = None                 # names the run; kept in the run's folder
     last_step = math.inf      # later steps are not in the tracker, even if they were sent
@@ -98,7 +101,8 @@ class WandbBackend(Backend):
         """
         counter = self.run.step
         is_late = step < counter
-        self.run.log(row, step=max(step, counter), commit=is_late or None)
+        # A late row is complete. Others stay open: an evaluation joins the row of its step.
+        self.run.log(row, step=max(step, counter), commit=is_late)
 
     def close(self, status):
         self.run.summary["status"] = status
@@ -179,7 +183,8 @@ class TrackioBackend(Backend):
         self.id = run_id or f"{folder.name}-{secrets.token_hex(3)}"
         self.run = trackio.init(project=cfg["log"]["project"], name=self.id, resume="allow",
                                 config=all_settings(cfg, about), embed=False)
-        # a thread writes the records: a process that is killed loses the last ones
+        # A thread writes the records: a process that is killed loses the last ones. The next step
+        # that trackio would give follows those that it has.
         self.last_step = getattr(self.run, "_next_step", math.inf) - 1
 
     def log(self, record):
@@ -200,7 +205,7 @@ BACKENDS = {"wandb": WandbBackend, "mlflow": MlflowBackend, "tensorboard": Tenso
             "trackio": TrackioBackend}
 
 
-PACKAGES = tuple(BACKENDS)                        # each is a package of that name
+PACKAGES = tuple(BACKENDS)       # those that need the package of that name; experiments add others
 
 
 def all_settings(cfg, about):
@@ -214,6 +219,7 @@ def mlflow_name(key):
 
 
 def as_rows(answers):
+    """{label: [sample]}, see Logger.validation -> rows of COLUMNS."""
     rows = []
     for label, samples in answers.items():
         rows += [[label, *(sample[key] for key in COLUMNS[1:])] for sample in samples]
@@ -275,8 +281,8 @@ class Tracker:
     twice is given up. After a failure of more than a second, this pauses for nine times as long, so
     that an unreachable server takes a tenth of the time.
 
-    records  those that the run resumes with; see Logger
-    answers  {step: those of that evaluation}
+    records  those in metrics.jsonl when the run is resumed, [] for a new run
+    answers  {step: the answers of its evaluation, see Logger.validation}
     """
 
     def __init__(self, name, cfg, folder, about, records, answers):
@@ -315,7 +321,7 @@ class Tracker:
 
     def send_record(self, record, answers):
         kind = "validation" if is_eval_record(record) else "train"
-        if record["step"] > self.state[kind]:
+        if record["step"] > self.state[kind] or "eval_only" in record:
             self.backend.log(record)
             self.state[kind] = record["step"]
             if answers and kind == "validation":
@@ -324,12 +330,8 @@ class Tracker:
     def open(self):
         backend = BACKENDS[self.name](*self.arguments, self.state["id"], self.about)
         self.state["id"] = backend.id
-        for kind in ("train", "validation"):
+        for kind in ("train", "validation"):     # what the backend has lost is sent again
             self.state[kind] = min(self.state[kind], backend.last_step)
-        cfg, _ = self.arguments
-        if cfg["eval_only"]:                     # the evaluation of the last step is a new one
-            last_step = self.about["last_step"]
-            self.state["validation"] = min(self.state["validation"], last_step - 1)
         self.backend = backend
         self.save_state()
 
@@ -387,9 +389,8 @@ class Logger:
         evaluations = records_until(resumed_step, source, "evaluations.jsonl")
         self.path = folder / "metrics.jsonl"
         self.evaluations_path = folder / "evaluations.jsonl"
-        if cfg["eval_only"]:                     # another evaluation replaces that of this step
-            records = [record for record in records
-                       if record["step"] < resumed_step or not is_eval_record(record)]
+        if cfg["eval_only"]:                     # replaces an earlier one
+            records = without_eval_only(records)
             evaluations = [line for line in evaluations if line["step"] < resumed_step]
         write_records(self.path, records)
         write_records(self.evaluations_path, evaluations)
@@ -397,7 +398,7 @@ class Logger:
         about = {"explicit": configs.flat(explicit), "git": git or "unknown",
                  "command": command_line(),
                  "last_step": max((record["step"] for record in records), default=-1)}
-        records = [without_unknown(record) for record in records]
+        records = [without_unknown(record) for record in without_eval_only(records)]
         answers = {line["step"]: line["answers"] for line in evaluations}
         self.trackers = [Tracker(name, cfg, folder, about, records, answers)
                          for name in cfg["log"]["to"]]
@@ -431,7 +432,7 @@ class Logger:
         record = self.write(record, answers)
         step = record.pop("step")
         fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
-                  for key, value in record.items()]
+                  for key, value in record.items() if key.startswith("val/")]
         print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
 
     def write_evaluation(self, step, seconds, answers):
@@ -456,7 +457,7 @@ class Logger:
         line = json.dumps(record, allow_nan=False) + "\n"
         self.unwritten += line.encode()
         try:
-            while self.unwritten:
+            while self.unwritten:                # without a buffer, write() may take a part
                 n_bytes = self.file.write(self.unwritten)
                 self.unwritten = self.unwritten[n_bytes:]
         except OSError as e:
@@ -619,7 +620,7 @@ class ProgressBar:
         self.n = 0
         self.start = time.monotonic()
         self.last_line = self.start
-        # disable=None: not on a terminal
+        # None: tqdm shows the bar if stderr is a terminal
         self.bar = tqdm(total=total, desc=what, leave=False, delay=BAR_DELAY, **options,
                         disable=True if self.quiet else None)
 
@@ -697,26 +698,26 @@ def describe_kernels(events, device):
 
 # (name of the device in torch: a regular expression; 10^12 FLOP/s of matrix products in bf16 and
 # fp16, without sparsity and accumulated in fp32; in fp32, without TF32). The first match counts.
-# From the vendors' data sheets of H100, H200, HGX B200, A100, L40S, L4, T4, V100 and MI300X, and
-# the whitepapers of the RTX generations Ada and Blackwell; no device was measured. Some data sheets
-# print twice the first number, which is the peak with sparsity. T4 and V100 have no bf16: their
-# first number is the peak in fp16.
+# The sources, at nvidia.com/en-us/data-center/NAME if none is named, print some first numbers with
+# sparsity, which is twice as much. They hold at the clock of the data sheet, which a card may
+# exceed: others have measured 254 in bf16 on a 5090 and 853 on an H200 NVL
+# (github.com/xzwgit/gpu-flops-bench).
 PEAK_TFLOPS = (
-    (r"H100 PCIe", 756, 51),
+    (r"H100 PCIe", 756, 51),                         # h100
     (r"H100 NVL", 835, 60),
     (r"H100 \d+GB HBM3", 989, 67),                   # SXM
-    (r"H200 NVL", 835, 60),
+    (r"H200 NVL", 835, 60),                          # h200
     (r"\bH200", 989, 67),                            # SXM; not GH200
-    (r"\bB200", 2250, 75),
-    (r"A100[- ]", 312, 19.5),                        # SXM4 and PCIe
-    (r"L40S", 362, 91.6),
-    (r"\bL4$", 121, 30.3),
-    (r"RTX 4090$", 165.2, 82.6),                     # not 4090 D, nor one of a laptop
-    (r"RTX 5090$", 209.5, 104.8),
-    (r"\bT4$", 65, 8.1),
-    (r"V100-SXM", 125, 15.7),
+    (r"\bB200", 2250, 75),                           # hgx
+    (r"A100[- ]", 312, 19.5),                        # a100; SXM4 and PCIe
+    (r"L40S", 362, 91.6),                            # l40s
+    (r"\bL4$", 121, 30.3),                           # l4
+    (r"RTX 4090$", 165.2, 82.6),                     # Ada whitepaper; not 4090 D, nor of a laptop
+    (r"RTX 5090$", 209.5, 104.8),                    # RTX Blackwell whitepaper
+    (r"\bT4$", 65, 8.1),                             # tesla-t4; fp16, as there is no bf16
+    (r"V100-SXM", 125, 15.7),                        # v100; the same
     (r"V100-PCIE", 112, 14),
-    (r"MI300X", 1307, 163.4),
+    (r"MI300X", 1307, 163.4),                        # AMD Instinct MI300X data sheet
 )
 
 
@@ -751,8 +752,11 @@ class Meter:
              checkpoint is written from; ranks: for other ranks, in collectives on the host;
              evaluation: all of it, which does not count as time of training
     tokens   trained since the last record
-    slowest  step since the last record: {"step", "seconds", "median": of the steps before, cause:
-             seconds}
+    slowest  the slowest step since the last record, a dict of
+               step                its number
+               seconds             that it took
+               median              of the seconds of the steps before it
+               data, save, ranks   seconds that it waited
     """
 
     def __init__(self):
@@ -819,7 +823,7 @@ def compare_ranks(by_rank, slowest):
     slowest  rank 0's Meter.slowest
     """
     memory, *waits = zip(*by_rank)               # of each a tuple with a number per rank
-    data, save, ranks, *slow_waits = waits
+    data, save, ranks, *slow_waits = waits       # of each cause its share; then its seconds
     record = {"memory": int(memory[0]), "data_wait": data[0], "save_wait": save[0]}
     if len(by_rank) > 1:
         record |= {"memory_max": int(max(memory)), "data_wait_max": max(data),
@@ -858,8 +862,14 @@ def is_eval_record(record):
 
 
 def was_evaluated(records, step):
-    """Is an evaluation of the model at exactly this step recorded?"""
-    return any(record["step"] == step and is_eval_record(record) for record in records)
+    """Is an evaluation of the model at exactly this step recorded, other than by eval_only?"""
+    return any(record["step"] == step and is_eval_record(record)
+               for record in without_eval_only(records))
+
+
+def without_eval_only(records):
+    """The records that training has made. eval_only may evaluate with other data and prompts."""
+    return [record for record in records if "eval_only" not in record]
 
 
 def parse_best(best):
@@ -873,6 +883,7 @@ def sort_steps_by(records, best, first_step=0):
     best: see parse_best. Of equal values the earlier step is better. Steps up to first_step are
     left out, because the run in this folder has trained nothing yet. Steps may have no checkpoint.
     """
+    records = without_eval_only(records)
     key, is_maximized = parse_best(best)
     points = [point for point in series(records, key) if point[0] > first_step]
     points.sort(key=operator.itemgetter(1), reverse=is_maximized)    # stable for equal values
@@ -1231,7 +1242,11 @@ def command_line():
     """The command of this process, or of torchrun for several ranks."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
-    return shlex.join([*launcher, os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    script = [os.path.relpath(sys.argv[0])]
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module and module.origin == sys.argv[0]:          # python -m experiments.NAME
+        script = ["-m", module.name]
+    return shlex.join([*launcher, *script, *sys.argv[1:]])
 
 
 def first_documents(run, n_documents=3, n_tokens=1000):
@@ -1294,7 +1309,8 @@ def is_running(folder):
 def describe_status(run):
     status = "running" if is_running(run.name) else "stopped"
     if not run.starts:                                   # an evaluation, or an older version's run
-        return status
+        is_evaluation = status == "stopped" and all(map(is_eval_record, run.records))
+        return "evaluated" if is_evaluation else status
     share = run.records[-1]["step"] / run.starts[-1]["total_steps"]
     return "finished" if share == 1 and status == "stopped" else f"{status}, {share:.0%} done"
 
@@ -1315,21 +1331,21 @@ TITLES = {"loss": "Loss", "lr": "Learning rate", "grad_norm": "Gradient norm",
           "tok_per_s": "Tokens per second", "mfu": "MFU", "memory": "Memory (GiB)"}
 # keys without curves: the report shows them otherwise, or they say little
 NOT_DRAWN = re.compile("step|seconds|tokens|target_tokens|documents|packing|compiled|skipped|"
-                       "slow.*|.*_wait(_max)?")
+                       "eval_only|slow.*|.*_wait(_max)?")
 # their axis is logarithmic if the values differ tenfold, and need not begin at 0
 LOGARITHMIC = {"loss", "grad_norm"}
 
 
 def make_plots(runs):
     """The plots of the report: losses, the other validation metrics, and all other keys."""
-    keys = {key: None for run in runs for record in run.records for key in record}
+    keys = sorted({key for run in runs for record in run.records for key in record})
     groups = {"loss": []}                                # {name: keys that share a plot}
-    for key in sorted(keys):
+    for key in keys:
         if key == "loss" or key.endswith(("/loss", "/nll")):
             groups["loss"].append(key)
         elif key.startswith("val/"):
             groups.setdefault(key.rpartition("/")[2], []).append(key)
-    for key in [*TITLES, *sorted(keys)]:
+    for key in [*TITLES, *keys]:                         # those with titles come first
         name = key.removesuffix("_max")                  # of all ranks; without it: of rank 0
         is_drawn = key != "loss" and not key.startswith("val/") and not NOT_DRAWN.fullmatch(key)
         if is_drawn and key not in groups.setdefault(name, []):
@@ -1359,7 +1375,7 @@ def find_curves(runs, keys):
             label = "train" if key == "loss" else key
             curves.append({
                 "label": f"{run.name} {label}" if len(keys) > 1 else run.name,
-                "color": i % N_COLORS,
+                "color": i % N_COLORS,                   # tells runs apart, the dash keys
                 "is_validation": is_validation,
                 "dash": val_keys.index(key) if is_validation else step_keys.index(key),
                 "points": thin(points, MOST_POINTS),
@@ -1368,7 +1384,10 @@ def find_curves(runs, keys):
 
 
 def make_plot(title, curves, may_be_log):
-    """What configs/report.html draws. Adds the points' pixels to the curves."""
+    """What configs/report.html draws. Adds the points' pixels to the curves.
+
+    may_be_log  may the axis be logarithmic, and begin above 0?
+    """
     points = [point for curve in curves for point in curve["points"]]
     last_step = max(step for step, _ in points)
     low = min(value for _, value in points)
@@ -1377,7 +1396,8 @@ def make_plot(title, curves, may_be_log):
     if is_log:
         ticks = log_ticks(low, high)
     else:
-        ticks = linear_ticks(low if may_be_log and low < high else min(low, 0), high)
+        first = low if may_be_log and low < high else min(low, 0)
+        ticks = linear_ticks(first, high)
         low = ticks[0]
         high = ticks[-1]
     x_ticks = [tick for tick in linear_ticks(0, last_step) if tick <= last_step and tick % 1 == 0]
@@ -1402,6 +1422,7 @@ def linear_ticks(low, high):
     size = min(n * power for n in (1, 2, 5, 10) if n * power >= rough)
     first = math.floor(low / size)
     last = max(math.ceil(high / size), first + 1)
+    # rounded: 0.3 instead of 0.30000000000000004
     return [float(f"{i * size:.10g}") for i in range(first, last + 1)]
 
 
@@ -1511,7 +1532,9 @@ def sample_answers(runs, n_prompts=4, n_last=5):
     """The first prompts of each label with their answers in the first and the last evaluations."""
     samples = {}                                         # {(label, prompt, reference): [row]}
     for i, run in enumerate(runs):
-        for line in run.evaluations[:1] + run.evaluations[1:][-n_last:]:
+        first = run.evaluations[:1]
+        others = run.evaluations[1:]
+        for line in first + others[-n_last:]:
             for label, answers in line["answers"].items():
                 for sample in answers[:n_prompts]:
                     row = {"run": run.name, "color": i % N_COLORS, "step": line["step"],

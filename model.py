@@ -798,14 +798,10 @@ def hash_int32(x):
 
 
 def document_index(batch):
-    """The number 0 ... D-1 of each token's document in the micro-batch: int64 [T].
-
-    Padding gets that of the last document.
-    """
+    """The number 0 ... D-1 of each token's document in the micro-batch, D of padding: int64 [T]."""
     ends = batch["cu_seqlens"][1:].long()
-    last = len(ends) - 1
     tokens = torch.arange(len(batch["tokens"]), device=ends.device)
-    return torch.bucketize(tokens, ends, right=True).clamp(max=last)
+    return torch.bucketize(tokens, ends, right=True)
 
 
 def document_lengths(batch):
@@ -813,13 +809,13 @@ def document_lengths(batch):
     if "document_lengths" in batch:
         return batch["document_lengths"]
     lengths = batch["cu_seqlens"].long().diff()                                    # [D]
-    return F.pad(lengths, (0, 1))[document_index(batch)]         # without documents, 0 of padding
+    return F.pad(lengths, (0, 1))[document_index(batch)]         # 0 of padding
 
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
     seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
-    documents = batch["doc_ids"][document_index(batch)].int()
+    documents = F.pad(batch["doc_ids"], (0, 1))[document_index(batch)].int()
     document_seeds = hash_int32(documents ^ seed)                                  # [T]
     return hash_int32(document_seeds + batch["positions"].int())
 

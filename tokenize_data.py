@@ -31,6 +31,8 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
                    template or the tokenizer writes the prompt in another way. dtype as tokens.bin
     prompt_offsets.bin    as offsets.bin, for prompts.bin
     header.json    format, dtype, counts, fingerprints; written last
+
+Beside these folders, hashes.json has the hash of each data file, with its size and time.
 """
 import base64
 import bisect
@@ -3386,14 +3388,45 @@ def fingerprint_source(cfg, source, tok, files):
     inputs = [*files, *filter(os.path.isfile, beside)]
     # paths relative to data_root, so that it may be moved
     root = os.path.join(os.path.abspath(cfg["data_root"]), "")
-    stats = [(path.removeprefix(root), os.stat(path).st_size, os.stat(path).st_mtime_ns)
-             for path in inputs]
+    hashes = content_hashes(inputs, Path(data["cache_dir"], "hashes.json"))
+    names = [path.removeprefix(root) for path in inputs]
     keys = ("seq_len", "train_on", "on_error", "ignore_token_ids", "ignore_token_id_range",
             "ignore_index", "shift_labels", "append_eos")
     options = [data[key] for key in keys]
-    return {"source": fingerprint(stats), **fingerprint_tokenizer(cfg, tok),
+    return {"source": fingerprint(names, hashes), **fingerprint_tokenizer(cfg, tok),
             "options": fingerprint(FORMAT, options, source["shape"], source["separator"],
                                    source["special"], source["chat_template_kwargs"])}
+
+
+def content_hashes(files, cache):
+    """Return a hash of each file's content.
+
+    `cache` keeps the hashes: a file with the same time and size as before is not read again.
+    """
+    known = {}
+    with contextlib.suppress(OSError, ValueError):       # there is none, or it is damaged
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    hashes = {}
+    for file in files:
+        stat = os.stat(file)
+        key = f"{os.path.abspath(file)}, {stat.st_size} bytes, {stat.st_mtime_ns} ns"
+        hashes[key] = known.get(key) or hash_file(file)
+    if hashes.keys() - known.keys():
+        with contextlib.suppress(OSError, ValueError):   # the next start reads the files again
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            log.write_atomic(cache, json.dumps(known | hashes, indent=0))
+    return list(hashes.values())
+
+
+def hash_file(path):
+    digest = hashlib.sha256()
+    n_bytes = os.path.getsize(path)
+    with error_context(path, OSError, "cannot be read: "), open(path, "rb") as file:
+        with log.ProgressBar(f"hash {path}", n_bytes, unit="B", unit_scale=True) as bar:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()[:16]
 
 
 def fingerprint_tokenizer(cfg, tok):

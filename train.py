@@ -735,11 +735,14 @@ def evaluate(run):
     record = {"step": run.state.step}
     for label, of_label in values.items():
         record |= {f"val/{label}/{name}": value for name, value in of_label.items()}
+    if run.cfg["eval_only"]:
+        record["eval_only"] = 1
     run.logger.validation(record, run.answers, time.perf_counter() - start)
     samples = [sample for of_label in run.answers.values() for sample in of_label]
     if samples and run.cfg["samples"]:
         run.logger.print("\n".join(log.format_sample(samples[0])))
-    mark_best(run)
+    if not run.cfg["eval_only"]:
+        mark_best(run)
 
 
 def evaluate_answers(run):
@@ -1002,7 +1005,8 @@ def setup(cfg, explicit):
     check_chat_options(explicit, state.has_chats)
     stop_ids = answer_stop_ids(cfg, tokenizer) if state.has_chats else []
     validation_sets = group_by_label(cfg, data)
-    prompts = build_prompts(cfg, model.cfg, validation_sets, stop_ids, tokenizer)
+    token_bytes = tokenize_data.token_bytes(tokenizer)
+    prompts = build_prompts(cfg, model.cfg, validation_sets, stop_ids, tokenizer, token_bytes)
     if not cfg["eval_only"]:
         limit_prompts(cfg, dataset, total_steps, prompts)
 
@@ -1021,7 +1025,7 @@ def setup(cfg, explicit):
         cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
-        token_bytes=tokenize_data.token_bytes(tokenizer), steps_per_epoch=steps_per_epoch,
+        token_bytes=token_bytes, steps_per_epoch=steps_per_epoch,
         resume_path=resume_path, logger=logger, saver=saver, lock=lock,
         resumed_step=state.step, seconds_before=state.seconds,
         saved_step=state.step if is_own_checkpoint else -1)
@@ -1070,7 +1074,7 @@ def check_chat_options(explicit, has_chats):
                                     "it, or see what was found: python tokenize_data.py ... show=1")
 
 
-def build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer):
+def build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer, token_bytes):
     """{label: [(prompt ids, reference ids)]}. Raises UserError if cfg["best"] is not logged."""
     prompts = {}
     metric_names = {}
@@ -1087,6 +1091,8 @@ def build_prompts(cfg, model_cfg, validation_sets, stop_ids, tokenizer):
         metric_names[label] = [*METRICS, *EVALUATIONS] if prompts[label] else []
         if not transformer.is_plain_loss(model_cfg):
             metric_names[label].append("nll")
+        if token_bytes.any():
+            metric_names[label].append("bits_per_byte")
     log.check_best(cfg, list(validation_sets), metric_names)
     return prompts
 
@@ -1728,10 +1734,11 @@ def export(run):
     out_dir = Path(run.cfg["out_dir"])
     best = run.saver.folder / "best"
     path = best if run.cfg["best"] and best.is_dir() else run.saver.folder / "latest"
-    adapter = out_dir / "adapter" if run.cfg["shard"]["lora"]["r"] else None
     checkpoint.check_export_inputs(path, vars(run.state), run.cfg, run.tokenizer)
-    checkpoint.export(path, run.model.cfg, run.cfg, run.tokenizer, out_dir / "hf",
-                      run.state.has_chats, adapter)
+    arguments = (path, run.model.cfg, run.cfg, run.tokenizer)
+    if run.cfg["shard"]["lora"]["r"]:
+        checkpoint.export(*arguments, out_dir / "adapter", run.state.has_chats, is_adapter=True)
+    checkpoint.export(*arguments, out_dir / "hf", run.state.has_chats)
 
 
 def main(cfg, explicit):

@@ -1234,6 +1234,8 @@ def die(error, status=2):
 def write_error_file(error, text):
     """Hand an error to torchrun, if it has started this process: its report then ends with `text`.
 
+    The report begins with torchrun's own traceback, which no option and no exit status but 0 turns
+    off: it raises a ChildFailedError (torch/distributed/launcher/api.py, launch_agent).
     The format is that of torch.distributed.elastic.multiprocessing.errors.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")

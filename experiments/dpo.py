@@ -43,11 +43,11 @@ def encode_pair(record, place, *args):
     others = {key: value for key, value in pair.items() if key not in ("prompt", "messages")}
     documents = []
     for answer in (others.pop("chosen"), others.pop("rejected")):
-        is_list = isinstance(answer, list)
-        if is_list and [turn.get("role", "assistant") for turn in answer[:1]] != ["assistant"]:
-            chat = {"messages": answer}
-        else:
-            chat = {"prompt": pair.get("prompt"), "completion": answer}
+        chat = {"prompt": pair.get("prompt"), "completion": answer}
+        if isinstance(answer, list):
+            first_roles = [turn.get("role", "assistant") for turn in answer[:1]]
+            if first_roles != ["assistant"]:             # a whole chat
+                chat = {"messages": answer}
         documents += encode_record(others | chat, place, *args)
     return documents
 
@@ -80,17 +80,16 @@ def dpo_forward_backward(run, reference, model, micro_batches, _global_loss_weig
         document_stats = [(micro_batch["doc_ids"], model(micro_batch)[2])
                           for micro_batch in micro_batches]
     doc_ids, stats = train.gather_document_stats(document_stats)                   # of all ranks
+    order = doc_ids.argsort()                            # chosen, rejected, chosen, ...
     rewards = BETA * (reference[doc_ids] - stats["loss"])                          # [D]
-    reward = dict(zip(doc_ids.tolist(), rewards.tolist()))
-    chosen = [i for i in doc_ids.tolist() if i % 2 == 0]
-    margins = torch.tensor([reward[i] - reward[i + 1] for i in chosen])            # [pairs]
+    chosen, rejected = torch.from_numpy(rewards[order]).view(-1, 2).unbind(1)      # [pairs] each
+    margins = chosen - rejected
 
-    factors = {}
-    for i, factor in zip(chosen, (BETA * torch.sigmoid(-margins)).tolist()):
-        factors[i] = factor
-        factors[i + 1] = -factor
+    pair_factors = BETA * torch.sigmoid(-margins)
+    signed = torch.stack([pair_factors, -pair_factors], 1).flatten()               # [D]
+    factors = dict(zip(doc_ids[order].tolist(), signed.tolist()))
     weighted = [train.weight_documents(micro_batch, factors) for micro_batch in micro_batches]
-    forward_backward(model, weighted, len(chosen), cfg)
+    forward_backward(model, weighted, len(margins), cfg)
 
     run.step_metrics["reward_margin"] = margins.mean()
     run.step_metrics["reward_accuracy"] = (margins > 0).float().mean()
@@ -112,7 +111,9 @@ train.train = train_on_pairs
 
 if __name__ == "__main__":
     configs.exit_with_help(__doc__, sys.argv[1:])
-    defaults = ["sampler.order=pairs", "data.train_on=last", "lr=5e-5", "log_every=10"]
-    if "configs/ft.yaml" in sys.argv:                    # its chats are no pairs
-        defaults.append("data.train.chats.path=data/pairs.jsonl")
-    train.cli([*defaults, *sys.argv[1:]])
+    argv = ["sampler.order=pairs", "data.train_on=last", "lr=5e-5", "log_every=10", *sys.argv[1:]]
+    cfg, _, _ = configs.load_or_exit(argv)
+    for name, source in cfg["data"]["train"].items():
+        if source["path"].endswith("data/chats.jsonl"):  # of configs/ft.yaml: these are no pairs
+            argv.insert(0, f"data.train.{name}.path=data/pairs.jsonl")
+    train.cli(argv)

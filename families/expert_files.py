@@ -30,12 +30,14 @@ class StackedSlice:
         first_expert = rows.start // n_out
         end_expert = math.ceil(rows.stop / n_out)
         experts = self.stored[first_expert:end_expert]
-        if self.transposed and experts.dim() == 3:       # a bias is [X, out] in any case
+        # a bias is [X, out] in any case, and MXFP4 [X, out, in / 32, 17]
+        if self.transposed and experts.dim() == 3:
             experts = experts.mT
         if self.interleaved:
             experts = torch.cat([experts[:, 0::2], experts[:, 1::2]], 1)
         first_row = first_expert * n_out
-        return experts.flatten(0, 1)[rows.start - first_row:rows.stop - first_row]
+        part = experts.flatten(0, 1)[rows.start - first_row:rows.stop - first_row]
+        return decode_mxfp4(part) if part.dim() == 3 else part
 
 
 def stack(x, n_experts, tensor, family):
@@ -54,7 +56,8 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 class Mxfp4Tensor:
-    """A tensor [X, in, out] that is stored in MXFP4, read in bf16, as if it were not quantized.
+    """A tensor [X, in, out] that is stored in MXFP4. StackedSlice reads it in bf16, as if it were
+    not quantized; slices of this one are for decode_mxfp4().
 
     blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
     scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)
@@ -74,12 +77,17 @@ class Mxfp4Tensor:
         X, n_out, n_blocks, n_bytes = self.blocks.get_shape()
         return [X, n_blocks * n_bytes * 2, n_out]
 
-    def __getitem__(self, experts):
-        blocks = self.blocks[experts]
-        codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)            # [x, out, n, 32]
-        values = torch.tensor(FP4 + [-value for value in FP4])[codes.int()]
-        exponents = self.scales[experts].int()[..., None] - 127
-        return torch.ldexp(values, exponents).flatten(2).mT.bfloat16()             # [x, in, out]
+    def __getitem__(self, experts):                                        # [x, out, in / 32, 17]
+        return torch.cat([self.blocks[experts], self.scales[experts][..., None]], -1)
+
+
+def decode_mxfp4(encoded):
+    """uint8 [rows, n, 17], blocks and scales -> bf16 [rows, 32 n]"""
+    pairs = encoded[..., :16]
+    codes = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)                  # [rows, n, 32]
+    values = torch.tensor(FP4 + [-value for value in FP4])[codes.int()]
+    exponents = encoded[..., 16:].int() - 127
+    return torch.ldexp(values, exponents).flatten(1).bfloat16()
 
 
 def open_mxfp4(files):

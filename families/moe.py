@@ -195,7 +195,8 @@ def router_loss(routing, batch, coef):
 
     coef  model.router_aux_loss_coef, or 0 without model.router_aux_loss. Padding is not counted
     """
-    documents, n_documents = document_of_tokens(batch)
+    documents = transformer.document_index(batch)                                  # [T]
+    n_documents = len(batch["cu_seqlens"]) - 1
     lengths = batch["cu_seqlens"].diff().clamp(min=1)[:, None]                     # [D, 1]
     is_target = batch["targets"] != transformer.IGNORE_INDEX
     token_weights = batch["loss_weights"].abs() * is_target                        # [T]
@@ -212,14 +213,7 @@ def router_loss(routing, batch, coef):
     return coef / len(routing) * loss, torch.stack(tokens_of_experts)
 
 
-def document_of_tokens(batch):
-    """(document of each token, D for padding: int64 [T]; the number D of documents)"""
-    ends = batch["cu_seqlens"][1:].long()
-    tokens = torch.arange(len(batch["tokens"]), device=ends.device)
-    return torch.bucketize(tokens, ends, right=True), len(ends)
-
-
 def sum_per_document(x, documents, n_documents):
-    """[T, ...] -> [D, ...]"""
+    """[T, ...] -> [D, ...], without padding"""
     sums = x.new_zeros(n_documents + 1, *x.shape[1:])
     return sums.index_add_(0, documents, x)[:n_documents]

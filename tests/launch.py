@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,11 +60,23 @@ class Terminal:
         self.processes = []
         name = os.ttyname(self.slave)
         self.thread = threading.Thread(
-            target=lambda: self.processes.extend(run(command, timeout=60, terminal=name)), daemon=True)
+            target=lambda: self.processes.extend(run(command, terminal=name)), daemon=True)
         self.thread.start()
 
     def type(self, text):
         os.write(self.master, text.encode())
+
+    def pid(self):
+        return os.tcgetpgrp(self.master)
+
+    def interrupt(self):
+        """Type Ctrl-C when the process sleeps: waits for input, or for the terminal to take its output.
+
+        Between its prompt and its wait, CPython would notice a signal only with the next key.
+        """
+        while Path(f"/proc/{self.pid()}/stat").read_text().rpartition(")")[2].split()[0] in "RD":
+            time.sleep(0.01)
+        self.type("\x03")
 
     def read_until(self, word, seconds=60):
         """The text from where the last call ended to the end of a word."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import configs, launch, model as M, sampler, tokenize_data, train
+import configs, launch, log, model as M, sampler, tokenize_data, train
 from conftest import ROOT
 
 
@@ -112,8 +112,10 @@ def test_all_experiments_are_in_the_table():
 def test_experiment_runs_on_one_rank_and_on_two_and_resumes_bitwise(name, start, finished):
     """Six steps; on one rank, the checkpoint of the sixth is deleted, and the run is resumed from the third."""
     losses = {ranks: figures(finished(name, ranks)) for ranks in (1, 2)}
-    for of_ranks in losses.values():
-        assert list(of_ranks) == [1, 2, 3, 4, 5, 6] and all(map(math.isfinite, of_ranks.values()))
+    for ranks, launcher in ((1, "python"), (2, "torchrun --nproc_per_node 2")):
+        assert list(losses[ranks]) == [1, 2, 3, 4, 5, 6] and all(map(math.isfinite, losses[ranks].values()))
+        [first_start, *_] = log.read(finished(name, ranks), "starts.jsonl")
+        assert first_start["command"].startswith(f"{launcher} -m experiments.{name} data.train.")
     if EXPERIMENTS[name].same_loss:
         assert losses[2] == pytest.approx(losses[1], rel=1e-4)
 

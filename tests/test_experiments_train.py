@@ -1,5 +1,5 @@
 """experiments/: lion.py, dpo.py and pass_at_k.py. tests/test_experiments.py starts every experiment."""
-import itertools, json, math, shutil, types
+import itertools, json, math, runpy, shutil, sys, types
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import configs, launch, log, model as M, sampler, tokenize_data, train
+from conftest import ROOT
 
 TINY = ["data.tokenizer=bytes", "model.n_layers=2", "model.d_model=32", "model.n_heads=4", "model.max_len=256",
         "batch_size=6", "micro_tokens=240", "data.seq_len=240", "max_steps=6", "epochs=0", "save_every=3",
@@ -152,6 +153,20 @@ def test_dpo_starts_at_ln_2_and_prefers_chosen_answers_on_one_rank_and_on_two(tm
     two = start(tmp_path, "dpo", 2, *words, out="two")
     for key in ("loss", "grad_norm", "reward_margin"):
         assert column(two, key) == pytest.approx(column(one, key), rel=1e-3, abs=1e-5), key
+
+
+def test_dpo_replaces_the_chats_of_ft_yaml_by_pairs(experiment, tmp_path, monkeypatch):
+    """Whatever the file is called; other data stays as it is."""
+    experiment("dpo")
+    mine = str(shutil.copy(ROOT / "configs" / "ft.yaml", tmp_path / "mine.yaml"))
+    started = []
+    monkeypatch.setattr(train, "cli", started.append)
+    for words, path in (([], "data/pairs.jsonl"), (["data.train.chats.path=x.jsonl"], "x.jsonl")):
+        monkeypatch.setattr(sys, "argv", ["dpo.py", mine, *words])
+        runpy.run_path(ROOT / "experiments" / "dpo.py", run_name="__main__")
+        cfg, _, _ = configs.load(started.pop())
+        assert cfg["data"]["train"]["chats"]["path"].endswith(path)
+        assert cfg["sampler"]["order"] == "pairs"
 
 
 def test_reference_losses_are_computed_once_and_anew_for_other_data_or_another_model(

@@ -1,4 +1,5 @@
 """log.py: records, console lines, backends, summaries and tables. test_report.py: report.html."""
+import contextlib
 import importlib.util
 import json
 import math
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +220,8 @@ def log_steps(folder, steps, resumed_step=0, status="finished", to="list", **opt
         if step in (2, 4):
             logger.validation({"step": step, "val/x/loss": 10.0 * resumed_step + step}, ANSWERS)
     if status is None:
-        time.sleep(1)                                        # trackio writes every half second
+        if to == "trackio":
+            wait_for_trackio(folder)
         os.kill(os.getpid(), signal.SIGKILL)
     logger.close(status)
 
@@ -264,9 +267,10 @@ def test_tracker_gets_the_new_evaluation_of_eval_only(tmp_path, backend):
     log_steps(tmp_path, [1, 2, 3, 4])
     backend.calls.clear()
     logger = log.Logger(load_config(tmp_path, "log.to=[list]", "eval_only=true"), 6, 4)
-    logger.validation({"step": 4, "val/x/loss": 7.0})
+    record = {"step": 4, "val/x/loss": 7.0, "eval_only": 1}
+    logger.validation(record)
     logger.close()
-    assert backend.calls == [(tmp_path.name, 4), {"step": 4, "val/x/loss": 7.0}, "finished"]
+    assert backend.calls == [(tmp_path.name, 4), record, "finished"]
 
 
 def test_tracker_that_was_added_gets_the_records_so_far(tmp_path, backend, monkeypatch):
@@ -380,6 +384,15 @@ def read_trackio(folder):
     for alert in sorted(alerts, key=lambda alert: alert["timestamp"]):
         found["status"] = alert["title"].removeprefix("run ")
     return found | {"command": found["config"]["command"], "git": found["config"]["git"]}
+
+
+def wait_for_trackio(folder):
+    """Wait until both answers are written, by a thread and after everything else."""
+    answers = []
+    while len(answers) < 2:
+        time.sleep(0.05)
+        with contextlib.suppress(IndexError, TypeError):     # nothing is written yet
+            answers = read_trackio(Path(folder))["answers"]
 
 
 READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "tensorboard": read_tensorboard, "trackio": read_trackio}
@@ -712,6 +725,14 @@ def test_was_evaluated_ignores_records_of_training():
     records = [{"step": 0, "val/x/loss": 1.0}, {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0},
                {"step": 2, "val/x/loss": None}]
     assert [log.was_evaluated(records, step) for step in range(4)] == [True, False, True, False]
+
+
+def test_describe_status_of_an_evaluation(tmp_path):
+    """A folder with nothing but an evaluation was not stopped."""
+    run = log.LoggedRun(str(tmp_path), [{"step": 3, "val/x/loss": 1.0}], [], [], {}, "")
+    assert log.describe_status(run) == "evaluated"
+    run.records.append({"step": 4, "loss": 1.0})         # of an older version, without starts.jsonl
+    assert log.describe_status(run) == "stopped"
 
 
 @pytest.mark.parametrize("best", ["", "val/x/loss", "max val/x/exact_match", "val/y/loss", "loss",

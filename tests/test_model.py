@@ -888,7 +888,9 @@ M.load("data/base")                                                  # what is i
 seen, loaded = [], threading.Event()
 def watch():
     # what is the process's own: mapped files are the system's
-    while not loaded.wait(0.001):
+    is_over = False
+    while not is_over:                                   # the last look follows the end of the loading
+        is_over = loaded.wait(0.001)
         seen.append(int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import configs, log, model as M, shard, train
-from families import moe
+from families import expert_files, moe
 from test_model import apart, documents, grads, noisy, row
 
 SMALL = ["model.family=qwen3_moe", "model.n_layers=2", "model.d_model=64", "model.n_heads=4",
@@ -367,7 +367,7 @@ def save_gpt_oss(folder):
     return theirs
 
 
-def test_pretrained_weights_reads_mxfp4_as_transformers_does(tmp_path):
+def test_pretrained_weights_reads_mxfp4_as_transformers_does(tmp_path, monkeypatch):
     """Any rows of them; the export is bf16, with the same numbers and without the quantization."""
     reference = pytest.importorskip("transformers.integrations.mxfp4")
     save_gpt_oss(tmp_path)
@@ -384,7 +384,11 @@ def test_pretrained_weights_reads_mxfp4_as_transformers_does(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    decoded = []
+    decode = expert_files.decode_mxfp4
+    monkeypatch.setattr(expert_files, "decode_mxfp4", lambda x: decoded.append(len(x)) or decode(x))
     model, m = M.load(tmp_path)
+    assert sum(decoded) == sum(tensor.shape[0] * tensor.shape[2] for tensor in wanted.values())    # each row once
     name = "model.layers.1.mlp.experts.gate_up_proj"
     up = wanted[name][2][:, 1::2].T.float()              # of expert 2
     parameter = "blocks.1.mlp.experts.up_proj.weight"

@@ -234,6 +234,21 @@ def stop_in_evaluation(argv, step, failing_rank):
     assert shard.all_gather_object(tokens.count(step)) == [3] * shard.world_size()
 
 
+def run_until_killed(argv, step, killed_rank):
+    """A run, one of whose ranks is killed after a step: only once, whatever is started again."""
+    log_step = train.log_step
+
+    def log_and_die(run, *args):
+        log_step(run, *args)
+        marker = Path(f"{run.cfg['out_dir']}.killed")
+        if run.state.step == step and shard.rank() == killed_rank and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.log_step = log_and_die
+    run(argv)
+
+
 def work(_, jobs):
     shard.set_threads()
     for name, *args in json.loads(Path(jobs).read_text()):
@@ -634,9 +649,8 @@ def test_predict_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, ranks, 
     ("kill", "Signal 9 (SIGKILL) received"),
     ("hang", "RuntimeError: the reason")])
 def test_run_distributed_ends_all_ranks_and_reports_the_cause(tmp_path, how, message):
-    start = time.monotonic()
     done = torchrun(2, "tests/test_ranks.py", write_jobs(tmp_path, [("fail", how, 1)]))
-    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert done.returncode != 0
     output, summary = done.stderr.split("FAILED\n")
     root_cause = summary.split("Root Cause")[1]
     assert message in root_cause and "rank      : 1" in root_cause
@@ -684,10 +698,6 @@ def test_init_distributed_refuses_restarts_on_several_nodes_with_torchruns_store
 
 # --------------------------------------------------------------------------------------------------
 # restarts and signals
-
-def child_pids(parent):
-    return [int(p) for p in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
 
 class Nodes:
     """Two network namespaces joined by a wire; without the right to make them, the loopback."""
@@ -741,12 +751,6 @@ class Nodes:
                           TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
 
-def wait_for_steps(out, steps):
-    deadline = time.monotonic() + 60
-    while len(log.read(out)) < steps and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def long_run(six_steps):
     """A run on 2 shards that is not interrupted. Returns a function that makes its arguments."""
@@ -758,9 +762,8 @@ def long_run(six_steps):
     return make
 
 
-def check_restarted_run(folder, out, outputs, codes):
+def check_restarted_run(folder, out, text, codes):
     """Started twice, resumed once, and the same figures as without the kill."""
-    text = "".join(Path(output).read_text() for output in outputs)
     assert codes == [0] * len(codes), text
     assert len(re.findall(r"^device ", text, re.M)) == 2, text
     assert len(re.findall(r"^resum", text, re.M)) == 1, text
@@ -768,35 +771,26 @@ def check_restarted_run(folder, out, outputs, codes):
     assert figures(folder / out, *keys) == figures(folder / "unkilled", *keys)
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(),
-                                reason="finds the process of a rank in /proc")
+# The rank is killed in step 9, when the checkpoint of step 4 is complete: the save of step 8 has waited for it.
 
-
-@needs_proc
 def test_max_restarts_resumes_after_sigkill(six_steps, long_run):
     """Rank 1 is killed here; on two nodes, rank 0."""
     folder, _ = six_steps
-    command = [*LAUNCH, "--nproc_per_node", "2", "--max-restarts", "2", "train.py",
-               *long_run("killed1")]
-    output = folder / "killed1.output"
-    with open(output, "w") as f:
-        agent = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT)
-    wait_for_steps(folder / "killed1", 8)
-    os.kill(child_pids(agent.pid)[-1], signal.SIGKILL)
-    check_restarted_run(folder, "killed1", [output], [agent.wait(timeout=100)])
+    jobs = write_jobs(folder, [("run_until_killed", long_run("killed1"), 9, 1)])
+    done = torchrun(2, "--max-restarts", "2", "tests/test_ranks.py", jobs)
+    check_restarted_run(folder, "killed1", done.stdout + done.stderr, [done.returncode])
 
 
-@needs_proc
 def test_max_restarts_resumes_after_sigkill_on_two_nodes(six_steps, long_run):
     folder, _ = six_steps
     outputs = [folder / f"killed2.output{node}" for node in range(2)]
-    words = ["--nproc_per_node", "1", "--max-restarts", "2", "train.py", *long_run("killed2")]
+    jobs = write_jobs(folder, [("run_until_killed", long_run("killed2"), 9, 0)])
+    words = ["--nproc_per_node", "1", "--max-restarts", "2", "tests/test_ranks.py", jobs]
     with Nodes() as nodes:
         agents = [nodes.start_elastic(node, words, outputs[node]) for node in range(2)]
-        wait_for_steps(folder / "killed2", 8)
-        os.kill(child_pids(agents[0].pid)[-1], signal.SIGKILL)
-        codes = [agent.wait(timeout=100) for agent in agents]
-    check_restarted_run(folder, "killed2", outputs, codes)
+        codes = [agent.wait(timeout=200) for agent in agents]
+    text = "".join(output.read_text() for output in outputs)
+    check_restarted_run(folder, "killed2", text, codes)
 
 
 def test_run_distributed_ends_the_other_node_too(tmp_path):
@@ -804,11 +798,10 @@ def test_run_distributed_ends_the_other_node_too(tmp_path):
     jobs = write_jobs(tmp_path, [("fail", "raise", 1)])
     outputs = [tmp_path / f"output{node}" for node in range(2)]
     words = ["--nproc_per_node", "1", "tests/test_ranks.py", jobs]
-    start = time.monotonic()
     with Nodes() as nodes:
         agents = [nodes.start_elastic(node, words, outputs[node]) for node in range(2)]
-        codes = [agent.wait(timeout=100) for agent in agents]
-    assert all(codes) and time.monotonic() - start < 60
+        codes = [agent.wait(timeout=200) for agent in agents]
+    assert all(codes)
     root_causes = [output.read_text().split("Root Cause")[1] for output in outputs]
     assert sum("RuntimeError: the reason" in text for text in root_causes) == 1
     assert sum("If that rank runs on another node" in text for text in root_causes) == 1
@@ -816,7 +809,7 @@ def test_run_distributed_ends_the_other_node_too(tmp_path):
 
 def test_train_stops_after_the_same_step_on_all_ranks_at_a_signal(six_steps):
     folder, make_argv = six_steps
-    argv = make_argv("full", "ended", "max_steps=200", "save_every=0", "eval_every=0", *SHARD2)
+    argv = make_argv("full", "ended", "max_steps=20000", "save_every=0", "eval_every=0", *SHARD2)
     process = subprocess.Popen([*LAUNCH, "--nproc_per_node", "2", "train.py", *argv], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:

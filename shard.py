@@ -1441,6 +1441,11 @@ class StepSize:
         self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in blocks)
+        # means of blocks with attention, of which Gemma 4 has two kinds
+        layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
+        n_layers = max(1, len(layers))
+        self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
+        self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
         self.linear_attention = n_linear / len(blocks)
@@ -1511,7 +1516,7 @@ def count_adapter_inputs(blocks, m):
 
 def count_frozen_blocks(model):
     """How many of the first blocks need no backward pass: they and all before them are frozen."""
-    for module in (model.embed, model.pos, model.embedding):
+    for module in (model.embed, model.pos, model.per_layer, model.embedding):
         if isinstance(module, nn.Module) and count_parameters(module, trained=True):
             return 0
     for i, block in enumerate(model.blocks):
@@ -1626,7 +1631,8 @@ def activation_bytes(s, blocks=None):
 def block_activation_bytes(s):
     """What a block keeps per token."""
     m = s.model_cfg
-    C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
+    C, H, E = m["d_model"], m["n_heads"], s.head_dim
+    K = s.kv_width / E if E else 0
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
     # A norm of an output: its input alone.
@@ -1657,6 +1663,9 @@ def block_activation_bytes(s):
         from families import delta_net
         attention *= 1 - s.linear_attention
         attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
+    if m["block"] == "gemma4":
+        from families import gemma4
+        attention += gemma4.activation_bytes(m, s.element, s.kv_width)
     # Dropout: a mask of one byte per number.
     dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention

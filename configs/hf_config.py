@@ -333,6 +333,8 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
+    if "global_head_dim" in family["keys"]:
+        standardize_gemma4(hf_config, path)
     if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
         hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
@@ -340,8 +342,6 @@ def standardize(hf_config, family, path):
     else:
         hf_config["rope_parameters"] = merge_rope_parameters(hf_config, path)
 
-    if "global_head_dim" in family["keys"]:
-        standardize_global_heads(hf_config, path)
     types = hf_config.get("layer_types") or []
     if types and isinstance(types, list):
         types = ["full_attention" if kind == "attention" else kind for kind in types]
@@ -375,27 +375,26 @@ def standardize(hf_config, family, path):
     return hf_config
 
 
-def standardize_global_heads(hf_config, path):
-    """What newer files of Gemma 4 say about each block in per_layer_config, in place.
-
-    Older ones have global_head_dim and, with attention_k_eq_v, num_global_key_value_heads.
+def standardize_gemma4(hf_config, path):
+    """Part of standardize() for Gemma 4, in place: global_head_dim and num_global_key_value_heads
+    also say what newer files have in per_layer_config. Rope is in rope_parameters alone.
     """
+    for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
+        hf_config.pop(name, None)
     if not hf_config.get("attention_k_eq_v"):
         hf_config["num_global_key_value_heads"] = None
-    layers = hf_config.pop("per_layer_config", None)
-    if layers is None:
+    if "per_layer_config" not in hf_config:
         return
-    full = {str(i) for i, kind in enumerate(hf_config.get("layer_types") or [])
-            if kind == "full_attention"}
-    first = next(iter(layers.values()), {})
-    known = {"head_dim", "num_key_value_heads"}
-    if layers.keys() != full or any(layer != first for layer in layers.values()) \
-            or not first.keys() <= known:
-        raise configs.UserError(f"{path}: per_layer_config must give all blocks with "
-                                "full_attention, and no others, the same head_dim and "
-                                f"num_key_value_heads; got {layers}")
-    hf_config["global_head_dim"] = first.get("head_dim", hf_config.get("head_dim", 256))
-    hf_config["num_global_key_value_heads"] = first.get("num_key_value_heads")
+    layers = hf_config.pop("per_layer_config") or {}
+    *_, layer = [{}, *layers.values()]
+    kinds = hf_config.get("layer_types") or []
+    full = {str(i): layer for i, kind in enumerate(kinds) if kind == "full_attention"}
+    if layers not in ({}, full) or not layer.keys() <= {"head_dim", "num_key_value_heads"}:
+        raise configs.UserError(f"{path}: per_layer_config must have head_dim and "
+                                "num_key_value_heads, the same for all blocks with "
+                                f"full_attention, and no other block; got {layers}")
+    hf_config["global_head_dim"] = layer.get("head_dim", hf_config.get("head_dim", 256))
+    hf_config["num_global_key_value_heads"] = layer.get("num_key_value_heads")
 
 
 def merge_rope_parameters(hf_config, path):

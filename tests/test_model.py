@@ -392,6 +392,12 @@ def draw_config(choose, kind):
         config["num_key_value_heads"] = 2
     if kind in ("ministral", "hunyuan"):                               # they fail without one
         config["head_dim"] = 16
+    if kind == "gemma4_text":
+        config |= dict(num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
+                       global_head_dim=choose(8, 12), hidden_size_per_layer_input=choose(0, 8),
+                       num_kv_shared_layers=choose(0, 1), attention_k_eq_v=choose(True, False),
+                       num_global_key_value_heads=choose(1, 2, None), use_double_wide_mlp=choose(True, False),
+                       vocab_size_per_layer_input=101)
     if kind == "granite4":
         config |= dict(num_local_experts=0, position_embedding_type="rope", layer_types=["attention"] * 2,
                        mamba_n_heads=8)
@@ -423,6 +429,9 @@ def draw_config(choose, kind):
             if choose.often(probability):
                 value = choose(*values)
                 config[key] = value(choose) if callable(value) else value
+    for key in ("rope_scaling", "rope_parameters"):
+        if kind == "ministral3" and config.get(key):
+            config[key]["llama_4_scaling_beta"] = 0.3
     return config
 
 

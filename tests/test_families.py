@@ -13,9 +13,12 @@ VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_att
 TOWERS = {
     "gemma3": dict(text_config=CONFIGS["gemma3_text"] | {"vocab_size": 259}, vision_config=VISION,
                    mm_tokens_per_image=4, image_token_index=257),
-    "gemma4": dict(text_config=CONFIGS["gemma4_text"] | {"vocab_size": 259, "use_bidirectional_attention": "vision"},
-                   vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
-                   image_token_id=257, video_token_id=257, audio_token_id=257),
+    "gemma4": dict(
+        text_config=FAMILIES["Gemma 4 (text), E2B, E4B"][1] | dict(
+            vocab_size=259, vocab_size_per_layer_input=259, pad_token_id=0, use_bidirectional_attention="vision"),
+        vision_config=VISION | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=8),
+        audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[4, 4],
+                          output_proj_dims=16), image_token_id=257, video_token_id=257, audio_token_id=257),
     "mistral3": dict(text_config=SMALL | dict(model_type="mistral", vocab_size=259), vision_config=VISION,
                      image_token_index=257, tie_word_embeddings=False),
     "mistral3, of ministral3": dict(

@@ -1441,7 +1441,9 @@ class StepSize:
         self.post_norms = norms - self.norms     # of model.norm_place=both
         self.keeps_probabilities = any(block.attn.needs_probabilities(training=True)
                                        for block in blocks)
-        # means of blocks with attention, of which Gemma 4 has two kinds
+        # the mean width of an MLP, and means of blocks with attention: Gemma 4 has two kinds
+        wide = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
+        self.d_ff = self.model_cfg["d_ff"] * (1 + wide / len(blocks))
         layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
         n_layers = max(1, len(layers))
         self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
@@ -1681,7 +1683,7 @@ def block_activation_bytes(s):
 def mlp_activation_bytes(s):
     """Of a token: input and output of the activation function; if gated, also the gate's factor and
     the product."""
-    return s.element * s.model_cfg["d_ff"] * (4 if s.model_cfg["glu"] else 2)
+    return s.element * s.d_ff * (4 if s.model_cfg["glu"] else 2)
 
 
 def expert_activation_bytes(s):

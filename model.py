@@ -212,7 +212,7 @@ def rope_freqs(positions, m, lengths=None):
 
 
 def query_rope_freqs(rope, positions, m):
-    """rope_freqs() of queries, which grow with their position in Llama 4 and Ministral 3."""
+    """The rope_freqs() of queries, from those of keys: see model.llama_4_scaling_beta."""
     beta = m["llama_4_scaling_beta"]
     if not beta:
         return rope
@@ -427,7 +427,7 @@ def attention(layer, q, k, v, layout, seeds=None):
     Returns [T, H, E].
     """
     need_probs = layer.needs_probabilities(training=seeds is not None)
-    if layout.use_varlen and layer.head_dim <= 256 and not need_probs:
+    if layout.use_varlen and layer.head_dim <= MAX_VARLEN_WIDTH and not need_probs:
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
     groups = layout.padded_groups(layer, q, k, v, seeds, need_mask=need_probs)
@@ -588,6 +588,9 @@ def varlen_parameters():
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+MAX_VARLEN_WIDTH = 256       # of a head
+
+
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -694,7 +697,7 @@ class Block(nn.Module):
         return delta_net.GatedDeltaNet(m)
 
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
-        """rope: see Transformer.rope(); seeds int32 [T] of this block's dropouts, None: no dropout."""
+        """rope: see Transformer.rope(); seeds int32 [T] of this block's dropouts, or None."""
         h, *projected = self.pre_attention(x, rope, seeds)
         attention_seeds = None if seeds is None else hash_int32(seeds)
         y = self.attn.mix(*projected, layout, attention_seeds)                     # [T, H, E]
@@ -1225,10 +1228,8 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rope(self, batch):
-        """rope_freqs() for blocks with full attention, and for those with a window.
-
-        Each is a pair: that of queries and that of keys.
-        """
+        """For blocks with full attention, and for those with a window: the rope_freqs() of queries
+        and those of keys."""
         m = self.cfg
         positions = batch["positions"]
         if m["positions"] != "rope":
@@ -1237,13 +1238,13 @@ class Transformer(nn.Module):
         if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
             lengths = document_lengths(batch)
         full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}
-        freqs = rope_freqs(positions, full, lengths)
-        rope = query_rope_freqs(freqs, positions, m), freqs
+        k_rope = rope_freqs(positions, full, lengths)
+        rope = (query_rope_freqs(k_rope, positions, m), k_rope)
         if m["rope_local_theta"] is None:
             return rope, rope
         local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
-        freqs = rope_freqs(positions, local)
-        return rope, (freqs, freqs)
+        local_rope = rope_freqs(positions, local)
+        return rope, (local_rope, local_rope)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -1259,7 +1260,7 @@ class Transformer(nn.Module):
         It needs a GPU of 2020 (A100) or later.
         """
         E = self.cfg["head_dim"]
-        can_take_width = E % 8 == 0 and E <= 256         # of a global block: see attention()
+        can_take_width = E % 8 == 0 and (self.cfg["global_head_dim"] or E) % 8 == 0
         if not self.embed.weight.is_cuda or self.dtype == torch.float32 or not can_take_width:
             return False
         return torch.cuda.get_device_capability(self.embed.weight.device) >= (8, 0)
@@ -2041,7 +2042,7 @@ def set_model_keys(config, m, family):
     # config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
     if "layer_types" in family["keys"] and m["rope_layers"] is None:
-        # where no block has a window, transformers fails without a number
+        # transformers fails without a number, also where no block has a window
         m["sliding_window"] = m["sliding_window"] or m["max_len"]
     if "rope_parameters" in family:                      # null would be that default
         m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
@@ -2386,7 +2387,8 @@ def flops(model, lengths, n_targets):
             n_weights = module.in_features * module.out_features
             per_token += 4 * active_parameters(name, n_weights, m)
     if model.per_layer is not None:
-        per_token += 6 * model.per_layer.proj.weight.numel()
+        weight = model.per_layer.proj.weight
+        per_token += (6 if weight.requires_grad else 4) * weight.numel()
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]

@@ -333,8 +333,7 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
-    if "global_head_dim" in family["keys"]:
-        standardize_gemma4(hf_config, path)
+    standardize_gemma4(hf_config, family, path)
     if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
         hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
@@ -375,10 +374,12 @@ def standardize(hf_config, family, path):
     return hf_config
 
 
-def standardize_gemma4(hf_config, path):
+def standardize_gemma4(hf_config, family, path):
     """Part of standardize() for Gemma 4, in place: global_head_dim and num_global_key_value_heads
     also say what newer files have in per_layer_config. Rope is in rope_parameters alone.
     """
+    if "global_head_dim" not in family["keys"]:
+        return
     for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
         hf_config.pop(name, None)
     if not hf_config.get("attention_k_eq_v"):

@@ -84,7 +84,7 @@ class Attention(transformer.Attention):
         super().__init__(m, layer_idx)
         self.kind = kind
         self.eps = m["norm_eps"]
-        self.is_shared = m["n_kv_shared_layers"] > 0
+        self.stores_keys = m["n_kv_shared_layers"] > 0
         if is_global and m["attention_k_eq_v"]:
             self.v_proj = None
 
@@ -105,7 +105,7 @@ class Attention(transformer.Attention):
         return self.project_queries(x, q_rope, seeds), k, v
 
     def mix(self, q, k, v, layout, seeds=None):
-        if self.is_shared:                   # the last block of its kind is the last to set this
+        if self.stores_keys:                 # the last block of its kind is the last to set this
             layout.shared[self.kind] = (self, k, v)
         return transformer.attention(self, q, k, v, layout, seeds)                 # [T, H, E]
 
@@ -155,7 +155,7 @@ def activation_bytes(m, element, kv_width):
 # Hugging Face's format
 
 def unread_tensors(m, family):
-    """What files have of keys and values in the blocks that use those of others. Nobody reads it."""
+    """Names of weights that files have for keys and values of blocks that use those of others."""
     tensors = []
     for i in range(m["n_layers"] - m["n_kv_shared_layers"], m["n_layers"]):
         for kind in ("k_proj", "v_proj", "k_norm"):

@@ -19,6 +19,10 @@ TOWERS = {
         vision_config=VISION | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=8),
         audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[4, 4],
                           output_proj_dims=16), image_token_id=257, video_token_id=257, audio_token_id=257),
+    "gemma4_unified": dict(
+        text_config=CONFIGS["gemma4_unified_text"] | dict(vocab_size=259, pad_token_id=0),
+        vision_config=dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=32),
+        audio_config=dict(audio_embed_dim=16), image_token_id=257, video_token_id=257, audio_token_id=257),
     "mistral3": dict(text_config=SMALL | dict(model_type="mistral", vocab_size=259), vision_config=VISION,
                      image_token_index=257, tie_word_embeddings=False),
     "mistral3, of ministral3": dict(

@@ -1,5 +1,5 @@
 """families/gemma4.py: two kinds of heads, keys and values of other blocks, an input per block."""
-import re
+import json, re
 
 import pytest
 import torch
@@ -57,6 +57,18 @@ def test_keys_of_blocks_that_use_those_of_others_are_ignored_in_files(tmp_path):
     save_file(tensors | {"model.layers.1.self_attn.k": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(configs.UserError, match=re.escape("model.layers.1.self_attn.k is unknown")):
         M.load(tmp_path)
+
+
+def test_hf_config_has_one_form_and_keeps_how_images_attend(tmp_path):
+    """Global heads are written as older versions of transformers read them, too; rope by kinds of blocks."""
+    ours, m, _, folder = pair("Gemma 4 (text)")
+    config = json.loads((folder / "config.json").read_text())
+    assert "per_layer_config" in config and "global_head_dim" not in config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": "vision"}))
+    out = M.hf_config(m, tmp_path, "float32")
+    assert (out["global_head_dim"], out["num_global_key_value_heads"]) == (16, 1) and "per_layer_config" not in out
+    assert out["rope_parameters"] == config["rope_parameters"] and out["use_bidirectional_attention"] == "vision"
+    assert M.hf_config(m, None, "float32")["use_bidirectional_attention"] is None
 
 
 def test_vocabulary_of_both_embeddings_grows():

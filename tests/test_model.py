@@ -154,6 +154,8 @@ FAMILIES = {
         num_hidden_layers=3, sliding_window_pattern=3, rope_theta=5000.0, rope_local_base_freq=70.0,
         rope_scaling=dict(rope_type="linear", factor=8.0))),
     "Gemma 4 (text)": ("gemma4_text", GEMMA4),
+    "Gemma 4 12B (text)": ("gemma4_unified_text", {
+        key: value for key, value in GEMMA4.items() if key != "hidden_size_per_layer_input"}),
     "Gemma 4 (text), E2B, E4B": ("gemma4_text", GEMMA4 | dict(
         num_kv_shared_layers=2, use_double_wide_mlp=True, attention_k_eq_v=False, hidden_size_per_layer_input=12,
         vocab_size_per_layer_input=101)),
@@ -345,7 +347,8 @@ def test_models_page_shows_a_family_of_the_file():
 NEEDED = {                                                             # keys without which theirs fail
     "gpt2": ["model.activation=gelu_new"], "smollm3": ["model.rope_layers=[1, 0]"], "granite4": ["model.d_model=64"],
     "qwen3_5_text": ["model.layer_types=[linear_attention, full_attention]"], "olmo3": ["model.sliding_window=9"],
-    "gemma3": ["model.rope_local_theta=100.0", "model.sliding_window=9"], "gemma4_text": ["model.sliding_window=9"]}
+    "gemma3": ["model.rope_local_theta=100.0", "model.sliding_window=9"], "gemma4_text": ["model.sliding_window=9"],
+    "gemma4_unified_text": ["model.sliding_window=9"]}
 
 
 @pytest.mark.parametrize("family", [name for name, family in configs.families().items()
@@ -392,7 +395,7 @@ def draw_config(choose, kind):
         config["num_key_value_heads"] = 2
     if kind in ("ministral", "hunyuan"):                               # they fail without one
         config["head_dim"] = 16
-    if kind == "gemma4_text":
+    if kind.startswith("gemma4"):
         config |= dict(num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"],
                        global_head_dim=choose(8, 12), hidden_size_per_layer_input=choose(0, 8),
                        num_kv_shared_layers=choose(0, 1), attention_k_eq_v=choose(True, False),

@@ -2420,8 +2420,8 @@ SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
     "attention": r"attn\.(?!\w*norm)",
     "mlp": "mlp",
-    "inputs per block": r"per_layer[._](gate|proj)",
-    "norms": "norm",
+    "block_inputs": r"per_layer[._](gate|proj)",
+    "norms": "norm|output_weight",
     "head": "head",
 }
 
@@ -2436,16 +2436,12 @@ def summary(model):
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
              f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
-    n_blocks = collections.Counter(split_block(name)[1] for name in params)
-    shown = set()
-    for name, p in params.items():
-        block, pattern = split_block(name)
-        if pattern in shown:
-            continue
-        shown.add(pattern)
-        times = f"  x {n_blocks[pattern]}" if block else ""
-        shape = "x".join(map(str, p.shape))
-        lines.append(f"  {pattern.replace('{i}', '*'):<28} {shape:>14} {p.numel():>14,}{times}")
+    kinds = collections.Counter((split_block(name)[1], p.shape) for name, p in params.items())
+    for (pattern, shape), n_blocks in kinds.items():
+        times = f"  x {n_blocks}" if "{i}" in pattern else ""
+        size = "x".join(map(str, shape))
+        name = pattern.replace("{i}", "*")
+        lines.append(f"  {name:<28} {size:>14} {shape.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
         n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))

@@ -1357,19 +1357,18 @@ def test_flops_are_counted_by_hand():
     each = 2 * ((4 + 2 * 2) * 16 * 48 + 64 * 48 + 2 * 80 * 48 + 80 * 48)
     assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
     # 1 + 2 + 3 + 3 + ...: 27 pairs of 10 tokens, 57 of 20; a half of each token's own is not counted
-    model.cfg = M_TINY | {"sliding_window": 3}
-    assert M.flops(model, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 - 49 + 400 - 289)
+    in_window = M.build(M_TINY | {"sliding_window": 3})
+    assert M.flops(in_window, [10, 20], 12) == 6 * each * 30 + 6 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 - 49 + 400 - 289)
     model.requires_grad_(False)
-    model.cfg = M_TINY
     assert M.flops(model, [10, 20], 12) == 4 * each * 30 + 4 * 101 * 48 * 12 + 6 * 2 * 4 * 16 * (100 + 400)
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Phi-1, 1.5, 2", "Qwen3", "GPT-NeoX, Pythia"])
+@pytest.mark.parametrize("name", ["GPT-2", "Phi-1, 1.5, 2", "Qwen3", "GPT-NeoX, Pythia", "Gemma 4 (text), E2B, E4B"])
 def test_a_summary_reads_no_weight_and_counts_every_one(name, script):
     ours, m, _, folder = pair(name)
     lines = M.summary(M.build_on_meta(m)).splitlines()
     rows = [line.split() for line in lines if line.strip()]
-    parts = ("embedding", "attention", "mlp", "norms", "head", "parameters")
+    parts = ("embedding", "attention", "mlp", "block_inputs", "norms", "head", "parameters")
     n = {words[0]: int(words[1].replace(",", "")) for words in rows if words[0] in parts}
     assert n.pop("parameters") == sum(n.values()) == sum(p.numel() for p in ours.parameters())
     if name == "Qwen3":

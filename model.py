@@ -2059,8 +2059,9 @@ def set_model_keys(config, m, family):
     for hf_key, supported_values in family["only"].items():
         if config.get(hf_key, configs.MISSING) not in supported_values:
             config[hf_key] = supported_values[0]
-    if m["llama_4_scaling_beta"] is not None:
-        config["rope_scaling"] = scaling | {"llama_4_scaling_beta": m["llama_4_scaling_beta"]}
+    beta = config.pop("rope_parameters.llama_4_scaling_beta", None)
+    if beta is not None:
+        config["rope_scaling"] = scaling | {"llama_4_scaling_beta": beta}
     if m["block"] == "gemma4":
         from families import gemma4
         gemma4.finish_hf_config(config, m)

@@ -329,6 +329,14 @@ def test_generate_rotates_by_the_longest_text_that_a_prompt_can_become():
         assert ours.logits(M.pack_prompts([text]))[n - 1:-1].argmax(-1).tolist() == text[n:]
 
 
+def test_hf_config_has_the_factor_of_queries_among_the_keys_of_rope():
+    """As transformers reads Ministral 3, and nowhere else."""
+    _, m, _, folder = pair("Ministral 3")
+    config = M.hf_config(m, folder, "float32")
+    assert config["rope_scaling"] == m["rope_scaling"] | {"llama_4_scaling_beta": 0.7}
+    assert not [key for key in config if "." in key]
+
+
 @pytest.mark.release
 def test_parity_table_has_every_family_and_check():
     lines = (ROOT / "docs" / "models.md").read_text().splitlines()

@@ -921,6 +921,9 @@ def check_model(model_cfg):
            f"a divisor of model.n_heads ({n_heads})")
     yield (model_cfg["n_global_kv_heads"] is None or model_cfg["attention_k_eq_v"],
            "model.n_global_kv_heads", "null without model.attention_k_eq_v")
+    has_rope = model_cfg["positions"] == "rope" and model_cfg["rope_layers"] is None
+    yield (model_cfg["block"] == "plain" or has_rope and model_cfg["qk_norm"] == "head",
+           "model.block", "plain unless model.qk_norm=head, and all blocks have rope")
     n_value_heads = model_cfg["linear_num_value_heads"] or 0
     yield (n_value_heads % (model_cfg["linear_num_key_heads"] or 1) == 0,
            "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")

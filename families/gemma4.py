@@ -74,6 +74,7 @@ class Block(transformer.Block):
 
 
 class Attention(transformer.Attention):
+    """Of one of two kinds, with a window or global, which have heads of their own sizes."""
 
     def __init__(self, m, layer_idx):
         kind = transformer.layer_types(m)[layer_idx]
@@ -90,7 +91,7 @@ class Attention(transformer.Attention):
 
     def project_queries(self, x, rope, seeds):                                     # [T, C]
         q = self.q_proj(x, seeds).unflatten(-1, (self.n_heads, self.head_dim))     # [T, H, E]
-        return transformer.apply_rotary_emb(self.q_norm(q), *rope)
+        return transformer.apply_rotary_emb(self.q_norm(q), *rope, self.rope_interleaved)
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
         """Return q [T, H, E], k and v [T, K, E], normalized, q and k also rotated."""
@@ -100,7 +101,7 @@ class Attention(transformer.Attention):
         v = k
         if self.v_proj is not None:
             v = self.v_proj(x, seeds).unflatten(-1, heads)                         # [T, K, E]
-        k = transformer.apply_rotary_emb(self.k_norm(k), *k_rope)
+        k = transformer.apply_rotary_emb(self.k_norm(k), *k_rope, self.rope_interleaved)
         v = F.rms_norm(v.float(), (self.head_dim,), eps=self.eps).to(v.dtype)
         return self.project_queries(x, q_rope, seeds), k, v
 
@@ -146,7 +147,9 @@ def activation_bytes(m, element, kv_width):
     kv_width  the mean of K E
     """
     bytes_per_token = 4 * kv_width           # values in fp32, before their norm
-    if m["d_per_layer"]:                     # x; the gate before and after its activation, ...
+    if m["d_per_layer"]:
+        # x; the gate before and after its activation, the second input before its norm and in the
+        # end, the product of both
         bytes_per_token += element * (m["d_model"] + 5 * m["d_per_layer"])
     return bytes_per_token
 

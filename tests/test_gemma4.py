@@ -81,6 +81,7 @@ def test_vocabulary_of_both_embeddings_grows():
 
 
 @pytest.mark.parametrize("keys, words", [
+    (["model.block=gemma4"], "block: .*model.qk_norm=head"),
     (["model.attention_k_eq_v=true"], "attention_k_eq_v: .*without model.block=gemma4"),
     ([*KEYS, "model.n_global_kv_heads=1"], "n_global_kv_heads: .*null without model.attention_k_eq_v"),
     ([*DENSE, "model.n_global_kv_heads=3"], "n_global_kv_heads: .*a divisor of model.n_heads"),

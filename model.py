@@ -197,6 +197,10 @@ def rope_freqs(positions, m, lengths=None):
     elif kind == "yarn":
         keep = yarn_keep(scaling, m["rope_theta"], R).to(positions.device)
         freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
+    elif kind == "proportional":                         # Gemma 4: only the first pairs rotate
+        n_rotated = int(scaling.get("partial_rotary_factor", 1.0) * R // 2)
+        freqs = freqs / scaling.get("factor", 1.0)
+        freqs[n_rotated:] = 0
     elif kind == "longrope":                             # arXiv:2402.13753
         short = freqs / freqs.new_tensor(scaling["short_factor"])
         long = freqs / freqs.new_tensor(scaling["long_factor"])
@@ -205,6 +209,16 @@ def rope_freqs(positions, m, lengths=None):
     angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
     scale = rope_scale(scaling, m["max_len"])
     return (scale * angles.cos()).float(), (scale * angles.sin()).float()
+
+
+def query_rope_freqs(rope, positions, m):
+    """The rope_freqs() of queries, from those of keys: see model.llama_4_scaling_beta."""
+    beta = m["llama_4_scaling_beta"]
+    if not beta:
+        return rope
+    original = m["rope_scaling"]["original_max_position_embeddings"]
+    scale = 1 + beta * (1 + positions.double() // original).log()                  # [T]
+    return tuple((scale[:, None, None] * x).float() for x in rope)
 
 
 def yarn_keep(scaling, theta, R):
@@ -352,9 +366,9 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
         if self.use_rope:
-            cos, sin = rope
-            q = apply_rotary_emb(q, cos, sin, self.rope_interleaved)
-            k = apply_rotary_emb(k, cos, sin, self.rope_interleaved)
+            q_rope, k_rope = rope
+            q = apply_rotary_emb(q, *q_rope, self.rope_interleaved)
+            k = apply_rotary_emb(k, *k_rope, self.rope_interleaved)
         if self.qk_norm == "head_after_rope":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -376,23 +390,19 @@ class Attention(nn.Module):
         return self.o_proj(y, seeds)
 
 
-def make_attention(m, layer_idx):
-    """The attention of a block, or the GatedDeltaNet that replaces it."""
-    if layer_types(m)[layer_idx] != "linear_attention":
-        return Attention(m, layer_idx)
-    from families import delta_net
-    return delta_net.GatedDeltaNet(m)
-
-
 def layer_types(m):
     """The kind of each block's attention: sliding_attention, full_attention or linear_attention.
 
-    By default all are "sliding", with the window model.sliding_window; null turns that off.
+    By default all are "sliding", with the window model.sliding_window; null turns that off. The
+    last one of Gemma 4 is full_attention, as in transformers.
     """
     pattern = m["layer_types"] or ["sliding_attention"]
     if m["sliding_window"] is None:
         pattern = ["full_attention" if kind == "sliding_attention" else kind for kind in pattern]
-    return [pattern[i % len(pattern)] for i in range(m["n_layers"])]
+    kinds = [pattern[i % len(pattern)] for i in range(m["n_layers"])]
+    if m["block"] == "gemma4":
+        kinds[-1] = "full_attention"
+    return kinds
 
 
 def sliding_windows(m):
@@ -430,7 +440,7 @@ def attention(layer, q, k, v, layout, seeds=None):
     need_probs = layer.needs_probabilities(seeds is not None, has_flex)
     if layer.needs_flex and not need_probs:
         return layout.flex_attention(layer, q, k, v, layout.block_mask(layer.window), sinks)
-    if layout.use_varlen and not need_probs:
+    if layout.use_varlen and layer.head_dim <= MAX_VARLEN_WIDTH and not need_probs:
         return varlen_attention(layer, q, k, v, layout)
     outputs = []
     groups = layout.padded_groups(layer, q, k, v, seeds, need_mask=need_probs)
@@ -613,6 +623,9 @@ def varlen_parameters():
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+MAX_VARLEN_WIDTH = 256       # of a head
+
+
 def varlen_attention(layer, q, k, v, documents):
     """attention() of PackedDocuments by a CUDA kernel for bf16 and fp16. Returns [T, H, E]."""
     from torch.nn.attention.varlen import varlen_attn
@@ -729,14 +742,21 @@ class Block(nn.Module):
         has_norms = m["norm_place"] in ("before", "both")
         has_post_norms = m["norm_place"] in ("after", "both")
         self.norm1 = Norm(m, C) if has_norms else None
-        self.attn = make_attention(m, layer_idx)
+        self.attn = self.make_attention(m, layer_idx)
         self.post_norm1 = Norm(m, C) if has_post_norms else None
         self.norm2 = Norm(m, C) if has_norms and not m["shared_norm"] else None
         self.mlp = make_mlp(m)
         self.post_norm2 = Norm(m, C) if has_post_norms else None
 
+    def make_attention(self, m, layer_idx):
+        """The attention of this block, or the GatedDeltaNet that replaces it."""
+        if layer_types(m)[layer_idx] != "linear_attention":
+            return Attention(m, layer_idx)
+        from families import delta_net
+        return delta_net.GatedDeltaNet(m)
+
     def forward(self, x, rope, layout, seeds=None):                                # x [T, C]
-        """rope (cos, sin) or None; seeds int32 [T] of this block's dropouts, None: no dropout."""
+        """rope: see Transformer.rope(); seeds int32 [T] of this block's dropouts, or None."""
         h, *projected = self.pre_attention(x, rope, seeds)
         attention_seeds = None if seeds is None else hash_int32(seeds)
         y = self.attn.mix(*projected, layout, attention_seeds)                     # [T, H, E]
@@ -774,6 +794,13 @@ class Block(nn.Module):
         if seeds is not None and self.dropout:
             y = dropout(y, self.dropout, hash_int32(seeds + place))
         return x + y
+
+
+def make_block(m, layer_idx):
+    if m["block"] == "plain":
+        return Block(m, layer_idx)
+    from families import gemma4
+    return gemma4.Block(m, layer_idx)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1129,7 +1156,11 @@ class Transformer(nn.Module):
         C = m["d_model"]
         self.embed = Embedding(V, C)
         self.pos = Embedding(m["max_len"], C) if m["positions"] == "learned" else None
-        self.blocks = nn.ModuleList(Block(m, i) for i in range(m["n_layers"]))
+        self.per_layer = None
+        if m["d_per_layer"]:
+            from families import gemma4
+            self.per_layer = gemma4.PerLayerEmbedding(m, V)
+        self.blocks = nn.ModuleList(make_block(m, i) for i in range(m["n_layers"]))
         self.norm = Norm(m, C)
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
@@ -1237,6 +1268,9 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
+        layout.shared = {}                   # among blocks: see families/gemma4.py
+        if self.per_layer is not None:
+            layout.shared["inputs"] = self.per_layer(batch["tokens"], x)           # [T, L, P]
         full_rope, local_rope = self.rope(batch)
         for i, block in enumerate(self.blocks):
             rope = local_rope if block.attn.is_local else full_rope
@@ -1250,18 +1284,23 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rope(self, batch):
-        """rope_freqs() for blocks with full attention, and for those with a window."""
+        """For blocks with full attention, and for those with a window: the rope_freqs() of queries
+        and those of keys."""
         m = self.cfg
+        positions = batch["positions"]
         if m["positions"] != "rope":
             return None, None
         lengths = None
         if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
             lengths = document_lengths(batch)
-        rope = rope_freqs(batch["positions"], m, lengths)
+        full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}
+        k_rope = rope_freqs(positions, full, lengths)
+        rope = (query_rope_freqs(k_rope, positions, m), k_rope)
         if m["rope_local_theta"] is None:
             return rope, rope
         local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
-        return rope, rope_freqs(batch["positions"], local)
+        local_rope = rope_freqs(positions, local)
+        return rope, (local_rope, local_rope)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -1277,7 +1316,7 @@ class Transformer(nn.Module):
         It needs a GPU of 2020 (A100) or later.
         """
         E = self.cfg["head_dim"]
-        can_take_width = E % 8 == 0 and E <= 256
+        can_take_width = E % 8 == 0 and (self.cfg["global_head_dim"] or E) % 8 == 0
         if not self.embed.weight.is_cuda or self.dtype == torch.float32 or not can_take_width:
             return False
         return torch.cuda.get_device_capability(self.embed.weight.device) >= (8, 0)
@@ -1401,7 +1440,8 @@ def parameter_shapes(m):
 
 def unpadded_rows(name, rows, m):
     """The number of rows of a parameter, without those that pad the vocabulary."""
-    return m["vocab_size"] if name in ("embed.weight", "head.weight", "head_bias") else rows
+    of_vocabulary = ("embed.weight", "head.weight", "head_bias", "per_layer.embed.weight")
+    return m["vocab_size"] if name in of_vocabulary else rows
 
 
 # matrices that write to the residual stream
@@ -1738,6 +1778,9 @@ class PretrainedWeights:
         ignored = tuple(self.family.get("ignore", ()))
         if is_tied:
             ignored += (self.head,)
+        if self.m["n_kv_shared_layers"]:
+            from families import gemma4
+            ignored += gemma4.unread_tensors(self.m, self.family)
         prefixes = (*self.family.get("ignore_prefixes", ()), *self.family.get("carried", ()))
         for tensor in sorted(self.files):
             is_ignored = tensor.endswith(ignored) or tensor.startswith(prefixes)
@@ -2041,7 +2084,7 @@ def without_contradictions(config):
     """A copy without auto_map, whose code is not copied, and without keys that might contradict
     those of set_model_keys()."""
     names = ("auto_map", "layer_types", "original_max_position_embeddings",
-             "partial_rotary_factor", "quantization_config")
+             "partial_rotary_factor", "quantization_config", "per_layer_config")
     return {key: config[key] for key in config if key not in names}
 
 
@@ -2054,6 +2097,9 @@ def set_model_keys(config, m, family):
     source_rope = config.get("rope_parameters") or {}
     # config.json has embedding_multiplier as a number, and layer_types with one item per block
     m = m | {"embedding_multiplier": embedding_multiplier(m), "layer_types": layer_types(m)}
+    if "layer_types" in family["keys"] and m["rope_layers"] is None:
+        # transformers fails without a number, also where no block has a window
+        m["sliding_window"] = m["sliding_window"] or m["max_len"]
     if "rope_parameters" in family:                      # null would be that default
         m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
@@ -2067,7 +2113,14 @@ def set_model_keys(config, m, family):
         config[key] = scaling[key]
     # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
-        config[hf_key] = supported_values[0]
+        if config.get(hf_key, configs.MISSING) not in supported_values:
+            config[hf_key] = supported_values[0]
+    beta = config.pop("rope_parameters.llama_4_scaling_beta", None)
+    if beta is not None:
+        config["rope_scaling"] = scaling | {"llama_4_scaling_beta": beta}
+    if m["block"] == "gemma4":
+        from families import gemma4
+        gemma4.finish_hf_config(config, m)
     keep_mrope(config, source_rope)
     return config
 
@@ -2391,23 +2444,27 @@ def flops(model, lengths, n_targets):
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             n_weights = module.in_features * module.out_features
             per_token += 4 * active_parameters(name, n_weights, m)
+    if model.per_layer is not None:
+        weight = model.per_layer.proj.weight
+        per_token += (6 if weight.requires_grad else 4) * weight.numel()
     head_factor = 6 if model.head_weight().requires_grad else 4
     per_target = head_factor * m["vocab_size"] * m["d_model"]
     lengths = [int(length) for length in lengths]
-    kinds = layer_types(m)
-    windows = [window for window, kind in zip(sliding_windows(m), kinds)
-               if kind != "linear_attention"]
-    if len(windows) < len(kinds):
+    shapes = [(block.attn.window, block.attn.head_dim) for block in model.blocks
+              if isinstance(block.attn, Attention)]
+    n_linear = m["n_layers"] - len(shapes)
+    if n_linear:
         from families import delta_net
-        per_token += (len(kinds) - len(windows)) * delta_net.flops_per_token(m)
-    pairs = 0                                            # a query and a key that it sees
-    for window, n_blocks in collections.Counter(windows).items():
+        per_token += n_linear * delta_net.flops_per_token(m)
+    in_attention = 0
+    for (window, head_dim), n_blocks in collections.Counter(shapes).items():
+        pairs = 0                                        # a query and a key that it sees
         for length in lengths:
             outside_window = max(0, length - window) if window else 0
-            pairs += n_blocks * (length ** 2 - outside_window ** 2) / 2
-    # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
-    per_pair = 12 * m["n_heads"] * m["head_dim"]
-    return per_token * sum(lengths) + per_target * int(n_targets) + int(per_pair * pairs)
+            pairs += (length ** 2 - outside_window ** 2) / 2
+        # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
+        in_attention += 12 * m["n_heads"] * head_dim * pairs * n_blocks
+    return per_token * sum(lengths) + per_target * int(n_targets) + int(in_attention)
 
 
 def active_parameters(name, n, m):
@@ -2421,7 +2478,8 @@ SUMMARY_PARTS = {            # and the pattern of their parameters' names
     "embedding": r"embed|pos\.",
     "attention": r"attn\.(?!\w*norm)",
     "mlp": "mlp",
-    "norms": "norm",
+    "block_inputs": r"per_layer[._](gate|proj)",
+    "norms": "norm|output_weight",
     "head": "head",
 }
 
@@ -2436,16 +2494,12 @@ def summary(model):
     lines = [f"{m['family']}: {m['n_layers']} blocks, width {m['d_model']}, {m['n_heads']} heads "
              f"of {m['head_dim']} ({m['n_kv_heads']} of keys and values), {mlp}{gated}, "
              f"{m['vocab_size']:,} tokens, context {m['max_len']:,}", ""]
-    n_blocks = collections.Counter(split_block(name)[1] for name in params)
-    shown = set()
-    for name, p in params.items():
-        block, pattern = split_block(name)
-        if pattern in shown:
-            continue
-        shown.add(pattern)
-        times = f"  x {n_blocks[pattern]}" if block else ""
-        shape = "x".join(map(str, p.shape))
-        lines.append(f"  {pattern.replace('{i}', '*'):<28} {shape:>14} {p.numel():>14,}{times}")
+    kinds = collections.Counter((split_block(name)[1], p.shape) for name, p in params.items())
+    for (pattern, shape), n_blocks in kinds.items():
+        times = f"  x {n_blocks}" if "{i}" in pattern else ""
+        size = "x".join(map(str, shape))
+        name = pattern.replace("{i}", "*")
+        lines.append(f"  {name:<28} {size:>14} {shape.numel():>14,}{times}")
     lines.append("")
     for part, pattern in SUMMARY_PARTS.items():
         n = sum(p.numel() for name, p in params.items() if re.search(pattern, name))

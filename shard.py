@@ -1191,14 +1191,15 @@ def can_use_flex(m, cfg):
     B200 have them, A100 and GeForce do not. Without a GPU, a prediction assumes one that has.
     """
     is_cuda = resolve_device_type(cfg) == "cuda"
-    if not is_cuda or cfg["shard"]["compile"] is False or not 16 <= m["head_dim"] <= 256:
+    widest = max(m["head_dim"], m["global_head_dim"] or 0)
+    if not is_cuda or cfg["shard"]["compile"] is False or m["head_dim"] < 16 or widest > 256:
         return False
     if resolve_dtype(cfg, "cuda") == torch.float32:
         return False
     if not torch.cuda.is_available():
         return True
     gpu = torch.cuda.get_device_properties(local_rank())
-    return gpu.major >= 8 and (m["head_dim"] <= 128 or gpu.shared_memory_per_block_optin >= 200000)
+    return gpu.major >= 8 and (widest <= 128 or gpu.shared_memory_per_block_optin >= 200000)
 
 
 def compile_blocks(model):
@@ -1464,6 +1465,13 @@ class StepSize:
         has_flex = can_use_flex(self.model_cfg, self.cfg)
         self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
+        # the mean width of an MLP, and means of blocks with attention: Gemma 4 has two kinds
+        wide = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
+        self.d_ff = self.model_cfg["d_ff"] * (1 + wide / len(blocks))
+        layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
+        n_layers = max(1, len(layers))
+        self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
+        self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
         # of all blocks, the part with linear_attention
         n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
         self.linear_attention = n_linear / len(blocks)
@@ -1534,7 +1542,7 @@ def count_adapter_inputs(blocks, m):
 
 def count_frozen_blocks(model):
     """How many of the first blocks need no backward pass: they and all before them are frozen."""
-    for module in (model.embed, model.pos, model.embedding):
+    for module in (model.embed, model.pos, model.per_layer, model.embedding):
         if isinstance(module, nn.Module) and count_parameters(module, trained=True):
             return 0
     for i, block in enumerate(model.blocks):
@@ -1649,7 +1657,8 @@ def activation_bytes(s, blocks=None):
 def block_activation_bytes(s):
     """What a block keeps per token."""
     m = s.model_cfg
-    C, H, K, E = m["d_model"], m["n_heads"], m["n_kv_heads"], m["head_dim"]
+    C, H, E = m["d_model"], m["n_heads"], s.head_dim
+    K = s.kv_width / E if E else 0
     length = s.cfg["data"]["seq_len"]
     # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
     # A norm of an output: its input alone.
@@ -1682,6 +1691,9 @@ def block_activation_bytes(s):
         from families import delta_net
         attention *= 1 - s.linear_attention
         attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
+    if m["block"] == "gemma4":
+        from families import gemma4
+        attention += gemma4.activation_bytes(m, s.element, s.kv_width)
     # Dropout: a mask of one byte per number.
     dropout = 2 * C if m["resid_pdrop"] else 0
     # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
@@ -1697,7 +1709,7 @@ def block_activation_bytes(s):
 def mlp_activation_bytes(s):
     """Of a token: input and output of the activation function; if gated, also the gate's factor and
     the product."""
-    return s.element * s.model_cfg["d_ff"] * (4 if s.model_cfg["glu"] else 2)
+    return s.element * s.d_ff * (4 if s.model_cfg["glu"] else 2)
 
 
 def expert_activation_bytes(s):

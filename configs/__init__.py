@@ -712,6 +712,10 @@ def derive(cfg, layers_by_key):
         values["model.rope_layers"] = [1] * model_cfg["n_layers"]
     if "layer_types" in family_keys:
         values["model.layer_types"] = family_keys["layer_types"][-1]["default"]
+    if "llama_4_scaling_beta" in family_keys:
+        values["model.llama_4_scaling_beta"] = 0.1
+    if "global_head_dim" in family_keys:
+        values["model.global_head_dim"] = head_dim
     if "attention_multiplier" in family_keys:
         # head_dim may still be 0 here; validate() refuses it afterwards
         values["model.attention_multiplier"] = max(head_dim, 1) ** -0.5
@@ -771,9 +775,13 @@ def conditional_options(cfg):
 def conditional_model_options(model_cfg):
     """The part of conditional_options() about the model section."""
     for key in ("rope_theta", "rope_scaling", "rope_local_theta", "rope_interleaved",
-                "rope_layers", "partial_rotary_factor"):
+                "rope_layers", "partial_rotary_factor", "llama_4_scaling_beta"):
         yield (f"model.{key}", "model.positions", model_cfg["positions"] == "rope",
                "with learned positions (model.positions)")
+    for key in ("global_head_dim", "n_global_kv_heads", "attention_k_eq_v", "d_per_layer",
+                "n_kv_shared_layers", "double_wide_mlp"):
+        yield (f"model.{key}", "model.block", model_cfg["block"] == "gemma4",
+               "without model.block=gemma4")
     has_linear = has_linear_attention(model_cfg)
     yield ("model.layer_types", "model.sliding_window",
            model_cfg["sliding_window"] or has_linear, "without model.sliding_window")
@@ -909,11 +917,25 @@ def check_model(model_cfg):
     rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
     yield (n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
            f"a divisor of model.n_heads ({n_heads})")
+    yield (n_heads % (model_cfg["n_global_kv_heads"] or 1) == 0, "model.n_global_kv_heads",
+           f"a divisor of model.n_heads ({n_heads})")
+    yield (model_cfg["n_global_kv_heads"] is None or model_cfg["attention_k_eq_v"],
+           "model.n_global_kv_heads", "null without model.attention_k_eq_v")
+    has_rope = model_cfg["positions"] == "rope" and model_cfg["rope_layers"] is None
+    yield (model_cfg["block"] == "plain" or has_rope and model_cfg["qk_norm"] == "head",
+           "model.block", "plain unless model.qk_norm=head, and all blocks have rope")
     n_value_heads = model_cfg["linear_num_value_heads"] or 0
     yield (n_value_heads % (model_cfg["linear_num_key_heads"] or 1) == 0,
            "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
+    yield ((model_cfg["global_head_dim"] or 2) % 2 == 0, "model.global_head_dim",
+           "even: rope rotates pairs")
+    original = (model_cfg["rope_scaling"] or {}).get("original_max_position_embeddings")
+    yield (not model_cfg["llama_4_scaling_beta"]
+           or original and model_cfg["partial_rotary_factor"] == 1.0,
+           "model.llama_4_scaling_beta", "null without original_max_position_embeddings in "
+           "model.rope_scaling, and with model.partial_rotary_factor")
     for key in ("short_factor", "long_factor"):
         factors = (model_cfg["rope_scaling"] or {}).get(key)
         yield (factors is None or len(factors) == rope_dim // 2, f"model.rope_scaling.{key}",

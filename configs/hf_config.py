@@ -2,6 +2,7 @@
 
 configs/families.yaml describes the families of models. configs.load() uses this file.
 """
+import collections
 import difflib
 import functools
 import json
@@ -30,28 +31,23 @@ ROPE_SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+    "proportional": (),
 }
 ROPE_OPTIONS = {
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("factor", "attention_factor"),
+    "proportional": ("partial_rotary_factor", "factor"),
 }
 ROPE_CONSTRAINTS = {
     "short_factor": "list of float > 0",
     "long_factor": "list of float > 0",
     "truncate": "bool",
+    "partial_rotary_factor": "float >= 0 and <= 1",
 }
 
 # Keys of config.json with which transformers computes something else, unless they are missing or
 # have one of these values
 INERT_KEYS = {"is_causal": [True], "per_layer_config": [None], "text_config": [None]}
-
-# Model types that are not supported, and what they have that is not computed
-PER_LAYER = "embeddings per block, and blocks that share keys and values"
-NOT_COMPUTED = {
-    "gemma4": PER_LAYER,
-    "gemma4_text": PER_LAYER,
-    "ministral3": "queries that are scaled by their position",
-}
 
 # Files of a pretrained model that its descendants must keep
 LICENSES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -262,16 +258,18 @@ def read_json(path):
 def translate(hf_config, path):
     """A config.json's dict -> a dict like our model section. `path` is for error messages."""
     model_type = str(hf_config.get("model_type"))
-    names = {family["model_type"]: name for name, family in families().items()}
-    if model_type in NOT_COMPUTED:
-        raise configs.UserError(f"{path}: model_type {model_type} is not supported: it has "
-                                f"{NOT_COMPUTED[model_type]}; configs/families.yaml has the "
-                                "families that are")
+    names = collections.defaultdict(list)
+    for name, family in families().items():
+        names[family["model_type"]].append(name)
     if model_type not in names:
         raise configs.UserError(f"{path}: model_type must be one of {', '.join(names)}; got "
                                 f"{model_type}; a new family is a few lines in "
                                 "configs/families.yaml")
-    name = names[model_type]
+    # of families with one model_type, the first that has this kind of text part
+    text_type = configs.get(hf_config, "text_config.model_type")
+    name = next((name for name in names[model_type]
+                 if text_type in families()[name]["only"].get("model_type", [text_type])),
+                names[model_type][0])
     family = families()[name]
     if family.get("native"):                       # our own keys; others describe the export
         known = configs.read_defaults()[0]["model"]
@@ -335,6 +333,7 @@ def standardize(hf_config, family, path):
     no_rope_layers   also what no_rope_layer_interval says
     """
     hf_config = dict(hf_config)
+    standardize_gemma4(hf_config, family, path)
     if not hf_config.get("rope_scaling") and not hf_config.get("rope_parameters"):
         hf_config["rope_parameters"] = family.get("rope_parameters")
     if "rope_local_theta" in family["keys"] | family["fixed"]:
@@ -373,6 +372,30 @@ def standardize(hf_config, family, path):
         if type(interval) is int and interval > 0 and type(n_layers) is int:
             hf_config["no_rope_layers"] = [int(i % interval != 0) for i in range(1, n_layers + 1)]
     return hf_config
+
+
+def standardize_gemma4(hf_config, family, path):
+    """Part of standardize() for Gemma 4, in place: global_head_dim and num_global_key_value_heads
+    also say what newer files have in per_layer_config. Rope is in rope_parameters alone.
+    """
+    if "global_head_dim" not in family["keys"]:
+        return
+    for name in ("rope_scaling", "rope_theta", "rope_local_base_freq"):
+        hf_config.pop(name, None)
+    if not hf_config.get("attention_k_eq_v"):
+        hf_config["num_global_key_value_heads"] = None
+    if "per_layer_config" not in hf_config:
+        return
+    layers = hf_config.pop("per_layer_config") or {}
+    *_, layer = [{}, *layers.values()]
+    kinds = hf_config.get("layer_types") or []
+    full = {str(i): layer for i, kind in enumerate(kinds) if kind == "full_attention"}
+    if layers not in ({}, full) or not layer.keys() <= {"head_dim", "num_key_value_heads"}:
+        raise configs.UserError(f"{path}: per_layer_config must have head_dim and "
+                                "num_key_value_heads, the same for all blocks with "
+                                f"full_attention, and no other block; got {layers}")
+    hf_config["global_head_dim"] = layer.get("head_dim", hf_config.get("head_dim", 256))
+    hf_config["num_global_key_value_heads"] = layer.get("num_key_value_heads")
 
 
 def merge_rope_parameters(hf_config, path):
@@ -490,7 +513,8 @@ def read_rope_scaling(hf_config, model_cfg, path):
         scaling[key] = hf_config.get(key, section.get(key, model_cfg["max_len"]))
     check_rope_scaling(scaling, f"{path}: {name}")
     rotary = section.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
-    if "partial_rotary_factor" not in model_cfg and rotary not in (None, 1.0):
+    is_read = "partial_rotary_factor" in model_cfg | scaling
+    if not is_read and rotary not in (None, 1.0):
         raise configs.UserError(f"{path}: partial_rotary_factor must be 1.0 where rope is scaled; "
                                 f"got {rotary}")
     return scaling

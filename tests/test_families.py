@@ -13,8 +13,21 @@ VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_att
 TOWERS = {
     "gemma3": dict(text_config=CONFIGS["gemma3_text"] | {"vocab_size": 259}, vision_config=VISION,
                    mm_tokens_per_image=4, image_token_index=257),
+    "gemma4": dict(
+        text_config=FAMILIES["Gemma 4 (text), E2B, E4B"][1] | dict(
+            vocab_size=259, vocab_size_per_layer_input=259, pad_token_id=0, use_bidirectional_attention="vision"),
+        vision_config=VISION | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=8),
+        audio_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[4, 4],
+                          output_proj_dims=16), image_token_id=257, video_token_id=257, audio_token_id=257),
+    "gemma4_unified": dict(
+        text_config=CONFIGS["gemma4_unified_text"] | dict(vocab_size=259, pad_token_id=0),
+        vision_config=dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=16, mm_posemb_size=8, output_proj_dims=32),
+        audio_config=dict(audio_embed_dim=16), image_token_id=257, video_token_id=257, audio_token_id=257),
     "mistral3": dict(text_config=SMALL | dict(model_type="mistral", vocab_size=259), vision_config=VISION,
-                     image_token_index=257, tie_word_embeddings=False)}
+                     image_token_index=257, tie_word_embeddings=False),
+    "mistral3, of ministral3": dict(
+        text_config=CONFIGS["ministral3"] | dict(model_type="ministral3", vocab_size=259), vision_config=VISION,
+        image_token_index=257, tie_word_embeddings=False)}
 
 
 def check_run(folder, chats, base, auto_class):
@@ -51,10 +64,10 @@ def test_family_is_trained_with_lora_exported_and_reloaded(model_type, tmp_path,
     check_run(tmp_path, chats, base, transformers.AutoModelForCausalLM)
 
 
-@pytest.mark.parametrize("model_type", TOWERS)
-def test_family_with_a_vision_tower_carries_it_along(model_type, tmp_path, chats, recwarn):
+@pytest.mark.parametrize("name", TOWERS)
+def test_family_with_a_vision_tower_carries_it_along(name, tmp_path, chats, recwarn):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
-    config = transformers.AutoConfig.for_model(model_type, **TOWERS[model_type])
+    config = transformers.AutoConfig.for_model(name.partition(",")[0], **TOWERS[name])
     base = noisy(transformers.AutoModelForImageTextToText.from_config(config))
     base.save_pretrained(tmp_path / "base")
     tower = {name: p.clone() for name, p in base.state_dict().items() if "language_model" not in name}

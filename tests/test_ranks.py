@@ -306,6 +306,9 @@ NEOX = ["model.family=gpt_neox", "model.activation=gelu", "model.n_kv_heads=4",
 EXPERTS = ["model.family=qwen3_moe", "model.n_experts=4", "model.d_expert=24",
            "model.router_aux_loss_coef=0.1"]
 DELTA_NET = ["model.family=qwen3_5_text", "model.layer_types=[linear_attention, full_attention]"]
+GEMMA4 = ["model.family=gemma4_text", "model.layer_types=[sliding_attention, full_attention]",
+          "model.n_layers=4", "model.global_head_dim=16", "model.sliding_window=64",
+          "model.d_per_layer=16", "model.n_kv_shared_layers=2", "model.double_wide_mlp=true"]
 OLMO2 = ["model.family=olmo2", "model.loss_options.z_loss=1e-3", "optimizer=muon"]
 BF16_STATE = ["shard.master_dtype=bfloat16", "shard.moment_dtype=bfloat16"]
 MODELS = {    # name: (keys, relative tolerance of the loss)
@@ -331,6 +334,7 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
     "neox, noise, padded vocabulary": (NEOX, 1e-5),
     "delta-net": (DELTA_NET, 1e-5),
     "olmo2": (OLMO2, 1e-3),
+    "gemma4": (GEMMA4, 1e-5),
     "experts": (EXPERTS, 1e-5),
     "experts, lora, bf16": ([*EXPERTS, "shard.lora.r=1", "dtype=bfloat16"], 1e-3)}
 SHARD2 = ["shard.mesh.shard=2"]
@@ -344,6 +348,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("nf4", 2, SHARD2), ("frozen", 2, SHARD2), ("muon", 2, SHARD2), ("sgd", 2, SHARD2),
     ("by_loss", 2, SHARD2), ("reference", 2, SHARD2), ("neox, noise, padded vocabulary", 2, []),
     ("olmo2", 2, SHARD2), ("delta-net", 2, SHARD2), ("experts", 2, SHARD2),
+    ("gemma4", 2, [*SHARD2, "shard.recompute=true"]),
     ("experts, lora, bf16", 2, SHARD2),
     ("full", 4, HYBRID), ("gpt-2", 4, SHARD4), ("lora, bf16", 4, HYBRID), ("int8, bf16", 4, HYBRID),
     ("muon", 4, HYBRID), ("experts", 4, HYBRID), ("neox, noise, padded vocabulary", 4, HYBRID)]
@@ -613,6 +618,9 @@ SHAPES = {
         *DELTA_NET, "model.d_model=256", "model.n_layers=4", "model.vocab_size=1024",
         "micro_tokens=512", "data.seq_len=128", "batch_size=8", "shard.lora.r=4",
         "shard.recompute=true", "dtype=bfloat16"],
+    "gemma4": [
+        *GEMMA4, "model.d_model=128", "model.global_head_dim=64", "model.vocab_size=1024",
+        "micro_tokens=512", "data.seq_len=128", "batch_size=8", "dtype=bfloat16"],
     "frozen": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
         "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import configs, model as M, train
-from test_model import FAMILIES, SMALL, apart, noisy
+from test_model import FAMILIES, SMALL, apart, noisy, remembering
 
 CONFIGS = dict(reversed(FAMILIES.values()))          # {model_type: the first of its configs}
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
@@ -59,7 +59,8 @@ def check_run(folder, chats, base, auto_class):
 def test_family_is_trained_with_lora_exported_and_reloaded(model_type, tmp_path, chats):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     config = transformers.AutoConfig.for_model(model_type, **CONFIGS[model_type] | {"vocab_size": 259})
-    base = noisy(transformers.AutoModelForCausalLM.from_config(config))
+    torch.manual_seed(0)
+    base = remembering(noisy(transformers.AutoModelForCausalLM.from_config(config)))
     base.save_pretrained(tmp_path / "base")
     check_run(tmp_path, chats, base, transformers.AutoModelForCausalLM)
 
@@ -68,7 +69,8 @@ def test_family_is_trained_with_lora_exported_and_reloaded(model_type, tmp_path,
 def test_family_with_a_vision_tower_carries_it_along(name, tmp_path, chats, recwarn):
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     config = transformers.AutoConfig.for_model(name.partition(",")[0], **TOWERS[name])
-    base = noisy(transformers.AutoModelForImageTextToText.from_config(config))
+    torch.manual_seed(0)
+    base = remembering(noisy(transformers.AutoModelForImageTextToText.from_config(config)))
     base.save_pretrained(tmp_path / "base")
     tower = {name: p.clone() for name, p in base.state_dict().items() if "language_model" not in name}
     merged = check_run(tmp_path, chats, base, transformers.AutoModelForImageTextToText).state_dict()

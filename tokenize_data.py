@@ -51,6 +51,7 @@ import lzma
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -1200,7 +1201,6 @@ PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
 GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # two words with which ChatTemplate tries a template out; no template has them in its own text
 WORDS = [f"w{os.urandom(8).hex()}" for _ in range(2)]
-SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
 # warnings about parts of a record that the chat template does not write
@@ -1290,9 +1290,6 @@ class ChatTemplate:
     text: str                    # as jinja2 compiles it
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-    # {kind of chat: what the template writes between the contents of a user and of an answer}, see
-    # Rendering.openings
-    openings: dict = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def takes_text(self):
@@ -1468,23 +1465,11 @@ class Rendering:
 
     @functools.cached_property
     def openings(self):
-        """What the template writes before an answer, for chats of this kind: see find_openings().
-
-        They only save time: find_answer_start() compares the text with them, instead of rendering
-        a generation prompt for each answer. Chats of one kind, with the same first role and
-        variables, share them. (Of tools and documents, a kind has only whether there are some: few
-        chats have the same ones.)
-        """
-        kind = [self.messages[0]["role"]]
-        for name, value in self.variables.items():
-            kind.append((name, bool(value) if name in ("tools", "documents") else value))
-        key = to_json(kind)
-        cache = self.template.openings
-        if key not in cache:
-            if len(cache) >= 1000:           # each chat may have variables of its own
-                cache.clear()
-            cache[key] = find_openings(self)
-        return cache[key]
+        """What the template writes before an answer, for chats like this: see find_openings()."""
+        first = [{"role": "system", "content": "a"}] if self.messages[0]["role"] == "system" else []
+        variables = {name: value for name, value in self.variables.items()
+                     if name not in ("tools", "documents")}    # few chats have the same ones
+        return find_openings(self.template, self.tok, to_json([first, variables]))
 
     def prompt(self, i):
         """The generation prompt of answer i: the messages before it, and add_generation_prompt.
@@ -1517,9 +1502,9 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     variables = {key: value for key, value in variables.items() if key in template.variables}
     messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
-    # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode. It is rare, so
-    # messages are cleaned only then
-    if SURROGATES.search(text):
+    # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode, and text that
+    # the tokenizer composes. Both are rare, so messages are cleaned only then
+    if tok.clean(text) != text:
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     rendering = Rendering(template, tok, messages, variables, text, generated)
@@ -1740,15 +1725,20 @@ class BaseTokenizer:
 
     def encode(self, text):
         """str -> ids [n] int64. Special tokens that are spelled in it are text."""
-        ids, _, _, _ = self.encode_with_offsets(text, find_special=False)
-        return ids.astype(np.int64)
+        return self.encode_special(text, find_special=False).astype(np.int64)
 
     def compose(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
         """Replace lone surrogates by U+FFFD, and compose: the text that the ids stand for."""
-        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if not self.nfc or unicodedata.is_normalized("NFC", text):
+            return text
+        # added tokens are found in the text before it is composed
+        segments = self.split_special(text, (), find_special=False)
+        return "".join(self.compose(text[start:end]) if token is None else text[start:end]
+                       for start, end, token in segments)
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
@@ -1819,61 +1809,44 @@ class Tokenizer(BaseTokenizer):
                 ids += self.encoding._encode_single_piece(match[0])
             return np.array(ids, np.uint32)
 
-    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """Encode a text; also return where its tokens are, for comparison with given positions.
+    def encode_with_offsets(self, text, literals=()):
+        """encode_special(), and where in the text each token is, in characters.
+
+        text  as clean() returns it
+
+        Returns ids uint32 [n], starts and ends int64 [n]
+        """
+        ids = self.encode_special(text, literals)
+        lengths = self.token_lengths[ids]
+        ends = lengths.cumsum()                              # in bytes
+        starts = ends - lengths
+        if not text.isascii():
+            encoded = np.frombuffer(self.encoding.decode_bytes(ids.tolist()), np.uint8)
+            starts_character = encoded & 0xC0 != 0x80        # bytes that continue one are 10......
+            n_characters = np.append(0, starts_character.cumsum())
+            starts = n_characters[starts + 1] - 1
+            ends = n_characters[ends]
+        return ids, starts, ends
+
+    def encode_special(self, text, literals=(), find_special=True):
+        """Encode a text with the special and added tokens in it: ids uint32 [n].
 
         literals      spans of the text where special tokens are text
-        borders       positions in the text, in characters
         find_special  False: special tokens are text everywhere
-
-        Returns
-          ids            uint32 [n]
-          starts, ends   int64 [n]: of each token, in bytes of the text (composed, if nfc)
-          moved_borders  the borders in the same unit
         """
-        ids = None
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.tiktoken_finds_special and is_composed and not literals:
-            ids = self.encode_native(text, find_special)
-            moved_borders = borders
-            if not text.isascii():
-                moved_borders = [len(text[:border].encode()) for border in borders]
-        if ids is None:
-            ids, moved_borders = self.encode_segments(text, literals, borders, find_special)
-        lengths = self.token_lengths[ids]
-        ends = lengths.cumsum()
-        return ids, ends - lengths, ends, moved_borders
-
-    def encode_native(self, text, find_special):
-        """Encode a text and its special tokens by tiktoken alone: ids [n]. None if it gives up."""
-        found = self.special_and_added if find_special else self.added
-        try:
-            return self.encoding.encode_to_numpy(text, allowed_special=set(found),
-                                                 disallowed_special=())
-        except ValueError:                                   # see encode_ordinary
-            return None
-
-    def encode_segments(self, text, literals, borders, find_special):
-        """Encode the pieces between special tokens one by one: (ids [n], moved borders)."""
+            found = self.special_and_added if find_special else self.added
+            with contextlib.suppress(ValueError):            # see encode_ordinary
+                return self.encoding.encode_to_numpy(text, allowed_special=set(found),
+                                                     disallowed_special=())
         ids = []
-        segment_starts = [0]                                 # in bytes; the last is the total
-        segments = self.split_special(text, literals, find_special)
-        for start, end, token in segments:
-            piece = text[start:end]
+        for start, end, token in self.split_special(text, literals, find_special):
             if token is None:
-                piece = self.compose(piece)
-                ids.append(self.encode_ordinary(piece))
+                ids.append(self.encode_ordinary(self.compose(text[start:end])))
             else:
                 ids.append(np.array([token], np.uint32))
-            segment_starts.append(segment_starts[-1] + len(piece.encode()))
-        segment_ends = [end for _, end, _ in segments]
-        moved_borders = []
-        for border in borders:
-            i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
-            # composed as its piece was, since that changes the length
-            before = self.compose(text[segments[i][0]:border])
-            moved_borders.append(segment_starts[i] + len(before.encode()))
-        return np.concatenate(ids), moved_borders
+        return np.concatenate(ids)
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -1889,15 +1862,19 @@ class HFTokenizer(BaseTokenizer):
     The package finds special tokens in a text even where they are only spelled (Unigram models do
     in spite of its option encode_special_tokens). So we load a copy of tokenizer.json in which
     special tokens have random names (self.hidden), and before encoding, those special tokens of the
-    text that are meant as such are replaced by these names:
+    text that are meant as such are replaced by these names, which have their tokens' lengths:
 
-        <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
+        <s>hi </s> there</s>   with the first </s> a literal   ->   AAAhi </s> thereBBBB
     """
     spec: dict                   # the content of tokenizer.json
 
     def __post_init__(self):
         import tokenizers
-        self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
+        # random characters of the private planes, as many as the token has: offsets stay the same
+        private = range(0xF0000, 0x10FFFE)
+        choose = random.SystemRandom().choices
+        self.hidden = {text: "".join(map(chr, choose(private, k=len(text))))
+                       for text in self.special}
         rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
         tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
         for token in tokens:                                 # normalizers would change hidden names
@@ -1912,21 +1889,24 @@ class HFTokenizer(BaseTokenizer):
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
 
-    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """As Tokenizer.encode_with_offsets(), but in characters of the text with hidden names."""
-        borders = np.array(borders, np.int64)
-        moved_borders = borders.copy()
+    def encode_special(self, text, literals=(), find_special=True):
+        """As Tokenizer.encode_special()."""
+        return np.array(self.run(text, literals, find_special).ids, np.uint32)
+
+    def encode_with_offsets(self, text, literals=()):
+        """As Tokenizer.encode_with_offsets()."""
+        encoded = self.run(text, literals, find_special=True)
+        # (the byte tokens of one character all have this character's span)
+        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoded.ids, np.uint32), starts, ends
+
+    def run(self, text, literals, find_special):
+        """The tokenizers package's Encoding of a text."""
         pieces = []
         for start, end, token in self.split_special(text, literals, find_special):
             piece = text[start:end]
-            if token is not None:
-                piece = self.hidden.get(piece, piece)
-            moved_borders[borders >= end] += len(piece) - (end - start)
-            pieces.append(piece)
-        encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # (the byte tokens of one character all have this character's span)
-        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoded.ids, np.uint32), starts, ends, moved_borders
+            pieces.append(piece if token is None else self.hidden.get(piece, piece))
+        return self.encoder.encode("".join(pieces), add_special_tokens=False)
 
     def decode(self, ids):
         """ids -> str"""
@@ -2503,16 +2483,12 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
 
 def encode_spans(rendering, spans):
     """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
-    borders = [span.start for span in spans] + [span.end for span in spans]
-    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
-                                                                   rendering.literals, borders)
-    # all tokens that overlap a span have its weight
-    first_tokens = np.searchsorted(ends, borders[:len(spans)], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[len(spans):], side="left").tolist()
+    ids, starts, ends = rendering.tok.encode_with_offsets(rendering.text, rendering.literals)
     loss_weights = np.zeros(len(ids), np.float32)
-    for i, span in enumerate(spans):
-        span.first_token = first_tokens[i]
-        span.end_token = end_tokens[i]
+    for span in spans:
+        # all tokens that overlap a span have its weight
+        span.first_token = int(np.searchsorted(ends, span.start, side="right"))
+        span.end_token = int(np.searchsorted(starts, span.end, side="left"))
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
 
@@ -2793,40 +2769,37 @@ def find_answer_start(rendering, i, start):
     return start
 
 
-def find_openings(rendering):
+@functools.lru_cache(maxsize=1000)
+def find_openings(template, tok, values):
     """Return what a template writes between the contents of a user and of an answer.
 
     Each opening is (text, n_generated): its last n_generated characters are after the answer's
-    generation prompt. So prompts of other answers need not be rendered. Two answers are tried:
+    generation prompt. They only save time: prompts need not be rendered. Two answers are tried:
 
         text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
         prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
         openings  [("; A:", 0), ("; A:<think></think>", 15)]
 
     Returns [] if the text does not begin with these prompts, or if prompts depend on messages.
+
+    values  [messages before the first of the user, variables] as JSON text
     """
-    if not has_constant_prompt(rendering.template):
+    if not has_constant_prompt(template):
         return []
-    roles = ["user", "assistant"] * 2
-    if rendering.messages[0]["role"] == "system":
-        roles.insert(0, "system")
-    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
-    answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    text = rendering.render_other(messages)
-    if text is None:
-        return []
+    messages, variables = json.loads(values)
+    for i, role in enumerate(["user", "assistant"] * 2):
+        messages.append({"role": role, "content": placeholder(i)})
     openings = set()
-    for i in answers:
-        prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-        if prompt is None:               # it refuses the second turn: keep what the first gave
-            break
-        opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
-        added, mark, _ = text[len(prompt):].partition(placeholder(i))
-        if not (text.startswith(prompt) and opening and mark):
-            return []
-        openings.add((opening + added, len(added)))
-        # if a content begins with the added text itself, the template may not add it
-        openings.add((opening, 0))
+    with contextlib.suppress(UserError):
+        text, _ = render(template, tok, messages, **variables)
+        for n in (-3, -1):
+            prompt, _ = render(template, tok, messages[:n], add_generation_prompt=True, **variables)
+            opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
+            added, mark, _ = text[len(prompt):].partition(PLACEHOLDER_MARK)
+            if not (text.startswith(prompt) and opening and mark):
+                return []
+            # if a content begins with the added text itself, the template may not add it
+            openings |= {(opening + added, len(added)), (opening, 0)}
     return sorted(openings)
 
 
@@ -2911,7 +2884,7 @@ def find_other_prompt(rendering, span, ids):
 @functools.lru_cache(maxsize=10_000)
 def encode_last_token(tok, text):
     """[the id of the last token of a text]"""
-    return tok.encode_with_offsets(text)[0][-1:].tolist()
+    return tok.encode_special(text)[-1:].tolist()
 
 
 def warn_of_plain_tokens(rendering):
@@ -2948,8 +2921,7 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
                   added to a text that has them
     """
     text = tok.clean(text)
-    ids, _, _, _ = tok.encode_with_offsets(text, find_special=special)
-    ids = ids.astype(np.int64)
+    ids = tok.encode_special(text, find_special=special).astype(np.int64)
     if starts and tok.bos and not (special and text.startswith(tok.bos)):
         ids = np.append(tok.special[tok.bos], ids)
     if ends and tok.eos and not (special and text.rstrip().endswith(tok.eos)):
@@ -2960,8 +2932,7 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
 def encode_prompt(tok, template, messages, **variables):
     """Return the ids of the generation prompt for an answer to these messages, as a list."""
     rendering = render_messages(template, tok, messages, add_generation_prompt=True, **variables)
-    ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
-    return ids.tolist()
+    return tok.encode_special(rendering.text, rendering.literals).tolist()
 
 
 def stop_token_ids(tok, template):

@@ -57,7 +57,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import tokenize
 import unicodedata
 import zlib
@@ -372,6 +371,7 @@ class Chunk:
     starts   False: the document started in an earlier chunk
     ends     False: the document continues in the next chunk
     n_bytes  its size in the file, for the progress bar. 0: read_chunks() measures it
+    warnings  [(kind, example)] of a part that is encoded: see encode_chunk()
     """
     file: str
     unit: str
@@ -380,6 +380,7 @@ class Chunk:
     starts: bool = True
     ends: bool = True
     n_bytes: int = 0
+    warnings: list = ()
 
 
 @dataclasses.dataclass
@@ -2974,39 +2975,29 @@ def find_end_token(tok, template, messages, **variables):
 
 @dataclasses.dataclass
 class Encoded:
-    """The documents of a Chunk, one after the other."""
-    ids: np.ndarray              # [n]
-    weights: np.ndarray          # [n]: uint8 if all are 0 or 1, otherwise float16
-    lengths: np.ndarray          # [D] in tokens
-    counts: collections.Counter  # see TokenWriter
-    problems: list               # error messages of skipped records
-    warnings: dict               # {kind: (count, the first example)}
-    prompts: np.ndarray          # Report.other_prompt of all documents, one after the other
-    prompt_lengths: np.ndarray   # [D]
+    """The documents of a Chunk, one after the other, as TokenWriter appends them to its files.
 
-
-@dataclasses.dataclass
-class EncodedPart:
-    """A part of a document that is too long for one Chunk."""
-    file: str
-    ids: np.ndarray              # [n] int64
-    weights: np.ndarray          # [n] float32
-    ends: bool                   # the last part
-    warnings: dict
+    arrays    {name of a file: array}; of offsets, the lengths. Empty if there are no documents
+    counts    see TokenWriter
+    problems  error messages of skipped records
+    warnings  [(kind, example)]
+    """
+    arrays: dict
+    counts: collections.Counter
+    problems: list
+    warnings: list
 
 
 def encode_chunk(chunk, context):
-    """Return a Chunk's documents as Encoded, or a part of a document as EncodedPart."""
-    warnings = {}
+    """Return a Chunk's documents as Encoded; of a part of a document, a Chunk of (ids, weights)."""
+    warnings = []
     if not (chunk.starts and chunk.ends):
-        part = chunk.records[0]
+        [part] = chunk.records
         if isinstance(part, str):
-            ids, weights = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
-                                       context.source["special"])
             warn_of_spelled_tokens(part, context, chunk.file, warnings)
-        else:
-            ids, weights = part
-        return EncodedPart(chunk.file, ids, weights, chunk.ends, warnings)
+            part = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
+                               context.source["special"])
+        return dataclasses.replace(chunk, records=[part], warnings=warnings)
     documents = []
     problems = []
     counts = collections.Counter(records=len(chunk.records))
@@ -3025,7 +3016,7 @@ def encode_chunk(chunk, context):
                 raise UserError(f"{error}{hint}") from None
             counts["skipped"] += 1
             problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
+    return concat_documents(documents, context, chunk.file, counts, problems, warnings)
 
 
 def encode_record(record, place, context, counts, warnings):
@@ -3048,8 +3039,7 @@ def encode_record(record, place, context, counts, warnings):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
                                    append_eos=context.data["append_eos"], report=report,
                                    chat_template_kwargs=options, **record)
-    for kind, example in report.warnings:
-        add_warning(warnings, kind, 1, f"{place}: {example}")
+    warnings += [(kind, f"{place}: {example}") for kind, example in report.warnings]
     counts["chats"] += 1
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
@@ -3065,19 +3055,14 @@ def warn_of_spelled_tokens(text, context, place, warnings):
     special = context.source["special"]
     match = None if special else context.tok.special_pattern.search(text)
     if match:
-        add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+        example = text[match.start():match.start() + 30]
+        warnings.append((SPELLED, f"{place}: {example!r}"))
         return
     # 2. tokens that the vocabulary lacks, if the text is a rendered chat: it begins with one
     if special or CONTROL_TOKEN.match(text.lstrip()):
         missing = text_missing_tokens(text, context.tok)
         if missing:
-            add_warning(warnings, FOREIGN, 1, f"{place}: {missing}")
-
-
-def add_warning(warnings, kind, count, example):
-    """Count a warning in `warnings`, {kind: (count, the first example)}."""
-    n_before, first = warnings.get(kind, (0, example))
-    warnings[kind] = (n_before + count, first)
+            warnings.append((FOREIGN, f"{place}: {missing}"))
 
 
 def split_windows(ids, weights, seq_len):
@@ -3094,21 +3079,27 @@ def split_windows(ids, weights, seq_len):
 
 def concat_documents(documents, context, file, counts, problems, warnings):
     """[(ids, loss weights, other_prompt)] -> Encoded, without documents that have no targets."""
-    kept = []
     ignores_ids = context.never_target.any()
+    kept = []
     for ids, weights, prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
         if weights[1:].any():                            # the first token is never a target
             kept.append((ids, weights, prompt))
+    counts["documents"] += len(kept)
     counts["dropped"] += len(documents) - len(kept)
-    lengths = np.array([len(ids) for ids, _, _ in kept], np.int64)
-    prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
-    ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in kept)])
-    weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
-    prompts = np.array([i for _, _, prompt in kept for i in prompt], context.dtype)
-    return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
-                   problems, warnings, prompts, prompt_lengths)
+    arrays = {}
+    if kept:
+        ids, weights, prompts = zip(*kept)
+        weights = compact_weights(np.concatenate(weights), file)
+        lengths = np.array([len(document) for document in ids])
+        arrays = {"tokens": np.concatenate(ids).astype(context.dtype),
+                  "weights": weights,
+                  "offsets": lengths,
+                  "targets": count_targets(weights, lengths),
+                  "prompts": np.concatenate(prompts).astype(context.dtype),
+                  "prompt_offsets": np.array([len(prompt) for prompt in prompts])}
+    return Encoded(arrays, counts, problems, warnings)
 
 
 def compact_weights(weights, file):
@@ -3128,9 +3119,10 @@ def join_parts_of_documents(results, context):
     open_ids = np.zeros(0, np.int64)                     # a window that the next part continues
     open_weights = np.zeros(0, np.float32)
     for result in results:
-        if isinstance(result, EncodedPart):
-            ids = np.concatenate([open_ids, result.ids])
-            weights = np.concatenate([open_weights, result.weights])
+        if isinstance(result, Chunk):
+            [(ids, weights)] = result.records
+            ids = np.concatenate([open_ids, ids])
+            weights = np.concatenate([open_weights, weights])
             windows = split_windows(ids, weights, context.data["seq_len"])
             open_ids = open_ids[:0]
             open_weights = open_weights[:0]
@@ -3153,52 +3145,32 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 bar.update(chunk.n_bytes)
             return
         fork = multiprocessing.get_context("fork")
-        is_over = fork.Event()
-        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker,
-                                                      [context, is_over])
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker, [context])
         problem = "a process was killed, perhaps for lack of memory; set a smaller number: "
         pending = collections.deque()                    # two chunks per process
-        with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
-              end_children_on_error(pool, is_over)):
-            chunks = iter(chunks)
-            while True:
-                for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
-                    pending.append((pool.submit(encode_in_worker, chunk), chunk.n_bytes))
-                if not pending:
-                    return
-                future, size = pending.popleft()
-                yield future.result()
-                bar.update(size)
+        with error_context("data.processes", concurrent.futures.BrokenExecutor, problem):
+            try:
+                chunks = iter(chunks)
+                while True:
+                    for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
+                        pending.append((pool.submit(encode_in_worker, chunk), chunk.n_bytes))
+                    if not pending:
+                        return
+                    future, size = pending.popleft()
+                    yield future.result()
+                    bar.update(size)
+            finally:
+                # after an error or a signal, the processes end after their chunk: killing one while
+                # it sends a result would hang the pool, which waits for the rest of it
+                pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def end_children_on_error(pool, is_over):
-    """After an error or a signal, end a pool's processes without waiting for their work.
-
-    Killing a process while it sends a result would hang the pool, which waits for the rest of it.
-    So is_over makes the processes end after their chunk; those that have not after 3 s are killed.
-    """
-    others = multiprocessing.active_children()           # the pool starts its processes later
-    try:
-        yield
-    except BaseException:
-        is_over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        deadline = time.monotonic() + 3
-        for process in set(multiprocessing.active_children()).difference(others):
-            process.join(max(0, deadline - time.monotonic()))
-            process.terminate()
-            process.join(1)
-        raise
-
-
-def init_worker(context, is_over):
+def init_worker(context):
     """Called once in each process of the pool: chunks are then sent to it without the context."""
-    global worker_context, worker_is_over
+    global worker_context
     worker_context = context
-    worker_is_over = is_over
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: the parent ends its children
+    for number in (signal.SIGINT, signal.SIGTERM):       # the parent ends its processes
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
@@ -3209,7 +3181,7 @@ def exit_with_parent():
 
 
 def encode_in_worker(chunk):
-    return None if worker_is_over.is_set() else encode_chunk(chunk, worker_context)
+    return encode_chunk(chunk, worker_context)
 
 
 class TokenWriter:
@@ -3220,7 +3192,7 @@ class TokenWriter:
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
-        self.warnings = {}
+        self.warnings = {}                               # {kind: (count, the first example)}
         self.counts = collections.Counter(
             documents=0, records=0, chats=0,
             trained=0,           # targets
@@ -3231,31 +3203,27 @@ class TokenWriter:
             skipped=0)           # records with an error, if data.on_error=skip
         self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
         for name in self.last_offsets:
-            self.write_offsets(name, [0])
+            self.files[name].write(np.zeros(1, np.int64))
 
     def write(self, encoded):
-        if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
-            self.widen_weights()
-        self.files["tokens"].write(encoded.ids)
-        self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
-        self.files["prompts"].write(encoded.prompts)
-        self.write_offsets("offsets", encoded.lengths)
-        self.write_offsets("prompt_offsets", encoded.prompt_lengths)
-        n_targets = count_targets(encoded.weights, encoded.lengths)
-        self.files["targets"].write(n_targets)
+        for name, array in encoded.arrays.items():
+            if name in self.last_offsets:
+                array = self.last_offsets[name] + np.cumsum(array, dtype=np.int64)
+                self.last_offsets[name] = int(array[-1])
+            if name == "weights":
+                if array.dtype != np.uint8 and self.weights_dtype == np.uint8:
+                    self.widen_weights()
+                array = array.astype(self.weights_dtype)
+            self.files[name].write(array)
         self.counts.update(encoded.counts)
-        self.counts["documents"] += len(encoded.lengths)
-        self.counts["trained"] += int(n_targets.sum())
-        longest = int(encoded.lengths.max(initial=0))
-        self.counts["longest"] = max(self.counts["longest"], longest)
+        if encoded.arrays:
+            self.counts["trained"] += int(encoded.arrays["targets"].sum())
+            longest = int(encoded.arrays["offsets"].max())
+            self.counts["longest"] = max(self.counts["longest"], longest)
         self.problems = (self.problems + encoded.problems)[:3]
-        for kind, (count, example) in encoded.warnings.items():
-            add_warning(self.warnings, kind, count, example)
-
-    def write_offsets(self, name, lengths):
-        offsets = self.last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
-        self.files[name].write(offsets)
-        self.last_offsets[name] += int(np.sum(lengths))
+        for kind, example in encoded.warnings:
+            count, first = self.warnings.get(kind, (0, example))
+            self.warnings[kind] = (count + 1, first)
 
     def widen_weights(self):
         """Write weights.bin again, as float16."""

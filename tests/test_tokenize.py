@@ -1969,28 +1969,6 @@ def test_show_the_first_token_is_never_a_target(capsys):
     assert "<|endoftext|>[[a]]" in (shown := capsys.readouterr().out) and shown.count("trained") == 2
 
 
-def test_end_children_on_error_leaves_other_processes_alone():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
-    child.start()
-    try:
-        with pytest.raises(ValueError):
-            for _ in failing_pool():
-                pass
-        child.join(0.3)                              # the time in which it would end
-        assert child.is_alive()
-    finally:
-        child.kill()
-        child.join()
-
-
-def failing_pool():
-    fork = multiprocessing.get_context("fork")
-    pool = T.concurrent.futures.ProcessPoolExecutor(1, fork)
-    with pool, T.end_children_on_error(pool, fork.Event()):
-        yield pool.submit(abs, -1).result()
-        raise ValueError
-
-
 def test_read_separated_by_a_windows_line_break(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"a\r\n\r\nb")

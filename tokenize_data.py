@@ -39,7 +39,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import dataclasses
 import functools
 import glob
 import gzip
@@ -60,6 +59,7 @@ import threading
 import tokenize
 import unicodedata
 import zlib
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -79,6 +79,7 @@ FORMAT = 10                 # of the token files
 # size of a Chunk, the unit of work of a process, in bytes, characters or token ids of the file:
 # larger ones make work uneven, smaller ones cost time to send
 BLOCK = 2**18
+JSON_ERRORS = (ValueError, RecursionError)       # RecursionError: it is nested too deeply
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -127,7 +128,7 @@ def check_type(value, expected, problem):
 def read_json_object(path):
     """Return the JSON object in a file as a dict. Raises UserError if there is none."""
     text = read_text(path)
-    with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
+    with error_context(path, JSON_ERRORS, "not a JSON object: "):
         value = json.loads(text)
         check_type(value, dict, "expected one")
     return value
@@ -360,7 +361,7 @@ def choose_hub_files(names, dataset, folder, split):
 # --------------------------------------------------------------------------------------------------
 # read files: each reader(stream, file, context) yields Chunks
 
-@dataclasses.dataclass
+@dataclass
 class Chunk:
     """Some records of a file, or a part of one document that is too long for one chunk.
 
@@ -383,7 +384,7 @@ class Chunk:
     warnings: list = ()
 
 
-@dataclasses.dataclass
+@dataclass
 class Context:
     """What reading and encoding a source depend on, besides its files.
 
@@ -489,7 +490,7 @@ def decode_first(text):
     """Return (the first JSON value of a text, its end); (None, 0) if that is invalid or cut off."""
     try:
         return json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
+    except JSON_ERRORS:
         return None, 0
 
 
@@ -541,7 +542,7 @@ def split_items(text, is_list=True, at_start=False):
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
-        except (ValueError, RecursionError) as error:
+        except JSON_ERRORS as error:
             return items, position, error
         items.append(text[match.end():end].encode())    # parse_record() takes bytes for JSON
         position = end
@@ -817,7 +818,8 @@ def parse_record(record):
         if record.strip() == b"{":           # read_json() took it for a record on one line
             raise UserError("not valid JSON on one line; jq -c . OLD > NEW.jsonl writes each "
                             "object on a line of its own")
-        record = parse_json(record, "not valid JSON")
+        with error_context("not valid JSON", JSON_ERRORS):
+            record = json.loads(record)
     elif isinstance(record, dict):
         # Arrow gives all structs of a column the same keys; those that a struct lacks are null
         record = {key: without_nulls(value) for key, value in record.items()}
@@ -839,20 +841,18 @@ def without_nulls(value, kept=()):
     return value
 
 
-def parse_json(value, problem):
-    """The value of JSON text; anything else as it is."""
-    if not isinstance(value, (str, bytes)):
-        return value
-    with error_context(problem, (ValueError, RecursionError)):
-        return json.loads(value)
+def parse_json(value):
+    """The value of a text that is JSON. Anything else is returned as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(*JSON_ERRORS):
+            return json.loads(value)
+    return value
 
 
 def parse_column(record, key, expected, description):
     """A list or dict, perhaps as JSON text. An empty one if it is missing, null or ""."""
-    value = record.get(key)
-    if isinstance(value, str):
-        value = parse_json(value.strip() or "null", f"{key} is no JSON of {description}")
-    if value is None:
+    value = parse_json(record.get(key))
+    if value is None or value == "":
         return expected()
     check_type(value, expected, f"{key}: expected {description}")
     return value
@@ -860,9 +860,7 @@ def parse_column(record, key, expected, description):
 
 def parse_list(value):
     """A list, perhaps as JSON text. An empty one if a column of this name holds something else."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+    value = parse_json(value)
     return value if isinstance(value, list) else []
 
 
@@ -972,13 +970,10 @@ def prompt_and_response(record, prompt_key, response_key):
 
 
 def parse_turns(value, key):
-    """A text, or a list of messages, perhaps as JSON text."""
-    turns = value
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        # not JSON, or an empty list: a text that begins with "["
-        with contextlib.suppress(ValueError, RecursionError):
-            turns = json.loads(value) or value
-    if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
+    """A text, or a list of messages, perhaps as JSON text. "[]" is a text, and so is "[1]"."""
+    turns = parse_json(value)
+    is_list = isinstance(turns, list) and turns != []
+    if is_list and all(isinstance(turn, dict) and "role" in turn for turn in turns):
         return turns
     check_type(value, str, f"{key}: expected text")
     return value
@@ -988,17 +983,18 @@ def normalize_tool(tool):
     """Return a tool as servers give it to templates: {"type": "function", "function": {...}}."""
     # Null fields are of other tools: a dataset that was stored with Arrow gives the same keys to
     # all objects of a column. In a JSON schema, only these two can be null.
-    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default", "const"))
+    tool = without_nulls(parse_json(tool), kept=("default", "const"))
     check_type(tool, dict, "tools: expected objects")
     if "function" not in tool:    # {"name": ..., "parameters": ...}, with or without the type
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
-    check_type(tool["function"], dict, "tools: expected objects")
+    function = tool["function"]
+    check_type(function, dict, "tools: expected objects")
     for key in ("name", "description"):
-        check_type(tool["function"].get(key, ""), str, f"tools: expected a {key} that is text")
-    parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
-    if parameters is not None:
-        tool["function"]["parameters"] = parameters
+        check_type(function.get(key, ""), str, f"tools: expected a {key} that is text")
+    if "parameters" in function:
+        function["parameters"] = parse_json(function["parameters"])
+        check_type(function["parameters"], dict, "tools: expected parameters that are an object")
     return {"type": "function"} | tool
 
 
@@ -1006,8 +1002,8 @@ def drop_null_arguments(messages, tools):
     """Drop null arguments that the tool of a call does not have: see normalize_tool."""
     properties = {}                                      # {tool: its parameters}
     for tool in tools:
-        parameters = tool["function"].get("parameters")
-        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+        parameters = tool["function"].get("parameters", {})
+        if isinstance(parameters.get("properties"), dict):
             properties[tool["function"].get("name")] = parameters["properties"]
     for message in messages:
         for call in message.get("tool_calls", []):
@@ -1079,13 +1075,12 @@ def parse_calls(turn, role, content):
 
 def parse_function_calls(content):
     """'{"name": ..., "arguments": ...}', or a list of such calls -> tool_calls."""
-    errors = (ValueError, KeyError, TypeError)
-    with error_context("a function_call must be JSON with a name and arguments", errors):
-        calls = json.loads(content) if isinstance(content, str) else content
-        if not isinstance(calls, list):
-            calls = [calls]
-        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return [{"type": "function", "id": "", "function": function} for function in functions]
+    calls = parse_json(content)
+    if not isinstance(calls, list):
+        calls = [calls]
+    with error_context("a function_call must be JSON with a name and arguments",
+                       (KeyError, TypeError)):
+        return [{"id": "", "name": call["name"], "arguments": call["arguments"]} for call in calls]
 
 
 def set_call_ids(messages):
@@ -1122,16 +1117,15 @@ def normalize_call(call):
     """
     problem = "tool_calls: expected objects"
     check_type(call, dict, problem)
-    call = {key: value for key, value in call.items() if value is not None}
     if "function" not in call:
-        outside = {key: call[key] for key in ("type", "id") if key in call}
-        inside = {key: value for key, value in call.items() if key not in outside}
-        call = outside | {"function": inside}
+        function = {key: value for key, value in call.items() if key not in ("type", "id")}
+        call = {"id": call.get("id"), "function": function}
     check_type(call["function"], dict, problem)
     function = {key: value for key, value in call["function"].items() if value is not None}
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
     function["arguments"] = values[0] if values and values[0] else {}
+    call = {key: value for key, value in call.items() if value is not None}
     # the type comes first for the order of the keys, and again to override the call's own type
     return {"type": "function"} | call | {"type": "function", "function": function}
 
@@ -1214,10 +1208,8 @@ to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def template_text(tok, cfg):
     """The jinja text of data.chat_template."""
     name = cfg["data"]["chat_template"]
-    if name in tok.templates:
-        return tok.templates[name]
-    if not name and tok.template:
-        return tok.template
+    if (name or "default") in tok.templates:
+        return tok.templates[name or "default"]
     if not name and tok.templates:
         raise UserError("data.chat_template: must name one of the model's templates, of which none "
                         f"is the default: {', '.join(tok.templates)}")
@@ -1226,7 +1218,7 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if {"<|im_start|>", "<|im_end|>"} <= tok.special.keys() | tok.added.keys():
+    if {"<|im_start|>", "<|im_end|>"} <= tok.special_and_added.keys():
         return CHATML
     if name:
         raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
@@ -1284,7 +1276,7 @@ def fixed_time(cfg):
     return day.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
     jinja: object                # jinja2.Template
@@ -1447,7 +1439,7 @@ def template_message(template, message):
     return message
 
 
-@dataclasses.dataclass
+@dataclass
 class Rendering:
     """A chat's text, and what find_spans() and encode_spans() need to know about it."""
     template: ChatTemplate
@@ -1459,10 +1451,10 @@ class Rendering:
     # [(i, i + 1)]: a message spells a special token at text[i:], which stays text. Its first
     # character is enough for overlaps() to find it
     literals: list = ()
-    prompts: dict = dataclasses.field(default_factory=dict)      # {i: prompt(i)}
+    prompts: dict = field(default_factory=dict)      # {i: prompt(i)}
     # indexes of answers whose prompt() is not the beginning of the text
-    unprompted_answers: list = dataclasses.field(default_factory=list)
-    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    unprompted_answers: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)     # [(kind, example)]
 
     @functools.cached_property
     def openings(self):
@@ -1598,10 +1590,7 @@ def find_unwritten(rendering, given):
 
 def call_texts(function):
     """The name of a call, and those of its arguments that are texts."""
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):    # a template may take any text
-            arguments = json.loads(arguments)
+    arguments = parse_json(function.get("arguments"))        # a template may take any text
     values = arguments.values() if isinstance(arguments, dict) else ()
     return [function.get("name") or "", *(value for value in values if isinstance(value, str))]
 
@@ -1666,13 +1655,11 @@ def find_call_form(template, content, is_json):
 
 
 def with_arguments(call, as_json):
-    """A tool call with its arguments as JSON text, or as an object."""
+    """A tool call with its arguments as JSON text, or as an object (text that is no JSON stays)."""
     arguments = call["function"]["arguments"]
-    is_json = isinstance(arguments, str)
-    if is_json and not as_json:
-        with contextlib.suppress(ValueError, RecursionError):    # else it stays text
-            arguments = json.loads(arguments)
-    elif as_json and not is_json:
+    if not as_json:
+        arguments = parse_json(arguments)
+    elif not isinstance(arguments, str):
         arguments = to_json(arguments)
     return call | {"function": call["function"] | {"arguments": arguments}}
 
@@ -1680,15 +1667,14 @@ def with_arguments(call, as_json):
 # --------------------------------------------------------------------------------------------------
 # encode: text -> token ids
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class BaseTokenizer:
     """What Tokenizer and HFTokenizer have in common.
 
     special   {text: id} of control tokens. Only templates write them: in messages they are text
     added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
     bos, eos  texts of special tokens
-    template  jinja text of the model's chat template
-    templates {name: jinja text}, if the model has several
+    templates {name: jinja text} of the model's chat templates
     path      of the tokenizer.json, beside the model's other files
     token_variables  {"pad_token": text, ...}: variables of templates
     nfc       text is first brought to Unicode's composed form (Qwen)
@@ -1700,18 +1686,21 @@ class BaseTokenizer:
       end_ids                                     of tokens that can end an answer
     """
     special: dict
-    added: dict = dataclasses.field(default_factory=dict)
+    added: dict = field(default_factory=dict)
     bos: str = None
     eos: str = None
-    template: str = None
-    templates: dict = dataclasses.field(default_factory=dict)
+    templates: dict = field(default_factory=dict)
     path: Path = None
-    token_variables: dict = dataclasses.field(default_factory=dict)
+    token_variables: dict = field(default_factory=dict)
     nfc: bool = False
 
     @property
     def folder(self):
         return self.path and self.path.parent
+
+    @property
+    def template(self):
+        return self.templates.get("default")
 
     def compile_patterns(self):
         self.special_pattern = compile_alternation(self.special)
@@ -1755,7 +1744,7 @@ class BaseTokenizer:
         return [*segments, (position, len(text), None)]
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer(BaseTokenizer):
     """A byte-level BPE tokenizer, run by tiktoken."""
     ranks: dict                  # {bytes of a token: id}; pairs are merged in this order
@@ -1856,7 +1845,7 @@ class Tokenizer(BaseTokenizer):
         return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class HFTokenizer(BaseTokenizer):
     """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
 
@@ -2060,17 +2049,17 @@ def huggingface_tokenizer(path):
     config = read_json_object(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
-        templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
+        special = {t["content"]: t["id"] for t in tokens if t["special"]}
         names = token_names(spec, config)
-        fields = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
+        bos, eos = (names.get(key) for key in ("bos_token", "eos_token"))
+        fields = {"special": special,
                   "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                  "template": templates.get("default"), "path": path, "token_variables": names}
-        if len(templates) > 1 or "default" not in templates:
-            fields["templates"] = templates
-        for key in ("bos", "eos"):
-            text = names.get(f"{key}_token")
-            fields[key] = text if text in fields["special"] else None
+                  "bos": bos if bos in special else None,
+                  "eos": eos if eos in special else None,
+                  "templates": read_templates(path.parent, config),
+                  "path": path,
+                  "token_variables": names}
         try:
             return byte_level_tokenizer(spec, tokens, fields)
         except UserError as error:
@@ -2216,11 +2205,9 @@ def byte_level_tokenizer(spec, tokens, fields):
     for text, i in spec["model"]["vocab"].items():
         if text in fields["special"] or text in fields["added"]:
             continue
-        try:
-            ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
-        except KeyError:
-            problem = f"a vocabulary with {text!r}, which does not spell bytes,"
-            raise unsupported_error(problem) from None
+        if not UNICODE_TO_BYTES.keys() >= set(text):
+            raise unsupported_error(f"a vocabulary with {text!r}, which does not spell bytes,")
+        ranks[bytes(map(UNICODE_TO_BYTES.get, text))] = i
     check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
     check_pattern(pattern)
@@ -2251,54 +2238,21 @@ def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
     tokenizer.json joins the pair of neighbours that comes first in its list of merges. tiktoken
-    joins any two neighbours that make a token, the lowest id first. Both give the same ids if:
+    joins any two neighbours that make a token, the lowest id first. Lists of merges that come from
+    training or conversion comply if
 
     1. The ids of the list's results ascend. Otherwise, with the list [b c, a b] and ab's id below
        bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
-    2. The list joins the characters of each token to this token. Otherwise, with the list
-       [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
-    3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
-       becomes it at once; and the list has each pair of tokens that makes it, [a bc, ab c] for abc,
-       because inside of longer words tiktoken joins any such pair.
-
-    Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
-    long lists come from training or conversion, which comply with both.
+    2. Each token but the bytes has a merge. Otherwise abc may stay ab + c in tokenizer.json, and be
+       abc in tiktoken. (With ignore_merges, tokenizer.json finds words that are tokens at once.)
     """
     # "a b" in older files, ["a", "b"] in newer ones
-    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
-             for pair in model["merges"]]
-    vocab = model["vocab"]
-    ids = [vocab[left + right] for left, right in pairs]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    ids = [model["vocab"][left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported_error("its order of merges")
-    ignore_merges = model.get("ignore_merges")
-    # the cheap part of 2, for lists of any length: each token but the bytes has a merge
-    if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
+    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
         raise unsupported_error("a vocabulary with tokens that no merge makes")
-    if len(pairs) > 20_000:
-        return
-    indexes = {}
-    for i, pair in enumerate(pairs):
-        indexes.setdefault(pair, i)
-    for token in map(spell, ranks):
-        if merge_characters(token, indexes) == [token]:
-            continue
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
-        if not ignore_merges or not indexes.keys() >= splits:
-            raise unsupported_error(f"a vocabulary whose merges do not make {token!r}")
-
-
-def merge_characters(text, indexes):
-    """The tokens that a tokenizer.json's merges, {pair: index}, make of a text's characters."""
-    parts = list(text)
-    while True:
-        pairs = list(zip(parts, parts[1:]))
-        merges = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
-        if not merges:
-            return parts
-        _, first = min(merges)
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
 def recover_merges(ranks):
@@ -2344,9 +2298,7 @@ def save_tokenizer(tok, folder, chat_template):
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
-    # transformers ignores tokenizer.json for these classes and splits as GPT-2
-    is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
-    if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
+    if config.get("tokenizer_class") in REBUILT_CLASSES:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["bos_token"] = tok.bos
     config["eos_token"] = tok.eos
@@ -2425,16 +2377,16 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "f", "param
 CALL = {"name": "f", "arguments": {"a": 1}}
 
 
-@dataclasses.dataclass
+@dataclass
 class Report:
     """What encode_chat() finds out about a chat besides ids and loss weights."""
-    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    warnings: list = field(default_factory=list)     # [(kind, example)]
     # the ids of the last answer's generation prompt, if they differ from the chat's ids before this
     # answer; otherwise empty
     other_prompt: list = ()
 
 
-@dataclasses.dataclass
+@dataclass
 class Span:
     """A part of a chat's text that has a loss weight."""
     start: int                   # text[start:end]
@@ -2973,7 +2925,7 @@ def find_end_token(tok, template, messages, **variables):
 # --------------------------------------------------------------------------------------------------
 # token files: encoded by several processes, written in the order of the records
 
-@dataclasses.dataclass
+@dataclass
 class Encoded:
     """The documents of a Chunk, one after the other, as TokenWriter appends them to its files.
 
@@ -2997,7 +2949,7 @@ def encode_chunk(chunk, context):
             warn_of_spelled_tokens(part, context, chunk.file, warnings)
             part = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
                                context.source["special"])
-        return dataclasses.replace(chunk, records=[part], warnings=warnings)
+        return replace(chunk, records=[part], warnings=warnings)
     documents = []
     problems = []
     counts = collections.Counter(records=len(chunk.records))

@@ -307,16 +307,16 @@ def test_function_calls_and_tools_of_conversations():
     ids, mask = T.encode_chat(BYTES, CHATML, **got)                  # a template that knows no calls: nothing is lost
     assert spans(BYTES, ids, mask) == [f"{call}<|im_end|>", "It is 4.<|im_end|>"]
     for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"),
-                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls is no JSON"),
+                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls: expected a list of objects, got str 'f'"),
                        ({"role": "assistant", "content": "x", "reasoning_content": 3},
                         "reasoning_content: expected text, got int 3")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
             T.normalize_record({"messages": [bad]}, "x")
-    with pytest.raises(ValueError, match="tools is no JSON"):
+    with pytest.raises(ValueError, match="tools: expected a list of tools, got str"):
         T.normalize_record(record | {"tools": "{"}, "x")
 
-@pytest.mark.parametrize("name, written", [("llama3", "PreTrainedTokenizerFast"), ("gpt2", "GPT2Tokenizer")])
-def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(realdata, tmp_path, name, written):
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(realdata, tmp_path, name):
     """transformers 5 builds a GPT2Tokenizer anew, with GPT-2's words (SmolLM2, OLMo2)."""
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     shutil.copytree(realdata / "tokenizers" / name, tmp_path / "in")
@@ -325,7 +325,7 @@ def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(realdat
     tok = T.huggingface_tokenizer(tmp_path / "in")
     (tmp_path / "out").mkdir()
     T.save_tokenizer(tok, tmp_path / "out", None)
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == written
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "<think>\nOkay 12345 I'LL,  x"

@@ -462,21 +462,21 @@ def check_format(stream, file, name):
 
 
 def read_json(stream, file, context):
-    """Also .jsonl. The file's beginning shows where its records are:
+    """Also .jsonl. The file's first line shows where its records are:
 
         {"a": 1}\\n{"a": 2}              one on each line
         [{"a": 1}, {"a": 2}]             in a list: read_json_items()
         {\\n"a": 1\\n}, {"a": 2}          otherwise: read_json_items(), with is_list=False
     """
-    head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
+    first = "\n"
+    while first.isspace():                               # it may follow empty lines
+        first = stream.readline(256 * BLOCK).decode("utf-8-sig", "ignore")
     stream.seek(0)
+    first = first.lstrip()
+    is_object = first.startswith("{")
     # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
-    is_list = head.startswith("[") or (format_of(file) == "json" and not head.startswith("{"))
-    first, end = decode_first(head)
-    has_line_break = "\n" in head[:end]
-    is_followed = re.match(r"[ \t\r]*[,{]", head[end:])       # by a comma or a value on its line
-    # a first value that is invalid or longer than BLOCK counts as a line: the error names it
-    if is_list or (first is not None and (has_line_break or is_followed)):
+    is_list = first.startswith("[") or (format_of(file) == "json" and not is_object)
+    if is_list or (is_object and not is_json(first)):
         yield from read_json_items(stream, file, is_list)
         return
     n = 1
@@ -486,12 +486,12 @@ def read_json(stream, file, context):
         n += len(lines)
 
 
-def decode_first(text):
-    """Return (the first JSON value of a text, its end); (None, 0) if that is invalid or cut off."""
+def is_json(text):
     try:
-        return json.JSONDecoder().raw_decode(text)
+        json.loads(text)
     except JSON_ERRORS:
-        return None, 0
+        return False
+    return True
 
 
 def read_json_items(stream, file, is_list):
@@ -815,9 +815,6 @@ def parse_record(record):
     if isinstance(record, bytes):
         if b"\0" in record:
             raise UserError(configs.ZERO_BYTE)
-        if record.strip() == b"{":           # read_json() took it for a record on one line
-            raise UserError("not valid JSON on one line; jq -c . OLD > NEW.jsonl writes each "
-                            "object on a line of its own")
         with error_context("not valid JSON", JSON_ERRORS):
             record = json.loads(record)
     elif isinstance(record, dict):
@@ -866,10 +863,8 @@ def parse_list(value):
 
 def has_chat(record):
     """Does a record hold a chat? A text beside it, as Alpaca has one, is the rendered chat."""
-    if any(record.get(key) for key in MESSAGE_KEYS):
-        return True
     pair = find_pair(record)
-    return pair is not None and is_filled(record, pair)
+    return any(map(record.get, MESSAGE_KEYS)) or pair is not None and is_filled(record, pair)
 
 
 def find_pair(record):
@@ -890,33 +885,33 @@ def normalize_chat(record):
     messages = []
     for n, turn in enumerate(find_messages(record), 1):
         with error_context(f"message {n}"):
-            messages.append(normalize_message(turn, n))
+            messages.append(normalize_message(turn))
     if not messages:
         raise UserError("a chat without messages")
-    systems = [(key, record[key]) for key in ("system_prompt", "system") if record.get(key)]
-    for key, system in systems:
+    warnings = [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
+    warnings += [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]
+    for key in ("system_prompt", "system"):
+        system = record.get(key) or ""
         check_type(system, str, f"{key}: expected text")
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system, "weight": 1.0}, *messages]
-    given_tools = parse_column(record, "tools", list, "a list of tools")
-    given_tools = given_tools or parse_list(record.get("functions"))         # OpenAI's older form
-    tools = [normalize_tool(tool) for tool in given_tools]
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system, "weight": 1.0})
+        elif system not in ("", messages[0]["content"]):
+            warnings.append((SYSTEM_TWICE, f"{system!r:.60}"))
+    tools = parse_column(record, "tools", list, "a list of tools")
+    tools = tools or parse_list(record.get("functions"))                 # OpenAI's older form
+    tools = [normalize_tool(tool) for tool in tools]
     set_call_ids(messages)
     drop_null_arguments(messages, tools)
-    columns = {key: value for key, value in record.items()
-               if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
     documents = parse_list(record.get("documents"))
     chat = {
+        "messages": messages,
         "tools": tools,
         "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
-        "columns": columns,
-        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
-                    + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
-    for _key, system in systems:
-        if system != messages[0]["content"]:
-            chat["warnings"].append((SYSTEM_TWICE, f"{system!r:.60}"))
-    return {"messages": messages} | {key: value for key, value in chat.items() if value}
+        "columns": {key: value for key, value in record.items()
+                    if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS},
+        "warnings": warnings}
+    return {key: value for key, value in chat.items() if value}
 
 
 def find_messages(record):
@@ -930,7 +925,7 @@ def find_messages(record):
         return prompt_and_response(record, *pair)
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
-    if any(key in record for key in MESSAGE_KEYS):
+    if not record.keys().isdisjoint(MESSAGE_KEYS):
         return []
     problem = f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN_SHAPES}"
     for key, value in record.items():
@@ -1014,17 +1009,15 @@ def drop_null_arguments(messages, tools):
                                          if value is not None or key in known}
 
 
-def normalize_message(turn, n):
-    """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
+def normalize_message(turn):
+    """A message -> {"role": one of the templates' roles, "content", "weight", ...}."""
     check_type(turn, dict, "expected an object")
     role = turn.get("role") or turn.get("from")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
-    message = {}
-    for key, value in turn.items():
-        if key not in REPLACED_KEYS and value is not None:
-            message[key] = value
+    message = {key: value for key, value in turn.items()
+               if key not in REPLACED_KEYS and value is not None}
     # the first of three places counts: a key, text before a call, parts of the content
     reasoning = find_reasoning(turn)
     if role in CALL_ROLES and isinstance(content, str):
@@ -1040,18 +1033,14 @@ def normalize_message(turn, n):
     if isinstance(content, list):
         content, thoughts = split_parts(content)
         reasoning = reasoning or thoughts
-        if len(content) < 2:
-            content = "".join(part["text"] for part in content)
     if reasoning:
         message["reasoning_content"] = reasoning
     if content is not None or not has_generated_fields(message):     # calls or reasoning
         check_type(content, (str, list), "content: expected text")
     elif not calls:                                      # reasoning alone: no template needs null
         content = ""
-    message["content"] = content
-    message["role"] = ROLES[role]
-    message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
-    return message
+    weight = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
+    return message | {"content": content, "role": ROLES[role], "weight": weight}
 
 
 def find_reasoning(turn):
@@ -1135,6 +1124,8 @@ def split_parts(parts):
 
         [{"type": "thinking", "thinking": "a"}, {"value": "b"}, "c"]
             -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], "a"
+
+    A single text is returned as it is.
     """
     texts = []
     thoughts = ""
@@ -1143,17 +1134,18 @@ def split_parts(parts):
             part = {"text": part}
         check_type(part, dict, "content: expected parts that are objects")
         kind = part.get("type") or "text"
-        text = part.get("text", part.get("value"))
-        if kind in REASONING_KEYS:
-            text = part.get(kind, text)
-        elif kind not in ("text", "input_text", "output_text"):
+        is_thought = kind in REASONING_KEYS
+        if not is_thought and kind not in ("text", "input_text", "output_text"):
             raise UserError(f"content: a part of type {kind} cannot be trained on, only text")
+        text = part.get(kind, part.get("text", part.get("value")))
         check_type(text, str, f"content: expected text in a part of type {kind}")
-        if kind in REASONING_KEYS:
+        if is_thought:
             thoughts += text
         else:
-            texts.append({"type": "text", "text": text})
-    return texts, thoughts
+            texts.append(text)
+    if len(texts) < 2:
+        return "".join(texts), thoughts
+    return [{"type": "text", "text": text} for text in texts], thoughts
 
 
 def parse_weight(d, keys):
@@ -1562,37 +1554,34 @@ def find_unwritten(rendering, given):
     texts = []                               # [(what it is, where, text)]
     for tool in given.get("tools", []):
         for key in ("name", "description"):
-            texts.append(("the tools", "", tool["function"].get(key) or ""))
+            texts.append(("the tools", "", tool["function"].get(key)))
     for document in given.get("documents", []):
-        values = [value for value in document.values() if isinstance(value, str)]
-        texts += [("the documents", "", value) for value in values]
+        texts += [("the documents", "", value) for value in document.values()]
     for i, message in enumerate(rendering.messages):
         place = f"message {i + 1}: "
         thoughts, _, words = (message.get("content") or "").rpartition(THOUGHTS_END)
         texts.append((f"the {message['role']} message", place, words))
         texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
         for key, value in message.items():
-            if isinstance(value, str) and THOUGHT_KEY.search(key):
+            if THOUGHT_KEY.search(key):
                 texts.append(("the reasoning", place, value))
         for call in message.get("tool_calls") or []:
-            texts += [("a tool call", place, text) for text in call_texts(call["function"])]
+            arguments = parse_json(call["function"]["arguments"])
+            values = arguments.values() if isinstance(arguments, dict) else []
+            for value in (call["function"].get("name"), *values):
+                texts.append(("a tool call", place, value))
     written = set()
     examples = {}                            # {what: the first that is not written}
     for what, place, text in texts:
-        if not is_written(text, rendering.text):
-            examples.setdefault(what, f"{place}{text!r:.60}")
-        elif text.strip():
+        if not isinstance(text, str) or not text.strip():
+            continue
+        if is_written(text, rendering.text):
             written.add(what)
+        else:
+            examples.setdefault(what, f"{place}{text!r:.60}")
     if "the reasoning" in written:           # templates drop that of earlier turns on purpose
         examples.pop("the reasoning", None)
     return [(UNWRITTEN.format(what), example) for what, example in examples.items()]
-
-
-def call_texts(function):
-    """The name of a call, and those of its arguments that are texts."""
-    arguments = parse_json(function.get("arguments"))        # a template may take any text
-    values = arguments.values() if isinstance(arguments, dict) else ()
-    return [function.get("name") or "", *(value for value in values if isinstance(value, str))]
 
 
 def is_written(text, rendered):
@@ -2890,10 +2879,9 @@ def encode_prompt(tok, template, messages, **variables):
 
 def stop_token_ids(tok, template):
     """Return the ids at which generation of an answer stops, sorted: EOS and the template's."""
-    user, _ = SHORT_CHAT
-    stop_ids = find_end_token(tok, template, SHORT_CHAT)
-    if not stop_ids:                         # the token of the next role may end an answer (GLM)
-        stop_ids = find_end_token(tok, template, [*SHORT_CHAT, user])
+    user, answer = SHORT_CHAT
+    # the token of the next role may end an answer (GLM)
+    stop_ids = find_end_token(tok, template, [user, answer, user])
     # Another token may end an answer with calls. There are two, so that a token that closes each
     # call, such as </tool_call>, occurs twice and is not taken for the end of the answer.
     calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
@@ -2912,13 +2900,11 @@ def find_end_token(tok, template, messages, **variables):
     messages, they are tried with a system message.
     """
     for system in ([], [{"role": "system", "content": "a"}]):
-        try:
+        with contextlib.suppress(UserError):
             ids, loss_weights = encode_chat(tok, template, [*system, *messages], **variables)
-        except UserError:
-            continue
-        trained = ids[loss_weights != 0].tolist()
-        last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids]
-        return {i for i in last[-1:] if trained.count(i) == 1}
+            trained = ids[loss_weights != 0].tolist()
+            last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids][-1:]
+            return {i for i in last if trained.count(i) == 1}
     return set()
 
 

@@ -1429,9 +1429,9 @@ def test_read_json_names_the_key_of_a_wrapped_list(tmp_path):
         for indent in (None, 2):
             put(tmp_path, "a.json", json.dumps(wrapped, indent=indent).encode())
             wrong(["a.json", f"jq -c '.{key}[]'"], load_one, tmp_path, tmp_path / "a.json")
-    long = {"data": [{"text": "a" * 300_000}]}                       # too long to be read before it is cut into lines
+    long = {"data": [{"text": "a" * 300_000}]}                       # longer than a block
     put(tmp_path, "a.json", json.dumps(long, indent=2).encode())
-    wrong(["a.json, line 1", "jq -c ."], load_one, tmp_path, tmp_path / "a.json")
+    wrong(["a.json, record 1", "jq -c '.data[]'"], load_one, tmp_path, tmp_path / "a.json")
     put(tmp_path, "a.json", json.dumps(long).encode())
     wrong(["a.json, line 1", "jq -c '.data[]'"], load_one, tmp_path, tmp_path / "a.json")
     chats = {"id": "1", "messages": chat("a", "b")}

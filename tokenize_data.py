@@ -839,8 +839,8 @@ def without_nulls(value, kept=()):
 
 
 def parse_json(value):
-    """The value of a text that is JSON. Anything else is returned as it is."""
-    if isinstance(value, str):
+    """The list or object of a text that is JSON. Anything else is returned as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with contextlib.suppress(*JSON_ERRORS):
             return json.loads(value)
     return value
@@ -966,9 +966,8 @@ def prompt_and_response(record, prompt_key, response_key):
 
 def parse_turns(value, key):
     """A text, or a list of messages, perhaps as JSON text. "[]" is a text, and so is "[1]"."""
-    turns = parse_json(value)
-    is_list = isinstance(turns, list) and turns != []
-    if is_list and all(isinstance(turn, dict) and "role" in turn for turn in turns):
+    turns = parse_json(value) or value
+    if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
         return turns
     check_type(value, str, f"{key}: expected text")
     return value

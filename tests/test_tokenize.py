@@ -143,13 +143,13 @@ def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
     import gzip
     rng = random.Random(0)
     records = [{"text": " ".join(rng.choices(["alpha", "beta", "gamma é"], k=rng.randrange(1, 300)))}
-               for _ in range(6000)]
+               for _ in range(2000)]
     (tmp_path / "d").mkdir()
     whole = write(tmp_path, records)
-    write(tmp_path / "d", records[:4000], "a.jsonl")
+    write(tmp_path / "d", records[:1300], "a.jsonl")
     with gzip.open(tmp_path / "d" / "b.json.gz", "wt") as f:
-        json.dump([r["text"] for r in records[4000:]], f)
-    assert whole.stat().st_size > 4 << 20                            # enough for several processes
+        json.dump([r["text"] for r in records[1300:]], f)
+    assert whole.stat().st_size > 4 * T.BLOCK                            # enough for several processes
     one = T.load_datasets(cfg_for(tmp_path, whole, "data.processes=1"), quiet=True)["train"]["x"]
     for other in (T.load_datasets(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y",
                                     f"data.cache_dir={tmp_path / 'two'}"), quiet=True)["train"]["x"],
@@ -314,11 +314,11 @@ def test_the_shape_a_source_says_is_the_one_that_is_read():
 
 
 def test_a_bad_line_of_a_big_file_is_one_line_too(tmp_path, script):
-    path = write(tmp_path, [{"text": "word " * 1000}] * 1000 + [{"txt": "?"}])
+    path = write(tmp_path, [{"text": "word " * 1000}] * 250 + [{"txt": "?"}])
     out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
                  f"data.cache_dir={tmp_path / 'c'}", "data.processes=2")
     assert out.returncode == 1 and "Traceback" not in out.stderr
-    assert out.stderr.splitlines()[-1].startswith(f"error: {path}, line 1001: ")
+    assert out.stderr.splitlines()[-1].startswith(f"error: {path}, line 251: ")
 
 
 def test_a_byte_level_tokenizer_json_is_carried_over_exactly(tmp_path):
@@ -404,7 +404,7 @@ def test_huggingface_tokenizer_names_a_pointer_of_git_lfs(tmp_path):
 def test_a_tiktoken_encoding_is_saved_so_that_the_tokenizers_package_gives_its_ids(realdata, tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers", reason="the reference, in requirements-dev.txt")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(realdata / "tokenizers" / "tiktoken_cache"))
-    for name in ("gpt2", "cl100k_base", "o200k_base"):
+    for name in ("gpt2", "cl100k_base"):
         tok = T.load_tokenizer(configs.load([f"data.tokenizer={name}"])[0])
         (tmp_path / name).mkdir()
         T.save_tokenizer(tok, tmp_path / name, None)
@@ -432,20 +432,6 @@ def test_parquet_is_read_where_pyarrow_is(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.parquet"):
         T.load_datasets(cfg_for(tmp_path, tmp_path / "bad.parquet"), quiet=True)
-
-
-def test_show_prints_samples_with_the_trained_part_marked(tmp_path, script):
-    path = write(tmp_path, [{"messages": chat("what?", "this")}])
-    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
-                 f"data.cache_dir={tmp_path / 'c'}", "show=1")
-    assert "[[this<|im_end|>]]" in out.stdout and "1 documents" in out.stdout and out.returncode == 0, out.stderr
-    assert "<= 32 tokens           1  ####" in out.stdout
-    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
-                 f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
-    assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
-    ids, mask = T.encode_chat(BYTES, CHATML, chat("a", "b"))
-    assert T.colorize(BYTES, ids, mask, use_color=True).count("\x1b[32m") == 1
-    assert "\x1b[32mb\x1b[7m<|im_end|>" in T.colorize(BYTES, ids, mask, use_color=True)
 
 
 # ---- big files, ready tokens, options
@@ -493,22 +479,22 @@ def test_json_lists_come_apart_as_json_reads_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["big.json", "big.txt"])
 def test_a_big_file_needs_little_memory(tmp_path, script, name):
-    """200 MB, with 100 MB of memory over what the imports take."""
+    """80 MB, with 50 MB of memory over what the imports take."""
     line = json.dumps({"text": "some words of a text that is long, " * 500}) + "\n"
     with open(tmp_path / name, "w") as f:
         f.write("[" if name.endswith("json") else "")
-        for i in range(200_000_000 // len(line)):
+        for i in range(80_000_000 // len(line)):
             f.write(line if name != "big.json" else line[:-1] + ",\n")
         f.write(line[:-1] + "]" if name.endswith("json") else "")
     (tmp_path / "limited.py").write_text(
         "import resource, sys, configs, tokenize_data, tqdm\n"
-        "used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize() + (100 << 20)\n"
+        "used = int(open('/proc/self/statm').read().split()[5]) * resource.getpagesize() + (50 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (used, used))\n"
         "data = tokenize_data.load_datasets(configs.load(sys.argv[1:])[0], quiet=True)['train']['x']\n"
         "print(data.header['tokens'])\n")
     out = script(tmp_path / "limited.py", f"data.train.x.path={tmp_path / name}", "data.tokenizer=bytes",
                  "data.processes=1", f"data.cache_dir={tmp_path / 'c'}", PYTHONPATH=str(configs.HERE.parent))
-    assert out.returncode == 0 and int(out.stdout) > 190_000_000, out.stderr[-500:]
+    assert out.returncode == 0 and int(out.stdout) > 76_000_000, out.stderr[-500:]
 
 
 def test_ready_token_files_are_taken_as_they_are(tmp_path):
@@ -569,17 +555,6 @@ def test_validation_split_1_is_not_1_0(tmp_path):
 
 # ---- on real inputs
 
-def test_real_vocabularies_give_the_reference_ids(realdata):
-    for name, vectors in (("gpt2", "gpt-2"), ("llama3", "llama-bpe"), ("qwen2.5", "qwen2")):
-        tok = T.huggingface_tokenizer(realdata / "tokenizers" / name)
-        assert isinstance(tok, T.Tokenizer)
-        read = lambda end: (realdata / "tokenizers/llama.cpp_vectors" / f"ggml-vocab-{vectors}.gguf.{end}").read_text()
-        texts, ids = read("inp").split("\n__ggml_vocab_test__\n"), read("out").split("\n")[:47]
-        assert len(texts) == len(ids) == 47
-        for text, want in zip(texts, ids):
-            assert tok.encode(tok.clean(text)).tolist() == list(map(int, want.split())), (name, text)
-
-
 def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(realdata):
     ends = {"Qwen-Qwen2.5-7B-Instruct": "<|im_end|>", "meta-llama-Llama-3.2-3B-Instruct": "<|eot_id|>",
             "mistralai-Mistral-Nemo-Instruct-2407": "</s>", "google-gemma-2-2b-it": "<end_of_turn>"}
@@ -595,7 +570,7 @@ def test_real_templates_train_the_assistants_words_and_the_end_of_its_turns(real
 
 
 def test_real_chats_are_read_without_configuration(realdata, tmp_path):
-    for name, count in (("gsm8k_train.jsonl", 7473), ("fastchat_dummy_conversation.json", 500),
+    for name, count in (("gsm8k_test.jsonl", 1319), ("fastchat_dummy_conversation.json", 500),
                         ("rasbt_instruction_1100.json", 1100), ("alpaca_zh_demo.json", 1000),
                         ("glaive_toolcall_en_demo.json", 300), ("v1_sft_demo.jsonl", 500)):
         data = T.load_datasets(cfg_for(tmp_path, realdata / "chat" / name, "data.seq_len=100000"), quiet=True)["train"]["x"]
@@ -706,16 +681,22 @@ def test_labels_that_are_shifted_already(tmp_path, monkeypatch):
     wrong(["a_labels.npy: index 1", "data.shift_labels=false"], load_one, tmp_path, tmp_path / "a.npy")
 
 
-def test_show_prints_weights_other_than_0_and_1(tmp_path, script):
+def test_show_prints_samples_with_their_targets_and_weights(tmp_path, script):
+    """Targets in [[ ]], weights other than 0 and 1 after them; each token with ids=true."""
     turns = chat("what?", "this", "and?", "that")
     turns[1]["weight"], turns[3]["weight"] = 0.5, -1
-    out = script("tokenize_data.py", f"data.train.x.path={write(tmp_path, [{'messages': turns}])}",
-                 "data.tokenizer=bytes", f"data.cache_dir={tmp_path / 'c'}", "show=1", "ids=true")
-    assert "[[this<|im_end|>]]{0.5}" in out.stdout and "[[that<|im_end|>]]{-1}" in out.stdout, out.stderr
+    path = write(tmp_path, [{"messages": chat("what?", "this")}, {"messages": turns}])
+    out = script("tokenize_data.py", f"data.train.x.path={path}", "data.tokenizer=bytes",
+                 f"data.cache_dir={tmp_path / 'c'}", "show=2", "ids=true")
+    assert "[[this<|im_end|>]]\n" in out.stdout and "2 documents" in out.stdout and out.returncode == 0, out.stderr
+    assert "<= 32 tokens           1  ####" in out.stdout
+    assert "    0     257 -       '<|im_start|>'" in out.stdout and "258 trained '<|im_end|>'" in out.stdout
+    assert "[[this<|im_end|>]]{0.5}" in out.stdout and "[[that<|im_end|>]]{-1}" in out.stdout
     assert "258 0.5     '<|im_end|>'" in out.stdout and "258 -1      '<|im_end|>'" in out.stdout
-    ids, weights = T.encode_chat(BYTES, CHATML, turns)
-    assert "\x1b[32mthis" in T.colorize(BYTES, ids, weights, True)
-    assert "\x1b[31mthat" in T.colorize(BYTES, ids, weights, True)
+    ids, weights = T.encode_chat(BYTES, CHATML, [*chat("q", "a"), *turns])
+    in_color = T.colorize(BYTES, ids, weights, use_color=True)
+    assert "\x1b[32ma\x1b[7m<|im_end|>" in in_color
+    assert in_color.count("\x1b[32m") == 2 and "\x1b[32mthis" in in_color and "\x1b[31mthat" in in_color
 
 
 # ---- .csv, JSON in strings

@@ -1156,14 +1156,10 @@ def parse_weight(d, keys):
         problem = f"{key}: a loss weight must be a number, {WEIGHT_RANGE}; got {value!r}"
         with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if not is_in_weight_range(weight):
+            if weight and not 6e-8 <= abs(weight) <= 65504:
                 raise ValueError("out of the range of float16")
         return weight
     return 1.0
-
-
-def is_in_weight_range(weight):
-    return weight == 0 or 6e-8 <= abs(weight) <= 65504
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1261,10 +1257,9 @@ def reads_clock(tok, cfg):
 
 def fixed_time(cfg):
     """The time of templates that read the clock: data.date, or today's midnight."""
-    date = cfg["data"]["date"]
+    date = cfg["data"]["date"] or str(datetime.now())
     with error_context("data.date", ValueError, "must be a date like 2026-01-31: "):
-        day = datetime.fromisoformat(date) if date else datetime.now()
-    return day.replace(hour=0, minute=0, second=0, microsecond=0)
+        return datetime.fromisoformat(date[:10])
 
 
 @dataclass(eq=False)
@@ -1668,7 +1663,7 @@ class BaseTokenizer:
     nfc       text is first brought to Unicode's composed form (Qwen)
 
     compile_patterns() sets
-      special_and_added, special_and_added_ids    both kinds of tokens as {text: id}, and the ids
+      special_and_added                           both kinds of tokens
       special_pattern, special_and_added_pattern  find them in text
       escaped_pattern                             finds special tokens in JSON
       end_ids                                     of tokens that can end an answer
@@ -1694,7 +1689,6 @@ class BaseTokenizer:
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
-        self.special_and_added_ids = frozenset(self.special_and_added.values())
         # some models have <|im_end|> among the added tokens
         self.end_ids = {i for text, i in self.special_and_added.items()
                         if text in self.special or CONTROL_TOKEN.fullmatch(text)}
@@ -1854,7 +1848,7 @@ class HFTokenizer(BaseTokenizer):
         self.hidden = {text: "".join(map(chr, choose(private, k=len(text))))
                        for text in self.special}
         rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
-        tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
+        tokens = rename(self.spec.get("added_tokens") or [])
         for token in tokens:                                 # normalizers would change hidden names
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
@@ -2117,11 +2111,9 @@ def unsupported_part(spec, tokens):
     kind = model.get("type", "BPE")
     if kind != "BPE" or "merges" not in model:
         return f"a {kind} model"
-    if model.get("byte_fallback"):
-        return f"a {kind} model with byte fallback"
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            return f"model.{key}"
+            return f"a {kind} model with {key}"
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         return f"the normalizer {normalizer}"
@@ -2405,9 +2397,6 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
              if span.start < span.end and span.weight]
     for span in spans:
         span.weight *= weight
-        if not is_in_weight_range(span.weight):
-            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
-                            f"must be {WEIGHT_RANGE}")
     ids, loss_weights = encode_spans(rendering, spans)
     warn_of_plain_tokens(rendering)
     if spans:
@@ -2468,7 +2457,7 @@ def find_spans(rendering, train_on):
         for start, end in blocks:
             weight = 1.0
             for turn_start, turn_end, i in others:
-                if turn_start < end and start < turn_end:
+                if overlaps([(turn_start, turn_end)], start, end):
                     weight = weights[i]
             spans.append(Span(start, end, weight))
     return spans
@@ -3432,10 +3421,8 @@ def colorize(tok, ids, weights, use_color):
     A weight other than 1 is printed after its targets: {0.5}. Targets of negative weight are red.
     """
     parts = []
-    borders = np.flatnonzero(np.diff(weights)) + 1
-    for span, span_weights in zip(np.split(ids, borders), np.split(weights, borders)):
-        weight = float(span_weights[0])
-        text = mark_special(tok, span, use_color)
+    for run, weight in split_runs(ids, weights.astype(float)):
+        text = mark_special(tok, run, use_color)
         if use_color:
             text = f"\x1b[{COLORS[np.sign(weight)]}m{text}\x1b[0m"
         elif weight:
@@ -3446,17 +3433,21 @@ def colorize(tok, ids, weights, use_color):
     return "".join(parts)
 
 
+def split_runs(ids, values):
+    """Yield (ids, value) for each run of tokens with the same value."""
+    starts = np.flatnonzero(np.diff(values)) + 1
+    for run, run_values in zip(np.split(ids, starts), np.split(values, starts)):
+        yield run, run_values[0]
+
+
 def mark_special(tok, ids, use_color):
     """The text of ids, with special tokens distinguished from text that spells them."""
     parts = []
-    is_special = np.isin(ids, list(tok.special_and_added_ids))
-    borders = np.flatnonzero(np.diff(is_special)) + 1
-    for part in np.split(ids, borders):
-        text = tok.decode(part)
-        part_is_special = part[0] in tok.special_and_added_ids
-        if part_is_special and use_color:
+    for run, is_special in split_runs(ids, np.isin(ids, list(tok.special_and_added.values()))):
+        text = tok.decode(run)
+        if is_special and use_color:
             text = f"\x1b[7m{text}\x1b[27m"
-        if not part_is_special and not use_color:
+        if not is_special and not use_color:
             text = tok.special_pattern.sub(r"\\\g<0>", text)
         parts.append(text)
     return "".join(parts)

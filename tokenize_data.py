@@ -35,11 +35,8 @@ Each source has a folder in data.cache_dir, named by a fingerprint of everything
 import base64
 import bisect
 import bz2
-import collections
 import concurrent.futures
-import contextlib
 import csv
-import functools
 import glob
 import gzip
 import hashlib
@@ -59,8 +56,11 @@ import threading
 import tokenize
 import unicodedata
 import zlib
+from collections import Counter, deque
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import jinja2.ext
@@ -408,7 +408,7 @@ class Context:
             self.never_target |= (first <= ids) & (ids <= last)
         self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
 
-    @functools.cached_property
+    @cached_property
     def template(self):          # compiled by the first chat: texts need none
         try:
             return load_template(self.tok, self.cfg, self.now)
@@ -841,7 +841,7 @@ def without_nulls(value, kept=()):
 def parse_json(value):
     """The list or object of a text that is JSON. Anything else is returned as it is."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        with contextlib.suppress(*JSON_ERRORS):
+        with suppress(*JSON_ERRORS):
             return json.loads(value)
     return value
 
@@ -1270,7 +1270,7 @@ class ChatTemplate:
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
 
-    @functools.cached_property
+    @cached_property
     def takes_text(self):
         """Does it write contents that are text? Those of vision models may need a list of parts.
 
@@ -1280,7 +1280,7 @@ class ChatTemplate:
         writes_parts = WORDS[0] in self.try_content(parts)
         return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
 
-    @functools.cached_property
+    @cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
         # the tabs are in the rendering if it does not strip
@@ -1297,7 +1297,7 @@ class ChatTemplate:
         texts = [part["text"].strip() if strips else part["text"] for part in parts]
         return separator.join(texts)
 
-    @functools.cached_property
+    @cached_property
     def reasoning_keys(self):
         """The names under which it gets reasoning: those that it has, and reasoning_content."""
         names = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
@@ -1442,7 +1442,7 @@ class Rendering:
     unprompted_answers: list = field(default_factory=list)
     warnings: list = field(default_factory=list)     # [(kind, example)]
 
-    @functools.cached_property
+    @cached_property
     def openings(self):
         """What the template writes before an answer, for chats like this: see find_openings()."""
         first = [{"role": "system", "content": "a"}] if self.messages[0]["role"] == "system" else []
@@ -1461,7 +1461,7 @@ class Rendering:
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages with these variables. None if the template refuses them."""
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             return render(self.template, self.tok, messages, add_generation_prompt,
                           **self.variables)[0]
 
@@ -1509,7 +1509,7 @@ def find_literals(rendering, add_generation_prompt):
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
         return []
-    insert_break = functools.partial(tok.special_pattern.sub, break_token)
+    insert_break = partial(tok.special_pattern.sub, break_token)
     messages, variables = map_strings(insert_break, values)
     broken, _ = render(rendering.template, tok, messages, add_generation_prompt, **variables)
     parts = broken.split(BREAK)
@@ -1618,7 +1618,7 @@ def prepare_calls(template, message):
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def find_call_form(template, content, is_json):
     """The form in which a template writes tool calls: ({"content": ...} or {}, arguments as JSON?).
 
@@ -1809,7 +1809,7 @@ class Tokenizer(BaseTokenizer):
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.tiktoken_finds_special and is_composed and not literals:
             found = self.special_and_added if find_special else self.added
-            with contextlib.suppress(ValueError):            # see encode_ordinary
+            with suppress(ValueError):            # see encode_ordinary
                 return self.encoding.encode_to_numpy(text, allowed_special=set(found),
                                                      disallowed_special=())
         ids = []
@@ -1847,7 +1847,7 @@ class HFTokenizer(BaseTokenizer):
         choose = random.SystemRandom().choices
         self.hidden = {text: "".join(map(chr, choose(private, k=len(text))))
                        for text in self.special}
-        rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
+        rename = partial(map_strings, lambda text: self.hidden.get(text, text))
         tokens = rename(self.spec.get("added_tokens") or [])
         for token in tokens:                                 # normalizers would change hidden names
             token["normalized"] = token["normalized"] and not token["special"]
@@ -2572,7 +2572,7 @@ def placeholder(i):
     return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def render_placeholders(template, tok, values):
     """Render placeholders: (text before the first one, [(index, text after this placeholder)]).
 
@@ -2584,7 +2584,7 @@ def render_placeholders(template, tok, values):
             roles have the same one
     """
     messages, variables = json.loads(values)
-    with contextlib.suppress(UserError):
+    with suppress(UserError):
         text, _ = render(template, tok, messages, **variables)
         pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
         return text.partition(PLACEHOLDER_MARK)[0], pieces
@@ -2699,7 +2699,7 @@ def find_answer_start(rendering, i, start):
     return start
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def find_openings(template, tok, values):
     """Return what a template writes between the contents of a user and of an answer.
 
@@ -2720,7 +2720,7 @@ def find_openings(template, tok, values):
     for i, role in enumerate(["user", "assistant"] * 2):
         messages.append({"role": role, "content": placeholder(i)})
     openings = set()
-    with contextlib.suppress(UserError):
+    with suppress(UserError):
         text, _ = render(template, tok, messages, **variables)
         for n in (-3, -1):
             prompt, _ = render(template, tok, messages[:n], add_generation_prompt=True, **variables)
@@ -2811,7 +2811,7 @@ def find_other_prompt(rendering, span, ids):
     return prompt
 
 
-@functools.lru_cache(maxsize=10_000)
+@lru_cache(maxsize=10_000)
 def encode_last_token(tok, text):
     """[the id of the last token of a text]"""
     return tok.encode_special(text)[-1:].tolist()
@@ -2827,7 +2827,7 @@ def warn_of_plain_tokens(rendering):
         rendering.warnings.append((NO_TOKENS, missing))
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def template_missing_tokens(template, tok):
     """The control tokens that a template writes and the vocabulary lacks, or ""."""
     try:
@@ -2888,7 +2888,7 @@ def find_end_token(tok, template, messages, **variables):
     messages, they are tried with a system message.
     """
     for system in ([], [{"role": "system", "content": "a"}]):
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             ids, loss_weights = encode_chat(tok, template, [*system, *messages], **variables)
             trained = ids[loss_weights != 0].tolist()
             last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids][-1:]
@@ -2909,7 +2909,7 @@ class Encoded:
     warnings  [(kind, example)]
     """
     arrays: dict
-    counts: collections.Counter
+    counts: Counter
     problems: list
     warnings: list
 
@@ -2926,7 +2926,7 @@ def encode_chunk(chunk, context):
         return replace(chunk, records=[part], warnings=warnings)
     documents = []
     problems = []
-    counts = collections.Counter(records=len(chunk.records))
+    counts = Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
@@ -2935,11 +2935,10 @@ def encode_chunk(chunk, context):
             raise
         except UserError as error:
             if context.data["on_error"] != "skip":
-                hint = "; data.on_error=skip leaves such records out"
-                # not UTF-8: then the whole file is likely to be in another encoding
-                if isinstance(record, bytes) and record.decode(errors="ignore").encode() != record:
-                    hint = ""
-                raise UserError(f"{error}{hint}") from None
+                # a record that is not UTF-8: the whole file is likely to be in another encoding
+                if "iconv" in str(error):
+                    raise
+                raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
             problems.append(str(error))
     return concat_documents(documents, context, chunk.file, counts, problems, warnings)
@@ -3010,19 +3009,18 @@ def concat_documents(documents, context, file, counts, problems, warnings):
     for ids, weights, prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
-        if weights[1:].any():                            # the first token is never a target
-            kept.append((ids, weights, prompt))
+        n_targets = np.count_nonzero(weights[1:])        # the first token is never one
+        if n_targets:
+            kept.append((ids, weights, prompt, n_targets))
     counts["documents"] += len(kept)
     counts["dropped"] += len(documents) - len(kept)
     arrays = {}
     if kept:
-        ids, weights, prompts = zip(*kept)
-        weights = compact_weights(np.concatenate(weights), file)
-        lengths = np.array([len(document) for document in ids])
+        ids, weights, prompts, targets = zip(*kept)
         arrays = {"tokens": np.concatenate(ids).astype(context.dtype),
-                  "weights": weights,
-                  "offsets": lengths,
-                  "targets": count_targets(weights, lengths),
+                  "weights": compact_weights(np.concatenate(weights), file),
+                  "offsets": np.array([len(document) for document in ids]),
+                  "targets": np.array(targets, np.uint32),
                   "prompts": np.concatenate(prompts).astype(context.dtype),
                   "prompt_offsets": np.array([len(prompt) for prompt in prompts])}
     return Encoded(arrays, counts, problems, warnings)
@@ -3054,7 +3052,7 @@ def join_parts_of_documents(results, context):
             open_weights = open_weights[:0]
             if not result.ends:
                 open_ids, open_weights, _ = windows.pop()
-            counts = collections.Counter(records=int(result.ends))
+            counts = Counter(records=int(result.ends))
             result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
 
@@ -3073,7 +3071,7 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
         fork = multiprocessing.get_context("fork")
         pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker, [context])
         problem = "a process was killed, perhaps for lack of memory; set a smaller number: "
-        pending = collections.deque()                    # two chunks per process
+        pending = deque()                    # two chunks per process
         with error_context("data.processes", concurrent.futures.BrokenExecutor, problem):
             try:
                 chunks = iter(chunks)
@@ -3119,7 +3117,7 @@ class TokenWriter:
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
         self.warnings = {}                               # {kind: (count, the first example)}
-        self.counts = collections.Counter(
+        self.counts = Counter(
             documents=0, records=0, chats=0,
             trained=0,           # targets
             longest=0,           # tokens of the longest document
@@ -3167,18 +3165,6 @@ class TokenWriter:
             file.close()
 
 
-def count_targets(weights, lengths):
-    """Return the number of targets of each document: uint32 [D].
-
-    weights  [n]: of the documents, one after the other
-    lengths  [D] in tokens
-    """
-    starts = np.cumsum(lengths) - lengths
-    is_target = weights != 0
-    is_target[starts] = False                            # the first token is never a target
-    return np.add.reduceat(is_target, starts, dtype=np.uint32)
-
-
 @configs.exit_at_signals()
 def tokenize_source(cfg, name, source, tok, quiet=False):
     """Return the folder with the token files of a source. They are written if they are missing.
@@ -3207,7 +3193,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
         n_bytes = sum(os.path.getsize(file) for file in files)
         results = encode_parallel(chunks, n_bytes, context, name, quiet)
-        with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
+        with closing(TokenWriter(building)) as writer, closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, context)

@@ -1663,7 +1663,7 @@ class BaseTokenizer:
     nfc       text is first brought to Unicode's composed form (Qwen)
 
     compile_patterns() sets
-      special_and_added                           both kinds of tokens
+      special_and_added, special_and_added_ids    both kinds of tokens as {text: id}, and the ids
       special_pattern, special_and_added_pattern  find them in text
       escaped_pattern                             finds special tokens in JSON
       end_ids                                     of tokens that can end an answer
@@ -1688,6 +1688,7 @@ class BaseTokenizer:
     def compile_patterns(self):
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
+        self.special_and_added_ids = frozenset(self.special_and_added.values())
         self.special_and_added_pattern = compile_alternation(self.special_and_added)
         # some models have <|im_end|> among the added tokens
         self.end_ids = {i for text, i in self.special_and_added.items()
@@ -3429,7 +3430,7 @@ def split_runs(ids, values):
 def mark_special(tok, ids, use_color):
     """The text of ids, with special tokens distinguished from text that spells them."""
     parts = []
-    for run, is_special in split_runs(ids, np.isin(ids, list(tok.special_and_added.values()))):
+    for run, is_special in split_runs(ids, np.isin(ids, list(tok.special_and_added_ids))):
         text = tok.decode(run)
         if is_special and use_color:
             text = f"\x1b[7m{text}\x1b[27m"

@@ -139,16 +139,17 @@ def test_a_match_costs_nothing_and_any_change_tokenizes_anew(tmp_path):
     assert folder() != first
 
 
-def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path):
+def test_files_folders_globs_gz_and_every_core_give_the_same_tokens(tmp_path, monkeypatch):
     import gzip
     rng = random.Random(0)
     records = [{"text": " ".join(rng.choices(["alpha", "beta", "gamma é"], k=rng.randrange(1, 300)))}
-               for _ in range(2000)]
+               for _ in range(300)]
+    monkeypatch.setattr(T, "BLOCK", 2**14)
     (tmp_path / "d").mkdir()
     whole = write(tmp_path, records)
-    write(tmp_path / "d", records[:1300], "a.jsonl")
+    write(tmp_path / "d", records[:200], "a.jsonl")
     with gzip.open(tmp_path / "d" / "b.json.gz", "wt") as f:
-        json.dump([r["text"] for r in records[1300:]], f)
+        json.dump([r["text"] for r in records[200:]], f)
     assert whole.stat().st_size > 4 * T.BLOCK                            # enough for several processes
     one = T.load_datasets(cfg_for(tmp_path, whole, "data.processes=1"), quiet=True)["train"]["x"]
     for other in (T.load_datasets(cfg_for(tmp_path, whole, "data.processes=2", "data.source.label=y",
@@ -1647,22 +1648,23 @@ def test_load_datasets_repeats_the_warnings_of_a_source(tmp_path, capsys):
 
 # ---- signals
 
-def big_file(tmp_path):
+def big_file(tmp_path, n=6000):
     """About 1.5 MB, so that several processes tokenize it."""
-    return write(tmp_path, [{"messages": chat(f"{i} " + "red green blue " * 10, "ok " * 20)} for i in range(6000)])
+    return write(tmp_path, [{"messages": chat(f"{i} " + "red green blue " * 10, "ok " * 20)} for i in range(n)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_tokenize_source_ends_at_a_signal(tmp_path, monkeypatch, number):
     """No half-written folder and no process is left, and the next start does it."""
-    cfg = cfg_for(tmp_path, big_file(tmp_path), "data.processes=2")
+    monkeypatch.setattr(T, "BLOCK", 2**14)
+    cfg = cfg_for(tmp_path, big_file(tmp_path, 600), "data.processes=2")
     monkeypatch.setattr(T.TokenWriter, "write", lambda self, encoded: signal.raise_signal(number))
     with pytest.raises(SystemExit) as e:
         T.load_datasets(cfg, quiet=True)
     assert e.value.code == 128 + number
     assert os.listdir(tmp_path / "cache") == [] and multiprocessing.active_children() == []
     monkeypatch.undo()
-    assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 6000
+    assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 600
 
 
 def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):

@@ -1,11 +1,11 @@
 """tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
-import functools, gzip, itertools, json, random, shutil
+import functools, gzip, itertools, json, random
 from pathlib import Path
 
 import pytest
 
-import configs, tokenize_data as T
-from conftest import REALDATA, ROOT
+import tokenize_data as T
+from conftest import REALDATA
 from test_tokenize import BYTES, CHATML, cfg_for, chat, spans
 
 NASTY = [*T.TEST_STRINGS, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
@@ -538,92 +538,3 @@ def check_warnings(record, rendering, place):
     if "chat_template_kwargs" in record and "enable_thinking" not in rendering.template.variables:
         want.add(T.UNUSED)
     assert {kind for kind, _ in rendering.warnings} == want, (place, rendering.warnings, rendering.text)
-
-
-# ---- damaged inputs
-
-def damaged(rng, raw):
-    """A file's bytes with one to three accidents."""
-    raw = bytearray(raw)
-    for _ in range(rng.randrange(1, 4)):
-        a, b = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
-        b = min(b, a + rng.choice((1, 2, 20, 10_000)))
-        kind = rng.randrange(6)
-        if kind == 0:
-            raw[a:b] = b""
-        elif kind == 1:
-            raw[a:a] = rng.choice([b"\x00", b"\xff", b'"', b"{", b"]", b"\n", b"\\ud800", b"<|im_end|>", b"null",
-                                   b"[" * 50_000, b"9" * 5000, "\ufdd2\ufdd4\ufdd3".encode()])
-        elif kind == 2 and raw:
-            raw[a % len(raw)] = rng.randrange(256)
-        elif kind == 3:
-            raw[a:b] = raw[a:b] * 3
-        elif kind == 4:
-            raw[a:b] = raw[a:b][::-1]
-        else:
-            words = [b'"content"', b'"role"', b'"assistant"', b'"user"', b'"text"', b'"hi"', b"[", b"{",
-                     b'"weight": 1', b'"tools"', b'"value"']
-            others = [b"null", b"3", b"[]", b"{}", b'""', b'"x"', b"1.5", b"true", *words]
-            raw = bytearray(bytes(raw).replace(rng.choice(words), rng.choice(others), rng.randrange(1, 4)))
-    return bytes(raw)
-
-
-def one_clear_line(call, name):
-    """What call() gives, or None where it ends in a UserError of one line that names the file."""
-    try:
-        return call()
-    except ValueError as e:
-        assert isinstance(e, configs.UserError) and "\n" not in str(e) and len(str(e)) < 3000 and name in str(e), repr(e)
-
-
-def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
-    """Three hundred files; where broken records are skipped, those before the first accident are as they were."""
-    rng = random.Random(0)
-    records = [{"messages": chat("hi", "yo", "é?", "ok"), "tools": TOOLS},
-               {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x", "weight": 1}]},
-               {"instruction": "add", "input": "1 2", "output": "3"}, {"text": "hi 日本"}, "just text",
-               {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}]}]
-    seen, cfg = 0, cfg_for(tmp_path, tmp_path)
-
-    def load(name, cache, on_error="error"):
-        source = cfg["data"]["train"]["x"] | {"path": str(tmp_path / name)}
-        data = cfg["data"] | {"train": {"x": source}, "cache_dir": str(tmp_path / cache), "on_error": on_error}
-        return T.load_datasets(cfg | {"data": data}, BYTES, quiet=True)["train"]["x"]
-
-    for k in range(300):
-        rng.shuffle(records)
-        name = f"{k}{rng.choice(['.jsonl', '.jsonl', '.json', '.txt', '.jsonl.gz', '.json.gz'])}"
-        indent = rng.choice([None, 1]) if "jsonl" not in name else None
-        raw = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records, indent=indent)
-        made = gzip.compress(raw.encode()) if name.endswith("gz") else raw.encode()
-        (tmp_path / name).write_bytes(made)
-        before = load(name, f"a{k}")
-        bad = damaged(rng, made)
-        (tmp_path / name).write_bytes(bad)
-        after = one_clear_line(lambda: load(name, f"b{k}", rng.choice(["skip", "error"])), name)
-        if after is not None and name.endswith(".jsonl"):
-            seen += 1
-            whole = next((i for i, (x, y) in enumerate(zip(made, bad)) if x != y), min(len(made), len(bad)))
-            for i in range(made[:whole].count(b"\n")):               # records before it, one document each
-                assert (after.document(i)[0] == before.document(i)[0]).all()
-                assert (after.document(i)[1] == before.document(i)[1]).all()
-    assert seen > 20
-
-
-def test_damaged_tokenizers_and_templates_give_one_clear_line(tmp_path):
-    """A hundred and fifty of them."""
-    rng = random.Random(1)
-    folder = ROOT / "data" / "base"
-    for k in range(75):
-        (tmp_path / "tokenizer_config.json").write_bytes(damaged(rng, (folder / "tokenizer_config.json").read_bytes())
-                                                         if k % 2 else (folder / "tokenizer_config.json").read_bytes())
-        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() if k % 2
-                                                  else damaged(rng, (folder / "tokenizer.json").read_bytes()))
-        tok = one_clear_line(lambda: T.huggingface_tokenizer(tmp_path), "tokenizer")
-        if tok is not None:
-            tok.encode("hi 日本")
-    for k in range(75):
-        (tmp_path / "t.jinja").write_bytes(damaged(rng, QWEN3.encode()))
-        (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat("hi", "yo")}))
-        one_clear_line(lambda: T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl",
-                                                 f"data.chat_template={tmp_path / 't.jinja'}"), quiet=True), "")

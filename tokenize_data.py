@@ -1931,9 +1931,7 @@ def bytes_to_unicode():
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    characters = {b: chr(b) for b in printable}
-    characters |= {b: chr(256 + n) for n, b in enumerate(others)}
-    return characters
+    return dict(zip(printable + others, map(chr, [*printable, *range(256, 256 + len(others))])))
 
 
 BYTES_TO_UNICODE = bytes_to_unicode()
@@ -2741,18 +2739,14 @@ def has_constant_prompt(template):
     bodies, name only arguments of the template: neither messages nor variables that it sets.
     """
     tree = template.jinja.environment.parse(template.text)
-    names = set()
-    n_conditions = 0
-    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
-        # (find_all, in names_in, skips the node itself: so the condition is put into another one)
-        condition = names_in(nodes.Output([branch.test]))
-        if "add_generation_prompt" in condition:
-            n_conditions += 1
-            names.update(names_in(branch))
+    # (find_all, in names_in, skips the node itself: so the condition is put into another one)
+    branches = [branch for branch in tree.find_all((nodes.If, nodes.CondExpr))
+                if "add_generation_prompt" in names_in(nodes.Output([branch.test]))]
+    names = {name for branch in branches for name in names_in(branch)}
     # as many mentions as conditions: it is read nowhere else (twice in one condition: False)
     n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
-    return n_conditions == n_mentions and names <= arguments
+    return len(branches) == n_mentions and names <= arguments
 
 
 def names_in(tree):

@@ -125,15 +125,6 @@ def check_type(value, expected, problem):
         raise UserError(f"{problem}, got {shown}")
 
 
-def read_json_object(path):
-    """Return the JSON object in a file as a dict. Raises UserError if there is none."""
-    text = read_text(path)
-    with error_context(path, JSON_ERRORS, "not a JSON object: "):
-        value = json.loads(text)
-        check_type(value, dict, "expected one")
-    return value
-
-
 def fingerprint(*values):
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
@@ -1345,7 +1336,8 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True,
                          extensions=[jinja2.ext.loopcontrols])
         self.filters["mark_generation"] = mark_generation
-        self.filters["tojson"] = tojson
+        # as in transformers: jinja2's own filter escapes <, > and & for HTML
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals.update(raise_exception=raise_exception, strftime_now=now.strftime)
 
     def getattr(self, obj, attribute):
@@ -1387,12 +1379,6 @@ def filter_tag(match):
 
 def mark_generation(text):
     return GENERATION_MARK + text + GENERATION_MARK
-
-
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As in transformers: jinja2's own filter escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
 
 
 def raise_exception(message):
@@ -2025,9 +2011,9 @@ def huggingface_tokenizer(path):
         path = path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
-    spec = read_json_object(path)
+    spec = configs.read_json(path)
     config_file = path.with_name("tokenizer_config.json")
-    config = read_json_object(config_file) if config_file.is_file() else {}
+    config = configs.read_json(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
         tokens = spec.get("added_tokens") or []
@@ -2273,7 +2259,7 @@ def save_tokenizer(tok, folder, chat_template):
         if templates.is_dir() and chat_template in (None, tok.template):
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
     if config_file.is_file():
-        config = read_json_object(config_file)
+        config = configs.read_json(config_file)
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
@@ -2283,7 +2269,7 @@ def save_tokenizer(tok, folder, chat_template):
     config["eos_token"] = tok.eos
     map_file = folder / "special_tokens_map.json"        # of older models; it would override both
     if map_file.is_file():
-        names = read_json_object(map_file)
+        names = configs.read_json(map_file)
         write_json(map_file, {key: names[key] for key in names
                               if key not in ("bos_token", "eos_token")})
     if chat_template and chat_template != tok.template:
@@ -3212,7 +3198,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
 def read_header(folder):
     if not (folder / "header.json").is_file():
         raise UserError(f"{folder}: has no header.json; delete the folder to tokenize again")
-    return read_json_object(folder / "header.json")
+    return configs.read_json(folder / "header.json")
 
 
 def print_warnings(warnings, name):

@@ -233,7 +233,6 @@ def test_damaged_files_and_folders_are_named(tmp_path):
     wrong(["latin.jinja", "UTF-8"], T.load_datasets,
           cfg_for(tmp_path, text, f"data.chat_template={tmp_path / 'latin.jinja'}"))
     wrong(["data.bos_token", "[a]"], T.load_datasets, cfg_for(tmp_path, text, "data.bos_token=[a]"))
-    wrong(["missing.json", "cannot be read", "No such file"], T.read_json_object, tmp_path / "missing.json")
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -266,8 +266,7 @@ def test_a_tiktoken_file_is_read_anew_and_checked(tmp_path):
     path.write_text("\n".join([*lines, f"{base64.b64encode(b'ab').decode()} 256"]))
     assert T.tiktoken_file(path, r"[\s\S]+", {"<e>": 257}).encode("ab").tolist() == [256]
     for pattern, special, words in (("", {}, ["tokenizer_pattern"]), ("(", {}, ["tokenizer_pattern", "'('"]),
-                                    ("a", {"<e>": 256}, ["<e>", "256"]), ("a", {"<e>": [1]}, ["<e>"]),
-                                    ("a", {"<e>": -1}, ["<e>"]), ("a", {"<e>": 300, "<f>": 300}, ["<e>", "300"])):
+                                    (".|\\n", {"<e>": 256}, ["256"]), (".|\\n", {"<e>": 300, "<f>": 300}, ["300"])):
         wrong(words, T.tiktoken_file, path, pattern, special)
     wrong(["none.tiktoken", "No such file"], T.tiktoken_file, tmp_path / "none.tiktoken", "a", {})
 
@@ -818,7 +817,7 @@ def test_a_hub_dataset_is_downloaded_by_split(hub, tmp_path):
     assert got[2] == [1, ["data/test.jsonl"]] and got[3] == [2, ["other/train_sft.json"]]
     assert got[4] == [5, ["other/dev.jsonl.gz"]] and got[8] == [7, []]
     for error, words in ((got[5], ["'extra'", "data/test.jsonl"]), (got[6], ["'train'", "other/dev.jsonl.gz"]),
-                         (got[7], ["data.train.x.path", "no/such", "no such dataset"])):
+                         (got[7], ["data.train.x.path", "no/such", "Repository Not Found"])):
         assert isinstance(error, str) and "\n" not in error and all(w in error for w in words), error
     cache = tmp_path / "home" / "hub" / "datasets--someone--sums"
     first, second = sorted(cache.glob("snapshots/*/data/train-*"))
@@ -1446,7 +1445,7 @@ def test_a_hub_dataset_has_a_revision_and_is_whole_or_refused(hub, tmp_path):
     """Its commit is recorded, in the names of its files. Without network, a split of which a part was downloaded is not the split."""
     train = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]
     got = hub("someone/sums", "someone/sums@v1.0 data.train.x.split=test", "someone/sums@gone")
-    assert got[:2] == [[7, train], [1, ["data/test.jsonl"]]] and "no revision gone" in got[2]
+    assert got[:2] == [[7, train], [1, ["data/test.jsonl"]]] and "Revision Not Found" in got[2]
     headers = [json.loads(path.read_text()) for path in tmp_path.glob("tokens/x-*/header.json")]
     assert all(f"/snapshots/{'0' * 40}/" in file for header in headers for file in header["files"])
     cache = tmp_path / "home" / "hub" / "datasets--someone--sums"

@@ -1164,7 +1164,6 @@ GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1"
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
                          rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
-GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # two words with which ChatTemplate tries a template out; no template has them in its own text
 WORDS = [f"w{os.urandom(8).hex()}" for _ in range(2)]
 SPACES = re.compile(r"\s*")
@@ -1347,7 +1346,9 @@ def compile_template(text, now=None):
     now  the time of templates that read the clock; None: the time at which it is compiled
     """
     environment = ChatEnvironment(now or datetime.now())
-    text = GENERATION_TAG.sub(filter_tag, text)
+    # {% generation %} ... {% endgeneration %}, as tags that jinja2 knows
+    for tag, known in (("generation", "filter mark_generation"), ("endgeneration", "endfilter")):
+        text = re.sub(rf"{{%([-+]?)\s*{tag}\s*([-+]?)%}}", rf"{{%\1 {known} \2%}}", text)
     try:
         # first, because it leaves out what is in environment.globals, where tools come next
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
@@ -1361,13 +1362,6 @@ def compile_template(text, now=None):
         raise UserError(f"the chat template: {one_line(error)}") from None
     jinja.globals = dict(jinja.globals)                  # every rendering copies this ChainMap
     return ChatTemplate(jinja, text, variables - {"messages", "add_generation_prompt"})
-
-
-def filter_tag(match):
-    """{% generation %} ... {% endgeneration %}, as tags that jinja2 knows."""
-    left, end, right = match.groups()
-    name = "endfilter" if end else "filter mark_generation"
-    return f"{{%{left} {name} {right}%}}"
 
 
 def mark_generation(text):
@@ -2413,7 +2407,8 @@ def find_spans(rendering, train_on):
             position = end
         spans.append(Span(position, len(rendering.text), 1.0))
     elif not blocks:
-        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        wanted = [i for i in answers if weights[i]
+                  and (messages[i].get("content") or has_generated_fields(messages[i]))]
         for start, end, i in find_turns(rendering, wanted):
             spans.append(Span(start, end, weights[i], i))
     elif len(blocks) == len(answers):            # each answer has one block
@@ -2447,10 +2442,6 @@ def message_weights(messages, train_on):
         is_excluded = is_earlier or message["role"] == "tool"
         weights.append(0.0 if is_excluded else message.get("weight", 1.0))
     return weights
-
-
-def has_words(message):
-    return bool(message.get("content")) or has_generated_fields(message)
 
 
 def find_turns(rendering, wanted):

@@ -783,8 +783,12 @@ def conditional_model_options(model_cfg):
     no_window = "without model.sliding_window"
     return [
         ("model.rope_theta model.rope_scaling model.rope_local_theta model.rope_interleaved "
-         "model.rope_layers model.partial_rotary_factor", "model.positions",
-         model_cfg["positions"] == "rope", "with learned positions (model.positions)"),
+         "model.rope_layers model.partial_rotary_factor model.llama_4_scaling_beta",
+         "model.positions", model_cfg["positions"] == "rope",
+         "with learned positions (model.positions)"),
+        ("model.global_head_dim model.n_global_kv_heads model.attention_k_eq_v model.d_per_layer "
+         "model.n_kv_shared_layers model.double_wide_mlp", "model.block",
+         model_cfg["block"] == "gemma4", "without model.block=gemma4"),
         ("model.layer_types", "model.sliding_window", window or has_linear, no_window),
         ("model.rope_local_theta", "model.sliding_window", window, no_window),
         ("model.linear_num_key_heads model.linear_num_value_heads model.linear_key_head_dim "

@@ -1102,6 +1102,7 @@ class Transformer(nn.Module):
         self.dtype = torch.float32           # of the computation
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
+        self.offload_device = None           # with shard.offload: that of the computation
         self.adapter_dropout = 0.0           # shard.lora.dropout
         self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
 
@@ -1222,9 +1223,14 @@ class Transformer(nn.Module):
         """
         E = self.cfg["head_dim"]
         can_take_width = E % 8 == 0 and E <= 256
-        if not self.embed.weight.is_cuda or self.dtype == torch.float32 or not can_take_width:
+        if self.device.type != "cuda" or self.dtype == torch.float32 or not can_take_width:
             return False
-        return torch.cuda.get_device_capability(self.embed.weight.device) >= (8, 0)
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    @property
+    def device(self):
+        """The device of the computation. With shard.offload, the weights are in host memory."""
+        return self.offload_device or self.embed.weight.device
 
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]
@@ -2199,7 +2205,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
                 when it returns False. On a sharded model, it must return the same on all ranks
     """
     m = model.cfg
-    device = model.embed.weight.device
+    device = model.device
     check_generation(prompts, m["max_len"], max_tokens, temperature, top_k, top_p)
     lengths = [len(prompt) for prompt in prompts]
     capacity = min(max(lengths) + max_tokens, m["max_len"])

@@ -16,6 +16,8 @@ Ranks form a mesh of replicate x shard. Here 2 x 4:
     1 x n    sharded: ZeRO-3 by FSDP2, the least memory; ZeRO-2 with reshard_after_forward=false
     m x n    both (HSDP): sharded within a node, for example, and replicated over nodes
 
+    With shard.offload=all, FSDP2 keeps what each rank holds in host memory, on any mesh.
+
 Communication in one step:
 
     all-gather      along a row: a block's shards become its whole weights, before its forward pass
@@ -97,7 +99,6 @@ JOIN_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks have started
 def init_distributed(cfg):
     """Join the process group of all ranks. Raises UserError if the launch command can't work."""
     device, _ = pick_device(cfg)
-    backend = "gloo"
     if device.type == "cuda":
         if torch.cuda.device_count() < local_world_size():
             raise configs.UserError(
@@ -105,7 +106,6 @@ def init_distributed(cfg):
                 f"{torch.cuda.device_count()} GPUs; "
                 f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
     env = os.environ
     message = (f"MASTER_ADDR: rank {env['RANK']} waits for {env['WORLD_SIZE']} ranks to meet at "
                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}; {configs.unset_hint(env)}")
@@ -116,7 +116,8 @@ def init_distributed(cfg):
         wait_for_store()
         store, this_rank, n_ranks = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
         store = store_of_this_start(store)
-        dist.init_process_group(backend, store=store, rank=this_rank, world_size=n_ranks,
+        dist.init_process_group(backend_of(device), store=store, rank=this_rank,
+                                world_size=n_ranks,
                                 device_id=device if device.type == "cuda" else None)
     except (dist.DistError, TimeoutError):
         raise configs.UserError(f"{message} (no answer)") from None
@@ -124,6 +125,11 @@ def init_distributed(cfg):
         timer.cancel()
     if this_rank > 0:
         warnings.simplefilter("ignore")    # rank 0 prints the same warnings
+
+
+def backend_of(device):
+    """torch.distributed's backend. CPU tensors are communicated in any case: see collectives."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def wait_for_store():
@@ -1078,13 +1084,19 @@ def parallelize(model, cfg, read_slice):
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     # 4) shard
+    offload = cfg["shard"]["offload"] == "all"
     _, shards = mesh_sizes(cfg, world_size())
-    if shards > 1:
+    if shards > 1 or offload:
         apply_fsdp(model, cfg, device, dtype)
     # 5) load weights: each rank reads the rows of its shard only
-    load_weights(model.to_empty(device=device), read_slice, cfg["seed"])
+    load_weights(model.to_empty(device="cpu" if offload else device), read_slice, cfg["seed"])
     if lora_cfg["r"] and lora_cfg["init_from"]:
         load_adapter(model, lora_cfg)
+    if offload:
+        model.offload_device = device
+        for module in model.modules():                   # FSDP copies parameters, not buffers
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
@@ -1192,7 +1204,7 @@ def compile_blocks(model):
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
         if model.cfg["n_experts"]:           # its shapes depend on where tokens are sent
             block.mlp.forward = torch.compiler.disable(block.mlp.forward)
-    if model.embed.weight.is_cuda:
+    if model.device.type == "cuda":
         model.token_losses = torch.compile(model.token_losses, dynamic=True)
 
 
@@ -1202,7 +1214,7 @@ def warm_up(model, cfg):
     The compiler divides sums over tokens by the length that it sees first. With the same first
     length in every process, a resumed run computes bitwise what an uninterrupted one does.
     """
-    device = model.embed.weight.device
+    device = model.device
     if not should_compile(cfg, device):
         return
     n_tokens = cfg["micro_tokens"]
@@ -1244,8 +1256,11 @@ def apply_fsdp(model, cfg, device, dtype):
     computation: an embedding's gradient is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
-    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard, register_fsdp_forward_method)
+    if not dist.is_initialized():        # one rank, with shard.offload: FSDP2 needs a process group
+        dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     sizes = mesh_sizes(cfg, world_size())
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
@@ -1254,12 +1269,16 @@ def apply_fsdp(model, cfg, device, dtype):
                                   cast_forward_inputs=False)
     # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
     param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
+    offload = OffloadPolicy()
+    if cfg["shard"]["offload"] == "all":
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    fully_shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
     for block in model.blocks:
         if hasattr(block.attn, "decay"):     # of families/delta_net.py: as stored, not in bf16
-            fully_shard(block.attn.decay, mesh=mesh, mp_policy=precision(param_dtype=None))
-        fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=param_dtype),
+            fully_shard(block.attn.decay, mp_policy=precision(param_dtype=None))
+        fully_shard(block, mp_policy=precision(param_dtype=param_dtype),
                     reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mesh=mesh, mp_policy=precision(param_dtype=None))
+    fully_shard(model, mp_policy=precision(param_dtype=None))
     for module in fsdp_modules(model):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
@@ -1337,10 +1356,12 @@ def full_tensor(t):
 def set_gradient_sync(model, last):
     """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
 
-    Before that, each rank accumulates its own gradients. Replicated models need nothing here.
+    Before that, each rank accumulates its own gradients. They are whole and on the device, so with
+    shard.offload every micro-batch sums, and its sums are added up in host memory. Replicated
+    models need nothing here.
     """
     if is_sharded(model):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or model.offload_device is not None)
 
 
 def all_reduce_gradients(model):

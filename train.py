@@ -481,7 +481,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     sum does not depend on micro_tokens and ranks; another aggregation may. One that calls
     backward() itself has to call unscale_gradients(model) afterwards.
     """
-    loss = torch.zeros((), device=model.embed.weight.device)
+    loss = torch.zeros((), device=model.device)
     document_stats = []
     for i, micro_batch in enumerate(micro_batches):
         # FSDP (set to sum, see shard.apply_fsdp) reduces over ranks in the last backward pass only
@@ -510,7 +510,7 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
     """
     if shard.is_sharded(model):
         raise configs.UserError("shard.mesh.shard: gradients per micro-batch exist only where each "
-                                "rank holds the whole model; shard.mesh.shard=1")
+                                "rank holds the whole model; shard.mesh.shard=1 shard.offload=none")
     params = [p for p in model.parameters() if p.requires_grad]
     for micro_batch in micro_batches:
         model.zero_grad()
@@ -1018,7 +1018,7 @@ def setup(cfg, explicit):
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
     return Run(
-        cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
+        cfg=cfg, state=state, device=model.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
         token_bytes=tokenize_data.token_bytes(tokenizer), steps_per_epoch=steps_per_epoch,

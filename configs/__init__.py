@@ -760,7 +760,7 @@ def conditional_options(cfg):
            "without a tracker; log.to=wandb names one")
     mesh = cfg["shard"]["mesh"]
     yield ("shard.reshard_after_forward", "shard.mesh",
-           mesh["replicate"] or (mesh["shard"] or 1) > 1,
+           mesh["replicate"] or (mesh["shard"] or 1) > 1 or cfg["shard"]["offload"] != "none",
            "on unsharded ranks; shard.mesh.shard=2 shards over two")
     for key in ("tokenizer_pattern", "special_tokens"):
         yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),

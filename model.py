@@ -1102,6 +1102,7 @@ class Transformer(nn.Module):
         self.dtype = torch.float32           # of the computation
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
+        self.recompute_options = {}          # of checkpoint(): what it keeps nevertheless
         self.offload_device = None           # with shard.offload: that of the computation
         self.adapter_dropout = 0.0           # shard.lora.dropout
         self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
@@ -1189,7 +1190,7 @@ class Transformer(nn.Module):
             if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, x, rope, layout, block_seeds,
-                    use_reentrant=False, preserve_rng_state=False)
+                    use_reentrant=False, preserve_rng_state=False, **self.recompute_options)
             else:
                 x = block(x, rope, layout, block_seeds)
         return self.norm(x)

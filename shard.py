@@ -1083,6 +1083,8 @@ def parallelize(model, cfg, read_slice):
     cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
+    if cfg["shard"]["recompute"] == "selective":
+        model.recompute_options = {"context_fn": keep_matmuls(cfg, device)}
     # 4) shard
     offload = cfg["shard"]["offload"] == "all"
     _, shards = mesh_sizes(cfg, world_size())
@@ -1165,7 +1167,7 @@ def choose_recompute(model_cfg, cfg, device):
     n_blocks = model_cfg["n_layers"]
     recompute = cfg["shard"]["recompute"]
     if recompute is not None:
-        return n_blocks if recompute is True else min(int(recompute), n_blocks)
+        return n_blocks if recompute in (True, "selective") else min(int(recompute), n_blocks)
     budget = memory_budget(device)
     for recompute in range(n_blocks):
         shard_cfg = cfg["shard"] | {"recompute": recompute}
@@ -1173,6 +1175,24 @@ def choose_recompute(model_cfg, cfg, device):
         if sum(peak_phase(phases)[1].values()) <= budget:
             return recompute
     return n_blocks
+
+
+def keep_matmuls(cfg, device):
+    """The context_fn of torch.utils.checkpoint.checkpoint() for shard.recompute=selective.
+
+    It keeps the outputs of matmuls and attention. Raises UserError if blocks are compiled.
+    """
+    from torch.nn.attention import varlen                # defines torch_attn._varlen_attn
+    if should_compile(cfg, device):
+        raise configs.UserError(
+            "shard.recompute: selective has no effect on compiled blocks, whose compiler recomputes "
+            "norms and activation functions already; shard.recompute=false or shard.compile=false")
+    kept = [torch.ops.torch_attn._varlen_attn.default]
+    for name in ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
+                 "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                 "_scaled_dot_product_flash_attention_for_cpu"):
+        kept.append(getattr(torch.ops.aten, name).default)
+    return functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
 
 
 def memory_budget(device):

@@ -744,7 +744,8 @@ def conditional_options(cfg):
     data = cfg["data"]
     can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
     mesh = cfg["shard"]["mesh"]
-    is_sharded = mesh["replicate"] or (mesh["shard"] or 1) > 1
+    is_sharded = (mesh["replicate"] or (mesh["shard"] or 1) > 1
+                  or cfg["shard"]["offload"] != "none")
     uses_lora = cfg["shard"]["lora"]["r"]
     switches = (
         ("shard.lora.alpha shard.lora.targets shard.lora.rslora shard.lora.dropout "
@@ -864,6 +865,9 @@ def check(cfg, layers_by_key, defaults):
         yield (group.get("train", True) or not {"lr", "weight_decay"} & group.keys(),
                "param_groups", "a list in which groups with train: false have no lr and no "
                "weight_decay")
+    yield (cfg["shard"]["recompute"] != "selective" or not cfg["shard"]["lora"]["r"],
+           "shard.recompute", "true, false or a number with LoRA, whose adapters are added in place "
+           "to the outputs that selective would keep")
     for key in ("master_dtype", "moment_dtype"):
         yield (cfg["optimizer"] == "adamw" or cfg["shard"][key] == "float32", f"shard.{key}",
                f"float32 with optimizer={cfg['optimizer']}; bfloat16 is for adamw")

@@ -1254,31 +1254,19 @@ class ChatTemplate:
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
 
     @cached_property
+    def takes_parts(self):
+        """Does it write the texts of a content's parts, and not their list, as Python or JSON?"""
+        word = WORDS[0]
+        text = self.try_content([{"type": "text", "text": word}])
+        return word in text and not re.search(f"['\"]text['\"]: ?['\"]{word}", text)
+
+    @cached_property
     def takes_text(self):
         """Does it write contents that are text? Those of vision models may need a list of parts.
 
         True if it writes neither.
         """
-        parts = [{"type": "text", "text": WORDS[0]}]
-        writes_parts = WORDS[0] in self.try_content(parts)
-        return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
-
-    @cached_property
-    def part_separator(self):
-        """(What it writes between two parts of a content, whether it strips each part)."""
-        # the tabs are in the rendering if it does not strip
-        texts = (f"{WORDS[0]}\t", f"\t{WORDS[1]}")
-        text = self.try_content([{"type": "text", "text": text} for text in texts])
-        between = re.search(f"{WORDS[0]}(.*){WORDS[1]}", text, re.DOTALL)
-        # a template that dumps the list, as Python or JSON, has no separator
-        if not between or '"type"' in between[1].replace("'", '"'):
-            return "", False
-        return between[1].strip("\t"), not between[1].startswith("\t")
-
-    def join_parts(self, parts):
-        separator, strips = self.part_separator
-        texts = [part["text"].strip() if strips else part["text"] for part in parts]
-        return separator.join(texts)
+        return WORDS[0] in self.try_content(WORDS[0]) or not self.takes_parts
 
     @cached_property
     def reasoning_keys(self):
@@ -1403,7 +1391,7 @@ class Rendering:
     """A chat's text, and what find_spans() and encode_spans() need to know about it."""
     template: ChatTemplate
     tok: object
-    messages: list               # as rendered: see prepare_messages
+    messages: list               # as rendered: see prepare_message
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
@@ -1452,7 +1440,7 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     if template.tool_use and variables.get("tools"):
         template = template.tool_use
     variables = {key: value for key, value in variables.items() if key in template.variables}
-    messages = prepare_messages(template, messages)
+    messages = [prepare_message(template, message) for message in messages]
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode, and text that
     # the tokenizer composes. Both are rare, so messages are cleaned only then
@@ -1526,9 +1514,10 @@ def find_unwritten(rendering, given):
         texts += [("the documents", "", value) for value in document.values()]
     for i, message in enumerate(rendering.messages):
         place = f"message {i + 1}: "
-        thoughts, _, words = (message.get("content") or "").rpartition(THOUGHTS_END)
-        texts.append((f"the {message['role']} message", place, words))
-        texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
+        for text in content_texts(message):
+            thoughts, _, words = text.rpartition(THOUGHTS_END)
+            texts.append((f"the {message['role']} message", place, words))
+            texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
         for key, value in message.items():
             if THOUGHT_KEY.search(key):
                 texts.append(("the reasoning", place, value))
@@ -1559,36 +1548,34 @@ def is_written(text, rendered):
     return max(runs, key=len, default="").strip() in rendered
 
 
-def prepare_messages(template, messages):
-    """Give contents and tool calls the form that the template writes.
+def prepare_message(template, message):
+    """Give a message's content and tool calls the form that the template writes.
 
     A template without tool calls gets them as content, so that nothing is lost.
     """
-    prepared = []
-    for message in messages:
-        if isinstance(message.get("content"), list):
-            message = message | {"content": template.join_parts(message["content"])}
-        if message.get("tool_calls"):
-            message = prepare_calls(template, message)
-        prepared.append(message)
-    return prepared
-
-
-def prepare_calls(template, message):
-    """Give a message's tool calls, and its content if that is empty, a form that is written."""
-    content = message.get("content")
-    calls = message["tool_calls"]
+    texts = content_texts(message)
+    if not template.takes_parts and len(texts) > 1:
+        message = message | {"content": "".join(texts)}
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
     if "tool_calls" not in template.text:
-        texts = [content] if content else []
         for call in calls:
             texts.append(to_json(with_arguments(call, as_json=False)["function"]))
-        return message | {"content": "\n".join(texts), "tool_calls": None}
+        return message | {"content": "\n".join(filter(None, texts)), "tool_calls": None}
+    content = message.get("content")
     is_json = isinstance(calls[0]["function"]["arguments"], str)
     # find_call_form is cached: so only whether there is text counts
     form, as_json = find_call_form(template, content and "text", is_json)
     if not content:
         message = {key: value for key, value in message.items() if key != "content"} | form
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
+
+
+def content_texts(message):
+    """The texts of a content's parts. A content that is a text is one part."""
+    content = message.get("content") or ""
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 @lru_cache(maxsize=1000)
@@ -2501,7 +2488,8 @@ def find_message_spans(rendering, wanted):
     and those with tool calls or reasoning, are replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
-    plain = [i for i, message in enumerate(messages) if not has_generated_fields(message)]
+    plain = [i for i, message in enumerate(messages)
+             if isinstance(message.get("content"), str) and not has_generated_fields(message)]
     spans = align_messages(rendering, plain)
     if len(spans) < len(plain):
         spans = align_messages(rendering, [i for i in plain if i in wanted])

@@ -1066,14 +1066,6 @@ def test_normalize_a_documents_column_of_another_kind_is_left_alone():
         assert "documents" not in T.normalize_record({"messages": chat("q", "a"), "documents": text}, "x")
 
 
-def test_template_probes_are_not_fooled_by_a_templates_own_words():
-    """A template with "first" in its text, whose parts of a content are written without a separator."""
-    text = ("Think first. {% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
-            "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}")
-    template = T.compile_template(text)
-    assert template.join_parts([{"text": "a"}, {"text": "b"}]) == "ab"
-
-
 def test_encode_chat_null_content_with_reasoning_is_empty():
     """Reasoning without calls or content: the word None is not trained."""
     record = {"messages": [*chat("hi"), {"role": "assistant", "content": None, "reasoning_content": "x"}]}
@@ -1112,9 +1104,21 @@ def test_encode_chat_reports_what_the_template_drops():
     assert rendered(last, {"messages": turns[:3]})[1] == [(f"{does_not} the reasoning of a record", "message 2: 'hm'")]
 
 
+def test_encode_chat_trains_all_parts_of_a_content():
+    """The template writes something between them; one that takes no lists gets them joined."""
+    template = T.compile_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{{ ' + ' if not loop.last }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    record = T.normalize_record({"messages": [*chat("q"), answer, *chat("r", "c")]}, "x")
+    assert spans(BYTES, *T.encode_chat(BYTES, template, **record)) == ["a + b<|im_end|>", "c<|im_end|>"]
+    assert spans(BYTES, *T.encode_chat(BYTES, CHATML, **record)) == ["ab<|im_end|>", "c<|im_end|>"]
+
+
 def test_render_content_parts_as_the_template_joins_them():
     two = [{"type": "text", "text": " a "}, {"type": "text", "text": "b "}]
-    for part, want in (("{{ p.text }}", " a b |"), ("{{ p.text | trim }}", "ab|"), ("{{ p.text }}\n", " a \nb |")):
+    for part, want in (("{{ p.text }}", " a b |"), ("{{ p.text | trim }}", "ab|"), ("{{ p.text }}\n", " a \nb \n|")):
         template = ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}" + part
                     + "{% endfor %}{% endif %}|{% endfor %}")
         assert rendered(template, {"messages": [{"role": "user", "content": two}]})[0] == want
@@ -1902,16 +1906,6 @@ def test_fingerprint_source_changed_labels_of_an_npy_file_in_capitals(tmp_path):
     assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1] * 5
     np.save(tmp_path / "X_labels.npy", np.array([0, 1, -100, 3, 4], np.int32))
     assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1, 1, 0, 1, 1]
-
-
-@pytest.mark.parametrize("join, separator, strips", [(" ", " ", False), (" ", " ", True), ("", "", False),
-                                                     ("", "", True), ("\\n", "\n", False), (" + ", " + ", True)])
-def test_part_separator_may_be_a_space(join, separator, strips):
-    text = "{{ part.text | trim }}" if strips else "{{ part.text }}"
-    template = T.compile_template("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-                                  f"{{% for part in m.content %}}{text}{{{{ '' if loop.last else '{join}' }}}}"
-                                  "{% endfor %}{% endif %}{% endfor %}")
-    assert template.part_separator == (separator, strips)
 
 
 @pytest.mark.parametrize("other, n_warnings", [("s", 0), ("t", 1)])

@@ -1772,9 +1772,11 @@ class Tokenizer(BaseTokenizer):
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.tiktoken_finds_special and is_composed and not literals:
             found = self.special_and_added if find_special else self.added
-            with suppress(ValueError):            # see encode_ordinary
+            try:
                 return self.encoding.encode_to_numpy(text, allowed_special=set(found),
                                                      disallowed_special=())
+            except ValueError:                               # see encode_ordinary
+                pass
         ids = []
         for start, end, token in self.split_special(text, literals, find_special):
             if token is None:
@@ -2373,8 +2375,8 @@ def encode_spans(rendering, spans):
     loss_weights = np.zeros(len(ids), np.float32)
     for span in spans:
         # all tokens that overlap a span have its weight
-        span.first_token = int(np.searchsorted(ends, span.start, side="right"))
-        span.end_token = int(np.searchsorted(starts, span.end, side="left"))
+        span.first_token = int(ends.searchsorted(span.start, side="right"))
+        span.end_token = int(starts.searchsorted(span.end, side="left"))
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
 

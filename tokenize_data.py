@@ -83,6 +83,7 @@ JSON_ERRORS = (ValueError, RecursionError)       # RecursionError: it is nested 
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
+@dataclass
 class error_context:
     """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
@@ -93,11 +94,9 @@ class error_context:
     RecursionError comes from JSON that is nested too deeply. (A class, because each record is read
     in one, and contextlib's generators take 3 times as long.)
     """
-
-    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
-        self.place = place
-        self.errors = errors
-        self.problem = problem
+    place: str
+    errors: tuple = (UserError, RecursionError)
+    problem: str = ""
 
     def __enter__(self):
         return self
@@ -428,9 +427,10 @@ def unpack(raw, file):
     """The stream of a file's content. Raises UserError if it does not begin as its name says."""
     check_format(raw, file, file)
     name, extension = os.path.splitext(file)
-    if extension.lower() not in UNPACKERS:
+    opener = UNPACKERS.get(extension.lower())
+    if not opener:
         return raw
-    stream = UNPACKERS[extension.lower()](raw)
+    stream = opener(raw)
     check_format(stream, file, name)
     return stream
 
@@ -1028,12 +1028,11 @@ def normalize_message(turn):
 
 def find_reasoning(turn):
     """An answer's thoughts, under the first of REASONING_KEYS that has some; or ""."""
-    reasoning = ""
     for key in REASONING_KEYS:
         if turn.get(key):
             check_type(turn[key], str, f"{key}: expected text")
-            reasoning = reasoning or turn[key]
-    return reasoning
+            return turn[key]
+    return ""
 
 
 def parse_calls(turn, role, content):
@@ -2264,9 +2263,9 @@ def tokenizer_spec(tok):
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True}
-    tokens = [{"id": i, "content": text, **flags} for text, i in tok.special.items()]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = [{"id": i, "content": text, "special": True, **flags}
+              for text, i in tok.special.items()]
     merges = [f"{spell(left)} {spell(right)}" for left, right in recover_merges(tok.ranks)]
     vocab = {spell(token): i for token, i in tok.ranks.items()}
     model = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
@@ -2288,6 +2287,7 @@ def spell(token):
 # writes for the messages before the answer, with add_generation_prompt=True.
 
 # Warnings, each with its remedy. They are counted by source, and printed with the first example.
+SKIPPED = "a record has an error, and data.on_error=skip leaves it out"
 OTHER_PROMPT = ("an answer's generation prompt (add_generation_prompt=True) is not how the chat "
                 "begins, so that a model is prompted in another way than it is trained; use a "
                 "data.chat_template that writes both alike, or answers that begin as the prompt "
@@ -2857,12 +2857,10 @@ class Encoded:
 
     arrays    {name of a file: array}; of offsets, the lengths. Empty if there are no documents
     counts    see TokenWriter
-    problems  error messages of skipped records
     warnings  [(kind, example)]
     """
     arrays: dict
     counts: Counter
-    problems: list
     warnings: list
 
 
@@ -2877,7 +2875,6 @@ def encode_chunk(chunk, context):
                                context.source["special"])
         return replace(chunk, records=[part], warnings=warnings)
     documents = []
-    problems = []
     counts = Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
@@ -2892,8 +2889,8 @@ def encode_chunk(chunk, context):
                     raise
                 raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
-            problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems, warnings)
+            warnings.append((SKIPPED, str(error)))
+    return concat_documents(documents, context, chunk.file, counts, warnings)
 
 
 def encode_record(record, place, context, counts, warnings):
@@ -2954,7 +2951,7 @@ def split_windows(ids, weights, seq_len):
     return windows
 
 
-def concat_documents(documents, context, file, counts, problems, warnings):
+def concat_documents(documents, context, file, counts, warnings):
     """[(ids, loss weights, other_prompt)] -> Encoded, without documents that have no targets."""
     ignores_ids = context.never_target.any()
     kept = []
@@ -2975,7 +2972,7 @@ def concat_documents(documents, context, file, counts, problems, warnings):
                   "targets": np.array(targets, np.uint32),
                   "prompts": np.concatenate(prompts).astype(context.dtype),
                   "prompt_offsets": np.array([len(prompt) for prompt in prompts])}
-    return Encoded(arrays, counts, problems, warnings)
+    return Encoded(arrays, counts, warnings)
 
 
 def compact_weights(weights, file):
@@ -3005,7 +3002,7 @@ def join_parts_of_documents(results, context):
             if not result.ends:
                 open_ids, open_weights, _ = windows.pop()
             counts = Counter(records=int(result.ends))
-            result = concat_documents(windows, context, result.file, counts, [], result.warnings)
+            result = concat_documents(windows, context, result.file, counts, result.warnings)
         yield result
 
 
@@ -3067,7 +3064,6 @@ class TokenWriter:
         names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.weights_dtype = np.dtype(np.uint8)
-        self.problems = []
         self.warnings = {}                               # {kind: (count, the first example)}
         self.counts = Counter(
             documents=0, records=0, chats=0,
@@ -3096,7 +3092,6 @@ class TokenWriter:
             self.counts["trained"] += int(encoded.arrays["targets"].sum())
             longest = int(encoded.arrays["offsets"].max())
             self.counts["longest"] = max(self.counts["longest"], longest)
-        self.problems = (self.problems + encoded.problems)[:3]
         for kind, example in encoded.warnings:
             count, first = self.warnings.get(kind, (0, example))
             self.warnings[kind] = (count + 1, first)
@@ -3154,7 +3149,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.last_offsets["offsets"],
                   "fingerprints": fingerprints, "files": files, "vocabulary": context.tok.n_vocab,
-                  "problems": writer.problems, "warnings": writer.warnings, **writer.counts}
+                  "warnings": writer.warnings, **writer.counts}
         text = json.dumps(header, indent=1) + "\n"
         (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
@@ -3210,14 +3205,13 @@ def check_not_empty(writer, name, context):
     if counts["documents"]:
         return
     print_warnings(writer.warnings, name)                # they may tell the reason
-    problem = f": {writer.problems[0]}" if writer.problems else ""
     cut = ""
     if counts["cut_away"]:
         cut = (f", {counts['cut_away']} of them because data.seq_len={context.data['seq_len']} "
                "cuts the answers off; a larger one keeps them")
     raise UserError(
         f"data.{name}: {context.source['path']} holds nothing to train on ({counts['records']} "
-        f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
+        f"records, {counts['skipped']} skipped, {counts['dropped']} documents without "
         f"a target{cut})")
 
 
@@ -3334,7 +3328,7 @@ def summary(name, tokens):
         cut = f", {header['cut_away']:,} of them by cutting" if header["cut_away"] else ""
         parts.append(f"{header['dropped']:,} dropped (nothing to train on{cut})")
     if header["skipped"]:
-        parts.append(f"{header['skipped']:,} skipped ({', '.join(header['problems'][:1])})")
+        parts.append(f"{header['skipped']:,} skipped")
     return ", ".join(parts)
 
 

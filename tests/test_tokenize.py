@@ -530,17 +530,18 @@ def test_tokens_that_are_never_targets(tmp_path):
         wrong(words, cfg_for, tmp_path, path, more)
 
 
-def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
+def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
                                       '{"text": "c"}\n' + "[" * 100_000 + "\n")
     data = T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
     assert len(data) == 2 and data.header["skipped"] == 4 and data.header["records"] == 6
-    assert "line 2: not valid JSON" in data.header["problems"][0]
-    assert "4 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
+    assert "line 2: not valid JSON" in data.header["warnings"][T.SKIPPED][1]
+    assert "4 skipped" in T.summary("x", data) and "(4 times; the first is" in capsys.readouterr().err
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
-    wrong(["nothing to train on", "1 skipped", "line 1"], T.load_datasets,
+    wrong(["nothing to train on", "1 skipped"], T.load_datasets,
           cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
+    assert "x.jsonl, line 1: keys none are of no known shape" in capsys.readouterr().err
 
 
 def test_validation_split_1_is_not_1_0(tmp_path):

@@ -124,6 +124,12 @@ def check_type(value, expected, problem):
         raise UserError(f"{problem}, got {shown}")
 
 
+def print_once(text):
+    """Print to stderr, on local rank 0 only."""
+    if configs.is_local_rank0():
+        print(text, file=sys.stderr, flush=True)
+
+
 def fingerprint(*values):
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
@@ -236,10 +242,10 @@ def choose_local_files(folder, files, split):
         return files
     chosen = choose_split(names, split, folder)
     others = set(names) - set(chosen)
-    if others and configs.is_local_rank0():
-        print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
-              f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
-              file=sys.stderr)
+    if others:
+        print_once(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
+                   f"{abridged(others)}; the source's `split` names another one, and a glob reads "
+                   "all")
     return [os.path.join(folder, name) for name in chosen]
 
 
@@ -2011,9 +2017,7 @@ def package_tokenizer(spec, fields, problem):
     install = f"{path}: {problem}; pip install tokenizers makes it usable"
     with error_context(install, ImportError), error_context(path):
         tok = HFTokenizer(spec, **fields)
-    if configs.is_local_rank0():
-        note = f"{problem}; the tokenizers package runs it"
-        print(f"note: {path}: {note}", file=sys.stderr, flush=True)
+    print_once(f"note: {path}: {problem}; the tokenizers package runs it")
     return tok
 
 
@@ -3042,8 +3046,8 @@ def init_worker(context):
     """Called once in each process of the pool: chunks are then sent to it without the context."""
     global worker_context
     worker_context = context
-    for number in (signal.SIGINT, signal.SIGTERM):       # the parent ends its processes
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)        # with which a broken pool ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: they end after their chunk
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
@@ -3171,9 +3175,7 @@ def print_warnings(warnings, name):
     """Print the warnings of a source, {kind: (count, the first example)}."""
     for kind, (count, example) in warnings.items():
         how_often = "once" if count == 1 else f"{count:,} times"
-        if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({how_often}; the first is {example})",
-                  file=sys.stderr, flush=True)
+        print_once(f"warning: data.{name}: {kind} ({how_often}; the first is {example})")
 
 
 def fingerprint_source(cfg, source, tok, files):

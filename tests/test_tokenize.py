@@ -1670,6 +1670,21 @@ def test_tokenize_source_ends_at_a_signal(tmp_path, monkeypatch, number):
     assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 600
 
 
+def test_tokenize_source_names_a_process_that_was_killed(tmp_path, monkeypatch):
+    """The kernel kills one for lack of memory: the others end, and one line says so."""
+    encode_record, parent = T.encode_record, os.getpid()
+
+    def killed(record, place, *args):
+        if "line 300" in place and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode_record(record, place, *args)
+
+    monkeypatch.setattr(T, "encode_record", killed)
+    monkeypatch.setattr(T, "BLOCK", 2**14)
+    wrong(["data.processes: a process was killed"], load_one, tmp_path, big_file(tmp_path, 600), "data.processes=2")
+    assert os.listdir(tmp_path / "cache") == [] and multiprocessing.active_children() == []
+
+
 def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
     """kill -9 of the parent; its processes would wait for work for ever."""
     if not Path("/proc/self/task").exists():

@@ -1459,7 +1459,9 @@ class StepSize:
         self.is_cuda = device_type == "cuda"
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
-        self.is_replicated = world_size > 1 and self.shards == 1
+        self.offloads = cfg["shard"]["offload"] == "all"
+        self.is_sharded = self.shards > 1 or self.offloads
+        self.is_replicated = world_size > 1 and not self.is_sharded
         self.set_micro_tokens(cfg["micro_tokens"])
         # bytes of a trained weight and its gradient, and of a number of the optimizer's state
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
@@ -1471,8 +1473,10 @@ class StepSize:
         self.n_blocks = len(model.blocks) - frozen_blocks
         # in how many of these activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
-        recompute = len(model.blocks) if recompute is True else min(recompute, len(model.blocks))
-        self.recompute = max(0, recompute - frozen_blocks)
+        self.keeps_matmuls = recompute == "selective"
+        if recompute is True or self.keeps_matmuls:
+            recompute = len(model.blocks)
+        self.recompute = max(0, min(recompute, len(model.blocks)) - frozen_blocks)
         self.measure_parameters(model, frozen_blocks)
 
     def measure_blocks(self, blocks):
@@ -1511,10 +1515,15 @@ class StepSize:
 
     def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
-        sizes = [module.in_features * module.out_features for module in blocks.modules()
-                 if isinstance(module, nn.Linear)]
+        layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
         self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
+        # numbers per token that they compute
+        outputs = [layer.out_features for layer in layers if not hasattr(layer, "n_experts")]
+        outputs += [layer.out_features // layer.n_experts * self.model_cfg["n_experts_per_token"]
+                    for layer in layers if hasattr(layer, "n_experts")]
+        self.linear_outputs = sum(outputs) // len(blocks)
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
@@ -1581,7 +1590,12 @@ def memory_of_phases(s):
     gradients = s.master * s.trained
     # Gradients of earlier micro-batches. FSDP shards them in the last one only, and until then
     # keeps them in fp32.
-    accumulated = (4 if s.shards > 1 else s.master) * s.trained if s.micro_batches > 1 else 0
+    accumulated = (4 if s.is_sharded else s.master) * s.trained if s.micro_batches > 1 else 0
+    if s.offloads:                           # see set_gradient_sync()
+        accumulated = gradients // s.shards if s.micro_batches > 1 else 0
+    if s.offloads and s.is_cuda:             # all in host memory
+        state = {"weights": 0, "optimizer": 0}
+        gradients = accumulated = 0
     all_gradients = accumulated or gradients // s.shards
     head_gradient = s.master * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
@@ -1604,7 +1618,7 @@ def memory_of_phases(s):
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients // s.shards}}
-    if s.master < 4 or s.moment < 4:    # see train.LowPrecisionAdamW
+    if (s.master < 4 or s.moment < 4) and not (s.offloads and s.is_cuda):    # see train.LowPrecisionAdamW
         phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
     if s.trains_embedding and s.master < 4:    # see Embedding in model.py
         phases["in the embedding's backward pass"] = state | {
@@ -1635,7 +1649,7 @@ def gathered_or_cast_bytes(s, blocks=None):
 
     blocks  how many, from the first; None: all
     """
-    if s.shards > 1:
+    if s.is_sharded:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         elif blocks is None:
@@ -1656,12 +1670,30 @@ def activation_bytes(s, blocks=None):
     C = s.model_cfg["d_model"]
     blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
     n_recomputed = min(s.recompute, blocks)
-    in_blocks = n_recomputed * s.element * C
+    in_blocks = n_recomputed * recomputed_block_bytes(s)
     in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
     embedding = 8 * C                     # in fp32, and its gradient in the backward pass
     last_norm = 2 * s.element * C         # input and output
     outside = embedding + last_norm
     return s.tokens * (in_blocks + outside)
+
+
+def recomputed_block_bytes(s):
+    """What a recomputed block keeps per token: its input, or also outputs of matmuls and attention.
+    """
+    m = s.model_cfg
+    kept = s.element * m["d_model"]
+    if s.keeps_matmuls:
+        kept += s.element * s.linear_outputs
+        if not s.keeps_probabilities:
+            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * m["head_dim"]
+    return round(kept)
+
+
+def attention_element(s):
+    """Bytes of a number in attention: on a CPU, short documents are computed in fp32."""
+    is_short = s.cfg["data"]["seq_len"] < transformer.FP32_ATTENTION_BELOW
+    return 4 if is_short and not s.is_cuda else s.element
 
 
 def block_activation_bytes(s):
@@ -1674,12 +1706,10 @@ def block_activation_bytes(s):
     norms = s.element * (2 * s.norms + s.post_norms) * C
     qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
-    # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
-    in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
-    attention_element = 4 if in_fp32 else s.element
+    # the output is kept in the matmul's dtype as well.
     if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
         K = H
-    attention = attention_element * (2 * H + 2 * K) * E + 4 * H
+    attention = attention_element(s) * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
     attention += qk_norms
@@ -1690,9 +1720,9 @@ def block_activation_bytes(s):
         # dropout its mask and the probabilities once more; else only if their dtype is another
         pair = 8 if m["attn_softcap"] else 4
         if m["attn_pdrop"]:
-            pair += 1 + attention_element
-        elif attention_element < 4:
-            pair += attention_element
+            pair += 1 + attention_element(s)
+        elif attention_element(s) < 4:
+            pair += attention_element(s)
         attention += H * length * pair
     if s.linear_attention:
         from families import delta_net
@@ -1765,9 +1795,11 @@ def block_backward_bytes(s, last):
         # adds to the peak, of a plain MLP's two none does; the others reuse memory of activations
         # that are already freed.
         total = s.tokens * block_activation_bytes(s)
+        if s.keeps_matmuls:
+            total -= s.tokens * (recomputed_block_bytes(s) - s.element * m["d_model"])
         if is_gated:
             total += mlp_gradient
-        if s.needs_cast and s.shards == 1:
+        if s.needs_cast and not s.is_sharded:
             total += s.element * block_trained    # this block's weights, cast again
     if s.linear_attention:    # it runs after the activations of the MLP are freed
         from families import delta_net
@@ -1778,8 +1810,14 @@ def block_backward_bytes(s, last):
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
-    if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.block_bytes + (s.element + 4) * block_trained
+    if s.is_sharded:
+        # at the end of the block, whose activations are freed: gradients, and in fp32 what is
+        # summed over ranks
+        freed = 0 if is_recomputed else s.tokens * block_activation_bytes(s)
+        total = max(total, (s.element + 4) * block_trained - freed)
+        total += s.block_bytes                # weights of the next block
+        if not last:                          # what the block before sums over ranks
+            total += 4 * block_trained
     return total
 
 

@@ -200,7 +200,7 @@ class LowPrecisionAdamW:
         """Update a parameter chunk by chunk, so that little exists in fp32 at once."""
         state = self.state[p]
         state["step"] += 1
-        seed = zlib.crc32(f"{self.seed} {state['step']} {name}".encode()) - 2**31
+        seed = zlib.crc32(f"{self.seed} {name}".encode()) - 2**31
         weights, first_row, end_row = shard.local_shard(p)
         if first_row == end_row:                         # this rank has no rows of it
             return
@@ -229,13 +229,17 @@ class LowPrecisionAdamW:
         new_weights.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
         # three times 16 random bits, pairwise independent, from 32
         random = transformer.random_int32(row_seeds, weights.shape[1])
-        store(weights, new_weights, random)
-        store(exp_avg, mean, random >> 16)
-        store(exp_avg_sq, mean_sq, random ^ (random >> 16))
+        offset = step * GOLDEN_RATIO
+        store(weights, new_weights, random + offset)
+        store(exp_avg, mean, (random >> 16) + offset)
+        store(exp_avg_sq, mean_sq, (random ^ (random >> 16)) + offset)
 
     def zero_grad(self):
         for p in optimizer_parameters(self):
             p.grad = None
+
+
+GOLDEN_RATIO = 40503         # (sqrt(5) - 1) / 2 of 2**16
 
 
 def store(stored, x, random):

@@ -1182,12 +1182,14 @@ def keep_matmuls(cfg, device):
 
     It keeps the outputs of matmuls and attention. Raises UserError if blocks are compiled.
     """
-    from torch.nn.attention import varlen                # defines torch_attn._varlen_attn
     if should_compile(cfg, device):
         raise configs.UserError(
             "shard.recompute: selective has no effect on compiled blocks, whose compiler recomputes "
             "norms and activation functions already; shard.recompute=false or shard.compile=false")
-    kept = [torch.ops.torch_attn._varlen_attn.default]
+    kept = []
+    if device.type == "cuda":                            # imported here: it takes seconds
+        from torch.nn.attention import varlen            # defines torch_attn._varlen_attn
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
     for name in ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
                  "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
                  "_scaled_dot_product_flash_attention_for_cpu"):

@@ -160,6 +160,25 @@ def check_detects_difference(argv, changed_rank, expected):
         shard.check_replicas(model)
 
 
+def check_offload(argv, choices):
+    """With shard.offload, a step's figures and weights are bitwise those without it."""
+    for keys in choices:
+        results = []
+        for offload in ("none", "all"):
+            cfg, model = build([*argv, *keys, f"shard.offload={offload}"])
+            optimizer = train.make_optimizer(model, cfg)
+            batch = M.pack_prompts([list(range(20)), list(range(30, 70))])
+            batch |= {"targets": batch["tokens"].flip(0), "loss_weights": torch.ones(60),
+                      "doc_ids": torch.arange(2)}
+            figures = []
+            for step in range(2):
+                loss, norm, *_ = train.train_step(model, optimizer, [batch] * 2, 120.0, 1e-2, cfg)
+                figures += [loss, norm]
+            assert float(norm) > cfg["grad_clip"] > 0
+            results.append(figures + [shard.full_tensor(p) for p in model.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*results)), keys
+
+
 def check_local_shards(mesh_sizes):
     """Writers together write every row of a DTensor once, whatever its shape and placements."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -323,10 +342,12 @@ MODELS = {    # name: (keys, relative tolerance of the loss)
 SHARD2 = ["shard.mesh.shard=2"]
 SHARD4 = ["shard.mesh.shard=4"]
 HYBRID = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
+OFFLOAD = ["shard.offload=all"]
 LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, []), ("full", 2, SHARD2),
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
-    ("full", 2, [*SHARD2, "shard.recompute=true"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
+    ("full", 2, [*SHARD2, *OFFLOAD]), ("lora, bf16", 2, OFFLOAD),
+    ("full", 2, [*SHARD2, "shard.recompute=selective"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
     ("lora, dropout", 2, []), ("lora, dropout", 2, SHARD2),
     ("lora, modules_to_save", 2, []), ("lora, modules_to_save", 2, SHARD2),
     ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
@@ -340,7 +361,7 @@ LAYOUTS = [    # (model, ranks, keys)
     ("experts, lora, bf16", 2, SHARD2),
     ("neox, noise, padded vocabulary", 4, HYBRID)]
 RESUMED = [    # layouts whose resumed runs are compared bitwise
-    ("full", 2, []), ("full", 2, SHARD2), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
+    ("full", 2, []), ("full", 2, [*SHARD2, *OFFLOAD]), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
     ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2),
     ("nf4", 2, SHARD2), ("frozen", 2, SHARD2), ("bf16 state", 2, SHARD2), ("fp16", 2, SHARD2)]
 
@@ -534,6 +555,15 @@ def test_local_shard_and_check_replicas_on_a_mesh_of_four(tmp_path):
     run_jobs(4, [("check_local_shards", [4]), ("check_local_shards", [2, 2]),
                  ("check_detects_difference", [*SMALL, *HYBRID], 3, "rank 3 from rank 1")],
              tmp_path)
+
+
+def test_offload_changes_no_bit_on_one_rank(tmp_path):
+    """Gradients of several micro-batches are clipped and added up in host memory."""
+    run_jobs(1, [("check_offload", SMALL, [
+        [], ["dtype=bfloat16"], ["dtype=float16", "optimizer=muon"],
+        ["shard.lora.r=2", "shard.quantize=int8"], BF16_STATE,
+        ["shard.recompute=selective", "model.family=phi", "model.activation=gelu",
+         "model.tie_embeddings=false"]])], tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------

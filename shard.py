@@ -1280,6 +1280,10 @@ def apply_fsdp(model, cfg, device, dtype):
     # imported here: it takes longer than half of torch's own import
     from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                         fully_shard, register_fsdp_forward_method)
+    if cfg["shard"]["quantize"] != "none" and torch.__version__ < "2.13":
+        raise configs.UserError(f"shard.quantize: FSDP2 of torch {torch.__version__} takes no "
+                                "integers, which shards and offloaded weights need; install torch "
+                                "2.13, or shard.quantize=none")
     if not dist.is_initialized():        # one rank, with shard.offload: FSDP2 needs a process group
         dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(dist.destroy_process_group)
@@ -1583,22 +1587,16 @@ def predict_memory(model_cfg, cfg, world_size=1):
 
 def memory_of_phases(s):
     """What predict_memory() returns, of a StepSize."""
-    frozen_bytes = s.element * s.frozen
-    if s.is_quantized:
-        n_weights = s.linear * s.model_cfg["n_layers"]
-        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
-    state = {"weights": (s.master * s.trained + frozen_bytes) // s.shards,
-             "optimizer": optimizer_bytes(s) // s.shards}
-    gradients = s.master * s.trained
-    # Gradients of earlier micro-batches. FSDP shards them in the last one only, and until then
-    # keeps them in fp32.
-    accumulated = (4 if s.is_sharded else s.master) * s.trained if s.micro_batches > 1 else 0
-    if s.offloads:                           # see set_gradient_sync()
-        accumulated = gradients // s.shards if s.micro_batches > 1 else 0
-    if s.offloads and s.is_cuda:             # all in host memory
-        state = {"weights": 0, "optimizer": 0}
-        gradients = accumulated = 0
-    all_gradients = accumulated or gradients // s.shards
+    state = state_bytes(s)
+    if s.offloads and s.is_cuda:
+        state = dict.fromkeys(state, 0)
+    gradients = state.pop("gradients")
+    # Gradients of earlier micro-batches. Unless offloaded, FSDP shards them in the last one only,
+    # and until then keeps them in fp32.
+    accumulated = 0
+    if s.micro_batches > 1:
+        accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
+    all_gradients = accumulated or gradients
     head_gradient = s.master * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
@@ -1619,8 +1617,8 @@ def memory_of_phases(s):
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
-        "at the update": state | {"gradients": gradients // s.shards}}
-    if (s.master < 4 or s.moment < 4) and not (s.offloads and s.is_cuda):    # see train.LowPrecisionAdamW
+        "at the update": state | {"gradients": gradients}}
+    if (s.master < 4 or s.moment < 4) and gradients:    # see train.LowPrecisionAdamW
         phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
     if s.trains_embedding and s.master < 4:    # see Embedding in model.py
         phases["in the embedding's backward pass"] = state | {
@@ -1629,6 +1627,18 @@ def memory_of_phases(s):
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
         phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
+
+
+def state_bytes(s):
+    """What a rank holds of weights, optimizer state and gradients, with shard.offload on the host.
+    """
+    frozen_bytes = s.element * s.frozen
+    if s.is_quantized:
+        n_weights = s.linear * s.model_cfg["n_layers"]
+        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
+    return {"weights": (s.master * s.trained + frozen_bytes) // s.shards,
+            "optimizer": optimizer_bytes(s) // s.shards,
+            "gradients": s.master * s.trained // s.shards}
 
 
 def peak_phase(phases):
@@ -1826,11 +1836,12 @@ def block_backward_bytes(s, last):
 GIB = 2**30
 
 # The choices that the script compares: (name, values of keys). Others are as in START.
-START = {"shard.lora.r": 0, "shard.quantize": "none",
+START = {"shard.lora.r": 0, "shard.quantize": "none", "shard.offload": "none",
          "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
 CHOICES = [
     ("full fine-tuning", {}),
     ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
+    ("full, offloaded", {"shard.offload": "all"}),
     ("LoRA", {"shard.lora.r": 16}),
     ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
 ]
@@ -1922,6 +1933,10 @@ def main(argv):
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
+    if cfg["shard"]["offload"] != "none":
+        on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
+        print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients and "
+              "optimizer state")
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")

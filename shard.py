@@ -1824,9 +1824,11 @@ def block_backward_bytes(s, last):
         total += 6 * s.largest_linear
     if s.is_sharded:
         # at the end of the block, whose activations are freed: gradients, and in fp32 what is
-        # summed over ranks
+        # summed over ranks. Then gloo has a buffer for the weights of the next block
         freed = 0 if is_recomputed else s.tokens * block_activation_bytes(s)
         total = max(total, (s.element + 4) * block_trained - freed)
+        if s.shards > 1 and not s.is_cuda:
+            total = max(total, 4 * block_trained + 2 * s.block_bytes - freed)
         total += s.block_bytes                # weights of the next block
         if not last:                          # what the block before sums over ranks
             total += 4 * block_trained

@@ -137,14 +137,6 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
-    def forward(self, index):
-        """fp32 if the weight is trained: a row's gradient is a sum over all its tokens, for which
-        bf16 is too coarse."""
-        weight = self.weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            weight = weight.float()
-        return F.embedding(index, weight)
-
 
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""

@@ -30,8 +30,8 @@ Communication in one step:
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
     precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
-                fp32 or bf16 (shard.master_dtype), and so is the optimizer's state
-                (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
+                fp32, those of blocks alternatively bf16 (shard.master_dtype), and so is the
+                optimizer's state (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
                 matmul casts its weight; FSDP casts a block's weights when it gathers them.
                 Gradients are summed over ranks in fp32.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
@@ -1153,11 +1153,12 @@ def cast_frozen_weights(model, dtype):
 
 
 def cast_trained_weights(model, dtype):
-    """Store trained parameters in shard.master_dtype. Their gradients have the same dtype.
+    """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
 
-    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
+    and head stay in fp32: in bf16 the validation loss was higher (RECORDS.md).
     """
-    for p in model.parameters():
+    for p in model.blocks.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)
 
@@ -1469,7 +1470,8 @@ class StepSize:
         self.is_sharded = self.shards > 1 or self.offloads
         self.is_replicated = world_size > 1 and not self.is_sharded
         self.set_micro_tokens(cfg["micro_tokens"])
-        # bytes of a trained weight and its gradient, and of a number of the optimizer's state
+        # bytes of a block's trained weight and of its gradient, and of a number of the optimizer's
+        # state
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
@@ -1509,12 +1511,13 @@ class StepSize:
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
+        # bytes of all trained parameters, and of their gradients
+        self.trained_bytes = self.master * sum(self.blocks_trained) + 4 * self.outside_trained
         in_blocks = count_parameters(model.blocks)
         self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
         self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * self.model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
-        self.trains_embedding = model.embed.weight.requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
@@ -1597,7 +1600,7 @@ def memory_of_phases(s):
     if s.micro_batches > 1:
         accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
     all_gradients = accumulated or gradients
-    head_gradient = s.master * s.head if s.trains_head else 0
+    head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
     if s.model_cfg["tie_embeddings"]:
@@ -1620,10 +1623,6 @@ def memory_of_phases(s):
         "at the update": state | {"gradients": gradients}}
     if (s.master < 4 or s.moment < 4) and gradients:    # see train.LowPrecisionAdamW
         phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
-    if s.trains_embedding and s.master < 4:    # see Embedding in model.py
-        phases["in the embedding's backward pass"] = state | {
-            "activations": activation_bytes(s, blocks=0),
-            "gradients": all_gradients + (4 + s.master) * s.head}
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
         phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
@@ -1636,9 +1635,9 @@ def state_bytes(s):
     if s.is_quantized:
         n_weights = s.linear * s.model_cfg["n_layers"]
         frozen_bytes -= round((s.element - s.linear_element) * n_weights)
-    return {"weights": (s.master * s.trained + frozen_bytes) // s.shards,
+    return {"weights": (s.trained_bytes + frozen_bytes) // s.shards,
             "optimizer": optimizer_bytes(s) // s.shards,
-            "gradients": s.master * s.trained // s.shards}
+            "gradients": s.trained_bytes // s.shards}
 
 
 def peak_phase(phases):
@@ -1666,7 +1665,7 @@ def gathered_or_cast_bytes(s, blocks=None):
             blocks = 1
         elif blocks is None:
             blocks = s.model_cfg["n_layers"]
-        outside = s.master * s.outside_trained + s.element * s.outside_frozen
+        outside = 4 * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block_bytes
     # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
     if not s.needs_cast:
@@ -1786,7 +1785,7 @@ def loss_bytes(s):
     input_gradient = s.tokens * C * s.element
     if not s.trains_head:
         return logits + input_gradient
-    cast_head = s.element * s.head if s.needs_cast else 0
+    cast_head = s.element * s.head if s.element < 4 else 0
     return logits + input_gradient + 4 * s.head + cast_head
 
 

@@ -174,7 +174,7 @@ def check_offload(argv, choices):
             for step in range(2):
                 loss, norm, *_ = train.train_step(model, optimizer, [batch] * 2, 120.0, 1e-2, cfg)
                 figures += [loss, norm]
-            assert float(norm) > cfg["grad_clip"] > 0
+            assert float(norm) > cfg["grad_clip"]        # they were clipped
             results.append(figures + [shard.full_tensor(p) for p in model.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*results)), keys
 
@@ -559,7 +559,7 @@ def test_local_shard_and_check_replicas_on_a_mesh_of_four(tmp_path):
 
 def test_offload_changes_no_bit_on_one_rank(tmp_path):
     """Gradients of several micro-batches are clipped and added up in host memory."""
-    run_jobs(1, [("check_offload", SMALL, [
+    run_jobs(1, [("check_offload", [*SMALL, "grad_clip=0.01"], [
         [], ["dtype=bfloat16"], ["dtype=float16", "optimizer=muon"],
         ["shard.lora.r=2", "shard.quantize=int8"], BF16_STATE,
         ["shard.recompute=selective", "model.family=phi", "model.activation=gelu",

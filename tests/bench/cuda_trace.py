@@ -44,7 +44,6 @@ CONFIGURATIONS = {
     "recompute": ["shard.recompute=true"],
     "recompute one block": ["shard.recompute=1"],
     "selective": ["shard.recompute=selective", "shard.compile=false"],
-    "offload": ["shard.offload=all"],
     "lora": gpu.LORA,
     "fp32": ["dtype=float32"],
     "fp32 window": ["dtype=float32", "model.sliding_window=64"],

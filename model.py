@@ -182,82 +182,12 @@ def rope_freqs(positions, m, lengths=None):
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     first_of_pair = torch.arange(0, R, 2, device=positions.device)
     freqs = m["rope_theta"] ** (-first_of_pair.double() / R)                       # [R/2]
-    scaling = m["rope_scaling"] or {}
-    kind = configs.rope_kind(scaling)
-    if kind == "linear":
-        freqs = freqs / scaling["factor"]
-    elif kind == "llama3":
-        # rotations: full turns of a pair within the original context. Below `low`, the frequency is
-        # divided by the factor; above `high`, it is kept; between them, it is interpolated.
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
-        rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-        keep = ((rotations - low) / (high - low)).clamp(0, 1)
-        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    elif kind == "yarn":
-        keep = yarn_keep(scaling, m["rope_theta"], R).to(positions.device)
-        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    elif kind == "proportional":                         # Gemma 4: only the first pairs rotate
-        n_rotated = int(scaling.get("partial_rotary_factor", 1.0) * R // 2)
-        freqs = freqs / scaling.get("factor", 1.0)
-        freqs[n_rotated:] = 0
-    elif kind == "longrope":                             # arXiv:2402.13753
-        short = freqs / freqs.new_tensor(scaling["short_factor"])
-        long = freqs / freqs.new_tensor(scaling["long_factor"])
-        is_long = lengths > scaling["original_max_position_embeddings"]            # [T]
-        freqs = torch.where(is_long[:, None, None], long, short)                   # [T, 1, R/2]
+    scale = 1.0
+    if m["rope_scaling"]:
+        from families import rope_scaling
+        freqs, scale = rope_scaling.scale_freqs(freqs, m, lengths)
     angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
-    scale = rope_scale(scaling, m["max_len"])
     return (scale * angles.cos()).float(), (scale * angles.sin()).float()
-
-
-def query_rope_freqs(rope, positions, m):
-    """The rope_freqs() of queries, from those of keys: see model.llama_4_scaling_beta."""
-    beta = m["llama_4_scaling_beta"]
-    if not beta:
-        return rope
-    original = m["rope_scaling"]["original_max_position_embeddings"]
-    scale = 1 + beta * (1 + positions.double() // original).log()                  # [T]
-    return tuple((scale[:, None, None] * x).float() for x in rope)
-
-
-def yarn_keep(scaling, theta, R):
-    """The part of each frequency that YaRN (arXiv:2309.00071, section 3.2) keeps: fp64 [R/2].
-
-    1 for pairs that rotate more than beta_fast times within the original context, 0 below
-    beta_slow. In between it falls linearly with the number of the pair.
-    """
-    original = scaling["original_max_position_embeddings"]
-    bounds = []                                          # the pairs with so many rotations
-    for rotations in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)):
-        bounds.append(R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta)))
-    low, high = bounds
-    if scaling.get("truncate", True):
-        low = math.floor(low)
-        high = math.ceil(high)
-    low = max(low, 0)
-    high = min(high, R - 1)
-    if low == high:
-        high += 0.001
-    pairs = torch.arange(R // 2, dtype=torch.float64)
-    return 1 - ((pairs - low) / (high - low)).clamp(0, 1)
-
-
-def rope_scale(scaling, max_len):
-    """The factor of cos and sin with YaRN and LongRoPE. Attention scores have its square."""
-    kind = configs.rope_kind(scaling)
-    if kind not in ("yarn", "longrope"):
-        return 1.0
-    if "attention_factor" in scaling:
-        return scaling["attention_factor"]
-    original = scaling["original_max_position_embeddings"]
-    factor = max(1, scaling.get("factor") or max_len / original)
-    if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original))
-    growth = 0.1 * math.log(factor)
-    if "mscale" in scaling and "mscale_all_dim" in scaling:      # DeepSeek-V2
-        return (1 + scaling["mscale"] * growth) / (1 + scaling["mscale_all_dim"] * growth)
-    return 1 + growth
 
 
 def apply_rotary_emb(x, cos, sin, interleaved=False):
@@ -1295,12 +1225,15 @@ class Transformer(nn.Module):
             lengths = document_lengths(batch)
         full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}
         k_rope = rope_freqs(positions, full, lengths)
-        rope = (query_rope_freqs(k_rope, positions, m), k_rope)
+        q_rope = k_rope
+        if m["llama_4_scaling_beta"]:
+            from families import rope_scaling
+            q_rope = rope_scaling.scale_queries(k_rope, positions, m)
         if m["rope_local_theta"] is None:
-            return rope, rope
+            return (q_rope, k_rope), (q_rope, k_rope)
         local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
         local_rope = rope_freqs(positions, local)
-        return rope, (local_rope, local_rope)
+        return (q_rope, k_rope), (local_rope, local_rope)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -2100,43 +2033,22 @@ def set_model_keys(config, m, family):
     if "layer_types" in family["keys"] and m["rope_layers"] is None:
         # transformers fails without a number, also where no block has a window
         m["sliding_window"] = m["sliding_window"] or m["max_len"]
-    if "rope_parameters" in family:                      # null would be that default
+    if "rope_parameters" in family:          # null would be read as the family's default
         m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
         config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
-    scaling = m["rope_scaling"] or {}
-    if configs.rope_kind(scaling) == "longrope":         # where Phi-3 has it
-        key = "original_max_position_embeddings"
-        config[key] = scaling[key]
     # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         if config.get(hf_key, configs.MISSING) not in supported_values:
             config[hf_key] = supported_values[0]
-    beta = config.pop("rope_parameters.llama_4_scaling_beta", None)
-    if beta is not None:
-        config["rope_scaling"] = scaling | {"llama_4_scaling_beta": beta}
+    from families import gemma4, rope_scaling
+    rope_scaling.finish_hf_config(config, m, source_rope)
     if m["block"] == "gemma4":
-        from families import gemma4
         gemma4.finish_hf_config(config, m)
-    keep_mrope(config, source_rope)
     return config
-
-
-def keep_mrope(config, source_rope):
-    """Keep how a model divides rope among the positions of images, which a text does not have.
-
-    config       config.json, changed in place
-    source_rope  rope_parameters of the pretrained model
-    """
-    mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
-    if mrope:
-        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-        rope = {name: config.pop(name) for name in names if name in config}
-        scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
-        config["rope_parameters"] = mrope | rope | scaling
 
 
 def stored_dtype(folder):

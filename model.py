@@ -17,7 +17,7 @@ Letters for shapes, in all seven files:
 A micro-batch is one flat sequence of documents, as a dict of tensors:
 
     tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]
-    max_seqlen         int: the longest document, or the padding if that is longer
+    max_seqlen         int: the length of the longest document, or of the padding if it is longer
     doc_ids [D]        the index of each document in the dataset
     target_index [N]   where targets are not -100. Optional: on a GPU, counting them costs a sync
     noise_seed         (seed, step), of dropout and NEFTune. Optional: without it there are none
@@ -53,7 +53,7 @@ SAMPLING = {                 # arguments of generate(), and their defaults: gree
     "max_tokens": 256,
 }
 OPTIONS = SAMPLING | {       # of the command line
-    "prompt": "",            # instead of words: for a prompt that looks like an option
+    "prompt": "",            # for a prompt that would be read as an option: prompt="top_k=5"
     "prompts": "",
     "out": "",               # empty: to stdout
     "batch_size": 16,        # prompts that are answered at once
@@ -67,12 +67,13 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bflo
 def parse_arguments(argv):
     """The command line as (folder of the model, prompt, options)."""
     options, words = configs.pop_options(argv, **OPTIONS)
-    configs.check_words(words, options)                  # a mistyped option is no word of a prompt
+    configs.check_words(words, options)                  # raises if a word is a mistyped option
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
                                 "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT prompts=FILE "
                                 "out=FILE batch_size=16 device=auto dtype=auto summary=true]")
     folder = configs.resolve_model_dir(words[0])
+    # again, now with the defaults of the model in this folder
     options, _ = configs.pop_options(argv, **OPTIONS | sampling_defaults(folder))
     for key, choices in CHOICES.items():
         if options[key] not in choices:
@@ -105,7 +106,7 @@ def sampling_defaults(folder):
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
-    configs.exit_with_help(__doc__, sys.argv[1:])         # only without arguments or with --help
+    configs.exit_with_help(__doc__, sys.argv[1:])         # if there are no arguments, or --help
     configs.run(parse_arguments, sys.argv[1:])
 
 import numpy as np
@@ -157,11 +158,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)     # also where it is not FSDP that rounds the weights
+        weight = self.weight.to(x.dtype)     # FSDP gathers it in this dtype; without FSDP the same
         if self.bias is None and not x.is_cuda and not torch.compiler.is_compiling():
-            # The same function with a faster backward pass. Not under torch.compile: torch 2.11
-            # compiles CPURMSNorm without its gradients.
-            if self.offset:                  # 1 + w in fp32; CUDA's kernel takes one dtype
+            # F.rms_norm with a faster backward pass. Not under torch.compile: torch 2.11 compiles
+            # CPURMSNorm without its gradients.
+            if self.offset:                  # in fp32; F.rms_norm needs x and weight in one dtype
                 weight = weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
         if self.offset:
@@ -232,19 +233,20 @@ class Attention(nn.Module):
         self.n_kv_heads = m["n_kv_heads"]
         self.head_dim = m["head_dim"]
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
-        self.window = sliding_windows(m)[layer_idx]
+        self.window = sliding_windows(m)[layer_idx]      # None: all tokens
+        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
+        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
+        self.rope_interleaved = m["rope_interleaved"]
         self.dropout = m["attn_pdrop"]
         self.softcap = m["attn_softcap"]
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
-        # the logit of a key without a value, per head
+        # attention sinks (arXiv:2508.10925): each head has one more key, without a value. This is
+        # its logit
         self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
-        # of the kernels, only flex_attention() computes these
+        # flex_attention() is the only kernel that computes softcap, score_mod and sinks
         self.needs_flex = bool(m["attn_softcap"] or m["score_mod"] != "none" or m["attn_sinks"])
-        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
-        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
-        self.rope_interleaved = m["rope_interleaved"]
 
         C = m["d_model"]
         E = self.head_dim
@@ -258,7 +260,7 @@ class Attention(nn.Module):
         self.gate_proj = Linear(C, q_width, bias=bias) if m["attention_gate"] else None
         self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
-        if self.qk_norm.startswith("head"):              # of each head (arXiv:2302.05442)
+        if self.qk_norm in ("head", "head_after_rope"):  # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
         elif self.qk_norm == "all":                      # of all heads together
@@ -266,11 +268,13 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training, has_flex=False):
-        """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
+        """Does padded_attention() compute the softmax itself, instead of calling a kernel?
 
         It does for dropout, because kernels use torch's random generator, not our seeds; and for
-        softcap, sinks and score_mod, unless flex_attention() can be called (has_flex). If you
+        softcap, sinks and score_mod, unless flex_attention() computes these (has_flex). If you
         change the probabilities in padded_attention() in another way, return True here.
+
+        training  will dropout be applied?
         """
         return (self.needs_flex and not has_flex) or (training and self.dropout > 0)
 
@@ -323,8 +327,8 @@ class Attention(nn.Module):
 def layer_types(m):
     """The kind of each block's attention: sliding_attention, full_attention or linear_attention.
 
-    By default all are "sliding", with the window model.sliding_window; null turns that off. The
-    last one of Gemma 4 is full_attention, as in transformers.
+    Without model.layer_types, all blocks are sliding_attention, or full_attention if
+    model.sliding_window is null. The last block of a Gemma 4 is always full_attention.
     """
     pattern = m["layer_types"] or ["sliding_attention"]
     if m["sliding_window"] is None:
@@ -342,7 +346,11 @@ def sliding_windows(m):
 
 
 def has_rope(m, layer_idx):
-    """Does this block of a model with positions=rope rotate q and k? See model.rope_layers."""
+    """Does this block of a model with positions=rope rotate q and k?
+
+    model.rope_layers is null (all blocks do), a list with 1 (does) or 0 per block, or
+    "sliding_attention": blocks with a window do, and all if no block has one.
+    """
     if m["rope_layers"] is None:
         return True
     if m["rope_layers"] == "sliding_attention":
@@ -364,9 +372,9 @@ def attention(layer, q, k, v, layout, seeds=None):
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    # rounded like all weights: FSDP casts those of a block when it gathers them
-    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)
-    has_flex = layout.flex_attention is not None and len(q) > 0      # it needs a token
+    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)     # as in Norm.forward()
+    # flex_attention() fails for a micro-batch without tokens
+    has_flex = layout.flex_attention is not None and len(q) > 0
     need_probs = layer.needs_probabilities(seeds is not None, has_flex)
     if layer.needs_flex and not need_probs:
         return layout.flex_attention(layer, q, k, v, layout.block_mask(layer.window), sinks)
@@ -388,8 +396,7 @@ def padded_attention(layer, q, k, v, mask, seeds, sinks):
     sinks  [H] or None: logits of one more key per head, which has no value
     """
     need_probs = layer.needs_probabilities(training=seeds is not None)
-    # The written-out softmax needs H heads of k and v, and so do CUDA's kernels for fp32 or with a
-    # mask. (The kernel for bf16 without a mask does not, but is not treated separately.)
+    # The softmax below needs H heads of k and v, and so do CUDA's kernels for fp32 or with a mask
     if q.is_cuda or need_probs:
         group_size = layer.n_heads // layer.n_kv_heads
         k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
@@ -441,7 +448,7 @@ class PackedDocuments:
     cache: object = None
     flex_attention: object = None                                    # compiled
     block_masks: dict = dataclasses.field(default_factory=dict)      # {window: BlockMask}
-    is_decoding = False
+    is_decoding = False               # as in KVCache; not a field
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
@@ -463,8 +470,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            # All that follow are empty. (If all documents are, keep one group: unpad() concatenates
-            # the outputs, and torch.cat() needs at least one.)
+            # From here on all are empty, and left out. If the first is, one empty group is kept,
+            # because torch.cat() in unpad() needs an output.
             if groups and length == 0:
                 break
             if not groups or 3 * length < 2 * groups[-1][0]:
@@ -475,12 +482,12 @@ class PackedDocuments:
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield (q, k, v, mask, seeds) of each group, for padded_attention().
 
-        need_mask  never yield None as the mask, which the written-out softmax needs
+        need_mask  the mask must not be None: padded_attention() computes the softmax itself
         """
         no_seeds = [None] * len(self.groups)
         seeds_of_groups = no_seeds if seeds is None else self.pad(seeds)
         for *qkv, seeds_d in zip(self.pad(q), self.pad(k), self.pad(v), seeds_of_groups):
-            length = qkv[0].shape[1]
+            length = qkv[0].shape[1]                     # of q [d, t, H, E]
             if not q.is_cuda and length < FP32_ATTENTION_BELOW:
                 qkv = [x.float() for x in qkv]
             window = min(layer.window or length, length)
@@ -492,7 +499,7 @@ class PackedDocuments:
 
     def pad(self, x):
         """Yield x [T, ...] as [d, t, ...] of each group, with zeros after shorter documents."""
-        if self.have_equal_lengths:                      # one group, which is all of x
+        if self.have_equal_lengths:                      # one group
             [(length, _)] = self.groups
             yield x.unflatten(0, (-1, length))
             return
@@ -504,7 +511,7 @@ class PackedDocuments:
                 parts += [documents[i], zeros[self.lengths[i]:]]
             yield torch.cat(parts).unflatten(0, (len(indices), length))
 
-    @torch.no_grad()                                     # one graph for training and validation
+    @torch.no_grad()          # create_block_mask() is compiled once for training and validation
     def block_mask(self, window):
         """The mask of flex_attention(), which all blocks of the model with this window share.
 
@@ -532,7 +539,7 @@ class PackedDocuments:
         """[d, t, H, E] of each group -> [T, H, E]"""
         if self.have_equal_lengths:
             return outputs[0].flatten(0, 1)
-        documents = {}                                   # without empty ones
+        documents = {}                                   # {index: [length, H, E]}, no empty ones
         for output, (_, indices) in zip(outputs, self.groups):
             for document, i in zip(output, indices):                               # [t, H, E]
                 documents[i] = document[:self.lengths[i]]
@@ -548,7 +555,7 @@ def causal_mask(length, window, device):
 
 @functools.cache
 def varlen_parameters():
-    """The names of the arguments of varlen_attn, which differ between versions of torch."""
+    """The names of the parameters of varlen_attn, which differ between versions of torch."""
     from torch.nn.attention.varlen import varlen_attn
     return frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -762,16 +769,16 @@ def document_index(batch):
 
 
 def document_lengths(batch):
-    """The length of each token's document: int64 [T]. In generation, the most it may have."""
+    """The length of each token's document: int64 [T]. In generation, its final length at most."""
     if "document_lengths" in batch:
         return batch["document_lengths"]
     lengths = batch["cu_seqlens"].long().diff()                                    # [D]
-    return F.pad(lengths, (0, 1))[document_index(batch)]         # 0 of padding
+    return F.pad(lengths, (0, 1))[document_index(batch)]         # padding: 0
 
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
-    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
+    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # uint32 -> int32
     documents = F.pad(batch["doc_ids"], (0, 1))[document_index(batch)].int()
     document_seeds = hash_int32(documents ^ seed)                                  # [T]
     return hash_int32(document_seeds + batch["positions"].int())
@@ -806,9 +813,8 @@ def dropout(x, p, seeds):
 #
 # An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options) and
 # called with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by
-# NewWeights; the attribute init_std of the class replaces model.init_std. A pretrained model with
-# another embedding lacks them, so they are new there, too. Only model.family=native saves them, as
-# all embeddings that are not in EXPORTED_EMBEDDINGS of configs/hf_config.py.
+# NewWeights, with the class's attribute init_std instead of model.init_std if it has one. A
+# pretrained model that lacks them gets new ones. Only model.family=native exports them.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -817,8 +823,8 @@ def plain(model, batch):
 def scaled(model, batch):
     """Times sqrt(C) (arXiv:1706.03762, section 3.4).
 
-    model.embedding_multiplier=sqrt_d_model computes the same, but is exported only to families with
-    a key for it. Of this one, save_pretrained() stores the product.
+    model.embedding_multiplier=sqrt_d_model computes the same, but only some families have a key for
+    it in config.json. For this one, save_pretrained() multiplies the exported weights.
     """
     return plain(model, batch) * math.sqrt(model.cfg["d_model"])
 
@@ -837,6 +843,21 @@ def neftune(model, batch, alpha):
 
 
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
+
+
+def make_embedding(m):
+    """The function that model.embed names, with its options bound, or an instance of the class."""
+    embedding = EMBEDDINGS[m["embed"]]
+    is_module = inspect.isclass(embedding)
+    n_given = 1 if is_module else 2      # without the options, made by (m), called with (model, batch)
+    embedding = configs.bind_options("model.embed", embedding, n_given, m["embed_options"])
+    if not is_module:
+        return embedding
+    module = embedding(m)
+    if list(module.buffers()):
+        raise TypeError(f"model.embed={m['embed']}: buffers are neither saved nor initialized; "
+                        "use a parameter, or compute them in forward()")
+    return module
 
 
 def previous_tokens(batch, n):
@@ -895,27 +916,29 @@ def is_plain_loss(m):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
-# {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
-# training forward() computes all of them in each step and returns the sums beside "loss", for a
-# sampler's update() (see experiments/by_gradient.py). Both inputs have the compute dtype:
+# Statistics of target tokens: {name: function (x [n, C], dlogits [n, V]) -> [n]}. In training,
+# forward() computes all of them in each step, sums them per document and returns the sums beside
+# "loss". A sampler can choose documents by them: see experiments/by_gradient.py. Both inputs have
+# the compute dtype:
 #
-#     x        what the head reads
-#     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
+#     x        the input of the head
+#     dlogits  the gradient of loss_weight * loss with respect to the output of the head. It is not
 #              divided by the global loss weight, which forward() does not know
 TOKEN_STATS = {}
 
 
 class MicroBatchLoss:
-    """Calls model.loss for target tokens of a micro-batch, with those LOSS_INPUTS that it takes.
+    """model.loss of the target tokens of a micro-batch, for ChunkedLoss.
 
     token_index  int64 [N], where the target tokens are
+    start, end   of all methods: the target tokens start ... end - 1
     """
 
     def __init__(self, model, batch, token_index):
         self.model = model
         self.batch = batch
         self.token_index = token_index
-        self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
+        self.nll = torch.zeros(len(token_index), device=token_index.device)   # if computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
         self.stats = {}                  # TOKEN_STATS: [N] each
         if torch.is_grad_enabled():
@@ -926,17 +949,40 @@ class MicroBatchLoss:
             with torch.no_grad():
                 self.reference_x = self.reference.hidden(batch)[token_index]       # [N, its C]
 
-    def __call__(self, logits, start, end):
-        """The losses [end - start] of target tokens start ... end - 1.
+    def losses_and_gradient_(self, logits, loss_weights, start, end, piece_size, want_gradient):
+        """Return the losses [end - start] of a chunk, whose logits are [n, V'].
+
+        n >= end - start: the rest is padding. If want_gradient, logits are overwritten with the
+        gradient of sum(loss_weight * loss), which is 0 in padding of tokens and vocabulary.
+        """
+        losses = []
+        for piece_start in range(start, end, piece_size):
+            piece_end = min(piece_start + piece_size, end)
+            piece = logits[piece_start - start:piece_end - start, :self.vocab_size]
+            with torch.enable_grad():
+                piece_logits = piece.detach().requires_grad_(want_gradient)
+                piece_losses = self.losses(piece_logits, piece_start, piece_end)
+                losses.append(piece_losses.detach())
+                if want_gradient:
+                    weighted_sum = (piece_losses * loss_weights[piece_start:piece_end]).sum()
+                    [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
+                    piece.copy_(gradient)
+                    del weighted_sum, gradient
+            del piece_logits, piece_losses   # and their graph, before the next piece is allocated
+        logits[end - start:] = 0
+        logits[:, self.vocab_size:] = 0
+        return torch.cat(losses)
+
+    def losses(self, logits, start, end):
+        """The losses [end - start] of a piece: model.loss with those LOSS_INPUTS that it takes.
 
         logits  [end - start, V], as they come from the head
         """
         index = self.token_index[start:end]
         inputs = {"token_index": index, "batch": self.batch}
         if "reference_logits" in self.model.loss_inputs:
-            # Under FSDP2 only forward(), hidden() and logits() gather sharded weights. Those of the
-            # head are gathered here: hidden() did it, and without a backward pass they stay so (see
-            # compute_hidden()).
+            # With FSDP, hidden() has gathered the weights of the reference model's head, and they
+            # stay gathered until a backward pass, which this model never has.
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
@@ -947,10 +993,7 @@ class MicroBatchLoss:
         return self.model.token_losses(logits, targets, **inputs)
 
     def record_stats(self, x, dlogits, start, end):
-        """Compute TOKEN_STATS of target tokens start ... end - 1.
-
-        x, dlogits  [n, C], [n, V'], n >= end - start: with padding of tokens and vocabulary
-        """
+        """Compute TOKEN_STATS of a chunk: x [n, C] and dlogits [n, V'], with padding."""
         n_tokens = end - start
         dlogits = dlogits[:n_tokens, :self.vocab_size]
         for name, values in self.stats.items():
@@ -961,24 +1004,24 @@ class ChunkedLoss(torch.autograd.Function):
     """The head and the loss, chunk by chunk, so that the logits of all tokens never exist at once.
 
     While a chunk's logits exist, forward() also computes their gradient, in their place, and from
-    it those of x, head and bias. backward() multiplies these by the gradient of loss_sum, which is
-    one number. A chunk is one matrix product with the head. Within it, the loss is computed in fp32
-    piece by piece; on a CPU, a piece fits in the cache. The calls:
+    it the gradients of x, head and bias. backward() only multiplies these by the gradient of
+    loss_sum, a number. A chunk is one matrix product with the head; a piece of it is what the loss
+    computes at once in fp32 (on a CPU, it fits in the cache):
 
-    forward()                                     all target tokens
-        compute_losses_and_gradient_()            a chunk
-            MicroBatchLoss.__call__()             a piece: the inputs of its loss
-                Transformer.token_losses()        the function model.loss; a method to be compiled
+        ChunkedLoss.forward()                           all target tokens
+            MicroBatchLoss.losses_and_gradient_()       a chunk
+                MicroBatchLoss.losses()                 a piece
+                    Transformer.token_losses()          model.loss, compiled on CUDA
 
-    x               [N, C], in the compute dtype
-    head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
-    loss_weights    fp32 [N]
-    compute_losses  a MicroBatchLoss
+    x                 [N, C], in the compute dtype
+    head              [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
+    loss_weights      fp32 [N]
+    micro_batch_loss  a MicroBatchLoss
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
 
     @staticmethod
-    def forward(ctx, x, head, bias, loss_weights, compute_losses):
+    def forward(ctx, x, head, bias, loss_weights, micro_batch_loss):
         weight = head.to(x.dtype)                                                  # [V', C]
         if bias is not None:
             bias = bias.to(x.dtype)                                                # [V']
@@ -991,15 +1034,15 @@ class ChunkedLoss(torch.autograd.Function):
         chunk_size, piece_size = chunk_sizes(len(head), x.element_size(), x.is_cuda)
         for start in range(0, len(x), chunk_size):
             end = min(start + chunk_size, len(x))
-            # Multiples of 64 tokens, because a CPU's bf16 kernels are prepared anew for each shape.
+            # to a multiple of 64 tokens: a CPU's bf16 kernels are generated for each new shape
             n_padding = -(end - start) % 64
             x_chunk = F.pad(x[start:end], (0, 0, 0, n_padding))                    # [n, C]
             logits = F.linear(x_chunk, weight, bias)                               # [n, V']
-            losses[start:end] = compute_losses_and_gradient_(
-                logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
+            losses[start:end] = micro_batch_loss.losses_and_gradient_(
+                logits, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
             if want_gradient:
-                compute_losses.record_stats(x_chunk, dlogits, start, end)
+                micro_batch_loss.record_stats(x_chunk, dlogits, start, end)
             if want_x:
                 dx[start:end] = (dlogits @ weight)[:end - start]
             if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
@@ -1020,36 +1063,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss_sum, _grad_losses):
         gradients = [None if d is None else d.mul_(grad_loss_sum) for d in ctx.saved_tensors]
         return *gradients, None, None
-
-
-def compute_losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece_size,
-                                 want_gradient):
-    """Return the losses [end - start] of the target tokens start ... end - 1.
-
-    If want_gradient, their logits are overwritten with the gradient of sum(loss_weight * loss),
-    which is 0 in padding.
-
-    logits      [n, V'], n >= end - start: with padding of tokens and vocabulary
-    start, end  indices among the N target tokens of the micro-batch
-    """
-    vocab_size = compute_losses.vocab_size
-    losses = []
-    for piece_start in range(start, end, piece_size):
-        piece_end = min(piece_start + piece_size, end)
-        piece = logits[piece_start - start:piece_end - start, :vocab_size]
-        with torch.enable_grad():
-            piece_logits = piece.detach().requires_grad_(want_gradient)
-            piece_losses = compute_losses(piece_logits, piece_start, piece_end)
-            losses.append(piece_losses.detach())
-            if want_gradient:
-                weighted_sum = (piece_losses * loss_weights[piece_start:piece_end]).sum()
-                [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
-                piece.copy_(gradient)
-                del weighted_sum, gradient
-        del piece_logits, piece_losses       # and their graph, before the next piece is allocated
-    logits[end - start:] = 0                             # rows and columns of padding
-    logits[:, vocab_size:] = 0
-    return torch.cat(losses)
 
 
 # measured on a CPU (LOG.md, CPU throughput); those for CUDA are guesses
@@ -1094,25 +1107,17 @@ class Transformer(nn.Module):
         self.norm = Norm(m, C)
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
-
-        embedding = EMBEDDINGS[m["embed"]]
-        is_module = inspect.isclass(embedding)
-        # a module is made with m; a function is called with (model, batch), later
-        embedding = configs.bind_options("model.embed", embedding, given=1 if is_module else 2,
-                                         options=m["embed_options"])
-        self.embedding = embedding(m) if is_module else embedding
-        if is_module and any(True for _ in self.embedding.buffers()):
-            raise TypeError(f"model.embed={m['embed']}: buffers are neither saved nor initialized; "
-                            "use a parameter, or compute them in forward()")
-        # stays None if no function has this name: only forward() needs it, and raises
+        self.embedding = make_embedding(m)
+        # stay empty if an experiment's loss is not imported: only forward() needs it, and raises
         self.loss_fn = None
         self.loss_inputs = set()
         if m["loss"] in LOSSES:
             loss = LOSSES[m["loss"]]
-            self.loss_fn = configs.bind_options("model.loss", loss, given=2,    # logits, targets
-                                                options=m["loss_options"], supplied=LOSS_INPUTS)
+            self.loss_fn = configs.bind_options(
+                "model.loss", loss, given=2,             # logits and targets
+                options=m["loss_options"], supplied=LOSS_INPUTS)
             self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
-        # the frozen reference model, if there is one. In a list: nn.Module would register it
+        # the frozen reference model, if any; in a list, so that its parameters are not those of self
         self.references = []
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
@@ -1120,7 +1125,7 @@ class Transformer(nn.Module):
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.flex_attention = None           # flex_attention(), compiled
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
+        self.expert_tokens = 0               # tokens of each expert, see families/moe.py
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1143,22 +1148,22 @@ class Transformer(nn.Module):
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
         loss_weights = batch["loss_weights"][index]                                # [N]
-        compute_losses = MicroBatchLoss(self, batch, index)
+        micro_batch_loss = MicroBatchLoss(self, batch, index)
         head = self.head_weight()
         bias = self.head_bias
         if not torch.is_grad_enabled():      # ctx.needs_input_grad ignores torch.no_grad()
             head = head.detach()
             bias = None if bias is None else bias.detach()
-        loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, micro_batch_loss)
         if router_loss is not None:
-            # adds its gradient and not its value, so that the loss is that of the targets alone
+            # Adds its gradient but 0 to the value: the reported loss is that of the targets.
             loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
-        stats = {"loss": losses * loss_weights, **compute_losses.stats}
+        stats = {"loss": losses * loss_weights, **micro_batch_loss.stats}
         if self.computes_nll():
-            stats["nll"] = compute_losses.nll * loss_weights
+            stats["nll"] = micro_batch_loss.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]
         for name, values in stats.items():
             zeros = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)     # [D]
@@ -1214,8 +1219,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rope(self, batch):
-        """For blocks with full attention, and for those with a window: the rope_freqs() of queries
-        and those of keys."""
+        """Return (full, local): for blocks with full attention, and for those with a window.
+
+        Each is (rope_freqs() of queries, rope_freqs() of keys), or None without rope.
+        """
         m = self.cfg
         positions = batch["positions"]
         if m["positions"] != "rope":
@@ -1223,7 +1230,7 @@ class Transformer(nn.Module):
         lengths = None
         if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
             lengths = document_lengths(batch)
-        full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}
+        full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}             # Gemma 4
         k_rope = rope_freqs(positions, full, lengths)
         q_rope = k_rope
         if m["llama_4_scaling_beta"]:
@@ -1302,7 +1309,7 @@ def check_choice(m, key, choices):
         return
     hf_keys = configs.families()[m["family"]].get("keys", {})
     hf_key = ""
-    if key in hf_keys:    # the user of a pretrained model sees its key of config.json, as exported
+    if key in hf_keys:                   # its name in the config.json of a pretrained model
         hf_key = f" ({configs.hf_names(hf_keys[key])[-1]})"
     raise configs.UserError(f"model.{key}{hf_key}: must be one of {', '.join(choices)}; got "
                             f"{m[key]}; if an experiment registers it, import that experiment "

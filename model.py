@@ -233,8 +233,9 @@ class Attention(nn.Module):
         self.n_kv_heads = m["n_kv_heads"]
         self.head_dim = m["head_dim"]
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
-        self.window = sliding_windows(m)[layer_idx]      # None: all tokens
         self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
+        # the number of tokens that a token attends to, itself included, or None: all before it
+        self.window = m["sliding_window"] if self.is_local else None
         self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
         self.rope_interleaved = m["rope_interleaved"]
         self.dropout = m["attn_pdrop"]
@@ -337,12 +338,6 @@ def layer_types(m):
     if m["block"] == "gemma4":
         kinds[-1] = "full_attention"
     return kinds
-
-
-def sliding_windows(m):
-    """Per block, the number of tokens that a token attends to, itself included, or None: all."""
-    window = m["sliding_window"]
-    return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
 
 
 def has_rope(m, layer_idx):
@@ -849,7 +844,7 @@ def make_embedding(m):
     """The function that model.embed names, with its options bound, or an instance of the class."""
     embedding = EMBEDDINGS[m["embed"]]
     is_module = inspect.isclass(embedding)
-    n_given = 1 if is_module else 2      # without the options, made by (m), called with (model, batch)
+    n_given = 1 if is_module else 2      # parameters before the options: (m), or (model, batch)
     embedding = configs.bind_options("model.embed", embedding, n_given, m["embed_options"])
     if not is_module:
         return embedding
@@ -1117,7 +1112,7 @@ class Transformer(nn.Module):
                 "model.loss", loss, given=2,             # logits and targets
                 options=m["loss_options"], supplied=LOSS_INPUTS)
             self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
-        # the frozen reference model, if any; in a list, so that its parameters are not those of self
+        # the frozen reference model, if any; in a list, so that its parameters are not this one's
         self.references = []
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
@@ -1180,8 +1175,8 @@ class Transformer(nn.Module):
     def compute_hidden(self, batch, layout=None):
         """The final hidden states [T, C], for forward(), hidden() and logits().
 
-        These three must not call each other: under FSDP2, each is a forward pass of its own, with
-        hooks that gather the sharded weights (shard.apply_fsdp()). Afterwards the blocks are
+        These three must not call each other: under FSDP2, each is a forward pass with hooks of its
+        own, which gather the sharded weights (shard.apply_fsdp()). Afterwards the blocks are
         sharded again, but embedding, norm and head stay gathered until the backward pass.
 
         layout  see attention(). None: the documents of the micro-batch
@@ -1203,7 +1198,7 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
-        layout.shared = {}                   # among blocks: see families/gemma4.py
+        layout.shared = {}                   # what blocks of Gemma 4 leave for later ones
         if self.per_layer is not None:
             layout.shared["inputs"] = self.per_layer(batch["tokens"], x)           # [T, L, P]
         full_rope, local_rope = self.rope(batch)
@@ -1611,7 +1606,7 @@ class PretrainedWeights:
             from families import expert_files
             self.files = expert_files.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
-        # the tokens that both have. If m has fewer, check() finds too many rows in the files
+        # If m has fewer tokens than the files, check() reports tensors with too many rows.
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
         self.new_names = []
         if self.stored_config.get("embed") != m["embed"]:
@@ -1624,13 +1619,13 @@ class PretrainedWeights:
         for name in stored_shapes:
             if name not in self.new_names:
                 slices = slices_of_parameter(name, stored_shapes, stored_m)
-                # our own name is in no file of the family, so that check() names the parameter
+                # without a name in the family: check() then reports our own name as missing
                 slices = slices or [(name, 0, stored_shapes[name][0])]
                 self.slices[name] = [(self.find(tensor), first, rows)
                                      for tensor, first, rows in slices]
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
-        # some files store a tied matrix under the name of the head only
+        # some files have a tied matrix only once, under the name of the head
         [(embed, first, rows)] = self.slices["embed.weight"]
         if m["tie_embeddings"] and embed not in self.files and self.head in self.files:
             self.slices["embed.weight"] = [(self.head, first, rows)]
@@ -1643,7 +1638,7 @@ class PretrainedWeights:
         return short if tensor not in self.files and short in self.files else tensor
 
     def get_slice(self, tensor):
-        """What safetensors calls so: slices of it are read from the file."""
+        """As get_slice() of safetensors: slices of what it returns are read from the file."""
         stored = self.files[tensor].get_slice(tensor)
         if is_stacked(tensor, self.family):
             from families import expert_files
@@ -1683,10 +1678,9 @@ class PretrainedWeights:
     def mean(self, tensor):
         """The mean row of the stored vocabulary, in fp32."""
         if tensor not in self.means:
-            stored = self.files[tensor].get_slice(tensor)
+            stored = self.get_slice(tensor)
             total = 0
-            for start in range(0, self.stored_vocab_size, ROWS_AT_ONCE):
-                end = min(start + ROWS_AT_ONCE, self.stored_vocab_size)
+            for start, end in row_ranges(0, self.stored_vocab_size):
                 total = total + stored[start:end].double().sum(0)
             self.means[tensor] = (total / self.stored_vocab_size).float()
         return self.means[tensor]
@@ -1701,17 +1695,9 @@ class PretrainedWeights:
                 n_rows[tensor] += rows
                 name_of[tensor] = name
         for tensor, name in name_of.items():
-            shape = [n_rows[tensor], *self.shapes[name][1:]]
-            if is_transposed(name, self.family):
-                shape = shape[::-1]
-            if tensor not in self.files:
-                wrong.append(f"{tensor} is missing")
-                continue
-            stored = self.get_slice(tensor)
-            if stored.get_shape() != shape:
-                wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
-            elif stored.get_dtype() not in STORED_DTYPES:
-                wrong.append(f"{tensor} has dtype {stored.get_dtype()}, which is quantized")
+            problem = self.problem(tensor, name, n_rows[tensor])
+            if problem:
+                wrong.append(f"{tensor} {problem}")
         # A head in the files is redundant if config.json ties it. If only the user ties it, it is
         # unknown: tie_embeddings=true must not discard a trained head unnoticed.
         is_tied = self.stored_config.get("tie_embeddings")
@@ -1729,7 +1715,7 @@ class PretrainedWeights:
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
             head_is_missing = self.head in name_of and self.head not in self.files
-            # if config.json ties it, only the user can have untied it, which hints has already
+            # (If config.json ties it, the user has untied it, and contradicting_keys() names that.)
             if head_is_missing and not is_tied:
                 hints.append("model.tie_embeddings=true takes the embedding for it")
             hint = f"; {shorten(hints)}" if hints else ""
@@ -1737,34 +1723,42 @@ class PretrainedWeights:
                                     f"{shorten(wrong)}{hint}")
         self.check_tied_head()
 
+    def problem(self, tensor, name, n_rows):
+        """Why n_rows of a parameter cannot be read from this tensor, or ""."""
+        if tensor not in self.files:
+            return "is missing"
+        shape = [n_rows, *self.shapes[name][1:]]
+        if is_transposed(name, self.family):
+            shape = shape[::-1]
+        stored = self.get_slice(tensor)
+        if stored.get_shape() != shape:
+            return f"is {stored.get_shape()}, and the config makes it {shape}"
+        if stored.get_dtype() not in STORED_DTYPES:
+            return f"has dtype {stored.get_dtype()}, which is quantized"
+        return ""
+
     def check_tied_head(self):
         """Raise UserError if the head is tied, and the files have another matrix for it."""
         [(embed, _, rows)] = self.slices["embed.weight"]
         has_both = self.head in self.files and self.head != embed
         if not self.m["tie_embeddings"] or not has_both:
             return
-        a = self.files[embed].get_slice(embed)
-        b = self.files[self.head].get_slice(self.head)
-        if a.get_shape() != b.get_shape() or not have_equal_rows(a, b, rows):
+        a = self.get_slice(embed)
+        b = self.get_slice(self.head)
+        is_equal = a.get_shape() == b.get_shape()
+        for start, end in row_ranges(0, rows):
+            is_equal = is_equal and a[start:end].float().equal(b[start:end].float())
+        if not is_equal:
             raise configs.UserError(
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
 
 
-def have_equal_rows(a, b, rows):
-    """Are the first `rows` rows of two tensors in files equal?"""
-    for start in range(0, rows, ROWS_AT_ONCE):
-        end = min(start + ROWS_AT_ONCE, rows)
-        if not a[start:end].float().equal(b[start:end].float()):
-            return False
-    return True
-
-
 def contradicting_keys(m, stored_config):
     """The keys whose values differ from config.json's and give weights of other shapes."""
     contradictions = []
-    m = m | {"rope_layers": None}    # changes no shape, but must have n_layers entries
+    m = m | {"rope_layers": None}    # changes no shape, but forbids to change n_layers alone
     shapes = parameter_shapes(m)
     for key, value in stored_config.items():
         if key == "rope_layers" or value is None or m[key] == value:
@@ -1859,11 +1853,10 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = configs.families()[m["family"]]
-    # A family that scales by itself has embed: scaled among its `fixed` keys in families.yaml. No
-    # built-in one does, but an added one may.
+    # A family may have embed: scaled among its `fixed` keys in families.yaml (no built-in one has).
     family_scales = family.get("native") or "embed" in family["fixed"]
     if m["embed"] == "scaled" and not family_scales:
-        # config.json has no key for it, so the embedding is stored scaled, and a tied head apart
+        # others have no key for it: export the scaled embedding, and a tied head as its own matrix
         get_parameter = functools.partial(get_scaled, get_parameter, m)
         m = m | {"embed": "plain", "tie_embeddings": False}
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
@@ -2046,7 +2039,7 @@ def set_model_keys(config, m, family):
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
-        config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
+        config[hf_key] = configs.to_hf(m[key], places)
     # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         if config.get(hf_key, configs.MISSING) not in supported_values:
@@ -2143,7 +2136,7 @@ def pack_prompts(prompts, device="cpu"):
 
 
 class KVCache:
-    """Keys and values of B growing sequences: the layout of attention() for one token of each.
+    """Keys and values of B growing sequences: the layout of attention() for the next token of each.
 
     n_tokens  int64 [B], the tokens of each sequence so far; the token being computed comes next
     capacity  the most tokens of a sequence
@@ -2197,7 +2190,7 @@ class KVCache:
 
 
 class Prefill(PackedDocuments):
-    """The prompts, whose keys and values also go to a KVCache."""
+    """The layout of the prompts: PackedDocuments whose keys and values are stored in a KVCache."""
 
     def __init__(self, batch, cache):
         # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
@@ -2283,8 +2276,8 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
 def sample_next(logits, temperature, top_k, top_p, generators):
     """Choose a token from logits [B, V], with B random generators: ids [B].
 
-    Candidates are the top_k most likely tokens (0: all), and of these the fewest most likely ones
-    whose probabilities, which sum to 1 over the top_k, sum to at least top_p.
+    Candidates are the top_k most likely tokens (0: all). Their probabilities are made to sum to 1,
+    and of these tokens the fewest most likely ones are kept that have at least top_p together.
     """
     if not temperature:
         return logits.argmax(-1)
@@ -2379,6 +2372,7 @@ def flops(model, lengths, n_targets):
     for (window, head_dim), n_blocks in collections.Counter(shapes).items():
         pairs = 0                                        # a query and a key that it sees
         for length in lengths:
+            # a triangle of pairs, without that of keys before the window
             outside_window = max(0, length - window) if window else 0
             pairs += (length ** 2 - outside_window ** 2) / 2
         # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
@@ -2478,7 +2472,7 @@ class CPURMSNorm(torch.autograd.Function):
 # command line
 
 def print_summary(folder):
-    """Print summary() of a folder's model. Reads no weights, except to compare a stored head."""
+    """Print summary() of a folder's model. Reads no weights, except to compare a tied head."""
     m = read_model_section(folder)
     PretrainedWeights(folder, m)                         # raises UserError if they do not fit
     size = sum(path.stat().st_size for path in weight_files(folder))
@@ -2572,7 +2566,10 @@ def chat(generator):
             elif re.fullmatch("/[a-z]+", command):
                 print(COMMANDS if generator.template else TEXT_COMMANDS)
             elif command:
-                turns = take_turn(generator, system, turns, line)
+                asked = [*turns, {"role": "user", "content": line}]
+                answer = generator.print_answer([*system, *asked])
+                # not after Ctrl-C
+                turns = [*asked, {"role": "assistant", "content": answer}]
         except configs.UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
@@ -2580,13 +2577,6 @@ def chat(generator):
         except EOFError:
             print()
             return
-
-
-def take_turn(generator, system, turns, line):
-    """Print the answer to a line. Returns all turns; an answer that Ctrl-C ends is not one."""
-    turns = [*turns, {"role": "user", "content": line}]
-    answer = generator.print_answer([*system, *turns])
-    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def system_message(generator, text):

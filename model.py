@@ -26,8 +26,8 @@ A micro-batch is one flat sequence of documents, as a dict of tensors:
     positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention and targets stop at each bar
 
 Tokens after the last document are padding and belong to no document. This file knows nothing about
-ranks: shard.py takes a finished model and parallelizes it. In comments and messages, model.x is the
-key x of the config's model section.
+ranks: shard.py takes a finished model and parallelizes it. m is the config's model section, a dict;
+in comments and messages, model.x is its key x.
 """
 import collections
 import contextlib
@@ -130,7 +130,7 @@ class Linear(nn.Linear):
         initialization would import the compiler, which takes seconds.)"""
 
     def forward(self, x, seeds=None):
-        """seeds  not used here; shard.LoRALinear has dropout"""
+        """seeds  of the dropout that only shard.LoRALinear has: see token_seeds()"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -139,8 +139,8 @@ class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
     def forward(self, index):
-        """fp32 if the weight is trained: a row's gradient is a sum over all its tokens, for which
-        bf16 is too coarse."""
+        """Returns fp32 if the weight is trained: the gradient of a row is a sum over all tokens
+        with this id, for which bf16 is too coarse."""
         weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
             weight = weight.float()
@@ -780,14 +780,14 @@ def token_seeds(batch):
 
 
 def head_seeds(seeds, n_heads):
-    """Seeds [d, t] -> those of n_heads heads [d, H, t]."""
+    """Seeds int32 [d, t] -> one per head: [d, H, t]."""
     heads = torch.arange(n_heads, device=seeds.device)
     offsets = hash_int32(heads)[:, None]                                           # [H, 1]
     return hash_int32(seeds[:, None, :] + offsets)
 
 
 def random_int32(seeds, width):
-    """Seeds [...] -> hashes [..., width], which are uniform in the range of int32."""
+    """Seeds int32 [...] -> random numbers [..., width], uniform in the range of int32."""
     columns = torch.arange(width, device=seeds.device)
     return hash_int32(seeds[..., None] ^ hash_int32(columns))
 
@@ -1114,13 +1114,13 @@ class Transformer(nn.Module):
             self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
         # the frozen reference model, if any; in a list, so that its parameters are not this one's
         self.references = []
+        self.expert_tokens = 0               # tokens of each expert, counted by families/moe.py
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.flex_attention = None           # flex_attention(), compiled
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        self.expert_tokens = 0               # tokens of each expert, see families/moe.py
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).

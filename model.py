@@ -17,7 +17,7 @@ Letters for shapes, in all seven files:
 A micro-batch is one flat sequence of documents, as a dict of tensors:
 
     tokens [T]  targets [T] (-100: no loss)  loss_weights [T]  positions [T]  cu_seqlens [D+1]
-    max_seqlen         int: the longest document, or the padding if that is longer
+    max_seqlen         int: the length of the longest document, or of the padding if it is longer
     doc_ids [D]        the index of each document in the dataset
     target_index [N]   where targets are not -100. Optional: on a GPU, counting them costs a sync
     noise_seed         (seed, step), of dropout and NEFTune. Optional: without it there are none
@@ -26,8 +26,8 @@ A micro-batch is one flat sequence of documents, as a dict of tensors:
     positions   0 1 2 3 4 5 6 | 0 1 2 3 4 | 0           attention and targets stop at each bar
 
 Tokens after the last document are padding and belong to no document. This file knows nothing about
-ranks: shard.py takes a finished model and parallelizes it. In comments and messages, model.x is the
-key x of the config's model section.
+ranks: shard.py takes a finished model and parallelizes it. m is the config's model section, a dict;
+in comments and messages, model.x is its key x.
 """
 import collections
 import contextlib
@@ -53,7 +53,7 @@ SAMPLING = {                 # arguments of generate(), and their defaults: gree
     "max_tokens": 256,
 }
 OPTIONS = SAMPLING | {       # of the command line
-    "prompt": "",            # instead of words: for a prompt that looks like an option
+    "prompt": "",            # for a prompt that would be read as an option: prompt="top_k=5"
     "prompts": "",
     "out": "",               # empty: to stdout
     "batch_size": 16,        # prompts that are answered at once
@@ -67,12 +67,13 @@ CHOICES = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bflo
 def parse_arguments(argv):
     """The command line as (folder of the model, prompt, options)."""
     options, words = configs.pop_options(argv, **OPTIONS)
-    configs.check_words(words, options)                  # a mistyped option is no word of a prompt
+    configs.check_words(words, options)                  # raises if a word is a mistyped option
     if not words:
         raise configs.UserError('python model.py PATH ["PROMPT"] [temperature=0.8 top_k=0 '
                                 "top_p=1.0 seed=0 max_tokens=256 prompt=PROMPT prompts=FILE "
                                 "out=FILE batch_size=16 device=auto dtype=auto summary=true]")
     folder = configs.resolve_model_dir(words[0])
+    # again, now with the defaults of the model in this folder
     options, _ = configs.pop_options(argv, **OPTIONS | sampling_defaults(folder))
     for key, choices in CHOICES.items():
         if options[key] not in choices:
@@ -105,7 +106,7 @@ def sampling_defaults(folder):
 
 
 if __name__ == "__main__":    # report mistakes before the slow import
-    configs.exit_with_help(__doc__, sys.argv[1:])         # only without arguments or with --help
+    configs.exit_with_help(__doc__, sys.argv[1:])         # if there are no arguments, or --help
     configs.run(parse_arguments, sys.argv[1:])
 
 import numpy as np
@@ -129,7 +130,7 @@ class Linear(nn.Linear):
         initialization would import the compiler, which takes seconds.)"""
 
     def forward(self, x, seeds=None):
-        """seeds  not used here; shard.LoRALinear has dropout"""
+        """seeds  of the dropout that only shard.LoRALinear has: see token_seeds()"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -137,6 +138,17 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
+<<<<<<< HEAD
+=======
+    def forward(self, index):
+        """Returns fp32 if the weight is trained: the gradient of a row is a sum over all tokens
+        with this id, for which bf16 is too coarse."""
+        weight = self.weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            weight = weight.float()
+        return F.embedding(index, weight)
+
+>>>>>>> 296f164e956febc4f51978c5d31fa828f619cf56
 
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""
@@ -149,11 +161,11 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if m["norm"] == "layernorm" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)     # also where it is not FSDP that rounds the weights
+        weight = self.weight.to(x.dtype)     # FSDP gathers it in this dtype; without FSDP the same
         if self.bias is None and not x.is_cuda and not torch.compiler.is_compiling():
-            # The same function with a faster backward pass. Not under torch.compile: torch 2.11
-            # compiles CPURMSNorm without its gradients.
-            if self.offset:                  # 1 + w in fp32; CUDA's kernel takes one dtype
+            # F.rms_norm with a faster backward pass. Not under torch.compile: torch 2.11 compiles
+            # CPURMSNorm without its gradients.
+            if self.offset:                  # in fp32; F.rms_norm needs x and weight in one dtype
                 weight = weight.float() + self.offset
             return CPURMSNorm.apply(x, weight, self.eps)
         if self.offset:
@@ -174,82 +186,12 @@ def rope_freqs(positions, m, lengths=None):
     R = int(m["head_dim"] * m["partial_rotary_factor"])
     first_of_pair = torch.arange(0, R, 2, device=positions.device)
     freqs = m["rope_theta"] ** (-first_of_pair.double() / R)                       # [R/2]
-    scaling = m["rope_scaling"] or {}
-    kind = configs.rope_kind(scaling)
-    if kind == "linear":
-        freqs = freqs / scaling["factor"]
-    elif kind == "llama3":
-        # rotations: full turns of a pair within the original context. Below `low`, the frequency is
-        # divided by the factor; above `high`, it is kept; between them, it is interpolated.
-        low = scaling["low_freq_factor"]
-        high = scaling["high_freq_factor"]
-        rotations = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
-        keep = ((rotations - low) / (high - low)).clamp(0, 1)
-        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    elif kind == "yarn":
-        keep = yarn_keep(scaling, m["rope_theta"], R).to(positions.device)
-        freqs = freqs * keep + freqs / scaling["factor"] * (1 - keep)
-    elif kind == "proportional":                         # Gemma 4: only the first pairs rotate
-        n_rotated = int(scaling.get("partial_rotary_factor", 1.0) * R // 2)
-        freqs = freqs / scaling.get("factor", 1.0)
-        freqs[n_rotated:] = 0
-    elif kind == "longrope":                             # arXiv:2402.13753
-        short = freqs / freqs.new_tensor(scaling["short_factor"])
-        long = freqs / freqs.new_tensor(scaling["long_factor"])
-        is_long = lengths > scaling["original_max_position_embeddings"]            # [T]
-        freqs = torch.where(is_long[:, None, None], long, short)                   # [T, 1, R/2]
+    scale = 1.0
+    if m["rope_scaling"]:
+        from families import rope_scaling
+        freqs, scale = rope_scaling.scale_freqs(freqs, m, lengths)
     angles = positions.double()[:, None, None] * freqs                             # [T, 1, R/2]
-    scale = rope_scale(scaling, m["max_len"])
     return (scale * angles.cos()).float(), (scale * angles.sin()).float()
-
-
-def query_rope_freqs(rope, positions, m):
-    """The rope_freqs() of queries, from those of keys: see model.llama_4_scaling_beta."""
-    beta = m["llama_4_scaling_beta"]
-    if not beta:
-        return rope
-    original = m["rope_scaling"]["original_max_position_embeddings"]
-    scale = 1 + beta * (1 + positions.double() // original).log()                  # [T]
-    return tuple((scale[:, None, None] * x).float() for x in rope)
-
-
-def yarn_keep(scaling, theta, R):
-    """The part of each frequency that YaRN (arXiv:2309.00071, section 3.2) keeps: fp64 [R/2].
-
-    1 for pairs that rotate more than beta_fast times within the original context, 0 below
-    beta_slow. In between it falls linearly with the number of the pair.
-    """
-    original = scaling["original_max_position_embeddings"]
-    bounds = []                                          # the pairs with so many rotations
-    for rotations in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)):
-        bounds.append(R * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta)))
-    low, high = bounds
-    if scaling.get("truncate", True):
-        low = math.floor(low)
-        high = math.ceil(high)
-    low = max(low, 0)
-    high = min(high, R - 1)
-    if low == high:
-        high += 0.001
-    pairs = torch.arange(R // 2, dtype=torch.float64)
-    return 1 - ((pairs - low) / (high - low)).clamp(0, 1)
-
-
-def rope_scale(scaling, max_len):
-    """The factor of cos and sin with YaRN and LongRoPE. Attention scores have its square."""
-    kind = configs.rope_kind(scaling)
-    if kind not in ("yarn", "longrope"):
-        return 1.0
-    if "attention_factor" in scaling:
-        return scaling["attention_factor"]
-    original = scaling["original_max_position_embeddings"]
-    factor = max(1, scaling.get("factor") or max_len / original)
-    if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original))
-    growth = 0.1 * math.log(factor)
-    if "mscale" in scaling and "mscale_all_dim" in scaling:      # DeepSeek-V2
-        return (1 + scaling["mscale"] * growth) / (1 + scaling["mscale_all_dim"] * growth)
-    return 1 + growth
 
 
 def apply_rotary_emb(x, cos, sin, interleaved=False):
@@ -294,19 +236,21 @@ class Attention(nn.Module):
         self.n_kv_heads = m["n_kv_heads"]
         self.head_dim = m["head_dim"]
         self.scale = m["attention_multiplier"] or self.head_dim ** -0.5
-        self.window = sliding_windows(m)[layer_idx]
+        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
+        # the number of tokens that a token attends to, itself included, or None: all before it
+        self.window = m["sliding_window"] if self.is_local else None
+        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
+        self.rope_interleaved = m["rope_interleaved"]
         self.dropout = m["attn_pdrop"]
         self.softcap = m["attn_softcap"]
         self.score_mod = configs.bind_options("model.score_mod", SCORE_MODS[m["score_mod"]],
                                               given=1,   # the scores
                                               options=m["score_mod_options"])
-        # the logit of a key without a value, per head
+        # attention sinks (arXiv:2508.10925): each head has one more key, without a value. This is
+        # its logit
         self.sinks = nn.Parameter(torch.empty(m["n_heads"])) if m["attn_sinks"] else None
-        # of the kernels, only flex_attention() computes these
+        # flex_attention() is the only kernel that computes softcap, score_mod and sinks
         self.needs_flex = bool(m["attn_softcap"] or m["score_mod"] != "none" or m["attn_sinks"])
-        self.is_local = layer_types(m)[layer_idx] == "sliding_attention"
-        self.use_rope = m["positions"] == "rope" and has_rope(m, layer_idx)
-        self.rope_interleaved = m["rope_interleaved"]
 
         C = m["d_model"]
         E = self.head_dim
@@ -320,7 +264,7 @@ class Attention(nn.Module):
         self.gate_proj = Linear(C, q_width, bias=bias) if m["attention_gate"] else None
         self.o_proj = Linear(q_width, C, bias=m["out_bias"])
         self.qk_norm = m["qk_norm"]
-        if self.qk_norm.startswith("head"):              # of each head (arXiv:2302.05442)
+        if self.qk_norm in ("head", "head_after_rope"):  # of each head (arXiv:2302.05442)
             self.q_norm = Norm(m, E)
             self.k_norm = Norm(m, E)
         elif self.qk_norm == "all":                      # of all heads together
@@ -328,11 +272,13 @@ class Attention(nn.Module):
             self.k_norm = Norm(m, kv_width)
 
     def needs_probabilities(self, training, has_flex=False):
-        """Does padded_attention() compute the probabilities itself, instead of calling a kernel?
+        """Does padded_attention() compute the softmax itself, instead of calling a kernel?
 
         It does for dropout, because kernels use torch's random generator, not our seeds; and for
-        softcap, sinks and score_mod, unless flex_attention() can be called (has_flex). If you
+        softcap, sinks and score_mod, unless flex_attention() computes these (has_flex). If you
         change the probabilities in padded_attention() in another way, return True here.
+
+        training  will dropout be applied?
         """
         return (self.needs_flex and not has_flex) or (training and self.dropout > 0)
 
@@ -385,8 +331,8 @@ class Attention(nn.Module):
 def layer_types(m):
     """The kind of each block's attention: sliding_attention, full_attention or linear_attention.
 
-    By default all are "sliding", with the window model.sliding_window; null turns that off. The
-    last one of Gemma 4 is full_attention, as in transformers.
+    Without model.layer_types, all blocks are sliding_attention, or full_attention if
+    model.sliding_window is null. The last block of a Gemma 4 is always full_attention.
     """
     pattern = m["layer_types"] or ["sliding_attention"]
     if m["sliding_window"] is None:
@@ -397,14 +343,12 @@ def layer_types(m):
     return kinds
 
 
-def sliding_windows(m):
-    """Per block, the number of tokens that a token attends to, itself included, or None: all."""
-    window = m["sliding_window"]
-    return [window if kind == "sliding_attention" else None for kind in layer_types(m)]
-
-
 def has_rope(m, layer_idx):
-    """Does this block of a model with positions=rope rotate q and k? See model.rope_layers."""
+    """Does this block of a model with positions=rope rotate q and k?
+
+    model.rope_layers is null (all blocks do), a list with 1 (does) or 0 per block, or
+    "sliding_attention": blocks with a window do, and all if no block has one.
+    """
     if m["rope_layers"] is None:
         return True
     if m["rope_layers"] == "sliding_attention":
@@ -426,9 +370,9 @@ def attention(layer, q, k, v, layout, seeds=None):
     seeds   int32 [T], of the dropout of the probabilities. None: no dropout
     Returns [T, H, E].
     """
-    # rounded like all weights: FSDP casts those of a block when it gathers them
-    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)
-    has_flex = layout.flex_attention is not None and len(q) > 0      # it needs a token
+    sinks = None if layer.sinks is None else layer.sinks.to(q.dtype)     # as in Norm.forward()
+    # flex_attention() fails for a micro-batch without tokens
+    has_flex = layout.flex_attention is not None and len(q) > 0
     need_probs = layer.needs_probabilities(seeds is not None, has_flex)
     if layer.needs_flex and not need_probs:
         return layout.flex_attention(layer, q, k, v, layout.block_mask(layer.window), sinks)
@@ -450,8 +394,7 @@ def padded_attention(layer, q, k, v, mask, seeds, sinks):
     sinks  [H] or None: logits of one more key per head, which has no value
     """
     need_probs = layer.needs_probabilities(training=seeds is not None)
-    # The written-out softmax needs H heads of k and v, and so do CUDA's kernels for fp32 or with a
-    # mask. (The kernel for bf16 without a mask does not, but is not treated separately.)
+    # The softmax below needs H heads of k and v, and so do CUDA's kernels for fp32 or with a mask
     if q.is_cuda or need_probs:
         group_size = layer.n_heads // layer.n_kv_heads
         k = k.repeat_interleave(group_size, 1)                                     # [d, H, t', E]
@@ -503,7 +446,7 @@ class PackedDocuments:
     cache: object = None
     flex_attention: object = None                                    # compiled
     block_masks: dict = dataclasses.field(default_factory=dict)      # {window: BlockMask}
-    is_decoding = False
+    is_decoding = False               # as in KVCache; not a field
 
     @functools.cached_property        # computed only if it is needed: on a GPU it costs a sync
     def lengths(self):
@@ -525,8 +468,8 @@ class PackedDocuments:
         groups = []
         for i in longest_first:
             length = self.lengths[i]
-            # All that follow are empty. (If all documents are, keep one group: unpad() concatenates
-            # the outputs, and torch.cat() needs at least one.)
+            # From here on all are empty, and left out. If the first is, one empty group is kept,
+            # because torch.cat() in unpad() needs an output.
             if groups and length == 0:
                 break
             if not groups or 3 * length < 2 * groups[-1][0]:
@@ -537,12 +480,12 @@ class PackedDocuments:
     def padded_groups(self, layer, q, k, v, seeds, need_mask):
         """Yield (q, k, v, mask, seeds) of each group, for padded_attention().
 
-        need_mask  never yield None as the mask, which the written-out softmax needs
+        need_mask  the mask must not be None: padded_attention() computes the softmax itself
         """
         no_seeds = [None] * len(self.groups)
         seeds_of_groups = no_seeds if seeds is None else self.pad(seeds)
         for *qkv, seeds_d in zip(self.pad(q), self.pad(k), self.pad(v), seeds_of_groups):
-            length = qkv[0].shape[1]
+            length = qkv[0].shape[1]                     # of q [d, t, H, E]
             if not q.is_cuda and length < FP32_ATTENTION_BELOW:
                 qkv = [x.float() for x in qkv]
             window = min(layer.window or length, length)
@@ -554,7 +497,7 @@ class PackedDocuments:
 
     def pad(self, x):
         """Yield x [T, ...] as [d, t, ...] of each group, with zeros after shorter documents."""
-        if self.have_equal_lengths:                      # one group, which is all of x
+        if self.have_equal_lengths:                      # one group
             [(length, _)] = self.groups
             yield x.unflatten(0, (-1, length))
             return
@@ -566,7 +509,7 @@ class PackedDocuments:
                 parts += [documents[i], zeros[self.lengths[i]:]]
             yield torch.cat(parts).unflatten(0, (len(indices), length))
 
-    @torch.no_grad()                                     # one graph for training and validation
+    @torch.no_grad()          # create_block_mask() is compiled once for training and validation
     def block_mask(self, window):
         """The mask of flex_attention(), which all blocks of the model with this window share.
 
@@ -594,7 +537,7 @@ class PackedDocuments:
         """[d, t, H, E] of each group -> [T, H, E]"""
         if self.have_equal_lengths:
             return outputs[0].flatten(0, 1)
-        documents = {}                                   # without empty ones
+        documents = {}                                   # {index: [length, H, E]}, no empty ones
         for output, (_, indices) in zip(outputs, self.groups):
             for document, i in zip(output, indices):                               # [t, H, E]
                 documents[i] = document[:self.lengths[i]]
@@ -610,7 +553,7 @@ def causal_mask(length, window, device):
 
 @functools.cache
 def varlen_parameters():
-    """The names of the arguments of varlen_attn, which differ between versions of torch."""
+    """The names of the parameters of varlen_attn, which differ between versions of torch."""
     from torch.nn.attention.varlen import varlen_attn
     return frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -824,30 +767,30 @@ def document_index(batch):
 
 
 def document_lengths(batch):
-    """The length of each token's document: int64 [T]. In generation, the most it may have."""
+    """The length of each token's document: int64 [T]. In generation, its final length at most."""
     if "document_lengths" in batch:
         return batch["document_lengths"]
     lengths = batch["cu_seqlens"].long().diff()                                    # [D]
-    return F.pad(lengths, (0, 1))[document_index(batch)]         # 0 of padding
+    return F.pad(lengths, (0, 1))[document_index(batch)]         # padding: 0
 
 
 def token_seeds(batch):
     """The seed of each token's noise, hashed from noise_seed, document and position: int32 [T]."""
-    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # in the range of int32
+    seed = zlib.crc32(str(batch["noise_seed"]).encode()) - 2**31     # uint32 -> int32
     documents = F.pad(batch["doc_ids"], (0, 1))[document_index(batch)].int()
     document_seeds = hash_int32(documents ^ seed)                                  # [T]
     return hash_int32(document_seeds + batch["positions"].int())
 
 
 def head_seeds(seeds, n_heads):
-    """Seeds [d, t] -> those of n_heads heads [d, H, t]."""
+    """Seeds int32 [d, t] -> one per head: [d, H, t]."""
     heads = torch.arange(n_heads, device=seeds.device)
     offsets = hash_int32(heads)[:, None]                                           # [H, 1]
     return hash_int32(seeds[:, None, :] + offsets)
 
 
 def random_int32(seeds, width):
-    """Seeds [...] -> hashes [..., width], which are uniform in the range of int32."""
+    """Seeds int32 [...] -> random numbers [..., width], uniform in the range of int32."""
     columns = torch.arange(width, device=seeds.device)
     return hash_int32(seeds[..., None] ^ hash_int32(columns))
 
@@ -868,9 +811,8 @@ def dropout(x, p, seeds):
 #
 # An embedding with parameters is a subclass of nn.Module: made by (m, **model.embed_options) and
 # called with (Transformer, micro-batch). Its parameters are named embedding.* and initialized by
-# NewWeights; the attribute init_std of the class replaces model.init_std. A pretrained model with
-# another embedding lacks them, so they are new there, too. Only model.family=native saves them, as
-# all embeddings that are not in EXPORTED_EMBEDDINGS of configs/hf_config.py.
+# NewWeights, with the class's attribute init_std instead of model.init_std if it has one. A
+# pretrained model that lacks them gets new ones. Only model.family=native exports them.
 
 def plain(model, batch):
     return model.embed(batch["tokens"])
@@ -879,8 +821,8 @@ def plain(model, batch):
 def scaled(model, batch):
     """Times sqrt(C) (arXiv:1706.03762, section 3.4).
 
-    model.embedding_multiplier=sqrt_d_model computes the same, but is exported only to families with
-    a key for it. Of this one, save_pretrained() stores the product.
+    model.embedding_multiplier=sqrt_d_model computes the same, but only some families have a key for
+    it in config.json. For this one, save_pretrained() multiplies the exported weights.
     """
     return plain(model, batch) * math.sqrt(model.cfg["d_model"])
 
@@ -899,6 +841,21 @@ def neftune(model, batch, alpha):
 
 
 EMBEDDINGS = {"plain": plain, "scaled": scaled, "neftune": neftune}
+
+
+def make_embedding(m):
+    """The function that model.embed names, with its options bound, or an instance of the class."""
+    embedding = EMBEDDINGS[m["embed"]]
+    is_module = inspect.isclass(embedding)
+    n_given = 1 if is_module else 2      # parameters before the options: (m), or (model, batch)
+    embedding = configs.bind_options("model.embed", embedding, n_given, m["embed_options"])
+    if not is_module:
+        return embedding
+    module = embedding(m)
+    if list(module.buffers()):
+        raise TypeError(f"model.embed={m['embed']}: buffers are neither saved nor initialized; "
+                        "use a parameter, or compute them in forward()")
+    return module
 
 
 def previous_tokens(batch, n):
@@ -957,27 +914,29 @@ def is_plain_loss(m):
 LOSSES = {"cross_entropy": cross_entropy, "dft": dft}
 
 
-# {name: function (x [n, C], dlogits [n, V]) -> [n]} of target tokens, summed per document. In
-# training forward() computes all of them in each step and returns the sums beside "loss", for a
-# sampler's update() (see experiments/by_gradient.py). Both inputs have the compute dtype:
+# Statistics of target tokens: {name: function (x [n, C], dlogits [n, V]) -> [n]}. In training,
+# forward() computes all of them in each step, sums them per document and returns the sums beside
+# "loss". A sampler can choose documents by them: see experiments/by_gradient.py. Both inputs have
+# the compute dtype:
 #
-#     x        what the head reads
-#     dlogits  the gradient of loss_weight * loss with respect to what the head returns. It is not
+#     x        the input of the head
+#     dlogits  the gradient of loss_weight * loss with respect to the output of the head. It is not
 #              divided by the global loss weight, which forward() does not know
 TOKEN_STATS = {}
 
 
 class MicroBatchLoss:
-    """Calls model.loss for target tokens of a micro-batch, with those LOSS_INPUTS that it takes.
+    """model.loss of the target tokens of a micro-batch, for ChunkedLoss.
 
     token_index  int64 [N], where the target tokens are
+    start, end   of all methods: the target tokens start ... end - 1
     """
 
     def __init__(self, model, batch, token_index):
         self.model = model
         self.batch = batch
         self.token_index = token_index
-        self.nll = torch.zeros(len(token_index), device=token_index.device)   # see computes_nll()
+        self.nll = torch.zeros(len(token_index), device=token_index.device)   # if computes_nll()
         self.vocab_size = model.cfg["vocab_size"]
         self.stats = {}                  # TOKEN_STATS: [N] each
         if torch.is_grad_enabled():
@@ -988,17 +947,40 @@ class MicroBatchLoss:
             with torch.no_grad():
                 self.reference_x = self.reference.hidden(batch)[token_index]       # [N, its C]
 
-    def __call__(self, logits, start, end):
-        """The losses [end - start] of target tokens start ... end - 1.
+    def losses_and_gradient_(self, logits, loss_weights, start, end, piece_size, want_gradient):
+        """Return the losses [end - start] of a chunk, whose logits are [n, V'].
+
+        n >= end - start: the rest is padding. If want_gradient, logits are overwritten with the
+        gradient of sum(loss_weight * loss), which is 0 in padding of tokens and vocabulary.
+        """
+        losses = []
+        for piece_start in range(start, end, piece_size):
+            piece_end = min(piece_start + piece_size, end)
+            piece = logits[piece_start - start:piece_end - start, :self.vocab_size]
+            with torch.enable_grad():
+                piece_logits = piece.detach().requires_grad_(want_gradient)
+                piece_losses = self.losses(piece_logits, piece_start, piece_end)
+                losses.append(piece_losses.detach())
+                if want_gradient:
+                    weighted_sum = (piece_losses * loss_weights[piece_start:piece_end]).sum()
+                    [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
+                    piece.copy_(gradient)
+                    del weighted_sum, gradient
+            del piece_logits, piece_losses   # and their graph, before the next piece is allocated
+        logits[end - start:] = 0
+        logits[:, self.vocab_size:] = 0
+        return torch.cat(losses)
+
+    def losses(self, logits, start, end):
+        """The losses [end - start] of a piece: model.loss with those LOSS_INPUTS that it takes.
 
         logits  [end - start, V], as they come from the head
         """
         index = self.token_index[start:end]
         inputs = {"token_index": index, "batch": self.batch}
         if "reference_logits" in self.model.loss_inputs:
-            # Under FSDP2 only forward(), hidden() and logits() gather sharded weights. Those of the
-            # head are gathered here: hidden() did it, and without a backward pass they stay so (see
-            # compute_hidden()).
+            # With FSDP, hidden() has gathered the weights of the reference model's head, and they
+            # stay gathered until a backward pass, which this model never has.
             with torch.no_grad():
                 inputs["reference_logits"] = self.reference.head_logits(self.reference_x[start:end])
         inputs = {name: inputs[name] for name in self.model.loss_inputs}
@@ -1009,10 +991,7 @@ class MicroBatchLoss:
         return self.model.token_losses(logits, targets, **inputs)
 
     def record_stats(self, x, dlogits, start, end):
-        """Compute TOKEN_STATS of target tokens start ... end - 1.
-
-        x, dlogits  [n, C], [n, V'], n >= end - start: with padding of tokens and vocabulary
-        """
+        """Compute TOKEN_STATS of a chunk: x [n, C] and dlogits [n, V'], with padding."""
         n_tokens = end - start
         dlogits = dlogits[:n_tokens, :self.vocab_size]
         for name, values in self.stats.items():
@@ -1023,24 +1002,24 @@ class ChunkedLoss(torch.autograd.Function):
     """The head and the loss, chunk by chunk, so that the logits of all tokens never exist at once.
 
     While a chunk's logits exist, forward() also computes their gradient, in their place, and from
-    it those of x, head and bias. backward() multiplies these by the gradient of loss_sum, which is
-    one number. A chunk is one matrix product with the head. Within it, the loss is computed in fp32
-    piece by piece; on a CPU, a piece fits in the cache. The calls:
+    it the gradients of x, head and bias. backward() only multiplies these by the gradient of
+    loss_sum, a number. A chunk is one matrix product with the head; a piece of it is what the loss
+    computes at once in fp32 (on a CPU, it fits in the cache):
 
-    forward()                                     all target tokens
-        compute_losses_and_gradient_()            a chunk
-            MicroBatchLoss.__call__()             a piece: the inputs of its loss
-                Transformer.token_losses()        the function model.loss; a method to be compiled
+        ChunkedLoss.forward()                           all target tokens
+            MicroBatchLoss.losses_and_gradient_()       a chunk
+                MicroBatchLoss.losses()                 a piece
+                    Transformer.token_losses()          model.loss, compiled on CUDA
 
-    x               [N, C], in the compute dtype
-    head            [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
-    loss_weights    fp32 [N]
-    compute_losses  a MicroBatchLoss
+    x                 [N, C], in the compute dtype
+    head              [V', C];  bias  [V'] or None. Only the first vocab_size of V' are tokens
+    loss_weights      fp32 [N]
+    micro_batch_loss  a MicroBatchLoss
     Returns (sum of loss_weight * loss, losses [N] without gradient).
     """
 
     @staticmethod
-    def forward(ctx, x, head, bias, loss_weights, compute_losses):
+    def forward(ctx, x, head, bias, loss_weights, micro_batch_loss):
         weight = head.to(x.dtype)                                                  # [V', C]
         if bias is not None:
             bias = bias.to(x.dtype)                                                # [V']
@@ -1053,15 +1032,15 @@ class ChunkedLoss(torch.autograd.Function):
         chunk_size, piece_size = chunk_sizes(len(head), x.element_size(), x.is_cuda)
         for start in range(0, len(x), chunk_size):
             end = min(start + chunk_size, len(x))
-            # Multiples of 64 tokens, because a CPU's bf16 kernels are prepared anew for each shape.
+            # to a multiple of 64 tokens: a CPU's bf16 kernels are generated for each new shape
             n_padding = -(end - start) % 64
             x_chunk = F.pad(x[start:end], (0, 0, 0, n_padding))                    # [n, C]
             logits = F.linear(x_chunk, weight, bias)                               # [n, V']
-            losses[start:end] = compute_losses_and_gradient_(
-                logits, compute_losses, loss_weights, start, end, piece_size, want_gradient)
+            losses[start:end] = micro_batch_loss.losses_and_gradient_(
+                logits, loss_weights, start, end, piece_size, want_gradient)
             dlogits = logits                             # overwritten with the gradient
             if want_gradient:
-                compute_losses.record_stats(x_chunk, dlogits, start, end)
+                micro_batch_loss.record_stats(x_chunk, dlogits, start, end)
             if want_x:
                 dx[start:end] = (dlogits @ weight)[:end - start]
             if want_head and x.dtype == torch.float32:   # addmm_ needs equal dtypes
@@ -1082,36 +1061,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss_sum, _grad_losses):
         gradients = [None if d is None else d.mul_(grad_loss_sum) for d in ctx.saved_tensors]
         return *gradients, None, None
-
-
-def compute_losses_and_gradient_(logits, compute_losses, loss_weights, start, end, piece_size,
-                                 want_gradient):
-    """Return the losses [end - start] of the target tokens start ... end - 1.
-
-    If want_gradient, their logits are overwritten with the gradient of sum(loss_weight * loss),
-    which is 0 in padding.
-
-    logits      [n, V'], n >= end - start: with padding of tokens and vocabulary
-    start, end  indices among the N target tokens of the micro-batch
-    """
-    vocab_size = compute_losses.vocab_size
-    losses = []
-    for piece_start in range(start, end, piece_size):
-        piece_end = min(piece_start + piece_size, end)
-        piece = logits[piece_start - start:piece_end - start, :vocab_size]
-        with torch.enable_grad():
-            piece_logits = piece.detach().requires_grad_(want_gradient)
-            piece_losses = compute_losses(piece_logits, piece_start, piece_end)
-            losses.append(piece_losses.detach())
-            if want_gradient:
-                weighted_sum = (piece_losses * loss_weights[piece_start:piece_end]).sum()
-                [gradient] = torch.autograd.grad(weighted_sum, piece_logits)
-                piece.copy_(gradient)
-                del weighted_sum, gradient
-        del piece_logits, piece_losses       # and their graph, before the next piece is allocated
-    logits[end - start:] = 0                             # rows and columns of padding
-    logits[:, vocab_size:] = 0
-    return torch.cat(losses)
 
 
 # measured on a CPU (LOG.md, CPU throughput); those for CUDA are guesses
@@ -1156,26 +1105,19 @@ class Transformer(nn.Module):
         self.norm = Norm(m, C)
         self.head = None if m["tie_embeddings"] else Linear(C, V, bias=False)
         self.head_bias = nn.Parameter(torch.empty(V)) if m["head_bias"] else None
-
-        embedding = EMBEDDINGS[m["embed"]]
-        is_module = inspect.isclass(embedding)
-        # a module is made with m; a function is called with (model, batch), later
-        embedding = configs.bind_options("model.embed", embedding, given=1 if is_module else 2,
-                                         options=m["embed_options"])
-        self.embedding = embedding(m) if is_module else embedding
-        if is_module and any(True for _ in self.embedding.buffers()):
-            raise TypeError(f"model.embed={m['embed']}: buffers are neither saved nor initialized; "
-                            "use a parameter, or compute them in forward()")
-        # stays None if no function has this name: only forward() needs it, and raises
+        self.embedding = make_embedding(m)
+        # stay empty if an experiment's loss is not imported: only forward() needs it, and raises
         self.loss_fn = None
         self.loss_inputs = set()
         if m["loss"] in LOSSES:
             loss = LOSSES[m["loss"]]
-            self.loss_fn = configs.bind_options("model.loss", loss, given=2,    # logits, targets
-                                                options=m["loss_options"], supplied=LOSS_INPUTS)
+            self.loss_fn = configs.bind_options(
+                "model.loss", loss, given=2,             # logits and targets
+                options=m["loss_options"], supplied=LOSS_INPUTS)
             self.loss_inputs = inspect.signature(loss).parameters.keys() & set(LOSS_INPUTS)
-        # the frozen reference model, if there is one. In a list: nn.Module would register it
+        # the frozen reference model, if any; in a list, so that its parameters are not this one's
         self.references = []
+        self.expert_tokens = 0               # tokens of each expert, counted by families/moe.py
         # set by shard.parallelize()
         self.dtype = torch.float32           # of the computation
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
@@ -1184,7 +1126,6 @@ class Transformer(nn.Module):
         self.recompute_options = {}          # of checkpoint(): what it keeps nevertheless
         self.offload_device = None           # with shard.offload: that of the computation
         self.adapter_dropout = 0.0           # shard.lora.dropout
-        self.expert_tokens = 0               # counted by moe.hidden_and_router_loss()
 
     def forward(self, batch):
         """Return (loss_sum, weight_sum, {"loss": [D]}) of a micro-batch (see the top of the file).
@@ -1207,22 +1148,22 @@ class Transformer(nn.Module):
         if index is None:
             index = (batch["targets"] != IGNORE_INDEX).nonzero().squeeze(1)        # [N]
         loss_weights = batch["loss_weights"][index]                                # [N]
-        compute_losses = MicroBatchLoss(self, batch, index)
+        micro_batch_loss = MicroBatchLoss(self, batch, index)
         head = self.head_weight()
         bias = self.head_bias
         if not torch.is_grad_enabled():      # ctx.needs_input_grad ignores torch.no_grad()
             head = head.detach()
             bias = None if bias is None else bias.detach()
-        loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, compute_losses)
+        loss_sum, losses = ChunkedLoss.apply(x[index], head, bias, loss_weights, micro_batch_loss)
         if router_loss is not None:
-            # adds its gradient and not its value, so that the loss is that of the targets alone
+            # Adds its gradient but 0 to the value: the reported loss is that of the targets.
             loss_sum = loss_sum + (router_loss - router_loss.detach())
         if self.loss_scale != 1.0 and loss_sum.requires_grad:
             loss_sum.register_hook(self.scale_gradient)
 
-        stats = {"loss": losses * loss_weights, **compute_losses.stats}
+        stats = {"loss": losses * loss_weights, **micro_batch_loss.stats}
         if self.computes_nll():
-            stats["nll"] = compute_losses.nll * loss_weights
+            stats["nll"] = micro_batch_loss.nll * loss_weights
         documents = document_index(batch)[index]                                   # [N]
         for name, values in stats.items():
             zeros = torch.zeros(len(batch["cu_seqlens"]) - 1, device=x.device)     # [D]
@@ -1239,8 +1180,8 @@ class Transformer(nn.Module):
     def compute_hidden(self, batch, layout=None):
         """The final hidden states [T, C], for forward(), hidden() and logits().
 
-        These three must not call each other: under FSDP2, each is a forward pass of its own, with
-        hooks that gather the sharded weights (shard.apply_fsdp()). Afterwards the blocks are
+        These three must not call each other: under FSDP2, each is a forward pass with hooks of its
+        own, which gather the sharded weights (shard.apply_fsdp()). Afterwards the blocks are
         sharded again, but embedding, norm and head stay gathered until the backward pass.
 
         layout  see attention(). None: the documents of the micro-batch
@@ -1262,7 +1203,7 @@ class Transformer(nn.Module):
         if seeds is not None and m["embd_pdrop"]:
             x = dropout(x, m["embd_pdrop"], seeds)
         x = x.to(self.dtype)
-        layout.shared = {}                   # among blocks: see families/gemma4.py
+        layout.shared = {}                   # what blocks of Gemma 4 leave for later ones
         if self.per_layer is not None:
             layout.shared["inputs"] = self.per_layer(batch["tokens"], x)           # [T, L, P]
         full_rope, local_rope = self.rope(batch)
@@ -1278,8 +1219,10 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def rope(self, batch):
-        """For blocks with full attention, and for those with a window: the rope_freqs() of queries
-        and those of keys."""
+        """Return (full, local): for blocks with full attention, and for those with a window.
+
+        Each is (rope_freqs() of queries, rope_freqs() of keys), or None without rope.
+        """
         m = self.cfg
         positions = batch["positions"]
         if m["positions"] != "rope":
@@ -1287,14 +1230,17 @@ class Transformer(nn.Module):
         lengths = None
         if configs.rope_kind(m["rope_scaling"] or {}) == "longrope":
             lengths = document_lengths(batch)
-        full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}
+        full = m | {"head_dim": m["global_head_dim"] or m["head_dim"]}             # Gemma 4
         k_rope = rope_freqs(positions, full, lengths)
-        rope = (query_rope_freqs(k_rope, positions, m), k_rope)
+        q_rope = k_rope
+        if m["llama_4_scaling_beta"]:
+            from families import rope_scaling
+            q_rope = rope_scaling.scale_queries(k_rope, positions, m)
         if m["rope_local_theta"] is None:
-            return rope, rope
+            return (q_rope, k_rope), (q_rope, k_rope)
         local = m | {"rope_theta": m["rope_local_theta"], "rope_scaling": None}
         local_rope = rope_freqs(positions, local)
-        return rope, (local_rope, local_rope)
+        return (q_rope, k_rope), (local_rope, local_rope)
 
     def computes_nll(self):
         """Does forward() also return "nll"?"""
@@ -1368,7 +1314,7 @@ def check_choice(m, key, choices):
         return
     hf_keys = configs.families()[m["family"]].get("keys", {})
     hf_key = ""
-    if key in hf_keys:    # the user of a pretrained model sees its key of config.json, as exported
+    if key in hf_keys:                   # its name in the config.json of a pretrained model
         hf_key = f" ({configs.hf_names(hf_keys[key])[-1]})"
     raise configs.UserError(f"model.{key}{hf_key}: must be one of {', '.join(choices)}; got "
                             f"{m[key]}; if an experiment registers it, import that experiment "
@@ -1670,7 +1616,7 @@ class PretrainedWeights:
             from families import expert_files
             self.files = expert_files.open_mxfp4(self.files)
         self.shapes = parameter_shapes(m)
-        # the tokens that both have. If m has fewer, check() finds too many rows in the files
+        # If m has fewer tokens than the files, check() reports tensors with too many rows.
         self.stored_vocab_size = min(m["vocab_size"], self.stored_config["vocab_size"])
         self.new_names = []
         if self.stored_config.get("embed") != m["embed"]:
@@ -1683,13 +1629,13 @@ class PretrainedWeights:
         for name in stored_shapes:
             if name not in self.new_names:
                 slices = slices_of_parameter(name, stored_shapes, stored_m)
-                # our own name is in no file of the family, so that check() names the parameter
+                # without a name in the family: check() then reports our own name as missing
                 slices = slices or [(name, 0, stored_shapes[name][0])]
                 self.slices[name] = [(self.find(tensor), first, rows)
                                      for tensor, first, rows in slices]
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
-        # some files store a tied matrix under the name of the head only
+        # some files have a tied matrix only once, under the name of the head
         [(embed, first, rows)] = self.slices["embed.weight"]
         if m["tie_embeddings"] and embed not in self.files and self.head in self.files:
             self.slices["embed.weight"] = [(self.head, first, rows)]
@@ -1702,7 +1648,7 @@ class PretrainedWeights:
         return short if tensor not in self.files and short in self.files else tensor
 
     def get_slice(self, tensor):
-        """What safetensors calls so: slices of it are read from the file."""
+        """As get_slice() of safetensors: slices of what it returns are read from the file."""
         stored = self.files[tensor].get_slice(tensor)
         if is_stacked(tensor, self.family):
             from families import expert_files
@@ -1742,10 +1688,9 @@ class PretrainedWeights:
     def mean(self, tensor):
         """The mean row of the stored vocabulary, in fp32."""
         if tensor not in self.means:
-            stored = self.files[tensor].get_slice(tensor)
+            stored = self.get_slice(tensor)
             total = 0
-            for start in range(0, self.stored_vocab_size, ROWS_AT_ONCE):
-                end = min(start + ROWS_AT_ONCE, self.stored_vocab_size)
+            for start, end in row_ranges(0, self.stored_vocab_size):
                 total = total + stored[start:end].double().sum(0)
             self.means[tensor] = (total / self.stored_vocab_size).float()
         return self.means[tensor]
@@ -1760,17 +1705,9 @@ class PretrainedWeights:
                 n_rows[tensor] += rows
                 name_of[tensor] = name
         for tensor, name in name_of.items():
-            shape = [n_rows[tensor], *self.shapes[name][1:]]
-            if is_transposed(name, self.family):
-                shape = shape[::-1]
-            if tensor not in self.files:
-                wrong.append(f"{tensor} is missing")
-                continue
-            stored = self.get_slice(tensor)
-            if stored.get_shape() != shape:
-                wrong.append(f"{tensor} is {stored.get_shape()}, and the config makes it {shape}")
-            elif stored.get_dtype() not in STORED_DTYPES:
-                wrong.append(f"{tensor} has dtype {stored.get_dtype()}, which is quantized")
+            problem = self.problem(tensor, name, n_rows[tensor])
+            if problem:
+                wrong.append(f"{tensor} {problem}")
         # A head in the files is redundant if config.json ties it. If only the user ties it, it is
         # unknown: tie_embeddings=true must not discard a trained head unnoticed.
         is_tied = self.stored_config.get("tie_embeddings")
@@ -1788,7 +1725,7 @@ class PretrainedWeights:
         if wrong:
             hints = contradicting_keys(self.m, self.stored_config)
             head_is_missing = self.head in name_of and self.head not in self.files
-            # if config.json ties it, only the user can have untied it, which hints has already
+            # (If config.json ties it, the user has untied it, and contradicting_keys() names that.)
             if head_is_missing and not is_tied:
                 hints.append("model.tie_embeddings=true takes the embedding for it")
             hint = f"; {shorten(hints)}" if hints else ""
@@ -1796,34 +1733,42 @@ class PretrainedWeights:
                                     f"{shorten(wrong)}{hint}")
         self.check_tied_head()
 
+    def problem(self, tensor, name, n_rows):
+        """Why n_rows of a parameter cannot be read from this tensor, or ""."""
+        if tensor not in self.files:
+            return "is missing"
+        shape = [n_rows, *self.shapes[name][1:]]
+        if is_transposed(name, self.family):
+            shape = shape[::-1]
+        stored = self.get_slice(tensor)
+        if stored.get_shape() != shape:
+            return f"is {stored.get_shape()}, and the config makes it {shape}"
+        if stored.get_dtype() not in STORED_DTYPES:
+            return f"has dtype {stored.get_dtype()}, which is quantized"
+        return ""
+
     def check_tied_head(self):
         """Raise UserError if the head is tied, and the files have another matrix for it."""
         [(embed, _, rows)] = self.slices["embed.weight"]
         has_both = self.head in self.files and self.head != embed
         if not self.m["tie_embeddings"] or not has_both:
             return
-        a = self.files[embed].get_slice(embed)
-        b = self.files[self.head].get_slice(self.head)
-        if a.get_shape() != b.get_shape() or not have_equal_rows(a, b, rows):
+        a = self.get_slice(embed)
+        b = self.get_slice(self.head)
+        is_equal = a.get_shape() == b.get_shape()
+        for start, end in row_ranges(0, rows):
+            is_equal = is_equal and a[start:end].float().equal(b[start:end].float())
+        if not is_equal:
             raise configs.UserError(
                 f"{self.folder}: {self.head} differs from {embed}, but tie_word_embeddings of "
                 "config.json (or its default) makes them one; model.tie_embeddings=false keeps "
                 "both, as transformers does")
 
 
-def have_equal_rows(a, b, rows):
-    """Are the first `rows` rows of two tensors in files equal?"""
-    for start in range(0, rows, ROWS_AT_ONCE):
-        end = min(start + ROWS_AT_ONCE, rows)
-        if not a[start:end].float().equal(b[start:end].float()):
-            return False
-    return True
-
-
 def contradicting_keys(m, stored_config):
     """The keys whose values differ from config.json's and give weights of other shapes."""
     contradictions = []
-    m = m | {"rope_layers": None}    # changes no shape, but must have n_layers entries
+    m = m | {"rope_layers": None}    # changes no shape, but forbids to change n_layers alone
     shapes = parameter_shapes(m)
     for key, value in stored_config.items():
         if key == "rope_layers" or value is None or m[key] == value:
@@ -1918,11 +1863,10 @@ def save_pretrained(get_parameter, m, folder, source="", stop=(), bos=None,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     family = configs.families()[m["family"]]
-    # A family that scales by itself has embed: scaled among its `fixed` keys in families.yaml. No
-    # built-in one does, but an added one may.
+    # A family may have embed: scaled among its `fixed` keys in families.yaml (no built-in one has).
     family_scales = family.get("native") or "embed" in family["fixed"]
     if m["embed"] == "scaled" and not family_scales:
-        # config.json has no key for it, so the embedding is stored scaled, and a tied head apart
+        # others have no key for it: export the scaled embedding, and a tied head as its own matrix
         get_parameter = functools.partial(get_scaled, get_parameter, m)
         m = m | {"embed": "plain", "tie_embeddings": False}
     # not resolve_model_dir(), which raises if the folder has been deleted since the run started:
@@ -2099,43 +2043,22 @@ def set_model_keys(config, m, family):
     if "layer_types" in family["keys"] and m["rope_layers"] is None:
         # transformers fails without a number, also where no block has a window
         m["sliding_window"] = m["sliding_window"] or m["max_len"]
-    if "rope_parameters" in family:                      # null would be that default
+    if "rope_parameters" in family:          # null would be read as the family's default
         m["rope_scaling"] = m["rope_scaling"] or {"rope_type": "default"}
     for key, places in family["keys"].items():
         *other_names, hf_key = configs.hf_names(places)
         for name in other_names:
             config.pop(name, None)
-        config[hf_key] = configs.to_hf(m[key], places)   # undoes the `power` of families.yaml
-    scaling = m["rope_scaling"] or {}
-    if configs.rope_kind(scaling) == "longrope":         # where Phi-3 has it
-        key = "original_max_position_embeddings"
-        config[key] = scaling[key]
+        config[hf_key] = configs.to_hf(m[key], places)
     # the keys for which the family supports one meaning only
     for hf_key, supported_values in family["only"].items():
         if config.get(hf_key, configs.MISSING) not in supported_values:
             config[hf_key] = supported_values[0]
-    beta = config.pop("rope_parameters.llama_4_scaling_beta", None)
-    if beta is not None:
-        config["rope_scaling"] = scaling | {"llama_4_scaling_beta": beta}
+    from families import gemma4, rope_scaling
+    rope_scaling.finish_hf_config(config, m, source_rope)
     if m["block"] == "gemma4":
-        from families import gemma4
         gemma4.finish_hf_config(config, m)
-    keep_mrope(config, source_rope)
     return config
-
-
-def keep_mrope(config, source_rope):
-    """Keep how a model divides rope among the positions of images, which a text does not have.
-
-    config       config.json, changed in place
-    source_rope  rope_parameters of the pretrained model
-    """
-    mrope = {key: value for key, value in source_rope.items() if key.startswith("mrope")}
-    if mrope:
-        names = ("rope_theta", "partial_rotary_factor", "rope_scaling")
-        rope = {name: config.pop(name) for name in names if name in config}
-        scaling = rope.pop("rope_scaling", None) or {"rope_type": "default"}
-        config["rope_parameters"] = mrope | rope | scaling
 
 
 def stored_dtype(folder):
@@ -2223,7 +2146,7 @@ def pack_prompts(prompts, device="cpu"):
 
 
 class KVCache:
-    """Keys and values of B growing sequences: the layout of attention() for one token of each.
+    """Keys and values of B growing sequences: the layout of attention() for the next token of each.
 
     n_tokens  int64 [B], the tokens of each sequence so far; the token being computed comes next
     capacity  the most tokens of a sequence
@@ -2277,7 +2200,7 @@ class KVCache:
 
 
 class Prefill(PackedDocuments):
-    """The prompts, whose keys and values also go to a KVCache."""
+    """The layout of the prompts: PackedDocuments whose keys and values are stored in a KVCache."""
 
     def __init__(self, batch, cache):
         # use_varlen stays False: the kernel would bypass padded_groups(), which fills the cache
@@ -2363,8 +2286,8 @@ def check_generation(prompts, max_len, max_tokens, temperature, top_k, top_p):
 def sample_next(logits, temperature, top_k, top_p, generators):
     """Choose a token from logits [B, V], with B random generators: ids [B].
 
-    Candidates are the top_k most likely tokens (0: all), and of these the fewest most likely ones
-    whose probabilities, which sum to 1 over the top_k, sum to at least top_p.
+    Candidates are the top_k most likely tokens (0: all). Their probabilities are made to sum to 1,
+    and of these tokens the fewest most likely ones are kept that have at least top_p together.
     """
     if not temperature:
         return logits.argmax(-1)
@@ -2459,6 +2382,7 @@ def flops(model, lengths, n_targets):
     for (window, head_dim), n_blocks in collections.Counter(shapes).items():
         pairs = 0                                        # a query and a key that it sees
         for length in lengths:
+            # a triangle of pairs, without that of keys before the window
             outside_window = max(0, length - window) if window else 0
             pairs += (length ** 2 - outside_window ** 2) / 2
         # 2 products (q k^T, probs v) x 2 operations x (1 forward + 2 backward)
@@ -2558,7 +2482,7 @@ class CPURMSNorm(torch.autograd.Function):
 # command line
 
 def print_summary(folder):
-    """Print summary() of a folder's model. Reads no weights, except to compare a stored head."""
+    """Print summary() of a folder's model. Reads no weights, except to compare a tied head."""
     m = read_model_section(folder)
     PretrainedWeights(folder, m)                         # raises UserError if they do not fit
     size = sum(path.stat().st_size for path in weight_files(folder))
@@ -2652,7 +2576,10 @@ def chat(generator):
             elif re.fullmatch("/[a-z]+", command):
                 print(COMMANDS if generator.template else TEXT_COMMANDS)
             elif command:
-                turns = take_turn(generator, system, turns, line)
+                asked = [*turns, {"role": "user", "content": line}]
+                answer = generator.print_answer([*system, *asked])
+                # not after Ctrl-C
+                turns = [*asked, {"role": "assistant", "content": answer}]
         except configs.UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
@@ -2660,13 +2587,6 @@ def chat(generator):
         except EOFError:
             print()
             return
-
-
-def take_turn(generator, system, turns, line):
-    """Print the answer to a line. Returns all turns; an answer that Ctrl-C ends is not one."""
-    turns = [*turns, {"role": "user", "content": line}]
-    answer = generator.print_answer([*system, *turns])
-    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def system_message(generator, text):

@@ -31,7 +31,7 @@ CHUNK_SIZE = 64              # c. From 16 to 128, a block takes the same time (L
 class GatedDeltaNet(nn.Module):
     """Replaces the Attention of a block."""
 
-    is_local = False         # Transformer.rope() has two kinds; this reads neither
+    is_local = False         # selects one of two ropes in Transformer; project() reads neither
 
     def __init__(self, m):
         super().__init__()
@@ -48,15 +48,16 @@ class GatedDeltaNet(nn.Module):
         self.widths = [key_width, key_width, value_width]                  # of q, k, v
         W = sum(self.widths)
         self.in_proj_qkv = transformer.Linear(C, W, bias=False)
-        self.in_proj_z = transformer.Linear(C, value_width, bias=False)
-        self.in_proj_b = transformer.Linear(C, Hv, bias=False)
-        self.in_proj_a = transformer.Linear(C, Hv, bias=False)
+        self.in_proj_z = transformer.Linear(C, value_width, bias=False)    # the gate of output()
+        self.in_proj_b = transformer.Linear(C, Hv, bias=False)             # beta = sigmoid(b)
+        self.in_proj_a = transformer.Linear(C, Hv, bias=False)             # g: see Decay
         self.conv_weight = nn.Parameter(torch.empty(W, 1, m["linear_conv_kernel_dim"]))
         self.decay = Decay(Hv)
         self.norm_weight = nn.Parameter(torch.empty(self.value_dim))
         self.out_proj = transformer.Linear(value_width, C, bias=False)
 
     def needs_probabilities(self, training, has_flex=False):
+        """As in Attention, for the prediction of memory: there are none."""
         return False
 
     def project(self, x, rope, seeds=None):                                        # [T, C]
@@ -86,7 +87,8 @@ class GatedDeltaNet(nn.Module):
                 y, state = self.mix_documents(*inputs, weight)
             outputs.append(y)
             states.append(state)
-        if layout.cache is not None:                     # the groups have another order
+        if layout.cache is not None:                     # in Prefill: keep the states for decode()
+            # back from the order of the groups to that of the documents
             documents = [i for _, indices in layout.groups for i in indices]
             states = torch.cat(states)[torch.tensor(documents).argsort()]          # [D, Hv, Ek, Ev]
             inputs = last_inputs(qkv, weight.shape[1] - 1, layout.cu_seqlens)
@@ -143,9 +145,10 @@ class GatedDeltaNet(nn.Module):
 
 
 class Decay(nn.Module):
-    """g = -A dt, of a step of size dt of S' = -A S. In fp32: errors add up over a document.
+    """g = -A dt: exp(g) is the decay of S' = -A S in a time step dt (Mamba 2).
 
-    A module of its own, because FSDP casts the other weights of a block to the compute dtype.
+    In fp32, because errors add up over a document. A module of its own, because FSDP casts the
+    other weights of a block to the compute dtype.
     """
 
     def __init__(self, n_heads):
@@ -163,7 +166,10 @@ def unit_length(x):
 
 
 def convolve(x, weight):                                                           # [d, t, W]
-    """sum over j of weight[:, -1 - j] * x_(t - j): [d, t, W]. weight [W, kernel]"""
+    """Causal convolution per channel, sum over j of weight[:, -1 - j] * x_(t - j): [d, t, W].
+
+    weight [W, kernel]
+    """
     y = x * weight[:, -1]
     for j in range(1, weight.shape[1]):
         earlier = F.pad(x, (0, 0, j, 0))[:, :x.shape[1]]                           # x_(t - j)
@@ -291,5 +297,6 @@ def backward_bytes(m):
     """What its backward pass computes again per token, and some gradients, in bytes."""
     Hv, Ek, Ev, W = sizes(m)
     kernel = m["linear_conv_kernel_dim"]
+    # fp32 numbers: tensors like k, like v, of [c, c] per chunk, of [Ek, Ev] per chunk
     heads = 6 * Hv * Ek + 4 * Hv * Ev + 5 * Hv * CHUNK_SIZE + 2 * Hv * Ek * Ev / CHUNK_SIZE
     return 4 * ((kernel + 2) * W + heads)

@@ -13,7 +13,7 @@ class StackedSlice:
     """A tensor of a safetensors file with all experts, read as [X out, in], or as [X out]."""
 
     def __init__(self, stored, tensor, family):
-        self.stored = stored                 # get_slice() of the file
+        self.stored = stored                 # of get_slice() of the file, or an Mxfp4Tensor
         self.get_dtype = stored.get_dtype
         self.transposed = "stacked_transposed" in family
         self.interleaved = tensor.endswith(tuple(family.get("interleaved", ())))
@@ -30,14 +30,15 @@ class StackedSlice:
         first_expert = rows.start // n_out
         end_expert = math.ceil(rows.stop / n_out)
         experts = self.stored[first_expert:end_expert]
-        # a bias is [X, out] in any case, and MXFP4 [X, out, in / 32, 17]
+        # [x, in, out]. Not transposed are a bias [x, out], and MXFP4 [x, out, in / 32, 17]
         if self.transposed and experts.dim() == 3:
             experts = experts.mT
         if self.interleaved:
             experts = torch.cat([experts[:, 0::2], experts[:, 1::2]], 1)
         first_row = first_expert * n_out
         part = experts.flatten(0, 1)[rows.start - first_row:rows.stop - first_row]
-        return decode_mxfp4(part) if part.dim() == 3 else part
+        is_mxfp4 = part.dim() == 3
+        return decode_mxfp4(part) if is_mxfp4 else part
 
 
 def stack(x, n_experts, tensor, family):
@@ -56,8 +57,9 @@ FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 class Mxfp4Tensor:
-    """A tensor [X, in, out] that is stored in MXFP4. StackedSlice reads it in bf16, as if it were
-    not quantized; slices of this one are for decode_mxfp4().
+    """A tensor [X, in, out] that is stored in MXFP4, both as an open file and as its get_slice().
+
+    A slice of it is encoded: [x, out, in / 32, 17], which StackedSlice decodes to bf16.
 
     blocks  uint8 [X, out, in / 32, 16], two codes each, the first in the lower 4 bits
     scales  uint8 [X, out, in / 32]: 32 values are multiplied by 2^(scale - 127)

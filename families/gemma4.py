@@ -5,7 +5,8 @@ Source: modeling_gemma4.py of transformers. Beside what the keys of Gemma 3 desc
     values have a norm, without weights
     scores are not divided by sqrt(E): queries and keys have norms (model.attention_multiplier is 1)
     blocks with full attention have heads of another width, of which rope rotates a part, and may
-        have fewer of keys and values, and no values but their keys before norm and rope (31B)
+        have fewer heads of keys and values. In the 31B, their values are the keys before norm and
+        rope
     a block's output is multiplied by a number, which is not trained
     each block may have a second input [T, P] (E2B and E4B): see PerLayerEmbedding
     the last blocks may use the keys and values of the last block of their kind before them, and
@@ -22,7 +23,7 @@ import model as transformer
 
 
 class PerLayerEmbedding(nn.Module):
-    """The second input of all blocks: from the token, and from what the first block reads."""
+    """The second input of all blocks, from the tokens and from the first block's input."""
 
     def __init__(self, m, padded_vocab_size):
         super().__init__()
@@ -34,6 +35,7 @@ class PerLayerEmbedding(nn.Module):
         self.norm = transformer.Norm(m, P)
 
     def forward(self, tokens, x):                                                  # [T], [T, C]
+        """Return [T, L, P]."""
         of_token = self.embed(tokens) * math.sqrt(self.shape[1])                   # [T, L P]
         projected = self.proj(x) * x.shape[1] ** -0.5                              # [T, L P]
         projected = self.norm(projected.unflatten(1, self.shape))                  # [T, L, P]
@@ -74,7 +76,7 @@ class Block(transformer.Block):
 
 
 class Attention(transformer.Attention):
-    """Of one of two kinds, with a window or global, which have heads of their own sizes."""
+    """With a window or over all tokens (global): both kinds have heads of their own sizes."""
 
     def __init__(self, m, layer_idx):
         kind = transformer.layer_types(m)[layer_idx]
@@ -106,13 +108,13 @@ class Attention(transformer.Attention):
         return self.project_queries(x, q_rope, seeds), k, v
 
     def mix(self, q, k, v, layout, seeds=None):
-        if self.stores_keys:                 # the last block of its kind is the last to set this
+        if self.stores_keys:                 # each block replaces those of the one before
             layout.shared[self.kind] = (self, k, v)
         return transformer.attention(self, q, k, v, layout, seeds)                 # [T, H, E]
 
 
 class SharedAttention(Attention):
-    """Has queries alone. Keys and values are those of the last Attention of its kind."""
+    """Computes queries alone. Keys and values are those of the last Attention of its kind."""
 
     def __init__(self, m, layer_idx):
         super().__init__(m, layer_idx)
@@ -124,7 +126,7 @@ class SharedAttention(Attention):
         self.k_proj = None
         self.v_proj = None
         self.k_norm = None
-        self.n_kv_heads = 0
+        self.n_kv_heads = 0                  # for the prediction of memory
 
     def project(self, x, rope, seeds=None):
         q_rope, _ = rope
@@ -132,7 +134,7 @@ class SharedAttention(Attention):
 
     def mix(self, q, layout, seeds=None):
         layer, k, v = layout.shared[self.kind]
-        # a KVCache stores k and v again, in the same place
+        # in generation, `layer` stores k and v in the KVCache once more, at the same position
         return transformer.attention(layer, q, k, v, layout, seeds)
 
 
@@ -158,7 +160,7 @@ def activation_bytes(m, element, kv_width):
 # Hugging Face's format
 
 def unread_tensors(m, family):
-    """Names of weights that files have for keys and values of blocks that use those of others."""
+    """The files' weights of keys and values in blocks that use those of another block instead."""
     tensors = []
     for i in range(m["n_layers"] - m["n_kv_shared_layers"], m["n_layers"]):
         for kind in ("k_proj", "v_proj", "k_norm"):
@@ -168,7 +170,7 @@ def unread_tensors(m, family):
 
 
 def finish_hf_config(config, m):
-    """Write what transformers reads of this family alone, in place: rope by kind of blocks."""
+    """Write rope per kind of block, as transformers reads it for this family alone, in place."""
     full = {"rope_theta": config.pop("rope_theta")} | config.pop("rope_scaling")
     local = {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")}
     config["rope_parameters"] = {"full_attention": full, "sliding_attention": local}

@@ -106,7 +106,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(m["n_experts"])) if m["mlp_bias"] else None
 
     def forward(self, x):                                                          # [T, C]
-        weight = self.weight.to(x.dtype)     # as FSDP gathers it, so that ranks change nothing
+        weight = self.weight.to(x.dtype)     # FSDP gathers it in this dtype; without FSDP the same
         bias = None if self.bias is None else self.bias.to(x.dtype).float()
         return F.linear(x.float(), weight.float(), bias).softmax(-1)               # [T, X]
 
@@ -153,7 +153,7 @@ def record_routing(blocks):
 
     Blocks do not return them instead: FSDP gathers a block's weights for the backward pass when the
     gradient of one of its outputs arrives, and that of the router's loss arrives at all blocks
-    first. When activations are recomputed, nothing is recorded.
+    first. In the backward pass, recomputed blocks record nothing, because `routing` is None again.
     """
     routing = []
     for block in blocks:
@@ -182,7 +182,7 @@ def hidden_and_router_loss(model, batch):
 def router_loss(routing, batch, coef):
     """Return (the loss that balances the experts, a number; tokens of each expert, int64 [L, X]).
 
-    Of a document and a block, the loss is X * sum_e f_e P_e (Switch, arXiv:2101.03961, equations 4
+    For a document and a block, it is X * sum_e f_e P_e (Switch, arXiv:2101.03961, equations 4
     to 6): f_e is the fraction of its tokens that are sent to expert e, and P_e the mean probability
     of e over its tokens. As in transformers, f sums to k, so that the loss of balanced experts is
     k. Documents are summed with the weight that they have in the loss of the targets, the sum of

@@ -138,17 +138,6 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
-<<<<<<< HEAD
-=======
-    def forward(self, index):
-        """Returns fp32 if the weight is trained: the gradient of a row is a sum over all tokens
-        with this id, for which bf16 is too coarse."""
-        weight = self.weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            weight = weight.float()
-        return F.embedding(index, weight)
-
->>>>>>> 296f164e956febc4f51978c5d31fa828f619cf56
 
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""

@@ -30,17 +30,10 @@ Communication in one step:
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
     precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
-<<<<<<< HEAD
-                fp32, those of blocks alternatively bf16 (shard.master_dtype), and so is the
-                optimizer's state (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
-                matmul casts its weight; FSDP casts a block's weights when it gathers them.
-                Gradients are summed over ranks in fp32.
-=======
                 fp32; those of blocks (shard.master_dtype) and the optimizer's state
                 (shard.moment_dtype) may be bf16; frozen matrices have the dtype of the
                 computation. Each matmul casts its weight; FSDP casts a block's weights when it
                 gathers them. Gradients are summed over ranks in fp32.
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
                 (arXiv:2106.09685). With shard.quantize, W is stored in 4 or 8 bits per weight
 """
@@ -1197,14 +1190,9 @@ def keep_matmuls(cfg, device):
     """
     if should_compile(cfg, device):
         raise configs.UserError(
-<<<<<<< HEAD
-            "shard.recompute: selective has no effect on compiled blocks, whose compiler recomputes "
-            "norms and activation functions already; shard.recompute=false or shard.compile=false")
-=======
             "shard.recompute: selective has no effect on compiled blocks, whose compiler "
             "recomputes norms and activation functions already; shard.recompute=false or "
             "shard.compile=false")
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
     kept = []
     if device.type == "cuda":                            # imported here: it takes seconds
         from torch.nn.attention import varlen            # defines torch_attn._varlen_attn
@@ -1571,13 +1559,6 @@ class StepSize:
         sizes = [layer.in_features * layer.out_features for layer in layers]
         self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
-<<<<<<< HEAD
-        # numbers per token that they compute
-        outputs = [layer.out_features for layer in layers if not hasattr(layer, "n_experts")]
-        outputs += [layer.out_features // layer.n_experts * self.model_cfg["n_experts_per_token"]
-                    for layer in layers if hasattr(layer, "n_experts")]
-        self.linear_outputs = sum(outputs) // len(blocks)
-=======
         # numbers per token that they compute, and that adapters read after dropout
         self.linear_outputs = 0
         self.adapter_inputs = 0
@@ -1587,7 +1568,6 @@ class StepSize:
             self.linear_outputs += times * layer.out_features / n_experts / len(blocks)
             if isinstance(layer, LoRALinear) and layer.dropout:
                 self.adapter_inputs += times * layer.in_features / len(blocks)
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
@@ -1673,12 +1653,7 @@ def memory_of_phases(s):
 
 
 def state_bytes(s):
-<<<<<<< HEAD
-    """What a rank holds of weights, optimizer state and gradients, with shard.offload on the host.
-    """
-=======
     """What a rank holds between steps, and of gradients; with shard.offload on the host."""
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
     frozen_bytes = s.element * s.frozen
     if s.is_quantized:
         n_weights = s.linear * s.model_cfg["n_layers"]
@@ -1744,25 +1719,7 @@ def recomputed_block_bytes(s):
     if s.keeps_matmuls:
         kept += s.element * s.linear_outputs
         if not s.keeps_probabilities:
-            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * m["head_dim"]
-    return round(kept)
-
-
-def attention_element(s):
-    """Bytes of a number in attention: on a CPU, short documents are computed in fp32."""
-    is_short = s.cfg["data"]["seq_len"] < transformer.FP32_ATTENTION_BELOW
-    return 4 if is_short and not s.is_cuda else s.element
-
-
-def recomputed_block_bytes(s):
-    """What a recomputed block keeps per token: its input, or also outputs of matmuls and attention.
-    """
-    m = s.model_cfg
-    kept = s.element * m["d_model"]
-    if s.keeps_matmuls:
-        kept += s.element * s.linear_outputs
-        if not s.keeps_probabilities:
-            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * m["head_dim"]
+            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * s.head_dim
     return round(kept)
 
 
@@ -2007,13 +1964,8 @@ def main(argv):
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
     if cfg["shard"]["offload"] != "none":
         on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
-<<<<<<< HEAD
-        print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients and "
-              "optimizer state")
-=======
         print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients "
               "and optimizer state")
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")

@@ -38,6 +38,7 @@ import base64
 import bisect
 import bz2
 import concurrent.futures
+import contextlib
 import csv
 import glob
 import gzip

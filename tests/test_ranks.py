@@ -362,7 +362,6 @@ HYBRID = ["shard.mesh.replicate=2", "shard.mesh.shard=2"]
 OFFLOAD = ["shard.offload=all"]
 LAYOUTS = [    # (model, ranks, keys)
     ("full", 2, []), ("full", 2, SHARD2),
-<<<<<<< HEAD
     ("full", 2, [*SHARD2, "shard.reshard_after_forward=false", "shard.recompute=true"]),
     ("full", 2, [*SHARD2, *OFFLOAD]), ("lora, bf16", 2, OFFLOAD),
     ("full", 2, [*SHARD2, "shard.recompute=selective"]),
@@ -379,27 +378,6 @@ RESUMED = [    # those that are resumed, bitwise
     ("full", 2, []), ("full", 2, [*SHARD2, *OFFLOAD]), ("bf16", 2, SHARD2), ("fp16", 2, SHARD2),
     ("bf16 state", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2),
     ("nf4", 2, SHARD2), ("frozen", 2, SHARD2), ("muon", 2, SHARD2), ("by_loss", 2, SHARD2)]
-=======
-    ("full", 2, [*SHARD2, "shard.reshard_after_forward=false"]),
-    ("full", 2, [*SHARD2, *OFFLOAD]), ("lora, bf16", 2, OFFLOAD),
-    ("full", 2, [*SHARD2, "shard.recompute=selective"]), ("bf16", 2, []), ("bf16", 2, SHARD2),
-    ("lora, dropout", 2, []), ("lora, dropout", 2, SHARD2),
-    ("lora, modules_to_save", 2, []), ("lora, modules_to_save", 2, SHARD2),
-    ("nf4", 2, []), ("nf4", 2, SHARD2), ("muon", 2, []), ("sgd", 2, SHARD2), ("by_loss", 2, SHARD2),
-    ("reference", 2, SHARD2), ("frozen", 2, []), ("frozen", 2, SHARD2),
-    ("bf16 state", 2, []), ("bf16 state", 2, SHARD2), ("fp16", 2, SHARD2),
-    ("neox, noise, padded vocabulary", 2, []), ("olmo2", 2, SHARD2), ("delta-net", 2, SHARD2),
-    ("full", 4, []), ("full", 4, SHARD4), ("full", 4, HYBRID), ("bf16", 4, HYBRID),
-    ("gpt-2", 4, SHARD4), ("lora, bf16", 4, HYBRID),
-    ("int8, bf16", 4, HYBRID), ("muon", 4, HYBRID),
-    ("experts", 2, SHARD2), ("experts", 4, HYBRID),
-    ("experts, lora, bf16", 2, SHARD2),
-    ("neox, noise, padded vocabulary", 4, HYBRID)]
-RESUMED = [    # layouts whose resumed runs are compared bitwise
-    ("full", 2, []), ("full", 2, [*SHARD2, *OFFLOAD]), ("muon", 2, SHARD2), ("bf16", 2, SHARD2),
-    ("by_loss", 2, SHARD2), ("lora, bf16", 2, []), ("lora, modules_to_save", 2, SHARD2),
-    ("nf4", 2, SHARD2), ("frozen", 2, SHARD2), ("bf16 state", 2, SHARD2), ("fp16", 2, SHARD2)]
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
 
 
 def name_of(layout):
@@ -655,12 +633,9 @@ SHAPES = {
     "delta-net, recompute": [
         *DELTA_NET, "model.d_model=128", "model.n_layers=4", "model.vocab_size=1024",
         "micro_tokens=256", "data.seq_len=128", "batch_size=4", "shard.recompute=true"],
-<<<<<<< HEAD
     "gemma4": [
         *GEMMA4, "model.d_model=128", "model.global_head_dim=64", "model.vocab_size=1024",
         "micro_tokens=512", "data.seq_len=128", "batch_size=8", "dtype=bfloat16"],
-=======
->>>>>>> 86b92eed8f1f4a27be04be837836ba44b1031cba
     "frozen": [
         "model.d_model=256", "model.n_layers=4", "model.vocab_size=2048", "micro_tokens=512",
         "data.seq_len=128", "batch_size=8", "param_groups=[{match: 'embed|blocks.0', train: false}]"]}

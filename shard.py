@@ -1156,7 +1156,7 @@ def cast_trained_weights(model, dtype):
     """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
 
     Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
-    and head stay in fp32: in bf16 the validation loss was higher (RECORDS.md).
+    and head stay in fp32: in bf16 the validation loss was higher in most runs (RECORDS.md).
     """
     for p in model.blocks.parameters():
         if p.requires_grad:

@@ -2641,6 +2641,8 @@ def answer_file(generator, path, out, batch_size):
         for (record, _), answer in zip(batch, answers):
             record = record | {"generated_text": generator.tokenizer.decode(answer)}
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+    if out:
+        print(f"{len(prompts)} answers: {out}")
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
+"""tokenize_data.py against the reference tokenizers and real templates: the same tokens."""
 import functools, gzip, itertools, json, random
 from pathlib import Path
 

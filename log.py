@@ -1016,6 +1016,8 @@ def describe_device(run):
     text += f", computing in {dtype}, trained weights in {shard_cfg['master_dtype']}"
     if shard_cfg["moment_dtype"] != "float32":
         text += f", moments in {shard_cfg['moment_dtype']}"
+    if shard_cfg["offload"] != "none":
+        text += ", weights, gradients and moments in host memory"
     if run.model.recompute:
         blocks = plural(run.model.recompute, "block", "blocks")
         text += f", {blocks} recomputed in the backward pass"

@@ -138,14 +138,6 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     reset_parameters = Linear.reset_parameters
 
-    def forward(self, index):
-        """Returns fp32 if the weight is trained: the gradient of a row is a sum over all tokens
-        with this id, for which bf16 is too coarse."""
-        weight = self.weight
-        if weight.requires_grad and torch.is_grad_enabled():
-            weight = weight.float()
-        return F.embedding(index, weight)
-
 
 class Norm(nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450). Statistics are in fp32."""
@@ -1120,6 +1112,8 @@ class Transformer(nn.Module):
         self.loss_scale = 1.0                # factor of all gradients: see train.adjust_loss_scale
         self.recompute = 0                   # activation checkpointing for this many first blocks
         self.flex_attention = None           # flex_attention(), compiled
+        self.recompute_options = {}          # of checkpoint(): what it keeps nevertheless
+        self.offload_device = None           # with shard.offload: that of the computation
         self.adapter_dropout = 0.0           # shard.lora.dropout
 
     def forward(self, batch):
@@ -1208,7 +1202,7 @@ class Transformer(nn.Module):
             if i < self.recompute and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
                     block, x, rope, layout, block_seeds,
-                    use_reentrant=False, preserve_rng_state=False)
+                    use_reentrant=False, preserve_rng_state=False, **self.recompute_options)
             else:
                 x = block(x, rope, layout, block_seeds)
         return self.norm(x)
@@ -1252,9 +1246,14 @@ class Transformer(nn.Module):
         """
         E = self.cfg["head_dim"]
         can_take_width = E % 8 == 0 and (self.cfg["global_head_dim"] or E) % 8 == 0
-        if not self.embed.weight.is_cuda or self.dtype == torch.float32 or not can_take_width:
+        if self.device.type != "cuda" or self.dtype == torch.float32 or not can_take_width:
             return False
-        return torch.cuda.get_device_capability(self.embed.weight.device) >= (8, 0)
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
+
+    @property
+    def device(self):
+        """The device of the computation. With shard.offload, the weights are in host memory."""
+        return self.offload_device or self.embed.weight.device
 
     def head_weight(self):
         return self.embed.weight if self.head is None else self.head.weight        # [V', C]
@@ -2221,7 +2220,7 @@ def generate(model, prompts, max_tokens=256, stop=(),
                 when it returns False. On a sharded model, it must return the same on all ranks
     """
     m = model.cfg
-    device = model.embed.weight.device
+    device = model.device
     check_generation(prompts, m["max_len"], max_tokens, temperature, top_k, top_p)
     lengths = [len(prompt) for prompt in prompts]
     capacity = min(max(lengths) + max_tokens, m["max_len"])

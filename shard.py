@@ -16,6 +16,8 @@ Ranks form a mesh of replicate x shard. Here 2 x 4:
     1 x n    sharded: ZeRO-3 by FSDP2, the least memory; ZeRO-2 with reshard_after_forward=false
     m x n    both (HSDP): sharded within a node, for example, and replicated over nodes
 
+    With shard.offload=all, FSDP2 keeps what each rank holds in host memory, on any mesh.
+
 Communication in one step:
 
     all-gather      along a row: a block's shards become its whole weights, before its forward pass
@@ -28,8 +30,8 @@ Communication in one step:
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
     precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
-                fp32 or bf16 (shard.master_dtype), and so is the optimizer's state
-                (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
+                fp32, those of blocks alternatively bf16 (shard.master_dtype), and so is the
+                optimizer's state (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
                 matmul casts its weight; FSDP casts a block's weights when it gathers them.
                 Gradients are summed over ranks in fp32.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
@@ -97,7 +99,6 @@ JOIN_TIMEOUT = datetime.timedelta(minutes=10)    # until all ranks have started
 def init_distributed(cfg):
     """Join the process group of all ranks. Raises UserError if the launch command can't work."""
     device, _ = pick_device(cfg)
-    backend = "gloo"
     if device.type == "cuda":
         if torch.cuda.device_count() < local_world_size():
             raise configs.UserError(
@@ -105,7 +106,6 @@ def init_distributed(cfg):
                 f"{torch.cuda.device_count()} GPUs; "
                 f"--nproc_per_node {torch.cuda.device_count()}, or device=cpu")
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
     env = os.environ
     message = (f"MASTER_ADDR: rank {env['RANK']} waits for {env['WORLD_SIZE']} ranks to meet at "
                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}; {configs.unset_hint(env)}")
@@ -116,7 +116,8 @@ def init_distributed(cfg):
         wait_for_store()
         store, this_rank, n_ranks = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
         store = store_of_this_start(store)
-        dist.init_process_group(backend, store=store, rank=this_rank, world_size=n_ranks,
+        dist.init_process_group(backend_of(device), store=store, rank=this_rank,
+                                world_size=n_ranks,
                                 device_id=device if device.type == "cuda" else None)
     except (dist.DistError, TimeoutError):
         raise configs.UserError(f"{message} (no answer)") from None
@@ -124,6 +125,11 @@ def init_distributed(cfg):
         timer.cancel()
     if this_rank > 0:
         warnings.simplefilter("ignore")    # rank 0 prints the same warnings
+
+
+def backend_of(device):
+    """torch.distributed's backend. CPU tensors are communicated in any case: see collectives."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def wait_for_store():
@@ -1077,14 +1083,22 @@ def parallelize(model, cfg, read_slice):
     cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
+    if cfg["shard"]["recompute"] == "selective":
+        model.recompute_options = {"context_fn": keep_matmuls(cfg, device)}
     # 4) shard
+    offload = cfg["shard"]["offload"] == "all"
     _, shards = mesh_sizes(cfg, world_size())
-    if shards > 1:
+    if shards > 1 or offload:
         apply_fsdp(model, cfg, device, dtype)
     # 5) load weights: each rank reads the rows of its shard only
-    load_weights(model.to_empty(device=device), read_slice, cfg["seed"])
+    load_weights(model.to_empty(device="cpu" if offload else device), read_slice, cfg["seed"])
     if lora_cfg["r"] and lora_cfg["init_from"]:
         load_adapter(model, lora_cfg)
+    if offload:
+        model.offload_device = device
+        for module in model.modules():                   # FSDP copies parameters, not buffers
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
     # 6) compile
     if should_compile(cfg, device):
         compile_blocks(model)
@@ -1144,11 +1158,12 @@ def cast_frozen_weights(model, dtype):
 
 
 def cast_trained_weights(model, dtype):
-    """Store trained parameters in shard.master_dtype. Their gradients have the same dtype.
+    """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
 
-    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
+    and head stay in fp32: in bf16 the validation loss was higher (RECORDS.md).
     """
-    for p in model.parameters():
+    for p in model.blocks.parameters():
         if p.requires_grad:
             p.data = p.data.to(dtype)
 
@@ -1158,7 +1173,7 @@ def choose_recompute(model_cfg, cfg, device):
     n_blocks = model_cfg["n_layers"]
     recompute = cfg["shard"]["recompute"]
     if recompute is not None:
-        return n_blocks if recompute is True else min(int(recompute), n_blocks)
+        return n_blocks if recompute in (True, "selective") else min(int(recompute), n_blocks)
     budget = memory_budget(device)
     for recompute in range(n_blocks):
         shard_cfg = cfg["shard"] | {"recompute": recompute}
@@ -1166,6 +1181,26 @@ def choose_recompute(model_cfg, cfg, device):
         if sum(peak_phase(phases)[1].values()) <= budget:
             return recompute
     return n_blocks
+
+
+def keep_matmuls(cfg, device):
+    """The context_fn of torch.utils.checkpoint.checkpoint() for shard.recompute=selective.
+
+    It keeps the outputs of matmuls and attention. Raises UserError if blocks are compiled.
+    """
+    if should_compile(cfg, device):
+        raise configs.UserError(
+            "shard.recompute: selective has no effect on compiled blocks, whose compiler recomputes "
+            "norms and activation functions already; shard.recompute=false or shard.compile=false")
+    kept = []
+    if device.type == "cuda":                            # imported here: it takes seconds
+        from torch.nn.attention import varlen            # defines torch_attn._varlen_attn
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
+    for name in ("mm", "addmm", "_grouped_mm", "_scaled_dot_product_flash_attention",
+                 "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                 "_scaled_dot_product_flash_attention_for_cpu"):
+        kept.append(getattr(torch.ops.aten, name).default)
+    return functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, kept)
 
 
 def memory_budget(device):
@@ -1215,7 +1250,7 @@ def compile_blocks(model):
         block.post_attention = torch.compile(block.post_attention, dynamic=True)
         if model.cfg["n_experts"]:           # its shapes depend on where tokens are sent
             block.mlp.forward = torch.compiler.disable(block.mlp.forward)
-    if model.embed.weight.is_cuda:
+    if model.device.type == "cuda":
         model.token_losses = torch.compile(model.token_losses, dynamic=True)
 
 
@@ -1225,7 +1260,7 @@ def warm_up(model, cfg):
     The compiler divides sums over tokens by the length that it sees first. With the same first
     length in every process, a resumed run computes bitwise what an uninterrupted one does.
     """
-    device = model.embed.weight.device
+    device = model.device
     if not should_compile(cfg, device):
         return
     n_tokens = cfg["micro_tokens"]
@@ -1267,8 +1302,15 @@ def apply_fsdp(model, cfg, device, dtype):
     computation: an embedding's gradient is a sum over all tokens, for which bf16 is too coarse.
     """
     # imported here: it takes longer than half of torch's own import
-    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
+    from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard, register_fsdp_forward_method)
+    if cfg["shard"]["quantize"] != "none" and torch.__version__ < "2.13":
+        raise configs.UserError(f"shard.quantize: FSDP2 of torch {torch.__version__} takes no "
+                                "integers, which shards and offloaded weights need; install torch "
+                                "2.13, or shard.quantize=none")
+    if not dist.is_initialized():        # one rank, with shard.offload: FSDP2 needs a process group
+        dist.init_process_group(backend_of(device), store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     sizes = mesh_sizes(cfg, world_size())
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
@@ -1277,12 +1319,16 @@ def apply_fsdp(model, cfg, device, dtype):
                                   cast_forward_inputs=False)
     # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
     param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
+    offload = OffloadPolicy()
+    if cfg["shard"]["offload"] == "all":
+        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    fully_shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
     for block in model.blocks:
         if hasattr(block.attn, "decay"):     # of families/delta_net.py: as stored, not in bf16
-            fully_shard(block.attn.decay, mesh=mesh, mp_policy=precision(param_dtype=None))
-        fully_shard(block, mesh=mesh, mp_policy=precision(param_dtype=param_dtype),
+            fully_shard(block.attn.decay, mp_policy=precision(param_dtype=None))
+        fully_shard(block, mp_policy=precision(param_dtype=param_dtype),
                     reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mesh=mesh, mp_policy=precision(param_dtype=None))
+    fully_shard(model, mp_policy=precision(param_dtype=None))
     for module in fsdp_modules(model):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
@@ -1360,10 +1406,12 @@ def full_tensor(t):
 def set_gradient_sync(model, last):
     """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
 
-    Before that, each rank accumulates its own gradients. Replicated models need nothing here.
+    Before that, each rank accumulates its own gradients. They are whole and on the device, so with
+    shard.offload every micro-batch sums, and its sums are added up in host memory. Replicated
+    models need nothing here.
     """
     if is_sharded(model):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or model.offload_device is not None)
 
 
 def all_reduce_gradients(model):
@@ -1441,9 +1489,12 @@ class StepSize:
         self.is_cuda = device_type == "cuda"
         self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
-        self.is_replicated = world_size > 1 and self.shards == 1
+        self.offloads = cfg["shard"]["offload"] == "all"
+        self.is_sharded = self.shards > 1 or self.offloads
+        self.is_replicated = world_size > 1 and not self.is_sharded
         self.set_micro_tokens(cfg["micro_tokens"])
-        # bytes of a trained weight and its gradient, and of a number of the optimizer's state
+        # bytes of a block's trained weight and of its gradient, and of a number of the optimizer's
+        # state
         self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
         self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
         self.needs_cast = self.master != self.element
@@ -1453,8 +1504,10 @@ class StepSize:
         self.n_blocks = len(model.blocks) - frozen_blocks
         # in how many of these activations are recomputed; null counts as none
         recompute = cfg["shard"]["recompute"] or 0
-        recompute = len(model.blocks) if recompute is True else min(recompute, len(model.blocks))
-        self.recompute = max(0, recompute - frozen_blocks)
+        self.keeps_matmuls = recompute == "selective"
+        if recompute is True or self.keeps_matmuls:
+            recompute = len(model.blocks)
+        self.recompute = max(0, min(recompute, len(model.blocks)) - frozen_blocks)
         self.measure_parameters(model, frozen_blocks)
 
     def measure_blocks(self, blocks):
@@ -1489,22 +1542,28 @@ class StepSize:
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
+        # bytes of all trained parameters, and of their gradients
+        self.trained_bytes = self.master * sum(self.blocks_trained) + 4 * self.outside_trained
         in_blocks = count_parameters(model.blocks)
         self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
         self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * self.model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
-        self.trains_embedding = model.embed.weight.requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
         self.matrices = sum(p.numel() for name, p in model.named_parameters()
                             if p.requires_grad and transformer.is_block_matrix(name, p))
 
     def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
-        sizes = [module.in_features * module.out_features for module in blocks.modules()
-                 if isinstance(module, nn.Linear)]
+        layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
+        sizes = [layer.in_features * layer.out_features for layer in layers]
         self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
+        # numbers per token that they compute
+        outputs = [layer.out_features for layer in layers if not hasattr(layer, "n_experts")]
+        outputs += [layer.out_features // layer.n_experts * self.model_cfg["n_experts_per_token"]
+                    for layer in layers if hasattr(layer, "n_experts")]
+        self.linear_outputs = sum(outputs) // len(blocks)
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
@@ -1562,18 +1621,17 @@ def predict_memory(model_cfg, cfg, world_size=1):
 
 def memory_of_phases(s):
     """What predict_memory() returns, of a StepSize."""
-    frozen_bytes = s.element * s.frozen
-    if s.is_quantized:
-        n_weights = s.linear * s.model_cfg["n_layers"]
-        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
-    state = {"weights": (s.master * s.trained + frozen_bytes) // s.shards,
-             "optimizer": optimizer_bytes(s) // s.shards}
-    gradients = s.master * s.trained
-    # Gradients of earlier micro-batches. FSDP shards them in the last one only, and until then
-    # keeps them in fp32.
-    accumulated = (4 if s.shards > 1 else s.master) * s.trained if s.micro_batches > 1 else 0
-    all_gradients = accumulated or gradients // s.shards
-    head_gradient = s.master * s.head if s.trains_head else 0
+    state = state_bytes(s)
+    if s.offloads and s.is_cuda:
+        state = dict.fromkeys(state, 0)
+    gradients = state.pop("gradients")
+    # Gradients of earlier micro-batches. Unless offloaded, FSDP shards them in the last one only,
+    # and until then keeps them in fp32.
+    accumulated = 0
+    if s.micro_batches > 1:
+        accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
+    all_gradients = accumulated or gradients
+    head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
     if s.model_cfg["tie_embeddings"]:
@@ -1593,16 +1651,24 @@ def memory_of_phases(s):
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
-        "at the update": state | {"gradients": gradients // s.shards}}
-    if s.master < 4 or s.moment < 4:    # see train.LowPrecisionAdamW
+        "at the update": state | {"gradients": gradients}}
+    if (s.master < 4 or s.moment < 4) and gradients:    # see train.LowPrecisionAdamW
         phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
-    if s.trains_embedding and s.master < 4:    # see Embedding in model.py
-        phases["in the embedding's backward pass"] = state | {
-            "activations": activation_bytes(s, blocks=0),
-            "gradients": all_gradients + (4 + s.master) * s.head}
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
         phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
+
+
+def state_bytes(s):
+    """What a rank holds of weights, optimizer state and gradients, with shard.offload on the host.
+    """
+    frozen_bytes = s.element * s.frozen
+    if s.is_quantized:
+        n_weights = s.linear * s.model_cfg["n_layers"]
+        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
+    return {"weights": (s.trained_bytes + frozen_bytes) // s.shards,
+            "optimizer": optimizer_bytes(s) // s.shards,
+            "gradients": s.trained_bytes // s.shards}
 
 
 def peak_phase(phases):
@@ -1625,12 +1691,12 @@ def gathered_or_cast_bytes(s, blocks=None):
 
     blocks  how many, from the first; None: all
     """
-    if s.shards > 1:
+    if s.is_sharded:
         if s.cfg["shard"]["reshard_after_forward"]:
             blocks = 1
         elif blocks is None:
             blocks = s.model_cfg["n_layers"]
-        outside = s.master * s.outside_trained + s.element * s.outside_frozen
+        outside = 4 * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block_bytes
     # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
     if not s.needs_cast:
@@ -1646,12 +1712,30 @@ def activation_bytes(s, blocks=None):
     C = s.model_cfg["d_model"]
     blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
     n_recomputed = min(s.recompute, blocks)
-    in_blocks = n_recomputed * s.element * C
+    in_blocks = n_recomputed * recomputed_block_bytes(s)
     in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
     embedding = 8 * C                     # in fp32, and its gradient in the backward pass
     last_norm = 2 * s.element * C         # input and output
     outside = embedding + last_norm
     return s.tokens * (in_blocks + outside)
+
+
+def recomputed_block_bytes(s):
+    """What a recomputed block keeps per token: its input, or also outputs of matmuls and attention.
+    """
+    m = s.model_cfg
+    kept = s.element * m["d_model"]
+    if s.keeps_matmuls:
+        kept += s.element * s.linear_outputs
+        if not s.keeps_probabilities:
+            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * m["head_dim"]
+    return round(kept)
+
+
+def attention_element(s):
+    """Bytes of a number in attention: on a CPU, short documents are computed in fp32."""
+    is_short = s.cfg["data"]["seq_len"] < transformer.FP32_ATTENTION_BELOW
+    return 4 if is_short and not s.is_cuda else s.element
 
 
 def block_activation_bytes(s):
@@ -1665,12 +1749,10 @@ def block_activation_bytes(s):
     norms = s.element * (2 * s.norms + s.post_norms) * C
     qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
     # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
-    # the output is kept in the matmul's dtype as well, and short documents are computed in fp32.
-    in_fp32 = not s.is_cuda and length < transformer.FP32_ATTENTION_BELOW
-    attention_element = 4 if in_fp32 else s.element
+    # the output is kept in the matmul's dtype as well.
     if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
         K = H
-    attention = attention_element * (2 * H + 2 * K) * E + 4 * H
+    attention = attention_element(s) * (2 * H + 2 * K) * E + 4 * H
     if not s.is_cuda:
         attention += s.element * H * E
     attention += qk_norms
@@ -1683,9 +1765,9 @@ def block_activation_bytes(s):
         # dropout its mask and the probabilities once more; else only if their dtype is another
         pair = 8 if m["attn_softcap"] else 4
         if m["attn_pdrop"]:
-            pair += 1 + attention_element
-        elif attention_element < 4:
-            pair += attention_element
+            pair += 1 + attention_element(s)
+        elif attention_element(s) < 4:
+            pair += attention_element(s)
         attention += H * length * pair
     if s.linear_attention:
         from families import delta_net
@@ -1740,7 +1822,7 @@ def loss_bytes(s):
     input_gradient = s.tokens * C * s.element
     if not s.trains_head:
         return logits + input_gradient
-    cast_head = s.element * s.head if s.needs_cast else 0
+    cast_head = s.element * s.head if s.element < 4 else 0
     return logits + input_gradient + 4 * s.head + cast_head
 
 
@@ -1761,9 +1843,11 @@ def block_backward_bytes(s, last):
         # adds to the peak, of a plain MLP's two none does; the others reuse memory of activations
         # that are already freed.
         total = s.tokens * block_activation_bytes(s)
+        if s.keeps_matmuls:
+            total -= s.tokens * (recomputed_block_bytes(s) - s.element * m["d_model"])
         if is_gated:
             total += mlp_gradient
-        if s.needs_cast and s.shards == 1:
+        if s.needs_cast and not s.is_sharded:
             total += s.element * block_trained    # this block's weights, cast again
     if s.linear_attention:    # it runs after the activations of the MLP are freed
         from families import delta_net
@@ -1774,19 +1858,28 @@ def block_backward_bytes(s, last):
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
-    if s.shards > 1:    # the next block's weights; gradients, also in fp32 for the reduce-scatter
-        total += s.block_bytes + (s.element + 4) * block_trained
+    if s.is_sharded:
+        # at the end of the block, whose activations are freed: gradients, and in fp32 what is
+        # summed over ranks. Then gloo has a buffer for the weights of the next block
+        freed = 0 if is_recomputed else s.tokens * block_activation_bytes(s)
+        total = max(total, (s.element + 4) * block_trained - freed)
+        if s.shards > 1 and not s.is_cuda:
+            total = max(total, 4 * block_trained + 2 * s.block_bytes - freed)
+        total += s.block_bytes                # weights of the next block
+        if not last:                          # what the block before sums over ranks
+            total += 4 * block_trained
     return total
 
 
 GIB = 2**30
 
 # The choices that the script compares: (name, values of keys). Others are as in START.
-START = {"shard.lora.r": 0, "shard.quantize": "none",
+START = {"shard.lora.r": 0, "shard.quantize": "none", "shard.offload": "none",
          "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
 CHOICES = [
     ("full fine-tuning", {}),
     ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
+    ("full, offloaded", {"shard.offload": "all"}),
     ("LoRA", {"shard.lora.r": 16}),
     ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
 ]
@@ -1878,6 +1971,10 @@ def main(argv):
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
+    if cfg["shard"]["offload"] != "none":
+        on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
+        print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients and "
+              "optimizer state")
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")

@@ -37,12 +37,8 @@ Beside these folders, hashes.json has the hash of each data file, with its size 
 import base64
 import bisect
 import bz2
-import collections
 import concurrent.futures
-import contextlib
 import csv
-import dataclasses
-import functools
 import glob
 import gzip
 import hashlib
@@ -53,16 +49,20 @@ import lzma
 import math
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import sys
 import threading
-import time
 import tokenize
 import unicodedata
 import zlib
+from collections import Counter, deque
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import jinja2.ext
@@ -81,6 +81,7 @@ FORMAT = 10                 # of the token files
 # size of a Chunk, the unit of work of a process, in bytes, characters or token ids of the file:
 # larger ones make work uneven, smaller ones cost time to send
 BLOCK = 2**18
+JSON_ERRORS = (ValueError, RecursionError)       # RecursionError: it is nested too deeply
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -124,15 +125,6 @@ def check_type(value, expected, problem):
     if not isinstance(value, expected):
         shown = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise UserError(f"{problem}, got {shown}")
-
-
-def read_json_object(path):
-    """Return the JSON object in a file as a dict. Raises UserError if there is none."""
-    text = read_text(path)
-    with error_context(path, (ValueError, RecursionError), "not a JSON object: "):
-        value = json.loads(text)
-        check_type(value, dict, "expected one")
-    return value
 
 
 def fingerprint(*values):
@@ -299,17 +291,12 @@ def download_split(dataset, revision, folder, split):
     """
     place = f"no file or folder at {dataset}, and none from the hub"
     with error_context(place, ImportError, "pip install huggingface_hub to download it: "):
-        from huggingface_hub import constants, errors, list_repo_files, snapshot_download
+        from huggingface_hub import constants, list_repo_files, snapshot_download
     repo = {"repo_id": dataset, "repo_type": "dataset", "revision": revision}
     is_listed = True
     try:
         names = list_repo_files(**repo)
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{place}: it has no such dataset; a private one needs "
-                        "`hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{place}: the dataset has no revision {revision}") from None
-    except Exception as error:               # no network, for example
+    except Exception as error:               # no such dataset, no network
         is_listed = False
         names = cached_files(Path(constants.HF_HUB_CACHE), dataset, revision or "main")
         if not names:
@@ -362,7 +349,7 @@ def choose_hub_files(names, dataset, folder, split):
 # --------------------------------------------------------------------------------------------------
 # read files: each reader(stream, file, context) yields Chunks
 
-@dataclasses.dataclass
+@dataclass
 class Chunk:
     """Some records of a file, or a part of one document that is too long for one chunk.
 
@@ -373,6 +360,7 @@ class Chunk:
     starts   False: the document started in an earlier chunk
     ends     False: the document continues in the next chunk
     n_bytes  its size in the file, for the progress bar. 0: read_chunks() measures it
+    warnings  [(kind, example)] of a part that is encoded: see encode_chunk()
     """
     file: str
     unit: str
@@ -381,9 +369,10 @@ class Chunk:
     starts: bool = True
     ends: bool = True
     n_bytes: int = 0
+    warnings: list = ()
 
 
-@dataclasses.dataclass
+@dataclass
 class Context:
     """What reading and encoding a source depend on, besides its files.
 
@@ -407,7 +396,7 @@ class Context:
             self.never_target |= (first <= ids) & (ids <= last)
         self.dtype = np.uint16 if self.tok.n_vocab <= 2**16 else np.uint32
 
-    @functools.cached_property
+    @cached_property
     def template(self):          # compiled by the first chat: texts need none
         try:
             return load_template(self.tok, self.cfg, self.now)
@@ -461,21 +450,21 @@ def check_format(stream, file, name):
 
 
 def read_json(stream, file, context):
-    """Also .jsonl. The file's beginning shows where its records are:
+    """Also .jsonl. The file's first line shows where its records are:
 
         {"a": 1}\\n{"a": 2}              one on each line
         [{"a": 1}, {"a": 2}]             in a list: read_json_items()
         {\\n"a": 1\\n}, {"a": 2}          otherwise: read_json_items(), with is_list=False
     """
-    head = stream.read(BLOCK).decode("utf-8-sig", "ignore").lstrip()
+    first = "\n"
+    while first.isspace():                               # it may follow empty lines
+        first = stream.readline(256 * BLOCK).decode("utf-8-sig", "ignore")
     stream.seek(0)
+    first = first.lstrip()
+    is_object = first.startswith("{")
     # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
-    is_list = head.startswith("[") or (format_of(file) == "json" and not head.startswith("{"))
-    first, end = decode_first(head)
-    has_line_break = "\n" in head[:end]
-    is_followed = re.match(r"[ \t\r]*[,{]", head[end:])       # by a comma or a value on its line
-    # a first value that is invalid or longer than BLOCK counts as a line: the error names it
-    if is_list or (first is not None and (has_line_break or is_followed)):
+    is_list = first.startswith("[") or (format_of(file) == "json" and not is_object)
+    if is_list or (is_object and not is_json(first)):
         yield from read_json_items(stream, file, is_list)
         return
     n = 1
@@ -485,12 +474,12 @@ def read_json(stream, file, context):
         n += len(lines)
 
 
-def decode_first(text):
-    """Return (the first JSON value of a text, its end); (None, 0) if that is invalid or cut off."""
+def is_json(text):
     try:
-        return json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return None, 0
+        json.loads(text)
+    except JSON_ERRORS:
+        return False
+    return True
 
 
 def read_json_items(stream, file, is_list):
@@ -541,7 +530,7 @@ def split_items(text, is_list=True, at_start=False):
     while match := separator.match(text, position):
         try:
             _, end = json.JSONDecoder().raw_decode(text, match.end())
-        except (ValueError, RecursionError) as error:
+        except JSON_ERRORS as error:
             return items, position, error
         items.append(text[match.end():end].encode())    # parse_record() takes bytes for JSON
         position = end
@@ -603,16 +592,14 @@ def read_separated(stream, file, separator):
 def find_split_point(text, encode, margin=200):
     """Return a late position at which cutting the text does not change its ids, or 0.
 
-    Candidates follow a newline or precede a space, because pre-tokenizers split words there. One is
-    accepted if the `margin` characters before it and after it have the same ids encoded apart as
-    encoded together. (A cut only changes the ids of the words next to it, which are shorter than
-    margin.) Candidates are searched in the last 2**15 characters, so that the rest is short. At
-    most 200 are tried.
+    Candidates precede white space, because pre-tokenizers split words there. One is accepted if the
+    `margin` characters before it and after it have the same ids encoded apart as encoded together.
+    (A cut only changes the ids of the words next to it, which are shorter than margin.) Candidates
+    are searched in the last 2**15 characters, so that the rest is short. At most 200 are tried.
     """
     earliest = max(margin, len(text) - 2**15)
-    candidates = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?= )")
-    matches = list(candidates.finditer(text, earliest, len(text) - margin))
-    for match in reversed(matches[-200:]):
+    spaces = list(re.compile(r"\s").finditer(text, earliest, len(text) - margin))
+    for match in reversed(spaces[-200:]):
         before = text[match.start() - margin:match.start()]
         after = text[match.start():match.start() + margin]
         if [*encode(before), *encode(after)] == [*encode(before + after)]:
@@ -814,10 +801,8 @@ def parse_record(record):
     if isinstance(record, bytes):
         if b"\0" in record:
             raise UserError(configs.ZERO_BYTE)
-        if record.strip() == b"{":           # read_json() took it for a record on one line
-            raise UserError("not valid JSON on one line; jq -c . OLD > NEW.jsonl writes each "
-                            "object on a line of its own")
-        record = parse_json(record, "not valid JSON")
+        with error_context("not valid JSON", JSON_ERRORS):
+            record = json.loads(record)
     elif isinstance(record, dict):
         # Arrow gives all structs of a column the same keys; those that a struct lacks are null
         record = {key: without_nulls(value) for key, value in record.items()}
@@ -839,20 +824,18 @@ def without_nulls(value, kept=()):
     return value
 
 
-def parse_json(value, problem):
-    """The value of JSON text; anything else as it is."""
-    if not isinstance(value, (str, bytes)):
-        return value
-    with error_context(problem, (ValueError, RecursionError)):
-        return json.loads(value)
+def parse_json(value):
+    """The list or object of a text that is JSON. Anything else is returned as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with suppress(*JSON_ERRORS):
+            return json.loads(value)
+    return value
 
 
 def parse_column(record, key, expected, description):
     """A list or dict, perhaps as JSON text. An empty one if it is missing, null or ""."""
-    value = record.get(key)
-    if isinstance(value, str):
-        value = parse_json(value.strip() or "null", f"{key} is no JSON of {description}")
-    if value is None:
+    value = parse_json(record.get(key))
+    if value is None or value == "":
         return expected()
     check_type(value, expected, f"{key}: expected {description}")
     return value
@@ -860,18 +843,14 @@ def parse_column(record, key, expected, description):
 
 def parse_list(value):
     """A list, perhaps as JSON text. An empty one if a column of this name holds something else."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+    value = parse_json(value)
     return value if isinstance(value, list) else []
 
 
 def has_chat(record):
     """Does a record hold a chat? A text beside it, as Alpaca has one, is the rendered chat."""
-    if any(record.get(key) for key in MESSAGE_KEYS):
-        return True
     pair = find_pair(record)
-    return pair is not None and is_filled(record, pair)
+    return any(map(record.get, MESSAGE_KEYS)) or pair is not None and is_filled(record, pair)
 
 
 def find_pair(record):
@@ -892,33 +871,33 @@ def normalize_chat(record):
     messages = []
     for n, turn in enumerate(find_messages(record), 1):
         with error_context(f"message {n}"):
-            messages.append(normalize_message(turn, n))
+            messages.append(normalize_message(turn))
     if not messages:
         raise UserError("a chat without messages")
-    systems = [(key, record[key]) for key in ("system_prompt", "system") if record.get(key)]
-    for key, system in systems:
+    warnings = [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
+    warnings += [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]
+    for key in ("system_prompt", "system"):
+        system = record.get(key) or ""
         check_type(system, str, f"{key}: expected text")
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system, "weight": 1.0}, *messages]
-    given_tools = parse_column(record, "tools", list, "a list of tools")
-    given_tools = given_tools or parse_list(record.get("functions"))         # OpenAI's older form
-    tools = [normalize_tool(tool) for tool in given_tools]
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system, "weight": 1.0})
+        elif system not in ("", messages[0]["content"]):
+            warnings.append((SYSTEM_TWICE, f"{system!r:.60}"))
+    tools = parse_column(record, "tools", list, "a list of tools")
+    tools = tools or parse_list(record.get("functions"))                 # OpenAI's older form
+    tools = [normalize_tool(tool) for tool in tools]
     set_call_ids(messages)
     drop_null_arguments(messages, tools)
-    columns = {key: value for key, value in record.items()
-               if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS}
     documents = parse_list(record.get("documents"))
     chat = {
+        "messages": messages,
         "tools": tools,
         "documents": [document for document in documents if isinstance(document, dict)],
         "chat_template_kwargs": parse_column(record, "chat_template_kwargs", dict, "an object"),
-        "columns": columns,
-        "warnings": [(MEDIA_BESIDE_CHAT, key) for key in MEDIA_KEYS if record.get(key)]
-                    + [(REJECTED_ANSWER, key) for key in LABEL_KEYS if record.get(key) is False]}
-    for _key, system in systems:
-        if system != messages[0]["content"]:
-            chat["warnings"].append((SYSTEM_TWICE, f"{system!r:.60}"))
-    return {"messages": messages} | {key: value for key, value in chat.items() if value}
+        "columns": {key: value for key, value in record.items()
+                    if isinstance(value, (str, int, float)) and key not in SHAPE_COLUMNS},
+        "warnings": warnings}
+    return {key: value for key, value in chat.items() if value}
 
 
 def find_messages(record):
@@ -932,7 +911,7 @@ def find_messages(record):
         return prompt_and_response(record, *pair)
     if isinstance(record.get("text"), str):
         raise UserError("data shape is chat, and this is text")
-    if any(key in record for key in MESSAGE_KEYS):
+    if not record.keys().isdisjoint(MESSAGE_KEYS):
         return []
     problem = f"keys {', '.join(record) or 'none'} are of no known shape; known are {KNOWN_SHAPES}"
     for key, value in record.items():
@@ -972,12 +951,8 @@ def prompt_and_response(record, prompt_key, response_key):
 
 
 def parse_turns(value, key):
-    """A text, or a list of messages, perhaps as JSON text."""
-    turns = value
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        # not JSON, or an empty list: a text that begins with "["
-        with contextlib.suppress(ValueError, RecursionError):
-            turns = json.loads(value) or value
+    """A text, or a list of messages, perhaps as JSON text. "[]" is a text, and so is "[1]"."""
+    turns = parse_json(value) or value
     if isinstance(turns, list) and all(isinstance(t, dict) and "role" in t for t in turns):
         return turns
     check_type(value, str, f"{key}: expected text")
@@ -988,17 +963,18 @@ def normalize_tool(tool):
     """Return a tool as servers give it to templates: {"type": "function", "function": {...}}."""
     # Null fields are of other tools: a dataset that was stored with Arrow gives the same keys to
     # all objects of a column. In a JSON schema, only these two can be null.
-    tool = without_nulls(parse_json(tool, "tools is no JSON"), kept=("default", "const"))
+    tool = without_nulls(parse_json(tool), kept=("default", "const"))
     check_type(tool, dict, "tools: expected objects")
     if "function" not in tool:    # {"name": ..., "parameters": ...}, with or without the type
         tool = {"function": {key: value for key, value in tool.items()
                              if (key, value) != ("type", "function")}}
-    check_type(tool["function"], dict, "tools: expected objects")
+    function = tool["function"]
+    check_type(function, dict, "tools: expected objects")
     for key in ("name", "description"):
-        check_type(tool["function"].get(key, ""), str, f"tools: expected a {key} that is text")
-    parameters = parse_json(tool["function"].get("parameters"), "tools: parameters is no JSON")
-    if parameters is not None:
-        tool["function"]["parameters"] = parameters
+        check_type(function.get(key, ""), str, f"tools: expected a {key} that is text")
+    if "parameters" in function:
+        function["parameters"] = parse_json(function["parameters"])
+        check_type(function["parameters"], dict, "tools: expected parameters that are an object")
     return {"type": "function"} | tool
 
 
@@ -1006,8 +982,8 @@ def drop_null_arguments(messages, tools):
     """Drop null arguments that the tool of a call does not have: see normalize_tool."""
     properties = {}                                      # {tool: its parameters}
     for tool in tools:
-        parameters = tool["function"].get("parameters")
-        if isinstance(parameters, dict) and isinstance(parameters.get("properties"), dict):
+        parameters = tool["function"].get("parameters", {})
+        if isinstance(parameters.get("properties"), dict):
             properties[tool["function"].get("name")] = parameters["properties"]
     for message in messages:
         for call in message.get("tool_calls", []):
@@ -1018,17 +994,15 @@ def drop_null_arguments(messages, tools):
                                          if value is not None or key in known}
 
 
-def normalize_message(turn, n):
-    """Message n (from 1) -> {"role": one of the templates' roles, "content", "weight", ...}."""
+def normalize_message(turn):
+    """A message -> {"role": one of the templates' roles, "content", "weight", ...}."""
     check_type(turn, dict, "expected an object")
     role = turn.get("role") or turn.get("from")
     content = turn.get("value") if turn.get("content") is None else turn["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"role {role!r} must be one of {', '.join(ROLES)}")
-    message = {}
-    for key, value in turn.items():
-        if key not in REPLACED_KEYS and value is not None:
-            message[key] = value
+    message = {key: value for key, value in turn.items()
+               if key not in REPLACED_KEYS and value is not None}
     # the first of three places counts: a key, text before a call, parts of the content
     reasoning = find_reasoning(turn)
     if role in CALL_ROLES and isinstance(content, str):
@@ -1044,18 +1018,14 @@ def normalize_message(turn, n):
     if isinstance(content, list):
         content, thoughts = split_parts(content)
         reasoning = reasoning or thoughts
-        if len(content) < 2:
-            content = "".join(part["text"] for part in content)
     if reasoning:
         message["reasoning_content"] = reasoning
     if content is not None or not has_generated_fields(message):     # calls or reasoning
         check_type(content, (str, list), "content: expected text")
     elif not calls:                                      # reasoning alone: no template needs null
         content = ""
-    message["content"] = content
-    message["role"] = ROLES[role]
-    message["weight"] = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
-    return message
+    weight = parse_weight(turn, MESSAGE_WEIGHT_KEYS)
+    return message | {"content": content, "role": ROLES[role], "weight": weight}
 
 
 def find_reasoning(turn):
@@ -1079,13 +1049,12 @@ def parse_calls(turn, role, content):
 
 def parse_function_calls(content):
     """'{"name": ..., "arguments": ...}', or a list of such calls -> tool_calls."""
-    errors = (ValueError, KeyError, TypeError)
-    with error_context("a function_call must be JSON with a name and arguments", errors):
-        calls = json.loads(content) if isinstance(content, str) else content
-        if not isinstance(calls, list):
-            calls = [calls]
-        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
-    return [{"type": "function", "id": "", "function": function} for function in functions]
+    calls = parse_json(content)
+    if not isinstance(calls, list):
+        calls = [calls]
+    with error_context("a function_call must be JSON with a name and arguments",
+                       (KeyError, TypeError)):
+        return [{"id": "", "name": call["name"], "arguments": call["arguments"]} for call in calls]
 
 
 def set_call_ids(messages):
@@ -1122,16 +1091,15 @@ def normalize_call(call):
     """
     problem = "tool_calls: expected objects"
     check_type(call, dict, problem)
-    call = {key: value for key, value in call.items() if value is not None}
     if "function" not in call:
-        outside = {key: call[key] for key in ("type", "id") if key in call}
-        inside = {key: value for key, value in call.items() if key not in outside}
-        call = outside | {"function": inside}
+        function = {key: value for key, value in call.items() if key not in ("type", "id")}
+        call = {"id": call.get("id"), "function": function}
     check_type(call["function"], dict, problem)
     function = {key: value for key, value in call["function"].items() if value is not None}
     check_type(function.get("name", ""), str, "tool_calls: expected a name that is text")
     values = [function.pop(key) for key in ARGUMENT_KEYS if key in function]
     function["arguments"] = values[0] if values and values[0] else {}
+    call = {key: value for key, value in call.items() if value is not None}
     # the type comes first for the order of the keys, and again to override the call's own type
     return {"type": "function"} | call | {"type": "function", "function": function}
 
@@ -1141,6 +1109,8 @@ def split_parts(parts):
 
         [{"type": "thinking", "thinking": "a"}, {"value": "b"}, "c"]
             -> [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}], "a"
+
+    A single text is returned as it is.
     """
     texts = []
     thoughts = ""
@@ -1149,17 +1119,18 @@ def split_parts(parts):
             part = {"text": part}
         check_type(part, dict, "content: expected parts that are objects")
         kind = part.get("type") or "text"
-        text = part.get("text", part.get("value"))
-        if kind in REASONING_KEYS:
-            text = part.get(kind, text)
-        elif kind not in ("text", "input_text", "output_text"):
+        is_thought = kind in REASONING_KEYS
+        if not is_thought and kind not in ("text", "input_text", "output_text"):
             raise UserError(f"content: a part of type {kind} cannot be trained on, only text")
+        text = part.get(kind, part.get("text", part.get("value")))
         check_type(text, str, f"content: expected text in a part of type {kind}")
-        if kind in REASONING_KEYS:
+        if is_thought:
             thoughts += text
         else:
-            texts.append({"type": "text", "text": text})
-    return texts, thoughts
+            texts.append(text)
+    if len(texts) < 2:
+        return "".join(texts), thoughts
+    return [{"type": "text", "text": text} for text in texts], thoughts
 
 
 def parse_weight(d, keys):
@@ -1171,14 +1142,10 @@ def parse_weight(d, keys):
         problem = f"{key}: a loss weight must be a number, {WEIGHT_RANGE}; got {value!r}"
         with error_context(problem, (ValueError, TypeError, OverflowError)):
             weight = float(value)
-            if not is_in_weight_range(weight):
+            if weight and not 6e-8 <= abs(weight) <= 65504:
                 raise ValueError("out of the range of float16")
         return weight
     return 1.0
-
-
-def is_in_weight_range(weight):
-    return weight == 0 or 6e-8 <= abs(weight) <= 65504
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1199,10 +1166,8 @@ GENERATION_MARK, PLACEHOLDER_MARK, BREAK = (f"\ufdd0{os.urandom(8).hex()}\ufdd1"
 # (the index of a message, the text up to the next placeholder)
 PLACEHOLDER = re.compile(f"{PLACEHOLDER_MARK}([0-9]+){PLACEHOLDER_MARK}(.*?)"
                          rf"(?={PLACEHOLDER_MARK}|\Z)", re.DOTALL)
-GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # two words with which ChatTemplate tries a template out; no template has them in its own text
 WORDS = [f"w{os.urandom(8).hex()}" for _ in range(2)]
-SURROGATES = re.compile("[\ud800-\udfff]")
 SPACES = re.compile(r"\s*")
 THOUGHTS_END = "</think>"
 # warnings about parts of a record that the chat template does not write
@@ -1215,10 +1180,8 @@ to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 def template_text(tok, cfg):
     """The jinja text of data.chat_template."""
     name = cfg["data"]["chat_template"]
-    if name in tok.templates:
-        return tok.templates[name]
-    if not name and tok.template:
-        return tok.template
+    if (name or "default") in tok.templates:
+        return tok.templates[name or "default"]
     if not name and tok.templates:
         raise UserError("data.chat_template: must name one of the model's templates, of which none "
                         f"is the default: {', '.join(tok.templates)}")
@@ -1227,7 +1190,7 @@ def template_text(tok, cfg):
         problem = f"none of {names}, and no readable file: "
         with error_context("data.chat_template", problem=problem):
             return read_text(name)
-    if {"<|im_start|>", "<|im_end|>"} <= tok.special.keys() | tok.added.keys():
+    if {"<|im_start|>", "<|im_end|>"} <= tok.special_and_added.keys():
         return CHATML
     if name:
         raise UserError("data.chat_template: chatml needs a tokenizer with <|im_start|> and "
@@ -1279,24 +1242,20 @@ def reads_clock(tok, cfg):
 
 def fixed_time(cfg):
     """The time of templates that read the clock: data.date, or today's midnight."""
-    date = cfg["data"]["date"]
+    date = cfg["data"]["date"] or str(datetime.now())
     with error_context("data.date", ValueError, "must be a date like 2026-01-31: "):
-        day = datetime.fromisoformat(date) if date else datetime.now()
-    return day.replace(hour=0, minute=0, second=0, microsecond=0)
+        return datetime.fromisoformat(date[:10])
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class ChatTemplate:
     """A compiled chat template."""
     jinja: object                # jinja2.Template
     text: str                    # as jinja2 compiles it
     variables: set               # names of those that it reads
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
-    # {kind of chat: what the template writes between the contents of a user and of an answer}, see
-    # Rendering.openings
-    openings: dict = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
+    @cached_property
     def takes_text(self):
         """Does it write contents that are text? Those of vision models may need a list of parts.
 
@@ -1306,7 +1265,7 @@ class ChatTemplate:
         writes_parts = WORDS[0] in self.try_content(parts)
         return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
 
-    @functools.cached_property
+    @cached_property
     def part_separator(self):
         """(What it writes between two parts of a content, whether it strips each part)."""
         # the tabs are in the rendering if it does not strip
@@ -1323,7 +1282,7 @@ class ChatTemplate:
         texts = [part["text"].strip() if strips else part["text"] for part in parts]
         return separator.join(texts)
 
-    @functools.cached_property
+    @cached_property
     def reasoning_keys(self):
         """The names under which it gets reasoning: those that it has, and reasoning_content."""
         names = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self.text)]
@@ -1371,7 +1330,8 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True,
                          extensions=[jinja2.ext.loopcontrols])
         self.filters["mark_generation"] = mark_generation
-        self.filters["tojson"] = tojson
+        # as in transformers: jinja2's own filter escapes <, > and & for HTML
+        self.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.globals.update(raise_exception=raise_exception, strftime_now=now.strftime)
 
     def getattr(self, obj, attribute):
@@ -1388,7 +1348,9 @@ def compile_template(text, now=None):
     now  the time of templates that read the clock; None: the time at which it is compiled
     """
     environment = ChatEnvironment(now or datetime.now())
-    text = GENERATION_TAG.sub(filter_tag, text)
+    # {% generation %} ... {% endgeneration %}, as tags that jinja2 knows
+    for tag, known in (("generation", "filter mark_generation"), ("endgeneration", "endfilter")):
+        text = re.sub(rf"{{%([-+]?)\s*{tag}\s*([-+]?)%}}", rf"{{%\1 {known} \2%}}", text)
     try:
         # first, because it leaves out what is in environment.globals, where tools come next
         variables = jinja2.meta.find_undeclared_variables(environment.parse(text))
@@ -1404,21 +1366,8 @@ def compile_template(text, now=None):
     return ChatTemplate(jinja, text, variables - {"messages", "add_generation_prompt"})
 
 
-def filter_tag(match):
-    """{% generation %} ... {% endgeneration %}, as tags that jinja2 knows."""
-    left, end, right = match.groups()
-    name = "endfilter" if end else "filter mark_generation"
-    return f"{{%{left} {name} {right}%}}"
-
-
 def mark_generation(text):
     return GENERATION_MARK + text + GENERATION_MARK
-
-
-def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """As in transformers: jinja2's own filter escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
 
 
 def raise_exception(message):
@@ -1451,7 +1400,7 @@ def template_message(template, message):
     return message
 
 
-@dataclasses.dataclass
+@dataclass
 class Rendering:
     """A chat's text, and what find_spans() and encode_spans() need to know about it."""
     template: ChatTemplate
@@ -1463,30 +1412,18 @@ class Rendering:
     # [(i, i + 1)]: a message spells a special token at text[i:], which stays text. Its first
     # character is enough for overlaps() to find it
     literals: list = ()
-    prompts: dict = dataclasses.field(default_factory=dict)      # {i: prompt(i)}
+    prompts: dict = field(default_factory=dict)      # {i: prompt(i)}
     # indexes of answers whose prompt() is not the beginning of the text
-    unprompted_answers: list = dataclasses.field(default_factory=list)
-    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    unprompted_answers: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)     # [(kind, example)]
 
-    @functools.cached_property
+    @cached_property
     def openings(self):
-        """What the template writes before an answer, for chats of this kind: see find_openings().
-
-        They only save time: find_answer_start() compares the text with them, instead of rendering
-        a generation prompt for each answer. Chats of one kind, with the same first role and
-        variables, share them. (Of tools and documents, a kind has only whether there are some: few
-        chats have the same ones.)
-        """
-        kind = [self.messages[0]["role"]]
-        for name, value in self.variables.items():
-            kind.append((name, bool(value) if name in ("tools", "documents") else value))
-        key = to_json(kind)
-        cache = self.template.openings
-        if key not in cache:
-            if len(cache) >= 1000:           # each chat may have variables of its own
-                cache.clear()
-            cache[key] = find_openings(self)
-        return cache[key]
+        """What the template writes before an answer, for chats like this: see find_openings()."""
+        first = [{"role": "system", "content": "a"}] if self.messages[0]["role"] == "system" else []
+        variables = {name: value for name, value in self.variables.items()
+                     if name not in ("tools", "documents")}    # few chats have the same ones
+        return find_openings(self.template, self.tok, to_json([first, variables]))
 
     def prompt(self, i):
         """The generation prompt of answer i: the messages before it, and add_generation_prompt.
@@ -1499,7 +1436,7 @@ class Rendering:
 
     def render_other(self, messages, add_generation_prompt=False):
         """The text of other messages with these variables. None if the template refuses them."""
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             return render(self.template, self.tok, messages, add_generation_prompt,
                           **self.variables)[0]
 
@@ -1519,9 +1456,9 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     variables = {key: value for key, value in variables.items() if key in template.variables}
     messages = prepare_messages(template, messages)
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
-    # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode. It is rare, so
-    # messages are cleaned only then
-    if SURROGATES.search(text):
+    # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode, and text that
+    # the tokenizer composes. Both are rare, so messages are cleaned only then
+    if tok.clean(text) != text:
         messages, variables = map_strings(tok.clean, [messages, variables])
         text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     rendering = Rendering(template, tok, messages, variables, text, generated)
@@ -1547,7 +1484,7 @@ def find_literals(rendering, add_generation_prompt):
     # one search in their JSON is quicker than one in each string
     if not tok.escaped_pattern.search(to_json(values)):
         return []
-    insert_break = functools.partial(tok.special_pattern.sub, break_token)
+    insert_break = partial(tok.special_pattern.sub, break_token)
     messages, variables = map_strings(insert_break, values)
     broken, _ = render(rendering.template, tok, messages, add_generation_prompt, **variables)
     parts = broken.split(BREAK)
@@ -1586,40 +1523,34 @@ def find_unwritten(rendering, given):
     texts = []                               # [(what it is, where, text)]
     for tool in given.get("tools", []):
         for key in ("name", "description"):
-            texts.append(("the tools", "", tool["function"].get(key) or ""))
+            texts.append(("the tools", "", tool["function"].get(key)))
     for document in given.get("documents", []):
-        values = [value for value in document.values() if isinstance(value, str)]
-        texts += [("the documents", "", value) for value in values]
+        texts += [("the documents", "", value) for value in document.values()]
     for i, message in enumerate(rendering.messages):
         place = f"message {i + 1}: "
         thoughts, _, words = (message.get("content") or "").rpartition(THOUGHTS_END)
         texts.append((f"the {message['role']} message", place, words))
         texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
         for key, value in message.items():
-            if isinstance(value, str) and THOUGHT_KEY.search(key):
+            if THOUGHT_KEY.search(key):
                 texts.append(("the reasoning", place, value))
         for call in message.get("tool_calls") or []:
-            texts += [("a tool call", place, text) for text in call_texts(call["function"])]
+            arguments = parse_json(call["function"]["arguments"])
+            values = arguments.values() if isinstance(arguments, dict) else []
+            for value in (call["function"].get("name"), *values):
+                texts.append(("a tool call", place, value))
     written = set()
     examples = {}                            # {what: the first that is not written}
     for what, place, text in texts:
-        if not is_written(text, rendering.text):
-            examples.setdefault(what, f"{place}{text!r:.60}")
-        elif text.strip():
+        if not isinstance(text, str) or not text.strip():
+            continue
+        if is_written(text, rendering.text):
             written.add(what)
+        else:
+            examples.setdefault(what, f"{place}{text!r:.60}")
     if "the reasoning" in written:           # templates drop that of earlier turns on purpose
         examples.pop("the reasoning", None)
     return [(UNWRITTEN.format(what), example) for what, example in examples.items()]
-
-
-def call_texts(function):
-    """The name of a call, and those of its arguments that are texts."""
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):    # a template may take any text
-            arguments = json.loads(arguments)
-    values = arguments.values() if isinstance(arguments, dict) else ()
-    return [function.get("name") or "", *(value for value in values if isinstance(value, str))]
 
 
 def is_written(text, rendered):
@@ -1662,7 +1593,7 @@ def prepare_calls(template, message):
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def find_call_form(template, content, is_json):
     """The form in which a template writes tool calls: ({"content": ...} or {}, arguments as JSON?).
 
@@ -1682,13 +1613,11 @@ def find_call_form(template, content, is_json):
 
 
 def with_arguments(call, as_json):
-    """A tool call with its arguments as JSON text, or as an object."""
+    """A tool call with its arguments as JSON text, or as an object (text that is no JSON stays)."""
     arguments = call["function"]["arguments"]
-    is_json = isinstance(arguments, str)
-    if is_json and not as_json:
-        with contextlib.suppress(ValueError, RecursionError):    # else it stays text
-            arguments = json.loads(arguments)
-    elif as_json and not is_json:
+    if not as_json:
+        arguments = parse_json(arguments)
+    elif not isinstance(arguments, str):
         arguments = to_json(arguments)
     return call | {"function": call["function"] | {"arguments": arguments}}
 
@@ -1696,15 +1625,14 @@ def with_arguments(call, as_json):
 # --------------------------------------------------------------------------------------------------
 # encode: text -> token ids
 
-@dataclasses.dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class BaseTokenizer:
     """What Tokenizer and HFTokenizer have in common.
 
     special   {text: id} of control tokens. Only templates write them: in messages they are text
     added     {text: id} of other tokens that are found wherever they are spelled, such as <think>
     bos, eos  texts of special tokens
-    template  jinja text of the model's chat template
-    templates {name: jinja text}, if the model has several
+    templates {name: jinja text} of the model's chat templates
     path      of the tokenizer.json, beside the model's other files
     token_variables  {"pad_token": text, ...}: variables of templates
     nfc       text is first brought to Unicode's composed form (Qwen)
@@ -1716,24 +1644,27 @@ class BaseTokenizer:
       end_ids                                     of tokens that can end an answer
     """
     special: dict
-    added: dict = dataclasses.field(default_factory=dict)
+    added: dict = field(default_factory=dict)
     bos: str = None
     eos: str = None
-    template: str = None
-    templates: dict = dataclasses.field(default_factory=dict)
+    templates: dict = field(default_factory=dict)
     path: Path = None
-    token_variables: dict = dataclasses.field(default_factory=dict)
+    token_variables: dict = field(default_factory=dict)
     nfc: bool = False
 
     @property
     def folder(self):
         return self.path and self.path.parent
 
+    @property
+    def template(self):
+        return self.templates.get("default")
+
     def compile_patterns(self):
         self.special_pattern = compile_alternation(self.special)
         self.special_and_added = self.special | self.added
-        self.special_and_added_pattern = compile_alternation(self.special_and_added)
         self.special_and_added_ids = frozenset(self.special_and_added.values())
+        self.special_and_added_pattern = compile_alternation(self.special_and_added)
         # some models have <|im_end|> among the added tokens
         self.end_ids = {i for text, i in self.special_and_added.items()
                         if text in self.special or CONTROL_TOKEN.fullmatch(text)}
@@ -1742,15 +1673,20 @@ class BaseTokenizer:
 
     def encode(self, text):
         """str -> ids [n] int64. Special tokens that are spelled in it are text."""
-        ids, _, _, _ = self.encode_with_offsets(text, find_special=False)
-        return ids.astype(np.int64)
+        return self.encode_special(text, find_special=False).astype(np.int64)
 
     def compose(self, text):
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def clean(self, text):
         """Replace lone surrogates by U+FFFD, and compose: the text that the ids stand for."""
-        return self.compose(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if not self.nfc or unicodedata.is_normalized("NFC", text):
+            return text
+        # added tokens are found in the text before it is composed
+        segments = self.split_special(text, (), find_special=False)
+        return "".join(self.compose(text[start:end]) if token is None else text[start:end]
+                       for start, end, token in segments)
 
     def split_special(self, text, literals, find_special):
         """Split a text at special and added tokens: [(start, end, id or None)] without gaps."""
@@ -1766,7 +1702,7 @@ class BaseTokenizer:
         return [*segments, (position, len(text), None)]
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class Tokenizer(BaseTokenizer):
     """A byte-level BPE tokenizer, run by tiktoken."""
     ranks: dict                  # {bytes of a token: id}; pairs are merged in this order
@@ -1806,8 +1742,10 @@ class Tokenizer(BaseTokenizer):
         if missing:
             raise UserError(f"tokenizer: its vocabulary lacks {len(missing)} of the 256 single "
                             f"bytes (the first is {missing[0]})")
-        if len(set(self.ranks.values())) < len(self.ranks):
-            raise UserError("tokenizer: two of its vocabulary's tokens have the same id")
+        ids = Counter([*self.ranks.values(), *self.special.values(), *self.added.values()])
+        [(i, n)] = ids.most_common(1)
+        if n > 1:
+            raise UserError(f"tokenizer: {n} of its tokens have the id {i}")
 
     def encode_ordinary(self, text):
         """str -> ids [n] uint32. Neither special nor added tokens are found."""
@@ -1821,61 +1759,44 @@ class Tokenizer(BaseTokenizer):
                 ids += self.encoding._encode_single_piece(match[0])
             return np.array(ids, np.uint32)
 
-    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """Encode a text; also return where its tokens are, for comparison with given positions.
+    def encode_with_offsets(self, text, literals=()):
+        """encode_special(), and where in the text each token is, in characters.
+
+        text  as clean() returns it
+
+        Returns ids uint32 [n], starts and ends int64 [n]
+        """
+        ids = self.encode_special(text, literals)
+        lengths = self.token_lengths[ids]
+        ends = lengths.cumsum()                              # in bytes
+        starts = ends - lengths
+        if not text.isascii():
+            encoded = np.frombuffer(self.encoding.decode_bytes(ids.tolist()), np.uint8)
+            starts_character = encoded & 0xC0 != 0x80        # bytes that continue one are 10......
+            n_characters = np.append(0, starts_character.cumsum())
+            starts = n_characters[starts + 1] - 1
+            ends = n_characters[ends]
+        return ids, starts, ends
+
+    def encode_special(self, text, literals=(), find_special=True):
+        """Encode a text with the special and added tokens in it: ids uint32 [n].
 
         literals      spans of the text where special tokens are text
-        borders       positions in the text, in characters
         find_special  False: special tokens are text everywhere
-
-        Returns
-          ids            uint32 [n]
-          starts, ends   int64 [n]: of each token, in bytes of the text (composed, if nfc)
-          moved_borders  the borders in the same unit
         """
-        ids = None
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.tiktoken_finds_special and is_composed and not literals:
-            ids = self.encode_native(text, find_special)
-            moved_borders = borders
-            if not text.isascii():
-                moved_borders = [len(text[:border].encode()) for border in borders]
-        if ids is None:
-            ids, moved_borders = self.encode_segments(text, literals, borders, find_special)
-        lengths = self.token_lengths[ids]
-        ends = lengths.cumsum()
-        return ids, ends - lengths, ends, moved_borders
-
-    def encode_native(self, text, find_special):
-        """Encode a text and its special tokens by tiktoken alone: ids [n]. None if it gives up."""
-        found = self.special_and_added if find_special else self.added
-        try:
-            return self.encoding.encode_to_numpy(text, allowed_special=set(found),
-                                                 disallowed_special=())
-        except ValueError:                                   # see encode_ordinary
-            return None
-
-    def encode_segments(self, text, literals, borders, find_special):
-        """Encode the pieces between special tokens one by one: (ids [n], moved borders)."""
+            found = self.special_and_added if find_special else self.added
+            with suppress(ValueError):            # see encode_ordinary
+                return self.encoding.encode_to_numpy(text, allowed_special=set(found),
+                                                     disallowed_special=())
         ids = []
-        segment_starts = [0]                                 # in bytes; the last is the total
-        segments = self.split_special(text, literals, find_special)
-        for start, end, token in segments:
-            piece = text[start:end]
+        for start, end, token in self.split_special(text, literals, find_special):
             if token is None:
-                piece = self.compose(piece)
-                ids.append(self.encode_ordinary(piece))
+                ids.append(self.encode_ordinary(self.compose(text[start:end])))
             else:
                 ids.append(np.array([token], np.uint32))
-            segment_starts.append(segment_starts[-1] + len(piece.encode()))
-        segment_ends = [end for _, end, _ in segments]
-        moved_borders = []
-        for border in borders:
-            i = bisect.bisect_left(segment_ends, border)     # the first that ends there or later
-            # composed as its piece was, since that changes the length
-            before = self.compose(text[segments[i][0]:border])
-            moved_borders.append(segment_starts[i] + len(before.encode()))
-        return np.concatenate(ids), moved_borders
+        return np.concatenate(ids)
 
     def decode(self, ids):
         """ids -> str. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -1884,24 +1805,28 @@ class Tokenizer(BaseTokenizer):
         return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-@dataclasses.dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class HFTokenizer(BaseTokenizer):
     """A tokenizer.json that tiktoken cannot represent exactly, run by the tokenizers package.
 
     The package finds special tokens in a text even where they are only spelled (Unigram models do
     in spite of its option encode_special_tokens). So we load a copy of tokenizer.json in which
     special tokens have random names (self.hidden), and before encoding, those special tokens of the
-    text that are meant as such are replaced by these names:
+    text that are meant as such are replaced by these names, which have their tokens' lengths:
 
-        <s>hi </s> there</s>   with the first </s> a literal   ->   [NAME1]hi </s> there[NAME2]
+        <s>hi </s> there</s>   with the first </s> a literal   ->   AAAhi </s> thereBBBB
     """
     spec: dict                   # the content of tokenizer.json
 
     def __post_init__(self):
         import tokenizers
-        self.hidden = {text: f"\ufdd4{os.urandom(8).hex()}\ufdd5" for text in self.special}
-        rename = functools.partial(map_strings, lambda text: self.hidden.get(text, text))
-        tokens = [rename(token) for token in self.spec.get("added_tokens") or []]
+        # random characters of the private planes, as many as the token has: offsets stay the same
+        private = range(0xF0000, 0x10FFFE)
+        choose = random.SystemRandom().choices
+        self.hidden = {text: "".join(map(chr, choose(private, k=len(text))))
+                       for text in self.special}
+        rename = partial(map_strings, lambda text: self.hidden.get(text, text))
+        tokens = rename(self.spec.get("added_tokens") or [])
         for token in tokens:                                 # normalizers would change hidden names
             token["normalized"] = token["normalized"] and not token["special"]
         renamed = self.spec | {"model": rename(self.spec["model"]), "added_tokens": tokens,
@@ -1914,21 +1839,24 @@ class HFTokenizer(BaseTokenizer):
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self.fingerprint = fingerprint(digest, self.bos, self.eos)
 
-    def encode_with_offsets(self, text, literals=(), borders=(), find_special=True):
-        """As Tokenizer.encode_with_offsets(), but in characters of the text with hidden names."""
-        borders = np.array(borders, np.int64)
-        moved_borders = borders.copy()
+    def encode_special(self, text, literals=(), find_special=True):
+        """As Tokenizer.encode_special()."""
+        return np.array(self.run(text, literals, find_special).ids, np.uint32)
+
+    def encode_with_offsets(self, text, literals=()):
+        """As Tokenizer.encode_with_offsets()."""
+        encoded = self.run(text, literals, find_special=True)
+        # (the byte tokens of one character all have this character's span)
+        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoded.ids, np.uint32), starts, ends
+
+    def run(self, text, literals, find_special):
+        """The tokenizers package's Encoding of a text."""
         pieces = []
         for start, end, token in self.split_special(text, literals, find_special):
             piece = text[start:end]
-            if token is not None:
-                piece = self.hidden.get(piece, piece)
-            moved_borders[borders >= end] += len(piece) - (end - start)
-            pieces.append(piece)
-        encoded = self.encoder.encode("".join(pieces), add_special_tokens=False)
-        # (the byte tokens of one character all have this character's span)
-        starts, ends = np.array(encoded.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoded.ids, np.uint32), starts, ends, moved_borders
+            pieces.append(piece if token is None else self.hidden.get(piece, piece))
+        return self.encoder.encode("".join(pieces), add_special_tokens=False)
 
     def decode(self, ids):
         """ids -> str"""
@@ -1980,9 +1908,7 @@ def bytes_to_unicode():
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    characters = {b: chr(b) for b in printable}
-    characters |= {b: chr(256 + n) for n, b in enumerate(others)}
-    return characters
+    return dict(zip(printable + others, map(chr, [*printable, *range(256, 256 + len(others))])))
 
 
 BYTES_TO_UNICODE = bytes_to_unicode()
@@ -2058,11 +1984,6 @@ def tiktoken_file(path, pattern, special):
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         if not all(0 <= rank < 2**32 for rank in ranks.values()):
             raise UserError("a rank must be from 0 to 2**32 - 1")
-    ids = [*ranks.values(), *special.values()]
-    for text, i in special.items():
-        if type(i) is not int or i < 0 or ids.count(i) > 1:
-            raise UserError(f"data.special_tokens.{text}: expected an id that no other token has, "
-                            f"got {i!r}")
     place = f"{path} with data.tokenizer_pattern {pattern!r}"
     with error_context(place):
         if len(ranks) > 256:             # with 256 tokens, byte_ids is used instead of the pattern
@@ -2076,22 +1997,22 @@ def huggingface_tokenizer(path):
         path = path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; a tokenizer's folder must hold a tokenizer.json")
-    spec = read_json_object(path)
+    spec = configs.read_json(path)
     config_file = path.with_name("tokenizer_config.json")
-    config = read_json_object(config_file) if config_file.is_file() else {}
+    config = configs.read_json(config_file) if config_file.is_file() else {}
     damage = (KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
     with error_context(path, damage, "not a whole tokenizer.json: "):
-        templates = read_templates(path.parent, config)
         tokens = spec.get("added_tokens") or []
+        special = {t["content"]: t["id"] for t in tokens if t["special"]}
         names = token_names(spec, config)
-        fields = {"special": {t["content"]: t["id"] for t in tokens if t["special"]},
+        bos, eos = (names.get(key) for key in ("bos_token", "eos_token"))
+        fields = {"special": special,
                   "added": {t["content"]: t["id"] for t in tokens if not t["special"]},
-                  "template": templates.get("default"), "path": path, "token_variables": names}
-        if len(templates) > 1 or "default" not in templates:
-            fields["templates"] = templates
-        for key in ("bos", "eos"):
-            text = names.get(f"{key}_token")
-            fields[key] = text if text in fields["special"] else None
+                  "bos": bos if bos in special else None,
+                  "eos": eos if eos in special else None,
+                  "templates": read_templates(path.parent, config),
+                  "path": path,
+                  "token_variables": names}
         try:
             return byte_level_tokenizer(spec, tokens, fields)
         except UserError as error:
@@ -2161,11 +2082,9 @@ def unsupported_part(spec, tokens):
     kind = model.get("type", "BPE")
     if kind != "BPE" or "merges" not in model:
         return f"a {kind} model"
-    if model.get("byte_fallback"):
-        return f"a {kind} model with byte fallback"
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+    for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            return f"model.{key}"
+            return f"a {kind} model with {key}"
     normalizer = (spec.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         return f"the normalizer {normalizer}"
@@ -2237,11 +2156,9 @@ def byte_level_tokenizer(spec, tokens, fields):
     for text, i in spec["model"]["vocab"].items():
         if text in fields["special"] or text in fields["added"]:
             continue
-        try:
-            ranks[bytes([UNICODE_TO_BYTES[character] for character in text])] = i
-        except KeyError:
-            problem = f"a vocabulary with {text!r}, which does not spell bytes,"
-            raise unsupported_error(problem) from None
+        if not UNICODE_TO_BYTES.keys() >= set(text):
+            raise unsupported_error(f"a vocabulary with {text!r}, which does not spell bytes,")
+        ranks[bytes(map(UNICODE_TO_BYTES.get, text))] = i
     check_merges(spec["model"], ranks)
     pattern = split_pattern(pre_tokenizer_steps(spec))
     check_pattern(pattern)
@@ -2272,54 +2189,21 @@ def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
     tokenizer.json joins the pair of neighbours that comes first in its list of merges. tiktoken
-    joins any two neighbours that make a token, the lowest id first. Both give the same ids if:
+    joins any two neighbours that make a token, the lowest id first. Lists of merges that come from
+    training or conversion comply if
 
     1. The ids of the list's results ascend. Otherwise, with the list [b c, a b] and ab's id below
        bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
-    2. The list joins the characters of each token to this token. Otherwise, with the list
-       [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
-    3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
-       becomes it at once; and the list has each pair of tokens that makes it, [a bc, ab c] for abc,
-       because inside of longer words tiktoken joins any such pair.
-
-    Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
-    long lists come from training or conversion, which comply with both.
+    2. Each token but the bytes has a merge. Otherwise abc may stay ab + c in tokenizer.json, and be
+       abc in tiktoken. (With ignore_merges, tokenizer.json finds words that are tokens at once.)
     """
     # "a b" in older files, ["a", "b"] in newer ones
-    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
-             for pair in model["merges"]]
-    vocab = model["vocab"]
-    ids = [vocab[left + right] for left, right in pairs]
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    ids = [model["vocab"][left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported_error("its order of merges")
-    ignore_merges = model.get("ignore_merges")
-    # the cheap part of 2, for lists of any length: each token but the bytes has a merge
-    if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
+    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
         raise unsupported_error("a vocabulary with tokens that no merge makes")
-    if len(pairs) > 20_000:
-        return
-    indexes = {}
-    for i, pair in enumerate(pairs):
-        indexes.setdefault(pair, i)
-    for token in map(spell, ranks):
-        if merge_characters(token, indexes) == [token]:
-            continue
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
-        if not ignore_merges or not indexes.keys() >= splits:
-            raise unsupported_error(f"a vocabulary whose merges do not make {token!r}")
-
-
-def merge_characters(text, indexes):
-    """The tokens that a tokenizer.json's merges, {pair: index}, make of a text's characters."""
-    parts = list(text)
-    while True:
-        pairs = list(zip(parts, parts[1:]))
-        merges = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
-        if not merges:
-            return parts
-        _, first = min(merges)
-        parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
 def recover_merges(ranks):
@@ -2361,19 +2245,17 @@ def save_tokenizer(tok, folder, chat_template):
         if templates.is_dir() and chat_template in (None, tok.template):
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
     if config_file.is_file():
-        config = read_json_object(config_file)
+        config = configs.read_json(config_file)
     else:
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
-    # transformers ignores tokenizer.json for these classes and splits as GPT-2
-    is_gpt2 = isinstance(tok, Tokenizer) and tok.pattern == GPT2_PATTERN
-    if config.get("tokenizer_class") in REBUILT_CLASSES and not is_gpt2:
+    if config.get("tokenizer_class") in REBUILT_CLASSES:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["bos_token"] = tok.bos
     config["eos_token"] = tok.eos
     map_file = folder / "special_tokens_map.json"        # of older models; it would override both
     if map_file.is_file():
-        names = read_json_object(map_file)
+        names = configs.read_json(map_file)
         write_json(map_file, {key: names[key] for key in names
                               if key not in ("bos_token", "eos_token")})
     if chat_template and chat_template != tok.template:
@@ -2446,16 +2328,16 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "f", "param
 CALL = {"name": "f", "arguments": {"a": 1}}
 
 
-@dataclasses.dataclass
+@dataclass
 class Report:
     """What encode_chat() finds out about a chat besides ids and loss weights."""
-    warnings: list = dataclasses.field(default_factory=list)     # [(kind, example)]
+    warnings: list = field(default_factory=list)     # [(kind, example)]
     # the ids of the last answer's generation prompt, if they differ from the chat's ids before this
     # answer; otherwise empty
     other_prompt: list = ()
 
 
-@dataclasses.dataclass
+@dataclass
 class Span:
     """A part of a chat's text that has a loss weight."""
     start: int                   # text[start:end]
@@ -2486,9 +2368,6 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
              if span.start < span.end and span.weight]
     for span in spans:
         span.weight *= weight
-        if not is_in_weight_range(span.weight):
-            raise UserError(f"weight: {span.weight:g}, a message's loss weight times its record's, "
-                            f"must be {WEIGHT_RANGE}")
     ids, loss_weights = encode_spans(rendering, spans)
     warn_of_plain_tokens(rendering)
     if spans:
@@ -2505,16 +2384,12 @@ def encode_chat(tok, template, messages, train_on="all", weight=1.0, append_eos=
 
 def encode_spans(rendering, spans):
     """Return (ids [n] int64, loss weights [n] float32), and set the spans' tokens."""
-    borders = [span.start for span in spans] + [span.end for span in spans]
-    ids, starts, ends, borders = rendering.tok.encode_with_offsets(rendering.text,
-                                                                   rendering.literals, borders)
-    # all tokens that overlap a span have its weight
-    first_tokens = np.searchsorted(ends, borders[:len(spans)], side="right").tolist()
-    end_tokens = np.searchsorted(starts, borders[len(spans):], side="left").tolist()
+    ids, starts, ends = rendering.tok.encode_with_offsets(rendering.text, rendering.literals)
     loss_weights = np.zeros(len(ids), np.float32)
-    for i, span in enumerate(spans):
-        span.first_token = first_tokens[i]
-        span.end_token = end_tokens[i]
+    for span in spans:
+        # all tokens that overlap a span have its weight
+        span.first_token = int(np.searchsorted(ends, span.start, side="right"))
+        span.end_token = int(np.searchsorted(starts, span.end, side="left"))
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
 
@@ -2534,7 +2409,8 @@ def find_spans(rendering, train_on):
             position = end
         spans.append(Span(position, len(rendering.text), 1.0))
     elif not blocks:
-        wanted = [i for i in answers if weights[i] and has_words(messages[i])]
+        wanted = [i for i in answers if weights[i]
+                  and (messages[i].get("content") or has_generated_fields(messages[i]))]
         for start, end, i in find_turns(rendering, wanted):
             spans.append(Span(start, end, weights[i], i))
     elif len(blocks) == len(answers):            # each answer has one block
@@ -2553,7 +2429,7 @@ def find_spans(rendering, train_on):
         for start, end in blocks:
             weight = 1.0
             for turn_start, turn_end, i in others:
-                if turn_start < end and start < turn_end:
+                if overlaps([(turn_start, turn_end)], start, end):
                     weight = weights[i]
             spans.append(Span(start, end, weight))
     return spans
@@ -2568,10 +2444,6 @@ def message_weights(messages, train_on):
         is_excluded = is_earlier or message["role"] == "tool"
         weights.append(0.0 if is_excluded else message.get("weight", 1.0))
     return weights
-
-
-def has_words(message):
-    return bool(message.get("content")) or has_generated_fields(message)
 
 
 def find_turns(rendering, wanted):
@@ -2668,7 +2540,7 @@ def placeholder(i):
     return f"{PLACEHOLDER_MARK}{i}{PLACEHOLDER_MARK}"
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def render_placeholders(template, tok, values):
     """Render placeholders: (text before the first one, [(index, text after this placeholder)]).
 
@@ -2680,7 +2552,7 @@ def render_placeholders(template, tok, values):
             roles have the same one
     """
     messages, variables = json.loads(values)
-    with contextlib.suppress(UserError):
+    with suppress(UserError):
         text, _ = render(template, tok, messages, **variables)
         pieces = [(int(i), between) for i, between in PLACEHOLDER.findall(text)]
         return text.partition(PLACEHOLDER_MARK)[0], pieces
@@ -2795,40 +2667,37 @@ def find_answer_start(rendering, i, start):
     return start
 
 
-def find_openings(rendering):
+@lru_cache(maxsize=1000)
+def find_openings(template, tok, values):
     """Return what a template writes between the contents of a user and of an answer.
 
     Each opening is (text, n_generated): its last n_generated characters are after the answer's
-    generation prompt. So prompts of other answers need not be rendered. Two answers are tried:
+    generation prompt. They only save time: prompts need not be rendered. Two answers are tried:
 
         text      U:<0>; A:<1>; U:<2>; A:<think></think><3>;
         prompts   U:<0>; A:                    U:<0>; A:<1>; U:<2>; A:
         openings  [("; A:", 0), ("; A:<think></think>", 15)]
 
     Returns [] if the text does not begin with these prompts, or if prompts depend on messages.
+
+    values  [messages before the first of the user, variables] as JSON text
     """
-    if not has_constant_prompt(rendering.template):
+    if not has_constant_prompt(template):
         return []
-    roles = ["user", "assistant"] * 2
-    if rendering.messages[0]["role"] == "system":
-        roles.insert(0, "system")
-    messages = [{"role": role, "content": placeholder(i)} for i, role in enumerate(roles)]
-    answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    text = rendering.render_other(messages)
-    if text is None:
-        return []
+    messages, variables = json.loads(values)
+    for i, role in enumerate(["user", "assistant"] * 2):
+        messages.append({"role": role, "content": placeholder(i)})
     openings = set()
-    for i in answers:
-        prompt = rendering.render_other(messages[:i], add_generation_prompt=True)
-        if prompt is None:               # it refuses the second turn: keep what the first gave
-            break
-        opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
-        added, mark, _ = text[len(prompt):].partition(placeholder(i))
-        if not (text.startswith(prompt) and opening and mark):
-            return []
-        openings.add((opening + added, len(added)))
-        # if a content begins with the added text itself, the template may not add it
-        openings.add((opening, 0))
+    with suppress(UserError):
+        text, _ = render(template, tok, messages, **variables)
+        for n in (-3, -1):
+            prompt, _ = render(template, tok, messages[:n], add_generation_prompt=True, **variables)
+            opening = prompt.rpartition(PLACEHOLDER_MARK)[2]
+            added, mark, _ = text[len(prompt):].partition(PLACEHOLDER_MARK)
+            if not (text.startswith(prompt) and opening and mark):
+                return []
+            # if a content begins with the added text itself, the template may not add it
+            openings |= {(opening + added, len(added)), (opening, 0)}
     return sorted(openings)
 
 
@@ -2839,18 +2708,14 @@ def has_constant_prompt(template):
     bodies, name only arguments of the template: neither messages nor variables that it sets.
     """
     tree = template.jinja.environment.parse(template.text)
-    names = set()
-    n_conditions = 0
-    for branch in tree.find_all((nodes.If, nodes.CondExpr)):
-        # (find_all, in names_in, skips the node itself: so the condition is put into another one)
-        condition = names_in(nodes.Output([branch.test]))
-        if "add_generation_prompt" in condition:
-            n_conditions += 1
-            names.update(names_in(branch))
+    # (find_all, in names_in, skips the node itself: so the condition is put into another one)
+    branches = [branch for branch in tree.find_all((nodes.If, nodes.CondExpr))
+                if "add_generation_prompt" in names_in(nodes.Output([branch.test]))]
+    names = {name for branch in branches for name in names_in(branch)}
     # as many mentions as conditions: it is read nowhere else (twice in one condition: False)
     n_mentions = names_in(tree).count("add_generation_prompt")
     arguments = jinja2.meta.find_undeclared_variables(tree) - {"messages"}
-    return n_conditions == n_mentions and names <= arguments
+    return len(branches) == n_mentions and names <= arguments
 
 
 def names_in(tree):
@@ -2910,10 +2775,10 @@ def find_other_prompt(rendering, span, ids):
     return prompt
 
 
-@functools.lru_cache(maxsize=10_000)
+@lru_cache(maxsize=10_000)
 def encode_last_token(tok, text):
     """[the id of the last token of a text]"""
-    return tok.encode_with_offsets(text)[0][-1:].tolist()
+    return tok.encode_special(text)[-1:].tolist()
 
 
 def warn_of_plain_tokens(rendering):
@@ -2926,7 +2791,7 @@ def warn_of_plain_tokens(rendering):
         rendering.warnings.append((NO_TOKENS, missing))
 
 
-@functools.lru_cache(maxsize=1000)
+@lru_cache(maxsize=1000)
 def template_missing_tokens(template, tok):
     """The control tokens that a template writes and the vocabulary lacks, or ""."""
     try:
@@ -2950,8 +2815,7 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
                   added to a text that has them
     """
     text = tok.clean(text)
-    ids, _, _, _ = tok.encode_with_offsets(text, find_special=special)
-    ids = ids.astype(np.int64)
+    ids = tok.encode_special(text, find_special=special).astype(np.int64)
     if starts and tok.bos and not (special and text.startswith(tok.bos)):
         ids = np.append(tok.special[tok.bos], ids)
     if ends and tok.eos and not (special and text.rstrip().endswith(tok.eos)):
@@ -2962,16 +2826,14 @@ def encode_text(tok, text, weight=1.0, starts=True, ends=True, special=False):
 def encode_prompt(tok, template, messages, **variables):
     """Return the ids of the generation prompt for an answer to these messages, as a list."""
     rendering = render_messages(template, tok, messages, add_generation_prompt=True, **variables)
-    ids, _, _, _ = tok.encode_with_offsets(rendering.text, rendering.literals)
-    return ids.tolist()
+    return tok.encode_special(rendering.text, rendering.literals).tolist()
 
 
 def stop_token_ids(tok, template):
     """Return the ids at which generation of an answer stops, sorted: EOS and the template's."""
-    user, _ = SHORT_CHAT
-    stop_ids = find_end_token(tok, template, SHORT_CHAT)
-    if not stop_ids:                         # the token of the next role may end an answer (GLM)
-        stop_ids = find_end_token(tok, template, [*SHORT_CHAT, user])
+    user, answer = SHORT_CHAT
+    # the token of the next role may end an answer (GLM)
+    stop_ids = find_end_token(tok, template, [user, answer, user])
     # Another token may end an answer with calls. There are two, so that a token that closes each
     # call, such as </tool_call>, occurs twice and is not taken for the end of the answer.
     calls = [{"type": "function", "id": tool_call_id(n), "function": CALL} for n in (1, 2)]
@@ -2990,57 +2852,45 @@ def find_end_token(tok, template, messages, **variables):
     messages, they are tried with a system message.
     """
     for system in ([], [{"role": "system", "content": "a"}]):
-        try:
+        with suppress(UserError):
             ids, loss_weights = encode_chat(tok, template, [*system, *messages], **variables)
-        except UserError:
-            continue
-        trained = ids[loss_weights != 0].tolist()
-        last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids]
-        return {i for i in last[-1:] if trained.count(i) == 1}
+            trained = ids[loss_weights != 0].tolist()
+            last = [i for i in trained[-END_TOKENS:] if i in tok.end_ids][-1:]
+            return {i for i in last if trained.count(i) == 1}
     return set()
 
 
 # --------------------------------------------------------------------------------------------------
 # token files: encoded by several processes, written in the order of the records
 
-@dataclasses.dataclass
+@dataclass
 class Encoded:
-    """The documents of a Chunk, one after the other."""
-    ids: np.ndarray              # [n]
-    weights: np.ndarray          # [n]: uint8 if all are 0 or 1, otherwise float16
-    lengths: np.ndarray          # [D] in tokens
-    counts: collections.Counter  # see TokenWriter
-    problems: list               # error messages of skipped records
-    warnings: dict               # {kind: (count, the first example)}
-    prompts: np.ndarray          # Report.other_prompt of all documents, one after the other
-    prompt_lengths: np.ndarray   # [D]
+    """The documents of a Chunk, one after the other, as TokenWriter appends them to its files.
 
-
-@dataclasses.dataclass
-class EncodedPart:
-    """A part of a document that is too long for one Chunk."""
-    file: str
-    ids: np.ndarray              # [n] int64
-    weights: np.ndarray          # [n] float32
-    ends: bool                   # the last part
-    warnings: dict
+    arrays    {name of a file: array}; of offsets, the lengths. Empty if there are no documents
+    counts    see TokenWriter
+    problems  error messages of skipped records
+    warnings  [(kind, example)]
+    """
+    arrays: dict
+    counts: Counter
+    problems: list
+    warnings: list
 
 
 def encode_chunk(chunk, context):
-    """Return a Chunk's documents as Encoded, or a part of a document as EncodedPart."""
-    warnings = {}
+    """Return a Chunk's documents as Encoded; of a part of a document, a Chunk of (ids, weights)."""
+    warnings = []
     if not (chunk.starts and chunk.ends):
-        part = chunk.records[0]
+        [part] = chunk.records
         if isinstance(part, str):
-            ids, weights = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
-                                       context.source["special"])
             warn_of_spelled_tokens(part, context, chunk.file, warnings)
-        else:
-            ids, weights = part
-        return EncodedPart(chunk.file, ids, weights, chunk.ends, warnings)
+            part = encode_text(context.tok, part, 1.0, chunk.starts, chunk.ends,
+                               context.source["special"])
+        return replace(chunk, records=[part], warnings=warnings)
     documents = []
     problems = []
-    counts = collections.Counter(records=len(chunk.records))
+    counts = Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
         try:
@@ -3049,14 +2899,13 @@ def encode_chunk(chunk, context):
             raise
         except UserError as error:
             if context.data["on_error"] != "skip":
-                hint = "; data.on_error=skip leaves such records out"
-                # not UTF-8: then the whole file is likely to be in another encoding
-                if isinstance(record, bytes) and record.decode(errors="ignore").encode() != record:
-                    hint = ""
-                raise UserError(f"{error}{hint}") from None
+                # a record that is not UTF-8: the whole file is likely to be in another encoding
+                if "iconv" in str(error):
+                    raise
+                raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
             problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems[:3], warnings)
+    return concat_documents(documents, context, chunk.file, counts, problems, warnings)
 
 
 def encode_record(record, place, context, counts, warnings):
@@ -3079,8 +2928,7 @@ def encode_record(record, place, context, counts, warnings):
         ids, weights = encode_chat(context.tok, template, train_on=context.data["train_on"],
                                    append_eos=context.data["append_eos"], report=report,
                                    chat_template_kwargs=options, **record)
-    for kind, example in report.warnings:
-        add_warning(warnings, kind, 1, f"{place}: {example}")
+    warnings += [(kind, f"{place}: {example}") for kind, example in report.warnings]
     counts["chats"] += 1
     if len(ids) > seq_len + 1:
         counts["truncated"] += 1
@@ -3096,19 +2944,14 @@ def warn_of_spelled_tokens(text, context, place, warnings):
     special = context.source["special"]
     match = None if special else context.tok.special_pattern.search(text)
     if match:
-        add_warning(warnings, SPELLED, 1, f"{place}: {text[match.start():match.start() + 30]!r}")
+        example = text[match.start():match.start() + 30]
+        warnings.append((SPELLED, f"{place}: {example!r}"))
         return
     # 2. tokens that the vocabulary lacks, if the text is a rendered chat: it begins with one
     if special or CONTROL_TOKEN.match(text.lstrip()):
         missing = text_missing_tokens(text, context.tok)
         if missing:
-            add_warning(warnings, FOREIGN, 1, f"{place}: {missing}")
-
-
-def add_warning(warnings, kind, count, example):
-    """Count a warning in `warnings`, {kind: (count, the first example)}."""
-    n_before, first = warnings.get(kind, (0, example))
-    warnings[kind] = (n_before + count, first)
+            warnings.append((FOREIGN, f"{place}: {missing}"))
 
 
 def split_windows(ids, weights, seq_len):
@@ -3125,21 +2968,26 @@ def split_windows(ids, weights, seq_len):
 
 def concat_documents(documents, context, file, counts, problems, warnings):
     """[(ids, loss weights, other_prompt)] -> Encoded, without documents that have no targets."""
-    kept = []
     ignores_ids = context.never_target.any()
+    kept = []
     for ids, weights, prompt in documents:
         if ignores_ids:
             weights[context.never_target[ids]] = 0
-        if weights[1:].any():                            # the first token is never a target
-            kept.append((ids, weights, prompt))
+        n_targets = np.count_nonzero(weights[1:])        # the first token is never one
+        if n_targets:
+            kept.append((ids, weights, prompt, n_targets))
+    counts["documents"] += len(kept)
     counts["dropped"] += len(documents) - len(kept)
-    lengths = np.array([len(ids) for ids, _, _ in kept], np.int64)
-    prompt_lengths = np.array([len(prompt) for _, _, prompt in kept], np.int64)
-    ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in kept)])
-    weights = np.concatenate([np.zeros(0, np.float32), *(weights for _, weights, _ in kept)])
-    prompts = np.array([i for _, _, prompt in kept for i in prompt], context.dtype)
-    return Encoded(ids.astype(context.dtype), compact_weights(weights, file), lengths, counts,
-                   problems, warnings, prompts, prompt_lengths)
+    arrays = {}
+    if kept:
+        ids, weights, prompts, targets = zip(*kept)
+        arrays = {"tokens": np.concatenate(ids).astype(context.dtype),
+                  "weights": compact_weights(np.concatenate(weights), file),
+                  "offsets": np.array([len(document) for document in ids]),
+                  "targets": np.array(targets, np.uint32),
+                  "prompts": np.concatenate(prompts).astype(context.dtype),
+                  "prompt_offsets": np.array([len(prompt) for prompt in prompts])}
+    return Encoded(arrays, counts, problems, warnings)
 
 
 def compact_weights(weights, file):
@@ -3159,15 +3007,16 @@ def join_parts_of_documents(results, context):
     open_ids = np.zeros(0, np.int64)                     # a window that the next part continues
     open_weights = np.zeros(0, np.float32)
     for result in results:
-        if isinstance(result, EncodedPart):
-            ids = np.concatenate([open_ids, result.ids])
-            weights = np.concatenate([open_weights, result.weights])
+        if isinstance(result, Chunk):
+            [(ids, weights)] = result.records
+            ids = np.concatenate([open_ids, ids])
+            weights = np.concatenate([open_weights, weights])
             windows = split_windows(ids, weights, context.data["seq_len"])
             open_ids = open_ids[:0]
             open_weights = open_weights[:0]
             if not result.ends:
                 open_ids, open_weights, _ = windows.pop()
-            counts = collections.Counter(records=int(result.ends))
+            counts = Counter(records=int(result.ends))
             result = concat_documents(windows, context, result.file, counts, [], result.warnings)
         yield result
 
@@ -3184,52 +3033,32 @@ def encode_parallel(chunks, n_bytes, context, name, quiet):
                 bar.update(chunk.n_bytes)
             return
         fork = multiprocessing.get_context("fork")
-        is_over = fork.Event()
-        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker,
-                                                      [context, is_over])
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, fork, init_worker, [context])
         problem = "a process was killed, perhaps for lack of memory; set a smaller number: "
-        pending = collections.deque()                    # two chunks per process
-        with (error_context("data.processes", concurrent.futures.BrokenExecutor, problem), pool,
-              end_children_on_error(pool, is_over)):
-            chunks = iter(chunks)
-            while True:
-                for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
-                    pending.append((pool.submit(encode_in_worker, chunk), chunk.n_bytes))
-                if not pending:
-                    return
-                future, size = pending.popleft()
-                yield future.result()
-                bar.update(size)
+        pending = deque()                    # two chunks per process
+        with error_context("data.processes", concurrent.futures.BrokenExecutor, problem):
+            try:
+                chunks = iter(chunks)
+                while True:
+                    for chunk in itertools.islice(chunks, 2 * n_processes - len(pending)):
+                        pending.append((pool.submit(encode_in_worker, chunk), chunk.n_bytes))
+                    if not pending:
+                        return
+                    future, size = pending.popleft()
+                    yield future.result()
+                    bar.update(size)
+            finally:
+                # after an error or a signal, the processes end after their chunk: killing one while
+                # it sends a result would hang the pool, which waits for the rest of it
+                pool.shutdown(cancel_futures=True)
 
 
-@contextlib.contextmanager
-def end_children_on_error(pool, is_over):
-    """After an error or a signal, end a pool's processes without waiting for their work.
-
-    Killing a process while it sends a result would hang the pool, which waits for the rest of it.
-    So is_over makes the processes end after their chunk; those that have not after 3 s are killed.
-    """
-    others = multiprocessing.active_children()           # the pool starts its processes later
-    try:
-        yield
-    except BaseException:
-        is_over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        deadline = time.monotonic() + 3
-        for process in set(multiprocessing.active_children()).difference(others):
-            process.join(max(0, deadline - time.monotonic()))
-            process.terminate()
-            process.join(1)
-        raise
-
-
-def init_worker(context, is_over):
+def init_worker(context):
     """Called once in each process of the pool: chunks are then sent to it without the context."""
-    global worker_context, worker_is_over
+    global worker_context
     worker_context = context
-    worker_is_over = is_over
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: the parent ends its children
+    for number in (signal.SIGINT, signal.SIGTERM):       # the parent ends its processes
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
@@ -3240,7 +3069,7 @@ def exit_with_parent():
 
 
 def encode_in_worker(chunk):
-    return None if worker_is_over.is_set() else encode_chunk(chunk, worker_context)
+    return encode_chunk(chunk, worker_context)
 
 
 class TokenWriter:
@@ -3251,8 +3080,8 @@ class TokenWriter:
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.weights_dtype = np.dtype(np.uint8)
         self.problems = []
-        self.warnings = {}
-        self.counts = collections.Counter(
+        self.warnings = {}                               # {kind: (count, the first example)}
+        self.counts = Counter(
             documents=0, records=0, chats=0,
             trained=0,           # targets
             longest=0,           # tokens of the longest document
@@ -3262,31 +3091,27 @@ class TokenWriter:
             skipped=0)           # records with an error, if data.on_error=skip
         self.last_offsets = {"offsets": 0, "prompt_offsets": 0}
         for name in self.last_offsets:
-            self.write_offsets(name, [0])
+            self.files[name].write(np.zeros(1, np.int64))
 
     def write(self, encoded):
-        if encoded.weights.dtype != np.uint8 and self.weights_dtype == np.uint8:
-            self.widen_weights()
-        self.files["tokens"].write(encoded.ids)
-        self.files["weights"].write(encoded.weights.astype(self.weights_dtype))
-        self.files["prompts"].write(encoded.prompts)
-        self.write_offsets("offsets", encoded.lengths)
-        self.write_offsets("prompt_offsets", encoded.prompt_lengths)
-        n_targets = count_targets(encoded.weights, encoded.lengths)
-        self.files["targets"].write(n_targets)
+        for name, array in encoded.arrays.items():
+            if name in self.last_offsets:
+                array = self.last_offsets[name] + np.cumsum(array, dtype=np.int64)
+                self.last_offsets[name] = int(array[-1])
+            if name == "weights":
+                if array.dtype != np.uint8 and self.weights_dtype == np.uint8:
+                    self.widen_weights()
+                array = array.astype(self.weights_dtype)
+            self.files[name].write(array)
         self.counts.update(encoded.counts)
-        self.counts["documents"] += len(encoded.lengths)
-        self.counts["trained"] += int(n_targets.sum())
-        longest = int(encoded.lengths.max(initial=0))
-        self.counts["longest"] = max(self.counts["longest"], longest)
+        if encoded.arrays:
+            self.counts["trained"] += int(encoded.arrays["targets"].sum())
+            longest = int(encoded.arrays["offsets"].max())
+            self.counts["longest"] = max(self.counts["longest"], longest)
         self.problems = (self.problems + encoded.problems)[:3]
-        for kind, (count, example) in encoded.warnings.items():
-            add_warning(self.warnings, kind, count, example)
-
-    def write_offsets(self, name, lengths):
-        offsets = self.last_offsets[name] + np.cumsum(lengths, dtype=np.int64)
-        self.files[name].write(offsets)
-        self.last_offsets[name] += int(np.sum(lengths))
+        for kind, example in encoded.warnings:
+            count, first = self.warnings.get(kind, (0, example))
+            self.warnings[kind] = (count + 1, first)
 
     def widen_weights(self):
         """Write weights.bin again, as float16."""
@@ -3302,18 +3127,6 @@ class TokenWriter:
     def close(self):
         for file in self.files.values():
             file.close()
-
-
-def count_targets(weights, lengths):
-    """Return the number of targets of each document: uint32 [D].
-
-    weights  [n]: of the documents, one after the other
-    lengths  [D] in tokens
-    """
-    starts = np.cumsum(lengths) - lengths
-    is_target = weights != 0
-    is_target[starts] = False                            # the first token is never a target
-    return np.add.reduceat(is_target, starts, dtype=np.uint32)
 
 
 @configs.exit_at_signals()
@@ -3344,7 +3157,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
         chunks = itertools.chain.from_iterable(read_chunks(file, context) for file in files)
         n_bytes = sum(os.path.getsize(file) for file in files)
         results = encode_parallel(chunks, n_bytes, context, name, quiet)
-        with contextlib.closing(TokenWriter(building)) as writer, contextlib.closing(results):
+        with closing(TokenWriter(building)) as writer, closing(results):
             for encoded in join_parts_of_documents(results, context):
                 writer.write(encoded)
         check_not_empty(writer, name, context)
@@ -3368,7 +3181,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
 def read_header(folder):
     if not (folder / "header.json").is_file():
         raise UserError(f"{folder}: has no header.json; delete the folder to tokenize again")
-    return read_json_object(folder / "header.json")
+    return configs.read_json(folder / "header.json")
 
 
 def print_warnings(warnings, name):
@@ -3589,10 +3402,8 @@ def colorize(tok, ids, weights, use_color):
     A weight other than 1 is printed after its targets: {0.5}. Targets of negative weight are red.
     """
     parts = []
-    borders = np.flatnonzero(np.diff(weights)) + 1
-    for span, span_weights in zip(np.split(ids, borders), np.split(weights, borders)):
-        weight = float(span_weights[0])
-        text = mark_special(tok, span, use_color)
+    for run, weight in split_runs(ids, weights.astype(float)):
+        text = mark_special(tok, run, use_color)
         if use_color:
             text = f"\x1b[{COLORS[np.sign(weight)]}m{text}\x1b[0m"
         elif weight:
@@ -3603,17 +3414,21 @@ def colorize(tok, ids, weights, use_color):
     return "".join(parts)
 
 
+def split_runs(ids, values):
+    """Yield (ids, value) for each run of tokens with the same value."""
+    starts = np.flatnonzero(np.diff(values)) + 1
+    for run, run_values in zip(np.split(ids, starts), np.split(values, starts)):
+        yield run, run_values[0]
+
+
 def mark_special(tok, ids, use_color):
     """The text of ids, with special tokens distinguished from text that spells them."""
     parts = []
-    is_special = np.isin(ids, list(tok.special_and_added_ids))
-    borders = np.flatnonzero(np.diff(is_special)) + 1
-    for part in np.split(ids, borders):
-        text = tok.decode(part)
-        part_is_special = part[0] in tok.special_and_added_ids
-        if part_is_special and use_color:
+    for run, is_special in split_runs(ids, np.isin(ids, list(tok.special_and_added_ids))):
+        text = tok.decode(run)
+        if is_special and use_color:
             text = f"\x1b[7m{text}\x1b[27m"
-        if not part_is_special and not use_color:
+        if not is_special and not use_color:
             text = tok.special_pattern.sub(r"\\\g<0>", text)
         parts.append(text)
     return "".join(parts)

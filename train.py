@@ -200,7 +200,7 @@ class LowPrecisionAdamW:
         """Update a parameter chunk by chunk, so that little exists in fp32 at once."""
         state = self.state[p]
         state["step"] += 1
-        seed = zlib.crc32(f"{self.seed} {state['step']} {name}".encode()) - 2**31
+        seed = zlib.crc32(f"{self.seed} {name}".encode()) - 2**31
         weights, first_row, end_row = shard.local_shard(p)
         if first_row == end_row:                         # this rank has no rows of it
             return
@@ -229,13 +229,17 @@ class LowPrecisionAdamW:
         new_weights.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
         # three times 16 random bits, pairwise independent, from 32
         random = transformer.random_int32(row_seeds, weights.shape[1])
-        store(weights, new_weights, random)
-        store(exp_avg, mean, random >> 16)
-        store(exp_avg_sq, mean_sq, random ^ (random >> 16))
+        offset = step * GOLDEN_RATIO
+        store(weights, new_weights, random + offset)
+        store(exp_avg, mean, (random >> 16) + offset)
+        store(exp_avg_sq, mean_sq, (random ^ (random >> 16)) + offset)
 
     def zero_grad(self):
         for p in optimizer_parameters(self):
             p.grad = None
+
+
+GOLDEN_RATIO = 40503         # (sqrt(5) - 1) / 2 of 2**16
 
 
 def store(stored, x, random):
@@ -481,7 +485,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     sum does not depend on micro_tokens and ranks; another aggregation may. One that calls
     backward() itself has to call unscale_gradients(model) afterwards.
     """
-    loss = torch.zeros((), device=model.embed.weight.device)
+    loss = torch.zeros((), device=model.device)
     document_stats = []
     for i, micro_batch in enumerate(micro_batches):
         # FSDP (set to sum, see shard.apply_fsdp) reduces over ranks in the last backward pass only
@@ -510,7 +514,7 @@ def micro_batch_gradients(model, micro_batches, global_loss_weight):
     """
     if shard.is_sharded(model):
         raise configs.UserError("shard.mesh.shard: gradients per micro-batch exist only where each "
-                                "rank holds the whole model; shard.mesh.shard=1")
+                                "rank holds the whole model; shard.mesh.shard=1 shard.offload=none")
     params = [p for p in model.parameters() if p.requires_grad]
     for micro_batch in micro_batches:
         model.zero_grad()
@@ -1022,7 +1026,7 @@ def setup(cfg, explicit):
     saver = checkpoint.Saver(cfg["out_dir"], cfg["checkpoint"]["keep"], logger.print,
                              cfg["checkpoint"]["keep_every"])
     return Run(
-        cfg=cfg, state=state, device=model.embed.weight.device, model=model, optimizer=optimizer,
+        cfg=cfg, state=state, device=model.device, model=model, optimizer=optimizer,
         tokenizer=tokenizer, data=data, dataset=dataset, sampler=train_sampler,
         validation_sets=validation_sets, prompts=prompts, stop_ids=stop_ids,
         token_bytes=token_bytes, steps_per_epoch=steps_per_epoch,

@@ -741,63 +741,65 @@ def derive(cfg, layers_by_key):
 
 def conditional_options(cfg):
     """Yields (option, the key that decides about it, does it have an effect, why or why not)."""
-    lora = cfg["shard"]["lora"]
-    for key in ("alpha", "targets", "rslora", "dropout", "modules_to_save"):
-        yield (f"shard.lora.{key}", "shard.lora.r", lora["r"] or not lora[key],
-               "without LoRA; shard.lora.r=8 turns it on")
-    yield ("shard.quantize", "shard.lora.r", lora["r"] or cfg["shard"]["quantize"] == "none",
-           "without LoRA, which freezes the weights that are quantized; shard.lora.r=8 turns it on")
-    yield ("min_lr", "schedule", cfg["schedule"] != "constant",
-           "with schedule=constant, which stays at lr")
-    yield "decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"
-    yield ("momentum", "optimizer", cfg["optimizer"] != "adamw",
-           "with optimizer=adamw, which has betas")
-    for key in ("betas", "eps"):
-        yield key, "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"
     data = cfg["data"]
     can_evaluate = data["validation"] or data["validation_split"] or not data["train"]
-    for key in ("eval_every", "eval_only", "eval_prompts", "eval_tokens", "eval_answer",
-                "eval_share", "samples"):
-        yield (key, "data.validation", can_evaluate or not cfg[key],
-               "without validation data; data.validation_split=0.05 holds some out")
-    yield ("log.project", "log.to", cfg["log"]["to"],
-           "without a tracker; log.to=wandb names one")
     mesh = cfg["shard"]["mesh"]
-    yield ("shard.reshard_after_forward", "shard.mesh",
-           mesh["replicate"] or (mesh["shard"] or 1) > 1,
-           "on unsharded ranks; shard.mesh.shard=2 shards over two")
-    for key in ("tokenizer_pattern", "special_tokens"):
-        yield (f"data.{key}", "data.tokenizer", data["tokenizer"].endswith(".tiktoken"),
-               "unless data.tokenizer is a .tiktoken file")
-    yield from conditional_model_options(cfg["model"])
+    is_sharded = (mesh["replicate"] or (mesh["shard"] or 1) > 1
+                  or cfg["shard"]["offload"] != "none")
+    uses_lora = cfg["shard"]["lora"]["r"]
+    switches = (
+        ("shard.lora.alpha shard.lora.targets shard.lora.rslora shard.lora.dropout "
+         "shard.lora.modules_to_save", "shard.lora.r", uses_lora,
+         "without LoRA; shard.lora.r=8 turns it on"),
+        ("eval_every eval_only eval_prompts eval_tokens eval_answer eval_share samples",
+         "data.validation", can_evaluate,
+         "without validation data; data.validation_split=0.05 holds some out"))
+    for options, decider, is_used, why in switches:
+        for option in options.split():             # null, 0 and false are right without effect
+            yield option, decider, is_used or not get(cfg, option), why
+    others = (
+        ("shard.quantize", "shard.lora.r", uses_lora,
+         "without LoRA, which freezes the weights that are quantized; shard.lora.r=8 turns it on"),
+        ("min_lr", "schedule", cfg["schedule"] != "constant",
+         "with schedule=constant, which stays at lr"),
+        ("decay_steps", "schedule", cfg["schedule"] == "wsd", "without schedule=wsd"),
+        ("momentum", "optimizer", cfg["optimizer"] != "adamw",
+         "with optimizer=adamw, which has betas"),
+        ("betas eps", "optimizer", cfg["optimizer"] != "sgd", "with optimizer=sgd"),
+        ("log.project", "log.to", cfg["log"]["to"], "without a tracker; log.to=wandb names one"),
+        ("shard.reshard_after_forward", "shard.mesh", is_sharded,
+         "on unsharded ranks; shard.mesh.shard=2 shards over two"),
+        ("data.tokenizer_pattern data.special_tokens", "data.tokenizer",
+         data["tokenizer"].endswith(".tiktoken"), "unless data.tokenizer is a .tiktoken file"),
+        *conditional_model_options(cfg["model"]))
+    for options, decider, is_used, why in others:
+        for option in options.split():
+            yield option, decider, is_used, why
 
 
 def conditional_model_options(model_cfg):
-    """The part of conditional_options() about the model section."""
-    for key in ("rope_theta", "rope_scaling", "rope_local_theta", "rope_interleaved",
-                "rope_layers", "partial_rotary_factor", "llama_4_scaling_beta"):
-        yield (f"model.{key}", "model.positions", model_cfg["positions"] == "rope",
-               "with learned positions (model.positions)")
-    for key in ("global_head_dim", "n_global_kv_heads", "attention_k_eq_v", "d_per_layer",
-                "n_kv_shared_layers", "double_wide_mlp"):
-        yield (f"model.{key}", "model.block", model_cfg["block"] == "gemma4",
-               "without model.block=gemma4")
+    """The part of conditional_options() about the model section: [(options, ...)]."""
     has_linear = has_linear_attention(model_cfg)
-    yield ("model.layer_types", "model.sliding_window",
-           model_cfg["sliding_window"] or has_linear, "without model.sliding_window")
-    yield ("model.rope_local_theta", "model.sliding_window", model_cfg["sliding_window"],
-           "without model.sliding_window")
-    for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim",
-                "conv_kernel_dim"):
-        yield (f"model.linear_{key}", "model.layer_types", has_linear,
-               "without linear_attention in model.layer_types")
-    for key in ("n_experts_per_token", "d_expert", "norm_topk_prob", "swiglu_limit",
-                "router_aux_loss", "router_aux_loss_coef"):
-        yield (f"model.{key}", "model.n_experts", model_cfg["n_experts"],
-               "without experts; model.n_experts=8 makes eight per block")
-    for key in ("init_std", "init_by_depth"):
-        yield (f"model.{key}", "model.init_from", not model_cfg["init_from"],
-               "with model.init_from, which has the weights")
+    window = model_cfg["sliding_window"]
+    no_window = "without model.sliding_window"
+    return [
+        ("model.rope_theta model.rope_scaling model.rope_local_theta model.rope_interleaved "
+         "model.rope_layers model.partial_rotary_factor model.llama_4_scaling_beta",
+         "model.positions", model_cfg["positions"] == "rope",
+         "with learned positions (model.positions)"),
+        ("model.global_head_dim model.n_global_kv_heads model.attention_k_eq_v model.d_per_layer "
+         "model.n_kv_shared_layers model.double_wide_mlp", "model.block",
+         model_cfg["block"] == "gemma4", "without model.block=gemma4"),
+        ("model.layer_types", "model.sliding_window", window or has_linear, no_window),
+        ("model.rope_local_theta", "model.sliding_window", window, no_window),
+        ("model.linear_num_key_heads model.linear_num_value_heads model.linear_key_head_dim "
+         "model.linear_value_head_dim model.linear_conv_kernel_dim", "model.layer_types",
+         has_linear, "without linear_attention in model.layer_types"),
+        ("model.n_experts_per_token model.d_expert model.norm_topk_prob model.swiglu_limit "
+         "model.router_aux_loss model.router_aux_loss_coef", "model.n_experts",
+         model_cfg["n_experts"], "without experts; model.n_experts=8 makes eight per block"),
+        ("model.init_std model.init_by_depth", "model.init_from", not model_cfg["init_from"],
+         "with model.init_from, which has the weights")]
 
 
 def drop_unused(cfg, layers_by_key, explicit, layer_names, defaults):
@@ -863,6 +865,9 @@ def check(cfg, layers_by_key, defaults):
         yield (group.get("train", True) or not {"lr", "weight_decay"} & group.keys(),
                "param_groups", "a list in which groups with train: false have no lr and no "
                "weight_decay")
+    yield (cfg["shard"]["recompute"] != "selective" or not cfg["shard"]["lora"]["r"],
+           "shard.recompute", "true, false or a number with LoRA, whose adapters are added in place "
+           "to the outputs that selective would keep")
     for key in ("master_dtype", "moment_dtype"):
         yield (cfg["optimizer"] == "adamw" or cfg["shard"][key] == "float32", f"shard.{key}",
                f"float32 with optimizer={cfg['optimizer']}; bfloat16 is for adamw")

@@ -33,7 +33,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
                                 "clips the gradient of each micro-batch; got 0")
     params = [p for p in model.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in params]
-    loss = torch.zeros((), device=model.embed.weight.device)
+    loss = torch.zeros((), device=model.device)
     document_stats = []
     results = train.micro_batch_gradients(model, micro_batches, global_loss_weight)
     for micro_batch, (micro_loss, micro_stats, gradients) in zip(micro_batches, results):

@@ -25,7 +25,7 @@ def forward_backward(model, micro_batches, global_loss_weight, cfg):
     """Replaces train.forward_backward: leaves +1, -1 or 0 (a tie) in every .grad."""
     params = [p for p in model.parameters() if p.requires_grad]
     votes = [torch.zeros_like(p) for p in params]
-    loss = torch.zeros((), device=model.embed.weight.device)
+    loss = torch.zeros((), device=model.device)
     document_stats = []
     for micro_loss, micro_stats, gradients in train.micro_batch_gradients(
             model, micro_batches, global_loss_weight):

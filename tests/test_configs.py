@@ -334,6 +334,7 @@ def test_load_reports_the_file_of_a_mistake(tmp_path):
     (["warmup_steps=1.5"], ["warmup_steps", "int", "<= 1"]), (["data.ignore_token_id_range=[3, 1]"], ["first, last"]),
     (["data.ignore_token_ids=[x]"], ["data.ignore_token_ids", "list of int"]),
     (["data.special_tokens.x=1.5"], ["data.special_tokens.x", "int"]),
+    (["data.special_tokens.x=-1"], ["data.special_tokens.x", "int >= 0"]),
     (["model.rope_layers=[1]"], ["model.rope_layers", "4"]), (["model.n_kv_heads=3"], ["model.n_kv_heads", "divisor"]),
     (["model.head_dim=33"], ["model.head_dim", "even"]), (["model.resid_pdrop=1"], ["model.resid_pdrop", "< 1"]),
     (["model.n_heads=0"], ["model.n_heads", ">= 1"]), (["model.n_kv_heads=2.0"], ["model.n_kv_heads", "int"]),

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 import fuzz
 
-COUNTS = {"model": 20, "weights": 20}
+COUNTS = {"model": 20, "weights": 20, "file": 150, "record": 150, "tokenizer": 100}
 
 
 @pytest.mark.parametrize("kind", fuzz.KINDS)

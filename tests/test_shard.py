@@ -237,6 +237,26 @@ def test_choose_recompute_takes_as_few_blocks_as_make_a_step_fit(monkeypatch):
         assert parallelized(*keys, f"shard.recompute={value}")[1].recompute == expected
 
 
+@pytest.mark.parametrize("keys", [
+    [], ["dtype=bfloat16", "model.resid_pdrop=0.1"],
+    ["model.family=qwen3_moe", "model.n_experts=4", "model.d_expert=24"],
+    ["model.family=qwen3_5_text", "model.layer_types=[linear_attention, full_attention]"]],
+    ids=["llama", "bf16 and dropout", "experts", "delta-net"])
+def test_parallelize_with_recompute_changes_no_bit_of_a_gradient(keys):
+    def gradients(recompute):
+        _, model = parallelized("model.vocab_size=101", *keys, f"shard.recompute={recompute}")
+        model.train()(micro_batch() | {"noise_seed": (0, 1)})[0].backward()
+        return [p.grad for p in model.parameters()]
+    kept, selective, recomputed = map(gradients, ("false", "selective", "true"))
+    for gradient, *others in zip(kept, selective, recomputed):
+        assert all(torch.equal(gradient, other) for other in others)
+
+
+def test_parallelize_refuses_selective_recompute_of_compiled_blocks():
+    with pytest.raises(configs.UserError, match="shard.recompute: selective has no effect on comp"):
+        parallelized("shard.recompute=selective", "shard.compile=true", "model.vocab_size=50")
+
+
 # --------------------------------------------------------------------------------------------------
 # sharded tensors and gradients, as they are on one rank (several: test_ranks.py)
 

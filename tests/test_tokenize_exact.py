@@ -1,11 +1,11 @@
 """tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
-import functools, gzip, itertools, json, random, shutil
+import functools, gzip, itertools, json, random
 from pathlib import Path
 
 import pytest
 
-import configs, tokenize_data as T
-from conftest import REALDATA, ROOT
+import tokenize_data as T
+from conftest import REALDATA
 from test_tokenize import BYTES, CHATML, cfg_for, chat, spans
 
 NASTY = [*T.TEST_STRINGS, "👩‍👩‍👧 🏳️‍🌈 🇩🇪", "日本語と中文，한국어 ㈱ｶﾞ", "עברית العربية \u200f\u202e", "\x00\x01\x1c\x1f\x7f\x1b[0m\x85",
@@ -54,25 +54,37 @@ def mixed(pieces, n, seed=0):
     return ["".join(rng.choice(pieces)[:40] for _ in range(rng.randrange(9))) for _ in range(n)]
 
 
-@pytest.mark.parametrize("name, third", [("gpt2", 0), ("llama3", 1), ("qwen2.5", 2)])
-def test_real_vocabularies_on_real_and_nasty_texts(realdata, name, third):
+@functools.cache
+def real_tokenizer(folder):
+    """A model's tokenizer of ../shared, read once: it takes a second."""
+    return T.huggingface_tokenizer(folder)
+
+
+@pytest.mark.parametrize("n, name, vectors", [(0, "gpt2", "gpt-2"), (1, "llama3", "llama-bpe"), (2, "qwen2.5", "qwen2")])
+def test_real_vocabularies_on_real_and_nasty_texts(realdata, n, name, vectors):
+    """The ids of the tokenizers package, and of llama.cpp's 47 test texts."""
     theirs = reference().Tokenizer.from_file(str(realdata / "tokenizers" / name / "tokenizer.json"))
-    ours = T.huggingface_tokenizer(realdata / "tokenizers" / name)
+    ours = real_tokenizer(realdata / "tokenizers" / name)
     assert isinstance(ours, T.Tokenizer)
-    same_ids(ours, theirs, [*NASTY, *mixed([*NASTY, *ours.special_and_added], 500)])
+    same_ids(ours, theirs, [*NASTY, *mixed([*NASTY, *ours.special_and_added], 200)])
     assert ours.encode(ours.clean("a\ud800b")).tolist() == theirs.encode("a\ufffdb", add_special_tokens=False).ids
     theirs.encode_special_tokens = True
     for path in sorted((realdata / "text").iterdir()):
         text = gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
-        docs = json.loads(text) if path.suffix == ".json" else [text]
-        if "jsonl" in path.name:                                     # 15 MB: a third for each vocabulary
-            docs = [json.loads(line)["text"] for line in text.splitlines()[third::3]]
+        docs = json.loads(text)[n::3] if path.suffix == ".json" else [text[n * 300_000:][:300_000]]
+        if "jsonl" in path.name:                                     # 15 MB: 0.5 for each vocabulary
+            docs = [json.loads(line)["text"] for line in text.splitlines()[n::30]]
         for doc, want in zip(docs, theirs.encode_batch(docs, add_special_tokens=False)):
             assert ours.encode(doc).tolist() == want.ids, path
+    read = lambda end: (realdata / "tokenizers/llama.cpp_vectors" / f"ggml-vocab-{vectors}.gguf.{end}").read_text()
+    texts, ids = read("inp").split("\n__ggml_vocab_test__\n"), read("out").split("\n")[:47]
+    assert len(texts) == len(ids) == 47
+    for text, want in zip(texts, ids):
+        assert ours.encode(ours.clean(text)).tolist() == list(map(int, want.split())), text
 
 
 def test_a_run_of_spaces_too_long_for_the_regexes_is_encoded_all_the_same(realdata):
-    tok = T.huggingface_tokenizer(realdata / "tokenizers" / "gpt2")
+    tok = real_tokenizer(realdata / "tokenizers" / "gpt2")
     text = "x" + " " * 1_200_000 + "a"
     assert tok.decode(tok.encode(text)) == text
 
@@ -202,12 +214,18 @@ TEMPLATES = {"Qwen-Qwen2.5-7B-Instruct": "qwen2.5", "meta-llama-Llama-3.2-3B-Ins
              "google-gemma-2-2b-it": "llama3", "like Qwen3": "qwen2.5"}
 
 
+@functools.cache
+def their_tokenizer(folder):
+    import transformers
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_real_templates_give_transformers_ids_and_the_assistants_words(realdata, name):
-    transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
+    pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
     folder = realdata / "tokenizers" / TEMPLATES[name]
     text = QWEN3 if name == "like Qwen3" else (realdata / "templates" / f"{name}.jinja").read_text()
-    tok, theirs = T.huggingface_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    tok, theirs = real_tokenizer(folder), their_tokenizer(folder)
     template = T.compile_template(text)
     tool = {"role": "tool", "content": "42", "tool_call_id": "abcdefghi"}
     calls = {"role": "assistant", "content": "", "tool_calls": CALL}
@@ -307,29 +325,35 @@ def test_function_calls_and_tools_of_conversations():
     ids, mask = T.encode_chat(BYTES, CHATML, **got)                  # a template that knows no calls: nothing is lost
     assert spans(BYTES, ids, mask) == [f"{call}<|im_end|>", "It is 4.<|im_end|>"]
     for bad, words in (({"from": "function_call", "value": "add(2)"}, "message 1: a function_call must be JSON"),
-                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls is no JSON"),
+                       ({"role": "assistant", "content": "x", "tool_calls": "f"}, "tool_calls: expected a list of objects, got str 'f'"),
                        ({"role": "assistant", "content": "x", "reasoning_content": 3},
                         "reasoning_content: expected text, got int 3")):
         with pytest.raises(ValueError, match=f"x: .*{words}"):
             T.normalize_record({"messages": [bad]}, "x")
-    with pytest.raises(ValueError, match="tools is no JSON"):
+    with pytest.raises(ValueError, match="tools: expected a list of tools, got str"):
         T.normalize_record(record | {"tools": "{"}, "x")
 
-@pytest.mark.parametrize("name, written", [("llama3", "PreTrainedTokenizerFast"), ("gpt2", "GPT2Tokenizer")])
-def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(realdata, tmp_path, name, written):
+def test_save_tokenizer_names_a_class_that_splits_as_tokenizer_json_does(tmp_path):
     """transformers 5 builds a GPT2Tokenizer anew, with GPT-2's words (SmolLM2, OLMo2)."""
     transformers = pytest.importorskip("transformers", reason="the reference, in requirements-dev.txt")
-    shutil.copytree(realdata / "tokenizers" / name, tmp_path / "in")
-    config = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
-    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(config))
-    tok = T.huggingface_tokenizer(tmp_path / "in")
+    tokenizers = reference()
+    pre, folder = tokenizers.pre_tokenizers, tmp_path / "in"
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words = pre.Split(tokenizers.Regex(r"\S+|\s+"), "isolated")
+    theirs.pre_tokenizer = pre.Sequence([words, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    theirs.train_from_iterator(["I'LL 12,345 "] * 9, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
+    folder.mkdir()
+    theirs.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    tok = T.huggingface_tokenizer(folder)
     (tmp_path / "out").mkdir()
     T.save_tokenizer(tok, tmp_path / "out", None)
-    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == written
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = "<think>\nOkay 12345 I'LL,  x"
-    assert theirs.encode(text, add_special_tokens=False) == tok.encode(text).tolist()
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tok.encode("I'LL 12,345").tolist()
+    assert isinstance(tok, T.Tokenizer) and len(ids) == 3
+    assert loaded.encode("I'LL 12,345", add_special_tokens=False) == ids
 
 
 # ---- every template that is here, against transformers
@@ -514,92 +538,3 @@ def check_warnings(record, rendering, place):
     if "chat_template_kwargs" in record and "enable_thinking" not in rendering.template.variables:
         want.add(T.UNUSED)
     assert {kind for kind, _ in rendering.warnings} == want, (place, rendering.warnings, rendering.text)
-
-
-# ---- damaged inputs
-
-def damaged(rng, raw):
-    """A file's bytes with one to three accidents."""
-    raw = bytearray(raw)
-    for _ in range(rng.randrange(1, 4)):
-        a, b = sorted(rng.randrange(len(raw) + 1) for _ in range(2))
-        b = min(b, a + rng.choice((1, 2, 20, 10_000)))
-        kind = rng.randrange(6)
-        if kind == 0:
-            raw[a:b] = b""
-        elif kind == 1:
-            raw[a:a] = rng.choice([b"\x00", b"\xff", b'"', b"{", b"]", b"\n", b"\\ud800", b"<|im_end|>", b"null",
-                                   b"[" * 50_000, b"9" * 5000, "\ufdd2\ufdd4\ufdd3".encode()])
-        elif kind == 2 and raw:
-            raw[a % len(raw)] = rng.randrange(256)
-        elif kind == 3:
-            raw[a:b] = raw[a:b] * 3
-        elif kind == 4:
-            raw[a:b] = raw[a:b][::-1]
-        else:
-            words = [b'"content"', b'"role"', b'"assistant"', b'"user"', b'"text"', b'"hi"', b"[", b"{",
-                     b'"weight": 1', b'"tools"', b'"value"']
-            others = [b"null", b"3", b"[]", b"{}", b'""', b'"x"', b"1.5", b"true", *words]
-            raw = bytearray(bytes(raw).replace(rng.choice(words), rng.choice(others), rng.randrange(1, 4)))
-    return bytes(raw)
-
-
-def one_clear_line(call, name):
-    """What call() gives, or None where it ends in a UserError of one line that names the file."""
-    try:
-        return call()
-    except ValueError as e:
-        assert isinstance(e, configs.UserError) and "\n" not in str(e) and len(str(e)) < 3000 and name in str(e), repr(e)
-
-
-def test_damaged_files_give_the_right_tokens_or_one_clear_line(tmp_path):
-    """Seven hundred files; where broken records are skipped, those before the first accident are as they were."""
-    rng = random.Random(0)
-    records = [{"messages": chat("hi", "yo", "é?", "ok"), "tools": TOOLS},
-               {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x", "weight": 1}]},
-               {"instruction": "add", "input": "1 2", "output": "3"}, {"text": "hi 日本"}, "just text",
-               {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}]}]
-    seen, cfg = 0, cfg_for(tmp_path, tmp_path)
-
-    def load(name, cache, on_error="error"):
-        source = cfg["data"]["train"]["x"] | {"path": str(tmp_path / name)}
-        data = cfg["data"] | {"train": {"x": source}, "cache_dir": str(tmp_path / cache), "on_error": on_error}
-        return T.load_datasets(cfg | {"data": data}, BYTES, quiet=True)["train"]["x"]
-
-    for k in range(700):
-        rng.shuffle(records)
-        name = f"{k}{rng.choice(['.jsonl', '.jsonl', '.json', '.txt', '.jsonl.gz', '.json.gz'])}"
-        indent = rng.choice([None, 1]) if "jsonl" not in name else None
-        raw = "\n".join(map(json.dumps, records)) if "jsonl" in name else json.dumps(records, indent=indent)
-        made = gzip.compress(raw.encode()) if name.endswith("gz") else raw.encode()
-        (tmp_path / name).write_bytes(made)
-        before = load(name, f"a{k}")
-        bad = damaged(rng, made)
-        (tmp_path / name).write_bytes(bad)
-        after = one_clear_line(lambda: load(name, f"b{k}", rng.choice(["skip", "error"])), name)
-        if after is not None and name.endswith(".jsonl"):
-            seen += 1
-            whole = next((i for i, (x, y) in enumerate(zip(made, bad)) if x != y), min(len(made), len(bad)))
-            for i in range(made[:whole].count(b"\n")):               # records before it, one document each
-                assert (after.document(i)[0] == before.document(i)[0]).all()
-                assert (after.document(i)[1] == before.document(i)[1]).all()
-    assert seen > 50
-
-
-def test_damaged_tokenizers_and_templates_give_one_clear_line(tmp_path):
-    """Three hundred of them."""
-    rng = random.Random(1)
-    folder = ROOT / "data" / "base"
-    for k in range(150):
-        (tmp_path / "tokenizer_config.json").write_bytes(damaged(rng, (folder / "tokenizer_config.json").read_bytes())
-                                                         if k % 2 else (folder / "tokenizer_config.json").read_bytes())
-        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() if k % 2
-                                                  else damaged(rng, (folder / "tokenizer.json").read_bytes()))
-        tok = one_clear_line(lambda: T.huggingface_tokenizer(tmp_path), "tokenizer")
-        if tok is not None:
-            tok.encode("hi 日本")
-    for k in range(150):
-        (tmp_path / "t.jinja").write_bytes(damaged(rng, QWEN3.encode()))
-        (tmp_path / "x.jsonl").write_text(json.dumps({"messages": chat("hi", "yo")}))
-        one_clear_line(lambda: T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl",
-                                                 f"data.chat_template={tmp_path / 't.jinja'}"), quiet=True), "")

@@ -30,10 +30,10 @@ Communication in one step:
 model.py knows nothing of this: the model that parallelize() returns is called as before.
 
     precision   The computation is bf16, fp16 or fp32. Trained parameters and their gradients are
-                fp32, those of blocks alternatively bf16 (shard.master_dtype), and so is the
-                optimizer's state (shard.moment_dtype); frozen matrices have the dtype of the computation. Each
-                matmul casts its weight; FSDP casts a block's weights when it gathers them.
-                Gradients are summed over ranks in fp32.
+                fp32; those of blocks (shard.master_dtype) and the optimizer's state
+                (shard.moment_dtype) may be bf16; frozen matrices have the dtype of the
+                computation. Each matmul casts its weight; FSDP casts a block's weights when it
+                gathers them. Gradients are summed over ranks in fp32.
     LoRA        y = W x + (alpha / r) B A x; W is frozen, A [r, in] and B [out, r] are trained
                 (arXiv:2106.09685). With shard.quantize, W is stored in 4 or 8 bits per weight
 """
@@ -1190,8 +1190,9 @@ def keep_matmuls(cfg, device):
     """
     if should_compile(cfg, device):
         raise configs.UserError(
-            "shard.recompute: selective has no effect on compiled blocks, whose compiler recomputes "
-            "norms and activation functions already; shard.recompute=false or shard.compile=false")
+            "shard.recompute: selective has no effect on compiled blocks, whose compiler "
+            "recomputes norms and activation functions already; shard.recompute=false or "
+            "shard.compile=false")
     kept = []
     if device.type == "cuda":                            # imported here: it takes seconds
         from torch.nn.attention import varlen            # defines torch_attn._varlen_attn
@@ -1530,7 +1531,6 @@ class StepSize:
         self.linear_attention = n_linear / len(blocks)
         # of a block, the mean where blocks are of different kinds
         self.block = count_parameters(blocks) // len(blocks)
-        self.adapter_inputs = count_adapter_inputs(blocks, self.model_cfg) // len(blocks)
         self.measure_experts(blocks[0])
         self.measure_linear_layers(blocks)
 
@@ -1559,11 +1559,15 @@ class StepSize:
         sizes = [layer.in_features * layer.out_features for layer in layers]
         self.linear = sum(sizes) // len(blocks)
         self.largest_linear = max(sizes)
-        # numbers per token that they compute
-        outputs = [layer.out_features for layer in layers if not hasattr(layer, "n_experts")]
-        outputs += [layer.out_features // layer.n_experts * self.model_cfg["n_experts_per_token"]
-                    for layer in layers if hasattr(layer, "n_experts")]
-        self.linear_outputs = sum(outputs) // len(blocks)
+        # numbers per token that they compute, and that adapters read after dropout
+        self.linear_outputs = 0
+        self.adapter_inputs = 0
+        for layer in layers:
+            n_experts = getattr(layer, "n_experts", 1)
+            times = self.model_cfg["n_experts_per_token"] if n_experts > 1 else 1
+            self.linear_outputs += times * layer.out_features / n_experts / len(blocks)
+            if isinstance(layer, LoRALinear) and layer.dropout:
+                self.adapter_inputs += times * layer.in_features / len(blocks)
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
@@ -1587,16 +1591,6 @@ def count_parameters(module, trained=None):
     """Number of parameters: all (None), the trained (True) or the frozen ones (False)."""
     return sum(p.numel() for p in module.parameters()
                if trained is None or p.requires_grad == trained)
-
-
-def count_adapter_inputs(blocks, m):
-    """Numbers per token that the blocks' adapters read after dropout, 0 without dropout."""
-    n = 0
-    for layer in blocks.modules():
-        if isinstance(layer, LoRALinear) and layer.dropout:
-            times = m["n_experts_per_token"] if layer.n_experts > 1 else 1
-            n += times * layer.in_features
-    return n
 
 
 def count_frozen_blocks(model):
@@ -1634,10 +1628,9 @@ def memory_of_phases(s):
     head_gradient = 4 * s.head if s.trains_head else 0
     # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
     # only at the end of the backward pass, when the embedding's is there, too.
+    in_backward = max(accumulated, head_gradient)
     if s.model_cfg["tie_embeddings"]:
         in_backward = accumulated + head_gradient
-    else:
-        in_backward = max(accumulated, head_gradient)
     in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
                       "activations": activation_bytes(s)}
     phases = {
@@ -1660,8 +1653,7 @@ def memory_of_phases(s):
 
 
 def state_bytes(s):
-    """What a rank holds of weights, optimizer state and gradients, with shard.offload on the host.
-    """
+    """What a rank holds between steps, and of gradients; with shard.offload on the host."""
     frozen_bytes = s.element * s.frozen
     if s.is_quantized:
         n_weights = s.linear * s.model_cfg["n_layers"]
@@ -1717,18 +1709,17 @@ def activation_bytes(s, blocks=None):
     embedding = 8 * C                     # in fp32, and its gradient in the backward pass
     last_norm = 2 * s.element * C         # input and output
     outside = embedding + last_norm
-    return s.tokens * (in_blocks + outside)
+    return round(s.tokens * (in_blocks + outside))
 
 
 def recomputed_block_bytes(s):
-    """What a recomputed block keeps per token: its input, or also outputs of matmuls and attention.
-    """
+    """What a recomputed block keeps per token; with selective, also matmuls and attention."""
     m = s.model_cfg
     kept = s.element * m["d_model"]
     if s.keeps_matmuls:
         kept += s.element * s.linear_outputs
         if not s.keeps_probabilities:
-            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * m["head_dim"]
+            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * s.head_dim
     return round(kept)
 
 
@@ -1973,8 +1964,8 @@ def main(argv):
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
     if cfg["shard"]["offload"] != "none":
         on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
-        print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients and "
-              "optimizer state")
+        print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients "
+              "and optimizer state")
     if cfg["shard"]["recompute"] is None:
         print("if this is more than 90% of a device's memory, the run recomputes activations of as "
               "many blocks as needed; shard.recompute=true predicts the peak with all of them")

@@ -38,6 +38,7 @@ import base64
 import bisect
 import bz2
 import concurrent.futures
+import contextlib
 import csv
 import glob
 import gzip
@@ -85,6 +86,7 @@ JSON_ERRORS = (ValueError, RecursionError)       # RecursionError: it is nested 
 UNPACKERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
+@dataclass
 class error_context:
     """Shorten errors to a UserError (a ValueError) of one line that begins with a place:
 
@@ -95,11 +97,9 @@ class error_context:
     RecursionError comes from JSON that is nested too deeply. (A class, because each record is read
     in one, and contextlib's generators take 3 times as long.)
     """
-
-    def __init__(self, place, errors=(UserError, RecursionError), problem=""):
-        self.place = place
-        self.errors = errors
-        self.problem = problem
+    place: str
+    errors: tuple = (UserError, RecursionError)
+    problem: str = ""
 
     def __enter__(self):
         return self
@@ -125,6 +125,12 @@ def check_type(value, expected, problem):
     if not isinstance(value, expected):
         shown = "null" if value is None else f"{type(value).__name__} {value!r:.40}"
         raise UserError(f"{problem}, got {shown}")
+
+
+def print_once(text):
+    """Print to stderr, on local rank 0 only."""
+    if configs.is_local_rank0():
+        print(text, file=sys.stderr, flush=True)
 
 
 def fingerprint(*values):
@@ -239,10 +245,10 @@ def choose_local_files(folder, files, split):
         return files
     chosen = choose_split(names, split, folder)
     others = set(names) - set(chosen)
-    if others and configs.is_local_rank0():
-        print(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
-              f"{abridged(others)}; the source's `split` names another one, and a glob reads all",
-              file=sys.stderr)
+    if others:
+        print_once(f"note: {folder}: only the split {split} is read ({abridged(chosen)}), not "
+                   f"{abridged(others)}; the source's `split` names another one, and a glob reads "
+                   "all")
     return [os.path.join(folder, name) for name in chosen]
 
 
@@ -430,9 +436,10 @@ def unpack(raw, file):
     """The stream of a file's content. Raises UserError if it does not begin as its name says."""
     check_format(raw, file, file)
     name, extension = os.path.splitext(file)
-    if extension.lower() not in UNPACKERS:
+    opener = UNPACKERS.get(extension.lower())
+    if not opener:
         return raw
-    stream = UNPACKERS[extension.lower()](raw)
+    stream = opener(raw)
     check_format(stream, file, name)
     return stream
 
@@ -1030,12 +1037,11 @@ def normalize_message(turn):
 
 def find_reasoning(turn):
     """An answer's thoughts, under the first of REASONING_KEYS that has some; or ""."""
-    reasoning = ""
     for key in REASONING_KEYS:
         if turn.get(key):
             check_type(turn[key], str, f"{key}: expected text")
-            reasoning = reasoning or turn[key]
-    return reasoning
+            return turn[key]
+    return ""
 
 
 def parse_calls(turn, role, content):
@@ -1256,31 +1262,19 @@ class ChatTemplate:
     tool_use: object = None      # the ChatTemplate of chats with tools, if that is another one
 
     @cached_property
+    def takes_parts(self):
+        """Does it write the texts of a content's parts, and not their list, as Python or JSON?"""
+        word = WORDS[0]
+        text = self.try_content([{"type": "text", "text": word}])
+        return word in text and not re.search(f"['\"]text['\"]: ?['\"]{word}", text)
+
+    @cached_property
     def takes_text(self):
         """Does it write contents that are text? Those of vision models may need a list of parts.
 
         True if it writes neither.
         """
-        parts = [{"type": "text", "text": WORDS[0]}]
-        writes_parts = WORDS[0] in self.try_content(parts)
-        return WORDS[0] in self.try_content(WORDS[0]) or not writes_parts
-
-    @cached_property
-    def part_separator(self):
-        """(What it writes between two parts of a content, whether it strips each part)."""
-        # the tabs are in the rendering if it does not strip
-        texts = (f"{WORDS[0]}\t", f"\t{WORDS[1]}")
-        text = self.try_content([{"type": "text", "text": text} for text in texts])
-        between = re.search(f"{WORDS[0]}(.*){WORDS[1]}", text, re.DOTALL)
-        # a template that dumps the list, as Python or JSON, has no separator
-        if not between or '"type"' in between[1].replace("'", '"'):
-            return "", False
-        return between[1].strip("\t"), not between[1].startswith("\t")
-
-    def join_parts(self, parts):
-        separator, strips = self.part_separator
-        texts = [part["text"].strip() if strips else part["text"] for part in parts]
-        return separator.join(texts)
+        return WORDS[0] in self.try_content(WORDS[0]) or not self.takes_parts
 
     @cached_property
     def reasoning_keys(self):
@@ -1405,7 +1399,7 @@ class Rendering:
     """A chat's text, and what find_spans() and encode_spans() need to know about it."""
     template: ChatTemplate
     tok: object
-    messages: list               # as rendered: see prepare_messages
+    messages: list               # as rendered: see prepare_message
     variables: dict              # the template's, as rendered
     text: str
     generated: list              # [(start, end)] of {% generation %} blocks in the text
@@ -1454,7 +1448,7 @@ def render_messages(template, tok, messages, add_generation_prompt=False, column
     if template.tool_use and variables.get("tools"):
         template = template.tool_use
     variables = {key: value for key, value in variables.items() if key in template.variables}
-    messages = prepare_messages(template, messages)
+    messages = [prepare_message(template, message) for message in messages]
     text, generated = render(template, tok, messages, add_generation_prompt, **variables)
     # JSON may hold half of a surrogate pair ("\ud83d"), which UTF-8 cannot encode, and text that
     # the tokenizer composes. Both are rare, so messages are cleaned only then
@@ -1528,9 +1522,10 @@ def find_unwritten(rendering, given):
         texts += [("the documents", "", value) for value in document.values()]
     for i, message in enumerate(rendering.messages):
         place = f"message {i + 1}: "
-        thoughts, _, words = (message.get("content") or "").rpartition(THOUGHTS_END)
-        texts.append((f"the {message['role']} message", place, words))
-        texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
+        for text in content_texts(message):
+            thoughts, _, words = text.rpartition(THOUGHTS_END)
+            texts.append((f"the {message['role']} message", place, words))
+            texts.append(("the reasoning", place, thoughts.replace("<think>", "")))
         for key, value in message.items():
             if THOUGHT_KEY.search(key):
                 texts.append(("the reasoning", place, value))
@@ -1561,36 +1556,34 @@ def is_written(text, rendered):
     return max(runs, key=len, default="").strip() in rendered
 
 
-def prepare_messages(template, messages):
-    """Give contents and tool calls the form that the template writes.
+def prepare_message(template, message):
+    """Give a message's content and tool calls the form that the template writes.
 
     A template without tool calls gets them as content, so that nothing is lost.
     """
-    prepared = []
-    for message in messages:
-        if isinstance(message.get("content"), list):
-            message = message | {"content": template.join_parts(message["content"])}
-        if message.get("tool_calls"):
-            message = prepare_calls(template, message)
-        prepared.append(message)
-    return prepared
-
-
-def prepare_calls(template, message):
-    """Give a message's tool calls, and its content if that is empty, a form that is written."""
-    content = message.get("content")
-    calls = message["tool_calls"]
+    texts = content_texts(message)
+    if not template.takes_parts and len(texts) > 1:
+        message = message | {"content": "".join(texts)}
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
     if "tool_calls" not in template.text:
-        texts = [content] if content else []
         for call in calls:
             texts.append(to_json(with_arguments(call, as_json=False)["function"]))
-        return message | {"content": "\n".join(texts), "tool_calls": None}
+        return message | {"content": "\n".join(filter(None, texts)), "tool_calls": None}
+    content = message.get("content")
     is_json = isinstance(calls[0]["function"]["arguments"], str)
     # find_call_form is cached: so only whether there is text counts
     form, as_json = find_call_form(template, content and "text", is_json)
     if not content:
         message = {key: value for key, value in message.items() if key != "content"} | form
     return message | {"tool_calls": [with_arguments(call, as_json) for call in calls]}
+
+
+def content_texts(message):
+    """The texts of a content's parts. A content that is a text is one part."""
+    content = message.get("content") or ""
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
 @lru_cache(maxsize=1000)
@@ -1787,9 +1780,11 @@ class Tokenizer(BaseTokenizer):
         is_composed = not self.nfc or unicodedata.is_normalized("NFC", text)
         if self.tiktoken_finds_special and is_composed and not literals:
             found = self.special_and_added if find_special else self.added
-            with suppress(ValueError):            # see encode_ordinary
+            try:
                 return self.encoding.encode_to_numpy(text, allowed_special=set(found),
                                                      disallowed_special=())
+            except ValueError:                               # see encode_ordinary
+                pass
         ids = []
         for start, end, token in self.split_special(text, literals, find_special):
             if token is None:
@@ -2025,9 +2020,7 @@ def package_tokenizer(spec, fields, problem):
     install = f"{path}: {problem}; pip install tokenizers makes it usable"
     with error_context(install, ImportError), error_context(path):
         tok = HFTokenizer(spec, **fields)
-    if configs.is_local_rank0():
-        note = f"{problem}; the tokenizers package runs it"
-        print(f"note: {path}: {note}", file=sys.stderr, flush=True)
+    print_once(f"note: {path}: {problem}; the tokenizers package runs it")
     return tok
 
 
@@ -2277,9 +2270,9 @@ def tokenizer_spec(tok):
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", tok.pattern)
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True}
-    tokens = [{"id": i, "content": text, **flags} for text, i in tok.special.items()]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokens = [{"id": i, "content": text, "special": True, **flags}
+              for text, i in tok.special.items()]
     merges = [f"{spell(left)} {spell(right)}" for left, right in recover_merges(tok.ranks)]
     vocab = {spell(token): i for token, i in tok.ranks.items()}
     model = {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}
@@ -2301,6 +2294,7 @@ def spell(token):
 # writes for the messages before the answer, with add_generation_prompt=True.
 
 # Warnings, each with its remedy. They are counted by source, and printed with the first example.
+SKIPPED = "a record has an error, and data.on_error=skip leaves it out"
 OTHER_PROMPT = ("an answer's generation prompt (add_generation_prompt=True) is not how the chat "
                 "begins, so that a model is prompted in another way than it is trained; use a "
                 "data.chat_template that writes both alike, or answers that begin as the prompt "
@@ -2388,8 +2382,8 @@ def encode_spans(rendering, spans):
     loss_weights = np.zeros(len(ids), np.float32)
     for span in spans:
         # all tokens that overlap a span have its weight
-        span.first_token = int(np.searchsorted(ends, span.start, side="right"))
-        span.end_token = int(np.searchsorted(starts, span.end, side="left"))
+        span.first_token = int(ends.searchsorted(span.start, side="right"))
+        span.end_token = int(starts.searchsorted(span.end, side="left"))
         loss_weights[span.first_token:span.end_token] = span.weight
     return ids.astype(np.int64), loss_weights
 
@@ -2503,7 +2497,8 @@ def find_message_spans(rendering, wanted):
     and those with tool calls or reasoning, are replaced one at a time: find_span_alone().
     """
     messages = rendering.messages
-    plain = [i for i, message in enumerate(messages) if not has_generated_fields(message)]
+    plain = [i for i, message in enumerate(messages)
+             if isinstance(message.get("content"), str) and not has_generated_fields(message)]
     spans = align_messages(rendering, plain)
     if len(spans) < len(plain):
         spans = align_messages(rendering, [i for i in plain if i in wanted])
@@ -2869,12 +2864,10 @@ class Encoded:
 
     arrays    {name of a file: array}; of offsets, the lengths. Empty if there are no documents
     counts    see TokenWriter
-    problems  error messages of skipped records
     warnings  [(kind, example)]
     """
     arrays: dict
     counts: Counter
-    problems: list
     warnings: list
 
 
@@ -2889,7 +2882,6 @@ def encode_chunk(chunk, context):
                                context.source["special"])
         return replace(chunk, records=[part], warnings=warnings)
     documents = []
-    problems = []
     counts = Counter(records=len(chunk.records))
     for number, record in zip(chunk.numbers, chunk.records):
         place = f"{chunk.file}, {chunk.unit} {number}"
@@ -2904,8 +2896,8 @@ def encode_chunk(chunk, context):
                     raise
                 raise UserError(f"{error}; data.on_error=skip leaves such records out") from None
             counts["skipped"] += 1
-            problems.append(str(error))
-    return concat_documents(documents, context, chunk.file, counts, problems, warnings)
+            warnings.append((SKIPPED, str(error)))
+    return concat_documents(documents, context, chunk.file, counts, warnings)
 
 
 def encode_record(record, place, context, counts, warnings):
@@ -2966,7 +2958,7 @@ def split_windows(ids, weights, seq_len):
     return windows
 
 
-def concat_documents(documents, context, file, counts, problems, warnings):
+def concat_documents(documents, context, file, counts, warnings):
     """[(ids, loss weights, other_prompt)] -> Encoded, without documents that have no targets."""
     ignores_ids = context.never_target.any()
     kept = []
@@ -2987,7 +2979,7 @@ def concat_documents(documents, context, file, counts, problems, warnings):
                   "targets": np.array(targets, np.uint32),
                   "prompts": np.concatenate(prompts).astype(context.dtype),
                   "prompt_offsets": np.array([len(prompt) for prompt in prompts])}
-    return Encoded(arrays, counts, problems, warnings)
+    return Encoded(arrays, counts, warnings)
 
 
 def compact_weights(weights, file):
@@ -3017,7 +3009,7 @@ def join_parts_of_documents(results, context):
             if not result.ends:
                 open_ids, open_weights, _ = windows.pop()
             counts = Counter(records=int(result.ends))
-            result = concat_documents(windows, context, result.file, counts, [], result.warnings)
+            result = concat_documents(windows, context, result.file, counts, result.warnings)
         yield result
 
 
@@ -3057,8 +3049,8 @@ def init_worker(context):
     """Called once in each process of the pool: chunks are then sent to it without the context."""
     global worker_context
     worker_context = context
-    for number in (signal.SIGINT, signal.SIGTERM):       # the parent ends its processes
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)        # with which a broken pool ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C: they end after their chunk
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
@@ -3079,7 +3071,6 @@ class TokenWriter:
         names = ("tokens", "weights", "offsets", "targets", "prompts", "prompt_offsets")
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
         self.weights_dtype = np.dtype(np.uint8)
-        self.problems = []
         self.warnings = {}                               # {kind: (count, the first example)}
         self.counts = Counter(
             documents=0, records=0, chats=0,
@@ -3108,7 +3099,6 @@ class TokenWriter:
             self.counts["trained"] += int(encoded.arrays["targets"].sum())
             longest = int(encoded.arrays["offsets"].max())
             self.counts["longest"] = max(self.counts["longest"], longest)
-        self.problems = (self.problems + encoded.problems)[:3]
         for kind, example in encoded.warnings:
             count, first = self.warnings.get(kind, (0, example))
             self.warnings[kind] = (count + 1, first)
@@ -3166,7 +3156,7 @@ def write_token_files(folder, files, fingerprints, context, name, quiet):
         header = {"format": FORMAT, "dtype": np.dtype(context.dtype).name,
                   "weights": writer.weights_dtype.name, "tokens": writer.last_offsets["offsets"],
                   "fingerprints": fingerprints, "files": files, "vocabulary": context.tok.n_vocab,
-                  "problems": writer.problems, "warnings": writer.warnings, **writer.counts}
+                  "warnings": writer.warnings, **writer.counts}
         text = json.dumps(header, indent=1) + "\n"
         (building / "header.json").write_text(text, encoding="utf-8")
         os.replace(building, folder)
@@ -3188,9 +3178,7 @@ def print_warnings(warnings, name):
     """Print the warnings of a source, {kind: (count, the first example)}."""
     for kind, (count, example) in warnings.items():
         how_often = "once" if count == 1 else f"{count:,} times"
-        if configs.is_local_rank0():
-            print(f"warning: data.{name}: {kind} ({how_often}; the first is {example})",
-                  file=sys.stderr, flush=True)
+        print_once(f"warning: data.{name}: {kind} ({how_often}; the first is {example})")
 
 
 def fingerprint_source(cfg, source, tok, files):
@@ -3253,14 +3241,13 @@ def check_not_empty(writer, name, context):
     if counts["documents"]:
         return
     print_warnings(writer.warnings, name)                # they may tell the reason
-    problem = f": {writer.problems[0]}" if writer.problems else ""
     cut = ""
     if counts["cut_away"]:
         cut = (f", {counts['cut_away']} of them because data.seq_len={context.data['seq_len']} "
                "cuts the answers off; a larger one keeps them")
     raise UserError(
         f"data.{name}: {context.source['path']} holds nothing to train on ({counts['records']} "
-        f"records, {counts['skipped']} skipped{problem}, {counts['dropped']} documents without "
+        f"records, {counts['skipped']} skipped, {counts['dropped']} documents without "
         f"a target{cut})")
 
 
@@ -3377,7 +3364,7 @@ def summary(name, tokens):
         cut = f", {header['cut_away']:,} of them by cutting" if header["cut_away"] else ""
         parts.append(f"{header['dropped']:,} dropped (nothing to train on{cut})")
     if header["skipped"]:
-        parts.append(f"{header['skipped']:,} skipped ({', '.join(header['problems'][:1])})")
+        parts.append(f"{header['skipped']:,} skipped")
     return ", ".join(parts)
 
 

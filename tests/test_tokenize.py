@@ -537,17 +537,18 @@ def test_tokens_that_are_never_targets(tmp_path):
         wrong(words, cfg_for, tmp_path, path, more)
 
 
-def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path):
+def test_broken_records_are_skipped_and_counted_where_that_is_asked_for(tmp_path, capsys):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n\n{"txt": "b"}\n{"messages": [{"role": "robot"}]}\n'
                                       '{"text": "c"}\n' + "[" * 100_000 + "\n")
     data = T.load_datasets(cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"), quiet=True)["train"]["x"]
     assert len(data) == 2 and data.header["skipped"] == 4 and data.header["records"] == 6
-    assert "line 2: not valid JSON" in data.header["problems"][0]
-    assert "4 skipped" in T.summary("x", data) and "line 2" in T.summary("x", data)
+    assert "line 2: not valid JSON" in data.header["warnings"][T.SKIPPED][1]
+    assert "4 skipped" in T.summary("x", data) and "(4 times; the first is" in capsys.readouterr().err
     assert [line.split()[1] for line in T.histogram(data)] == ["4"]
     (tmp_path / "x.jsonl").write_text("{}\n")
-    wrong(["nothing to train on", "1 skipped", "line 1"], T.load_datasets,
+    wrong(["nothing to train on", "1 skipped"], T.load_datasets,
           cfg_for(tmp_path, tmp_path / "x.jsonl", "data.on_error=skip"))
+    assert "x.jsonl, line 1: keys none are of no known shape" in capsys.readouterr().err
 
 
 def test_validation_split_1_is_not_1_0(tmp_path):
@@ -1073,14 +1074,6 @@ def test_normalize_a_documents_column_of_another_kind_is_left_alone():
         assert "documents" not in T.normalize_record({"messages": chat("q", "a"), "documents": text}, "x")
 
 
-def test_template_probes_are_not_fooled_by_a_templates_own_words():
-    """A template with "first" in its text, whose parts of a content are written without a separator."""
-    text = ("Think first. {% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
-            "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}")
-    template = T.compile_template(text)
-    assert template.join_parts([{"text": "a"}, {"text": "b"}]) == "ab"
-
-
 def test_encode_chat_null_content_with_reasoning_is_empty():
     """Reasoning without calls or content: the word None is not trained."""
     record = {"messages": [*chat("hi"), {"role": "assistant", "content": None, "reasoning_content": "x"}]}
@@ -1119,9 +1112,21 @@ def test_encode_chat_reports_what_the_template_drops():
     assert rendered(last, {"messages": turns[:3]})[1] == [(f"{does_not} the reasoning of a record", "message 2: 'hm'")]
 
 
+def test_encode_chat_trains_all_parts_of_a_content():
+    """The template writes something between them; one that takes no lists gets them joined."""
+    template = T.compile_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{{ ' + ' if not loop.last }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    record = T.normalize_record({"messages": [*chat("q"), answer, *chat("r", "c")]}, "x")
+    assert spans(BYTES, *T.encode_chat(BYTES, template, **record)) == ["a + b<|im_end|>", "c<|im_end|>"]
+    assert spans(BYTES, *T.encode_chat(BYTES, CHATML, **record)) == ["ab<|im_end|>", "c<|im_end|>"]
+
+
 def test_render_content_parts_as_the_template_joins_them():
     two = [{"type": "text", "text": " a "}, {"type": "text", "text": "b "}]
-    for part, want in (("{{ p.text }}", " a b |"), ("{{ p.text | trim }}", "ab|"), ("{{ p.text }}\n", " a \nb |")):
+    for part, want in (("{{ p.text }}", " a b |"), ("{{ p.text | trim }}", "ab|"), ("{{ p.text }}\n", " a \nb \n|")):
         template = ("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}" + part
                     + "{% endfor %}{% endif %}|{% endfor %}")
         assert rendered(template, {"messages": [{"role": "user", "content": two}]})[0] == want
@@ -1673,6 +1678,21 @@ def test_tokenize_source_ends_at_a_signal(tmp_path, monkeypatch, number):
     assert len(T.load_datasets(cfg, quiet=True)["train"]["x"]) == 600
 
 
+def test_tokenize_source_names_a_process_that_was_killed(tmp_path, monkeypatch):
+    """The kernel kills one for lack of memory: the others end, and one line says so."""
+    encode_record, parent = T.encode_record, os.getpid()
+
+    def killed(record, place, *args):
+        if "line 300" in place and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode_record(record, place, *args)
+
+    monkeypatch.setattr(T, "encode_record", killed)
+    monkeypatch.setattr(T, "BLOCK", 2**14)
+    wrong(["data.processes: a process was killed"], load_one, tmp_path, big_file(tmp_path, 600), "data.processes=2")
+    assert os.listdir(tmp_path / "cache") == [] and multiprocessing.active_children() == []
+
+
 def test_tokenize_source_leaves_no_process_when_it_is_killed(tmp_path):
     """kill -9 of the parent; its processes would wait for work for ever."""
     if not Path("/proc/self/task").exists():
@@ -1911,16 +1931,6 @@ def test_fingerprint_source_changed_labels_of_an_npy_file_in_capitals(tmp_path):
     assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1] * 5
     np.save(tmp_path / "X_labels.npy", np.array([0, 1, -100, 3, 4], np.int32))
     assert load_one(tmp_path, tmp_path / "X.NPY").document(0)[1].tolist() == [1, 1, 0, 1, 1]
-
-
-@pytest.mark.parametrize("join, separator, strips", [(" ", " ", False), (" ", " ", True), ("", "", False),
-                                                     ("", "", True), ("\\n", "\n", False), (" + ", " + ", True)])
-def test_part_separator_may_be_a_space(join, separator, strips):
-    text = "{{ part.text | trim }}" if strips else "{{ part.text }}"
-    template = T.compile_template("{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-                                  f"{{% for part in m.content %}}{text}{{{{ '' if loop.last else '{join}' }}}}"
-                                  "{% endfor %}{% endif %}{% endfor %}")
-    assert template.part_separator == (separator, strips)
 
 
 @pytest.mark.parametrize("other, n_warnings", [("s", 0), ("t", 1)])

@@ -47,6 +47,7 @@ CONFIGURATIONS = {
     "bf16 any order": ["shard.deterministic=false"],
     "recompute": ["shard.recompute=true"],
     "recompute one block": ["shard.recompute=1"],
+    "selective": ["shard.recompute=selective", "shard.compile=false"],
     "lora": gpu.LORA,
     "fp32": ["dtype=float32"],
     "fp32 window": ["dtype=float32", "model.sliding_window=64"],

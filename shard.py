@@ -1161,7 +1161,7 @@ def cast_trained_weights(model, dtype):
     """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
 
     Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
-    and head stay in fp32: in bf16 the validation loss was higher (RECORDS.md).
+    and head stay in fp32: in bf16 the validation loss was higher in most runs (RECORDS.md).
     """
     for p in model.blocks.parameters():
         if p.requires_grad:
@@ -1531,7 +1531,7 @@ class StepSize:
         self.linear_attention = n_linear / len(blocks)
         # of a block, the mean where blocks are of different kinds
         self.block = count_parameters(blocks) // len(blocks)
-        self.measure_experts(blocks[0])
+        self.mlp = blocks[0].mlp
         self.measure_linear_layers(blocks)
 
     def measure_parameters(self, model, frozen_blocks):
@@ -1575,12 +1575,6 @@ class StepSize:
         self.block_bytes = self.element * self.block
         if self.is_quantized:
             self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
-
-    def measure_experts(self, block):
-        """Which weights of a mixture of experts have gradients, their own or of adapters?"""
-        if self.model_cfg["n_experts"]:
-            self.trains_router = block.mlp.router.weight.requires_grad
-            self.trains_experts = count_parameters(block.mlp.experts, trained=True) > 0
 
     def set_micro_tokens(self, micro_tokens):
         self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
@@ -1792,10 +1786,11 @@ def expert_activation_bytes(s):
     # a row per expert: its output, and three numbers of the gated MLP for their product; the inputs
     # of the matrices only if these or their adapters are trained
     rows = m["d_model"] + 3 * m["d_expert"]
-    if s.trains_experts:
+    if count_parameters(s.mlp.experts, trained=True):
         rows += m["d_model"] + m["d_expert"]
     # The router: x in fp32, probabilities, five indices of each row
-    router_input = 4 * m["d_model"] if s.trains_router and s.element < 4 else 0
+    is_cast = s.mlp.router.weight.requires_grad and s.element < 4
+    router_input = 4 * m["d_model"] if is_cast else 0
     return k * s.element * rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
 
 

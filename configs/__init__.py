@@ -866,8 +866,8 @@ def check(cfg, layers_by_key, defaults):
                "param_groups", "a list in which groups with train: false have no lr and no "
                "weight_decay")
     yield (cfg["shard"]["recompute"] != "selective" or not cfg["shard"]["lora"]["r"],
-           "shard.recompute", "true, false or a number with LoRA, whose adapters are added in place "
-           "to the outputs that selective would keep")
+           "shard.recompute", "true, false or a number with LoRA, whose adapters are added in "
+           "place to the outputs that selective would keep")
     for key in ("master_dtype", "moment_dtype"):
         yield (cfg["optimizer"] == "adamw" or cfg["shard"][key] == "float32", f"shard.{key}",
                f"float32 with optimizer={cfg['optimizer']}; bfloat16 is for adamw")

@@ -180,6 +180,16 @@ def test_merges_that_tiktoken_would_do_otherwise_run_through_the_tokenizers_pack
         assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
 
 
+def test_check_merges_finds_a_token_that_the_list_does_not_make():
+    """The list makes ab + c of abc, tiktoken makes abc."""
+    vocab = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    ranks = {token.encode(): i for token, i in vocab.items()}
+    made = {"vocab": vocab, "merges": ["a b", "b c", "ab c", "a bc"]}
+    T.check_merges(made, ranks)
+    with pytest.raises(ValueError, match="merges do not make 'abc'"):
+        T.check_merges(made | {"merges": ["a b", "b c", "a bc"]}, ranks)
+
+
 def test_all_tokens_of_a_last_character_are_trained(tmp_path):
     """The tokenizers package gives the tokens of one character the same offsets."""
     trained(reference(), "prefix space", tmp_path)

@@ -39,7 +39,6 @@ model.py knows nothing of this: the model that parallelize() returns is called a
 """
 import atexit
 import bisect
-import copy
 import ctypes
 import datetime
 import functools
@@ -1171,16 +1170,22 @@ def cast_trained_weights(model, dtype):
 def choose_recompute(model_cfg, cfg, device):
     """The number of blocks to recompute: shard.recompute, or as few as make a step fit."""
     n_blocks = model_cfg["n_layers"]
-    recompute = cfg["shard"]["recompute"]
-    if recompute is not None:
-        return n_blocks if recompute in (True, "selective") else min(int(recompute), n_blocks)
+    if cfg["shard"]["recompute"] is not None:
+        return n_recomputed(cfg["shard"]["recompute"], n_blocks)
     budget = memory_budget(device)
     for recompute in range(n_blocks):
         shard_cfg = cfg["shard"] | {"recompute": recompute}
-        phases = predict_memory(model_cfg, cfg | {"shard": shard_cfg}, world_size())
-        if sum(peak_phase(phases)[1].values()) <= budget:
+        s = StepSize(model_cfg, cfg | {"shard": shard_cfg}, world_size())
+        if peak_bytes(s, cfg["micro_tokens"]) <= budget:
             return recompute
     return n_blocks
+
+
+def n_recomputed(recompute, n_blocks):
+    """The number of blocks that a value of shard.recompute means; null counts as none."""
+    if recompute is True or recompute == "selective":
+        return n_blocks
+    return min(int(recompute or 0), n_blocks)
 
 
 def keep_matmuls(cfg, device):
@@ -1404,6 +1409,9 @@ def full_tensor(t):
 # --------------------------------------------------------------------------------------------------
 # gradients
 
+UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
+
+
 def set_gradient_sync(model, last):
     """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
 
@@ -1467,9 +1475,6 @@ def check_replicas(model):
 # --------------------------------------------------------------------------------------------------
 # predicted memory, from formulas
 
-UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
-
-
 class StepSize:
     """The quantities from which the memory of a training step follows.
 
@@ -1477,76 +1482,66 @@ class StepSize:
     """
 
     def __init__(self, model_cfg, cfg, world_size):
-        lora_cfg = cfg["shard"]["lora"]
+        shard_cfg = cfg["shard"]
         model = transformer.build_on_meta(model_cfg)
-        if lora_cfg["r"]:
-            add_lora(model, lora_cfg)
+        if shard_cfg["lora"]["r"]:
+            add_lora(model, shard_cfg["lora"])
         freeze_parameters(model, cfg["param_groups"])
         device_type = resolve_device_type(cfg)
-        documents = math.ceil(cfg["batch_size"] / world_size)
-        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         self.cfg = cfg
         self.model_cfg = model_cfg
         self.is_cuda = device_type == "cuda"
-        self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
-        self.offloads = cfg["shard"]["offload"] == "all"
+        self.offloads = shard_cfg["offload"] == "all"
         self.is_sharded = self.shards > 1 or self.offloads
         self.is_replicated = world_size > 1 and not self.is_sharded
+        documents = math.ceil(cfg["batch_size"] / world_size)
+        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         self.set_micro_tokens(cfg["micro_tokens"])
-        # bytes of a block's trained weight and of its gradient, and of a number of the optimizer's
-        # state
-        self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
-        self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
-        self.needs_cast = self.master != self.element
-        self.measure_blocks(model.blocks)
-        # The first blocks without a backward pass keep nothing: below them all is frozen, too
+        # bytes of a computed number, of a block's trained weight or its gradient, and of a number
+        # of the optimizer's state
+        self.element = resolve_dtype(cfg, device_type).itemsize
+        self.master = getattr(torch, shard_cfg["master_dtype"]).itemsize
+        self.moment = getattr(torch, shard_cfg["moment_dtype"]).itemsize
+        # The first blocks without a backward pass keep no activations: see count_frozen_blocks()
         frozen_blocks = count_frozen_blocks(model)
         self.n_blocks = len(model.blocks) - frozen_blocks
-        # in how many of these activations are recomputed; null counts as none
-        recompute = cfg["shard"]["recompute"] or 0
+        recompute = shard_cfg["recompute"]
         self.keeps_matmuls = recompute == "selective"
-        if recompute is True or self.keeps_matmuls:
-            recompute = len(model.blocks)
-        self.recompute = max(0, min(recompute, len(model.blocks)) - frozen_blocks)
+        self.recompute = max(0, n_recomputed(recompute, len(model.blocks)) - frozen_blocks)
+        self.measure_blocks(model.blocks)
+        self.measure_linear_layers(model.blocks)
         self.measure_parameters(model, frozen_blocks)
 
     def measure_blocks(self, blocks):
-        """What the activations of blocks depend on, beside their widths."""
-        norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
-        self.norms = min(norms, 2)
-        self.post_norms = norms - self.norms     # of model.norm_place=both
+        """What the activations of a block depend on: means, where blocks differ."""
+        self.norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
         has_flex = can_use_flex(self.model_cfg, self.cfg)
         self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
-        # the mean width of an MLP, and means of blocks with attention: Gemma 4 has two kinds
-        wide = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
-        self.d_ff = self.model_cfg["d_ff"] * (1 + wide / len(blocks))
+        # Gemma 4 has MLPs of two widths and attention of two kinds
+        n_double = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
+        self.d_ff = self.model_cfg["d_ff"] * (1 + n_double / len(blocks))
         layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
         n_layers = max(1, len(layers))
         self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
         self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
-        # of all blocks, the part with linear_attention
-        n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
-        self.linear_attention = n_linear / len(blocks)
-        # of a block, the mean where blocks are of different kinds
-        self.block = count_parameters(blocks) // len(blocks)
-        self.mlp = blocks[0].mlp
-        self.measure_linear_layers(blocks)
+        # the part of the blocks that has linear attention, from 0 to 1
+        self.linear_attention = 1 - len(layers) / len(blocks)
+        self.trains_experts = (self.model_cfg["n_experts"]
+                               and count_parameters(blocks[0].mlp.experts, trained=True) > 0)
 
     def measure_parameters(self, model, frozen_blocks):
         """Numbers of parameters."""
         self.trained = count_parameters(model, trained=True)
         self.frozen = count_parameters(model, trained=False)
-        # inside and outside of the blocks with a backward pass
+        # of each block with a backward pass, and outside of the blocks
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
         self.outside_trained = self.trained - sum(self.blocks_trained)
+        self.outside_frozen = self.frozen - count_parameters(model.blocks, trained=False)
         # bytes of all trained parameters, and of their gradients
         self.trained_bytes = self.master * sum(self.blocks_trained) + 4 * self.outside_trained
-        in_blocks = count_parameters(model.blocks)
-        self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
-        self.largest = max(p.numel() for p in model.parameters()) // self.shards
         self.head = model.padded_vocab_size * self.model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
@@ -1557,9 +1552,10 @@ class StepSize:
         """The sizes of a block's linear layers, whose weights may be quantized."""
         layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
         sizes = [layer.in_features * layer.out_features for layer in layers]
-        self.linear = sum(sizes) // len(blocks)
+        n_weights = sum(sizes) // len(blocks)
+        self.linear = sum(sizes)                         # weights of all blocks
         self.largest_linear = max(sizes)
-        # numbers per token that they compute, and that adapters read after dropout
+        # per token and block: numbers that they compute, and that adapters read after dropout
         self.linear_outputs = 0
         self.adapter_inputs = 0
         for layer in layers:
@@ -1572,9 +1568,9 @@ class StepSize:
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
         self.linear_element = BYTES_PER_WEIGHT.get(quantize, self.element)
-        self.block_bytes = self.element * self.block
-        if self.is_quantized:
-            self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
+        n_parameters = count_parameters(blocks) // len(blocks)
+        other = 4 if self.is_quantized else self.element
+        self.block_bytes = self.linear_element * n_weights + other * (n_parameters - n_weights)
 
     def set_micro_tokens(self, micro_tokens):
         self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
@@ -1639,8 +1635,6 @@ def memory_of_phases(s):
             "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients}}
-    if (s.master < 4 or s.moment < 4) and gradients:    # see train.LowPrecisionAdamW
-        phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
         phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
     return phases
@@ -1650,8 +1644,7 @@ def state_bytes(s):
     """What a rank holds between steps, and of gradients; with shard.offload on the host."""
     frozen_bytes = s.element * s.frozen
     if s.is_quantized:
-        n_weights = s.linear * s.model_cfg["n_layers"]
-        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
+        frozen_bytes -= round((s.element - s.linear_element) * s.linear)
     return {"weights": (s.trained_bytes + frozen_bytes) // s.shards,
             "optimizer": optimizer_bytes(s) // s.shards,
             "gradients": s.trained_bytes // s.shards}
@@ -1685,7 +1678,7 @@ def gathered_or_cast_bytes(s, blocks=None):
         outside = 4 * s.outside_trained + s.element * s.outside_frozen
         return outside + blocks * s.block_bytes
     # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
-    if not s.needs_cast:
+    if s.master == s.element:
         return 0
     return sum(s.blocks_trained[s.recompute:blocks]) * s.element
 
@@ -1729,18 +1722,18 @@ def block_activation_bytes(s):
     C, H, E = m["d_model"], m["n_heads"], s.head_dim
     K = s.kv_width / E if E else 0
     length = s.cfg["data"]["seq_len"]
-    # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    # A norm of an output: its input alone.
-    norms = s.element * (2 * s.norms + s.post_norms) * C
-    qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
-    # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
-    # the output is kept in the matmul's dtype as well.
+    # Each norm: its input. The norms before attention and MLP: also the output, the input of their
+    # matmuls. Rope keeps its angles only.
+    norms = s.element * (s.norms + min(s.norms, 2)) * C
+    # Attention: q, k, v and the output. On a CPU the output is kept in the matmul's dtype as well.
+    kv_heads = K
     if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
-        K = H
-    attention = attention_element(s) * (2 * H + 2 * K) * E + 4 * H
+        kv_heads = H
+    attention = attention_element(s) * (2 * H + 2 * kv_heads) * E
     if not s.is_cuda:
         attention += s.element * H * E
-    attention += qk_norms
+    if m["qk_norm"] != "none":
+        attention += s.element * (H + K) * E
     if m["attn_sinks"] and not s.keeps_probabilities:     # the output before they reduce it
         attention += s.element * H * E
     if m["attention_gate"]:              # the gate, and its product with the output
@@ -1761,37 +1754,29 @@ def block_activation_bytes(s):
     if m["block"] == "gemma4":
         from families import gemma4
         attention += gemma4.activation_bytes(m, s.element, s.kv_width)
-    # Dropout: a mask of one byte per number.
-    dropout = 2 * C if m["resid_pdrop"] else 0
-    # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
-    # and activation that are their inputs.
+    # Adapters with dropout keep a mask and a copy of their inputs. Then nothing keeps the inputs
+    # themselves, which are the outputs of norms, attention and activation.
+    dropout_copies = 0
     if s.adapter_inputs:
         inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
-        shared_inputs = s.norms * C + inside + (0 if s.is_cuda else H * E)
-        dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
-    mlp = expert_activation_bytes(s) if m["n_experts"] else mlp_activation_bytes(s)
-    return norms + attention + dropout + mlp
+        not_kept = min(s.norms, 2) * C + inside + (0 if s.is_cuda else H * E)
+        dropout_copies = (1 + s.element) * s.adapter_inputs - s.element * not_kept
+    return norms + attention + dropout_copies + mlp_activation_bytes(s)
 
 
 def mlp_activation_bytes(s):
-    """Of a token: input and output of the activation function; if gated, also the gate's factor and
-    the product."""
-    return s.element * s.d_ff * (4 if s.model_cfg["glu"] else 2)
-
-
-def expert_activation_bytes(s):
-    """What a mixture of experts keeps per token, see families/moe.py."""
+    """What an MLP or a mixture of experts (families/moe.py) keeps per token."""
     m = s.model_cfg
-    k = m["n_experts_per_token"]
-    # a row per expert: its output, and three numbers of the gated MLP for their product; the inputs
-    # of the matrices only if these or their adapters are trained
-    rows = m["d_model"] + 3 * m["d_expert"]
-    if count_parameters(s.mlp.experts, trained=True):
-        rows += m["d_model"] + m["d_expert"]
-    # The router: x in fp32, probabilities, five indices of each row
-    is_cast = s.mlp.router.weight.requires_grad and s.element < 4
-    router_input = 4 * m["d_model"] if is_cast else 0
-    return k * s.element * rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
+    if not m["n_experts"]:
+        # input and output of the activation function; if gated, also the gate's factor and the
+        # product
+        return s.element * s.d_ff * (4 if m["glu"] else 2)
+    # per chosen expert: the output, and three numbers of the gated MLP for their product; the
+    # inputs of the matrices only if these or their adapters are trained
+    numbers = m["d_model"] + 3 * m["d_expert"]
+    if s.trains_experts:
+        numbers += m["d_model"] + m["d_expert"]
+    return s.element * m["n_experts_per_token"] * numbers
 
 
 def loss_bytes(s):
@@ -1814,40 +1799,35 @@ def loss_bytes(s):
 
 def block_backward_bytes(s, last):
     """What the backward pass of the last or first block needs besides the kept activations."""
-    is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
-    # that of the last and of the first block are alike, unless one is frozen
-    block_trained = (s.blocks_trained or [0])[-1 if last else 0]
     m = s.model_cfg
+    # the first s.recompute blocks are recomputed
+    is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
+    block_trained = s.blocks_trained[-1] if s.blocks_trained else 0
+    kept = s.tokens * block_activation_bytes(s)
     d_ff = m["n_experts_per_token"] * m["d_expert"] if m["n_experts"] else m["d_ff"]
     mlp_gradient = s.tokens * s.element * d_ff
-    is_gated = s.model_cfg["glu"]
     if not is_recomputed:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
-        total = mlp_gradient * (3 if is_gated else 2)
+        total = mlp_gradient * (3 if m["glu"] else 2)
     else:
         # All activations are computed again. Measured: of a gated MLP's three gradients only one
         # adds to the peak, of a plain MLP's two none does; the others reuse memory of activations
         # that are already freed.
-        total = s.tokens * block_activation_bytes(s)
+        total = kept
         if s.keeps_matmuls:
             total -= s.tokens * (recomputed_block_bytes(s) - s.element * m["d_model"])
-        if is_gated:
+        if m["glu"]:
             total += mlp_gradient
-        if s.needs_cast and not s.is_sharded:
-            total += s.element * block_trained    # this block's weights, cast again
     if s.linear_attention:    # it runs after the activations of the MLP are freed
         from families import delta_net
-        per_token = delta_net.backward_bytes(s.model_cfg)
-        if not is_recomputed:
-            per_token -= mlp_activation_bytes(s)
-        total = max(total, s.tokens * per_token)
+        total = max(total, s.tokens * delta_net.backward_bytes(m))
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
     if s.is_sharded:
         # at the end of the block, whose activations are freed: gradients, and in fp32 what is
         # summed over ranks. Then gloo has a buffer for the weights of the next block
-        freed = 0 if is_recomputed else s.tokens * block_activation_bytes(s)
+        freed = 0 if is_recomputed else kept    # counted among the kept activations
         total = max(total, (s.element + 4) * block_trained - freed)
         if s.shards > 1 and not s.is_cuda:
             total = max(total, 4 * block_trained + 2 * s.block_bytes - freed)
@@ -1859,33 +1839,27 @@ def block_backward_bytes(s, last):
 
 GIB = 2**30
 
-# The choices that the script compares: (name, values of keys). Others are as in START.
-START = {"shard.lora.r": 0, "shard.quantize": "none", "shard.offload": "none",
-         "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
+# The choices that the script compares: (name, whether it has LoRA, keys of the shard section that
+# differ from START)
+START = {"quantize": "none", "offload": "none", "master_dtype": "float32",
+         "moment_dtype": "float32"}
 CHOICES = [
-    ("full fine-tuning", {}),
-    ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
-    ("full, offloaded", {"shard.offload": "all"}),
-    ("LoRA", {"shard.lora.r": 16}),
-    ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
+    ("full fine-tuning", False, {}),
+    ("full, bf16 states", False, {"master_dtype": "bfloat16", "moment_dtype": "bfloat16"}),
+    ("full, offloaded", False, {"offload": "all"}),
+    ("LoRA", True, {}),
+    ("LoRA, nf4", True, {"quantize": "nf4"}),
 ]
 
 
 def choices_of(cfg):
-    """Yield (name, the config of this choice) of CHOICES, without and with recomputation.
-
-    The rank of adapters is that of cfg, if it has LoRA.
-    """
-    r = cfg["shard"]["lora"]["r"]
-    for name, keys in CHOICES:
-        keys = START | keys
-        if keys["shard.lora.r"] and r:
-            keys["shard.lora.r"] = r
+    """Yield (name, the config of this choice) of CHOICES, without and with recomputation."""
+    r = cfg["shard"]["lora"]["r"] or 16
+    for name, has_lora, keys in CHOICES:
+        lora_cfg = cfg["shard"]["lora"] | {"r": r if has_lora else 0}
         for recompute in (False, True):
-            choice = copy.deepcopy(cfg)
-            for key, value in {**keys, "shard.recompute": recompute}.items():
-                configs.overlay(choice, configs.nested(key, value), "choice")
-            yield name, choice
+            shard_cfg = cfg["shard"] | START | keys | {"lora": lora_cfg, "recompute": recompute}
+            yield name, cfg | {"shard": shard_cfg}
 
 
 def peak_bytes(s, micro_tokens):

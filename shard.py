@@ -127,7 +127,7 @@ def init_distributed(cfg):
 
 
 def backend_of(device):
-    """torch.distributed's backend. CPU tensors are communicated in any case: see collectives."""
+    """torch.distributed's backend. gloo communicates CPU tensors, as in all_reduce_sum()."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -174,7 +174,8 @@ def run_distributed(main, cfg, *args):
     If a rank fails, torchrun ends the others and prints the error of the failed rank last. A
     UserError is printed as one line, every other exception with its traceback.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # ends also a rank that waits for others
+    # so that Ctrl-C also ends a rank that waits in a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         configs.run(run_alone, main, cfg, *args)
         return
@@ -184,7 +185,7 @@ def run_distributed(main, cfg, *args):
         main(cfg, *args)
         dist.barrier()
     except SystemExit as error:
-        # as in Python: None is 0; a text is printed, and 1
+        # as in Python: exit(None) means 0, and exit(text) prints the text and means 1
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -194,8 +195,8 @@ def run_distributed(main, cfg, *args):
         configs.write_error_file(error, error_text(error))
         os._exit(1)    # don't wait for communication that can't complete any more
     dist.destroy_process_group()
-    # End without winding up the interpreter: gloo's threads may still hold tensors, and then abort
-    # the process (pytorch/pytorch#179291).
+    # os._exit() skips Python's shutdown, in which gloo's threads may still hold tensors and abort
+    # the process (pytorch/pytorch#179291). What Python does at exit is done here.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -232,8 +233,9 @@ def is_connection_loss(error):
     """
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "remote process exit", "communicator was aborted")
-    is_known = any(text in str(error) for text in texts)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_known)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in texts):
+        return True
+    return isinstance(error, dist.DistError)
 
 
 def error_text(error):
@@ -265,10 +267,7 @@ def all_reduce_sum(numbers):
 
 
 def all_reduce_max(numbers):
-    """A list of ints per rank -> the largest of each over ranks.
-
-    On CPU tensors (gloo), so the GPU is not waited for.
-    """
+    """A list of ints per rank -> the largest of each over ranks. On CPU tensors as well."""
     t = torch.tensor(numbers)
     if world_size() > 1:
         dist.all_reduce(t, dist.ReduceOp.MAX)
@@ -534,9 +533,9 @@ def dequantize(weight, absmax, *nested):
 
 
 class QuantizedMatmul(torch.autograd.Function):
-    """linear(): W is dequantized for the forward pass and again for the backward pass.
+    """linear(x, W, bias, ends): W is dequantized for the forward and again for the backward pass.
 
-    Only x, [T, in], has a gradient. The arguments after ends are FrozenLinear.stored(). They are
+    Only x, [T, in], has a gradient. The last six arguments are FrozenLinear.stored(). They are
     listed, because torch 2.13's compiler loses ctx if their number varies.
     """
 
@@ -556,11 +555,14 @@ class QuantizedMatmul(torch.autograd.Function):
             from families import moe
             matrices = weight.unflatten(0, (len(ends), -1))               # [X, out, in]
             grad_x = moe.grouped_matmul(grad_out.contiguous(), matrices, ends)
-        return grad_x, None, None, None, None, None, None, None, None
+        return grad_x, *[None] * 8
 
 
 def linear(x, weight, bias=None, ends=None):
-    """F.linear(), or with `ends` that of the experts' rows: see families/moe.py."""
+    """F.linear(), or for the experts of a mixture: each multiplies its rows of x by its rows of W.
+
+    ends  int32 [X]: the rows of x that belong to expert e are ends[e - 1] ... ends[e] - 1
+    """
     if ends is None:
         return F.linear(x, weight, bias)
     from families import moe
@@ -570,10 +572,11 @@ def linear(x, weight, bias=None, ends=None):
 class FrozenLinear(transformer.Linear):
     """A frozen linear layer, whose weight may be stored quantized.
 
-    nf4   weight [out, in / 2] and absmax [out, in / 64] in uint8; nested_absmax and offset in fp32
-    int8  weight [out, in] in int8; absmax [out] in fp32
+    nf4   parameters weight [out, in / 2] and absmax [out, in / 64] in uint8; buffers nested_absmax
+          and offset in fp32, and the tables pairs and absmax_code: see dequantize_nf4()
+    int8  parameter weight [out, in] in int8; buffer absmax [out] in fp32
 
-    FSDP shards parameters, by rows. Buffers are small, and whole on every rank.
+    FSDP shards parameters by rows. Buffers are small, and whole on every rank.
     """
 
     def __init__(self, linear, quantize="none"):
@@ -583,21 +586,21 @@ class FrozenLinear(transformer.Linear):
         self.bias = linear.bias
         self.n_experts = getattr(linear, "n_experts", 1)    # more: of moe.ExpertLinear
         self.quantize = quantize
-        shapes = {"nested_absmax": None, "offset": None, "pairs": None, "absmax_code": None}
         rows = linear.out_features
+        buffers = dict.fromkeys(("nested_absmax", "offset", "pairs", "absmax_code"))    # None
         if quantize == "int8":
             self.weight = quantized_parameter(rows, linear.in_features, torch.int8)
-            shapes["absmax"] = (rows,)
+            buffers["absmax"] = torch.empty(rows, device="meta")
         elif quantize == "nf4":
             n_blocks = linear.in_features // NF4_BLOCKSIZE                # of a row
             n_nested_blocks = math.ceil(rows * n_blocks / ABSMAX_BLOCKSIZE)
             self.weight = quantized_parameter(rows, linear.in_features // 2, torch.uint8)
             self.absmax = quantized_parameter(rows, n_blocks, torch.uint8)
-            shapes = {"nested_absmax": (n_nested_blocks,), "offset": (), "pairs": (256, 2),
-                      "absmax_code": (256,)}
-        for name, shape in shapes.items():
-            empty = None if shape is None else torch.empty(shape, device="meta")
-            self.register_buffer(name, empty)
+            shapes = ((n_nested_blocks,), (), (256, 2), (256,))
+            buffers = {name: torch.empty(shape, device="meta")
+                       for name, shape in zip(buffers, shapes)}
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def stored(self):
         """The arguments of dequantize(). The last four are None for int8."""
@@ -605,7 +608,7 @@ class FrozenLinear(transformer.Linear):
                 self.absmax_code)
 
     def forward(self, x, seeds=None, ends=None):                         # [T, in]
-        """seeds  are for the adapters of LoRALinear;  ends  of experts, see families/moe.py"""
+        """seeds  not used here, see LoRALinear;  ends  see linear()"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.quantize == "none":
             return linear(x, self.weight.to(x.dtype), bias, ends)
@@ -619,13 +622,14 @@ class FrozenLinear(transformer.Linear):
         for low, high in transformer.row_ranges(start, end):
             rows = read_rows(low, high).to(weight.device).float()
             weight[low - start:high - start], absmax[low:high] = quantize_rows(rows)
-        if is_dtensor(self.weight):          # the mean and the nested blocks are of all ranks' rows
+        # quantize_absmax() needs the absmax of all rows: those of other ranks are 0 so far
+        if is_dtensor(self.weight):
             dist.all_reduce(absmax, dist.ReduceOp.MAX)
         if self.quantize == "int8":
             self.absmax.copy_(absmax)
             return
         absmax, nested_absmax, offset = quantize_absmax(absmax)
-        local_shard(self.absmax)[0].copy_(absmax[start:end])
+        copy_rows(self.absmax, absmax)
         self.nested_absmax.copy_(nested_absmax)
         self.offset.copy_(offset)
         self.pairs.copy_(nf4_pairs())
@@ -663,6 +667,7 @@ class LoRALinear(FrozenLinear):
         """seeds  int32 [T] of the block's dropouts, see model.Block. None: no dropout"""
         adapter_x = x
         if seeds is not None and self.dropout:
+            # + 3: see the table of noise in model.py, above hash_int32()
             layer_seeds = transformer.hash_int32(seeds + 3 + self.place)
             adapter_x = transformer.dropout(x, self.dropout, layer_seeds)
         low_rank = linear(adapter_x, self.lora_A.to(x.dtype), None, ends) * self.scale    # [T, r]
@@ -702,7 +707,7 @@ def add_lora(model, lora_cfg, quantize="none"):
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
-    # of all kinds of blocks, in the order of their first one
+    # names of linear layers within their blocks; the index of a name is its place in LoRALinear
     places = list(dict.fromkeys(name for block in model.blocks
                                 for name, module in block.named_modules()
                                 if isinstance(module, nn.Linear)))
@@ -713,8 +718,8 @@ def add_lora(model, lora_cfg, quantize="none"):
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
         if not isinstance(module, nn.Linear):
             continue
-        [(tensor, _, _), *_] = layout[f"{name}.weight"]
-        target = short_name(layout[f"{name}.weight"])
+        tensor, _, _ = layout[f"{name}.weight"][0]
+        target = module_name(tensor)
         # PEFT adapts no module of files that have all experts in one tensor (Granite-MoE)
         can_adapt = not transformer.is_stacked(tensor, family)
         if can_adapt:
@@ -735,9 +740,7 @@ def add_lora(model, lora_cfg, quantize="none"):
                                     f"{', '.join(sorted(known))}; got {target}")
     for name in saved_tensors(model.cfg, lora_cfg["modules_to_save"]).values():
         model.get_parameter(name).requires_grad_(True)
-    adapts_experts = any(layer.n_experts > 1 for layer in model.modules()
-                         if isinstance(layer, LoRALinear))
-    if adapts_experts:
+    if any(isinstance(layer, LoRALinear) and layer.n_experts > 1 for layer in model.modules()):
         check_adapters_of_experts(lora_cfg)
 
 
@@ -787,12 +790,6 @@ def saved_tensors(m, modules_to_save):
     return {tensor: name for tensor, name in tensors.items() if name in chosen}
 
 
-def short_name(slices):
-    """[("model.layers.0.self_attn.q_proj.weight", ...)], an entry of hf_slices(), -> q_proj"""
-    hf_name, _, _ = slices[0]
-    return hf_name.split(".")[-2]
-
-
 def is_adapter(name):
     return name.endswith((".lora_A", ".lora_B"))
 
@@ -809,8 +806,7 @@ def init_adapters(model, seed):
         bound = 1 / math.sqrt(module.in_features)    # kaiming_uniform_ with a = sqrt(5)
         generator = transformer.make_generator(seed, name)
         A = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        local, start, end = local_shard(module.lora_A)
-        local.copy_(A[start:end])
+        copy_rows(module.lora_A, A)
         local_shard(module.lora_B)[0].zero_()
 
 
@@ -865,7 +861,8 @@ def save_adapter(model, lora_cfg, folder, base):
                for name, t in tensors.items()}
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
-    # so that the scale of n fused adapters is that of one: see adapter_scale()
+    # n fused adapters have rank n r. Their scale stays alpha / r with alpha n, or with rslora
+    # alpha / sqrt(r) with alpha sqrt(n)
     power = 0.5 if lora_cfg["rslora"] else 1
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
@@ -879,7 +876,7 @@ def save_adapter(model, lora_cfg, folder, base):
         "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
     if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
         adapter_config["ensure_weight_tying"] = True
-    if "carried" in family:              # other parts of the model have modules of the same names
+    if "carried" in family:    # parts that are not trained here, with modules of the same names
         parts = "|".join(re.escape(prefix) for prefix in family["carried"])
         adapter_config["exclude_modules"] = rf"(.*\.)?({parts}).*"
     config_file = folder / "adapter_config.json"
@@ -891,7 +888,7 @@ PEFT_PREFIX = "base_model.model."    # of the tensors in adapter_model.safetenso
 
 
 def adapted_modules(model):
-    """The modules of the exported files that have adapters, as tuples of
+    """The modules of the exported files that have adapters: a list of (hf_module, layers, parts).
 
     hf_module  the name, such as model.layers.0.self_attn.q_proj
     layers     {parameter name: LoRALinear}; several if the module is fused
@@ -899,20 +896,11 @@ def adapted_modules(model):
     """
     modules = []
     for tensor, parts in transformer.hf_tensors(model.cfg).items():
-        layers = layers_of(model, parts)
-        if tensor.endswith(".weight") and layers:
+        layers = {name: model.get_submodule(name.rpartition(".")[0]) for name, _, _ in parts}
+        is_adapted = all(isinstance(layer, LoRALinear) for layer in layers.values())
+        if tensor.endswith(".weight") and is_adapted:
             modules.append((tensor.removesuffix(".weight"), layers, parts))
     return modules
-
-
-def layers_of(model, parts):
-    """The adapted layers {parameter name: LoRALinear} of an entry of hf_tensors()."""
-    layers = {}
-    for name, _, _ in parts:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, LoRALinear):
-            layers[name] = module
-    return layers
 
 
 def fuse_adapters(layers, parts):
@@ -956,6 +944,7 @@ def split_adapter(A, B, layers, parts, r):
     for place, (name, rows) in enumerate(rows_of_B.items()):
         columns = slice(place * r, (place + 1) * r) if is_fused else slice(None)
         layer_B = torch.cat(rows)
+        # fuse_adapters() has zeros in all other columns
         if layer_B.count_nonzero() > layer_B[:, columns].count_nonzero():
             return None
         adapters[name] = (A[columns], layer_B[:, columns])
@@ -975,11 +964,11 @@ def load_adapter(model, lora_cfg):
     modules = adapted_modules(model)
     saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
     check_adapter_tensors(folder, files, model, modules, saved)
-    read = {name.removeprefix(PEFT_PREFIX): functools.partial(file.get_tensor, name)
-            for name, file in files.items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name)
+               for name, file in files.items()}
     for hf_module, layers, parts in modules:
-        A = read[f"{hf_module}.lora_A.weight"]().float()
-        B = read[f"{hf_module}.lora_B.weight"]().float()
+        A = tensors[f"{hf_module}.lora_A.weight"].float()
+        B = tensors[f"{hf_module}.lora_B.weight"].float()
         B *= peft_scale(adapter_config, hf_module, len(A)) / adapter_scale(lora_cfg)
         adapters = split_adapter(A, B, layers, parts, lora_cfg["r"])
         if adapters is None:
@@ -989,12 +978,13 @@ def load_adapter(model, lora_cfg):
                 "merge it into its base with PEFT, and start from that")
         for name, (layer_A, layer_B) in adapters.items():
             layer = layers[name]
-            first = min(row for part, row, _ in parts if part == name)    # above 0: of an expert
+            # the layer's first row in this module; above 0 if the module is one of the experts
+            first = min(row for part, row, _ in parts if part == name)
             copy_rows(layer.lora_A, layer_A, layer.rows_of_A(first).start)
             copy_rows(layer.lora_B, layer_B, first)
     loaded = {}
     for tensor, name in saved.items():
-        rows = read[tensor]()
+        rows = tensors[tensor]
         if not torch.equal(loaded.setdefault(name, rows), rows):
             raise configs.UserError(f"shard.lora.init_from: {folder}: {tensor} differs from the "
                                     "embedding, to which config.json ties the head; merge it into "
@@ -1078,8 +1068,7 @@ def parallelize(model, cfg, read_slice):
     if lora_cfg["r"]:
         add_lora(model, lora_cfg, cfg["shard"]["quantize"])
     freeze_parameters(model, cfg["param_groups"])
-    cast_frozen_weights(model, dtype)
-    cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
+    cast_weights(model, dtype, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     if cfg["shard"]["recompute"] == "selective":
@@ -1143,27 +1132,22 @@ def freeze_parameters(model, param_groups):
 
 def matching_group(name, param_groups):
     """The first of the config's param_groups whose pattern is in a parameter's name, or None."""
-    for spec in param_groups:
-        if re.search(spec["match"], name):
-            return spec
-    return None
+    return next((spec for spec in param_groups if re.search(spec["match"], name)), None)
 
 
-def cast_frozen_weights(model, dtype):
-    """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
-    for p in model.parameters():
-        if not p.requires_grad and p.dim() == 2 and p.is_floating_point():
-            p.data = p.data.to(dtype)
+def cast_weights(model, dtype, master_dtype):
+    """Store frozen matrices in dtype, and trained parameters of blocks in master_dtype.
 
-
-def cast_trained_weights(model, dtype):
-    """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
-
-    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
-    and head stay in fp32: in bf16 the validation loss was higher in most runs (RECORDS.md).
+    Frozen matrices need no fp32 copy. Gradients have the dtype of their parameters. Trained vectors
+    are cast as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    Embedding and head stay in fp32: in bf16 the validation loss was higher in most runs
+    (RECORDS.md).
     """
-    for p in model.blocks.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad:
+            if name.startswith("blocks."):
+                p.data = p.data.to(master_dtype)
+        elif p.dim() == 2 and p.is_floating_point():
             p.data = p.data.to(dtype)
 
 
@@ -1348,7 +1332,7 @@ def fsdp_modules(model):
 
     isinstance() would need an import that takes half a second, also in runs without FSDP.
     """
-    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    return [module for module in model.modules() if is_sharded(module)]
 
 
 def is_sharded(model):
@@ -1434,9 +1418,8 @@ def all_reduce_gradients(model):
         return
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    n_numbers = sum(p.numel() for p in params)
-    flat = torch.empty(n_numbers, dtype=torch.float32, device=params[0].device)
-    torch.cat([gradient.flatten() for gradient in gradients], out=flat)
+    flat = torch.empty(0, dtype=torch.float32, device=params[0].device)
+    torch.cat([gradient.flatten() for gradient in gradients], out=flat)    # resizes it
     del gradients    # frees the zeros; each .grad is freed when it is replaced
     dist.all_reduce(flat)
     for p, summed in zip(params, flat.split([p.numel() for p in params])):
@@ -1616,11 +1599,6 @@ def memory_of_phases(s):
         accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
     all_gradients = accumulated or gradients
     head_gradient = 4 * s.head if s.trains_head else 0
-    # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
-    # only at the end of the backward pass, when the embedding's is there, too.
-    in_backward = max(accumulated, head_gradient)
-    if s.model_cfg["tie_embeddings"]:
-        in_backward = accumulated + head_gradient
     in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
                       "activations": activation_bytes(s)}
     phases = {
@@ -1628,7 +1606,7 @@ def memory_of_phases(s):
         "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
         # the backward pass of the last block, the first to run: all other activations are kept
         "in the last block's backward pass": in_use | {
-            "gradients": in_backward, "block backward": block_backward_bytes(s, last=True)},
+            "gradients": accumulated + head_gradient, "block backward": block_backward_bytes(s, last=True)},
         # that of the first block, the last to run: nearly all gradients exist
         "in the first block's backward pass": state | {
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),

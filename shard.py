@@ -373,8 +373,8 @@ def pad_multiple(device, dtype, micro_tokens):
     """The multiple of tokens that micro-batches are padded to.
 
     With few different shapes, kernels are selected and memory blocks are allocated less often. On
-    CUDA there are at most sixteen. In bf16 on a CPU, oneDNN prepares and keeps a kernel per shape
-    (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 there padding only costs.
+    CUDA there are at most sixteen shapes. In bf16 on a CPU, oneDNN prepares and keeps a kernel per
+    shape (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 padding only costs.
     """
     if device.type == "cuda":
         return max(256, math.ceil(micro_tokens / 16))
@@ -421,9 +421,10 @@ def configure_malloc(map_large_blocks):
     By default glibc maps every large block anew and unmaps it at once. Here it maps no blocks,
     never shrinks the heap, and grows it by 64 MB. Does nothing with another C library.
 
-    map_large_blocks  map blocks of 16 MB and more nevertheless. Where a dequantized weight was
-                      freed, small tensors that live longer would take a part of its place, and the
-                      next one would not fit: the heap grew to three times what was in use
+    map_large_blocks  map blocks of 16 MB and more as glibc does. This is for dequantized weights:
+                      in the heap, small tensors that live longer take a part of a freed weight's
+                      place, and the next weight does not fit there. The heap grew to three times
+                      what was in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -436,7 +437,7 @@ def configure_malloc(map_large_blocks):
 
 
 def num_graphs():
-    """Number of graphs that torch.compile has compiled so far."""
+    """Number of graphs that torch.compile has compiled so far; 0 if it was not imported."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
@@ -684,7 +685,7 @@ class LoRALinear(FrozenLinear):
         return (B @ A).flatten(0, 1) * self.scale
 
     def rows_of_A(self, first):
-        """The rows of A that row `first` of B is multiplied by: those of its expert, as a slice."""
+        """The rows of lora_A (a slice) of the expert that row `first` of lora_B belongs to."""
         r = len(self.lora_A) // self.n_experts
         expert = first * self.n_experts // len(self.lora_B)
         return slice(expert * r, (expert + 1) * r)
@@ -1232,8 +1233,8 @@ def compile_blocks(model):
 
     Equal blocks share the compiled code. dynamic=True: it serves all lengths of micro-batches.
     """
-    # graphs per function. Blocks with and without rope have graphs of their own, each with and
-    # without a backward pass, and for 0, 1 and more tokens
+    # graphs per function: one each for blocks with and without rope, with and without a backward
+    # pass, and for 0, 1 and more tokens
     torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
         block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
@@ -1257,15 +1258,15 @@ def warm_up(model, cfg):
     length = min(cfg["data"]["seq_len"], n_tokens)
     batch = transformer.pack_prompts([[0] * length] * (n_tokens // length), device)
     n_tokens = len(batch["tokens"])
-    batch["targets"] = batch["tokens"]
-    batch["target_index"] = torch.arange(n_tokens, device=device)
-    batch["loss_weights"] = torch.ones(n_tokens, device=device)
-    batch["doc_ids"] = torch.arange(n_tokens // length, device=device)
+    batch |= {"targets": batch["tokens"],
+              "target_index": torch.arange(n_tokens, device=device),
+              "loss_weights": torch.ones(n_tokens, device=device),
+              "doc_ids": torch.arange(n_tokens // length, device=device)}
     model.train()
     loss_sum, _, _ = model(batch | {"noise_seed": 0})
     loss_sum.backward()
     model.zero_grad()
-    model.expert_tokens = 0
+    model.expert_tokens = 0                              # counted in the forward pass
     with torch.no_grad():                                # validation
         model.eval()(batch)
     model.train()
@@ -1305,20 +1306,19 @@ def apply_fsdp(model, cfg, device, dtype):
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
         mesh = mesh["shard"]
-    precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
+    options = {"mesh": mesh, "offload_policy": OffloadPolicy()}
+    if cfg["shard"]["offload"] == "all":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
     param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
-    offload = OffloadPolicy()
-    if cfg["shard"]["offload"] == "all":
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    fully_shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
+    precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in model.blocks:
         if hasattr(block.attn, "decay"):     # of families/delta_net.py: as stored, not in bf16
-            fully_shard(block.attn.decay, mp_policy=precision(param_dtype=None))
+            fully_shard(block.attn.decay, mp_policy=precision(), **options)
         fully_shard(block, mp_policy=precision(param_dtype=param_dtype),
-                    reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mp_policy=precision(param_dtype=None))
+                    reshard_after_forward=cfg["shard"]["reshard_after_forward"], **options)
+    fully_shard(model, mp_policy=precision(), **options)
     for module in fsdp_modules(model):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
@@ -1489,9 +1489,9 @@ class StepSize:
         # The first blocks without a backward pass keep no activations: see count_frozen_blocks()
         frozen_blocks = count_frozen_blocks(model)
         self.n_blocks = len(model.blocks) - frozen_blocks
-        recompute = shard_cfg["recompute"]
-        self.keeps_matmuls = recompute == "selective"
-        self.recompute = max(0, n_recomputed(recompute, len(model.blocks)) - frozen_blocks)
+        self.keeps_matmuls = shard_cfg["recompute"] == "selective"
+        recompute = n_recomputed(shard_cfg["recompute"], len(model.blocks))
+        self.recompute = max(0, recompute - frozen_blocks)
         self.measure_blocks(model.blocks)
         self.measure_linear_layers(model.blocks)
         self.measure_parameters(model, frozen_blocks)
@@ -1511,8 +1511,7 @@ class StepSize:
         self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
         # the part of the blocks that has linear attention, from 0 to 1
         self.linear_attention = 1 - len(layers) / len(blocks)
-        self.trains_experts = (self.model_cfg["n_experts"]
-                               and count_parameters(blocks[0].mlp.experts, trained=True) > 0)
+        self.trains_experts = count_parameters(blocks[0].mlp, trained=True) > 0
 
     def measure_parameters(self, model, frozen_blocks):
         """Numbers of parameters."""
@@ -1606,7 +1605,8 @@ def memory_of_phases(s):
         "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
         # the backward pass of the last block, the first to run: all other activations are kept
         "in the last block's backward pass": in_use | {
-            "gradients": accumulated + head_gradient, "block backward": block_backward_bytes(s, last=True)},
+            "gradients": accumulated + head_gradient,
+            "block backward": block_backward_bytes(s, last=True)},
         # that of the first block, the last to run: nearly all gradients exist
         "in the first block's backward pass": state | {
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
@@ -1668,13 +1668,12 @@ def activation_bytes(s, blocks=None):
     """
     C = s.model_cfg["d_model"]
     blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
-    n_recomputed = min(s.recompute, blocks)
-    in_blocks = n_recomputed * recomputed_block_bytes(s)
-    in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
-    embedding = 8 * C                     # in fp32, and its gradient in the backward pass
-    last_norm = 2 * s.element * C         # input and output
-    outside = embedding + last_norm
-    return round(s.tokens * (in_blocks + outside))
+    recompute = min(s.recompute, blocks)
+    per_token = recompute * recomputed_block_bytes(s)
+    per_token += (blocks - recompute) * block_activation_bytes(s)
+    per_token += 8 * C                    # the embedding in fp32, and later its gradient
+    per_token += 2 * s.element * C        # input and output of the last norm
+    return round(s.tokens * per_token)
 
 
 def recomputed_block_bytes(s):
@@ -1758,7 +1757,7 @@ def mlp_activation_bytes(s):
 
 
 def loss_bytes(s):
-    """Logits, and the gradients of the head and of its input (see model.ChunkedLoss).
+    """Logits, and the gradients of the head and of its input: see model.ChunkedLoss.
 
     The logits of a chunk of tokens are computed by one matmul; pieces of it are converted to fp32.
     """
@@ -1768,11 +1767,12 @@ def loss_bytes(s):
     logits = min(chunk, s.tokens) * V * s.element
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
     logits += min(piece, s.tokens) * V * 4 * 4
-    input_gradient = s.tokens * C * s.element
-    if not s.trains_head:
-        return logits + input_gradient
-    cast_head = s.element * s.head if s.element < 4 else 0
-    return logits + input_gradient + 4 * s.head + cast_head
+    total = logits + s.tokens * C * s.element            # the gradient of the head's input
+    if s.trains_head:
+        total += 4 * s.head                              # the head's gradient
+        if s.element < 4:
+            total += s.element * s.head                  # the head, cast
+    return total
 
 
 def block_backward_bytes(s, last):
@@ -1853,10 +1853,10 @@ def largest_micro_tokens(s, budget):
     A power of two below 1,024, or a multiple of it. At least a document's tokens (data.seq_len); at
     most those of a rank's step, above which nothing changes.
     """
-    in_one = math.ceil(s.rank_tokens / 1024) * 1024
-    if peak_bytes(s, in_one) <= budget:      # a single micro-batch accumulates no gradients
-        return in_one
-    sizes = [*(2 ** n for n in range(10)), *range(1024, in_one, 1024)]
+    whole_step = math.ceil(s.rank_tokens / 1024) * 1024
+    if peak_bytes(s, whole_step) <= budget:      # a single micro-batch accumulates no gradients
+        return whole_step
+    sizes = [*(2 ** n for n in range(10)), *range(1024, whole_step, 1024)]
     sizes = [size for size in sizes if size >= s.cfg["data"]["seq_len"]]
     n_fitting = bisect.bisect_right(sizes, budget, key=functools.partial(peak_bytes, s))
     return sizes[n_fitting - 1] if n_fitting else 0
@@ -1901,7 +1901,8 @@ def main(argv):
         tokenizer = tokenize_data.load_tokenizer(cfg)
         model_cfg = transformer.resolve_vocab_size(model_cfg, tokenizer.n_vocab)
     replicate, shards = mesh_sizes(cfg, gpus)
-    phase, held = peak_phase(predict_memory(model_cfg, cfg, gpus))
+    s = StepSize(model_cfg, cfg, gpus)
+    phase, held = peak_phase(memory_of_phases(s))
     total = sum(held.values())
     print(f"predicted peak on each of {gpus} devices ({resolve_device_type(cfg)}, "
           f"replicate {replicate} x shard {shards}), {phase}:")
@@ -1909,8 +1910,8 @@ def main(argv):
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
-    if cfg["shard"]["offload"] != "none":
-        on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
+    if s.offloads:
+        on_host = sum(state_bytes(s).values())
         print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients "
               "and optimizer state")
     if cfg["shard"]["recompute"] is None:

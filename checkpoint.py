@@ -40,9 +40,12 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def check_arguments(command, path="", *rest):
     """Raise UserError unless a command line is as in USAGE, and the path holds a checkpoint."""
-    n_words = sum("=" not in argument for argument in rest)
-    if command not in ("ls", "export") or not path or n_words != (command == "export"):
-        raise configs.UserError(USAGE)
+    n_folders = sum("=" not in argument for argument in rest)
+    if command not in ("ls", "export"):
+        raise configs.UserError(f"{command}: is neither ls nor export; {USAGE}")
+    if not path or n_folders != (command == "export"):
+        wanted = "a RUN and a new folder" if command == "export" else "a RUN"
+        raise configs.UserError(f"{command}: needs {wanted}; {USAGE}")
     if command == "export":
         check_export_options(configs.pop_options(rest, **EXPORT_OPTIONS)[0])
     states = [*Path(path).glob("checkpoints/*/state.json"), *Path(path).glob("state.json")]

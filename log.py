@@ -1644,8 +1644,11 @@ def main(argv):
     for run in runs:
         is_starting = options["watch"] and is_running(run.name)
         if not run.records and not is_starting:
-            raise configs.UserError(f"{run.name}: metrics.jsonl is missing or empty; name the "
-                                    "out_dir of a run that has logged")
+            beside = [str(path.parent) for path in Path(run.name).parent.glob("*/metrics.jsonl")]
+            near = configs.nearest_file(run.name, beside)
+            hint = f"; the nearest is {near}" if near else ""
+            raise configs.UserError(f"{run.name}: is not the out_dir of a run that has logged: it "
+                                    f"has no metrics.jsonl, or an empty one{hint}")
     if not runs:
         raise configs.UserError("log.py: no run is named; python log.py out/ft")
     if options["watch"]:

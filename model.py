@@ -1482,7 +1482,7 @@ def slices_of_parameter(name, shapes, m):
         suffix = family.get("fused_suffixes", {}).get(kind, f".{kind}")
         tensor = f"{fused}{suffix}".replace("{i}", block)
         place = parts.index(module)
-        n = rows
+        n = rows                                         # that are together in the tensor
         # 1) fused by head: GPT-NeoX has q, k, v of head 0, then q, k, v of head 1, ..., each E rows
         if family.get("fused_by_head"):
             n = m["head_dim"]
@@ -1611,17 +1611,7 @@ class PretrainedWeights:
         if self.stored_config.get("embed") != m["embed"]:
             self.new_names = [name for name in self.shapes if name.startswith("embedding.")]
         self.new_weights = NewWeights(m, seed)
-        stored_m = m | {"family": self.stored_config["family"],
-                        "vocab_size": self.stored_vocab_size}
-        stored_shapes = parameter_shapes(stored_m)
-        self.slices = {}
-        for name in stored_shapes:
-            if name not in self.new_names:
-                slices = slices_of_parameter(name, stored_shapes, stored_m)
-                # without a name in the family: check() then reports our own name as missing
-                slices = slices or [(name, 0, stored_shapes[name][0])]
-                self.slices[name] = [(self.find(tensor), first, rows)
-                                     for tensor, first, rows in slices]
+        self.slices = self.find_slices()
         names = self.family.get("weights", {})
         self.head = self.find(names.get("head.weight", "head.weight"))
         # some files have a tied matrix only once, under the name of the head
@@ -1631,8 +1621,23 @@ class PretrainedWeights:
         self.means = {}
         self.check()
 
+    def find_slices(self):
+        """What `slices` is: hf_slices() of the stored family and vocabulary, without new_names."""
+        m = self.m | {"family": self.stored_config["family"],
+                      "vocab_size": self.stored_vocab_size}
+        shapes = parameter_shapes(m)
+        found = {}
+        for name in shapes:
+            if name in self.new_names:
+                continue
+            slices = slices_of_parameter(name, shapes, m)
+            # without a name in the family: check() then reports our own name as missing
+            slices = slices or [(name, 0, shapes[name][0])]
+            found[name] = [(self.find(tensor), first, rows) for tensor, first, rows in slices]
+        return found
+
     def find(self, tensor):
-        """The tensor's name in the files, some of which lack the family's prefix."""
+        """The tensor's name in the files. Some files have it without the family's prefix."""
         short = tensor.removeprefix(self.family.get("prefix", ""))
         return short if tensor not in self.files and short in self.files else tensor
 
@@ -2061,7 +2066,7 @@ def stored_dtype(folder):
 
 
 def split_into_files(m, dtype, shard_bytes):
-    """hf_tensors() in parts, one per file: each at most shard_bytes if it has several tensors."""
+    """hf_tensors() in parts, one per file. Only a single tensor may exceed shard_bytes."""
     shapes = parameter_shapes(m)
     files = [{}]
     size = 0
@@ -2094,8 +2099,8 @@ def collect_tensors(get_parameter, m, items, dtype):
         if is_transposed(first_name, family):
             tensor = tensor.T
         if dtype == torch.float16 and tensor.isinf().any():
-            raise configs.UserError(f"dtype: float16 ends at 65,504, and {tensor_name} does not; "
-                                    "dtype=bfloat16")
+            raise configs.UserError(f"dtype: {tensor_name} has numbers above 65,504, the largest "
+                                    "of float16; dtype=bfloat16")
         if is_stacked(tensor_name, family):
             from families import expert_files
             tensor = expert_files.stack(tensor, m["n_experts"], tensor_name, family)
@@ -2565,10 +2570,10 @@ def chat(generator):
             elif re.fullmatch("/[a-z]+", command):
                 print(COMMANDS if generator.template else TEXT_COMMANDS)
             elif command:
-                asked = [*turns, {"role": "user", "content": line}]
-                answer = generator.print_answer([*system, *asked])
-                # not after Ctrl-C
-                turns = [*asked, {"role": "assistant", "content": answer}]
+                messages = [*turns, {"role": "user", "content": line}]
+                answer = generator.print_answer([*system, *messages])
+                # Ctrl-C ends the answer with KeyboardInterrupt: then the turn is not kept
+                turns = [*messages, {"role": "assistant", "content": answer}]
         except configs.UserError as error:
             print(f"error: {error}")
         except KeyboardInterrupt:
@@ -2588,7 +2593,7 @@ def system_message(generator, text):
 
 
 def read_prompts(generator, path):
-    """A file of prompts as [(record, prompt ids)]. Answers at the end of chats are not prompts."""
+    """A file of prompts as [(record, prompt ids)]. Answers at the end of a chat are left out."""
     import tokenize_data
     max_len = generator.model.cfg["max_len"]
     prompts = []
@@ -2641,6 +2646,8 @@ def answer_file(generator, path, out, batch_size):
         for (record, _), answer in zip(batch, answers):
             record = record | {"generated_text": generator.tokenizer.decode(answer)}
             print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
+    if out:
+        print(f"{len(prompts)} answers: {out}")
 
 
 def main(argv):

@@ -1276,6 +1276,10 @@ def mesh_sizes(cfg, world_size):
     """Return (replicate, shard), whose product is world_size. Raises UserError if it can't be."""
     replicate = cfg["shard"]["mesh"]["replicate"]
     shards = cfg["shard"]["mesh"]["shard"]
+    for key, size in cfg["shard"]["mesh"].items():
+        if size and world_size % size:
+            raise configs.UserError(f"shard.mesh.{key}: {world_size} ranks cannot be divided by "
+                                    f"{size}")
     if shards is None:
         shards = world_size // replicate if replicate else 1
     if replicate is None:

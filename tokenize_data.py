@@ -457,7 +457,7 @@ def check_format(stream, file, name):
 
 
 def read_json(stream, file, context):
-    """Also .jsonl. The file's first line shows where its records are:
+    """Also .jsonl. The file's first lines show where its records are:
 
         {"a": 1}\\n{"a": 2}              one on each line
         [{"a": 1}, {"a": 2}]             in a list: read_json_items()
@@ -466,12 +466,16 @@ def read_json(stream, file, context):
     first = "\n"
     while first.isspace():                               # it may follow empty lines
         first = stream.readline(256 * BLOCK).decode("utf-8-sig", "ignore")
+    second = stream.readline(BLOCK).lstrip()
     stream.seek(0)
     first = first.lstrip()
     is_object = first.startswith("{")
+    # a first line with an error also is one, if the next line begins a record: the error names it
+    is_broken = second.startswith(b"{") and not first.rstrip().endswith(",")
+    is_line = is_object and (is_broken or is_json(first))
     # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
     is_list = first.startswith("[") or (format_of(file) == "json" and not is_object)
-    if is_list or (is_object and not is_json(first)):
+    if is_list or (is_object and not is_line):
         yield from read_json_items(stream, file, is_list)
         return
     n = 1
@@ -2182,21 +2186,54 @@ def check_merges(model, ranks):
     """Raise UserError unless tiktoken merges as this tokenizer.json does.
 
     tokenizer.json joins the pair of neighbours that comes first in its list of merges. tiktoken
-    joins any two neighbours that make a token, the lowest id first. Lists of merges that come from
-    training or conversion comply if
+    joins any two neighbours that make a token, the lowest id first. Both give the same ids if:
 
     1. The ids of the list's results ascend. Otherwise, with the list [b c, a b] and ab's id below
        bc's, the text abc is a + bc in tokenizer.json, and ab + c in tiktoken.
-    2. Each token but the bytes has a merge. Otherwise abc may stay ab + c in tokenizer.json, and be
-       abc in tiktoken. (With ignore_merges, tokenizer.json finds words that are tokens at once.)
+    2. The list joins the characters of each token to this token. Otherwise, with the list
+       [a b, b c, a bc], the text abc stays ab + c in tokenizer.json, and is abc in tiktoken.
+    3. Or, for a token for which 2 fails: ignore_merges is set, so that a word which is this token
+       becomes it at once; and the list has each pair of tokens that makes it, [a bc, ab c] for abc,
+       because inside of longer words tiktoken joins any such pair.
+
+    Conditions 2 and 3 are not checked for more than 20,000 merges, since that takes seconds. Such
+    long lists come from training or conversion, which comply with both.
     """
     # "a b" in older files, ["a", "b"] in newer ones
-    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    ids = [model["vocab"][left + right] for left, right in pairs]
+    pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair)
+             for pair in model["merges"]]
+    vocab = model["vocab"]
+    ids = [vocab[left + right] for left, right in pairs]
     if ids != sorted(ids):
         raise unsupported_error("its order of merges")
-    if len(ranks) > 256 + len(set(ids)) and not model.get("ignore_merges"):
+    ignore_merges = model.get("ignore_merges")
+    # the cheap part of 2, for lists of any length: each token but the bytes has a merge
+    if len(ranks) > 256 + len(set(ids)) and not ignore_merges:
         raise unsupported_error("a vocabulary with tokens that no merge makes")
+    if len(pairs) > 20_000:
+        return
+    indexes = {}
+    for i, pair in enumerate(pairs):
+        indexes.setdefault(pair, i)
+    for token in map(spell, ranks):
+        if merge_characters(token, indexes) == [token]:
+            continue
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        splits = {(left, right) for left, right in splits if left in vocab and right in vocab}
+        if not ignore_merges or not indexes.keys() >= splits:
+            raise unsupported_error(f"a vocabulary whose merges do not make {token!r}")
+
+
+def merge_characters(text, indexes):
+    """The tokens that a tokenizer.json's merges, {pair: index}, make of a text's characters."""
+    parts = list(text)
+    while True:
+        pairs = list(zip(parts, parts[1:]))
+        merges = [(indexes[pair], i) for i, pair in enumerate(pairs) if pair in indexes]
+        if not merges:
+            return parts
+        _, first = min(merges)
+        parts[first:first + 2] = [parts[first] + parts[first + 1]]
 
 
 def recover_merges(ranks):

@@ -6,7 +6,7 @@
     torchrun train.py configs/pretrain.yaml                    train from scratch on text
     torchrun train.py configs/ft.yaml shard.lora.r=8 lr=3e-3 out_dir=out/r8          adapters only
     python train.py configs/ft.yaml device=cpu dtype=float32 out_dir=out/cpu         a laptop
-    torchrun train.py configs/ft.yaml out_dir=out/ft eval_only=true                  only evaluate
+    torchrun train.py out/ft/config.yaml eval_only=true        only evaluate, with that run's keys
 
 The file out_dir/STOP and the signals TERM, INT, USR1 and HUP end a run after its current step. It
 is saved, and the same command resumes it. Exit status: 0 if the run is complete or was ended by

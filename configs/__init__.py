@@ -1091,16 +1091,22 @@ def pop_options(argv, **options):
     """Take a script's own key=value options out of its command line; `options` are their defaults.
 
     pop_options(["a.yaml", "show=3"], show=0) -> ({"show": 3}, ["a.yaml"])
+
+    Raises UserError for a key that is not in the config and is spelled like an option.
     """
     schema = schema_of(options)
+    config_keys = read_defaults()[0]
     rest = []
     for arg in argv:
         key, equals, text = arg.partition("=")
         if equals and key in schema:
             value = parse_value(text, key, schema[key])
             options[key] = checked_value(key, value, schema[key], "cli")
-        else:
-            rest.append(arg)
+            continue
+        near = nearest(key, list(options))
+        if equals and near and key not in config_keys:
+            raise UserError(f"{key}: unknown option; the nearest is {near}")
+        rest.append(arg)
     return options, rest
 
 
@@ -1222,6 +1228,7 @@ def exit_with_help(doc, argv):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not argv or "--help" in argv or "-h" in argv:
         if is_local_rank0():
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)      # ends quietly in `... | head`
             print(doc.strip())
         sys.exit(0)
 

@@ -126,6 +126,7 @@ def test_answer_file_writes_the_records_with_their_answers(chat_model, tmp_path,
         M.main([str(chat_model), f"prompts={tmp_path / 'a.jsonl'}", f"out={out}", "max_tokens=12", f"batch_size={size}"])
         written = [json.loads(line) for line in out.read_text().splitlines()]
         assert written == [record | {"generated_text": text} for record, text in zip(records, expected)]
+        assert capsys.readouterr().out == f"4 answers: {out}\n"
         out.unlink()
     M.main([str(chat_model), f"prompts={tmp_path / 'a.txt'}", "max_tokens=12"])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [

@@ -732,6 +732,8 @@ def test_pop_options_separates_a_scripts_own_options():
         {"show": 3, "ids": True, "top_p": 1.0, "name": "null"}, ["a.yaml", "lr=1"])
     assert configs.pop_options(["top_p=1"], top_p=0.5) == ({"top_p": 1.0}, [])
     assert_names(error_of(configs.pop_options, ["show=x"], show=0), ["show", "int", "'x'"])
+    assert_names(error_of(configs.pop_options, ["shw=3"], show=0), ["shw: unknown option; the nearest is show"])
+    assert configs.pop_options(["seed=1"], seeds=0)[1] == ["seed=1"]           # a key of the config
 
 
 def test_bind_options_checks_and_binds():

@@ -242,8 +242,8 @@ def test_encode_pair_names_the_line_of_a_record_that_it_cannot_read(experiment, 
     with pytest.raises(configs.UserError, match="pairs.jsonl, line 2"):
         documents_of(tmp_path, path)
     assert len(documents_of(tmp_path, path, "data.on_error=skip")) == 2       # skipped as a pair
-    path.write_text("{\n")
-    with pytest.raises(configs.UserError, match="pairs.jsonl, line 1: not valid JSON"):
+    path.write_text(f"{json.dumps(pair)}\n{{\n")
+    with pytest.raises(configs.UserError, match="pairs.jsonl, line 2: not valid JSON"):
         documents_of(tmp_path, path)
 
 

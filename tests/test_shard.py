@@ -404,9 +404,11 @@ def test_shard_script_predicts_less_for_more_shards(script):
 
 
 def test_shard_script_refuses_an_impossible_mesh_in_one_line(script):
-    out = script("shard.py", "configs/ft.yaml", "device=cpu", "gpus=6", "shard.mesh.shard=4")
-    assert out.returncode == 1 and out.stderr.count("\n") == 1
-    assert out.stderr.startswith("error: shard.mesh: replicate 1 x shard 4 is not 6 ranks")
+    for key, error in (("shard.mesh.shard=4", "shard.mesh.shard: 6 ranks cannot be divided by 4"),
+                       ("shard.mesh={replicate: 2, shard: 2}", "shard.mesh: replicate 2 x shard 2 is not 6 ranks")):
+        out = script("shard.py", "configs/ft.yaml", "device=cpu", "gpus=6", key)
+        assert out.returncode == 1 and out.stderr.count("\n") == 1
+        assert out.stderr.startswith(f"error: {error}")
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["configs/ft.yaml", "-h"]])

@@ -1415,6 +1415,8 @@ def test_read_json_takes_objects_however_they_are_separated(tmp_path, name):
     wrong([f"{name}, line 4: keys none"], load_one, tmp_path, tmp_path / name)
     put(tmp_path, name, f"{pretty(a)}\n{{'text'".encode())
     wrong([f"{name}, record 2: not valid JSON"], load_one, tmp_path, tmp_path / name)
+    put(tmp_path, name, f"{compact(a)[:-1]}\n{compact(b)}\n".encode())
+    wrong([f"{name}, line 1: not valid JSON"], load_one, tmp_path, tmp_path / name)
 
 
 def test_read_json_names_the_key_of_a_wrapped_list(tmp_path):

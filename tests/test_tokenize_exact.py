@@ -1,4 +1,4 @@
-"""tokenize_data.py against the reference tokenizers, real templates and damaged inputs: right tokens, or one line."""
+"""tokenize_data.py against the reference tokenizers and real templates: the same tokens."""
 import functools, gzip, itertools, json, random
 from pathlib import Path
 
@@ -178,6 +178,16 @@ def test_merges_that_tiktoken_would_do_otherwise_run_through_the_tokenizers_pack
     assert isinstance(ours, T.HFTokenizer)
     for text in [*T.TEST_STRINGS, "the cat sat on the mat"]:
         assert ours.encode_with_offsets(text)[0].tolist() == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_check_merges_finds_a_token_that_the_list_does_not_make():
+    """The list makes ab + c of abc, tiktoken makes abc."""
+    vocab = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    ranks = {token.encode(): i for token, i in vocab.items()}
+    made = {"vocab": vocab, "merges": ["a b", "b c", "ab c", "a bc"]}
+    T.check_merges(made, ranks)
+    with pytest.raises(ValueError, match="merges do not make 'abc'"):
+        T.check_merges(made | {"merges": ["a b", "b c", "a bc"]}, ranks)
 
 
 def test_all_tokens_of_a_last_character_are_trained(tmp_path):

@@ -152,7 +152,7 @@ def wait_for_store():
 
 
 def store_of_this_start(store):
-    """Separate the keys of this start from those that earlier starts left in torchrun's store.
+    """The store for this start, without the keys that earlier starts left in torchrun's store.
 
     torchrun keeps one store over its restarts. On one node, the number of the restart serves as a
     prefix. Several nodes may count restarts differently, so torchrun has to create a new store for
@@ -1487,15 +1487,15 @@ class StepSize:
         self.set_micro_tokens(cfg["micro_tokens"])
         # bytes of a computed number, of a block's trained weight or its gradient, and of a number
         # of the optimizer's state
-        self.element = resolve_dtype(cfg, device_type).itemsize
-        self.master = getattr(torch, shard_cfg["master_dtype"]).itemsize
-        self.moment = getattr(torch, shard_cfg["moment_dtype"]).itemsize
+        self.compute_bytes = resolve_dtype(cfg, device_type).itemsize
+        self.master_bytes = getattr(torch, shard_cfg["master_dtype"]).itemsize
+        self.moment_bytes = getattr(torch, shard_cfg["moment_dtype"]).itemsize
         # The first blocks without a backward pass keep no activations: see count_frozen_blocks()
         frozen_blocks = count_frozen_blocks(model)
         self.n_blocks = len(model.blocks) - frozen_blocks
         self.keeps_matmuls = shard_cfg["recompute"] == "selective"
         recompute = n_recomputed(shard_cfg["recompute"], len(model.blocks))
-        self.recompute = max(0, recompute - frozen_blocks)
+        self.recomputed_blocks = max(0, recompute - frozen_blocks)
         self.measure_blocks(model.blocks)
         self.measure_linear_layers(model.blocks)
         self.measure_parameters(model, frozen_blocks)
@@ -1507,39 +1507,40 @@ class StepSize:
         self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
         # Gemma 4 has MLPs of two widths and attention of two kinds
-        n_double = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
-        self.d_ff = self.model_cfg["d_ff"] * (1 + n_double / len(blocks))
+        m = self.model_cfg
+        n_double_wide = m["n_kv_shared_layers"] if m["double_wide_mlp"] else 0
+        self.d_ff = m["d_ff"] * (1 + n_double_wide / len(blocks))
         layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
         n_layers = max(1, len(layers))
         self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
         self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
         # the part of the blocks that has linear attention, from 0 to 1
-        self.linear_attention = 1 - len(layers) / len(blocks)
+        self.linear_attention_share = 1 - len(layers) / len(blocks)
         self.trains_experts = count_parameters(blocks[0].mlp, trained=True) > 0
 
     def measure_parameters(self, model, frozen_blocks):
         """Numbers of parameters."""
-        self.trained = count_parameters(model, trained=True)
-        self.frozen = count_parameters(model, trained=False)
+        self.trained_weights = count_parameters(model, trained=True)
+        self.frozen_weights = count_parameters(model, trained=False)
         # of each block with a backward pass, and outside of the blocks
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
-        self.outside_trained = self.trained - sum(self.blocks_trained)
-        self.outside_frozen = self.frozen - count_parameters(model.blocks, trained=False)
+        self.outside_trained = self.trained_weights - sum(self.blocks_trained)
+        self.outside_frozen = self.frozen_weights - count_parameters(model.blocks, trained=False)
         # bytes of all trained parameters, and of their gradients
-        self.trained_bytes = self.master * sum(self.blocks_trained) + 4 * self.outside_trained
-        self.head = model.padded_vocab_size * self.model_cfg["d_model"]
+        self.trained_bytes = self.master_bytes * sum(self.blocks_trained) + 4 * self.outside_trained
+        self.head_weights = model.padded_vocab_size * self.model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
-        self.matrices = sum(p.numel() for name, p in model.named_parameters()
-                            if p.requires_grad and transformer.is_block_matrix(name, p))
+        self.matrix_weights = sum(p.numel() for name, p in model.named_parameters()
+                                  if p.requires_grad and transformer.is_block_matrix(name, p))
 
     def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
         layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
         sizes = [layer.in_features * layer.out_features for layer in layers]
         n_weights = sum(sizes) // len(blocks)
-        self.linear = sum(sizes)                         # weights of all blocks
+        self.linear_weights = sum(sizes)                 # of all blocks
         self.largest_linear = max(sizes)
         # per token and block: numbers that they compute, and that adapters read after dropout
         self.linear_outputs = 0
@@ -1553,14 +1554,15 @@ class StepSize:
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
-        self.linear_element = BYTES_PER_WEIGHT.get(quantize, self.element)
+        self.linear_bytes = BYTES_PER_WEIGHT.get(quantize, self.compute_bytes)
         n_parameters = count_parameters(blocks) // len(blocks)
-        other = 4 if self.is_quantized else self.element
-        self.block_bytes = self.linear_element * n_weights + other * (n_parameters - n_weights)
+        other = 4 if self.is_quantized else self.compute_bytes
+        self.block_bytes = self.linear_bytes * n_weights + other * (n_parameters - n_weights)
 
     def set_micro_tokens(self, micro_tokens):
-        self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
-        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)      # per rank
+        """Set the tokens of the largest micro-batch, and the number of micro-batches per rank."""
+        self.micro_tokens = min(self.rank_tokens, micro_tokens)
+        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)
 
 
 def count_parameters(module, trained=None):
@@ -1599,9 +1601,8 @@ def memory_of_phases(s):
     # and until then keeps them in fp32.
     accumulated = 0
     if s.micro_batches > 1:
-        accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
-    all_gradients = accumulated or gradients
-    head_gradient = 4 * s.head if s.trains_head else 0
+        accumulated = 4 * s.trained_weights if s.is_sharded and not s.offloads else gradients
+    head_gradient = 4 * s.head_weights if s.trains_head else 0
     in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
                       "activations": activation_bytes(s)}
     phases = {
@@ -1614,19 +1615,20 @@ def memory_of_phases(s):
         # that of the first block, the last to run: nearly all gradients exist
         "in the first block's backward pass": state | {
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
-            "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
+            "activations": activation_bytes(s, blocks=1),
+            "gradients": max(accumulated, gradients),
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients}}
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
-        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
+        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained_weights}
     return phases
 
 
 def state_bytes(s):
     """What a rank holds between steps, and of gradients; with shard.offload on the host."""
-    frozen_bytes = s.element * s.frozen
+    frozen_bytes = s.compute_bytes * s.frozen_weights
     if s.is_quantized:
-        frozen_bytes -= round((s.element - s.linear_element) * s.linear)
+        frozen_bytes -= round((s.compute_bytes - s.linear_bytes) * s.linear_weights)
     return {"weights": (s.trained_bytes + frozen_bytes) // s.shards,
             "optimizer": optimizer_bytes(s) // s.shards,
             "gradients": s.trained_bytes // s.shards}
@@ -1639,12 +1641,12 @@ def peak_phase(phases):
 
 def optimizer_bytes(s):
     """Two numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
-    numbers = 2 * s.trained
+    numbers = 2 * s.trained_weights
     if s.cfg["optimizer"] == "muon":
-        numbers -= s.matrices
+        numbers -= s.matrix_weights
     elif s.cfg["optimizer"] == "sgd":
-        numbers = s.trained if s.cfg["momentum"] > 0 else 0
-    return s.moment * numbers
+        numbers = s.trained_weights if s.cfg["momentum"] > 0 else 0
+    return s.moment_bytes * numbers
 
 
 def gathered_or_cast_bytes(s, blocks=None):
@@ -1657,12 +1659,13 @@ def gathered_or_cast_bytes(s, blocks=None):
             blocks = 1
         elif blocks is None:
             blocks = s.model_cfg["n_layers"]
-        outside = 4 * s.outside_trained + s.element * s.outside_frozen
+        outside = 4 * s.outside_trained + s.compute_bytes * s.outside_frozen
         return outside + blocks * s.block_bytes
-    # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
-    if s.master == s.element:
+    # Frozen weights are stored in the dtype of the computation. The casts of a recomputed block are
+    # not kept.
+    if s.master_bytes == s.compute_bytes:
         return 0
-    return sum(s.blocks_trained[s.recompute:blocks]) * s.element
+    return sum(s.blocks_trained[s.recomputed_blocks:blocks]) * s.compute_bytes
 
 
 def activation_bytes(s, blocks=None):
@@ -1672,29 +1675,30 @@ def activation_bytes(s, blocks=None):
     """
     C = s.model_cfg["d_model"]
     blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
-    recompute = min(s.recompute, blocks)
+    recompute = min(s.recomputed_blocks, blocks)
     per_token = recompute * recomputed_block_bytes(s)
     per_token += (blocks - recompute) * block_activation_bytes(s)
     per_token += 8 * C                    # the embedding in fp32, and later its gradient
-    per_token += 2 * s.element * C        # input and output of the last norm
-    return round(s.tokens * per_token)
+    per_token += 2 * s.compute_bytes * C        # input and output of the last norm
+    return round(s.micro_tokens * per_token)
 
 
 def recomputed_block_bytes(s):
-    """What a recomputed block keeps per token; with selective, also matmuls and attention."""
+    """What a recomputed block keeps per token: its input; with selective, also the outputs of
+    matmuls and attention."""
     m = s.model_cfg
-    kept = s.element * m["d_model"]
+    kept = s.compute_bytes * m["d_model"]
     if s.keeps_matmuls:
-        kept += s.element * s.linear_outputs
+        kept += s.compute_bytes * s.linear_outputs
         if not s.keeps_probabilities:
-            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * s.head_dim
+            kept += (1 - s.linear_attention_share) * attention_bytes(s) * m["n_heads"] * s.head_dim
     return round(kept)
 
 
-def attention_element(s):
+def attention_bytes(s):
     """Bytes of a number in attention: on a CPU, short documents are computed in fp32."""
     is_short = s.cfg["data"]["seq_len"] < transformer.FP32_ATTENTION_BELOW
-    return 4 if is_short and not s.is_cuda else s.element
+    return 4 if is_short and not s.is_cuda else s.compute_bytes
 
 
 def block_activation_bytes(s):
@@ -1705,43 +1709,44 @@ def block_activation_bytes(s):
     length = s.cfg["data"]["seq_len"]
     # Each norm: its input. The norms before attention and MLP: also the output, the input of their
     # matmuls. Rope keeps its angles only.
-    norms = s.element * (s.norms + min(s.norms, 2)) * C
+    norms = s.compute_bytes * (s.norms + min(s.norms, 2)) * C
     # Attention: q, k, v and the output. On a CPU the output is kept in the matmul's dtype as well.
     kv_heads = K
-    if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
+    if s.is_cuda and s.compute_bytes == 4:
+        # model.attention() repeats k and v for each query head
         kv_heads = H
-    attention = attention_element(s) * (2 * H + 2 * kv_heads) * E
+    attention = attention_bytes(s) * (2 * H + 2 * kv_heads) * E
     if not s.is_cuda:
-        attention += s.element * H * E
+        attention += s.compute_bytes * H * E
     if m["qk_norm"] != "none":
-        attention += s.element * (H + K) * E
+        attention += s.compute_bytes * (H + K) * E
     if m["attn_sinks"] and not s.keeps_probabilities:     # the output before they reduce it
-        attention += s.element * H * E
+        attention += s.compute_bytes * H * E
     if m["attention_gate"]:              # the gate, and its product with the output
-        attention += 2 * s.element * H * E
+        attention += 2 * s.compute_bytes * H * E
     if s.keeps_probabilities:
         # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
         # dropout its mask and the probabilities once more; else only if their dtype is another
         pair = 8 if m["attn_softcap"] else 4
         if m["attn_pdrop"]:
-            pair += 1 + attention_element(s)
-        elif attention_element(s) < 4:
-            pair += attention_element(s)
+            pair += 1 + attention_bytes(s)
+        elif attention_bytes(s) < 4:
+            pair += attention_bytes(s)
         attention += H * length * pair
-    if s.linear_attention:
+    if s.linear_attention_share:
         from families import delta_net
-        attention *= 1 - s.linear_attention
-        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
+        attention *= 1 - s.linear_attention_share
+        attention += s.linear_attention_share * delta_net.activation_bytes(m, s.compute_bytes)
     if m["block"] == "gemma4":
         from families import gemma4
-        attention += gemma4.activation_bytes(m, s.element, s.kv_width)
+        attention += gemma4.activation_bytes(m, s.compute_bytes, s.kv_width)
     # Adapters with dropout keep a mask and a copy of their inputs. Then nothing keeps the inputs
     # themselves, which are the outputs of norms, attention and activation.
     dropout_copies = 0
     if s.adapter_inputs:
         inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
         not_kept = min(s.norms, 2) * C + inside + (0 if s.is_cuda else H * E)
-        dropout_copies = (1 + s.element) * s.adapter_inputs - s.element * not_kept
+        dropout_copies = (1 + s.compute_bytes) * s.adapter_inputs - s.compute_bytes * not_kept
     return norms + attention + dropout_copies + mlp_activation_bytes(s)
 
 
@@ -1751,13 +1756,13 @@ def mlp_activation_bytes(s):
     if not m["n_experts"]:
         # input and output of the activation function; if gated, also the gate's factor and the
         # product
-        return s.element * s.d_ff * (4 if m["glu"] else 2)
+        return s.compute_bytes * s.d_ff * (4 if m["glu"] else 2)
     # per chosen expert: the output, and three numbers of the gated MLP for their product; the
     # inputs of the matrices only if these or their adapters are trained
     numbers = m["d_model"] + 3 * m["d_expert"]
     if s.trains_experts:
         numbers += m["d_model"] + m["d_expert"]
-    return s.element * m["n_experts_per_token"] * numbers
+    return s.compute_bytes * m["n_experts_per_token"] * numbers
 
 
 def loss_bytes(s):
@@ -1766,28 +1771,28 @@ def loss_bytes(s):
     The logits of a chunk of tokens are computed by one matmul; pieces of it are converted to fp32.
     """
     C = s.model_cfg["d_model"]
-    V = s.head // C
-    chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
-    logits = min(chunk, s.tokens) * V * s.element
+    V = s.head_weights // C
+    chunk, piece = transformer.chunk_sizes(V, s.compute_bytes, s.is_cuda)
+    logits = min(chunk, s.micro_tokens) * V * s.compute_bytes
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
-    logits += min(piece, s.tokens) * V * 4 * 4
-    total = logits + s.tokens * C * s.element            # the gradient of the head's input
+    logits += min(piece, s.micro_tokens) * V * 4 * 4
+    total = logits + s.micro_tokens * C * s.compute_bytes    # the gradient of the head's input
     if s.trains_head:
-        total += 4 * s.head                              # the head's gradient
-        if s.element < 4:
-            total += s.element * s.head                  # the head, cast
+        total += 4 * s.head_weights                              # the head's gradient
+        if s.compute_bytes < 4:
+            total += s.compute_bytes * s.head_weights                  # the head, cast
     return total
 
 
 def block_backward_bytes(s, last):
     """What the backward pass of the last or first block needs besides the kept activations."""
     m = s.model_cfg
-    # the first s.recompute blocks are recomputed
-    is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
+    # the first s.recomputed_blocks blocks are recomputed
+    is_recomputed = s.recomputed_blocks == s.n_blocks if last else s.recomputed_blocks > 0
     block_trained = s.blocks_trained[-1] if s.blocks_trained else 0
-    kept = s.tokens * block_activation_bytes(s)
+    kept = s.micro_tokens * block_activation_bytes(s)
     d_ff = m["n_experts_per_token"] * m["d_expert"] if m["n_experts"] else m["d_ff"]
-    mlp_gradient = s.tokens * s.element * d_ff
+    mlp_gradient = s.micro_tokens * s.compute_bytes * d_ff
     if not is_recomputed:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
         total = mlp_gradient * (3 if m["glu"] else 2)
@@ -1797,20 +1802,21 @@ def block_backward_bytes(s, last):
         # that are already freed.
         total = kept
         if s.keeps_matmuls:
-            total -= s.tokens * (recomputed_block_bytes(s) - s.element * m["d_model"])
+            total -= s.micro_tokens * (recomputed_block_bytes(s) - s.compute_bytes * m["d_model"])
         if m["glu"]:
             total += mlp_gradient
-    if s.linear_attention:    # it runs after the activations of the MLP are freed
+    if s.linear_attention_share:    # it runs after the activations of the MLP are freed
         from families import delta_net
-        total = max(total, s.tokens * delta_net.backward_bytes(m))
+        total = max(total, s.micro_tokens * delta_net.backward_bytes(m))
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
     if s.is_sharded:
-        # at the end of the block, whose activations are freed: gradients, and in fp32 what is
-        # summed over ranks. Then gloo has a buffer for the weights of the next block
+        # At the end of the block, its activations are freed. What is there then: its gradients, and
+        # their fp32 copy that is summed over ranks. With gloo, later: this copy, and the weights of
+        # the next block twice, once in gloo's buffer
         freed = 0 if is_recomputed else kept    # counted among the kept activations
-        total = max(total, (s.element + 4) * block_trained - freed)
+        total = max(total, (s.compute_bytes + 4) * block_trained - freed)
         if s.shards > 1 and not s.is_cuda:
             total = max(total, 4 * block_trained + 2 * s.block_bytes - freed)
         total += s.block_bytes                # weights of the next block

@@ -108,6 +108,7 @@ def init_distributed(cfg):
     env = os.environ
     message = (f"MASTER_ADDR: rank {env['RANK']} waits for {env['WORLD_SIZE']} ranks to meet at "
                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}; {configs.unset_hint(env)}")
+    # printed if the ranks have not met after 5 s
     timer = threading.Timer(5, print, [message], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
@@ -482,6 +483,7 @@ def quantize_blockwise(values, code, blocksize):
     n = values.numel()
     blocks = F.pad(values.flatten(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
+    # clamp: a block of zeros would be divided by 0
     scaled = blocks * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)
     bounds = (code[1:] + code[:-1]) / 2
     indices = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
@@ -500,7 +502,8 @@ def quantize_absmax(absmax):
     """Double quantization of quantize_nf4's absmax: (uint8 in its shape, nested_absmax, offset)."""
     offset = absmax.mean()
     code = dynamic_map().to(absmax.device)
-    return *quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE), offset
+    indices, nested_absmax = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
+    return indices, nested_absmax, offset
 
 
 def dequantize_nf4(packed, absmax, nested_absmax, offset, pairs, absmax_code):
@@ -1384,7 +1387,7 @@ def is_writer(t):
     """Does this rank write its local shard to a checkpoint? One rank per shard does."""
     if not is_dtensor(t):
         return rank() == 0
-    # the first one along every dimension of the mesh over which t is replicated
+    # the first of those with the same shard: number 0 along each dimension that replicates t
     return all(placement.is_shard() or t.device_mesh.get_local_rank(mesh_dim) == 0
                for mesh_dim, placement in enumerate(t.placements))
 
@@ -1402,6 +1405,8 @@ UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
 
 def set_gradient_sync(model, last):
     """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
+
+    last  is this micro-batch the last of the step?
 
     Before that, each rank accumulates its own gradients. They are whole and on the device, so with
     shard.offload every micro-batch sums, and its sums are added up in host memory. Replicated
@@ -1445,13 +1450,13 @@ def check_replicas(model):
             bits = local.view(torch.int32 if local.itemsize == 4 else torch.int16)
             my_checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
             my_rows.append((start, end))
-    my_checksums = torch.stack(my_checksums).tolist()
+    mine = (tuple(my_rows), torch.stack(my_checksums).tolist())
     different = []
     first_holder = {}    # {rows: (first rank that holds them, its checksums)}
-    for r, (rows, checksums) in enumerate(all_gather_object((tuple(my_rows), my_checksums))):
-        reference_rank, reference_checksums = first_holder.setdefault(rows, (r, checksums))
-        if checksums != reference_checksums:
-            different.append(f"rank {r} from rank {reference_rank}")
+    for r, (rows, checksums) in enumerate(all_gather_object(mine)):
+        first_rank, expected = first_holder.setdefault(rows, (r, checksums))
+        if checksums != expected:
+            different.append(f"rank {r} from rank {first_rank}")
     if different:
         raise RuntimeError(
             f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "
@@ -1665,7 +1670,8 @@ def gathered_or_cast_bytes(s, blocks=None):
     # not kept.
     if s.master_bytes == s.compute_bytes:
         return 0
-    return sum(s.blocks_trained[s.recomputed_blocks:blocks]) * s.compute_bytes
+    n_cast = sum(s.blocks_trained[s.recomputed_blocks:blocks])
+    return n_cast * s.compute_bytes
 
 
 def activation_bytes(s, blocks=None):
@@ -1841,7 +1847,7 @@ CHOICES = [
 
 
 def choices_of(cfg):
-    """Yield (name, the config of this choice) of CHOICES, without and with recomputation."""
+    """Yield (name, config) of each of CHOICES, without and with recomputation."""
     r = cfg["shard"]["lora"]["r"] or 16
     for name, has_lora, keys in CHOICES:
         lora_cfg = cfg["shard"]["lora"] | {"r": r if has_lora else 0}

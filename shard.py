@@ -39,7 +39,6 @@ model.py knows nothing of this: the model that parallelize() returns is called a
 """
 import atexit
 import bisect
-import copy
 import ctypes
 import datetime
 import functools
@@ -109,6 +108,7 @@ def init_distributed(cfg):
     env = os.environ
     message = (f"MASTER_ADDR: rank {env['RANK']} waits for {env['WORLD_SIZE']} ranks to meet at "
                f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}; {configs.unset_hint(env)}")
+    # printed if the ranks have not met after 5 s
     timer = threading.Timer(5, print, [message], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
@@ -128,7 +128,7 @@ def init_distributed(cfg):
 
 
 def backend_of(device):
-    """torch.distributed's backend. CPU tensors are communicated in any case: see collectives."""
+    """torch.distributed's backend. gloo communicates CPU tensors, as in all_reduce_sum()."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -153,7 +153,7 @@ def wait_for_store():
 
 
 def store_of_this_start(store):
-    """Separate the keys of this start from those that earlier starts left in torchrun's store.
+    """The store for this start, without the keys that earlier starts left in torchrun's store.
 
     torchrun keeps one store over its restarts. On one node, the number of the restart serves as a
     prefix. Several nodes may count restarts differently, so torchrun has to create a new store for
@@ -175,7 +175,8 @@ def run_distributed(main, cfg, *args):
     If a rank fails, torchrun ends the others and prints the error of the failed rank last. A
     UserError is printed as one line, every other exception with its traceback.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # ends also a rank that waits for others
+    # so that Ctrl-C also ends a rank that waits in a collective
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         configs.run(run_alone, main, cfg, *args)
         return
@@ -185,7 +186,7 @@ def run_distributed(main, cfg, *args):
         main(cfg, *args)
         dist.barrier()
     except SystemExit as error:
-        # as in Python: None is 0; a text is printed, and 1
+        # as in Python: exit(None) means 0, and exit(text) prints the text and means 1
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr)
         exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -195,8 +196,8 @@ def run_distributed(main, cfg, *args):
         configs.write_error_file(error, error_text(error))
         os._exit(1)    # don't wait for communication that can't complete any more
     dist.destroy_process_group()
-    # End without winding up the interpreter: gloo's threads may still hold tensors, and then abort
-    # the process (pytorch/pytorch#179291).
+    # os._exit() skips Python's shutdown, in which gloo's threads may still hold tensors and abort
+    # the process (pytorch/pytorch#179291). What Python does at exit is done here.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -233,8 +234,9 @@ def is_connection_loss(error):
     """
     texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
              "remote process exit", "communicator was aborted")
-    is_known = any(text in str(error) for text in texts)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and is_known)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in texts):
+        return True
+    return isinstance(error, dist.DistError)
 
 
 def error_text(error):
@@ -266,10 +268,7 @@ def all_reduce_sum(numbers):
 
 
 def all_reduce_max(numbers):
-    """A list of ints per rank -> the largest of each over ranks.
-
-    On CPU tensors (gloo), so the GPU is not waited for.
-    """
+    """A list of ints per rank -> the largest of each over ranks. On CPU tensors as well."""
     t = torch.tensor(numbers)
     if world_size() > 1:
         dist.all_reduce(t, dist.ReduceOp.MAX)
@@ -375,8 +374,8 @@ def pad_multiple(device, dtype, micro_tokens):
     """The multiple of tokens that micro-batches are padded to.
 
     With few different shapes, kernels are selected and memory blocks are allocated less often. On
-    CUDA there are at most sixteen. In bf16 on a CPU, oneDNN prepares and keeps a kernel per shape
-    (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 there padding only costs.
+    CUDA there are at most sixteen shapes. In bf16 on a CPU, oneDNN prepares and keeps a kernel per
+    shape (117 us per token with multiples of 64, 139 without; LOG.md). In fp32 padding only costs.
     """
     if device.type == "cuda":
         return max(256, math.ceil(micro_tokens / 16))
@@ -423,9 +422,10 @@ def configure_malloc(map_large_blocks):
     By default glibc maps every large block anew and unmaps it at once. Here it maps no blocks,
     never shrinks the heap, and grows it by 64 MB. Does nothing with another C library.
 
-    map_large_blocks  map blocks of 16 MB and more nevertheless. Where a dequantized weight was
-                      freed, small tensors that live longer would take a part of its place, and the
-                      next one would not fit: the heap grew to three times what was in use
+    map_large_blocks  map blocks of 16 MB and more as glibc does. This is for dequantized weights:
+                      in the heap, small tensors that live longer take a part of a freed weight's
+                      place, and the next weight does not fit there. The heap grew to three times
+                      what was in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -438,7 +438,7 @@ def configure_malloc(map_large_blocks):
 
 
 def num_graphs():
-    """Number of graphs that torch.compile has compiled so far."""
+    """Number of graphs that torch.compile has compiled so far; 0 if it was not imported."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
@@ -483,6 +483,7 @@ def quantize_blockwise(values, code, blocksize):
     n = values.numel()
     blocks = F.pad(values.flatten(), (0, -n % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1)
+    # clamp: a block of zeros would be divided by 0
     scaled = blocks * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)
     bounds = (code[1:] + code[:-1]) / 2
     indices = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
@@ -501,7 +502,8 @@ def quantize_absmax(absmax):
     """Double quantization of quantize_nf4's absmax: (uint8 in its shape, nested_absmax, offset)."""
     offset = absmax.mean()
     code = dynamic_map().to(absmax.device)
-    return *quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE), offset
+    indices, nested_absmax = quantize_blockwise(absmax - offset, code, ABSMAX_BLOCKSIZE)
+    return indices, nested_absmax, offset
 
 
 def dequantize_nf4(packed, absmax, nested_absmax, offset, pairs, absmax_code):
@@ -535,9 +537,9 @@ def dequantize(weight, absmax, *nested):
 
 
 class QuantizedMatmul(torch.autograd.Function):
-    """linear(): W is dequantized for the forward pass and again for the backward pass.
+    """linear(x, W, bias, ends): W is dequantized for the forward and again for the backward pass.
 
-    Only x, [T, in], has a gradient. The arguments after ends are FrozenLinear.stored(). They are
+    Only x, [T, in], has a gradient. The last six arguments are FrozenLinear.stored(). They are
     listed, because torch 2.13's compiler loses ctx if their number varies.
     """
 
@@ -557,11 +559,14 @@ class QuantizedMatmul(torch.autograd.Function):
             from families import moe
             matrices = weight.unflatten(0, (len(ends), -1))               # [X, out, in]
             grad_x = moe.grouped_matmul(grad_out.contiguous(), matrices, ends)
-        return grad_x, None, None, None, None, None, None, None, None
+        return grad_x, *[None] * 8
 
 
 def linear(x, weight, bias=None, ends=None):
-    """F.linear(), or with `ends` that of the experts' rows: see families/moe.py."""
+    """F.linear(), or for the experts of a mixture: each multiplies its rows of x by its rows of W.
+
+    ends  int32 [X]: the rows of x that belong to expert e are ends[e - 1] ... ends[e] - 1
+    """
     if ends is None:
         return F.linear(x, weight, bias)
     from families import moe
@@ -571,10 +576,11 @@ def linear(x, weight, bias=None, ends=None):
 class FrozenLinear(transformer.Linear):
     """A frozen linear layer, whose weight may be stored quantized.
 
-    nf4   weight [out, in / 2] and absmax [out, in / 64] in uint8; nested_absmax and offset in fp32
-    int8  weight [out, in] in int8; absmax [out] in fp32
+    nf4   parameters weight [out, in / 2] and absmax [out, in / 64] in uint8; buffers nested_absmax
+          and offset in fp32, and the tables pairs and absmax_code: see dequantize_nf4()
+    int8  parameter weight [out, in] in int8; buffer absmax [out] in fp32
 
-    FSDP shards parameters, by rows. Buffers are small, and whole on every rank.
+    FSDP shards parameters by rows. Buffers are small, and whole on every rank.
     """
 
     def __init__(self, linear, quantize="none"):
@@ -584,21 +590,21 @@ class FrozenLinear(transformer.Linear):
         self.bias = linear.bias
         self.n_experts = getattr(linear, "n_experts", 1)    # more: of moe.ExpertLinear
         self.quantize = quantize
-        shapes = {"nested_absmax": None, "offset": None, "pairs": None, "absmax_code": None}
         rows = linear.out_features
+        buffers = dict.fromkeys(("nested_absmax", "offset", "pairs", "absmax_code"))    # None
         if quantize == "int8":
             self.weight = quantized_parameter(rows, linear.in_features, torch.int8)
-            shapes["absmax"] = (rows,)
+            buffers["absmax"] = torch.empty(rows, device="meta")
         elif quantize == "nf4":
             n_blocks = linear.in_features // NF4_BLOCKSIZE                # of a row
             n_nested_blocks = math.ceil(rows * n_blocks / ABSMAX_BLOCKSIZE)
             self.weight = quantized_parameter(rows, linear.in_features // 2, torch.uint8)
             self.absmax = quantized_parameter(rows, n_blocks, torch.uint8)
-            shapes = {"nested_absmax": (n_nested_blocks,), "offset": (), "pairs": (256, 2),
-                      "absmax_code": (256,)}
-        for name, shape in shapes.items():
-            empty = None if shape is None else torch.empty(shape, device="meta")
-            self.register_buffer(name, empty)
+            shapes = ((n_nested_blocks,), (), (256, 2), (256,))
+            buffers = {name: torch.empty(shape, device="meta")
+                       for name, shape in zip(buffers, shapes)}
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
 
     def stored(self):
         """The arguments of dequantize(). The last four are None for int8."""
@@ -606,7 +612,7 @@ class FrozenLinear(transformer.Linear):
                 self.absmax_code)
 
     def forward(self, x, seeds=None, ends=None):                         # [T, in]
-        """seeds  are for the adapters of LoRALinear;  ends  of experts, see families/moe.py"""
+        """seeds  not used here, see LoRALinear;  ends  see linear()"""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.quantize == "none":
             return linear(x, self.weight.to(x.dtype), bias, ends)
@@ -620,13 +626,14 @@ class FrozenLinear(transformer.Linear):
         for low, high in transformer.row_ranges(start, end):
             rows = read_rows(low, high).to(weight.device).float()
             weight[low - start:high - start], absmax[low:high] = quantize_rows(rows)
-        if is_dtensor(self.weight):          # the mean and the nested blocks are of all ranks' rows
+        # quantize_absmax() needs the absmax of all rows: those of other ranks are 0 so far
+        if is_dtensor(self.weight):
             dist.all_reduce(absmax, dist.ReduceOp.MAX)
         if self.quantize == "int8":
             self.absmax.copy_(absmax)
             return
         absmax, nested_absmax, offset = quantize_absmax(absmax)
-        local_shard(self.absmax)[0].copy_(absmax[start:end])
+        copy_rows(self.absmax, absmax)
         self.nested_absmax.copy_(nested_absmax)
         self.offset.copy_(offset)
         self.pairs.copy_(nf4_pairs())
@@ -664,6 +671,7 @@ class LoRALinear(FrozenLinear):
         """seeds  int32 [T] of the block's dropouts, see model.Block. None: no dropout"""
         adapter_x = x
         if seeds is not None and self.dropout:
+            # + 3: see the table of noise in model.py, above hash_int32()
             layer_seeds = transformer.hash_int32(seeds + 3 + self.place)
             adapter_x = transformer.dropout(x, self.dropout, layer_seeds)
         low_rank = linear(adapter_x, self.lora_A.to(x.dtype), None, ends) * self.scale    # [T, r]
@@ -680,7 +688,7 @@ class LoRALinear(FrozenLinear):
         return (B @ A).flatten(0, 1) * self.scale
 
     def rows_of_A(self, first):
-        """The rows of A that row `first` of B is multiplied by: those of its expert, as a slice."""
+        """The rows of lora_A (a slice) of the expert that row `first` of lora_B belongs to."""
         r = len(self.lora_A) // self.n_experts
         expert = first * self.n_experts // len(self.lora_B)
         return slice(expert * r, (expert + 1) * r)
@@ -703,7 +711,7 @@ def add_lora(model, lora_cfg, quantize="none"):
     """
     model.requires_grad_(False)
     model.adapter_dropout = lora_cfg["dropout"]
-    # of all kinds of blocks, in the order of their first one
+    # names of linear layers within their blocks; the index of a name is its place in LoRALinear
     places = list(dict.fromkeys(name for block in model.blocks
                                 for name, module in block.named_modules()
                                 if isinstance(module, nn.Linear)))
@@ -714,8 +722,8 @@ def add_lora(model, lora_cfg, quantize="none"):
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
         if not isinstance(module, nn.Linear):
             continue
-        [(tensor, _, _), *_] = layout[f"{name}.weight"]
-        target = short_name(layout[f"{name}.weight"])
+        tensor, _, _ = layout[f"{name}.weight"][0]
+        target = module_name(tensor)
         # PEFT adapts no module of files that have all experts in one tensor (Granite-MoE)
         can_adapt = not transformer.is_stacked(tensor, family)
         if can_adapt:
@@ -736,9 +744,7 @@ def add_lora(model, lora_cfg, quantize="none"):
                                     f"{', '.join(sorted(known))}; got {target}")
     for name in saved_tensors(model.cfg, lora_cfg["modules_to_save"]).values():
         model.get_parameter(name).requires_grad_(True)
-    adapts_experts = any(layer.n_experts > 1 for layer in model.modules()
-                         if isinstance(layer, LoRALinear))
-    if adapts_experts:
+    if any(isinstance(layer, LoRALinear) and layer.n_experts > 1 for layer in model.modules()):
         check_adapters_of_experts(lora_cfg)
 
 
@@ -788,12 +794,6 @@ def saved_tensors(m, modules_to_save):
     return {tensor: name for tensor, name in tensors.items() if name in chosen}
 
 
-def short_name(slices):
-    """[("model.layers.0.self_attn.q_proj.weight", ...)], an entry of hf_slices(), -> q_proj"""
-    hf_name, _, _ = slices[0]
-    return hf_name.split(".")[-2]
-
-
 def is_adapter(name):
     return name.endswith((".lora_A", ".lora_B"))
 
@@ -810,8 +810,7 @@ def init_adapters(model, seed):
         bound = 1 / math.sqrt(module.in_features)    # kaiming_uniform_ with a = sqrt(5)
         generator = transformer.make_generator(seed, name)
         A = torch.empty(module.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        local, start, end = local_shard(module.lora_A)
-        local.copy_(A[start:end])
+        copy_rows(module.lora_A, A)
         local_shard(module.lora_B)[0].zero_()
 
 
@@ -866,7 +865,8 @@ def save_adapter(model, lora_cfg, folder, base):
                for name, t in tensors.items()}
     r = lora_cfg["r"]
     alpha = lora_cfg["alpha"]
-    # so that the scale of n fused adapters is that of one: see adapter_scale()
+    # n fused adapters have rank n r. Their scale stays alpha / r with alpha n, or with rslora
+    # alpha / sqrt(r) with alpha sqrt(n)
     power = 0.5 if lora_cfg["rslora"] else 1
     adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM",
@@ -880,7 +880,7 @@ def save_adapter(model, lora_cfg, folder, base):
         "modules_to_save": sorted({module_name(tensor) for tensor in saved}) or None}
     if len(set(saved.values())) < len(saved):            # embedding and tied head: one parameter
         adapter_config["ensure_weight_tying"] = True
-    if "carried" in family:              # other parts of the model have modules of the same names
+    if "carried" in family:    # parts that are not trained here, with modules of the same names
         parts = "|".join(re.escape(prefix) for prefix in family["carried"])
         adapter_config["exclude_modules"] = rf"(.*\.)?({parts}).*"
     config_file = folder / "adapter_config.json"
@@ -892,7 +892,7 @@ PEFT_PREFIX = "base_model.model."    # of the tensors in adapter_model.safetenso
 
 
 def adapted_modules(model):
-    """The modules of the exported files that have adapters, as tuples of
+    """The modules of the exported files that have adapters: a list of (hf_module, layers, parts).
 
     hf_module  the name, such as model.layers.0.self_attn.q_proj
     layers     {parameter name: LoRALinear}; several if the module is fused
@@ -900,20 +900,11 @@ def adapted_modules(model):
     """
     modules = []
     for tensor, parts in transformer.hf_tensors(model.cfg).items():
-        layers = layers_of(model, parts)
-        if tensor.endswith(".weight") and layers:
+        layers = {name: model.get_submodule(name.rpartition(".")[0]) for name, _, _ in parts}
+        is_adapted = all(isinstance(layer, LoRALinear) for layer in layers.values())
+        if tensor.endswith(".weight") and is_adapted:
             modules.append((tensor.removesuffix(".weight"), layers, parts))
     return modules
-
-
-def layers_of(model, parts):
-    """The adapted layers {parameter name: LoRALinear} of an entry of hf_tensors()."""
-    layers = {}
-    for name, _, _ in parts:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, LoRALinear):
-            layers[name] = module
-    return layers
 
 
 def fuse_adapters(layers, parts):
@@ -957,6 +948,7 @@ def split_adapter(A, B, layers, parts, r):
     for place, (name, rows) in enumerate(rows_of_B.items()):
         columns = slice(place * r, (place + 1) * r) if is_fused else slice(None)
         layer_B = torch.cat(rows)
+        # fuse_adapters() has zeros in all other columns
         if layer_B.count_nonzero() > layer_B[:, columns].count_nonzero():
             return None
         adapters[name] = (A[columns], layer_B[:, columns])
@@ -976,11 +968,11 @@ def load_adapter(model, lora_cfg):
     modules = adapted_modules(model)
     saved = saved_tensors(model.cfg, lora_cfg["modules_to_save"])
     check_adapter_tensors(folder, files, model, modules, saved)
-    read = {name.removeprefix(PEFT_PREFIX): functools.partial(file.get_tensor, name)
-            for name, file in files.items()}
+    tensors = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name)
+               for name, file in files.items()}
     for hf_module, layers, parts in modules:
-        A = read[f"{hf_module}.lora_A.weight"]().float()
-        B = read[f"{hf_module}.lora_B.weight"]().float()
+        A = tensors[f"{hf_module}.lora_A.weight"].float()
+        B = tensors[f"{hf_module}.lora_B.weight"].float()
         B *= peft_scale(adapter_config, hf_module, len(A)) / adapter_scale(lora_cfg)
         adapters = split_adapter(A, B, layers, parts, lora_cfg["r"])
         if adapters is None:
@@ -990,12 +982,13 @@ def load_adapter(model, lora_cfg):
                 "merge it into its base with PEFT, and start from that")
         for name, (layer_A, layer_B) in adapters.items():
             layer = layers[name]
-            first = min(row for part, row, _ in parts if part == name)    # above 0: of an expert
+            # the layer's first row in this module; above 0 if the module is one of the experts
+            first = min(row for part, row, _ in parts if part == name)
             copy_rows(layer.lora_A, layer_A, layer.rows_of_A(first).start)
             copy_rows(layer.lora_B, layer_B, first)
     loaded = {}
     for tensor, name in saved.items():
-        rows = read[tensor]()
+        rows = tensors[tensor]
         if not torch.equal(loaded.setdefault(name, rows), rows):
             raise configs.UserError(f"shard.lora.init_from: {folder}: {tensor} differs from the "
                                     "embedding, to which config.json ties the head; merge it into "
@@ -1079,8 +1072,7 @@ def parallelize(model, cfg, read_slice):
     if lora_cfg["r"]:
         add_lora(model, lora_cfg, cfg["shard"]["quantize"])
     freeze_parameters(model, cfg["param_groups"])
-    cast_frozen_weights(model, dtype)
-    cast_trained_weights(model, getattr(torch, cfg["shard"]["master_dtype"]))
+    cast_weights(model, dtype, getattr(torch, cfg["shard"]["master_dtype"]))
     # 3) recompute activations in the backward pass
     model.recompute = choose_recompute(model.cfg, cfg, device)
     if cfg["shard"]["recompute"] == "selective":
@@ -1144,43 +1136,44 @@ def freeze_parameters(model, param_groups):
 
 def matching_group(name, param_groups):
     """The first of the config's param_groups whose pattern is in a parameter's name, or None."""
-    for spec in param_groups:
-        if re.search(spec["match"], name):
-            return spec
-    return None
+    return next((spec for spec in param_groups if re.search(spec["match"], name)), None)
 
 
-def cast_frozen_weights(model, dtype):
-    """Frozen matrices need no fp32 copy: store them in the dtype of the computation."""
-    for p in model.parameters():
-        if not p.requires_grad and p.dim() == 2 and p.is_floating_point():
-            p.data = p.data.to(dtype)
+def cast_weights(model, dtype, master_dtype):
+    """Store frozen matrices in dtype, and trained parameters of blocks in master_dtype.
 
-
-def cast_trained_weights(model, dtype):
-    """Store the blocks' trained parameters in shard.master_dtype. Gradients have the same dtype.
-
-    Vectors as well, though they are small: FSDP2 needs the same dtype for all of a block. Embedding
-    and head stay in fp32: in bf16 the validation loss was higher in most runs (RECORDS.md).
+    Frozen matrices need no fp32 copy. Gradients have the dtype of their parameters. Trained vectors
+    are cast as well, though they are small: FSDP2 needs the same dtype for all of a block.
+    Embedding and head stay in fp32: in bf16 the validation loss was higher in most runs
+    (RECORDS.md).
     """
-    for p in model.blocks.parameters():
+    for name, p in model.named_parameters():
         if p.requires_grad:
+            if name.startswith("blocks."):
+                p.data = p.data.to(master_dtype)
+        elif p.dim() == 2 and p.is_floating_point():
             p.data = p.data.to(dtype)
 
 
 def choose_recompute(model_cfg, cfg, device):
     """The number of blocks to recompute: shard.recompute, or as few as make a step fit."""
     n_blocks = model_cfg["n_layers"]
-    recompute = cfg["shard"]["recompute"]
-    if recompute is not None:
-        return n_blocks if recompute in (True, "selective") else min(int(recompute), n_blocks)
+    if cfg["shard"]["recompute"] is not None:
+        return n_recomputed(cfg["shard"]["recompute"], n_blocks)
     budget = memory_budget(device)
     for recompute in range(n_blocks):
         shard_cfg = cfg["shard"] | {"recompute": recompute}
-        phases = predict_memory(model_cfg, cfg | {"shard": shard_cfg}, world_size())
-        if sum(peak_phase(phases)[1].values()) <= budget:
+        s = StepSize(model_cfg, cfg | {"shard": shard_cfg}, world_size())
+        if peak_bytes(s, cfg["micro_tokens"]) <= budget:
             return recompute
     return n_blocks
+
+
+def n_recomputed(recompute, n_blocks):
+    """The number of blocks that a value of shard.recompute means; null counts as none."""
+    if recompute is True or recompute == "selective":
+        return n_blocks
+    return min(int(recompute or 0), n_blocks)
 
 
 def keep_matmuls(cfg, device):
@@ -1243,8 +1236,8 @@ def compile_blocks(model):
 
     Equal blocks share the compiled code. dynamic=True: it serves all lengths of micro-batches.
     """
-    # graphs per function. Blocks with and without rope have graphs of their own, each with and
-    # without a backward pass, and for 0, 1 and more tokens
+    # graphs per function: one each for blocks with and without rope, with and without a backward
+    # pass, and for 0, 1 and more tokens
     torch._dynamo.config.recompile_limit = 32
     for block in model.blocks:
         block.pre_attention = torch.compile(block.pre_attention, dynamic=True)
@@ -1268,15 +1261,15 @@ def warm_up(model, cfg):
     length = min(cfg["data"]["seq_len"], n_tokens)
     batch = transformer.pack_prompts([[0] * length] * (n_tokens // length), device)
     n_tokens = len(batch["tokens"])
-    batch["targets"] = batch["tokens"]
-    batch["target_index"] = torch.arange(n_tokens, device=device)
-    batch["loss_weights"] = torch.ones(n_tokens, device=device)
-    batch["doc_ids"] = torch.arange(n_tokens // length, device=device)
+    batch |= {"targets": batch["tokens"],
+              "target_index": torch.arange(n_tokens, device=device),
+              "loss_weights": torch.ones(n_tokens, device=device),
+              "doc_ids": torch.arange(n_tokens // length, device=device)}
     model.train()
     loss_sum, _, _ = model(batch | {"noise_seed": 0})
     loss_sum.backward()
     model.zero_grad()
-    model.expert_tokens = 0
+    model.expert_tokens = 0                              # counted in the forward pass
     with torch.no_grad():                                # validation
         model.eval()(batch)
     model.train()
@@ -1320,20 +1313,19 @@ def apply_fsdp(model, cfg, device, dtype):
     mesh = dist.init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
         mesh = mesh["shard"]
-    precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
+    options = {"mesh": mesh, "offload_policy": OffloadPolicy()}
+    if cfg["shard"]["offload"] == "all":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     # A quantized block is gathered as it is stored; torch 2.11 would cast integers as well.
     param_dtype = dtype if cfg["shard"]["quantize"] == "none" else None
-    offload = OffloadPolicy()
-    if cfg["shard"]["offload"] == "all":
-        offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-    fully_shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
+    precision = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in model.blocks:
         if hasattr(block.attn, "decay"):     # of families/delta_net.py: as stored, not in bf16
-            fully_shard(block.attn.decay, mp_policy=precision(param_dtype=None))
+            fully_shard(block.attn.decay, mp_policy=precision(), **options)
         fully_shard(block, mp_policy=precision(param_dtype=param_dtype),
-                    reshard_after_forward=cfg["shard"]["reshard_after_forward"])
-    fully_shard(model, mp_policy=precision(param_dtype=None))
+                    reshard_after_forward=cfg["shard"]["reshard_after_forward"], **options)
+    fully_shard(model, mp_policy=precision(), **options)
     for module in fsdp_modules(model):
         # Gradients are summed, not averaged: the loss is divided by the global batch's weight.
         module.set_gradient_divide_factor(1.0)
@@ -1347,7 +1339,7 @@ def fsdp_modules(model):
 
     isinstance() would need an import that takes half a second, also in runs without FSDP.
     """
-    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
+    return [module for module in model.modules() if is_sharded(module)]
 
 
 def is_sharded(model):
@@ -1395,7 +1387,7 @@ def is_writer(t):
     """Does this rank write its local shard to a checkpoint? One rank per shard does."""
     if not is_dtensor(t):
         return rank() == 0
-    # the first one along every dimension of the mesh over which t is replicated
+    # the first of those with the same shard: number 0 along each dimension that replicates t
     return all(placement.is_shard() or t.device_mesh.get_local_rank(mesh_dim) == 0
                for mesh_dim, placement in enumerate(t.placements))
 
@@ -1408,8 +1400,13 @@ def full_tensor(t):
 # --------------------------------------------------------------------------------------------------
 # gradients
 
+UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
+
+
 def set_gradient_sync(model, last):
     """Under FSDP, sum gradients over ranks in the backward pass of the last micro-batch only.
+
+    last  is this micro-batch the last of the step?
 
     Before that, each rank accumulates its own gradients. They are whole and on the device, so with
     shard.offload every micro-batch sums, and its sums are added up in host memory. Replicated
@@ -1430,9 +1427,8 @@ def all_reduce_gradients(model):
         return
     params = [p for p in model.parameters() if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    n_numbers = sum(p.numel() for p in params)
-    flat = torch.empty(n_numbers, dtype=torch.float32, device=params[0].device)
-    torch.cat([gradient.flatten() for gradient in gradients], out=flat)
+    flat = torch.empty(0, dtype=torch.float32, device=params[0].device)
+    torch.cat([gradient.flatten() for gradient in gradients], out=flat)    # resizes it
     del gradients    # frees the zeros; each .grad is freed when it is replaced
     dist.all_reduce(flat)
     for p, summed in zip(params, flat.split([p.numel() for p in params])):
@@ -1454,13 +1450,13 @@ def check_replicas(model):
             bits = local.view(torch.int32 if local.itemsize == 4 else torch.int16)
             my_checksums.append(bits.sum(dtype=torch.int32))    # int64 would take 25 times as long
             my_rows.append((start, end))
-    my_checksums = torch.stack(my_checksums).tolist()
+    mine = (tuple(my_rows), torch.stack(my_checksums).tolist())
     different = []
     first_holder = {}    # {rows: (first rank that holds them, its checksums)}
-    for r, (rows, checksums) in enumerate(all_gather_object((tuple(my_rows), my_checksums))):
-        reference_rank, reference_checksums = first_holder.setdefault(rows, (r, checksums))
-        if checksums != reference_checksums:
-            different.append(f"rank {r} from rank {reference_rank}")
+    for r, (rows, checksums) in enumerate(all_gather_object(mine)):
+        first_rank, expected = first_holder.setdefault(rows, (r, checksums))
+        if checksums != expected:
+            different.append(f"rank {r} from rank {first_rank}")
     if different:
         raise RuntimeError(
             f"replicated parameters differ: {', '.join(different)}. Every rank has to make the "
@@ -1471,9 +1467,6 @@ def check_replicas(model):
 # --------------------------------------------------------------------------------------------------
 # predicted memory, from formulas
 
-UPDATE_CHUNK = 1 << 20    # weights that train.LowPrecisionAdamW updates at once
-
-
 class StepSize:
     """The quantities from which the memory of a training step follows.
 
@@ -1481,89 +1474,80 @@ class StepSize:
     """
 
     def __init__(self, model_cfg, cfg, world_size):
-        lora_cfg = cfg["shard"]["lora"]
+        shard_cfg = cfg["shard"]
         model = transformer.build_on_meta(model_cfg)
-        if lora_cfg["r"]:
-            add_lora(model, lora_cfg)
+        if shard_cfg["lora"]["r"]:
+            add_lora(model, shard_cfg["lora"])
         freeze_parameters(model, cfg["param_groups"])
         device_type = resolve_device_type(cfg)
-        documents = math.ceil(cfg["batch_size"] / world_size)
-        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         self.cfg = cfg
         self.model_cfg = model_cfg
         self.is_cuda = device_type == "cuda"
-        self.element = resolve_dtype(cfg, device_type).itemsize    # bytes of a computed number
         _, self.shards = mesh_sizes(cfg, world_size)
-        self.offloads = cfg["shard"]["offload"] == "all"
+        self.offloads = shard_cfg["offload"] == "all"
         self.is_sharded = self.shards > 1 or self.offloads
         self.is_replicated = world_size > 1 and not self.is_sharded
+        documents = math.ceil(cfg["batch_size"] / world_size)
+        self.rank_tokens = documents * cfg["data"]["seq_len"]      # of a step, on a rank
         self.set_micro_tokens(cfg["micro_tokens"])
-        # bytes of a block's trained weight and of its gradient, and of a number of the optimizer's
-        # state
-        self.master = getattr(torch, cfg["shard"]["master_dtype"]).itemsize
-        self.moment = getattr(torch, cfg["shard"]["moment_dtype"]).itemsize
-        self.needs_cast = self.master != self.element
-        self.measure_blocks(model.blocks)
-        # The first blocks without a backward pass keep nothing: below them all is frozen, too
+        # bytes of a computed number, of a block's trained weight or its gradient, and of a number
+        # of the optimizer's state
+        self.compute_bytes = resolve_dtype(cfg, device_type).itemsize
+        self.master_bytes = getattr(torch, shard_cfg["master_dtype"]).itemsize
+        self.moment_bytes = getattr(torch, shard_cfg["moment_dtype"]).itemsize
+        # The first blocks without a backward pass keep no activations: see count_frozen_blocks()
         frozen_blocks = count_frozen_blocks(model)
         self.n_blocks = len(model.blocks) - frozen_blocks
-        # in how many of these activations are recomputed; null counts as none
-        recompute = cfg["shard"]["recompute"] or 0
-        self.keeps_matmuls = recompute == "selective"
-        if recompute is True or self.keeps_matmuls:
-            recompute = len(model.blocks)
-        self.recompute = max(0, min(recompute, len(model.blocks)) - frozen_blocks)
+        self.keeps_matmuls = shard_cfg["recompute"] == "selective"
+        recompute = n_recomputed(shard_cfg["recompute"], len(model.blocks))
+        self.recomputed_blocks = max(0, recompute - frozen_blocks)
+        self.measure_blocks(model.blocks)
+        self.measure_linear_layers(model.blocks)
         self.measure_parameters(model, frozen_blocks)
 
     def measure_blocks(self, blocks):
-        """What the activations of blocks depend on, beside their widths."""
-        norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
-        self.norms = min(norms, 2)
-        self.post_norms = norms - self.norms     # of model.norm_place=both
+        """What the activations of a block depend on: means, where blocks differ."""
+        self.norms = sum(isinstance(module, transformer.Norm) for module in blocks[0].children())
         has_flex = can_use_flex(self.model_cfg, self.cfg)
         self.keeps_probabilities = any(block.attn.needs_probabilities(True, has_flex)
                                        for block in blocks)
-        # the mean width of an MLP, and means of blocks with attention: Gemma 4 has two kinds
-        wide = self.model_cfg["n_kv_shared_layers"] if self.model_cfg["double_wide_mlp"] else 0
-        self.d_ff = self.model_cfg["d_ff"] * (1 + wide / len(blocks))
+        # Gemma 4 has MLPs of two widths and attention of two kinds
+        m = self.model_cfg
+        n_double_wide = m["n_kv_shared_layers"] if m["double_wide_mlp"] else 0
+        self.d_ff = m["d_ff"] * (1 + n_double_wide / len(blocks))
         layers = [block.attn for block in blocks if isinstance(block.attn, transformer.Attention)]
         n_layers = max(1, len(layers))
         self.head_dim = sum(layer.head_dim for layer in layers) / n_layers
         self.kv_width = sum(layer.n_kv_heads * layer.head_dim for layer in layers) / n_layers
-        # of all blocks, the part with linear_attention
-        n_linear = transformer.layer_types(self.model_cfg).count("linear_attention")
-        self.linear_attention = n_linear / len(blocks)
-        # of a block, the mean where blocks are of different kinds
-        self.block = count_parameters(blocks) // len(blocks)
-        self.mlp = blocks[0].mlp
-        self.measure_linear_layers(blocks)
+        # the part of the blocks that has linear attention, from 0 to 1
+        self.linear_attention_share = 1 - len(layers) / len(blocks)
+        self.trains_experts = count_parameters(blocks[0].mlp, trained=True) > 0
 
     def measure_parameters(self, model, frozen_blocks):
         """Numbers of parameters."""
-        self.trained = count_parameters(model, trained=True)
-        self.frozen = count_parameters(model, trained=False)
-        # inside and outside of the blocks with a backward pass
+        self.trained_weights = count_parameters(model, trained=True)
+        self.frozen_weights = count_parameters(model, trained=False)
+        # of each block with a backward pass, and outside of the blocks
         self.blocks_trained = [count_parameters(block, trained=True)
                                for block in model.blocks[frozen_blocks:]]
-        self.outside_trained = self.trained - sum(self.blocks_trained)
+        self.outside_trained = self.trained_weights - sum(self.blocks_trained)
+        self.outside_frozen = self.frozen_weights - count_parameters(model.blocks, trained=False)
         # bytes of all trained parameters, and of their gradients
-        self.trained_bytes = self.master * sum(self.blocks_trained) + 4 * self.outside_trained
-        in_blocks = count_parameters(model.blocks)
-        self.outside_frozen = count_parameters(model) - in_blocks - self.outside_trained
-        self.largest = max(p.numel() for p in model.parameters()) // self.shards
-        self.head = model.padded_vocab_size * self.model_cfg["d_model"]
+        self.trained_bytes = self.master_bytes * sum(self.blocks_trained) + 4 * self.outside_trained
+        self.head_weights = model.padded_vocab_size * self.model_cfg["d_model"]
         self.trains_head = model.head_weight().requires_grad
         # in the blocks' matrices: with Muon they have a momentum and no other state
-        self.matrices = sum(p.numel() for name, p in model.named_parameters()
-                            if p.requires_grad and transformer.is_block_matrix(name, p))
+        self.matrix_weights = sum(p.numel() for name, p in model.named_parameters()
+                                  if p.requires_grad and transformer.is_block_matrix(name, p))
 
     def measure_linear_layers(self, blocks):
         """The sizes of a block's linear layers, whose weights may be quantized."""
         layers = [module for module in blocks.modules() if isinstance(module, nn.Linear)]
         sizes = [layer.in_features * layer.out_features for layer in layers]
-        self.linear = sum(sizes) // len(blocks)
+        n_weights = sum(sizes) // len(blocks)
+        self.linear_weights = sum(sizes)                 # of all blocks
         self.largest_linear = max(sizes)
-        # numbers per token that they compute, and that adapters read after dropout
+        # per token and block: numbers that they compute, and that adapters read after dropout
         self.linear_outputs = 0
         self.adapter_inputs = 0
         for layer in layers:
@@ -1575,14 +1559,15 @@ class StepSize:
         quantize = self.cfg["shard"]["quantize"]
         self.is_quantized = quantize != "none"
         # bytes of a linear layer's weight, and of a block as FSDP gathers it
-        self.linear_element = BYTES_PER_WEIGHT.get(quantize, self.element)
-        self.block_bytes = self.element * self.block
-        if self.is_quantized:
-            self.block_bytes = self.linear_element * self.linear + 4 * (self.block - self.linear)
+        self.linear_bytes = BYTES_PER_WEIGHT.get(quantize, self.compute_bytes)
+        n_parameters = count_parameters(blocks) // len(blocks)
+        other = 4 if self.is_quantized else self.compute_bytes
+        self.block_bytes = self.linear_bytes * n_weights + other * (n_parameters - n_weights)
 
     def set_micro_tokens(self, micro_tokens):
-        self.tokens = min(self.rank_tokens, micro_tokens)          # of the largest micro-batch
-        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)      # per rank
+        """Set the tokens of the largest micro-batch, and the number of micro-batches per rank."""
+        self.micro_tokens = min(self.rank_tokens, micro_tokens)
+        self.micro_batches = math.ceil(self.rank_tokens / micro_tokens)
 
 
 def count_parameters(module, trained=None):
@@ -1621,14 +1606,8 @@ def memory_of_phases(s):
     # and until then keeps them in fp32.
     accumulated = 0
     if s.micro_batches > 1:
-        accumulated = 4 * s.trained if s.is_sharded and not s.offloads else gradients
-    all_gradients = accumulated or gradients
-    head_gradient = 4 * s.head if s.trains_head else 0
-    # The head's gradient is added to the accumulated ones at once; if the head is the embedding,
-    # only at the end of the backward pass, when the embedding's is there, too.
-    in_backward = max(accumulated, head_gradient)
-    if s.model_cfg["tie_embeddings"]:
-        in_backward = accumulated + head_gradient
+        accumulated = 4 * s.trained_weights if s.is_sharded and not s.offloads else gradients
+    head_gradient = 4 * s.head_weights if s.trains_head else 0
     in_use = state | {"gathered or cast": gathered_or_cast_bytes(s),
                       "activations": activation_bytes(s)}
     phases = {
@@ -1636,26 +1615,25 @@ def memory_of_phases(s):
         "at the loss": in_use | {"gradients": accumulated, "logits and head": loss_bytes(s)},
         # the backward pass of the last block, the first to run: all other activations are kept
         "in the last block's backward pass": in_use | {
-            "gradients": in_backward, "block backward": block_backward_bytes(s, last=True)},
+            "gradients": accumulated + head_gradient,
+            "block backward": block_backward_bytes(s, last=True)},
         # that of the first block, the last to run: nearly all gradients exist
         "in the first block's backward pass": state | {
             "gathered or cast": gathered_or_cast_bytes(s, blocks=1),
-            "activations": activation_bytes(s, blocks=1), "gradients": all_gradients,
+            "activations": activation_bytes(s, blocks=1),
+            "gradients": max(accumulated, gradients),
             "block backward": block_backward_bytes(s, last=False)},
         "at the update": state | {"gradients": gradients}}
-    if (s.master < 4 or s.moment < 4) and gradients:    # see train.LowPrecisionAdamW
-        phases["at the update"]["a chunk in fp32"] = 10 * 4 * min(UPDATE_CHUNK, s.largest)
     if s.is_replicated:    # summed in fp32, see all_reduce_gradients
-        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained}
+        phases["at the all-reduce"] = state | {"gradients": gradients + 4 * s.trained_weights}
     return phases
 
 
 def state_bytes(s):
     """What a rank holds between steps, and of gradients; with shard.offload on the host."""
-    frozen_bytes = s.element * s.frozen
+    frozen_bytes = s.compute_bytes * s.frozen_weights
     if s.is_quantized:
-        n_weights = s.linear * s.model_cfg["n_layers"]
-        frozen_bytes -= round((s.element - s.linear_element) * n_weights)
+        frozen_bytes -= round((s.compute_bytes - s.linear_bytes) * s.linear_weights)
     return {"weights": (s.trained_bytes + frozen_bytes) // s.shards,
             "optimizer": optimizer_bytes(s) // s.shards,
             "gradients": s.trained_bytes // s.shards}
@@ -1668,12 +1646,12 @@ def peak_phase(phases):
 
 def optimizer_bytes(s):
     """Two numbers per parameter for AdamW and unknown optimizers, one for a momentum."""
-    numbers = 2 * s.trained
+    numbers = 2 * s.trained_weights
     if s.cfg["optimizer"] == "muon":
-        numbers -= s.matrices
+        numbers -= s.matrix_weights
     elif s.cfg["optimizer"] == "sgd":
-        numbers = s.trained if s.cfg["momentum"] > 0 else 0
-    return s.moment * numbers
+        numbers = s.trained_weights if s.cfg["momentum"] > 0 else 0
+    return s.moment_bytes * numbers
 
 
 def gathered_or_cast_bytes(s, blocks=None):
@@ -1686,12 +1664,14 @@ def gathered_or_cast_bytes(s, blocks=None):
             blocks = 1
         elif blocks is None:
             blocks = s.model_cfg["n_layers"]
-        outside = 4 * s.outside_trained + s.element * s.outside_frozen
+        outside = 4 * s.outside_trained + s.compute_bytes * s.outside_frozen
         return outside + blocks * s.block_bytes
-    # Frozen weights are stored in the compute dtype. Recompute: see block_backward_bytes
-    if not s.needs_cast:
+    # Frozen weights are stored in the dtype of the computation. The casts of a recomputed block are
+    # not kept.
+    if s.master_bytes == s.compute_bytes:
         return 0
-    return sum(s.blocks_trained[s.recompute:blocks]) * s.element
+    n_cast = sum(s.blocks_trained[s.recomputed_blocks:blocks])
+    return n_cast * s.compute_bytes
 
 
 def activation_bytes(s, blocks=None):
@@ -1701,30 +1681,30 @@ def activation_bytes(s, blocks=None):
     """
     C = s.model_cfg["d_model"]
     blocks = s.n_blocks if blocks is None else min(blocks, s.n_blocks)
-    n_recomputed = min(s.recompute, blocks)
-    in_blocks = n_recomputed * recomputed_block_bytes(s)
-    in_blocks += (blocks - n_recomputed) * block_activation_bytes(s)
-    embedding = 8 * C                     # in fp32, and its gradient in the backward pass
-    last_norm = 2 * s.element * C         # input and output
-    outside = embedding + last_norm
-    return round(s.tokens * (in_blocks + outside))
+    recompute = min(s.recomputed_blocks, blocks)
+    per_token = recompute * recomputed_block_bytes(s)
+    per_token += (blocks - recompute) * block_activation_bytes(s)
+    per_token += 8 * C                    # the embedding in fp32, and later its gradient
+    per_token += 2 * s.compute_bytes * C        # input and output of the last norm
+    return round(s.micro_tokens * per_token)
 
 
 def recomputed_block_bytes(s):
-    """What a recomputed block keeps per token; with selective, also matmuls and attention."""
+    """What a recomputed block keeps per token: its input; with selective, also the outputs of
+    matmuls and attention."""
     m = s.model_cfg
-    kept = s.element * m["d_model"]
+    kept = s.compute_bytes * m["d_model"]
     if s.keeps_matmuls:
-        kept += s.element * s.linear_outputs
+        kept += s.compute_bytes * s.linear_outputs
         if not s.keeps_probabilities:
-            kept += (1 - s.linear_attention) * attention_element(s) * m["n_heads"] * s.head_dim
+            kept += (1 - s.linear_attention_share) * attention_bytes(s) * m["n_heads"] * s.head_dim
     return round(kept)
 
 
-def attention_element(s):
+def attention_bytes(s):
     """Bytes of a number in attention: on a CPU, short documents are computed in fp32."""
     is_short = s.cfg["data"]["seq_len"] < transformer.FP32_ATTENTION_BELOW
-    return 4 if is_short and not s.is_cuda else s.element
+    return 4 if is_short and not s.is_cuda else s.compute_bytes
 
 
 def block_activation_bytes(s):
@@ -1733,126 +1713,116 @@ def block_activation_bytes(s):
     C, H, E = m["d_model"], m["n_heads"], s.head_dim
     K = s.kv_width / E if E else 0
     length = s.cfg["data"]["seq_len"]
-    # A norm: its input, and its output as the input of the next matmul. Rope keeps its angles only.
-    # A norm of an output: its input alone.
-    norms = s.element * (2 * s.norms + s.post_norms) * C
-    qk_norms = s.element * (H + K) * E if m["qk_norm"] != "none" else 0
-    # Attention: q, k, v, the output, an fp32 number per head (log of the softmax's sum). On a CPU
-    # the output is kept in the matmul's dtype as well.
-    if s.is_cuda and s.element == 4:     # model.attention() repeats k and v for each query head
-        K = H
-    attention = attention_element(s) * (2 * H + 2 * K) * E + 4 * H
+    # Each norm: its input. The norms before attention and MLP: also the output, the input of their
+    # matmuls. Rope keeps its angles only.
+    norms = s.compute_bytes * (s.norms + min(s.norms, 2)) * C
+    # Attention: q, k, v and the output. On a CPU the output is kept in the matmul's dtype as well.
+    kv_heads = K
+    if s.is_cuda and s.compute_bytes == 4:
+        # model.attention() repeats k and v for each query head
+        kv_heads = H
+    attention = attention_bytes(s) * (2 * H + 2 * kv_heads) * E
     if not s.is_cuda:
-        attention += s.element * H * E
-    attention += qk_norms
+        attention += s.compute_bytes * H * E
+    if m["qk_norm"] != "none":
+        attention += s.compute_bytes * (H + K) * E
     if m["attn_sinks"] and not s.keeps_probabilities:     # the output before they reduce it
-        attention += s.element * H * E
+        attention += s.compute_bytes * H * E
     if m["attention_gate"]:              # the gate, and its product with the output
-        attention += 2 * s.element * H * E
+        attention += 2 * s.compute_bytes * H * E
     if s.keeps_probabilities:
         # per pair of tokens: the fp32 probabilities, and fp32 scores after soft-capping; after
         # dropout its mask and the probabilities once more; else only if their dtype is another
         pair = 8 if m["attn_softcap"] else 4
         if m["attn_pdrop"]:
-            pair += 1 + attention_element(s)
-        elif attention_element(s) < 4:
-            pair += attention_element(s)
+            pair += 1 + attention_bytes(s)
+        elif attention_bytes(s) < 4:
+            pair += attention_bytes(s)
         attention += H * length * pair
-    if s.linear_attention:
+    if s.linear_attention_share:
         from families import delta_net
-        attention *= 1 - s.linear_attention
-        attention += s.linear_attention * delta_net.activation_bytes(m, s.element)
+        attention *= 1 - s.linear_attention_share
+        attention += s.linear_attention_share * delta_net.activation_bytes(m, s.compute_bytes)
     if m["block"] == "gemma4":
         from families import gemma4
-        attention += gemma4.activation_bytes(m, s.element, s.kv_width)
-    # Dropout: a mask of one byte per number.
-    dropout = 2 * C if m["resid_pdrop"] else 0
-    # Adapters with dropout keep a mask and a copy each, instead of the outputs of norms, attention
-    # and activation that are their inputs.
+        attention += gemma4.activation_bytes(m, s.compute_bytes, s.kv_width)
+    # Adapters with dropout keep a mask and a copy of their inputs. Then nothing keeps the inputs
+    # themselves, which are the outputs of norms, attention and activation.
+    dropout_copies = 0
     if s.adapter_inputs:
         inside = m["n_experts_per_token"] * (C + m["d_expert"]) if m["n_experts"] else m["d_ff"]
-        shared_inputs = s.norms * C + inside + (0 if s.is_cuda else H * E)
-        dropout += (1 + s.element) * s.adapter_inputs - s.element * shared_inputs
-    mlp = expert_activation_bytes(s) if m["n_experts"] else mlp_activation_bytes(s)
-    return norms + attention + dropout + mlp
+        not_kept = min(s.norms, 2) * C + inside + (0 if s.is_cuda else H * E)
+        dropout_copies = (1 + s.compute_bytes) * s.adapter_inputs - s.compute_bytes * not_kept
+    return norms + attention + dropout_copies + mlp_activation_bytes(s)
 
 
 def mlp_activation_bytes(s):
-    """Of a token: input and output of the activation function; if gated, also the gate's factor and
-    the product."""
-    return s.element * s.d_ff * (4 if s.model_cfg["glu"] else 2)
-
-
-def expert_activation_bytes(s):
-    """What a mixture of experts keeps per token, see families/moe.py."""
+    """What an MLP or a mixture of experts (families/moe.py) keeps per token."""
     m = s.model_cfg
-    k = m["n_experts_per_token"]
-    # a row per expert: its output, and three numbers of the gated MLP for their product; the inputs
-    # of the matrices only if these or their adapters are trained
-    rows = m["d_model"] + 3 * m["d_expert"]
-    if count_parameters(s.mlp.experts, trained=True):
-        rows += m["d_model"] + m["d_expert"]
-    # The router: x in fp32, probabilities, five indices of each row
-    is_cast = s.mlp.router.weight.requires_grad and s.element < 4
-    router_input = 4 * m["d_model"] if is_cast else 0
-    return k * s.element * rows + router_input + 4 * m["n_experts"] + 5 * 8 * k
+    if not m["n_experts"]:
+        # input and output of the activation function; if gated, also the gate's factor and the
+        # product
+        return s.compute_bytes * s.d_ff * (4 if m["glu"] else 2)
+    # per chosen expert: the output, and three numbers of the gated MLP for their product; the
+    # inputs of the matrices only if these or their adapters are trained
+    numbers = m["d_model"] + 3 * m["d_expert"]
+    if s.trains_experts:
+        numbers += m["d_model"] + m["d_expert"]
+    return s.compute_bytes * m["n_experts_per_token"] * numbers
 
 
 def loss_bytes(s):
-    """Logits, and the gradients of the head and of its input (see model.ChunkedLoss).
+    """Logits, and the gradients of the head and of its input: see model.ChunkedLoss.
 
     The logits of a chunk of tokens are computed by one matmul; pieces of it are converted to fp32.
     """
     C = s.model_cfg["d_model"]
-    V = s.head // C
-    chunk, piece = transformer.chunk_sizes(V, s.element, s.is_cuda)
-    logits = min(chunk, s.tokens) * V * s.element
+    V = s.head_weights // C
+    chunk, piece = transformer.chunk_sizes(V, s.compute_bytes, s.is_cuda)
+    logits = min(chunk, s.micro_tokens) * V * s.compute_bytes
     # in fp32, of a piece: logits, log-probabilities, and the gradients of both
-    logits += min(piece, s.tokens) * V * 4 * 4
-    input_gradient = s.tokens * C * s.element
-    if not s.trains_head:
-        return logits + input_gradient
-    cast_head = s.element * s.head if s.element < 4 else 0
-    return logits + input_gradient + 4 * s.head + cast_head
+    logits += min(piece, s.micro_tokens) * V * 4 * 4
+    total = logits + s.micro_tokens * C * s.compute_bytes    # the gradient of the head's input
+    if s.trains_head:
+        total += 4 * s.head_weights                              # the head's gradient
+        if s.compute_bytes < 4:
+            total += s.compute_bytes * s.head_weights                  # the head, cast
+    return total
 
 
 def block_backward_bytes(s, last):
     """What the backward pass of the last or first block needs besides the kept activations."""
-    is_recomputed = s.recompute == s.n_blocks if last else s.recompute > 0
-    # that of the last and of the first block are alike, unless one is frozen
-    block_trained = (s.blocks_trained or [0])[-1 if last else 0]
     m = s.model_cfg
+    # the first s.recomputed_blocks blocks are recomputed
+    is_recomputed = s.recomputed_blocks == s.n_blocks if last else s.recomputed_blocks > 0
+    block_trained = s.blocks_trained[-1] if s.blocks_trained else 0
+    kept = s.micro_tokens * block_activation_bytes(s)
     d_ff = m["n_experts_per_token"] * m["d_expert"] if m["n_experts"] else m["d_ff"]
-    mlp_gradient = s.tokens * s.element * d_ff
-    is_gated = s.model_cfg["glu"]
+    mlp_gradient = s.micro_tokens * s.compute_bytes * d_ff
     if not is_recomputed:
         # gradients [T, d_ff] of the activation's input and output; if gated, also of the factor
-        total = mlp_gradient * (3 if is_gated else 2)
+        total = mlp_gradient * (3 if m["glu"] else 2)
     else:
         # All activations are computed again. Measured: of a gated MLP's three gradients only one
         # adds to the peak, of a plain MLP's two none does; the others reuse memory of activations
         # that are already freed.
-        total = s.tokens * block_activation_bytes(s)
+        total = kept
         if s.keeps_matmuls:
-            total -= s.tokens * (recomputed_block_bytes(s) - s.element * m["d_model"])
-        if is_gated:
+            total -= s.micro_tokens * (recomputed_block_bytes(s) - s.compute_bytes * m["d_model"])
+        if m["glu"]:
             total += mlp_gradient
-        if s.needs_cast and not s.is_sharded:
-            total += s.element * block_trained    # this block's weights, cast again
-    if s.linear_attention:    # it runs after the activations of the MLP are freed
+    if s.linear_attention_share:    # it runs after the activations of the MLP are freed
         from families import delta_net
-        per_token = delta_net.backward_bytes(s.model_cfg)
-        if not is_recomputed:
-            per_token -= mlp_activation_bytes(s)
-        total = max(total, s.tokens * per_token)
+        total = max(total, s.micro_tokens * delta_net.backward_bytes(m))
     if s.is_quantized:
         # a dequantized matrix: in fp32, and either its indices or its values in the compute dtype
         total += 6 * s.largest_linear
     if s.is_sharded:
-        # at the end of the block, whose activations are freed: gradients, and in fp32 what is
-        # summed over ranks. Then gloo has a buffer for the weights of the next block
-        freed = 0 if is_recomputed else s.tokens * block_activation_bytes(s)
-        total = max(total, (s.element + 4) * block_trained - freed)
+        # At the end of the block, its activations are freed. What is there then: its gradients, and
+        # their fp32 copy that is summed over ranks. With gloo, later: this copy, and the weights of
+        # the next block twice, once in gloo's buffer
+        freed = 0 if is_recomputed else kept    # counted among the kept activations
+        total = max(total, (s.compute_bytes + 4) * block_trained - freed)
         if s.shards > 1 and not s.is_cuda:
             total = max(total, 4 * block_trained + 2 * s.block_bytes - freed)
         total += s.block_bytes                # weights of the next block
@@ -1863,33 +1833,27 @@ def block_backward_bytes(s, last):
 
 GIB = 2**30
 
-# The choices that the script compares: (name, values of keys). Others are as in START.
-START = {"shard.lora.r": 0, "shard.quantize": "none", "shard.offload": "none",
-         "shard.master_dtype": "float32", "shard.moment_dtype": "float32"}
+# The choices that the script compares: (name, whether it has LoRA, keys of the shard section that
+# differ from START)
+START = {"quantize": "none", "offload": "none", "master_dtype": "float32",
+         "moment_dtype": "float32"}
 CHOICES = [
-    ("full fine-tuning", {}),
-    ("full, bf16 states", {"shard.master_dtype": "bfloat16", "shard.moment_dtype": "bfloat16"}),
-    ("full, offloaded", {"shard.offload": "all"}),
-    ("LoRA", {"shard.lora.r": 16}),
-    ("LoRA, nf4", {"shard.lora.r": 16, "shard.quantize": "nf4"}),
+    ("full fine-tuning", False, {}),
+    ("full, bf16 states", False, {"master_dtype": "bfloat16", "moment_dtype": "bfloat16"}),
+    ("full, offloaded", False, {"offload": "all"}),
+    ("LoRA", True, {}),
+    ("LoRA, nf4", True, {"quantize": "nf4"}),
 ]
 
 
 def choices_of(cfg):
-    """Yield (name, the config of this choice) of CHOICES, without and with recomputation.
-
-    The rank of adapters is that of cfg, if it has LoRA.
-    """
-    r = cfg["shard"]["lora"]["r"]
-    for name, keys in CHOICES:
-        keys = START | keys
-        if keys["shard.lora.r"] and r:
-            keys["shard.lora.r"] = r
+    """Yield (name, config) of each of CHOICES, without and with recomputation."""
+    r = cfg["shard"]["lora"]["r"] or 16
+    for name, has_lora, keys in CHOICES:
+        lora_cfg = cfg["shard"]["lora"] | {"r": r if has_lora else 0}
         for recompute in (False, True):
-            choice = copy.deepcopy(cfg)
-            for key, value in {**keys, "shard.recompute": recompute}.items():
-                configs.overlay(choice, configs.nested(key, value), "choice")
-            yield name, choice
+            shard_cfg = cfg["shard"] | START | keys | {"lora": lora_cfg, "recompute": recompute}
+            yield name, cfg | {"shard": shard_cfg}
 
 
 def peak_bytes(s, micro_tokens):
@@ -1905,10 +1869,10 @@ def largest_micro_tokens(s, budget):
     A power of two below 1,024, or a multiple of it. At least a document's tokens (data.seq_len); at
     most those of a rank's step, above which nothing changes.
     """
-    in_one = math.ceil(s.rank_tokens / 1024) * 1024
-    if peak_bytes(s, in_one) <= budget:      # a single micro-batch accumulates no gradients
-        return in_one
-    sizes = [*(2 ** n for n in range(10)), *range(1024, in_one, 1024)]
+    whole_step = math.ceil(s.rank_tokens / 1024) * 1024
+    if peak_bytes(s, whole_step) <= budget:      # a single micro-batch accumulates no gradients
+        return whole_step
+    sizes = [*(2 ** n for n in range(10)), *range(1024, whole_step, 1024)]
     sizes = [size for size in sizes if size >= s.cfg["data"]["seq_len"]]
     n_fitting = bisect.bisect_right(sizes, budget, key=functools.partial(peak_bytes, s))
     return sizes[n_fitting - 1] if n_fitting else 0
@@ -1953,7 +1917,8 @@ def main(argv):
         tokenizer = tokenize_data.load_tokenizer(cfg)
         model_cfg = transformer.resolve_vocab_size(model_cfg, tokenizer.n_vocab)
     replicate, shards = mesh_sizes(cfg, gpus)
-    phase, held = peak_phase(predict_memory(model_cfg, cfg, gpus))
+    s = StepSize(model_cfg, cfg, gpus)
+    phase, held = peak_phase(memory_of_phases(s))
     total = sum(held.values())
     print(f"predicted peak on each of {gpus} devices ({resolve_device_type(cfg)}, "
           f"replicate {replicate} x shard {shards}), {phase}:")
@@ -1961,8 +1926,8 @@ def main(argv):
         bar = "#" * round(40 * n / total)
         print(f"  {what:<16} {n / GIB:>12,.3f} GiB {n / total:>6.1%}  {bar}".rstrip())
     print(f"  {'total':<16} {total / GIB:>12,.3f} GiB")
-    if cfg["shard"]["offload"] != "none":
-        on_host = sum(state_bytes(StepSize(model_cfg, cfg, gpus)).values())
+    if s.offloads:
+        on_host = sum(state_bytes(s).values())
         print(f"in host memory, for each device: {on_host / GIB:,.3f} GiB of weights, gradients "
               "and optimizer state")
     if cfg["shard"]["recompute"] is None:

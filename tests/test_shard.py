@@ -233,7 +233,7 @@ def test_choose_recompute_takes_as_few_blocks_as_make_a_step_fit(monkeypatch):
     for budget, expected in ((predicted(3), 3), (predicted(3) - 1, 4), (1, 4)):
         monkeypatch.setattr(shard, "memory_budget", lambda device, budget=budget: budget)
         assert parallelized(*keys)[1].recompute == expected
-    for value, expected in (("false", 0), ("true", 4), ("2", 2), ("9", 4)):
+    for value, expected in (("false", 0), ("true", 4), ("1", 1), ("2", 2), ("9", 4)):
         assert parallelized(*keys, f"shard.recompute={value}")[1].recompute == expected
 
 

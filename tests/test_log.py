@@ -395,6 +395,11 @@ def wait_for_trackio(folder):
             answers = read_trackio(Path(folder))["answers"]
 
 
+def wait_for_next_second():
+    """TensorBoard reads a folder's files in the order of their names, which have the second of their start."""
+    time.sleep(1 - time.time() % 1)
+
+
 READERS = {"wandb": read_wandb, "mlflow": read_mlflow, "tensorboard": read_tensorboard, "trackio": read_trackio}
 
 
@@ -423,9 +428,11 @@ def test_tracker_shows_one_run_after_restarts(tmp_path, monkeypatch, script, tra
     killed = script("-c", f"import sys; sys.path[:0] = {sys.path[:2]}; import test_log; "
                           f"test_log.log_steps({str(folder)!r}, [1, 2, 3, 4], status=None, to={name!r})", **environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    wait_for_next_second()
     log_steps(folder, [3], resumed_step=2, status="failed", to=name)
     found = READERS[name](folder)
     assert found["runs"] == 1 and found["status"] == "failed" and found.get("exit_code", 1) == 1
+    wait_for_next_second()
     log_steps(folder, [3, 4, 5, 6], resumed_step=2, status="killed", to=name)
     found = READERS[name](folder)
     # these overwrite, the others skip; each start of wandb offline is a file with the whole curve

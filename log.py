@@ -391,7 +391,7 @@ class Logger:
         self.evaluations_path = folder / "evaluations.jsonl"
         if cfg["eval_only"]:                     # replaces an earlier one
             records = without_eval_only(records)
-            evaluations = [line for line in evaluations if line["step"] < resumed_step]
+            evaluations = without_eval_only(evaluations)
         write_records(self.path, records)
         write_records(self.evaluations_path, evaluations)
         self.file = open(self.path, "ab", buffering=0)
@@ -428,16 +428,18 @@ class Logger:
         seconds  that it has taken
         """
         self.flush()
-        self.write_evaluation(record["step"], seconds, answers)
+        self.write_evaluation(record, seconds, answers)
         record = self.write(record, answers)
         step = record.pop("step")
         fields = [f"{key.removeprefix('val/').replace('/', ' ')} {format_number(value, '.4f')}"
                   for key, value in record.items() if key.startswith("val/")]
         print(f"{self.format_progress(step)}  validation: {'   '.join(fields)}", flush=True)
 
-    def write_evaluation(self, step, seconds, answers):
+    def write_evaluation(self, record, seconds, answers):
         """Append to evaluations.jsonl. A full disk does not end the run."""
-        line = json.dumps({"step": step, "seconds": seconds, "answers": answers}) + "\n"
+        evaluation = {key: record[key] for key in ("step", "eval_only") if key in record}
+        evaluation |= {"seconds": seconds, "answers": answers}
+        line = json.dumps(evaluation) + "\n"
         path = self.evaluations_path
         size = path.stat().st_size if path.is_file() else 0
         try:

@@ -1281,7 +1281,7 @@ def mesh_sizes(cfg, world_size):
     shards = cfg["shard"]["mesh"]["shard"]
     for key, size in cfg["shard"]["mesh"].items():
         if size and world_size % size:
-            raise configs.UserError(f"shard.mesh.{key}: {world_size} ranks cannot be divided by "
+            raise configs.UserError(f"shard.mesh.{key}: {world_size} ranks are not a multiple of "
                                     f"{size}")
     if shards is None:
         shards = world_size // replicate if replicate else 1

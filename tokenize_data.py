@@ -471,7 +471,8 @@ def read_json(stream, file, context):
     first = first.lstrip()
     is_object = first.startswith("{")
     # a first line with an error also is one, if the next line begins a record: the error names it
-    is_broken = second.startswith(b"{") and not first.rstrip().endswith(",")
+    is_cut = first.rstrip().endswith((",", ":", "[", "{"))
+    is_broken = second.startswith(b"{") and not (is_cut or begins_with_json(first))
     is_line = is_object and (is_broken or is_json(first))
     # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
     is_list = first.startswith("[") or (format_of(file) == "json" and not is_object)
@@ -483,6 +484,14 @@ def read_json(stream, file, context):
         numbers = [n + i for i, line in enumerate(lines) if not line.isspace()]
         yield Chunk(file, "line", numbers, [line for line in lines if not line.isspace()])
         n += len(lines)
+
+
+def begins_with_json(text):
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except JSON_ERRORS:
+        return False
+    return True
 
 
 def is_json(text):

@@ -913,6 +913,28 @@ def check_adapter(lora_cfg, out_dir):
                    f"{show(value)}, as in the adapter {folder}, or not set")
 
 
+def check_gemma4(model_cfg):
+    """The part of check_model() about the keys of model.block=gemma4."""
+    n_heads = model_cfg["n_heads"]
+    n_layers = model_cfg["n_layers"]
+    yield (n_heads % (model_cfg["n_global_kv_heads"] or 1) == 0, "model.n_global_kv_heads",
+           f"a divisor of model.n_heads ({n_heads})")
+    yield (model_cfg["n_global_kv_heads"] is None or model_cfg["attention_k_eq_v"],
+           "model.n_global_kv_heads", "null without model.attention_k_eq_v")
+    is_gemma4 = model_cfg["block"] == "gemma4"
+    yield (model_cfg["n_kv_shared_layers"] < n_layers, "model.n_kv_shared_layers",
+           f"less than model.n_layers ({n_layers})")
+    yield (not (is_gemma4 and has_linear_attention(model_cfg)), "model.layer_types",
+           "without linear_attention in a model with model.block=gemma4")
+    yield (not model_cfg["global_head_dim"] or model_cfg["rope_local_theta"] is not None,
+           "model.rope_local_theta", "a number with model.global_head_dim")
+    has_rope = model_cfg["positions"] == "rope" and model_cfg["rope_layers"] is None
+    yield (model_cfg["block"] == "plain" or has_rope and model_cfg["qk_norm"] == "head",
+           "model.block", "plain unless model.qk_norm=head, and all blocks have rope")
+    yield ((model_cfg["global_head_dim"] or 2) % 2 == 0, "model.global_head_dim",
+           "even: rope rotates pairs")
+
+
 def check_model(model_cfg):
     """Do the sizes of the model section fit each other? Yields like check()."""
     hf_config.check_rope_scaling(model_cfg["rope_scaling"] or {}, "model.rope_scaling")
@@ -922,25 +944,17 @@ def check_model(model_cfg):
     rope_dim = int(model_cfg["head_dim"] * model_cfg["partial_rotary_factor"])
     yield (n_heads % model_cfg["n_kv_heads"] == 0, "model.n_kv_heads",
            f"a divisor of model.n_heads ({n_heads})")
-    yield (n_heads % (model_cfg["n_global_kv_heads"] or 1) == 0, "model.n_global_kv_heads",
-           f"a divisor of model.n_heads ({n_heads})")
-    yield (model_cfg["n_global_kv_heads"] is None or model_cfg["attention_k_eq_v"],
-           "model.n_global_kv_heads", "null without model.attention_k_eq_v")
-    has_rope = model_cfg["positions"] == "rope" and model_cfg["rope_layers"] is None
-    yield (model_cfg["block"] == "plain" or has_rope and model_cfg["qk_norm"] == "head",
-           "model.block", "plain unless model.qk_norm=head, and all blocks have rope")
+    yield from check_gemma4(model_cfg)
     n_value_heads = model_cfg["linear_num_value_heads"] or 0
     yield (n_value_heads % (model_cfg["linear_num_key_heads"] or 1) == 0,
            "model.linear_num_value_heads", "a multiple of model.linear_num_key_heads")
     yield (model_cfg["positions"] != "rope" or rope_dim % 2 == 0, "model.head_dim",
            "even after multiplication by model.partial_rotary_factor: rope rotates pairs")
-    yield ((model_cfg["global_head_dim"] or 2) % 2 == 0, "model.global_head_dim",
-           "even: rope rotates pairs")
     original = (model_cfg["rope_scaling"] or {}).get("original_max_position_embeddings")
     yield (not model_cfg["llama_4_scaling_beta"]
            or original and model_cfg["partial_rotary_factor"] == 1.0,
-           "model.llama_4_scaling_beta", "null without original_max_position_embeddings in "
-           "model.rope_scaling, and with model.partial_rotary_factor")
+           "model.llama_4_scaling_beta", "0 without original_max_position_embeddings in "
+           "model.rope_scaling, and with a model.partial_rotary_factor")
     for key in ("short_factor", "long_factor"):
         factors = (model_cfg["rope_scaling"] or {}).get(key)
         yield (factors is None or len(factors) == rope_dim // 2, f"model.rope_scaling.{key}",
@@ -1104,7 +1118,8 @@ def pop_options(argv, **options):
             options[key] = checked_value(key, value, schema[key], "cli")
             continue
         near = nearest(key, list(options))
-        if equals and near and key not in config_keys:
+        is_option = equals and re.fullmatch(r"\w+", key) and not os.path.exists(arg)
+        if is_option and near and key not in config_keys:
             raise UserError(f"{key}: unknown option; the nearest is {near}")
         rest.append(arg)
     return options, rest

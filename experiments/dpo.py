@@ -114,6 +114,6 @@ if __name__ == "__main__":
     argv = ["sampler.order=pairs", "data.train_on=last", "lr=5e-5", "log_every=10", *sys.argv[1:]]
     cfg, _, _ = configs.load_or_exit(argv)
     for name, source in cfg["data"]["train"].items():
-        if source["path"].endswith("data/chats.jsonl"):  # of configs/ft.yaml: these are no pairs
+        if source["path"] == "data/chats.jsonl":         # of configs/ft.yaml: these are no pairs
             argv.insert(0, f"data.train.{name}.path=data/pairs.jsonl")
     train.cli(argv)

@@ -701,7 +701,7 @@ def test_run_distributed_prints_an_error_of_all_ranks_once(tmp_path, chats):
                     "dtype=float32", "max_steps=2", "shard.mesh.shard=3")
     output, summary = done.stderr.split("FAILED\n")
     assert done.returncode != 0
-    assert output.count("error: shard.mesh.shard: 2 ranks cannot be divided by 3") == 1
+    assert output.count("error: shard.mesh.shard: 2 ranks are not a multiple of 3") == 1
     assert "error: shard.mesh.shard: 2 ranks" in summary.split("Root Cause")[1]
     assert "Traceback" not in output.split("error: ")[0] and not (tmp_path / "o").exists()
 

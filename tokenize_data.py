@@ -471,9 +471,11 @@ def read_json(stream, file, context):
     first = first.lstrip()
     is_object = first.startswith("{")
     # a first line with an error also is one, if the next line begins a record: the error names it
+    end = end_of_first_value(first)
+    is_record = end > 0 and not first[end:].strip()
     is_cut = first.rstrip().endswith((",", ":", "[", "{"))
-    is_broken = second.startswith(b"{") and not (is_cut or begins_with_json(first))
-    is_line = is_object and (is_broken or is_json(first))
+    is_broken = end == 0 and second.startswith(b"{") and not is_cut
+    is_line = is_object and (is_record or is_broken)
     # a .json file that begins with neither [ nor { counts as a list: read_json_items() refuses it
     is_list = first.startswith("[") or (format_of(file) == "json" and not is_object)
     if is_list or (is_object and not is_line):
@@ -486,20 +488,13 @@ def read_json(stream, file, context):
         n += len(lines)
 
 
-def begins_with_json(text):
+def end_of_first_value(text):
+    """The position after the JSON value that a text begins with; 0 if that is invalid or cut."""
     try:
-        json.JSONDecoder().raw_decode(text)
+        _, end = json.JSONDecoder().raw_decode(text)
     except JSON_ERRORS:
-        return False
-    return True
-
-
-def is_json(text):
-    try:
-        json.loads(text)
-    except JSON_ERRORS:
-        return False
-    return True
+        return 0
+    return end
 
 
 def read_json_items(stream, file, is_list):
@@ -1828,7 +1823,7 @@ class HFTokenizer(BaseTokenizer):
 
     def __post_init__(self):
         import tokenizers
-        # random characters of the private planes, as many as the token has: offsets stay the same
+        # as many random private-use characters as the token has, so that offsets do not change
         private = range(0xF0000, 0x10FFFE)
         choose = random.SystemRandom().choices
         self.hidden = {text: "".join(map(chr, choose(private, k=len(text))))
@@ -3251,8 +3246,8 @@ def content_hashes(files, cache):
     `cache` keeps the hashes: a file with the same time and size as before is not read again.
     """
     known = {}
-    with contextlib.suppress(OSError, ValueError):       # there is none, or it is damaged
-        known = json.loads(cache.read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError):      # there is none, or it is damaged
+        known = dict(json.loads(cache.read_text(encoding="utf-8")))
     hashes = {}
     for file in files:
         stat = os.stat(file)

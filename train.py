@@ -167,13 +167,18 @@ class AdamW(WithoutDynamo, torch.optim.AdamW):
                              "exp_avg_sq": torch.zeros_like(p)}
 
 
+# (sqrt(5) - 1) / 2 of 2**16: multiples of it, modulo 2**16, are spread evenly, so that the
+# rounding errors of a weight's next updates cancel sooner than with independent random bits
+GOLDEN_RATIO = 40503
+
+
 class LowPrecisionAdamW:
     """AdamW (arXiv:1711.05101) whose weights or moments are bf16, computed in fp32.
 
     Numbers stored in bf16 are rounded stochastically (arXiv:2010.06192): a change that is smaller
     than the distance of two bf16 numbers, as most updates are, is made with a probability that
-    makes it right on average. The random bits are a hash of seed, update, parameter, row and
-    column, so that they do not depend on ranks or on resuming.
+    makes it right on average. The random bits are a hash of seed, parameter, row and column, to
+    which each update adds the same offset, so that they do not depend on ranks or on resuming.
 
     It has the part of torch.optim.Optimizer's interface that the loop and checkpoints use.
     """
@@ -229,7 +234,7 @@ class LowPrecisionAdamW:
         new_weights.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
         # three times 16 random bits, pairwise independent, from 32
         random = transformer.random_int32(row_seeds, weights.shape[1])
-        offset = step * GOLDEN_RATIO
+        offset = step * GOLDEN_RATIO % 2**16             # only 16 bits are used
         store(weights, new_weights, random + offset)
         store(exp_avg, mean, (random >> 16) + offset)
         store(exp_avg_sq, mean_sq, (random ^ (random >> 16)) + offset)
@@ -237,9 +242,6 @@ class LowPrecisionAdamW:
     def zero_grad(self):
         for p in optimizer_parameters(self):
             p.grad = None
-
-
-GOLDEN_RATIO = 40503         # (sqrt(5) - 1) / 2 of 2**16
 
 
 def store(stored, x, random):

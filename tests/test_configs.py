@@ -165,7 +165,8 @@ def test_load_says_where_it_looked_for_a_model(monkeypatch, tmp_path):
     """Relative paths start at the working folder, which may be another one than that of the config."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert_names(error_of(configs.load, [str(ROOT / "configs" / "ft.yaml")]), [str(tmp_path / "data" / "base")])
+    error = error_of(configs.load, [str(ROOT / "configs" / "ft.yaml"), "model.init_from=nowhere/base"])
+    assert_names(error, [str(tmp_path / "nowhere" / "base")])
 
 
 def test_read_text_of_all_encodings(tmp_path):
